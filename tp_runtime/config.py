@@ -1,0 +1,150 @@
+"""Settings of a process group and of a model on it. Read by both halves; changed by neither.
+
+The only place where the package reads environment variables of its own:
+
+=============================  ==========================================================
+``TP_RUNTIME_PYTHON``          Python that runs the ranks (default: the running one)
+``TP_RUNTIME_START_TIMEOUT``   seconds until a starting group is given up (default 300)
+``TP_RUNTIME_CALL_TIMEOUT``    seconds until a computing group is given up (default 600)
+``TP_RUNTIME_LOG_LEVEL``       level of the ranks' logs (default INFO)
+``TP_RUNTIME_HOME``            folder for logs and rendezvous files (default: the user's
+                               state folder)
+=============================  ==========================================================
+"""
+
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from .errors import DeviceError, TPRuntimeError
+
+MAX_TP_SIZE = 8
+
+
+def _number(name: str, default: float) -> float:
+    text = os.environ.get(name, "")
+    if not text:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if value <= 0:
+        raise TPRuntimeError(f"{name}={text!r}: give a number of seconds above 0.")
+    return value
+
+
+def _python() -> str:
+    return os.environ.get("TP_RUNTIME_PYTHON") or sys.executable
+
+
+def home() -> Path:
+    """Folder that holds one private folder per live group (logs, rendezvous file)."""
+    configured = os.environ.get("TP_RUNTIME_HOME")
+    if configured:
+        return Path(configured)
+    import platformdirs  # here, since a rank's Python need not have it
+
+    return Path(platformdirs.user_state_dir("tp-runtime"))
+
+
+def log_level() -> str:
+    """Level of the ranks' logs, as ``logging`` spells it."""
+    level = os.environ.get("TP_RUNTIME_LOG_LEVEL", "INFO").upper()
+    allowed = ("DEBUG", "INFO", "WARNING", "ERROR")
+    if level not in allowed:
+        raise TPRuntimeError(f"TP_RUNTIME_LOG_LEVEL={level!r}: use one of {', '.join(allowed)}.")
+    return level
+
+
+def visible_gpu_count() -> int:
+    """Number of CUDA devices that this process may use. Creates no CUDA context."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """What identifies a process group: two equal configs share one group.
+
+    ``devices`` are indices among the CUDA devices visible to this process, one per rank;
+    empty on CPU. Timeouts are in seconds.
+    """
+
+    tp_size: int
+    device: Literal["cuda", "cpu"]
+    devices: tuple[int, ...] = ()
+    python: str = field(default_factory=_python)
+    start_timeout_s: float = field(
+        default_factory=lambda: _number("TP_RUNTIME_START_TIMEOUT", 300.0)
+    )
+    call_timeout_s: float = field(default_factory=lambda: _number("TP_RUNTIME_CALL_TIMEOUT", 600.0))
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.tp_size <= MAX_TP_SIZE:
+            raise DeviceError(f"A group of {self.tp_size} ranks: choose 1 to {MAX_TP_SIZE}.")
+        if self.device == "cuda" and len(set(self.devices)) != self.tp_size:
+            raise DeviceError(
+                f"{self.tp_size} ranks need as many different GPUs; got devices {self.devices}."
+            )
+        if self.device == "cpu" and self.devices:
+            raise DeviceError(f"CPU ranks take no GPUs; got devices {self.devices}.")
+
+    @classmethod
+    def local(cls, tp_size: int, devices: tuple[int, ...] | None = None) -> "GroupConfig":
+        """A group on this machine: on its first ``tp_size`` GPUs, or on CPU where it has none.
+
+        Raises:
+            DeviceError: more GPUs asked for than visible, or an index that does not exist.
+        """
+        visible = visible_gpu_count()
+        if visible == 0:
+            if devices:
+                raise DeviceError(f"GPUs {devices} were asked for, but no CUDA GPU is visible.")
+            return cls(tp_size, "cpu")
+        chosen = tuple(range(tp_size)) if devices is None else devices
+        if tp_size > visible or any(not 0 <= index < visible for index in chosen):
+            raise DeviceError(
+                f"{tp_size} GPUs ({', '.join(map(str, chosen))}) were asked for, but this machine "
+                f"shows {visible} (0 to {visible - 1}). Choose at most {visible}, or 'auto'."
+            )
+        return cls(tp_size, "cuda", chosen)
+
+
+class ModelSpec(msgspec.Struct, frozen=True):
+    """What identifies a model on a group: the file and the dtypes it runs in.
+
+    ``weight_dtype`` is what linear weights are held in, ``compute_dtype`` what activations are;
+    both are torch names such as ``"bfloat16"``. ``version`` tells a replaced file from the one
+    that was loaded (size and modification time in ns).
+    """
+
+    path: str
+    weight_dtype: str
+    compute_dtype: str
+    version: tuple[int, int] = (0, 0)
+
+    @classmethod
+    def of(cls, path: str, weight_dtype: str, compute_dtype: str) -> "ModelSpec":
+        """The spec of the file as it is on disk now."""
+        stat = os.stat(path)
+        return cls(path, weight_dtype, compute_dtype, (stat.st_size, stat.st_mtime_ns))
+
+
+class WorkerConfig(msgspec.Struct, frozen=True):
+    """Everything that a rank is told at its start; on its command line as JSON."""
+
+    rank: int
+    tp_size: int
+    device: str
+    control_fd: int
+    exchange_fd: int
+    rendezvous: str
+    parent_pid: int
+    num_threads: int
+    log_level: str

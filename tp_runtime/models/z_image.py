@@ -1,0 +1,377 @@
+"""Z-Image (turbo and base): a single-stream transformer over caption and image tokens.
+
+The module tree is diffusers' ``ZImageTransformer2DModel``
+(diffusers 0.42, models/transformers/transformer_z_image.py); the arithmetic of ``Driver`` follows
+ComfyUI's ``NextDiT._forward`` (ComfyUI 0.3.75, comfy/ldm/lumina/model.py), whose results it
+reproduces.
+
+Shapes: B batch, C latent channels, H W latent size (padded to even), L tokens, D model width,
+N heads on this rank, K head width.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..checkpoint import TensorInfo
+from ..errors import CheckpointError, InputError
+from ..sharding.parts import Source
+from ..sharding.plan import QKV, Column, MergedColumn, Plan, Replicated, Row, Split
+from .common import (
+    DriverBase,
+    Memo,
+    attention,
+    rms_norm,
+    rope_rotation,
+    rotate_pairs,
+    timestep_embedding,
+)
+
+FAMILY = "z_image"
+LABEL = "Z-Image"
+UNUSED = frozenset({"norm_final.weight"})  # in the file, used by no implementation
+
+ADALN_DIM = 256
+NORM_EPS = 1e-5
+ROPE_THETA = 256.0
+TIME_SCALE = 1000.0
+PATCH = 2
+TOKEN_MULTIPLE = 32
+_EMBEDDER = f"{PATCH}-1"
+
+
+# --- the file ----------------------------------------------------------------------------------
+
+
+def recognises(tensors: Mapping[str, TensorInfo]) -> bool:
+    """Lumina 2 has the same names but for the modulation, which there follows a SiLU (index 1)."""
+    return "cap_embedder.1.weight" in tensors and "layers.0.adaLN_modulation.0.weight" in tensors
+
+
+def infer_config(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    """The sizes of the model, from its tensors' shapes. Raises KeyError for a missing tensor."""
+    dim, cap_feat_dim = tensors["cap_embedder.1.weight"].shape
+    head_dim = tensors["layers.0.attention.q_norm.weight"].shape[0]
+    if head_dim % 16 or dim % head_dim:
+        raise CheckpointError(
+            f"A Z-Image file of width {dim} with heads of {head_dim}: heads must be a multiple of "
+            "16 and divide the width. The file is damaged or of another architecture."
+        )
+    return {
+        "dim": dim,
+        "n_heads": dim // head_dim,
+        "head_dim": head_dim,
+        "ffn_dim": tensors["layers.0.feed_forward.w1.weight"].shape[0],
+        "n_layers": _count(tensors, "layers"),
+        "n_refiner_layers": _count(tensors, "noise_refiner"),
+        "cap_feat_dim": cap_feat_dim,
+        "in_channels": tensors["x_embedder.weight"].shape[1] // PATCH**2,
+        "time_embed_dim": tensors["t_embedder.mlp.0.weight"].shape[0],
+        "axes_dims": (head_dim // 4, head_dim // 8 * 3, head_dim // 8 * 3),
+        "rope_theta": ROPE_THETA,
+        "time_scale": TIME_SCALE,
+        "pad_tokens_multiple": TOKEN_MULTIPLE if "cap_pad_token" in tensors else None,
+    }
+
+
+def _count(tensors: Mapping[str, TensorInfo], stack: str) -> int:
+    return len({name.split(".")[1] for name in tensors if name.startswith(f"{stack}.")})
+
+
+def file_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the ComfyUI file."""
+    dim, head_dim, ffn = config["dim"], config["head_dim"], config["ffn_dim"]
+    adaln = min(dim, ADALN_DIM)
+    patch = PATCH**2 * config["in_channels"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "x_embedder.weight": (dim, patch),
+        "x_embedder.bias": (dim,),
+        "cap_embedder.0.weight": (config["cap_feat_dim"],),
+        "cap_embedder.1.weight": (dim, config["cap_feat_dim"]),
+        "cap_embedder.1.bias": (dim,),
+        "t_embedder.mlp.0.weight": (config["time_embed_dim"], 256),
+        "t_embedder.mlp.0.bias": (config["time_embed_dim"],),
+        "t_embedder.mlp.2.weight": (adaln, config["time_embed_dim"]),
+        "t_embedder.mlp.2.bias": (adaln,),
+        "final_layer.linear.weight": (patch, dim),
+        "final_layer.linear.bias": (patch,),
+        "final_layer.adaLN_modulation.1.weight": (dim, adaln),
+        "final_layer.adaLN_modulation.1.bias": (dim,),
+    }
+    if config["pad_tokens_multiple"]:
+        shapes |= {"x_pad_token": (1, dim), "cap_pad_token": (1, dim)}
+    for path, modulated in _blocks(config):
+        shapes |= {
+            f"{path}.attention.qkv.weight": (3 * dim, dim),
+            f"{path}.attention.out.weight": (dim, dim),
+            f"{path}.attention.q_norm.weight": (head_dim,),
+            f"{path}.attention.k_norm.weight": (head_dim,),
+            f"{path}.feed_forward.w1.weight": (ffn, dim),
+            f"{path}.feed_forward.w2.weight": (dim, ffn),
+            f"{path}.feed_forward.w3.weight": (ffn, dim),
+            f"{path}.attention_norm1.weight": (dim,),
+            f"{path}.attention_norm2.weight": (dim,),
+            f"{path}.ffn_norm1.weight": (dim,),
+            f"{path}.ffn_norm2.weight": (dim,),
+        }
+        if modulated:
+            shapes[f"{path}.adaLN_modulation.0.weight"] = (4 * dim, adaln)
+            shapes[f"{path}.adaLN_modulation.0.bias"] = (4 * dim,)
+    return shapes
+
+
+def _blocks(config: dict[str, Any]) -> list[tuple[str, bool]]:
+    refiners = range(config["n_refiner_layers"])
+    return (
+        [(f"noise_refiner.{i}", True) for i in refiners]
+        + [(f"context_refiner.{i}", False) for i in refiners]
+        + [(f"layers.{i}", True) for i in range(config["n_layers"])]
+    )
+
+
+_FILE_NAMES = {
+    f"all_x_embedder.{_EMBEDDER}.": "x_embedder.",
+    f"all_final_layer.{_EMBEDDER}.": "final_layer.",
+    ".attention.to_out.0.": ".attention.out.",
+    ".attention.norm_q.": ".attention.q_norm.",
+    ".attention.norm_k.": ".attention.k_norm.",
+}
+
+
+def sources(parameter: str, config: dict[str, Any]) -> tuple[Source, ...]:
+    """Where the file keeps a parameter of the diffusers module."""
+    for index, projection in enumerate(("to_q", "to_k", "to_v")):
+        if parameter.endswith(f".attention.{projection}.weight"):
+            name = parameter.replace(projection, "qkv")
+            return (Source(name, index * config["dim"], (index + 1) * config["dim"]),)
+    name = parameter
+    for ours, theirs in _FILE_NAMES.items():
+        name = name.replace(ours, theirs)
+    return (Source(name, 0, file_tensors(config)[name][0]),)
+
+
+# --- the model ---------------------------------------------------------------------------------
+
+
+def plan(config: dict[str, Any]) -> Plan:
+    """Everything with weight is split; what is left is the first and last projection."""
+    heads = Split(config["n_heads"], config["head_dim"])
+    return Plan(
+        {
+            "*.*.attention.{to_q,to_k,to_v}": QKV(
+                "to_qkv", config["head_dim"], config["n_heads"], config["n_heads"]
+            ),
+            "*.*.attention.to_out.0": Row((heads,)),
+            "*.*.feed_forward.{w1,w3}": MergedColumn("w13"),
+            "*.*.feed_forward.w2": Row(),
+            "*.*.adaLN_modulation.0": Column(gather=True),
+            "all_final_layer.*.adaLN_modulation.1": Column(gather=True),
+            "cap_embedder.1": Column(gather=True),
+            "all_x_embedder.*": Replicated(),
+            "all_final_layer.*.linear": Replicated(),
+            "t_embedder.mlp.0": Column(),
+            "t_embedder.mlp.2": Row(),
+        }
+    )
+
+
+def build(config: dict[str, Any]) -> nn.Module:
+    """The diffusers module with the file's sizes. Call it under ``torch.device("meta")``."""
+    from diffusers import ZImageTransformer2DModel
+
+    model = ZImageTransformer2DModel(
+        all_patch_size=(PATCH,),
+        all_f_patch_size=(1,),
+        in_channels=config["in_channels"],
+        dim=config["dim"],
+        n_layers=config["n_layers"],
+        n_refiner_layers=config["n_refiner_layers"],
+        n_heads=config["n_heads"],
+        n_kv_heads=config["n_heads"],
+        norm_eps=NORM_EPS,
+        cap_feat_dim=config["cap_feat_dim"],
+        rope_theta=config["rope_theta"],
+        t_scale=config["time_scale"],
+        axes_dims=list(config["axes_dims"]),
+    )
+    # diffusers derives these two from dim; the file decides.
+    adaln, hidden = min(config["dim"], ADALN_DIM), config["time_embed_dim"]
+    model.t_embedder.mlp[0] = nn.Linear(256, hidden)
+    model.t_embedder.mlp[2] = nn.Linear(hidden, adaln)
+    for path, _ in _blocks(config):
+        feed_forward = model.get_submodule(path).feed_forward
+        for name in ("w1", "w3"):
+            setattr(feed_forward, name, nn.Linear(config["dim"], config["ffn_dim"], bias=False))
+        feed_forward.w2 = nn.Linear(config["ffn_dim"], config["dim"], bias=False)
+    if not config["pad_tokens_multiple"]:
+        del model.x_pad_token, model.cap_pad_token
+    return model
+
+
+class Driver(DriverBase):
+    """Evaluates the sharded module on ComfyUI's forward arguments."""
+
+    label = LABEL
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        timesteps: torch.Tensor,
+        context: torch.Tensor,
+        num_tokens: int | None = None,
+        transformer_options: Mapping[str, Any] | None = None,
+    ) -> torch.Tensor:
+        """The model's prediction for latents ``x`` (B, C, H, W) at ``timesteps`` (B,) fp32.
+
+        ``context`` (B, L, cap_feat_dim) is the caption; ``num_tokens`` is not used by the model.
+
+        Raises:
+            InputError: a tensor's shape does not fit.
+        """
+        self._check(x, timesteps, context)
+        height, width = x.shape[-2:]
+        x = F.pad(x, (0, width % PATCH, 0, height % PATCH), mode="circular")
+        rope_options = (transformer_options or {}).get("rope_options") or {}
+        caption, rotation = self._caption(context, x.shape[-2:], rope_options)
+
+        time = timestep_embedding((1.0 - timesteps) * TIME_SCALE, 256).to(x.dtype)
+        adaln = self.model.t_embedder.mlp(time)
+        image = self._image_tokens(x)
+        caption_length = caption.shape[1]
+        for block in self.model.noise_refiner:
+            image = self._block(block, image, rotation[:, caption_length:], adaln)
+        tokens = torch.cat((caption, image), dim=1)
+        for block in self.model.layers:
+            tokens = self._block(block, tokens, rotation, adaln)
+        return -self._unpatchify(tokens[:, caption_length:], adaln, x.shape)[:, :, :height, :width]
+
+    def _check(self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor) -> None:
+        channels, width = self.config["in_channels"], self.config["cap_feat_dim"]
+        if x.ndim != 4 or x.shape[1] != channels:
+            raise InputError(
+                f"{LABEL} works on latents of shape (batch, {channels}, height, width); got "
+                f"{tuple(x.shape)}. Use an empty latent node for 16-channel latents."
+            )
+        if context.ndim != 3 or context.shape[-1] != width:
+            raise InputError(
+                f"{LABEL} takes a text conditioning of width {width}; got shape "
+                f"{tuple(context.shape)}. Use the text encoder that belongs to the model."
+            )
+        if not x.shape[0] == timesteps.shape[0] == context.shape[0]:
+            raise InputError(
+                f"Batch sizes differ: latents {x.shape[0]}, timesteps {timesteps.shape[0]}, "
+                f"text {context.shape[0]}."
+            )
+
+    # Everything about the caption is the same at every step: computed once per generation.
+    def _caption(
+        self, context: torch.Tensor, size: torch.Size, rope_options: Mapping[str, float]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Refined caption tokens (B, L, D) and the rotation of all tokens (1, L+L', 1, K/2, 2)."""
+        key = (tuple(size), tuple(sorted(rope_options.items())))
+        return self.memo.get(context, key, lambda: self._refine(context, size, rope_options))
+
+    def _refine(
+        self, context: torch.Tensor, size: torch.Size, rope_options: Mapping[str, float]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        norm, embed = self.model.cap_embedder
+        caption = embed(rms_norm(context, norm.weight, NORM_EPS))
+        caption = self._pad_tokens(caption, "cap_pad_token")
+        length = caption.shape[1]
+        rotation = self._rotation(length, size, rope_options, caption.device)
+        for block in self.model.context_refiner:
+            caption = self._block(block, caption, rotation[:, :length], None)
+        return caption, rotation
+
+    def _pad_tokens(self, tokens: torch.Tensor, pad_token: str) -> torch.Tensor:
+        multiple = self.config["pad_tokens_multiple"]
+        missing = -tokens.shape[1] % multiple if multiple else 0
+        if not missing:
+            return tokens
+        pad = getattr(self.model, pad_token).expand(tokens.shape[0], missing, -1)
+        return torch.cat((tokens, pad), dim=1)
+
+    def _rotation(
+        self,
+        caption_length: int,
+        size: torch.Size,
+        options: Mapping[str, float],
+        device: torch.device,
+    ) -> torch.Tensor:
+        """Positions: the caption counts along the first axis, the image lies at its end."""
+        rows, columns = size[0] // PATCH, size[1] // PATCH
+        multiple = self.config["pad_tokens_multiple"] or 1
+        num_image = -(-rows * columns // multiple) * multiple
+        positions = torch.zeros(caption_length + num_image, 3, dtype=torch.float32, device=device)
+        along = torch.arange(max(caption_length, rows, columns), dtype=torch.float32, device=device)
+        positions[:caption_length, 0] = along[:caption_length] + 1.0
+        image = positions[caption_length : caption_length + rows * columns]
+        image[:, 0] = caption_length + 1
+        y = along[:rows] * options.get("scale_y", 1.0) + options.get("shift_y", 0.0)
+        x = along[:columns] * options.get("scale_x", 1.0) + options.get("shift_x", 0.0)
+        image[:, 1] = y.repeat_interleave(columns)
+        image[:, 2] = x.repeat(rows)
+        return rope_rotation(positions, self.config["axes_dims"], self.config["rope_theta"])
+
+    def _image_tokens(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) → (B, L, D), padded to the token multiple."""
+        patches = x.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH))
+        patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+        return self._pad_tokens(self.model.all_x_embedder[_EMBEDDER](patches), "x_pad_token")
+
+    def _block(
+        self,
+        block: nn.Module,
+        x: torch.Tensor,
+        rotation: torch.Tensor,
+        adaln: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """One transformer block; ``adaln`` (B, 256), or None for the caption's own blocks."""
+
+        def norm(module: nn.Module, value: torch.Tensor) -> torch.Tensor:
+            return rms_norm(value, module.weight, NORM_EPS)
+
+        if adaln is None:
+            x = x + norm(
+                block.attention_norm2,
+                self._attend(block.attention, norm(block.attention_norm1, x), rotation),
+            )
+            return x + norm(
+                block.ffn_norm2, self._feed_forward(block.feed_forward, norm(block.ffn_norm1, x))
+            )
+        modulation = block.adaLN_modulation[0](adaln).unsqueeze(1)
+        scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.chunk(4, dim=-1)
+        attended = self._attend(
+            block.attention, norm(block.attention_norm1, x) * (1 + scale_msa), rotation
+        )
+        x = x + gate_msa.tanh() * norm(block.attention_norm2, attended)
+        fed = self._feed_forward(block.feed_forward, norm(block.ffn_norm1, x) * (1 + scale_mlp))
+        return x + gate_mlp.tanh() * norm(block.ffn_norm2, fed)
+
+    def _attend(self, module: nn.Module, x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+        qkv = module.to_qkv(x).unflatten(-1, (3, -1, self.config["head_dim"]))
+        q, k, v = qkv.unbind(2)  # each (B, L, N, K)
+        # ComfyUI leaves eps to torch here: the smallest of fp32, not the 1e-5 of diffusers.
+        q = rotate_pairs(rms_norm(q, module.norm_q.weight, None), rotation)
+        k = rotate_pairs(rms_norm(k, module.norm_k.weight, None), rotation)
+        return module.to_out[0](attention(q, k, v))
+
+    def _feed_forward(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        gate, up = module.w13(x).chunk(2, dim=-1)
+        return module.w2(F.silu(gate) * up)
+
+    def _unpatchify(
+        self, tokens: torch.Tensor, adaln: torch.Tensor, shape: torch.Size
+    ) -> torch.Tensor:
+        """(B, L, D) → (B, C, H, W)."""
+        final = self.model.all_final_layer[_EMBEDDER]
+        _, channels, height, width = shape
+        rows, columns = height // PATCH, width // PATCH
+        scale = final.adaLN_modulation[1](F.silu(adaln)).unsqueeze(1)
+        tokens = F.layer_norm(tokens[:, : rows * columns], tokens.shape[-1:], eps=1e-6)
+        patches = final.linear(tokens * (1 + scale))
+        patches = patches.unflatten(1, (rows, columns)).unflatten(3, (PATCH, PATCH, channels))
+        return patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)

@@ -1,0 +1,199 @@
+"""The messages between the engine and the ranks, as plain data. Both halves use it.
+
+A frame is one msgpack map with the protocol's version. The engine sends every request to every
+rank; every rank answers each request with exactly one ``Done`` or ``Failed``, after any number
+of ``Progress``. ``docs/protocol.md`` shows the sequences; change both together with VERSION.
+"""
+
+from typing import Any
+
+import msgspec
+
+from .config import ModelSpec
+from .errors import ProtocolError
+
+VERSION = 1
+MAX_FRAME_BYTES = 16 * 2**20  # a frame holds no tensor data, only references to it
+_TENSOR_EXT = 1
+
+
+class TensorRef(msgspec.Struct, frozen=True, array_like=True):
+    """A tensor in the exchange memory, or one that the ranks hold already.
+
+    ``key`` 0: used once. Otherwise the ranks hold the tensor under this key until it is dropped;
+    ``offset`` -1 says that they do so already and nothing is in the exchange memory.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int
+    key: int = 0
+
+
+class _Message(msgspec.Struct, frozen=True, tag=True):
+    pass
+
+
+# --- engine to ranks ---------------------------------------------------------------------------
+
+
+class Load(_Message, frozen=True):
+    """Read the shards of a model, unless they are held already."""
+
+    call: int
+    model: str
+    spec: ModelSpec
+
+
+class Unload(_Message, frozen=True):
+    """Free a model's shards. Unknown models are fine."""
+
+    call: int
+    model: str
+
+
+class Denoise(_Message, frozen=True):
+    """Evaluate the transformer once. ``inputs`` are ComfyUI's forward arguments by name.
+
+    Tensors in ``inputs`` are ``TensorRef``; ``drop`` names held tensors that will not be used
+    again; ``exchange_bytes`` is the present size of the exchange memory; rank 0 writes the
+    result where ``result`` says, in that shape and dtype.
+    """
+
+    call: int
+    model: str
+    inputs: dict[str, Any]
+    drop: list[int]
+    exchange_bytes: int
+    result: TensorRef
+
+
+class Report(_Message, frozen=True):
+    """Tell what the rank is and holds."""
+
+    call: int
+
+
+class Close(_Message, frozen=True):
+    """End the rank's process in an orderly way. Not answered."""
+
+    call: int = 0
+
+
+Request = Load | Unload | Denoise | Report | Close
+
+
+# --- ranks to engine ---------------------------------------------------------------------------
+
+
+class Ready(_Message, frozen=True):
+    """First message of a rank: the group is up, as this rank sees it."""
+
+    rank: int
+    tp_world_size: int
+    device: str
+    versions: dict[str, str]
+
+
+class Progress(_Message, frozen=True):
+    """``done`` of ``total`` bytes are read."""
+
+    call: int
+    done: int
+    total: int
+
+
+class Done(_Message, frozen=True):
+    """The request was carried out. ``value`` depends on the request."""
+
+    call: int
+    value: Any = None
+
+
+class Failed(_Message, frozen=True):
+    """The request was not carried out.
+
+    ``recoverable``: the rank checked the request and refused it before taking part in any
+    collective, as every other rank does; the group is unharmed. Otherwise the rank is ending and
+    ``call`` means nothing.
+    """
+
+    call: int
+    recoverable: bool
+    kind: str
+    message: str
+    traceback: str
+
+
+Reply = Ready | Progress | Done | Failed
+
+
+# --- coding ------------------------------------------------------------------------------------
+
+
+class _Frame(msgspec.Struct, frozen=True):
+    version: int
+    body: msgspec.Raw
+
+
+def _decode_ref(code: int, data: memoryview) -> TensorRef:
+    if code != _TENSOR_EXT:
+        raise ProtocolError(f"Unknown extension {code} in a frame.")
+    return msgspec.msgpack.decode(data, type=TensorRef)
+
+
+_encoder = msgspec.msgpack.Encoder()
+_frame_decoder = msgspec.msgpack.Decoder(_Frame)
+_request_decoder = msgspec.msgpack.Decoder(Request, ext_hook=_decode_ref)
+_reply_decoder = msgspec.msgpack.Decoder(Reply, ext_hook=_decode_ref)
+
+
+def pack_inputs(inputs: Any) -> Any:
+    """Replace every TensorRef in a tree of plain data by its wire form (an extension type)."""
+    if isinstance(inputs, TensorRef):
+        return msgspec.msgpack.Ext(_TENSOR_EXT, msgspec.msgpack.encode(inputs))
+    if isinstance(inputs, dict):
+        return {key: pack_inputs(value) for key, value in inputs.items()}
+    if isinstance(inputs, list | tuple):
+        return [pack_inputs(value) for value in inputs]
+    return inputs
+
+
+def encode(message: Request | Reply) -> bytes:
+    """One frame.
+
+    Raises:
+        ProtocolError: the message holds something other than plain data, or is too long.
+    """
+    try:
+        frame = _encoder.encode({"version": VERSION, "body": msgspec.Raw(_encoder.encode(message))})
+    except (TypeError, ValueError) as error:
+        raise ProtocolError(f"A message cannot be encoded: {error}") from error
+    if len(frame) > MAX_FRAME_BYTES:
+        raise ProtocolError(f"A message of {len(frame)} bytes; at most {MAX_FRAME_BYTES} fit.")
+    return frame
+
+
+def _decode(frame: bytes, decoder: Any) -> Any:
+    try:
+        outer = _frame_decoder.decode(frame)
+        if outer.version != VERSION:
+            raise ProtocolError(
+                f"A frame of protocol version {outer.version}; this side speaks {VERSION}. "
+                "Both sides must come from the same release."
+            )
+        return decoder.decode(outer.body)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise ProtocolError(f"A malformed frame of {len(frame)} bytes: {error}") from error
+
+
+def decode_request(frame: bytes) -> Request:
+    """The request in a frame. Raises ProtocolError."""
+    request: Request = _decode(frame, _request_decoder)
+    return request
+
+
+def decode_reply(frame: bytes) -> Reply:
+    """The reply in a frame. Raises ProtocolError."""
+    reply: Reply = _decode(frame, _reply_decoder)
+    return reply

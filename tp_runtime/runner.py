@@ -1,0 +1,127 @@
+"""Carries out requests on one rank: loads shards, holds constant tensors, evaluates. Rank half."""
+
+import time
+from typing import Any
+
+import torch
+
+from .config import WorkerConfig
+from .errors import InputError
+from .loading import LoadedModel, ReportProgress, load_model
+from .protocol import Denoise, Load, Report, Request, TensorRef, Unload
+from .tensors import Exchange
+
+
+class Runner:
+    """The state of a rank between requests."""
+
+    def __init__(self, config: WorkerConfig, device: torch.device) -> None:
+        self._config = config
+        self._device = device
+        self._exchange = Exchange(config.exchange_fd)
+        self._models: dict[str, LoadedModel] = {}
+        self._held: dict[int, torch.Tensor] = {}
+        self._last_step_ms: float | None = None
+
+    def device_name(self) -> str:
+        """``"cpu"``, or the GPU's index and product name."""
+        if self._device.type == "cpu":
+            return "cpu"
+        return f"{self._device} {torch.cuda.get_device_name(self._device)}"
+
+    @torch.inference_mode()
+    def handle(self, request: Request, report_progress: ReportProgress) -> Any:
+        """Carry out one request; the result is the ``value`` of its ``Done``.
+
+        Raises:
+            InputError, CheckpointError: refused before any collective; nothing has changed.
+        """
+        match request:
+            case Load():
+                return self._load(request, report_progress)
+            case Unload():
+                self._unload(request.model)
+                return None
+            case Denoise():
+                return self._denoise(request)
+            case Report():
+                return self._report()
+        raise AssertionError(f"unknown request {request}")
+
+    def _load(self, request: Load, report_progress: ReportProgress) -> dict[str, Any]:
+        model = self._models.get(request.model)
+        if model is None:
+            model = load_model(
+                request.spec,
+                self._device,
+                self._config.rank,
+                self._config.tp_size,
+                report_progress,
+            )
+            self._models[request.model] = model
+        return {"resident_bytes": model.resident_bytes, "bytes_read": model.bytes_read}
+
+    def _unload(self, name: str) -> None:
+        self._models.pop(name, None)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _denoise(self, request: Denoise) -> None:
+        started = time.perf_counter()
+        # Before anything can be refused: the engine takes it that these are held from now on.
+        self._exchange.remap(request.exchange_bytes)
+        inputs = self._resolve(request.inputs)
+        for key in request.drop:
+            del self._held[key]
+        model = self._models.get(request.model)
+        if model is None:
+            raise InputError(f"The model {request.model} is not loaded on the process group.")
+        output = model.driver(inputs)
+        if self._config.rank == 0:
+            result = self._exchange.view(request.result)
+            assert (output.shape, output.dtype) == (result.shape, result.dtype), (
+                f"{output.shape} {output.dtype}, not {result.shape} {result.dtype}"
+            )
+            result.copy_(output)
+        elif self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._last_step_ms = (time.perf_counter() - started) * 1000
+
+    def _resolve(self, value: Any) -> Any:
+        """``value`` with every reference replaced by its tensor, on the rank's device."""
+        if isinstance(value, TensorRef):
+            return self._tensor(value)
+        if isinstance(value, dict):
+            return {key: self._resolve(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._resolve(item) for item in value]
+        return value
+
+    def _tensor(self, ref: TensorRef) -> torch.Tensor:
+        if ref.offset < 0:
+            return self._held[ref.key]
+        # A copy, also on the CPU: held tensors outlive the exchange memory's content.
+        tensor = self._exchange.view(ref).to(self._device, copy=True)
+        if ref.key:
+            self._held[ref.key] = tensor
+        return tensor
+
+    def _report(self) -> dict[str, Any]:
+        memory: dict[str, int] = {}
+        if self._device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self._device)
+            memory = {
+                "allocated_bytes": torch.cuda.memory_allocated(self._device),
+                "peak_bytes": torch.cuda.max_memory_allocated(self._device),
+                "device_free_bytes": free,
+                "device_total_bytes": total,
+            }
+        return {
+            "device": self.device_name(),
+            "memory": memory,
+            "models": {
+                name: {"resident_bytes": model.resident_bytes, "bytes_read": model.bytes_read}
+                for name, model in self._models.items()
+            },
+            "last_step_ms": self._last_step_ms,
+        }

@@ -1,0 +1,208 @@
+"""What becomes of every ``nn.Linear`` of a model under tensor parallelism, as data.
+
+A plan maps patterns of module paths to styles. ``*`` stands for one component of a path;
+``{a,b}`` at the end lists linears that are fused into one layer, in that order. Nothing here
+imports vLLM or diffusers: ComfyUI's process asks a plan for the sizes that work.
+
+The arithmetic of sharding lives in ``Split``: which part of an axis a rank holds, with zeros
+where the axis does not divide. Zero rows of q, k and v and zero columns of the output projection
+contribute exactly nothing (RMSNorm of zero is zero, a zero v adds zero), so padding is exact.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from ..errors import SizeError
+
+# A head that only pads costs memory and time; beyond one in eight, another size serves better.
+MAX_HEAD_PADDING = 1 / 8
+
+
+@dataclass(frozen=True)
+class Split:
+    """How ``count`` units of ``unit`` features each are dealt out to the ranks.
+
+    ``groups`` > 0: the units belong to that many groups (query heads to key/value heads), and
+    a rank's units never cross a group. ``shared``: with fewer units than ranks, neighbouring
+    ranks hold the same unit (key/value heads of grouped-query attention).
+    """
+
+    count: int
+    unit: int = 1
+    groups: int = 0
+    shared: bool = False
+
+    @property
+    def full(self) -> int:
+        """Length of the whole axis."""
+        return self.count * self.unit
+
+    def local_count(self, tp_size: int) -> int:
+        """Units on each rank, padding included."""
+        if self.groups:
+            per_group = self.count // self.groups
+            if tp_size <= self.groups:
+                return -(-self.groups // tp_size) * per_group
+            return -(-per_group // (tp_size // self.groups))
+        return -(-self.count // tp_size)
+
+    def local(self, tp_size: int) -> int:
+        """Length of each rank's part of the axis, padding included."""
+        return self.local_count(tp_size) * self.unit
+
+    def range(self, rank: int, tp_size: int) -> tuple[int, int]:
+        """The features [start, stop) of the whole axis that ``rank`` holds, without padding."""
+        local = self.local_count(tp_size)
+        start, end = rank * local, self.count
+        if self.shared and tp_size > self.count:
+            start = rank // (tp_size // self.count)
+        elif self.groups and tp_size > self.groups:
+            ranks_per_group = tp_size // self.groups
+            per_group = self.count // self.groups
+            group, place = divmod(rank, ranks_per_group)
+            start, end = group * per_group + place * local, (group + 1) * per_group
+        start = min(start, end)
+        return start * self.unit, min(start + local, end) * self.unit
+
+
+@dataclass(frozen=True)
+class Column:
+    """``ColumnParallelLinear``: output features are split. ``gather``: and put together again."""
+
+    unit: int = 1
+    gather: bool = False
+
+
+@dataclass(frozen=True)
+class MergedColumn:
+    """``MergedColumnParallelLinear``: several column-parallel linears of one input, as one."""
+
+    into: str
+    units: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class QKV:
+    """``QKVParallelLinear``: query, key and value projections, split by heads."""
+
+    into: str
+    head_dim: int
+    num_heads: int
+    num_kv_heads: int
+
+    def splits(self) -> tuple[Split, Split, Split]:
+        """How q, k and v are dealt out."""
+        if self.num_kv_heads == self.num_heads:
+            heads = Split(self.num_heads, self.head_dim)
+            return heads, heads, heads
+        kv = Split(self.num_kv_heads, self.head_dim, shared=True)
+        return Split(self.num_heads, self.head_dim, groups=self.num_kv_heads), kv, kv
+
+
+@dataclass(frozen=True)
+class Row:
+    """``RowParallelLinear``: input features are split, the results summed over the ranks.
+
+    ``segments`` describe the input, a concatenation of split activations; empty means one of
+    single features.
+    """
+
+    segments: tuple[Split, ...] = ()
+
+
+@dataclass(frozen=True)
+class Replicated:
+    """``ReplicatedLinear``: every rank holds the whole."""
+
+
+Style = Column | MergedColumn | QKV | Row | Replicated
+
+
+class PlanError(Exception):
+    """A plan does not fit the model that it was written for: a bug in ``tp_runtime/models``."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """One layer to build: the linears it replaces, under their common parent, and its style."""
+
+    parent: str
+    names: tuple[str, ...]
+    style: Style
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The styles of a model's linears, by pattern."""
+
+    linears: Mapping[str, Style] = field(default_factory=dict)
+
+    def match(self, linear_paths: list[str]) -> list[Match]:
+        """Pair every linear with its style.
+
+        Raises:
+            PlanError: a linear without a pattern or with two, a pattern without a linear, or a
+                group of fused linears that is incomplete.
+        """
+        remaining = dict.fromkeys(linear_paths)
+        matches = []
+        for pattern, style in self.linears.items():
+            found = _groups(pattern, linear_paths)
+            if not found:
+                raise PlanError(f"The pattern {pattern!r} matches no linear of the model.")
+            for parent, names in found:
+                paths = [_join(parent, name) for name in names]
+                gone = [path for path in paths if path not in remaining]
+                if gone:
+                    raise PlanError(f"{gone} of {pattern!r} do not exist or are matched twice.")
+                for path in paths:
+                    del remaining[path]
+                matches.append(Match(parent, names, style))
+        if remaining:
+            raise PlanError(f"No pattern matches the linears {list(remaining)}.")
+        return matches
+
+    def valid_tp_sizes(self, limit: int) -> tuple[int, ...]:
+        """The sizes from 1 to ``limit`` that the model can be split over."""
+        return tuple(n for n in range(1, limit + 1) if not any(self._obstacles(n)))
+
+    def check_tp_size(self, tp_size: int, label: str) -> None:
+        """Raises SizeError, naming the dimension in the way and the sizes that work."""
+        for obstacle in self._obstacles(tp_size):
+            sizes = ", ".join(map(str, self.valid_tp_sizes(8)))
+            raise SizeError(
+                f"{label} cannot be split over {tp_size} GPUs: {obstacle}. "
+                f"Choose one of {sizes}, or 'auto'."
+            )
+
+    def _obstacles(self, tp_size: int) -> Iterator[str]:
+        for style in self.linears.values():
+            if isinstance(style, QKV):
+                heads, kv = style.num_heads, style.num_kv_heads
+                if kv != heads and max(tp_size, kv) % min(tp_size, kv):
+                    yield f"num_kv_heads={kv} and {tp_size} do not divide one another"
+                    continue
+                padded = style.splits()[0].local_count(tp_size) * tp_size
+                if padded > heads * (1 + MAX_HEAD_PADDING):
+                    yield (
+                        f"its num_heads={heads} would have to be padded to {padded}, "
+                        f"which wastes {padded / heads - 1:.0%}"
+                    )
+
+
+def _groups(pattern: str, paths: list[str]) -> list[tuple[str, tuple[str, ...]]]:
+    """The parent and names of every linear, or group of fused linears, that a pattern matches."""
+    fused = re.fullmatch(r"(.*)\.\{([^{}]+)\}", pattern)
+    names = tuple(fused[2].split(",")) if fused else ()
+    first = f"{fused[1]}.{names[0]}" if fused else pattern
+    expression = re.compile(re.escape(first).replace(r"\*", r"[^.]+"))
+    found = []
+    for path in filter(expression.fullmatch, paths):
+        parent, _, name = path.rpartition(".")
+        found.append((parent, names or (name,)))
+    return found
+
+
+def _join(parent: str, name: str) -> str:
+    return f"{parent}.{name}" if parent else name

@@ -1,0 +1,221 @@
+"""Tensors between ComfyUI's process and the ranks: one anonymous shared memory per group.
+
+The memory is a ``memfd`` that the ranks inherit as a file descriptor. It has no name, so no other
+process can open it, nothing can be left over in ``/dev/shm``, and a container's small ``/dev/shm``
+does not limit it. ``Exchange`` is one process's view of it; ``HeldTensors`` remembers, on the
+engine's side, which constant tensors the ranks hold already, so that conditioning crosses once
+per generation and not once per step.
+"""
+
+import mmap
+import os
+from collections import OrderedDict
+from collections.abc import Iterator
+
+import torch
+
+from .errors import InputError, ProtocolError, TPRuntimeError
+from .protocol import TensorRef
+
+ALIGNMENT = 256
+HELD_BYTES = 512 * 2**20
+
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.float64,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+    )
+}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``"bfloat16"`` for ``torch.bfloat16``. Raises InputError for a dtype that cannot travel."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise InputError(f"A tensor of dtype {name} cannot be sent; use one of {sorted(_DTYPES)}.")
+    return name
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """``torch.bfloat16`` for ``"bfloat16"``. Raises ProtocolError for an unknown name."""
+    try:
+        return _DTYPES[name]
+    except KeyError:
+        raise ProtocolError(f"Unknown dtype {name!r}.") from None
+
+
+def _num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count * dtype.itemsize
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+class Exchange:
+    """One process's mapping of a group's shared memory. Call ``close`` when done with it.
+
+    Only the engine allocates; the ranks map what a message's ``exchange_bytes`` tells them.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._map: mmap.mmap | None = None
+        self._size = 0
+
+    @classmethod
+    def create(cls) -> "Exchange":
+        """A new, empty memory, which this process owns."""
+        return cls(os.memfd_create("tp-runtime-exchange", os.MFD_CLOEXEC))
+
+    @property
+    def size(self) -> int:
+        """Bytes mapped now."""
+        return self._size
+
+    def reserve(self, size: int) -> None:
+        """Make the memory at least ``size`` bytes. Raises TPRuntimeError if the system has none."""
+        if size <= self._size:
+            return
+        size = max(_aligned(size), 2 * self._size)
+        try:
+            # Without this, a lack of memory would be a SIGBUS at the first write.
+            os.posix_fallocate(self.fd, 0, size)
+        except OSError as error:
+            raise TPRuntimeError(
+                f"{size} bytes of shared memory are not to be had ({error.strerror}). "
+                "Free some RAM or use a smaller batch."
+            ) from error
+        self.remap(size)
+
+    def remap(self, size: int) -> None:
+        """Map the first ``size`` bytes, if not mapped already. Tensors of before become invalid."""
+        if size == self._size:
+            return
+        if size > os.fstat(self.fd).st_size:
+            raise ProtocolError(f"{size} bytes of exchange memory named, fewer exist.")
+        self._unmap()
+        self._map = mmap.mmap(self.fd, size)
+        self._size = size
+
+    def view(self, ref: TensorRef) -> torch.Tensor:
+        """The tensor that ``ref`` describes, in place. Valid until the next call rewrites it."""
+        dtype = dtype_of(ref.dtype)
+        length = _num_bytes(ref.shape, dtype)
+        if length == 0:
+            return torch.empty(ref.shape, dtype=dtype)
+        if self._map is None or ref.offset < 0 or ref.offset + length > self._size:
+            raise ProtocolError(
+                f"A tensor of {length} bytes at {ref.offset} is outside the {self._size} bytes "
+                "of exchange memory."
+            )
+        data = torch.frombuffer(self._map, dtype=torch.uint8, count=length, offset=ref.offset)
+        return data.view(dtype).view(ref.shape)
+
+    def write(self, ref: TensorRef, tensor: torch.Tensor) -> None:
+        """Copy a tensor, from any device, to where ``ref`` says."""
+        self.view(ref).copy_(tensor)
+
+    def _unmap(self) -> None:
+        if self._map is not None:
+            # Views of torch.frombuffer may still be alive; the pages go with the last of them.
+            self._map = None
+            self._size = 0
+
+    def close(self) -> None:
+        """Give the memory back. Idempotent."""
+        self._unmap()
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+class Layout:
+    """Places for the tensors of one request in the exchange memory, one after the other."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._placed: list[tuple[TensorRef, torch.Tensor]] = []
+
+    def place(self, tensor: torch.Tensor, key: int = 0) -> TensorRef:
+        """Reserve room for ``tensor``; it is copied by ``write_to``."""
+        shape = tuple(tensor.shape)
+        ref = TensorRef(shape, dtype_name(tensor.dtype), self.size, key)
+        self.size = _aligned(self.size + _num_bytes(shape, tensor.dtype))
+        self._placed.append((ref, tensor))
+        return ref
+
+    def reserve(self, size: int) -> int:
+        """Room for ``size`` bytes that a rank will write; returns its offset."""
+        offset = self.size
+        self.size = _aligned(self.size + size)
+        return offset
+
+    def write_to(self, exchange: Exchange) -> None:
+        """Grow ``exchange`` as needed and copy every tensor that was placed."""
+        exchange.reserve(self.size)
+        for ref, tensor in self._placed:
+            exchange.write(ref, tensor)
+
+
+class HeldTensors:
+    """Which constant tensors the ranks hold, compared by content, least recently used first out.
+
+    Samplers build new tensor objects for the same conditioning at every step (``torch.cat``,
+    ``.to``), so identity does not tell; comparing the bytes is exact and cheaper than hashing.
+    """
+
+    def __init__(self, limit_bytes: int = HELD_BYTES) -> None:
+        self._limit_bytes = limit_bytes
+        self._held: OrderedDict[int, torch.Tensor] = OrderedDict()
+        self._bytes = 0
+        self.next_key = 1
+
+    def find(self, tensor: torch.Tensor) -> int:
+        """The key under which the ranks hold an equal tensor, or 0."""
+        for key, held in self._held.items():
+            if (
+                held.shape == tensor.shape
+                and held.dtype == tensor.dtype
+                and held.device == tensor.device
+                and torch.equal(held, tensor)
+            ):
+                self._held.move_to_end(key)
+                return key
+        return 0
+
+    def add(self, tensor: torch.Tensor) -> int:
+        """Remember ``tensor`` (a copy of it) under a new key, which is returned."""
+        key = self.next_key
+        self.next_key += 1
+        self._held[key] = tensor.detach().clone(memory_format=torch.contiguous_format)
+        self._bytes += tensor.nbytes
+        return key
+
+    def forget_from(self, key: int) -> None:
+        """Forget every tensor whose key is ``key`` or later."""
+        for newer in [held for held in self._held if held >= key]:
+            self._bytes -= self._held.pop(newer).nbytes
+
+    def evict(self, in_use: set[int]) -> Iterator[int]:
+        """Forget the oldest tensors beyond the limit, except those in use; yields their keys."""
+        for key in list(self._held):
+            if self._bytes <= self._limit_bytes:
+                return
+            if key not in in_use:
+                self._bytes -= self._held.pop(key).nbytes
+                yield key
