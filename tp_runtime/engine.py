@@ -26,11 +26,11 @@ import torch
 
 from .config import GroupConfig
 from .errors import (
+    REFUSALS,
     CallTimeoutError,
     GroupClosedError,
     GroupDiedError,
     GroupStartError,
-    REFUSALS,
     ProtocolError,
     RankError,
     TPRuntimeError,

@@ -5,19 +5,24 @@ to, and the death of either side is seen by the other at once as the end of the 
 """
 
 import socket
-from multiprocessing.connection import Connection, wait
+from collections.abc import Iterable
+from multiprocessing import connection
+from typing import Any
 
 from .errors import ProtocolError
 from .protocol import MAX_FRAME_BYTES
 
-__all__ = ["Channel", "wait"]
+
+def wait(sources: Iterable[Any], timeout_s: float | None) -> list[Any]:
+    """The channels and file descriptors among ``sources`` that are ready, after a while."""
+    return connection.wait(sources, timeout_s)
 
 
 class Channel:
     """One end of a stream of frames. ``EOFError`` means that the other side is gone."""
 
     def __init__(self, fd: int) -> None:
-        self._connection = Connection(fd)
+        self._connection = connection.Connection(fd)
 
     @classmethod
     def pair(cls) -> tuple["Channel", socket.socket]:

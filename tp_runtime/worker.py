@@ -70,11 +70,12 @@ def _serve(config: WorkerConfig, channel: Channel, requests: "queue.SimpleQueue[
         send(Ready(config.rank, tp_world_size, runner.device_name(), dist.versions()))
         while not isinstance(request := requests.get(), Close):
             call = request.call
+
+            def report_progress(done: int, total: int, call: int = call) -> None:
+                send(Progress(call, done, total))
+
             try:
-                value = runner.handle(
-                    request, lambda done, total, call=call: send(Progress(call, done, total))
-                )
-                send(Done(call, value))
+                send(Done(call, runner.handle(request, report_progress)))
             except tuple(REFUSALS.values()) as error:
                 send(Failed(call, True, type(error).__name__, str(error), traceback.format_exc()))
 

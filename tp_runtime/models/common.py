@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import InputError
@@ -74,7 +73,8 @@ class Memo:
         if entry is None or entry[0] != key:
             entry = (key, compute())
             self._entries[tensor] = entry
-        return entry[1]
+        result: T = entry[1]
+        return result
 
     def clear(self) -> None:
         """Forget everything, for instance because weights have changed."""
@@ -86,7 +86,7 @@ class DriverBase:
 
     label: str
 
-    def __init__(self, model: nn.Module, config: dict[str, Any]) -> None:
+    def __init__(self, model: Any, config: dict[str, Any]) -> None:
         self.model = model
         self.config = config
         self.memo = Memo()

@@ -22,7 +22,6 @@ from ..sharding.parts import Source
 from ..sharding.plan import QKV, Column, MergedColumn, Plan, Replicated, Row, Split
 from .common import (
     DriverBase,
-    Memo,
     attention,
     rms_norm,
     rope_rotation,
@@ -324,14 +323,14 @@ class Driver(DriverBase):
 
     def _block(
         self,
-        block: nn.Module,
+        block: Any,
         x: torch.Tensor,
         rotation: torch.Tensor,
         adaln: torch.Tensor | None,
     ) -> torch.Tensor:
         """One transformer block; ``adaln`` (B, 256), or None for the caption's own blocks."""
 
-        def norm(module: nn.Module, value: torch.Tensor) -> torch.Tensor:
+        def norm(module: Any, value: torch.Tensor) -> torch.Tensor:
             return rms_norm(value, module.weight, NORM_EPS)
 
         if adaln is None:
@@ -351,7 +350,7 @@ class Driver(DriverBase):
         fed = self._feed_forward(block.feed_forward, norm(block.ffn_norm1, x) * (1 + scale_mlp))
         return x + gate_mlp.tanh() * norm(block.ffn_norm2, fed)
 
-    def _attend(self, module: nn.Module, x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    def _attend(self, module: Any, x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
         qkv = module.to_qkv(x).unflatten(-1, (3, -1, self.config["head_dim"]))
         q, k, v = qkv.unbind(2)  # each (B, L, N, K)
         # ComfyUI leaves eps to torch here: the smallest of fp32, not the 1e-5 of diffusers.
@@ -359,7 +358,7 @@ class Driver(DriverBase):
         k = rotate_pairs(rms_norm(k, module.norm_k.weight, None), rotation)
         return module.to_out[0](attention(q, k, v))
 
-    def _feed_forward(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    def _feed_forward(self, module: Any, x: torch.Tensor) -> torch.Tensor:
         gate, up = module.w13(x).chunk(2, dim=-1)
         return module.w2(F.silu(gate) * up)
 

@@ -40,16 +40,17 @@ class _CastLinearMethod(UnquantizedLinearMethod):
         self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         cast_bias = None if bias is None else bias.to(x.dtype)
-        return F.linear(x, layer.weight.to(x.dtype), cast_bias)
+        weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+        return F.linear(x, weight.to(x.dtype), cast_bias)
 
 
 class CastAtUse(QuantizationConfig):
     """vLLM's seam for how a linear stores and multiplies its weight."""
 
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:  # noqa: ARG002
         return _CastLinearMethod() if isinstance(layer, LinearBase) else None
 
-    def get_name(self) -> str:  # type: ignore[override]
+    def get_name(self) -> str:
         return "cast_at_use"
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
@@ -64,7 +65,7 @@ class CastAtUse(QuantizationConfig):
         return []
 
     @classmethod
-    def from_config(cls, config: dict[str, object]) -> "CastAtUse":
+    def from_config(cls, config: dict[str, object]) -> "CastAtUse":  # noqa: ARG003
         return cls()
 
 

@@ -1,0 +1,36 @@
+"""Real groups of CPU ranks for the parity tests, kept for the whole run: a start takes seconds."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tp_runtime import GroupConfig, ModelSpec, RemoteModel, Runtime
+
+# What sharding may change at most: the order in which fp32 products are summed.
+FP32_TOLERANCE = 2e-6
+
+Remote = Callable[..., RemoteModel]
+
+
+@pytest.fixture(scope="session")
+def remote() -> Iterator[Remote]:
+    """`remote(path, tp_size, dtype)`: the file loaded on a group of that many CPU ranks."""
+    runtime = Runtime()
+
+    def load(path: Path, tp_size: int, dtype: torch.dtype = torch.float32) -> RemoteModel:
+        name = str(dtype).removeprefix("torch.")
+        spec = ModelSpec.of(str(path), name, name)
+        model = runtime.model(spec, GroupConfig(tp_size, "cpu"))
+        model.ensure_loaded()
+        return model
+
+    yield load
+    runtime.release()
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference over the norm of what is expected, in fp64."""
+    found, expected = found.double(), expected.double()
+    return float((found - expected).norm() / expected.norm())

@@ -1,0 +1,115 @@
+"""Z-Image on real ranks against ComfyUI's own NextDiT, on the same tiny file."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from parity.conftest import FP32_TOLERANCE, Remote, relative_error
+from support.native import native_z_image
+from support.tiny_models import write_z_image
+
+from tp_runtime import InputError
+
+pytestmark = pytest.mark.process
+
+# (batch, latent height, latent width, caption length)
+CASES = [
+    (1, 16, 16, 20),
+    (1, 16, 16, 32),  # a caption that needs no padding
+    (1, 17, 15, 33),  # odd sizes: padded circularly, then cropped
+    (2, 8, 12, 1),
+    (3, 9, 8, 77),
+    (1, 8, 8, 1600),  # longer than diffusers' table of positions
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_z_image(tmp_path_factory.mktemp("z_image") / "tiny.safetensors")
+
+
+def make_inputs(
+    batch: int, height: int, width: int, length: int, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """What ComfyUI's BaseModel passes to the transformer, at random."""
+    generator = torch.Generator().manual_seed(1000 * batch + height + length)
+    return {
+        "x": torch.randn(batch, 16, height, width, generator=generator).to(dtype),
+        "timesteps": torch.rand(batch, generator=generator),
+        "context": torch.randn(batch, length, 64, generator=generator).to(dtype),
+        "num_tokens": length,
+        "transformer_options": {},
+    }
+
+
+def native(path: Path, inputs: dict[str, Any], dtype: torch.dtype) -> torch.Tensor:
+    with torch.inference_mode():
+        return native_z_image(path, dtype)(**inputs)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+def test_fp32(checkpoint: Path, remote: Remote, tp_size: int, case: tuple[int, ...]) -> None:
+    inputs = make_inputs(*case)
+    found = remote(checkpoint, tp_size).denoise(inputs)
+    assert relative_error(found, native(checkpoint, inputs, torch.float32)) <= FP32_TOLERANCE
+
+
+@pytest.mark.parametrize("case", CASES[:5:2], ids=str)
+@pytest.mark.parametrize("tp_size", [2, 4])
+def test_bf16_is_as_close_as_comfyui(
+    checkpoint: Path, remote: Remote, tp_size: int, case: tuple[int, ...]
+) -> None:
+    inputs = make_inputs(*case, dtype=torch.bfloat16)
+    exact = native(
+        checkpoint,
+        {k: v.float() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()},
+        torch.float32,
+    )
+    comfy = native(checkpoint, inputs, torch.bfloat16)
+    found = remote(checkpoint, tp_size, torch.bfloat16).denoise(inputs)
+    assert found.dtype == torch.bfloat16
+    assert relative_error(found, comfy) <= relative_error(comfy, exact)
+
+
+def test_rope_options(checkpoint: Path, remote: Remote) -> None:
+    options = {"scale_x": 1.5, "scale_y": 0.75, "shift_x": 2.0, "shift_y": -1.0}
+    inputs = make_inputs(1, 8, 12, 20) | {"transformer_options": {"rope_options": options}}
+    found = remote(checkpoint, 2).denoise(inputs)
+    assert relative_error(found, native(checkpoint, inputs, torch.float32)) <= FP32_TOLERANCE
+
+
+def test_the_caption_may_change_between_steps(checkpoint: Path, remote: Remote) -> None:
+    model = remote(checkpoint, 2)
+    first, second = make_inputs(1, 8, 8, 20), make_inputs(1, 8, 8, 21)
+    for inputs in (first, second, first):
+        expected = native(checkpoint, inputs, torch.float32)
+        assert relative_error(model.denoise(inputs), expected) <= FP32_TOLERANCE
+
+
+def test_a_file_with_the_prefix_of_full_checkpoints(tmp_path: Path, remote: Remote) -> None:
+    plain = write_z_image(tmp_path / "plain.safetensors")
+    prefixed = write_z_image(tmp_path / "full.safetensors", prefix="model.diffusion_model.")
+    inputs = make_inputs(1, 8, 8, 20)
+    found = remote(prefixed, 2).denoise(inputs)
+    assert relative_error(found, native(plain, inputs, torch.float32)) <= FP32_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("x", torch.zeros(1, 4, 8, 8), "16"),
+        ("context", torch.zeros(1, 20, 65), "width 64"),
+        ("timesteps", torch.zeros(2), "Batch sizes differ"),
+        ("ref_latents", [torch.zeros(1, 16, 8, 8)], "ref_latents"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(
+    checkpoint: Path, remote: Remote, name: str, value: Any, words: str
+) -> None:
+    model = remote(checkpoint, 2)
+    inputs = make_inputs(1, 8, 8, 20)
+    with pytest.raises(InputError, match=words):
+        model.denoise(inputs | {name: value})
+    assert torch.equal(model.denoise(inputs), model.denoise(inputs))
