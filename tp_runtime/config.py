@@ -119,21 +119,30 @@ class GroupConfig:
 class ModelSpec(msgspec.Struct, frozen=True):
     """What identifies a model on a group: the file and the dtypes it runs in.
 
-    ``weight_dtype`` is what linear weights are held in, ``compute_dtype`` what activations are;
-    both are torch names such as ``"bfloat16"``. ``version`` tells a replaced file from the one
-    that was loaded (size and modification time in ns).
+        ``weight_dtype`` is what linear weights are held in, ``compute_dtype`` what activations are;
+        both are torch names such as ``"bfloat16"``. ``version`` tells a replaced file from the one
+    that was loaded (size and modification time in ns). ``optimize``: ``"auto"`` compiles and
+        records a step once its shapes repeat (GPU only); ``"off"`` runs it as it is written.
     """
 
     path: str
     weight_dtype: str
     compute_dtype: str
     version: tuple[int, int] = (0, 0)
+    optimize: Literal["auto", "off"] = "auto"
 
     @classmethod
-    def of(cls, path: str, weight_dtype: str, compute_dtype: str) -> "ModelSpec":
+    def of(
+        cls,
+        path: str,
+        weight_dtype: str,
+        compute_dtype: str,
+        optimize: Literal["auto", "off"] = "auto",
+    ) -> "ModelSpec":
         """The spec of the file as it is on disk now."""
-        stat = os.stat(path)
-        return cls(path, weight_dtype, compute_dtype, (stat.st_size, stat.st_mtime_ns))
+        stat = Path(path).stat()
+        version = (stat.st_size, stat.st_mtime_ns)
+        return cls(path, weight_dtype, compute_dtype, version, optimize)
 
 
 class WorkerConfig(msgspec.Struct, frozen=True):

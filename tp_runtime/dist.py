@@ -48,6 +48,18 @@ def tensor_parallel_group(config: WorkerConfig) -> Iterator[int]:
         parallel_state.destroy_distributed_environment()
 
 
+def all_gather_last(tensor: torch.Tensor) -> torch.Tensor:
+    """Put the ranks' parts of the last axis together; equal on every rank."""
+    return parallel_state.get_tp_group().all_gather(tensor, -1)
+
+
+@contextlib.contextmanager
+def graph_capture(device: torch.device) -> Iterator[torch.cuda.Stream]:
+    """vLLM's context in which collectives may be recorded into a CUDA graph; yields its stream."""
+    with parallel_state.graph_capture(device=device) as context:
+        yield context.stream
+
+
 def versions() -> dict[str, str]:
     """Versions of the packages that compute, for the report."""
     return {name: importlib.metadata.version(name) for name in ("torch", "vllm", "diffusers")}

@@ -37,6 +37,7 @@ from .errors import (
 )
 from .launcher import Launcher, LocalLauncher, Rank
 from .protocol import (
+    PER_STEP_INPUTS,
     Close,
     Denoise,
     Done,
@@ -57,8 +58,6 @@ logger = logging.getLogger("tp_runtime")
 
 POLL_S = 0.01
 CLOSE_TIMEOUT_S = 5.0
-# Inputs that differ at every step; everything else is constant over a generation as a rule.
-PER_STEP_INPUTS = frozenset({"x", "timesteps", "control"})
 
 Poll = Callable[[], None]
 OnProgress = Callable[[int, int], None]

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from . import dist
+from .acceleration import GraphedStep
 from .checkpoint import CheckpointFile, inspect_checkpoint
 from .config import ModelSpec
 from .models import family
 from .models.common import DriverBase
-from .sharding.parts import Part, Source, layer_parts, whole_parts
+from .sharding.parts import Part, layer_parts, whole_parts
 from .sharding.walker import plan_layers, replace_linears
 from .tensors import dtype_of
 
@@ -55,10 +57,7 @@ def load_model(
     whole = [name for name, _ in model.named_parameters() if name.rpartition(".")[0] not in split]
     replace_linears(model, layers, tp_size, dtype_of(spec.weight_dtype), compute_dtype)
 
-    def sources(name: str) -> tuple[Source, ...]:
-        found: tuple[Source, ...] = module.sources(name, info.config)
-        return found
-
+    sources = module.sources(info.config)
     parts = [part for layer in layers for part in layer_parts(layer, rank, tp_size, sources)]
     parts += [part for name in whole for part in whole_parts(name, sources)]
     model.to_empty(device=device)
@@ -66,7 +65,10 @@ def load_model(
         _fill(model, parts, file, report_progress)
         bytes_read = file.bytes_read
     resident = sum(parameter.nbytes for parameter in model.parameters())
-    return LoadedModel(module.Driver(model.eval(), info.config), parts, resident, bytes_read)
+    driver = module.Driver(model.eval(), info.config, dist.all_gather_last)
+    if device.type == "cuda" and spec.optimize == "auto":
+        driver.run_step = GraphedStep(driver.step, lambda: dist.graph_capture(device))
+    return LoadedModel(driver, parts, resident, bytes_read)
 
 
 def _fill(

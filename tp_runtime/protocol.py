@@ -14,6 +14,8 @@ from .errors import ProtocolError
 
 VERSION = 1
 MAX_FRAME_BYTES = 16 * 2**20  # a frame holds no tensor data, only references to it
+# Inputs that differ at every step; all others are constant over a generation as a rule.
+PER_STEP_INPUTS = frozenset({"x", "timesteps", "control"})
 _TENSOR_EXT = 1
 
 

@@ -3,12 +3,13 @@
 import time
 from typing import Any
 
+import msgspec
 import torch
 
 from .config import WorkerConfig
 from .errors import InputError
 from .loading import LoadedModel, ReportProgress, load_model
-from .protocol import Denoise, Load, Report, Request, TensorRef, Unload
+from .protocol import PER_STEP_INPUTS, Denoise, Load, Report, Request, TensorRef, Unload
 from .tensors import Exchange
 
 
@@ -71,12 +72,13 @@ class Runner:
         # Before anything can be refused: the engine takes it that these are held from now on.
         self._exchange.remap(request.exchange_bytes)
         inputs = self._resolve(request.inputs)
+        conditioning_key = _conditioning_key(request.inputs)
         for key in request.drop:
             del self._held[key]
         model = self._models.get(request.model)
         if model is None:
             raise InputError(f"The model {request.model} is not loaded on the process group.")
-        output = model.driver(inputs)
+        output = model.driver(inputs, conditioning_key)
         if self._config.rank == 0:
             result = self._exchange.view(request.result)
             assert (output.shape, output.dtype) == (result.shape, result.dtype), (
@@ -125,3 +127,19 @@ class Runner:
             },
             "last_step_ms": self._last_step_ms,
         }
+
+
+def _conditioning_key(inputs: dict[str, Any]) -> bytes:
+    """Equal for requests that differ in nothing but what changes at every step."""
+
+    def by_name(value: Any) -> Any:
+        if isinstance(value, TensorRef):
+            return ["tensor", value.key]
+        if isinstance(value, dict):
+            return {name: by_name(item) for name, item in value.items()}
+        if isinstance(value, list):
+            return [by_name(item) for item in value]
+        return value
+
+    constant = {k: by_name(v) for k, v in inputs.items() if k not in PER_STEP_INPUTS}
+    return msgspec.msgpack.encode(constant)

@@ -101,7 +101,7 @@ def test_a_file_with_the_prefix_of_full_checkpoints(tmp_path: Path, remote: Remo
     [
         ("x", torch.zeros(1, 4, 8, 8), "16"),
         ("context", torch.zeros(1, 20, 65), "width 64"),
-        ("timesteps", torch.zeros(2), "Batch sizes differ"),
+        ("timesteps", torch.zeros(2), "as many timesteps"),
         ("ref_latents", [torch.zeros(1, 16, 8, 8)], "ref_latents"),
     ],
 )

@@ -8,9 +8,9 @@ guide.
 
 from types import ModuleType
 
-from . import z_image
+from . import flux, z_image
 
-FAMILIES: dict[str, ModuleType] = {module.FAMILY: module for module in (z_image,)}
+FAMILIES: dict[str, ModuleType] = {module.FAMILY: module for module in (z_image, flux)}
 
 
 def family(name: str) -> ModuleType:

@@ -16,16 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..acceleration import fused
 from ..checkpoint import TensorInfo
 from ..errors import CheckpointError, InputError
-from ..sharding.parts import Source
+from ..sharding.parts import Source, Sources
 from ..sharding.plan import QKV, Column, MergedColumn, Plan, Replicated, Row, Split
 from .common import (
+    Conditioning,
     DriverBase,
     attention,
     rms_norm,
     rope_rotation,
     rotate_pairs,
+    silu_gate,
     timestep_embedding,
 )
 
@@ -140,16 +143,21 @@ _FILE_NAMES = {
 }
 
 
-def sources(parameter: str, config: dict[str, Any]) -> tuple[Source, ...]:
+def sources(config: dict[str, Any]) -> Sources:
     """Where the file keeps a parameter of the diffusers module."""
-    for index, projection in enumerate(("to_q", "to_k", "to_v")):
-        if parameter.endswith(f".attention.{projection}.weight"):
-            name = parameter.replace(projection, "qkv")
-            return (Source(name, index * config["dim"], (index + 1) * config["dim"]),)
-    name = parameter
-    for ours, theirs in _FILE_NAMES.items():
-        name = name.replace(ours, theirs)
-    return (Source(name, 0, file_tensors(config)[name][0]),)
+    shapes, dim = file_tensors(config), config["dim"]
+
+    def find(parameter: str) -> tuple[Source, ...]:
+        for index, projection in enumerate(("to_q", "to_k", "to_v")):
+            if parameter.endswith(f".attention.{projection}.weight"):
+                name = parameter.replace(projection, "qkv")
+                return (Source(name, index * dim, (index + 1) * dim),)
+        name = parameter
+        for ours, theirs in _FILE_NAMES.items():
+            name = name.replace(ours, theirs)
+        return (Source(name, 0, shapes[name][0]),)
+
+    return find
 
 
 # --- the model ---------------------------------------------------------------------------------
@@ -166,7 +174,7 @@ def plan(config: dict[str, Any]) -> Plan:
             "*.*.attention.to_out.0": Row((heads,)),
             "*.*.feed_forward.{w1,w3}": MergedColumn("w13"),
             "*.*.feed_forward.w2": Row(),
-            "*.*.adaLN_modulation.0": Column(gather=True),
+            "*.*.adaLN_modulation.0": Column(),  # gathered by the driver, all at once
             "all_final_layer.*.adaLN_modulation.1": Column(gather=True),
             "cap_embedder.1": Column(gather=True),
             "all_x_embedder.*": Replicated(),
@@ -210,44 +218,80 @@ def build(config: dict[str, Any]) -> nn.Module:
     return model
 
 
+@fused
+def _norm_modulate(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return rms_norm(x, weight, NORM_EPS) * (1 + scale)
+
+
+@fused
+def _gated_residual(
+    x: torch.Tensor, gate: torch.Tensor, update: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    return x + gate.tanh() * rms_norm(update, weight, NORM_EPS)
+
+
+@fused
+def _rotated_heads(
+    qkv: torch.Tensor, norm_q: torch.Tensor, norm_k: torch.Tensor, rotation: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(B, L, 3, N, K) → q, k, v, each (B, L, N, K); q and k normed and rotated."""
+    q, k, v = qkv.unbind(2)
+    # ComfyUI leaves eps to torch here: the smallest of fp32, not the 1e-5 of diffusers.
+    q = rotate_pairs(rms_norm(q, norm_q, None), rotation)
+    k = rotate_pairs(rms_norm(k, norm_k, None), rotation)
+    return q, k, v
+
+
 class Driver(DriverBase):
     """Evaluates the sharded module on ComfyUI's forward arguments."""
 
     label = LABEL
 
-    def forward(
+    def condition(
+        self,
+        x: torch.Tensor,
+        context: torch.Tensor,
+        num_tokens: int | None = None,  # noqa: ARG002  (ComfyUI passes it, the model has no use)
+        transformer_options: Mapping[str, Any] | None = None,
+    ) -> Conditioning:
+        """``caption`` (B, L, D): refined caption ``context`` (B, L, cap_feat_dim), padded.
+
+        ``rotation`` (1, L+L', 1, K/2, 2): of the caption's and then the image's tokens.
+        """
+        self._check(x, context)
+        norm, embed = self.model.cap_embedder
+        caption = embed(rms_norm(context, norm.weight, NORM_EPS))
+        caption = self._pad_tokens(caption, "cap_pad_token")
+        length = caption.shape[1]
+        rope_options = (transformer_options or {}).get("rope_options") or {}
+        rotation = self._rotation(length, x.shape[-2:], rope_options, x.device)
+        for block in self.model.context_refiner:
+            caption = self._caption_block(block, caption, rotation[:, :length])
+        return {"caption": caption, "rotation": rotation}
+
+    def step(
         self,
         x: torch.Tensor,
         timesteps: torch.Tensor,
-        context: torch.Tensor,
-        num_tokens: int | None = None,
-        transformer_options: Mapping[str, Any] | None = None,
+        caption: torch.Tensor,
+        rotation: torch.Tensor,
     ) -> torch.Tensor:
-        """The model's prediction for latents ``x`` (B, C, H, W) at ``timesteps`` (B,) fp32.
-
-        ``context`` (B, L, cap_feat_dim) is the caption; ``num_tokens`` is not used by the model.
-
-        Raises:
-            InputError: a tensor's shape does not fit.
-        """
-        self._check(x, timesteps, context)
+        """(B, C, H, W) → the same."""
         height, width = x.shape[-2:]
         x = F.pad(x, (0, width % PATCH, 0, height % PATCH), mode="circular")
-        rope_options = (transformer_options or {}).get("rope_options") or {}
-        caption, rotation = self._caption(context, x.shape[-2:], rope_options)
-
         time = timestep_embedding((1.0 - timesteps) * TIME_SCALE, 256).to(x.dtype)
         adaln = self.model.t_embedder.mlp(time)
         image = self._image_tokens(x)
-        caption_length = caption.shape[1]
+        modulation = iter(self._modulation(adaln))
+        length = caption.shape[1]
         for block in self.model.noise_refiner:
-            image = self._block(block, image, rotation[:, caption_length:], adaln)
+            image = self._block(block, image, rotation[:, length:], next(modulation))
         tokens = torch.cat((caption, image), dim=1)
         for block in self.model.layers:
-            tokens = self._block(block, tokens, rotation, adaln)
-        return -self._unpatchify(tokens[:, caption_length:], adaln, x.shape)[:, :, :height, :width]
+            tokens = self._block(block, tokens, rotation, next(modulation))
+        return -self._unpatchify(tokens[:, length:], adaln, x.shape)[:, :, :height, :width]
 
-    def _check(self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor) -> None:
+    def _check(self, x: torch.Tensor, context: torch.Tensor) -> None:
         channels, width = self.config["in_channels"], self.config["cap_feat_dim"]
         if x.ndim != 4 or x.shape[1] != channels:
             raise InputError(
@@ -259,31 +303,8 @@ class Driver(DriverBase):
                 f"{LABEL} takes a text conditioning of width {width}; got shape "
                 f"{tuple(context.shape)}. Use the text encoder that belongs to the model."
             )
-        if not x.shape[0] == timesteps.shape[0] == context.shape[0]:
-            raise InputError(
-                f"Batch sizes differ: latents {x.shape[0]}, timesteps {timesteps.shape[0]}, "
-                f"text {context.shape[0]}."
-            )
-
-    # Everything about the caption is the same at every step: computed once per generation.
-    def _caption(
-        self, context: torch.Tensor, size: torch.Size, rope_options: Mapping[str, float]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Refined caption tokens (B, L, D) and the rotation of all tokens (1, L+L', 1, K/2, 2)."""
-        key = (tuple(size), tuple(sorted(rope_options.items())))
-        return self.memo.get(context, key, lambda: self._refine(context, size, rope_options))
-
-    def _refine(
-        self, context: torch.Tensor, size: torch.Size, rope_options: Mapping[str, float]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        norm, embed = self.model.cap_embedder
-        caption = embed(rms_norm(context, norm.weight, NORM_EPS))
-        caption = self._pad_tokens(caption, "cap_pad_token")
-        length = caption.shape[1]
-        rotation = self._rotation(length, size, rope_options, caption.device)
-        for block in self.model.context_refiner:
-            caption = self._block(block, caption, rotation[:, :length], None)
-        return caption, rotation
+        if x.shape[0] != context.shape[0]:
+            raise InputError(f"{x.shape[0]} latents need as many captions; got {context.shape[0]}.")
 
     def _pad_tokens(self, tokens: torch.Tensor, pad_token: str) -> torch.Tensor:
         multiple = self.config["pad_tokens_multiple"]
@@ -301,7 +322,7 @@ class Driver(DriverBase):
         device: torch.device,
     ) -> torch.Tensor:
         """Positions: the caption counts along the first axis, the image lies at its end."""
-        rows, columns = size[0] // PATCH, size[1] // PATCH
+        rows, columns = -(-size[0] // PATCH), -(-size[1] // PATCH)
         multiple = self.config["pad_tokens_multiple"] or 1
         num_image = -(-rows * columns // multiple) * multiple
         positions = torch.zeros(caption_length + num_image, 3, dtype=torch.float32, device=device)
@@ -321,46 +342,43 @@ class Driver(DriverBase):
         patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
         return self._pad_tokens(self.model.all_x_embedder[_EMBEDDER](patches), "x_pad_token")
 
+    def _modulation(self, adaln: torch.Tensor) -> list[torch.Tensor]:
+        """Scale and gate of every modulated block, each (B, 1, 4·D), with one gather for all."""
+        blocks = [*self.model.noise_refiner, *self.model.layers]
+        local = torch.stack([block.adaLN_modulation[0](adaln) for block in blocks])
+        full = self.gather(local)[..., : 4 * self.config["dim"]]
+        return list(full.unsqueeze(2).unbind())
+
     def _block(
-        self,
-        block: Any,
-        x: torch.Tensor,
-        rotation: torch.Tensor,
-        adaln: torch.Tensor | None,
+        self, block: Any, x: torch.Tensor, rotation: torch.Tensor, modulation: torch.Tensor
     ) -> torch.Tensor:
-        """One transformer block; ``adaln`` (B, 256), or None for the caption's own blocks."""
+        """One transformer block on tokens (B, L, D)."""
+        scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.chunk(4, dim=-1)
+        normed = _norm_modulate(x, block.attention_norm1.weight, scale_msa)
+        attended = self._attend(block.attention, normed, rotation)
+        x = _gated_residual(x, gate_msa, attended, block.attention_norm2.weight)
+        normed = _norm_modulate(x, block.ffn_norm1.weight, scale_mlp)
+        fed = self._feed_forward(block.feed_forward, normed)
+        return _gated_residual(x, gate_mlp, fed, block.ffn_norm2.weight)
+
+    def _caption_block(self, block: Any, x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+        """A block without modulation; runs once per generation."""
 
         def norm(module: Any, value: torch.Tensor) -> torch.Tensor:
             return rms_norm(value, module.weight, NORM_EPS)
 
-        if adaln is None:
-            x = x + norm(
-                block.attention_norm2,
-                self._attend(block.attention, norm(block.attention_norm1, x), rotation),
-            )
-            return x + norm(
-                block.ffn_norm2, self._feed_forward(block.feed_forward, norm(block.ffn_norm1, x))
-            )
-        modulation = block.adaLN_modulation[0](adaln).unsqueeze(1)
-        scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.chunk(4, dim=-1)
-        attended = self._attend(
-            block.attention, norm(block.attention_norm1, x) * (1 + scale_msa), rotation
-        )
-        x = x + gate_msa.tanh() * norm(block.attention_norm2, attended)
-        fed = self._feed_forward(block.feed_forward, norm(block.ffn_norm1, x) * (1 + scale_mlp))
-        return x + gate_mlp.tanh() * norm(block.ffn_norm2, fed)
+        attended = self._attend(block.attention, norm(block.attention_norm1, x), rotation)
+        x = x + norm(block.attention_norm2, attended)
+        fed = self._feed_forward(block.feed_forward, norm(block.ffn_norm1, x))
+        return x + norm(block.ffn_norm2, fed)
 
     def _attend(self, module: Any, x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
         qkv = module.to_qkv(x).unflatten(-1, (3, -1, self.config["head_dim"]))
-        q, k, v = qkv.unbind(2)  # each (B, L, N, K)
-        # ComfyUI leaves eps to torch here: the smallest of fp32, not the 1e-5 of diffusers.
-        q = rotate_pairs(rms_norm(q, module.norm_q.weight, None), rotation)
-        k = rotate_pairs(rms_norm(k, module.norm_k.weight, None), rotation)
+        q, k, v = _rotated_heads(qkv, module.norm_q.weight, module.norm_k.weight, rotation)
         return module.to_out[0](attention(q, k, v))
 
     def _feed_forward(self, module: Any, x: torch.Tensor) -> torch.Tensor:
-        gate, up = module.w13(x).chunk(2, dim=-1)
-        return module.w2(F.silu(gate) * up)
+        return module.w2(silu_gate(module.w13(x)))
 
     def _unpatchify(
         self, tokens: torch.Tensor, adaln: torch.Tensor, shape: torch.Size

@@ -1,7 +1,7 @@
 """What becomes of every ``nn.Linear`` of a model under tensor parallelism, as data.
 
 A plan maps patterns of module paths to styles. ``*`` stands for one component of a path;
-``{a,b}`` at the end lists linears that are fused into one layer, in that order. Nothing here
+``{a,b.c}`` at the end lists linears that are fused into one layer, in that order. Nothing here
 imports vLLM or diffusers: ComfyUI's process asks a plan for the sizes that work.
 
 The arithmetic of sharding lives in ``Split``: which part of an axis a rank holds, with zeros
@@ -199,8 +199,8 @@ def _groups(pattern: str, paths: list[str]) -> list[tuple[str, tuple[str, ...]]]
     expression = re.compile(re.escape(first).replace(r"\*", r"[^.]+"))
     found = []
     for path in filter(expression.fullmatch, paths):
-        parent, _, name = path.rpartition(".")
-        found.append((parent, names or (name,)))
+        name = names[0] if names else path.rpartition(".")[2]
+        found.append((path.removesuffix(name).rstrip("."), names or (name,)))
     return found
 
 

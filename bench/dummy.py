@@ -1,0 +1,57 @@
+"""Writes model files of full size with random weights, to measure without downloading any."""
+
+import json
+import math
+import struct
+from pathlib import Path
+
+import torch
+
+from tp_runtime.checkpoint import TensorInfo
+from tp_runtime.models import family
+
+# Real sizes: what `infer_config` reads from the published files.
+_FULL_SIZE = {
+    "z_image": {
+        "x_embedder.weight": (3840, 64),
+        "cap_embedder.1.weight": (3840, 2560),
+        "t_embedder.mlp.0.weight": (1024, 256),
+        "layers.0.attention.q_norm.weight": (128,),
+        "layers.0.feed_forward.w1.weight": (10240, 3840),
+        "cap_pad_token": (1, 3840),
+        **{f"layers.{i}.x": () for i in range(30)},
+        **{f"noise_refiner.{i}.x": () for i in range(2)},
+    },
+}
+
+_BLOCK_ELEMENTS = 32 * 2**20
+
+
+def full_config(name: str) -> dict[str, object]:
+    """The configuration of the published model of a family."""
+    tensors = {key: TensorInfo(shape, "BF16") for key, shape in _FULL_SIZE[name].items()}
+    config: dict[str, object] = family(name).infer_config(tensors)
+    return config
+
+
+def write_dummy(name: str, path: Path) -> int:
+    """Write a bf16 file of the family's full size; returns its bytes of tensor data.
+
+    The same block of normal numbers, scaled to keep activations of order one, repeats: drawing
+    billions of numbers would take longer than the measurement.
+    """
+    header: dict[str, object] = {}
+    offset = 0
+    for key, shape in family(name).file_tensors(full_config(name)).items():
+        end = offset + 2 * math.prod(shape)
+        header[key] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    block = torch.randn(_BLOCK_ELEMENTS, generator=torch.Generator().manual_seed(0)) * 0.02
+    data = block.bfloat16().view(torch.uint8).numpy().tobytes()
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for start in range(0, offset, len(data)):
+            file.write(data[: offset - start])
+    return offset

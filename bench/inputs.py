@@ -1,0 +1,23 @@
+"""Random forward arguments of full size, as ComfyUI's BaseModel passes them."""
+
+from typing import Any
+
+import torch
+
+
+def make_inputs(model: str, side: int, batch: int) -> dict[str, Any]:
+    """Inputs for pictures of ``side`` × ``side`` pixels, in bf16 with fp32 timesteps."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).bfloat16()
+
+    latent = side // 8
+    inputs: dict[str, Any] = {
+        "timesteps": torch.full((batch,), 0.7),
+        "transformer_options": {},
+    }
+    if model == "z_image":
+        inputs |= {"x": normal(batch, 16, latent, latent), "context": normal(batch, 64, 2560)}
+        return inputs
+    raise ValueError(f"no inputs for the model {model!r}")
