@@ -1,0 +1,67 @@
+# Everything runs in .venv, made here from requirements-dev.txt; nothing else is installed, except
+# that `make test` adds Debian's chromium when it runs as root. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed-from-requirements-dev
+export COMFYUI_PATH ?= $(CURDIR)/.comfyui
+
+.PHONY: help demo serve test check lint format venv comfyui browser clean
+
+help:
+	@echo "make demo     start ComfyUI, compare TP Sampler on 2 ranks with the stock sampler, stop"
+	@echo "make serve    start ComfyUI with the pack and a tiny model, until Ctrl-C"
+	@echo "make test     every test that this machine can run"
+	@echo "make check    format, lint, types and the quick tests (what a commit must pass)"
+	@echo "make format   let ruff rewrite the code"
+	@echo "make venv     only make .venv;  make comfyui: only fetch ComfyUI (or set COMFYUI_PATH)"
+	@echo "make clean    remove what these targets made, .venv and .comfyui included"
+
+demo: venv comfyui
+	$(BIN)/python scripts/demo.py
+
+serve: venv comfyui
+	$(BIN)/python scripts/demo.py --serve
+
+test: venv comfyui browser
+	$(BIN)/python -m pytest
+
+check: lint comfyui
+	$(BIN)/python -m pytest -m "not process and not comfy and not web and not gpu"
+
+lint: venv
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: venv
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+venv: $(INSTALLED)
+
+$(INSTALLED): requirements-dev.txt
+	scripts/make_venv.sh "$(PYTHON)" "$(VENV)"
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+comfyui: venv
+	@if [ "$(COMFYUI_PATH)" = "$(CURDIR)/.comfyui" ]; then \
+		$(BIN)/python scripts/get_comfyui.py; \
+	elif [ ! -f "$(COMFYUI_PATH)/main.py" ]; then \
+		echo "COMFYUI_PATH=$(COMFYUI_PATH) is not a ComfyUI: it has no main.py" >&2; exit 1; \
+	fi
+
+browser:
+	@if command -v chromium >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; \
+	else \
+		echo "No chromium here: the tests marked 'web' are left out (install it to run them)."; \
+	fi
+
+clean:
+	rm -rf $(VENV) .comfyui out .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,24 @@
+"""Fixtures shared by every suite."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.comfy_server import ComfyServer
+from support.leaks import nothing_left_over
+from support.tiny_models import write_z_image
+
+
+@pytest.fixture(scope="session")
+def tiny_z_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny fp32 Z-Image checkpoint (30 heads, width 480)."""
+    return write_z_image(tmp_path_factory.mktemp("models") / "tiny_z_image.safetensors")
+
+
+@pytest.fixture(scope="session")
+def comfy_server(tiny_z_image: Path) -> Iterator[ComfyServer]:
+    """One ComfyUI for the whole run, with `tiny_z_image.safetensors` among its models."""
+    with nothing_left_over(), ComfyServer() as server:
+        (server.models / "diffusion_models" / tiny_z_image.name).symlink_to(tiny_z_image)
+        yield server

@@ -1,0 +1,40 @@
+"""What ComfyUI-Manager installs is what pyproject.toml declares, and it is light."""
+
+import re
+import tomllib
+from typing import Any
+
+import pytest
+
+from support.paths import REPOSITORY
+
+
+@pytest.fixture(scope="module")
+def pyproject() -> dict[str, Any]:
+    return tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+
+
+def requirement_lines(name: str) -> list[str]:
+    lines = (REPOSITORY / name).read_text().splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def package(requirement: str) -> str:
+    return re.split(r"[<>=\[]", requirement)[0].lower().replace("_", "-")
+
+
+def test_requirements_are_the_declared_dependencies(pyproject: dict[str, Any]) -> None:
+    assert requirement_lines("requirements.txt") == pyproject["project"]["dependencies"]
+
+
+def test_requirements_leave_comfyuis_torch_alone() -> None:
+    """vLLM pins an exact torch: installing it into ComfyUI's Python must be the user's decision."""
+    heavy = {"torch", "vllm", "diffusers", "transformers"}
+    assert heavy.isdisjoint(map(package, requirement_lines("requirements.txt")))
+
+
+def test_development_versions_cover_every_extra(pyproject: dict[str, Any]) -> None:
+    extras = pyproject["project"]["optional-dependencies"]
+    declared = [*pyproject["project"]["dependencies"], *(r for rs in extras.values() for r in rs)]
+    pinned = set(map(package, requirement_lines("requirements-dev.txt")))
+    assert set(map(package, declared)) <= pinned

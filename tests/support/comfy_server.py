@@ -1,0 +1,278 @@
+"""A real ComfyUI server for the tests and the demo, with this pack installed in it.
+
+The server gets its own base folder (models, custom_nodes, output, user), where `custom_nodes`
+holds links to this checkout and to the test pack. Prompts go over HTTP and progress comes over the
+websocket, as with ComfyUI's page.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+import torch
+from safetensors.torch import load_file
+
+from support.comfy_events import EventListener
+from support.comfy_history import History, finished, validation_error
+from support.paths import REPOSITORY, TEST_PACK, comfyui_path
+from support.workflows import Prompt
+
+PACK_FOLDER = "tensor-parallel"
+
+
+class ComfyServer:
+    """One running ComfyUI; a context manager, and every wait in it has a limit."""
+
+    def __init__(
+        self, *, env: Mapping[str, str] | None = None, extra_args: Iterable[str] = ("--cpu",)
+    ) -> None:
+        """Start ComfyUI and wait until it answers.
+
+        Args:
+            env: variables to set for the server on top of this process's own.
+            extra_args: ComfyUI's options; pass `()` to let it use the GPU.
+        """
+        self._comfyui = comfyui_path()
+        self.base = Path(tempfile.mkdtemp(prefix="comfy-server-"))
+        self.models = self.base / "models"
+        self.log_path = self.base / "comfyui.log"
+        self._listener: EventListener | None = None
+        self._orphans: list[psutil.Process] = []
+        self._link_packs()
+        self._port = _free_port()
+        self.process = self._start(env or {}, extra_args)
+        try:
+            self._wait_until_up(timeout_s=180)
+            self._listener = EventListener(f"ws://127.0.0.1:{self._port}/ws")
+        except BaseException:
+            self.stop()
+            raise
+
+    def __enter__(self) -> "ComfyServer":
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    # Starting and stopping
+
+    def _link_packs(self) -> None:
+        for folder in ("models/diffusion_models", "custom_nodes", "input", "output", "user"):
+            (self.base / folder).mkdir(parents=True)
+        (self.base / "custom_nodes" / PACK_FOLDER).symlink_to(REPOSITORY)
+        (self.base / "custom_nodes" / "tp-test-nodes").symlink_to(TEST_PACK)
+
+    def _start(
+        self, env: Mapping[str, str], extra_args: Iterable[str]
+    ) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "main.py", "--port", str(self._port)]
+        command += ["--base-directory", str(self.base)]
+        command += ["--database-url", f"sqlite:///{self.base / 'user' / 'comfyui.db'}"]
+        command += ["--disable-api-nodes", "--preview-method", "latent2rgb", *extra_args]
+        with self.log_path.open("wb") as log:
+            return subprocess.Popen(
+                command,
+                cwd=self._comfyui,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **env},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def _wait_until_up(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            self._check_alive()
+            try:
+                self.get("/system_stats")
+            except urllib.error.URLError as error:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(
+                        f"no answer from ComfyUI in {timeout_s} s; its log:\n{self.log_tail()}"
+                    ) from error
+                time.sleep(0.2)
+            else:
+                return
+
+    def _check_alive(self) -> None:
+        code = self.process.poll()
+        if code is not None:
+            raise RuntimeError(f"ComfyUI ended with code {code}; its log:\n{self.log_tail()}")
+
+    def children(self) -> list[psutil.Process]:
+        """The server's live descendants: rank processes show up here."""
+        if self.process.poll() is not None:
+            return []
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def kill(self) -> None:
+        """SIGKILL ComfyUI alone, as a crash would: its children are left to themselves.
+
+        `stop` still has to be called; it then waits for those children.
+        """
+        self._orphans = self.children()
+        self.process.kill()
+        self.process.wait(timeout=30)
+
+    def stop(self) -> None:
+        """Stop ComfyUI as Ctrl-C does and remove its folder; a second call does nothing.
+
+        Raises:
+            AssertionError: ComfyUI did not stop in 20 s, or one of its children outlived it by
+                5 s. Either way everything is killed first.
+        """
+        if not self.base.exists():
+            return
+        children = self.children() or self._orphans
+        if self._listener is not None:
+            self._listener.close()
+        stopped = self._interrupt_process(timeout_s=20)
+        _, survivors = psutil.wait_procs(children, timeout=5)
+        for survivor in survivors:
+            survivor.kill()
+        log_tail = self.log_tail()
+        shutil.rmtree(self.base)
+        assert stopped, f"ComfyUI did not stop on SIGINT; its log:\n{log_tail}"
+        assert not survivors, f"children outlived ComfyUI: {survivors}; its log:\n{log_tail}"
+
+    def _interrupt_process(self, timeout_s: float) -> bool:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+        try:
+            self.process.wait(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return False
+        return True
+
+    # HTTP
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    def get(self, path: str) -> Any:
+        """GET a JSON document."""
+        with urllib.request.urlopen(self.url + path, timeout=30) as reply:
+            return json.load(reply)
+
+    def post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """POST `body` as JSON; the decoded reply, None when it is empty.
+
+        For example `post("/free", {"unload_models": True})`.
+        """
+        request = urllib.request.Request(
+            self.url + path,
+            data=json.dumps(body or {}).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            text = reply.read()
+        return json.loads(text) if text.strip() else None
+
+    # Prompts
+
+    @property
+    def events(self) -> EventListener:
+        """What the server said over the websocket since it started."""
+        assert self._listener is not None, "the server is not up"
+        return self._listener
+
+    def queue(self, prompt: Prompt) -> str:
+        """Put a prompt in the queue and return its id.
+
+        Raises:
+            PromptError: ComfyUI's validation refused a node of the prompt.
+        """
+        body = {"prompt": prompt, "client_id": self.events.client_id}
+        try:
+            reply = self.post("/prompt", body)
+        except urllib.error.HTTPError as error:
+            if error.code != 400:
+                raise
+            reply = json.load(error)
+        if reply.get("node_errors") or reply.get("error"):
+            raise validation_error(reply)
+        return str(reply["prompt_id"])
+
+    def wait(self, prompt_id: str, timeout_s: float = 300) -> History:
+        """Wait for a queued prompt to end.
+
+        Raises:
+            PromptError: a node raised, or the prompt was interrupted.
+            TimeoutError: the prompt still runs after `timeout_s`.
+            RuntimeError: ComfyUI died.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not (entries := self.get(f"/history/{prompt_id}")):
+            self._check_alive()
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"the prompt still runs after {timeout_s} s; ComfyUI's log:\n{self.log_tail()}"
+                )
+            time.sleep(0.02)
+        return finished(prompt_id, entries[prompt_id])
+
+    def run(self, prompt: Prompt, timeout_s: float = 300) -> History:
+        """Queue a prompt and wait for it; raises what `queue` and `wait` raise."""
+        return self.wait(self.queue(prompt), timeout_s)
+
+    def interrupt(self) -> None:
+        """Cancel the running prompt, as the page's button does."""
+        self.post("/interrupt")
+
+    def latents(self, history: History) -> dict[str, torch.Tensor]:
+        """What the SaveLatent nodes of a prompt wrote: node id → latent."""
+        found = {}
+        for node_id, output in history.outputs.items():
+            for file in output.get("latents", ()):
+                path = self.base / "output" / file["subfolder"] / file["filename"]
+                found[node_id] = load_file(path)["latent_tensor"]
+        return found
+
+    def latent(self, history: History) -> torch.Tensor:
+        """The latent of a prompt with exactly one SaveLatent node."""
+        (latent,) = self.latents(history).values()
+        return latent
+
+    def pictures(self, history: History) -> list[Path]:
+        """The files that the SaveImage nodes of a prompt wrote; they go when the server stops."""
+        return [
+            self.base / "output" / file["subfolder"] / file["filename"]
+            for output in history.outputs.values()
+            for file in output.get("images", ())
+        ]
+
+    # Log
+
+    def log(self) -> str:
+        """Everything ComfyUI printed so far."""
+        return self.log_path.read_text(errors="replace")
+
+    def log_tail(self, num_lines: int = 60) -> str:
+        """The last lines of the log."""
+        return "\n".join(self.log().splitlines()[-num_lines:])
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

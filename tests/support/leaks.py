@@ -1,0 +1,75 @@
+"""Checks that nothing outlives the pack: no rank process, no entry in /dev/shm.
+
+Rank processes are recognised by `tp_runtime.worker` in their command line, wherever they were
+started from.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+WORKER_MARK = "tp_runtime.worker"
+SHARED_MEMORY = Path("/dev/shm")
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What the machine holds of us at one moment."""
+
+    worker_pids: frozenset[int]
+    shared_memory: frozenset[str]
+
+    @classmethod
+    def now(cls) -> "Footprint":
+        """Look at the processes and the shared memory of the machine."""
+        pids = frozenset(process.pid for process in worker_processes())
+        return cls(pids, frozenset(entry.name for entry in SHARED_MEMORY.iterdir()))
+
+    def added_since(self, before: "Footprint") -> "Footprint":
+        """What is here and was not in `before`."""
+        return Footprint(
+            self.worker_pids - before.worker_pids, self.shared_memory - before.shared_memory
+        )
+
+    def is_empty(self) -> bool:
+        return not self.worker_pids and not self.shared_memory
+
+
+def worker_processes() -> list[psutil.Process]:
+    """Every live rank process on the machine."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        command_line = " ".join(process.info["cmdline"] or ())
+        if WORKER_MARK in command_line and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(process)
+    return found
+
+
+def assert_nothing_added(before: Footprint, within_s: float = 5.0) -> None:
+    """Wait up to `within_s` for everything that came after `before` to go away.
+
+    Raises:
+        AssertionError: something is left; it names the processes and the entries.
+    """
+    deadline = time.monotonic() + within_s
+    while not (added := Footprint.now().added_since(before)).is_empty():
+        if time.monotonic() > deadline:
+            raise AssertionError(
+                f"left over after {within_s} s: rank processes {sorted(added.worker_pids)}, "
+                f"/dev/shm entries {sorted(added.shared_memory)}"
+            )
+        time.sleep(0.05)
+
+
+@contextmanager
+def nothing_left_over(within_s: float = 5.0) -> Iterator[None]:
+    """Whatever the body starts is gone `within_s` after it (also when the body raises)."""
+    before = Footprint.now()
+    try:
+        yield
+    finally:
+        assert_nothing_added(before, within_s)

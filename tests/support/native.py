@@ -1,0 +1,67 @@
+"""ComfyUI's own models, loaded in this process from the tiny checkpoints: the parity reference."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from support.paths import comfyui_path
+
+
+def import_comfy() -> None:
+    """Make `import comfy` work in this process, as ComfyUI started with `--cpu` has it.
+
+    ComfyUI's root goes to the end of the path: its top-level names (`nodes`, `utils`, `tests`)
+    must not hide ours.
+    """
+    root = str(comfyui_path())
+    if root not in sys.path:
+        sys.path.append(root)
+    from comfy.cli_args import args
+
+    args.cpu = True
+
+
+def native_z_image(path: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """ComfyUI's `NextDiT` with the weights of a tiny Z-Image file, computing in `dtype`.
+
+    Call it as `model(x, timesteps, context, num_tokens=context.shape[1])`.
+    """
+    return _load(path, dtype).model.diffusion_model
+
+
+def native_flux(path: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """ComfyUI's `Flux` with the weights of a tiny FLUX.1 file, computing in `dtype`.
+
+    Call it as `model(x, timestep, context, y, guidance, ...)`.
+    """
+    return _load(path, dtype).model.diffusion_model
+
+
+def native_qwen_image(path: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """ComfyUI's `QwenImageTransformer2DModel` with a tiny file's weights, computing in `dtype`.
+
+    Call it as `model(x, timestep, context, ...)`; `x` is (B, 16, 1, H, W).
+    """
+    return _load(path, dtype).model.diffusion_model
+
+
+def _load(path: Path, dtype: torch.dtype) -> Any:
+    import_comfy()
+    import comfy.ops
+    import comfy.sd
+
+    from support.comfy_pack.detection import tiny_models_detected
+
+    # Without its operations ComfyUI would keep bf16 weights and compute in fp32 on a CPU.
+    options = {"dtype": dtype, "custom_operations": comfy.ops.disable_weight_init}
+    with tiny_models_detected():
+        patcher = comfy.sd.load_diffusion_model(str(path), options)
+    # ComfyUI only logs missing and unexpected keys.
+    with safe_open(path, framework="pt") as file:
+        num_in_file = len(file.keys())
+    num_in_model = len(patcher.model.diffusion_model.state_dict())
+    assert num_in_file == num_in_model, (num_in_file, num_in_model)
+    return patcher
