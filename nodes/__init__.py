@@ -1,0 +1,32 @@
+"""ComfyUI's side of the pack: the nodes, the weightless MODEL and its patcher.
+
+Runs in ComfyUI's process. Sees ComfyUI's modules and the public names of `tp_runtime`, nothing of
+vLLM or diffusers. The rank processes are started when a sampler first runs, not on import.
+
+    loader.py, sampler.py, runtime_nodes.py   the nodes
+    gpu_count.py                              their `gpu_count` input and what it means here
+    model.py                                  makes MODELs, out of:
+      skeleton.py                               ComfyUI's own model of a file, without its weights
+      proxy.py, arguments.py                    the module whose forward runs on the ranks
+      patcher.py                                what ComfyUI loads, frees, clones and patches
+    unsupported.py                            the refusals
+    schema.py, notices.py                     node declarations, messages on a node
+"""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .loader import TPLoadDiffusionModel
+from .runtime_nodes import TPReleaseRuntime, TPRuntimeInfo
+from .sampler import TPSampler
+
+
+class TensorParallelExtension(ComfyExtension):
+    """What ComfyUI asks a pack for."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [TPLoadDiffusionModel, TPSampler, TPRuntimeInfo, TPReleaseRuntime]
+
+
+async def comfy_entrypoint() -> TensorParallelExtension:
+    """Called once by ComfyUI when it loads the pack."""
+    return TensorParallelExtension()

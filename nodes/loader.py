@@ -1,0 +1,88 @@
+"""The node "Load Diffusion Model (TP)"."""
+
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+import torch
+from comfy_api.latest import io
+
+from ..tp_runtime import inspect_checkpoint
+from .gpu_count import AUTO, CHOICES, choose_group
+from .model import load_model
+from .notices import warn_on_node
+from .schema import tp_schema
+
+_FOLDER = "diffusion_models"
+_DTYPES = {
+    "default": None,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+}
+
+
+class TPLoadDiffusionModel(io.ComfyNode):
+    """Gives a MODEL whose weights are split over several GPUs."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return tp_schema(
+            node_id="TPLoadDiffusionModel",
+            display_name="Load Diffusion Model (TP)",
+            description=(
+                "Loads a diffusion model split over several GPUs (tensor parallelism), so that it "
+                "runs faster and each GPU holds only a part of it. The model works with TP Sampler "
+                "and with all of ComfyUI's own samplers."
+            ),
+            search_aliases=["tensor parallel", "multi gpu", "vllm", "unet loader", "tp"],
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=folder_paths.get_filename_list(_FOLDER),
+                    tooltip="A model file in ComfyUI's diffusion_models folder.",
+                ),
+                io.Combo.Input(
+                    "weight_dtype",
+                    options=list(_DTYPES),
+                    default="default",
+                    tooltip=(
+                        "What the weights are held in on the GPUs. 'default' chooses as the stock "
+                        "loader does: usually what the file has, if the GPU can compute in it."
+                    ),
+                ),
+                io.Combo.Input(
+                    "gpu_count",
+                    options=list(CHOICES),
+                    default=AUTO,
+                    tooltip=(
+                        "Over how many GPUs the model is split. 'auto' takes as many of this "
+                        "machine's GPUs as the model can be split over. Without a GPU, the model "
+                        "runs in as many CPU processes ('auto': 1)."
+                    ),
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The model. Any sampler, guider or scheduler can use it.")
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name: str, **_: Any) -> str:
+        """Another value when the file has been replaced by another of the same name."""
+        path = folder_paths.get_full_path(_FOLDER, model_name)
+        if path is None:
+            return "missing"
+        stat = Path(path).stat()
+        return f"{path} {stat.st_mtime_ns} {stat.st_size}"
+
+    @classmethod
+    def execute(cls, model_name: str, weight_dtype: str, gpu_count: str) -> io.NodeOutput:
+        path = folder_paths.get_full_path_or_raise(_FOLDER, model_name)
+        group = choose_group(
+            gpu_count,
+            inspect_checkpoint(path),
+            warn=lambda text: warn_on_node(cls.hidden.unique_id, text),
+        )
+        return io.NodeOutput(load_model(path, _DTYPES[weight_dtype], group))

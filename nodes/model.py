@@ -1,0 +1,66 @@
+"""Makes MODELs that compute on a process group: from a file, or from another such MODEL."""
+
+import comfy.model_management
+import torch
+
+from ..tp_runtime import GroupConfig, ModelSpec, get_runtime, inspect_checkpoint
+from .patcher import TPModelPatcher
+from .proxy import RemoteDiffusionModel
+from .skeleton import build_skeleton, compute_dtype
+
+# State that a patcher's clones share because they share its model.
+_MODEL_STATE = ("model", "backup", "backup_buffers", "object_patches_backup", "pinned")
+
+
+def load_model(
+    path: str,
+    dtype: torch.dtype | None,
+    group: GroupConfig,
+    disable_dynamic: bool = False,  # noqa: ARG001
+) -> TPModelPatcher:
+    """The MODEL of a file, to run on `group`. Reads the file's header; starts nothing.
+
+    `dtype` is what weights are held in; None: what the stock loader would choose. ComfyUI passes
+    `disable_dynamic` when it loads a model anew; these models are never dynamic.
+
+    Raises:
+        CheckpointError, SizeError: the file cannot be used, or not on a group of that size.
+    """
+    model = build_skeleton(inspect_checkpoint(path), dtype)
+    spec = ModelSpec.of(path, _name(model.get_dtype()), _name(compute_dtype(model)))
+    remote = get_runtime().model(spec, group)
+    model.diffusion_model = RemoteDiffusionModel(model.diffusion_model, remote)
+    model.tp_on_other_groups = {}
+    patcher = TPModelPatcher(
+        model,
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+    )
+    patcher.cached_patcher_init = (load_model, (path, dtype, group))
+    return patcher
+
+
+def on_group(patcher: TPModelPatcher, group: GroupConfig) -> TPModelPatcher:
+    """The same MODEL, patches and options included, to run on another group.
+
+    The model that is made for a group lives as long as the one that it is made from, so that a
+    graph which runs again finds its weights loaded.
+    """
+    if group == patcher.remote.group_config:
+        return patcher
+    others: dict[GroupConfig, TPModelPatcher] = patcher.model.tp_on_other_groups
+    if group not in others:
+        others[group] = load_model(patcher.remote.spec.path, patcher.model.get_dtype(), group)
+    root = others[group]
+    clone = patcher.clone()
+    for name in _MODEL_STATE:
+        if hasattr(root, name):
+            setattr(clone, name, getattr(root, name))
+    clone.is_injected = False
+    clone.current_hooks = None
+    clone.parent = root  # ComfyUI frees through the parent when the clone has gone
+    return clone
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

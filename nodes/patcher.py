@@ -1,0 +1,133 @@
+"""What ComfyUI's memory management and its nodes see of a MODEL whose weights are on the ranks.
+
+Overrides only what touches weights. `__init__` and `clone` stay ComfyUI's: their signatures grow
+from release to release; for the same reason overrides take arguments that they do not name.
+"""
+
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.utils
+from comfy.patcher_extension import CallbacksMP
+
+from ..tp_runtime import RemoteModel
+from .unsupported import cfg_split, reading_weights, weight_patches
+
+
+class TPModelPatcher(comfy.model_patcher.ModelPatcher):
+    """A ModelPatcher over a BaseModel whose `diffusion_model` is a `RemoteDiffusionModel`."""
+
+    @property
+    def remote(self) -> RemoteModel:
+        return self.model.diffusion_model.remote
+
+    # --- memory accounting: ComfyUI evicts its own models to make room for model_size() ---------
+    # memory_required stays the BaseModel's, although activations live in the ranks: rank 0's take
+    # room on the GPU that ComfyUI uses, and ComfyUI decides by it whether the two halves of a CFG
+    # step share a batch, which should not depend on where the model runs.
+
+    def model_size(self, *_args: Any, **_kwargs: Any) -> int:
+        return self.loaded_size() or self._on_device(self.remote.planned_bytes())
+
+    def loaded_size(self, *_args: Any, **_kwargs: Any) -> int:
+        return self._on_device(self.remote.loaded_bytes())
+
+    def _on_device(self, rank_bytes: int) -> int:
+        """Bytes where ComfyUI itself is: one rank's on a GPU, those of all ranks on the host."""
+        group = self.remote.group_config
+        return rank_bytes * (group.tp_size if group.device == "cpu" else 1)
+
+    # --- loading and freeing ---------------------------------------------------------------------
+
+    def load(
+        self,
+        device_to: Any = None,
+        lowvram_model_memory: float = 0,
+        force_patch_weights: bool = False,
+        full_load: bool = False,
+        **_kwargs: Any,
+    ) -> None:
+        """Have the ranks hold the weights. Cheap when they do.
+
+        Raises:
+            UnsupportedFeatureError: for patched weights; and for `force_patch_weights`, with which
+                ComfyUI announces that it is going to read them.
+        """
+        if force_patch_weights:
+            raise reading_weights()
+        with self.use_ejected():
+            self._load_remote()
+            model = self.model
+            model.to(device_to)  # model_sampling's tables
+            model.device = device_to
+            # "Not everything is on the device": makes ComfyUI call load before every run, so that
+            # a group that has ended meanwhile is noticed here, where loading shows progress.
+            model.model_lowvram = True
+            model.model_loaded_weight_memory = self.loaded_size()
+            model.current_weight_patches_uuid = self.patches_uuid
+            for callback in self.get_all_callbacks(CallbacksMP.ON_LOAD):
+                callback(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
+            self.apply_hooks(self.forced_hooks, force_apply=True)
+
+    def pre_run(self, *args: Any, **kwargs: Any) -> None:
+        # ComfyUI skips load when it is short of memory and this model is loaded already.
+        super().pre_run(*args, **kwargs)
+        self._load_remote()
+
+    def _load_remote(self) -> None:
+        self.sync_patches()
+        bar: comfy.utils.ProgressBar | None = None
+
+        def show(done: int, total: int) -> None:
+            nonlocal bar
+            bar = bar or comfy.utils.ProgressBar(total)
+            bar.update_absolute(done, total)
+
+        self.remote.ensure_loaded(
+            poll=comfy.model_management.throw_exception_if_processing_interrupted, on_progress=show
+        )
+
+    def detach(self, unpatch_all: bool = True, *args: Any, **kwargs: Any) -> Any:
+        model = super().detach(unpatch_all, *args, **kwargs)
+        if unpatch_all:
+            self.remote.unload()
+        return model
+
+    def partially_unload(self, *_args: Any, **_kwargs: Any) -> int:
+        return 0  # shards leave together; ComfyUI then frees the whole model
+
+    def _load_list(self, *_args: Any, **_kwargs: Any) -> list[Any]:
+        return []
+
+    # --- weights ---------------------------------------------------------------------------------
+
+    def sync_patches(self, hooks: Any = None) -> None:
+        """Make the weights on the ranks those that this MODEL's patches and `hooks` ask for.
+
+        Raises:
+            UnsupportedFeatureError: there are any.
+        """
+        patched = {
+            *self.patches,
+            *self.weight_wrapper_patches,
+            *self.get_combined_hook_patches(hooks),
+        }
+        if patched:
+            raise weight_patches(len(patched))
+
+    def patch_hooks(self, hooks: Any, *_args: Any, **_kwargs: Any) -> None:
+        self.sync_patches(hooks)
+        self.current_hooks = hooks
+
+    def get_key_patches(self, *_args: Any, **_kwargs: Any) -> Any:
+        raise reading_weights()
+
+    def patch_weight_to_device(self, *_args: Any, **_kwargs: Any) -> Any:
+        raise reading_weights()
+
+    def model_state_dict_for_saving(self, *_args: Any, **_kwargs: Any) -> Any:
+        raise reading_weights()
+
+    def deepclone_multigpu(self, *_args: Any, **_kwargs: Any) -> Any:
+        raise cfg_split()

@@ -1,0 +1,74 @@
+"""The weightless stand-in for a native diffusion model: its forward runs on the ranks."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import comfy.model_management
+import torch
+from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
+
+from ..tp_runtime import InputError, RemoteModel
+from .arguments import remote_inputs
+from .unsupported import gradients, other_compute_dtype
+
+
+class RemoteDiffusionModel(torch.nn.Module):
+    """Looks like `skeleton`, a native diffusion model without weights; computes on `remote`.
+
+    It has no parameters of its own, so nothing that walks over modules moves, casts or counts any.
+    Attributes that it lacks are the skeleton's (samplers and nodes read `patch_size`, ...), and so
+    are the names and shapes in `state_dict` (LoRA loaders make their key maps of them).
+    """
+
+    def __init__(self, skeleton: torch.nn.Module, remote: RemoteModel) -> None:
+        super().__init__()
+        # Around nn.Module.__setattr__, which would make the skeleton a submodule.
+        object.__setattr__(self, "skeleton", skeleton)
+        self.remote = remote
+        self.native_signature = inspect.signature(skeleton.forward)
+        self.eval()
+
+    def __getattr__(self, name: str) -> Any:
+        # Called only for what is not found otherwise.
+        return getattr(self.__dict__["skeleton"], name)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return self.skeleton.state_dict(*args, **kwargs)
+
+    def _apply(self, *_args: Any, **_kwargs: Any) -> "RemoteDiffusionModel":
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Same arguments and result as the native forward, local wrappers included."""
+        bound = self.native_signature.bind(*args, **kwargs)
+        bound.apply_defaults()  # native models hand the wrappers every positional argument
+        options = kwargs.get("transformer_options") or {}
+        return WrapperExecutor.new_class_executor(
+            self._forward_on_ranks, self, get_all_wrappers(WrappersMP.DIFFUSION_MODEL, options)
+        ).execute(*bound.args, **bound.kwargs)
+
+    def _forward_on_ranks(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        inputs = remote_inputs(self.native_signature.bind(*args, **kwargs))
+        x: torch.Tensor = inputs["x"]
+        self._check(x, inputs)
+        result = self.remote.denoise(
+            inputs, poll=comfy.model_management.throw_exception_if_processing_interrupted
+        )
+        return result.to(device=x.device, dtype=x.dtype)
+
+    def _check(self, x: torch.Tensor, inputs: Mapping[str, Any]) -> None:
+        dtype = str(x.dtype).removeprefix("torch.")
+        if dtype != self.remote.spec.compute_dtype:
+            raise other_compute_dtype(dtype, self.remote.spec.compute_dtype)
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise gradients()
+        num_bad = int(x.numel() - x.isfinite().sum())
+        if num_bad:
+            sigma = inputs["timesteps"].flatten()[0].item()
+            raise InputError(
+                f"{num_bad} of the {x.numel()} values of the latent are NaN or infinite (at "
+                f"timestep {sigma:.4g}). At the first step the latent that was given to the "
+                "sampler is broken; at a later one the model overflowed: set weight_dtype to bf16 "
+                "or fp32."
+            )

@@ -1,0 +1,86 @@
+"""The nodes "TP Runtime Info" and "TP Release Runtime"."""
+
+import json
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from ..tp_runtime import get_runtime
+from .schema import tp_schema
+
+_ANYTHING_TOOLTIP = (
+    "Passed on as it is. Connect it to run this node at a certain place of the workflow, for "
+    "instance after a sampler."
+)
+
+
+def _always_new() -> float:
+    """A fingerprint that no earlier one equals: ComfyUI runs the node every time.
+
+    A new object each time. ComfyUI compares fingerprints inside containers, where the same NaN
+    object counts as equal to itself.
+    """
+    return float("nan")
+
+
+class TPRuntimeInfo(io.ComfyNode):
+    """Shows what the process groups are and hold."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return tp_schema(
+            node_id="TPRuntimeInfo",
+            display_name="TP Runtime Info",
+            description=(
+                "Reports the running process groups: the tensor-parallel size as every rank sees "
+                "it, devices, memory, the models held and the time of the last step."
+            ),
+            search_aliases=["tensor parallel", "multi gpu", "gpu memory", "status"],
+            inputs=[io.AnyType.Input("anything", optional=True, tooltip=_ANYTHING_TOOLTIP)],
+            outputs=[
+                io.AnyType.Output("passed", display_name="passed", tooltip="The input."),
+                io.String.Output("report", display_name="report", tooltip="The report, as JSON."),
+            ],
+            is_output_node=True,
+            not_idempotent=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> float:
+        return _always_new()
+
+    @classmethod
+    def execute(cls, anything: Any = None) -> io.NodeOutput:
+        groups = [report.as_dict() for report in get_runtime().reports()]
+        text = json.dumps({"groups": groups}, indent=2)
+        return io.NodeOutput(anything, text, ui=ui.PreviewText(text))
+
+
+class TPReleaseRuntime(io.ComfyNode):
+    """Ends the process groups and so frees all that they hold."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return tp_schema(
+            node_id="TPReleaseRuntime",
+            display_name="TP Release Runtime",
+            description=(
+                "Ends the process groups and frees their GPU memory. The next sampler starts "
+                "them again."
+            ),
+            search_aliases=["tensor parallel", "multi gpu", "free memory", "unload", "vram"],
+            inputs=[io.AnyType.Input("anything", optional=True, tooltip=_ANYTHING_TOOLTIP)],
+            outputs=[io.AnyType.Output("passed", display_name="passed", tooltip="The input.")],
+            is_output_node=True,
+            not_idempotent=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> float:
+        return _always_new()
+
+    @classmethod
+    def execute(cls, anything: Any = None) -> io.NodeOutput:
+        count = get_runtime().release()
+        groups = "1 process group" if count == 1 else f"{count} process groups"
+        return io.NodeOutput(anything, ui=ui.PreviewText(f"Ended {groups}."))

@@ -1,0 +1,148 @@
+"""The node "TP Sampler": KSampler with a GPU count."""
+
+from typing import Any
+
+import comfy.samplers
+from comfy_api.latest import io
+
+from ..tp_runtime import GroupConfig
+from .gpu_count import CHOICES, choose_group
+from .model import on_group
+from .notices import warn_on_node
+from .patcher import TPModelPatcher
+from .schema import tp_schema
+from .unsupported import UnsupportedFeatureError
+
+_FROM_MODEL = "from model"
+
+
+class TPSampler(io.ComfyNode):
+    """ComfyUI's KSampler, whose model runs on as many GPUs as `gpu_count` says."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        # Inputs, their order, defaults and ranges are KSampler's, so that one replaces the other.
+        return tp_schema(
+            node_id="TPSampler",
+            display_name="TP Sampler",
+            description=(
+                "Denoises a latent with a model that is split over several GPUs. Like KSampler, "
+                "plus a GPU count. Takes a model from 'Load Diffusion Model (TP)'."
+            ),
+            search_aliases=["tensor parallel", "multi gpu", "ksampler", "parallel", "vllm"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model, from 'Load Diffusion Model (TP)'."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="The random seed used for creating the noise.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=20,
+                    min=1,
+                    max=10000,
+                    tooltip="The number of steps used in the denoising process.",
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=8.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip=(
+                        "How closely the picture follows the prompt (classifier-free guidance). "
+                        "1 skips the negative prompt and halves the work; distilled models such "
+                        "as Z-Image Turbo want 1."
+                    ),
+                ),
+                io.Combo.Input(
+                    "sampler_name",
+                    options=comfy.samplers.KSampler.SAMPLERS,
+                    tooltip="The algorithm used when sampling.",
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=comfy.samplers.KSampler.SCHEDULERS,
+                    tooltip="How noise is gradually removed to form the image.",
+                ),
+                io.Conditioning.Input("positive", tooltip="What you want to include in the image."),
+                io.Conditioning.Input(
+                    "negative", tooltip="What you want to exclude from the image."
+                ),
+                io.Latent.Input("latent_image", tooltip="The latent image to denoise."),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip=(
+                        "The amount of denoising applied; lower values keep the structure of the "
+                        "initial image (image to image)."
+                    ),
+                ),
+                io.Combo.Input(
+                    "gpu_count",
+                    options=[_FROM_MODEL, *CHOICES],
+                    default=_FROM_MODEL,
+                    tooltip=(
+                        "Over how many GPUs the model is split: as its loader says, as many as "
+                        "possible ('auto'), or a number."
+                    ),
+                ),
+            ],
+            outputs=[io.Latent.Output(tooltip="The denoised latent.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        seed: int,
+        steps: int,
+        cfg: float,
+        sampler_name: str,
+        scheduler: str,
+        positive: Any,
+        negative: Any,
+        latent_image: dict[str, Any],
+        denoise: float,
+        gpu_count: str,
+    ) -> io.NodeOutput:
+        import nodes  # ComfyUI's own module of that name
+
+        if not isinstance(model, TPModelPatcher):
+            raise UnsupportedFeatureError(
+                "TP Sampler got a model from another loader. Load it with 'Load Diffusion Model "
+                "(TP)', or sample it with KSampler."
+            )
+        model = on_group(model, cls._group(model, gpu_count))
+        samples = nodes.common_ksampler(
+            model,
+            seed,
+            steps,
+            cfg,
+            sampler_name,
+            scheduler,
+            positive,
+            negative,
+            latent_image,
+            denoise=denoise,
+        )
+        return io.NodeOutput(*samples)
+
+    @classmethod
+    def _group(cls, model: TPModelPatcher, gpu_count: str) -> GroupConfig:
+        if gpu_count == _FROM_MODEL:
+            return model.remote.group_config
+        return choose_group(
+            gpu_count,
+            model.remote.info,
+            warn=lambda text: warn_on_node(cls.hidden.unique_id, text),
+        )

@@ -1,0 +1,165 @@
+"""ComfyUI's own model of a file, with everything but the weights.
+
+What ComfyUI's stock loader does (`load_diffusion_model_state_dict` in comfy/sd.py), step by step,
+on a state dict whose large tensors are on the meta device. The model is the standard BaseModel of
+the running ComfyUI, so samplers, latent formats and LoRA key maps are its own.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import comfy.model_detection
+import comfy.model_management
+import comfy.supported_models
+import comfy.utils
+import torch
+from safetensors import safe_open
+
+from ..tp_runtime import CheckpointError, CheckpointInfo
+from .unsupported import reading_weights
+
+# Tensors below this size are read: model detection and quantised layers look at their values.
+_SMALL_NUMEL = 4096
+
+_PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "BOOL": torch.bool,
+}
+
+
+def build_skeleton(info: CheckpointInfo, dtype: torch.dtype | None) -> Any:
+    """A BaseModel without weights. `dtype` None: what the stock loader chooses for the file.
+
+    Raises:
+        CheckpointError: the running ComfyUI does not know the model, or builds it differently.
+    """
+    state_dict = _state_dict(info)
+    config = _model_config(info, state_dict)
+    _set_dtypes(config, state_dict, dtype)
+    model = config.get_model(state_dict, "", device="meta")
+    _assign_tensors(info, model, state_dict)
+    model.device = comfy.model_management.unet_offload_device()
+    model.state_dict_for_saving = _refuse_saving
+    return model.eval()
+
+
+def compute_dtype(model: Any) -> torch.dtype:
+    """The dtype in which a BaseModel hands latents to its diffusion model."""
+    return model.manual_cast_dtype or model.get_dtype()
+
+
+def _refuse_saving(*_args: Any, **_kwargs: Any) -> NoReturn:
+    raise reading_weights()
+
+
+def _state_dict(info: CheckpointInfo) -> dict[str, torch.Tensor]:
+    """The file's tensors: the small ones as they are, the others on the meta device."""
+    tensors = {}
+    with safe_open(info.path, framework="pt") as file:
+        stored = set(file.keys())
+        for name, tensor in info.tensors.items():
+            if tensor.dtype not in _DTYPES:
+                raise CheckpointError(
+                    f"Tensor {name} of {info.path} is stored as {tensor.dtype}. Supported: "
+                    f"{', '.join(_DTYPES)}. Choose another file of this model."
+                )
+            if tensor.num_elements < _SMALL_NUMEL:
+                prefix = next(prefix for prefix in _PREFIXES if prefix + name in stored)
+                tensors[name] = file.get_tensor(prefix + name)
+            else:
+                tensors[name] = torch.empty(
+                    tensor.shape, dtype=_DTYPES[tensor.dtype], device="meta"
+                )
+    return tensors
+
+
+def _model_config(info: CheckpointInfo, state_dict: Mapping[str, torch.Tensor]) -> Any:
+    """ComfyUI's description of the model, with the sizes that the file has.
+
+    ComfyUI recognises models by their width and hard-codes what goes with it (0.3.75: Z-Image is
+    3840 wide and has 30 heads). Ours are inferred, and are the same where ComfyUI knows better.
+    """
+    detected = comfy.model_detection.model_config_from_unet(
+        state_dict, "", metadata=dict(info.metadata)
+    )
+    class_name, sizes = _FAMILIES[info.family]
+    config_class = getattr(comfy.supported_models, class_name, None)
+    if detected is None or config_class is None:
+        raise CheckpointError(
+            f"This ComfyUI does not know the {info.label} model of {info.path}. Update ComfyUI."
+        )
+    config = config_class(detected.unet_config | sizes(info.config))
+    for name, value in vars(detected).items():  # what a file's quantisation adds
+        if name not in vars(config):
+            setattr(config, name, value)
+    return config
+
+
+def _z_image_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of ComfyUI's NextDiT (comfy/ldm/lumina/model.py)."""
+    return {
+        "dim": config["dim"],
+        "n_heads": config["n_heads"],
+        "n_kv_heads": config["n_heads"],
+        "n_layers": config["n_layers"],
+        "n_refiner_layers": config["n_refiner_layers"],
+        "in_channels": config["in_channels"],
+        "cap_feat_dim": config["cap_feat_dim"],
+        "axes_dims": list(config["axes_dims"]),
+        "rope_theta": config["rope_theta"],
+        "time_scale": config["time_scale"],
+        "pad_tokens_multiple": config["pad_tokens_multiple"],
+        "z_image_modulation": True,
+        # NextDiT rounds int(dim * multiplier) up to a multiple: this makes it ffn_dim exactly.
+        "ffn_dim_multiplier": config["ffn_dim"] / config["dim"],
+        "multiple_of": config["ffn_dim"],
+    }
+
+
+# Family → its class in comfy.supported_models, and what that class gets from CheckpointInfo.config.
+_FAMILIES = {"z_image": ("ZImage", _z_image_sizes)}
+
+
+def _set_dtypes(
+    config: Any, state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype | None
+) -> None:
+    """Choose storage and compute dtype as `load_diffusion_model_state_dict` does."""
+    management = comfy.model_management
+    supported = list(config.supported_inference_dtypes)
+    if dtype is None:
+        dtype = management.unet_dtype(
+            model_params=comfy.utils.calculate_parameters(state_dict),
+            supported_dtypes=supported,
+            weight_dtype=comfy.utils.weight_dtype(state_dict),
+        )
+    manual_cast = management.unet_manual_cast(dtype, management.get_torch_device(), supported)
+    config.set_inference_dtype(dtype, manual_cast)
+
+
+def _assign_tensors(
+    info: CheckpointInfo, model: Any, state_dict: Mapping[str, torch.Tensor]
+) -> None:
+    """Put the tensors into the model. A key that it lacks would make LoRAs skip that weight."""
+    tensors = model.model_config.process_unet_state_dict(dict(state_dict))
+    own = model.diffusion_model.state_dict()
+    strange = [
+        name for name in tensors if name not in own or own[name].shape != tensors[name].shape
+    ]
+    if strange:
+        raise CheckpointError(
+            f"This ComfyUI builds {info.label} differently from the file {info.path}: "
+            f"{len(strange)} tensors do not fit, such as {strange[0]}. Update ComfyUI and this "
+            "pack, or load the file with the stock 'Load Diffusion Model' node."
+        )
+    model.diffusion_model.load_state_dict(tensors, strict=False, assign=True)

@@ -1,0 +1,87 @@
+"""The refusals: what a model on other processes cannot do, said by name.
+
+A refusal names the node's feature that causes it and what to do. Nothing is computed.
+"""
+
+from ..tp_runtime import TPRuntimeError
+
+
+class UnsupportedFeatureError(TPRuntimeError, ValueError):
+    """A node asks something of the MODEL that a model on the ranks cannot do."""
+
+
+_INSTEAD = (
+    "Remove or bypass that node, or load this model with the stock 'Load Diffusion Model' node."
+)
+
+# Where transformer_options hold Python code, and what kind of node puts it there. First match.
+_CAUSES = (
+    ("patches_replace.dit", "replaces or skips blocks of the model, such as SkipLayerGuidanceDiT"),
+    ("patches_replace.", "replaces attention layers, such as perturbed-attention guidance"),
+    ("patches.attn", "patches attention layers, such as an IP-Adapter"),
+    ("patches.", "patches blocks of the model, such as a ControlNet that is a model patch"),
+    ("optimized_attention_override", "changes the attention function, such as SageAttention"),
+)
+
+
+def python_code_in_options(where: str) -> UnsupportedFeatureError:
+    """For a callable at `where` (a dotted path) in `transformer_options`."""
+    cause = next((text for prefix, text in _CAUSES if where.startswith(prefix)), None)
+    node = f"a node that {cause}" if cause else "a node that patches the model with Python code"
+    return UnsupportedFeatureError(
+        f"transformer_options['{where}'] is a Python function, which comes from {node}. A "
+        "tensor-parallel model runs in other processes, where such functions cannot be called. "
+        f"{_INSTEAD}"
+    )
+
+
+def unknown_argument(where: str, value: object) -> UnsupportedFeatureError:
+    """For an argument of the model's forward that is neither a tensor nor plain data."""
+    return UnsupportedFeatureError(
+        f"The model's argument '{where}' is a {type(value).__name__}; only tensors, numbers, text, "
+        "lists and dictionaries can be sent to a tensor-parallel model. It comes from a node "
+        f"between the loader and the sampler. {_INSTEAD}"
+    )
+
+
+def other_compute_dtype(got: str, allowed: str) -> UnsupportedFeatureError:
+    """For a latent in another dtype than the one the ranks compute in."""
+    return UnsupportedFeatureError(
+        f"The model was asked to compute in {got}, but its ranks compute in {allowed}. This comes "
+        "from a node that changes the compute dtype, such as ModelComputeDtype. Remove it and set "
+        "weight_dtype on 'Load Diffusion Model (TP)' instead."
+    )
+
+
+def gradients() -> UnsupportedFeatureError:
+    """For a forward that something wants to differentiate."""
+    return UnsupportedFeatureError(
+        "A node asked for gradients through the model (training, or a guider that differentiates "
+        f"the model). A tensor-parallel model runs forward only. {_INSTEAD}"
+    )
+
+
+def weight_patches(num_weights: int) -> UnsupportedFeatureError:
+    """For LoRAs and all else that changes weights."""
+    return UnsupportedFeatureError(
+        f"{num_weights} weights of the model are patched (LoRA, hook LoRA or model merge nodes). "
+        "LoRA is not supported yet on a tensor-parallel model, and weights are never changed "
+        f"silently. {_INSTEAD}"
+    )
+
+
+def reading_weights() -> UnsupportedFeatureError:
+    """For nodes that want the weights themselves."""
+    return UnsupportedFeatureError(
+        "A node wants to read the model's weights (ModelMerge, ModelSave, LoRA extraction or "
+        "training nodes). The weights of a tensor-parallel model are split over other processes. "
+        f"{_INSTEAD}"
+    )
+
+
+def cfg_split() -> UnsupportedFeatureError:
+    """For ComfyUI's own splitting of a model's work over GPUs."""
+    return UnsupportedFeatureError(
+        "A multi-GPU node asked for a copy of the model on another GPU. A tensor-parallel model "
+        "uses several GPUs by itself: remove that node and set gpu_count."
+    )
