@@ -22,6 +22,23 @@ _FULL_SIZE = {
         **{f"layers.{i}.x": () for i in range(30)},
         **{f"noise_refiner.{i}.x": () for i in range(2)},
     },
+    "flux": {
+        "img_in.weight": (3072, 64),
+        "txt_in.weight": (3072, 4096),
+        "vector_in.in_layer.weight": (3072, 768),
+        "guidance_in.in_layer.weight": (3072, 256),
+        "final_layer.linear.weight": (64, 3072),
+        "double_blocks.0.img_attn.norm.query_norm.scale": (128,),
+        **{f"double_blocks.{i}.x": () for i in range(19)},
+        **{f"single_blocks.{i}.x": () for i in range(38)},
+    },
+    "qwen_image": {
+        "img_in.weight": (3072, 64),
+        "txt_norm.weight": (3584,),
+        "proj_out.weight": (64, 3072),
+        "transformer_blocks.0.attn.norm_q.weight": (128,),
+        **{f"transformer_blocks.{i}.x": () for i in range(60)},
+    },
 }
 
 _BLOCK_ELEMENTS = 32 * 2**20

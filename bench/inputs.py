@@ -20,4 +20,16 @@ def make_inputs(model: str, side: int, batch: int) -> dict[str, Any]:
     if model == "z_image":
         inputs |= {"x": normal(batch, 16, latent, latent), "context": normal(batch, 64, 2560)}
         return inputs
+    if model == "flux":
+        return inputs | {
+            "x": normal(batch, 16, latent, latent),
+            "context": normal(batch, 512, 4096),
+            "y": normal(batch, 768),
+            "guidance": torch.full((batch,), 3.5).bfloat16(),
+        }
+    if model == "qwen_image":
+        return inputs | {
+            "x": normal(batch, 16, 1, latent, latent),
+            "context": normal(batch, 64, 3584),
+        }
     raise ValueError(f"no inputs for the model {model!r}")

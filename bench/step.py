@@ -58,7 +58,9 @@ def measure(path: Path, args: argparse.Namespace, model: str, tp_size: int) -> l
     return rows
 
 
-def _time_steps(remote: Any, runtime: Runtime, inputs: dict[str, Any], steps: int) -> dict[str, Any]:
+def _time_steps(
+    remote: Any, runtime: Runtime, inputs: dict[str, Any], steps: int
+) -> dict[str, Any]:
     times, inside = [], []
     first_s = None
     for step in range(steps + 3):  # eager, recording, one replay: then it counts
@@ -99,7 +101,9 @@ def environment() -> dict[str, str]:
 
 def main() -> int:
     """Run the measurements that the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", default=["z_image"])
     parser.add_argument("--tp", nargs="+", type=int, default=[1])
     parser.add_argument("--sides", nargs="+", type=int, default=[1024])
@@ -123,7 +127,18 @@ def main() -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         name = f"{date.today()}-{rows[0]['device'].replace(' ', '-')}.json"
         (args.out / name).write_text(json.dumps(rows, indent=1) + "\n")
-    columns = ["model", "tp", "side", "batch", "ms_median", "ms_min", "ms_in_rank", "first_s", "weights_gib", "peak_gib"]
+    columns = [
+        "model",
+        "tp",
+        "side",
+        "batch",
+        "ms_median",
+        "ms_min",
+        "ms_in_rank",
+        "first_s",
+        "weights_gib",
+        "peak_gib",
+    ]
     print(" ".join(f"{column:>12}" for column in columns))
     for row in rows:
         print(" ".join(f"{row[column]:>12}" for column in columns))

@@ -5,7 +5,9 @@ on a state dict whose large tensors are on the meta device. The model is the sta
 the running ComfyUI, so samplers, latent formats and LoRA key maps are its own.
 """
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 import comfy.model_detection
@@ -13,9 +15,9 @@ import comfy.model_management
 import comfy.supported_models
 import comfy.utils
 import torch
-from safetensors import safe_open
 
 from ..tp_runtime import CheckpointError, CheckpointInfo
+from .native_sizes import NATIVE_SIZES
 from .unsupported import reading_weights
 
 # Tensors below this size are read: model detection and quantised layers look at their values.
@@ -64,71 +66,54 @@ def _refuse_saving(*_args: Any, **_kwargs: Any) -> NoReturn:
 
 
 def _state_dict(info: CheckpointInfo) -> dict[str, torch.Tensor]:
-    """The file's tensors: the small ones as they are, the others on the meta device."""
+    """The file's tensors: the small ones as they are, the others on the meta device.
+
+    Read by hand: safetensors maps the whole file to give one tensor, which the system refuses for
+    a file larger than its RAM. That the header is sound `inspect_checkpoint` has checked.
+    """
     tensors = {}
-    with safe_open(info.path, framework="pt") as file:
-        stored = set(file.keys())
+    with Path(info.path).open("rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(header_size))
         for name, tensor in info.tensors.items():
             if tensor.dtype not in _DTYPES:
                 raise CheckpointError(
                     f"Tensor {name} of {info.path} is stored as {tensor.dtype}. Supported: "
                     f"{', '.join(_DTYPES)}. Choose another file of this model."
                 )
-            if tensor.num_elements < _SMALL_NUMEL:
-                prefix = next(prefix for prefix in _PREFIXES if prefix + name in stored)
-                tensors[name] = file.get_tensor(prefix + name)
+            dtype = _DTYPES[tensor.dtype]
+            if 0 < tensor.num_elements < _SMALL_NUMEL:
+                stored = next(prefix + name for prefix in _PREFIXES if prefix + name in header)
+                start, end = header[stored]["data_offsets"]
+                file.seek(8 + header_size + start)
+                data = bytearray(file.read(end - start))
+                tensors[name] = torch.frombuffer(data, dtype=dtype).view(tensor.shape)
             else:
-                tensors[name] = torch.empty(
-                    tensor.shape, dtype=_DTYPES[tensor.dtype], device="meta"
-                )
+                tensors[name] = torch.empty(tensor.shape, dtype=dtype, device="meta")
     return tensors
 
 
 def _model_config(info: CheckpointInfo, state_dict: Mapping[str, torch.Tensor]) -> Any:
-    """ComfyUI's description of the model, with the sizes that the file has.
-
-    ComfyUI recognises models by their width and hard-codes what goes with it (0.3.75: Z-Image is
-    3840 wide and has 30 heads). Ours are inferred, and are the same where ComfyUI knows better.
-    """
+    """ComfyUI's description of the model, with the sizes that the file has."""
     detected = comfy.model_detection.model_config_from_unet(
         state_dict, "", metadata=dict(info.metadata)
     )
-    class_name, sizes = _FAMILIES[info.family]
-    config_class = getattr(comfy.supported_models, class_name, None)
-    if detected is None or config_class is None:
+    if detected is None:
         raise CheckpointError(
             f"This ComfyUI does not know the {info.label} model of {info.path}. Update ComfyUI."
         )
-    config = config_class(detected.unet_config | sizes(info.config))
+    sizes = NATIVE_SIZES[info.family](info.config)
+    config = _config_class(info, detected)(detected.unet_config | sizes)
     for name, value in vars(detected).items():  # what a file's quantisation adds
         if name not in vars(config):
             setattr(config, name, value)
     return config
 
 
-def _z_image_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of ComfyUI's NextDiT (comfy/ldm/lumina/model.py)."""
-    return {
-        "dim": config["dim"],
-        "n_heads": config["n_heads"],
-        "n_kv_heads": config["n_heads"],
-        "n_layers": config["n_layers"],
-        "n_refiner_layers": config["n_refiner_layers"],
-        "in_channels": config["in_channels"],
-        "cap_feat_dim": config["cap_feat_dim"],
-        "axes_dims": list(config["axes_dims"]),
-        "rope_theta": config["rope_theta"],
-        "time_scale": config["time_scale"],
-        "pad_tokens_multiple": config["pad_tokens_multiple"],
-        "z_image_modulation": True,
-        # NextDiT rounds int(dim * multiplier) up to a multiple: this makes it ffn_dim exactly.
-        "ffn_dim_multiplier": config["ffn_dim"] / config["dim"],
-        "multiple_of": config["ffn_dim"],
-    }
-
-
-# Family → its class in comfy.supported_models, and what that class gets from CheckpointInfo.config.
-_FAMILIES = {"z_image": ("ZImage", _z_image_sizes)}
+def _config_class(info: CheckpointInfo, detected: Any) -> Any:
+    if info.family == "z_image":  # detected by its full-size width
+        return comfy.supported_models.ZImage
+    return type(detected)
 
 
 def _set_dtypes(

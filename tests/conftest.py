@@ -9,6 +9,9 @@ from support.comfy_server import ComfyServer
 from support.leaks import nothing_left_over
 from support.tiny_models import write_z_image
 
+# The reference is ComfyUI's fp32 on the CPU, so the ranks have to compute there, too.
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+
 
 @pytest.fixture(scope="session")
 def tiny_z_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -19,6 +22,6 @@ def tiny_z_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def comfy_server(tiny_z_image: Path) -> Iterator[ComfyServer]:
     """One ComfyUI for the whole run, with `tiny_z_image.safetensors` among its models."""
-    with nothing_left_over(), ComfyServer() as server:
+    with nothing_left_over(), ComfyServer(env=NO_GPU) as server:
         (server.models / "diffusion_models" / tiny_z_image.name).symlink_to(tiny_z_image)
         yield server

@@ -49,6 +49,11 @@ def fused(function: F) -> F:
     return call  # type: ignore[return-value]
 
 
+def optimising() -> bool:
+    """Whether the step that runs now is to be fast rather than plain."""
+    return _compiling.get()
+
+
 @contextlib.contextmanager
 def _optimised() -> Iterator[None]:
     token = _compiling.set(True)

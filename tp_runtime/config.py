@@ -12,6 +12,7 @@ The only place where the package reads environment variables of its own:
 =============================  ==========================================================
 """
 
+import math
 import os
 import sys
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ def _number(name: str, default: float) -> float:
         value = float(text)
     except ValueError:
         value = -1.0
-    if value <= 0:
+    if not 0 < value < math.inf:
         raise TPRuntimeError(f"{name}={text!r}: give a number of seconds above 0.")
     return value
 
@@ -88,12 +89,17 @@ class GroupConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.tp_size <= MAX_TP_SIZE:
             raise DeviceError(f"A group of {self.tp_size} ranks: choose 1 to {MAX_TP_SIZE}.")
-        if self.device == "cuda" and len(set(self.devices)) != self.tp_size:
+        if self.device == "cuda" and not (
+            len(self.devices) == len(set(self.devices)) == self.tp_size
+        ):
             raise DeviceError(
                 f"{self.tp_size} ranks need as many different GPUs; got devices {self.devices}."
             )
         if self.device == "cpu" and self.devices:
             raise DeviceError(f"CPU ranks take no GPUs; got devices {self.devices}.")
+        for name in ("start_timeout_s", "call_timeout_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise TPRuntimeError(f"{name}={getattr(self, name)}: give seconds above 0.")
 
     @classmethod
     def local(cls, tp_size: int, devices: tuple[int, ...] | None = None) -> "GroupConfig":
@@ -154,6 +160,5 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     control_fd: int
     exchange_fd: int
     rendezvous: str
-    parent_pid: int
     num_threads: int
     log_level: str

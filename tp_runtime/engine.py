@@ -1,9 +1,10 @@
 """One process group, seen from ComfyUI's process: states, calls, cancelling, ending.
 
-Part of the engine's half. A reader thread is the only one that listens to the ranks and the only
-one that decides that a group has failed: on a rank's death, on an error of a rank, or when a
-request has taken too long. Callers wait on the request they made and may abandon it at any time;
-the ranks then finish it for themselves and the next request waits for that.
+Part of the engine's half. One thread owns the processes: it starts them, is the only one that
+listens to them and the only one that decides that a group has failed (on a rank's death, on an
+error of a rank, or when a request has taken too long), and ends them. Callers wait on the request
+they made and may abandon it at any time; the ranks then finish it for themselves and the next
+request waits for that.
 
 ::
 
@@ -17,9 +18,11 @@ import enum
 import itertools
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +38,7 @@ from .errors import (
     RankError,
     TPRuntimeError,
 )
-from .launcher import Launcher, LocalLauncher, Rank
+from .launcher import Launcher, LocalLauncher, Rank, end_ranks
 from .protocol import (
     PER_STEP_INPUTS,
     Close,
@@ -71,6 +74,12 @@ class State(enum.Enum):
     BUSY = "busy"
     FAILED = "failed"
     CLOSED = "closed"
+
+
+_FINAL = (State.FAILED, State.CLOSED)
+_START = 0  # number of the call that the ranks' ready messages answer
+_IMPORT_ERROR = re.compile(r"^(?:ModuleNotFoundError|ImportError): .*$", re.MULTILINE)
+_PACK = Path(__file__).resolve().parent.parent
 
 
 class _Call:
@@ -114,11 +123,15 @@ class Engine:
         self._held = HeldTensors()
         self._numbers = itertools.count(1)
         self._turn = threading.Lock()  # held by the caller whose request is being prepared
-        self._lock = threading.Lock()  # guards state, error and _call
+        self._preparing = (
+            threading.Lock()
+        )  # held while the exchange memory is written, or given back
+        self._lock = threading.Lock()  # guards state, error, _call, _close_asked and _wake_fd
         self._call: _Call | None = None
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._close_asked = False
-        self._reader: threading.Thread | None = None
+        self._owner: threading.Thread | None = None
+        self._blamed: Rank | None = None
 
     # --- start ---------------------------------------------------------------------------------
 
@@ -130,42 +143,39 @@ class Engine:
                 the one asked for. Nothing is left running. Whatever ``poll`` raises ends the
                 group, too.
         """
-        config = self.config
-        call = _Call(0, config.tp_size, config.start_timeout_s, "start")
-        self._call = call
-        try:
-            self.ranks = self._launcher.launch(config, self._exchange)
-        except TPRuntimeError:
-            self.close()
-            raise
-        self._reader = threading.Thread(target=self._read, name="tp-runtime-reader", daemon=True)
-        self._reader.start()
+        call = _Call(_START, self.config.tp_size, self.config.start_timeout_s, "start")
+        with self._lock:
+            if self._close_asked:
+                raise GroupClosedError("The process group was closed before it had started.")
+            assert self._owner is None, "a group is started once"
+            self._call = call
+            self._owner = threading.Thread(target=self._own, name="tp-runtime-group", daemon=True)
+            self._owner.start()
         try:
             self._wait(call, poll)
-        except TPRuntimeError as error:
+        except BaseException as error:
+            if error is not call.error:  # poll raised it
+                self.close()
+                raise
+            if isinstance(error, GroupStartError | GroupClosedError):
+                raise
             raise GroupStartError(self._start_message(error)) from error
-        except BaseException:
-            self.close()
-            raise
-        self.ready = [answer for _, answer in sorted(call.answers.items())]  # type: ignore[misc]
-        seen = [ready.tp_world_size for ready in self.ready]
-        if seen != [config.tp_size] * config.tp_size:
-            self.close()
-            raise GroupStartError(
-                f"A group of {config.tp_size} ranks was asked for, but the ranks see tensor-"
-                f"parallel sizes {seen}. This is a fault of the installation of vLLM."
-            )
 
-    def _start_message(self, error: TPRuntimeError) -> str:
-        rank = self.ranks[0]
-        for candidate in self.ranks:
-            if candidate.process.poll() not in (None, 0, -9):
-                rank = candidate
-                break
+    def _start_message(self, error: BaseException) -> str:
+        python = self.config.python
+        tails = [rank.log_tail() for rank in self.ranks]
+        lacking = next(filter(None, map(_IMPORT_ERROR.search, tails)), None)
+        if lacking:
+            return (
+                f"The runtime's Python {python} cannot import what the ranks need "
+                f"({lacking[0]}). Install it with: {python} -m pip install '{_PACK}[runtime]', or "
+                "set TP_RUNTIME_PYTHON to a Python that has vllm and diffusers. "
+                f"Logs: {self.ranks[0].log_path.parent}"
+            )
+        tail = tails[self._blamed.index if self._blamed else 0]
         return (
             f"The process group of {self.config.tp_size} {self.config.device.upper()} ranks did "
-            f"not start: {error} Runtime Python: {self.config.python}. "
-            f"Log: {rank.log_path}, which ends:\n{rank.log_tail()}"
+            f"not start: {error} Runtime Python: {python}. The log ends:\n{tail}"
         )
 
     # --- requests ------------------------------------------------------------------------------
@@ -205,7 +215,7 @@ class Engine:
             As ``call`` does, and ProtocolError if ``inputs`` hold something that cannot be sent.
         """
         x: torch.Tensor = inputs["x"]
-        results: list[TensorRef] = []
+        results: list[torch.Tensor] = []
 
         def make(number: int) -> Request:
             layout = Layout()
@@ -214,28 +224,29 @@ class Engine:
                 name: self._place(value, layout, in_use, hold=name not in PER_STEP_INPUTS)
                 for name, value in inputs.items()
             }
-            offset = layout.reserve(x.nbytes)
+            result = TensorRef(tuple(x.shape), dtype_name(x.dtype), layout.reserve(x.nbytes))
             layout.write_to(self._exchange)
-            results.append(TensorRef(tuple(x.shape), dtype_name(x.dtype), offset))
+            # Looked up now, since the group may end between its answer and our reading it.
+            results.append(self._exchange.view(result))
             return Denoise(
                 call=number,
                 model=model,
                 inputs=pack_inputs(tree),
-                drop=list(self._held.evict(in_use)),
+                drop=self._held.evict(in_use),
                 exchange_bytes=self._exchange.size,
-                result=results[0],
+                result=result,
             )
 
         with self._turn_taken(poll):
-            first_new = self._held.next_key
             try:
                 call = self._send(make)
-            except TPRuntimeError:
-                self._held.forget_from(first_new)  # the ranks never got them
+            except BaseException:
+                self._held.roll_back()
                 raise
+            self._held.commit()
             self._wait(call, poll)
             call.raise_refusal()
-            return self._exchange.view(results[0]).clone()
+            return results[0].clone()
 
     def _place(self, value: Any, layout: Layout, in_use: set[int], hold: bool) -> Any:
         """``value`` with every tensor replaced by a reference to it."""
@@ -273,30 +284,28 @@ class Engine:
             self._turn.release()
 
     def _send(self, make: Callable[[int], Request]) -> _Call:
-        self._check_alive()
         number = next(self._numbers)
-        request = make(number)
+        with self._preparing:
+            self._check_ready()
+            request = make(number)
         frame = encode(request)
         call = _Call(number, len(self.ranks), self.config.call_timeout_s, type(request).__name__)
         with self._lock:
-            if self.state is State.READY:
-                self.state = State.BUSY
-                self._call = call
-                os.eventfd_write(self._wake_fd, 1)  # the reader has a new deadline to watch
-        self._check_alive()
-        try:
-            for rank in self.ranks:
+            self._check_ready()
+            self.state = State.BUSY
+            self._call = call
+            os.eventfd_write(self._wake_fd, 1)  # there is a new deadline to watch
+        for rank in self.ranks:
+            # The owner sees the same end of the stream and fails the group.
+            with contextlib.suppress(EOFError):
                 rank.channel.send(frame)
-        except EOFError:
-            pass  # the reader sees the same end of stream and fails the group
         return call
 
-    def _check_alive(self) -> None:
-        with self._lock:
-            if self.state is State.FAILED:
-                raise GroupClosedError(f"The process group has failed before: {self.error}")
-            if self.state is State.CLOSED:
-                raise GroupClosedError("The process group has been closed.")
+    def _check_ready(self) -> None:
+        if self.state is State.FAILED:
+            raise GroupClosedError(f"The process group has failed before: {self.error}")
+        if self.state is not State.READY or self._close_asked:
+            raise GroupClosedError("The process group has been closed, or was never started.")
 
     def _wait(
         self, call: _Call, poll: Poll | None = None, on_progress: OnProgress | None = None
@@ -314,125 +323,175 @@ class Engine:
         if call.error is not None:
             raise call.error
 
-    # --- the reader thread ---------------------------------------------------------------------
+    # --- the owner's thread --------------------------------------------------------------------
 
-    def _read(self) -> None:
-        channels = {rank.channel: rank for rank in self.ranks}
-        deaths = {rank.death_fd: rank for rank in self.ranks}
-        while self.state not in (State.FAILED, State.CLOSED):
+    def _own(self) -> None:
+        try:
+            self.ranks = self._launcher.launch(self.config, self._exchange)
+            self._watch()
+        except TPRuntimeError as error:
+            self._end(State.FAILED, error)
+        except BaseException as error:
+            logger.exception("a fault of the engine")
+            self._end(State.FAILED, TPRuntimeError(f"A fault of the engine: {error!r}"))
+
+    def _watch(self) -> None:
+        channels = [rank.channel for rank in self.ranks]
+        sources = [self._wake_fd, *channels, *(rank.death_fd for rank in self.ranks)]
+        while self.state not in _FINAL:
             call = self._call
             timeout_s = None if call is None else max(0.0, call.deadline - time.monotonic())
-            ready = wait([*channels, *deaths, self._wake_fd], timeout_s)
-            for rank in [channels[source] for source in ready if source in channels]:
-                try:
-                    self._handle(rank, decode_reply(rank.channel.receive()))
-                except EOFError:
-                    self._fail(self._death(rank))
-                except ProtocolError as error:
-                    self._fail(error)
-            for rank in [deaths[source] for source in ready if source in deaths]:
-                self._fail(self._death(rank))
+            ready = wait(sources, timeout_s)
             if self._wake_fd in ready:
                 os.eventfd_read(self._wake_fd)
-            if self._close_asked:
-                self._close_now()
+            error = self._receive(ready)
             call = self._call
-            if call is not None and time.monotonic() >= call.deadline:
-                self._fail(self._silence(call))
+            if error is None and call is not None and time.monotonic() >= call.deadline:
+                error = self._silence(call)
+            if error is not None:
+                self._end(State.FAILED, error)
+            elif self._close_asked:
+                self._close_now()
 
-    def _silence(self, call: _Call) -> TPRuntimeError:
-        silent = [rank.index for rank in self.ranks if rank.index not in call.answers]
-        return CallTimeoutError(
-            f"Ranks {silent} gave no sign of life for {call.timeout_s:g} s during '{call.what}'; "
-            f"the group was ended. The next request starts a new one. "
-            f"Logs: {self.ranks[0].log_path.parent}"
-        )
+    def _receive(self, ready: list[Any]) -> TPRuntimeError | None:
+        """Take what the ranks have sent; returns what ends the group, if something does.
 
-    def _death(self, rank: Rank) -> TPRuntimeError:
-        rank.process.poll()
-        if rank.process.returncode is None:
-            # The stream ends a moment before the process does.
-            wait([rank.death_fd], 1.0)
-        doing = f" during '{self._call.what}'" if self._call else ""
-        return GroupDiedError(
-            f"Rank {rank.index} (process {rank.pid}) {rank.describe_exit()}{doing}; the group was "
-            f"ended. The next request starts a new one. Log: {rank.log_path}"
-        )
+        Where a rank ends, the others' collectives fail a moment later. So a rank that ended
+        without a word is the cause; otherwise, the one that raised first.
+        """
+        gone: list[Rank] = []
+        failures: list[tuple[Rank, Failed]] = []
+        for rank in self.ranks:
+            last_words = None
+            try:
+                for frame in rank.channel.receive():
+                    reply = decode_reply(frame)
+                    if isinstance(reply, Failed) and not reply.recoverable:
+                        last_words = reply
+                    else:
+                        self._take(rank, reply)
+            except TPRuntimeError as error:
+                self._blamed = rank
+                return error
+            if last_words is not None:
+                failures.append((rank, last_words))
+            elif rank.channel.ended or rank.death_fd in ready:
+                gone.append(rank)
+        if gone:
+            return self._death(gone[0])
+        if failures:
+            return self._rank_error(*min(failures, key=lambda failure: failure[1].time_s))
+        return None
 
-    def _rank_error(self, rank: Rank, failed: Failed) -> TPRuntimeError:
-        logger.error("rank %d:\n%s", rank.index, failed.traceback)
-        doing = f" during '{self._call.what}'" if self._call else ""
-        return RankError(
-            f"Rank {rank.index} raised {failed.kind}{doing}: {failed.message} The group was "
-            f"ended; the next request starts a new one. Log: {rank.log_path}"
-        )
+    def _take(self, rank: Rank, reply: Reply) -> None:
+        """Note an answer, and finish the call that it completes.
 
-    def _handle(self, rank: Rank, reply: Reply) -> None:
+        Raises:
+            ProtocolError: the answer fits no request, or not the other ranks' answers.
+            GroupStartError: the ranks are ready, but not as one group.
+        """
         call = self._call
-        if isinstance(reply, Failed) and not reply.recoverable:
-            self._fail(self._rank_error(rank, reply))
-            return
-        number = 0 if isinstance(reply, Ready) else reply.call
-        if self.state in (State.FAILED, State.CLOSED):
-            return  # another rank's message in the same batch has ended the group
-        if call is None or number != call.number or rank.index in call.answers:
+        number = _START if isinstance(reply, Ready) else reply.call
+        if (
+            call is None
+            or number != call.number
+            or rank.index in call.answers
+            or isinstance(reply, Ready) != (number == _START)
+        ):
             raise ProtocolError(f"Rank {rank.index} sent an answer that nothing had asked for.")
         if isinstance(reply, Progress):
             call.progress[rank.index] = (reply.done, reply.total)
             call.deadline = time.monotonic() + call.timeout_s
             return
         call.answers[rank.index] = reply
-        if call.complete():
-            kinds = {type(answer) for answer in call.answers.values()}
-            if len(kinds) != 1:
-                self._fail(ProtocolError("Some ranks refused a request that others carried out."))
-                return
-            with self._lock:
-                self.state = State.READY
-                self._call = None
-            call.finished.set()
+        if not call.complete():
+            return
+        if len({type(answer) for answer in call.answers.values()}) != 1:
+            raise ProtocolError("Some ranks refused a request that others carried out.")
+        if number == _START:
+            self.ready = [answer for _, answer in sorted(call.answers.items())]  # type: ignore[misc]
+            self._check_sizes()
+        with self._lock:
+            self.state = State.READY
+            self._call = None
+        call.finished.set()
+
+    def _check_sizes(self) -> None:
+        seen = [ready.tp_world_size for ready in self.ready]
+        if seen != [self.config.tp_size] * self.config.tp_size:
+            raise GroupStartError(
+                f"A group of {self.config.tp_size} ranks was asked for, but the ranks see tensor-"
+                f"parallel sizes {seen}. This is a fault of the installation of vLLM in the "
+                f"runtime's Python {self.config.python}."
+            )
+
+    def _silence(self, call: _Call) -> TPRuntimeError:
+        silent = [rank for rank in self.ranks if rank.index not in call.answers]
+        self._blamed = silent[0]
+        return CallTimeoutError(
+            f"Ranks {[rank.index for rank in silent]} gave no sign of life for "
+            f"{call.timeout_s:g} s during '{call.what}'; the group was ended. The next request "
+            f"starts a new one. Logs: {silent[0].log_path.parent}"
+        )
+
+    def _death(self, rank: Rank) -> TPRuntimeError:
+        self._blamed = rank
+        rank.ended(timeout_s=1.0)  # its stream ends a moment before the process does
+        return GroupDiedError(
+            f"Rank {rank.index} (process {rank.pid}) {rank.describe_exit()}{self._doing()}; the "
+            f"group was ended. The next request starts a new one. Log: {rank.log_path}"
+        )
+
+    def _rank_error(self, rank: Rank, failed: Failed) -> TPRuntimeError:
+        self._blamed = rank
+        logger.error("rank %d:\n%s", rank.index, failed.traceback)
+        return RankError(
+            f"Rank {rank.index} raised {failed.kind}{self._doing()}: {failed.message} The group "
+            f"was ended; the next request starts a new one. Log: {rank.log_path}"
+        )
+
+    def _doing(self) -> str:
+        return f" during '{self._call.what}'" if self._call else ""
 
     # --- the end -------------------------------------------------------------------------------
 
     def close(self) -> None:
         """End the group in an orderly way: ask, wait, kill. Idempotent; from any thread."""
-        self._close_asked = True
-        if self._reader is None:
-            self._end(State.CLOSED, None, grace_s=0.0)
-        else:
-            with self._lock:
-                if self._wake_fd >= 0:
-                    os.eventfd_write(self._wake_fd, 1)
-            self._reader.join()
         with self._lock:
-            if self._wake_fd >= 0:
-                os.close(self._wake_fd)
-                self._wake_fd = -1
+            self._close_asked = True  # from here on no request is taken
+            owner = self._owner
+            if owner is not None and self._wake_fd >= 0:
+                os.eventfd_write(self._wake_fd, 1)
+        if owner is None:
+            self._end(State.CLOSED, None)
+        else:
+            owner.join()
 
     def _close_now(self) -> None:
-        idle = self.state is State.READY
-        if idle:
-            for rank in self.ranks:
-                with contextlib.suppress(EOFError):  # it is gone already, which is what we want
-                    rank.channel.send(encode(Close()))
-        self._end(State.CLOSED, None, grace_s=CLOSE_TIMEOUT_S if idle else 0.0)
+        if self.state is not State.READY:  # it would not listen
+            self._end(State.CLOSED, None)
+            return
+        for rank in self.ranks:
+            with contextlib.suppress(EOFError):  # it is gone already, which is what we want
+                rank.channel.send(encode(Close()))
+        self._end(State.CLOSED, None, grace_s=CLOSE_TIMEOUT_S)
 
-    def _fail(self, error: TPRuntimeError) -> None:
-        self._end(State.FAILED, error, grace_s=0.0)
-
-    def _end(self, state: State, error: TPRuntimeError | None, grace_s: float) -> None:
-        """Leave nothing of the group. Only the reader thread does this, once there is one."""
+    def _end(self, state: State, error: TPRuntimeError | None, grace_s: float = 0.0) -> None:
+        """Leave nothing of the group. Done by the owner, if there is one."""
         with self._lock:
-            if self.state in (State.FAILED, State.CLOSED):
+            if self.state in _FINAL:
                 return
             self.state = state
             self.error = error
             call, self._call = self._call, None
-        deadline = time.monotonic() + grace_s
-        for rank in self.ranks:
-            rank.end(max(0.0, deadline - time.monotonic()))
-        self._exchange.close()
-        self._launcher.clean_up(keep_logs=error is not None)
-        if call is not None:
-            call.error = error or GroupClosedError("The process group was closed meanwhile.")
-            call.finished.set()
+            os.close(self._wake_fd)
+            self._wake_fd = -1
+        try:
+            end_ranks(self.ranks, grace_s)
+            with self._preparing:
+                self._exchange.close()
+            self._launcher.clean_up(keep_logs=error is not None)
+        finally:
+            if call is not None:
+                call.error = error or GroupClosedError("The process group was closed meanwhile.")
+                call.finished.set()

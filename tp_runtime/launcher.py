@@ -4,24 +4,28 @@
 a process to watch and to end). ``LocalLauncher`` runs them as subprocesses of this machine.
 """
 
+import contextlib
+import logging
 import os
-import shutil
 import subprocess
-import tempfile
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import msgspec
-import psutil
 
-from .config import GroupConfig, WorkerConfig, home, log_level
+from .config import GroupConfig, WorkerConfig, log_level
 from .errors import GroupStartError
+from .group_folder import GroupFolder
 from .tensors import Exchange
-from .transport import Channel
+from .transport import Channel, wait
 
+logger = logging.getLogger("tp_runtime")
+
+KILL_TIMEOUT_S = 10.0
 LOG_TAIL_BYTES = 4000
-KEPT_GROUP_FOLDERS = 10  # of groups that are gone, so that their logs can still be read
 
 # What vLLM, NCCL and torch must know before they are imported by a rank. NVLink multicast and
 # vLLM's use of it stay off: it is a shared resource of the whole NVSwitch fabric.
@@ -32,7 +36,16 @@ _RANK_ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
     "PYTHONUNBUFFERED": "1",
+    "PYTHONSAFEPATH": "1",  # ComfyUI's folder has modules named utils, server, tests, ...
 }
+
+# PR_SET_PDEATHSIG: the kernel ends the rank together with the thread that started it, whatever
+# it is doing. Set before the imports, which take seconds.
+_RANK_CODE = (
+    "import ctypes, runpy, signal; "
+    "ctypes.CDLL(None).prctl(1, signal.SIGKILL); "
+    "runpy.run_module('tp_runtime.worker', run_name='__main__', alter_sys=True)"
+)
 
 
 @dataclass
@@ -49,6 +62,12 @@ class Rank:
     def pid(self) -> int:
         return self.process.pid
 
+    def ended(self, timeout_s: float) -> bool:
+        """Whether the process has ended, at the latest after ``timeout_s``."""
+        return self.process.poll() is not None or (
+            bool(wait([self.death_fd], timeout_s)) and self.process.poll() is not None
+        )
+
     def describe_exit(self) -> str:
         """How the process ended, for a message to a person."""
         code = self.process.poll()
@@ -61,29 +80,48 @@ class Rank:
     def log_tail(self) -> str:
         """The end of the rank's log."""
         try:
-            data = self.log_path.read_bytes()
+            with open(self.log_path, "rb") as log:
+                log.seek(max(0, log.seek(0, os.SEEK_END) - LOG_TAIL_BYTES))
+                return log.read(LOG_TAIL_BYTES).decode(errors="replace").strip()
         except FileNotFoundError:
             return ""
-        return data[-LOG_TAIL_BYTES:].decode(errors="replace").strip()
 
-    def end(self, timeout_s: float) -> None:
-        """Wait ``timeout_s`` for the process to end by itself, then kill it. Idempotent."""
-        try:
-            self.process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+    def release(self) -> None:
+        """Close what this process holds of the rank. Idempotent."""
         self.channel.close()
         if self.death_fd >= 0:
             os.close(self.death_fd)
             self.death_fd = -1
 
 
+def end_ranks(ranks: Sequence[Rank], grace_s: float) -> None:
+    """Wait ``grace_s`` for the processes to end by themselves, then kill them all. Idempotent."""
+    ranks = [rank for rank in ranks if rank.death_fd >= 0]
+    deadline = time.monotonic() + grace_s
+    for rank in ranks:
+        rank.ended(max(0.0, deadline - time.monotonic()))
+    for rank in ranks:
+        rank.process.kill()  # does nothing if it has ended
+    deadline = time.monotonic() + KILL_TIMEOUT_S
+    for rank in ranks:
+        if not rank.ended(max(0.0, deadline - time.monotonic())):
+            logger.error(
+                "rank %d (process %d) was killed but has not ended after %g s: a driver holds it",
+                rank.index,
+                rank.pid,
+                KILL_TIMEOUT_S,
+            )
+        rank.release()
+
+
 class Launcher(Protocol):
     """Starts the ranks of a group and cleans up after them."""
 
     def launch(self, config: GroupConfig, exchange: Exchange) -> list[Rank]:
-        """Start all ranks; none may be left if one does not start."""
+        """Start all ranks; none may be left if one does not start.
+
+        They end with the calling thread, at the latest.
+        """
         ...
 
     def clean_up(self, keep_logs: bool) -> None:
@@ -99,56 +137,62 @@ class LocalLauncher:
     """
 
     def __init__(self) -> None:
-        self._folder: Path | None = None
+        self._folder: GroupFolder | None = None
 
     def launch(self, config: GroupConfig, exchange: Exchange) -> list[Rank]:
-        self._folder = _new_group_folder()
         ranks: list[Rank] = []
         try:
+            self._folder = GroupFolder.create()
             for index in range(config.tp_size):
-                ranks.append(self._launch_rank(config, index, exchange, self._folder))
-        except OSError as error:
-            for rank in ranks:
-                rank.end(0)
+                ranks.append(self._launch_rank(config, index, exchange, self._folder.path))
+        except BaseException as error:
+            end_ranks(ranks, grace_s=0)
             self.clean_up(keep_logs=False)
-            raise GroupStartError(
-                f"The runtime's Python {config.python!r} could not be started: {error}. "
-                "Set TP_RUNTIME_PYTHON to a Python that has vllm and diffusers installed."
-            ) from error
+            if isinstance(error, OSError):
+                raise GroupStartError(
+                    f"The runtime's Python {config.python!r} could not be started: {error}. "
+                    "Set TP_RUNTIME_PYTHON to a Python that has vllm and diffusers installed."
+                ) from error
+            raise
         return ranks
 
     def _launch_rank(
         self, config: GroupConfig, index: int, exchange: Exchange, folder: Path
     ) -> Rank:
         channel, rank_end = Channel.pair()
-        worker = WorkerConfig(
-            rank=index,
-            tp_size=config.tp_size,
-            device=config.device,
-            control_fd=rank_end.fileno(),
-            exchange_fd=exchange.fd,
-            rendezvous=(folder / "rendezvous").as_uri(),
-            parent_pid=os.getpid(),
-            num_threads=max(1, _usable_cores() // config.tp_size),
-            log_level=log_level(),
-        )
-        command = [config.python, "-m", "tp_runtime.worker", msgspec.json.encode(worker).decode()]
-        log_path = folder / f"rank{index}.log"
-        with rank_end, open(log_path, "wb") as log:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=_environment(config),
-                pass_fds=(rank_end.fileno(), exchange.fd),
-                start_new_session=True,
+        with contextlib.ExitStack() as on_error, rank_end:
+            on_error.callback(channel.close)
+            worker = WorkerConfig(
+                rank=index,
+                tp_size=config.tp_size,
+                device=config.device,
+                control_fd=rank_end.fileno(),
+                exchange_fd=exchange.fd,
+                # Not as_uri(): torch takes the path as it is, percent signs included.
+                rendezvous=f"file://{folder / 'rendezvous'}",
+                num_threads=max(1, _usable_cores() // config.tp_size),
+                log_level=log_level(),
             )
-        return Rank(index, channel, process, os.pidfd_open(process.pid), log_path)
+            arguments = ["-c", _RANK_CODE, msgspec.json.encode(worker).decode()]
+            log_path = folder / f"rank{index}.log"
+            with open(log_path, "wb") as log:
+                process = subprocess.Popen(
+                    [config.python, *arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=_environment(config),
+                    pass_fds=(rank_end.fileno(), exchange.fd),
+                    start_new_session=True,
+                )
+            on_error.callback(process.kill)
+            rank = Rank(index, channel, process, os.pidfd_open(process.pid), log_path)
+            on_error.pop_all()
+        return rank
 
     def clean_up(self, keep_logs: bool) -> None:
-        if self._folder is not None and not keep_logs:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if self._folder is not None:
+            self._folder.release(keep_logs)
             self._folder = None
 
 
@@ -173,23 +217,3 @@ def _environment(config: GroupConfig) -> dict[str, str]:
         chosen = [names[index] if names else str(index) for index in config.devices]
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
     return environment
-
-
-def _new_group_folder() -> Path:
-    """A private folder named after this process; folders of processes long gone are removed."""
-    groups = home() / "groups"
-    groups.mkdir(parents=True, exist_ok=True, mode=0o700)
-    gone = [
-        folder
-        for folder in sorted(groups.iterdir(), key=lambda entry: entry.stat().st_mtime)
-        if not _owner_lives(folder)
-    ]
-    for folder in gone[:-KEPT_GROUP_FOLDERS]:
-        shutil.rmtree(folder, ignore_errors=True)
-    # mkdtemp makes the folder readable by its owner only.
-    return Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=groups))
-
-
-def _owner_lives(folder: Path) -> bool:
-    pid = folder.name.partition("-")[0]
-    return pid.isdigit() and psutil.pid_exists(int(pid))

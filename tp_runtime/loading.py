@@ -13,8 +13,8 @@ from .checkpoint import CheckpointFile, inspect_checkpoint
 from .config import ModelSpec
 from .models import family
 from .models.common import DriverBase
-from .sharding.parts import Part, layer_parts, whole_parts
-from .sharding.walker import plan_layers, replace_linears
+from .sharding.parts import Part, layer_parts, plan_layers, whole_parameters, whole_parts
+from .sharding.walker import replace_linears
 from .tensors import dtype_of
 
 PROGRESS_INTERVAL_S = 0.05
@@ -50,11 +50,10 @@ def load_model(
     module = family(info.family)
     compute_dtype = dtype_of(spec.compute_dtype)
     with torch.device("meta"):
-        model = module.build(info.config).to(compute_dtype)
+        model = nn.Module.to(module.build(info.config), compute_dtype)
     model.requires_grad_(False)
     layers = plan_layers(model, module.plan(info.config))
-    split = {path for layer in layers for path in layer.replaced}
-    whole = [name for name, _ in model.named_parameters() if name.rpartition(".")[0] not in split]
+    whole = whole_parameters(model, layers)
     replace_linears(model, layers, tp_size, dtype_of(spec.weight_dtype), compute_dtype)
 
     sources = module.sources(info.config)

@@ -117,7 +117,8 @@ class Failed(_Message, frozen=True):
 
     ``recoverable``: the rank checked the request and refused it before taking part in any
     collective, as every other rank does; the group is unharmed. Otherwise the rank is ending and
-    ``call`` means nothing.
+    ``call`` means nothing. ``time_s``: when, on the machine's monotonic clock; the first rank
+    that fails makes others fail.
     """
 
     call: int
@@ -125,6 +126,7 @@ class Failed(_Message, frozen=True):
     kind: str
     message: str
     traceback: str
+    time_s: float
 
 
 Reply = Ready | Progress | Done | Failed
@@ -169,7 +171,7 @@ def encode(message: Request | Reply) -> bytes:
     """
     try:
         frame = _encoder.encode({"version": VERSION, "body": msgspec.Raw(_encoder.encode(message))})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ProtocolError(f"A message cannot be encoded: {error}") from error
     if len(frame) > MAX_FRAME_BYTES:
         raise ProtocolError(f"A message of {len(frame)} bytes; at most {MAX_FRAME_BYTES} fit.")
@@ -185,7 +187,7 @@ def _decode(frame: bytes, decoder: Any) -> Any:
                 "Both sides must come from the same release."
             )
         return decoder.decode(outer.body)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, RecursionError, MemoryError) as error:
         raise ProtocolError(f"A malformed frame of {len(frame)} bytes: {error}") from error
 
 

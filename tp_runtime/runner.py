@@ -70,7 +70,7 @@ class Runner:
     def _denoise(self, request: Denoise) -> None:
         started = time.perf_counter()
         # Before anything can be refused: the engine takes it that these are held from now on.
-        self._exchange.remap(request.exchange_bytes)
+        self._map_exchange(request.exchange_bytes)
         inputs = self._resolve(request.inputs)
         conditioning_key = _conditioning_key(request.inputs)
         for key in request.drop:
@@ -84,10 +84,21 @@ class Runner:
             assert (output.shape, output.dtype) == (result.shape, result.dtype), (
                 f"{output.shape} {output.dtype}, not {result.shape} {result.dtype}"
             )
-            result.copy_(output)
-        elif self._device.type == "cuda":
+            result.copy_(output, non_blocking=True)
+        if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self._last_step_ms = (time.perf_counter() - started) * 1000
+
+    def _map_exchange(self, size: int) -> None:
+        """Map the exchange memory and, on a GPU, let the device read and write it directly."""
+        if size == self._exchange.size:
+            return
+        cuda = torch.cuda.cudart() if self._device.type == "cuda" else None
+        if cuda and self._exchange.size:
+            torch.cuda.check_error(cuda.cudaHostUnregister(self._exchange.address))
+        self._exchange.remap(size)
+        if cuda:
+            torch.cuda.check_error(cuda.cudaHostRegister(self._exchange.address, size, 0))
 
     def _resolve(self, value: Any) -> Any:
         """``value`` with every reference replaced by its tensor, on the rank's device."""
@@ -103,7 +114,7 @@ class Runner:
         if ref.offset < 0:
             return self._held[ref.key]
         # A copy, also on the CPU: held tensors outlive the exchange memory's content.
-        tensor = self._exchange.view(ref).to(self._device, copy=True)
+        tensor = self._exchange.view(ref).to(self._device, non_blocking=True, copy=True)
         if ref.key:
             self._held[ref.key] = tensor
         return tensor

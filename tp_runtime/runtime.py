@@ -18,8 +18,8 @@ import torch
 
 from .checkpoint import CheckpointInfo, inspect_checkpoint
 from .config import GroupConfig, ModelSpec
-from .engine import Engine, OnProgress, Poll, State
-from .errors import GroupClosedError, TPRuntimeError
+from .engine import POLL_S, Engine, OnProgress, Poll, State
+from .errors import CheckpointError, GroupClosedError, TPRuntimeError
 from .protocol import Load, Report, Unload
 from .tensors import dtype_of
 
@@ -50,7 +50,9 @@ class _Group:
     def __init__(self, config: GroupConfig) -> None:
         self.config = config
         self.engine: Engine | None = None
-        self.loaded: dict[str, int] = {}  # model name → bytes resident on rank 0
+        # Of the present engine: model name → bytes resident on rank 0; 0 while that is not known
+        # (being loaded, or the wait for it was given up).
+        self.loaded: dict[str, int] = {}
         self.users: weakref.WeakSet[RemoteModel] = weakref.WeakSet()
         self._starting = threading.Lock()
 
@@ -59,16 +61,21 @@ class _Group:
         engine = self.engine
         return engine if engine and engine.state in (State.READY, State.BUSY) else None
 
-    def started(self, poll: Poll | None) -> Engine:
-        """The engine of a running group, which is started if there is none."""
-        with self._starting:
+    def started(self, poll: Poll | None) -> tuple[Engine, dict[str, int]]:
+        """The engine of a running group, which is started if there is none, and its models."""
+        while not self._starting.acquire(timeout=POLL_S):
+            if poll is not None:
+                poll()
+        try:
             engine = self.alive()
             if engine is None:
                 self.close()
                 engine = Engine(self.config)
                 self.engine = engine
                 engine.start(poll)
-            return engine
+            return engine, self.loaded
+        finally:
+            self._starting.release()
 
     def close(self) -> bool:
         """End the group; False if there was none."""
@@ -142,21 +149,26 @@ class RemoteModel:
         Raises:
             GroupStartError, CheckpointError, and what ``Engine.call`` raises.
         """
-        engine = self._group.started(poll)
-        if self.name in self._group.loaded:
+        engine, loaded = self._group.started(poll)
+        if loaded.get(self.name):
             return
         wanted = {model.name for model in self._group.users}
-        for orphan in set(self._group.loaded) - wanted:
-            self._unload(engine, orphan, poll)
-        values = engine.call(
-            lambda call: Load(call, self.name, self.spec), poll=poll, on_progress=on_progress
-        )
-        self._group.loaded[self.name] = values[0]["resident_bytes"]
+        for orphan in set(loaded) - wanted:
+            _unload(engine, loaded, orphan, poll)
+        loaded[self.name] = 0  # the ranks have it in the end even if poll gives up the wait
+        try:
+            values = engine.call(
+                lambda call: Load(call, self.name, self.spec), poll=poll, on_progress=on_progress
+            )
+        except CheckpointError:
+            del loaded[self.name]
+            raise
+        loaded[self.name] = values[0]["resident_bytes"]
 
     def denoise(self, inputs: Mapping[str, Any], poll: Poll | None = None) -> torch.Tensor:
         """Evaluate the model once; see ``Engine.denoise``. Call ``ensure_loaded`` before."""
         engine = self._group.alive()
-        if engine is None or self.name not in self._group.loaded:
+        if engine is None or not self._group.loaded.get(self.name):
             raise GroupClosedError(
                 "The process group was ended since the model was loaded. Queue the prompt again."
             )
@@ -177,12 +189,14 @@ class RemoteModel:
     def unload(self) -> None:
         """Free the shards; the group stays. Nothing happens if they are not loaded."""
         engine = self._group.alive()
-        if engine is not None and self.name in self._group.loaded:
-            self._unload(engine, self.name, None)
+        loaded = self._group.loaded
+        if engine is not None and self.name in loaded:
+            _unload(engine, loaded, self.name, None)
 
-    def _unload(self, engine: Engine, name: str, poll: Poll | None) -> None:
-        engine.call(lambda call: Unload(call, name), poll=poll)
-        self._group.loaded.pop(name, None)
+
+def _unload(engine: Engine, loaded: dict[str, int], name: str, poll: Poll | None) -> None:
+    engine.call(lambda call: Unload(call, name), poll=poll)
+    loaded.pop(name, None)
 
 
 class Runtime:

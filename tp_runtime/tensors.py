@@ -10,8 +10,8 @@ per generation and not once per step.
 import mmap
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
 
+import psutil
 import torch
 
 from .errors import InputError, ProtocolError, TPRuntimeError
@@ -66,6 +66,13 @@ def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
+def _lacking(size: int, reason: str) -> TPRuntimeError:
+    return TPRuntimeError(
+        f"{size} bytes of shared memory are not to be had ({reason}). "
+        "Free some RAM or use a smaller batch."
+    )
+
+
 class Exchange:
     """One process's mapping of a group's shared memory. Call ``close`` when done with it.
 
@@ -87,19 +94,25 @@ class Exchange:
         """Bytes mapped now."""
         return self._size
 
+    @property
+    def address(self) -> int:
+        """Where the memory is mapped in this process. It must be."""
+        assert self._map is not None, "nothing is mapped"
+        return torch.frombuffer(self._map, dtype=torch.uint8, count=1).data_ptr()
+
     def reserve(self, size: int) -> None:
         """Make the memory at least ``size`` bytes. Raises TPRuntimeError if the system has none."""
         if size <= self._size:
             return
         size = max(_aligned(size), 2 * self._size)
+        # The system itself has no bound here: it would hand out memory until it kills a process.
+        if size - self._size > psutil.virtual_memory().available:
+            raise _lacking(size, "fewer are free")
         try:
             # Without this, a lack of memory would be a SIGBUS at the first write.
             os.posix_fallocate(self.fd, 0, size)
         except OSError as error:
-            raise TPRuntimeError(
-                f"{size} bytes of shared memory are not to be had ({error.strerror}). "
-                "Free some RAM or use a smaller batch."
-            ) from error
+            raise _lacking(size, error.strerror) from error
         self.remap(size)
 
     def remap(self, size: int) -> None:
@@ -176,18 +189,23 @@ class HeldTensors:
     """Which constant tensors the ranks hold, compared by content, least recently used first out.
 
     Samplers build new tensor objects for the same conditioning at every step (``torch.cat``,
-    ``.to``), so identity does not tell; comparing the bytes is exact and cheaper than hashing.
+    ``.to``), so identity does not tell; comparing the content is exact and cheaper than hashing.
+
+    What ``add`` and ``evict`` change is known to the ranks only once a request has told them:
+    ``commit`` after sending it, or ``roll_back`` if it was not sent.
     """
 
     def __init__(self, limit_bytes: int = HELD_BYTES) -> None:
         self._limit_bytes = limit_bytes
         self._held: OrderedDict[int, torch.Tensor] = OrderedDict()
         self._bytes = 0
-        self.next_key = 1
+        self._next_key = 1
+        self._first_unsent = 1
+        self._to_drop: list[int] = []
 
     def find(self, tensor: torch.Tensor) -> int:
         """The key under which the ranks hold an equal tensor, or 0."""
-        for key, held in self._held.items():
+        for key, held in reversed(self._held.items()):
             if (
                 held.shape == tensor.shape
                 and held.dtype == tensor.dtype
@@ -200,22 +218,35 @@ class HeldTensors:
 
     def add(self, tensor: torch.Tensor) -> int:
         """Remember ``tensor`` (a copy of it) under a new key, which is returned."""
-        key = self.next_key
-        self.next_key += 1
-        self._held[key] = tensor.detach().clone(memory_format=torch.contiguous_format)
-        self._bytes += tensor.nbytes
+        copy = tensor.detach().clone(memory_format=torch.contiguous_format)
+        key = self._next_key
+        self._next_key += 1
+        self._held[key] = copy
+        self._bytes += copy.nbytes
         return key
 
-    def forget_from(self, key: int) -> None:
-        """Forget every tensor whose key is ``key`` or later."""
-        for newer in [held for held in self._held if held >= key]:
-            self._bytes -= self._held.pop(newer).nbytes
+    def evict(self, in_use: set[int]) -> list[int]:
+        """Forget the oldest tensors beyond the limit, except those in use.
 
-    def evict(self, in_use: set[int]) -> Iterator[int]:
-        """Forget the oldest tensors beyond the limit, except those in use; yields their keys."""
+        Returns the keys that the ranks are to drop with the next request.
+        """
         for key in list(self._held):
             if self._bytes <= self._limit_bytes:
-                return
+                break
             if key not in in_use:
-                self._bytes -= self._held.pop(key).nbytes
-                yield key
+                self._forget(key)
+                self._to_drop.append(key)
+        return list(self._to_drop)
+
+    def commit(self) -> None:
+        """The ranks have been told everything."""
+        self._first_unsent = self._next_key
+        self._to_drop.clear()
+
+    def roll_back(self) -> None:
+        """The request was not sent: the ranks have none of its tensors and dropped nothing."""
+        for key in [key for key in self._held if key >= self._first_unsent]:
+            self._forget(key)
+
+    def _forget(self, key: int) -> None:
+        self._bytes -= self._held.pop(key).nbytes

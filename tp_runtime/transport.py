@@ -1,16 +1,23 @@
 """Frames between the engine and one rank, over a private socket pair. Both halves use it.
 
 The rank inherits its end as a file descriptor: there is no address that a stranger could connect
-to, and the death of either side is seen by the other at once as the end of the stream.
+to, and the death of either side is seen by the other at once as the end of the stream. A frame
+is preceded by its length, four bytes, the highest first.
 """
 
+import contextlib
 import socket
+import struct
+import threading
 from collections.abc import Iterable
 from multiprocessing import connection
 from typing import Any
 
 from .errors import ProtocolError
 from .protocol import MAX_FRAME_BYTES
+
+_LENGTH = struct.Struct(">I")
+_CHUNK_BYTES = 256 * 2**10
 
 
 def wait(sources: Iterable[Any], timeout_s: float | None) -> list[Any]:
@@ -19,45 +26,82 @@ def wait(sources: Iterable[Any], timeout_s: float | None) -> list[Any]:
 
 
 class Channel:
-    """One end of a stream of frames. ``EOFError`` means that the other side is gone."""
+    """One end of a stream of frames. Any thread may send; one thread receives.
 
-    def __init__(self, fd: int) -> None:
-        self._connection = connection.Connection(fd)
+    Receiving never waits, not even for the rest of a frame: a side that stops in the middle of
+    one cannot stop the other.
+    """
+
+    def __init__(self, stream: socket.socket) -> None:
+        self.ended = False  # the other side is gone and sends no more
+        self._stream = stream
+        self._sending = threading.Lock()
+        self._received = bytearray()
 
     @classmethod
     def pair(cls) -> tuple["Channel", socket.socket]:
         """This process's end, and the other as a socket to hand to a rank and then close."""
         ours, theirs = socket.socketpair()
-        return cls(ours.detach()), theirs
+        return cls(ours), theirs
+
+    @classmethod
+    def inherited(cls, fd: int) -> "Channel":
+        """The end that this process was started with; its own children do not get it."""
+        stream = socket.socket(fileno=fd)
+        stream.set_inheritable(False)
+        return cls(stream)
 
     def fileno(self) -> int:
-        """The file descriptor, so that ``wait`` takes a channel."""
-        return self._connection.fileno()
+        """The file descriptor, so that ``wait`` takes a channel. Ready also when ``ended``."""
+        return self._stream.fileno()
 
     def send(self, frame: bytes) -> None:
-        """Raises EOFError if the other side is gone."""
-        try:
-            self._connection.send_bytes(frame)
-        except OSError as error:
-            raise EOFError(f"the other side is gone ({error})") from error
-
-    def receive(self) -> bytes:
-        """The next frame; blocks until there is one.
+        """Waits for as long as the other side reads nothing; ``close`` ends the wait.
 
         Raises:
             EOFError: the other side is gone.
-            ProtocolError: the frame is longer than a frame may be.
         """
-        try:
-            return self._connection.recv_bytes(MAX_FRAME_BYTES)
-        except ConnectionError as error:
-            raise EOFError(f"the other side is gone ({error})") from error
-        except OSError as error:
-            if str(error) == "bad message length":
-                raise ProtocolError(f"A frame of over {MAX_FRAME_BYTES} bytes.") from error
-            raise EOFError(f"the stream is broken ({error})") from error
+        with self._sending:
+            try:
+                self._stream.sendall(_LENGTH.pack(len(frame)) + frame)
+            except OSError as error:
+                raise EOFError(f"the other side is gone ({error})") from error
+
+    def receive(self) -> list[bytes]:
+        """The frames that have arrived whole, in order; sets ``ended`` when no more will come.
+
+        Raises:
+            ProtocolError: a frame is longer than a frame may be.
+        """
+        frames: list[bytes] = []
+        while not self.ended:
+            try:
+                data = self._stream.recv(_CHUNK_BYTES, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                break
+            except OSError:
+                data = b""
+            self.ended = not data
+            self._received += data
+            frames += self._take_frames()
+        return frames
+
+    def _take_frames(self) -> list[bytes]:
+        frames = []
+        while len(self._received) >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._received)
+            if length > MAX_FRAME_BYTES:
+                raise ProtocolError(f"A frame of {length} bytes; at most {MAX_FRAME_BYTES} fit.")
+            end = _LENGTH.size + length
+            if len(self._received) < end:
+                break
+            frames.append(bytes(self._received[_LENGTH.size : end]))
+            del self._received[:end]
+        return frames
 
     def close(self) -> None:
-        """Idempotent."""
-        if not self._connection.closed:
-            self._connection.close()
+        """Idempotent; ends a ``send`` of another thread."""
+        with contextlib.suppress(OSError):
+            self._stream.shutdown(socket.SHUT_RDWR)
+        with self._sending:  # the file descriptor's number may be another file's afterwards
+            self._stream.close()

@@ -1,6 +1,6 @@
 """The process of one rank: joins the group, then serves requests until its channel ends.
 
-Started by the launcher as ``python -m tp_runtime.worker CONFIG``. Two threads: the main one
+Started by the launcher, with a ``WorkerConfig`` as the only argument. Two threads: the main one
 computes; the reader only receives frames and ends the process, whatever it is doing, when the
 engine's process is gone.
 """
@@ -11,6 +11,7 @@ import os
 import queue
 import sys
 import threading
+import time
 import traceback
 
 import msgspec
@@ -39,19 +40,20 @@ def _read_requests(
     channel: Channel, parent_pid: int, requests: "queue.SimpleQueue[Request]"
 ) -> None:
     """Thread: queue the requests; end the process at once when nobody is left to answer to."""
+    status = 1
     try:
-        while True:
-            # A process that ComfyUI has forked may hold the stream open after ComfyUI's death.
-            while not wait([channel], PARENT_CHECK_S):
-                if os.getppid() != parent_pid:
-                    raise EOFError("the parent process is gone")
-            requests.put(decode_request(channel.receive()))
-    except EOFError as error:
-        logger.warning("ending: %s", error)
+        # A process that ComfyUI has forked may hold the stream open after ComfyUI's death.
+        while not channel.ended and os.getppid() == parent_pid:
+            if wait([channel], PARENT_CHECK_S):
+                for frame in channel.receive():
+                    requests.put(decode_request(frame))
+        logger.info("ending: nobody is left to answer to")
+        status = 0
     except BaseException:
         logger.exception("ending: the reader failed")
-    # Not sys.exit: the main thread may be inside a collective that will never return.
-    os._exit(0)
+    finally:
+        # Not sys.exit: the main thread may be inside a collective that will never return.
+        os._exit(status)
 
 
 def _serve(config: WorkerConfig, channel: Channel, requests: "queue.SimpleQueue[Request]") -> None:
@@ -77,32 +79,42 @@ def _serve(config: WorkerConfig, channel: Channel, requests: "queue.SimpleQueue[
             try:
                 send(Done(call, runner.handle(request, report_progress)))
             except tuple(REFUSALS.values()) as error:
-                send(Failed(call, True, type(error).__name__, str(error), traceback.format_exc()))
+                send(_failed(call, True, error))
 
 
 def main() -> None:
     """Run the rank that the command line describes."""
+    # Not the engine's process if the runtime's Python is a script that starts another.
+    parent_pid = os.getppid()
     config = msgspec.json.decode(sys.argv[1], type=WorkerConfig)
     logging.basicConfig(
         level=config.log_level,
         format=f"%(asctime)s rank {config.rank} %(levelname)s %(name)s: %(message)s",
     )
-    os.set_inheritable(config.control_fd, False)
     os.set_inheritable(config.exchange_fd, False)
-    channel = Channel(config.control_fd)
+    channel = Channel.inherited(config.control_fd)
     requests: queue.SimpleQueue[Request] = queue.SimpleQueue()
     threading.Thread(
-        target=_read_requests, args=(channel, config.parent_pid, requests), daemon=True
+        target=_read_requests, args=(channel, parent_pid, requests), daemon=True
     ).start()
     try:
         _serve(config, channel, requests)
     except BaseException as error:
+        failed = _failed(-1, False, error)
         logger.exception("rank %d failed", config.rank)
-        failure = Failed(-1, False, type(error).__name__, str(error), traceback.format_exc())
-        with contextlib.suppress(EOFError):
-            channel.send(encode(failure))
-        # The other ranks may be inside a collective: the engine ends us all.
-        os._exit(1)
+        try:
+            channel.send(encode(failed))
+        except EOFError:
+            pass  # nobody is left to tell
+        finally:
+            # The other ranks may be inside a collective: the engine ends us all.
+            os._exit(1)
+
+
+def _failed(call: int, recoverable: bool, error: BaseException) -> Failed:
+    """The message about the error that is being handled."""
+    kind, trace = type(error).__name__, traceback.format_exc()
+    return Failed(call, recoverable, kind, str(error), trace, time.monotonic())
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 from parity.conftest import FP32_TOLERANCE, Remote, relative_error
+
 from support.native import native_z_image
 from support.tiny_models import write_z_image
-
 from tp_runtime import InputError
 
 pytestmark = pytest.mark.process

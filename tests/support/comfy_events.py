@@ -15,8 +15,9 @@ from typing import Any
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-# ComfyUI's protocol.py: BinaryEventTypes.PREVIEW_IMAGE
+# ComfyUI's protocol.py: BinaryEventTypes
 _PREVIEW_IMAGE = 1
+_TEXT = 3
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Event:
     """One message; `time_s` is this process's monotonic clock.
 
     `kind` is ComfyUI's own name (`progress`, `executing`, `executed`, ...), or `preview` for a
-    binary image: then `data` is empty and `image` holds the encoded picture.
+    binary image (then `data` is empty and `image` holds the encoded picture), or `text` for a
+    message on a node (`data` has `node` and `text`).
     """
 
     kind: str
@@ -97,6 +99,10 @@ def _decode(message: str | bytes) -> Event:
         document = json.loads(message)
         return Event(document["type"], document.get("data") or {}, now_s)
     kind = int.from_bytes(message[:4], "big")
+    if kind == _TEXT:
+        end = 8 + int.from_bytes(message[4:8], "big")
+        data = {"node": message[8:end].decode(), "text": message[end:].decode()}
+        return Event("text", data, now_s)
     if kind != _PREVIEW_IMAGE:
         return Event(f"binary-{kind}", {}, now_s)
     return Event("preview", {}, now_s, image=message[8:])

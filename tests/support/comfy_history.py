@@ -37,6 +37,16 @@ class History:
         stamps = [body["timestamp"] for _, body in self.messages if "timestamp" in body]
         return float(max(stamps) - min(stamps)) / 1000
 
+    @property
+    def cached(self) -> set[str]:
+        """The nodes that did not run, since ComfyUI had their results from before."""
+        return {
+            node_id
+            for kind, body in self.messages
+            if kind == "execution_cached"
+            for node_id in body["nodes"]
+        }
+
     def text(self, node_id: str) -> str:
         """The text that a node showed in the page."""
         return "\n".join(self.outputs[node_id]["text"])

@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from support.comfy_events import EventListener
 from support.comfy_history import History, finished, validation_error
@@ -252,6 +252,11 @@ class ComfyServer:
         """The latent of a prompt with exactly one SaveLatent node."""
         (latent,) = self.latents(history).values()
         return latent
+
+    def put_latent(self, name: str, latent: torch.Tensor) -> None:
+        """Write a file that the LoadLatent node reads under this name (`….latent`)."""
+        tensors = {"latent_tensor": latent, "latent_format_version_0": torch.zeros(0)}
+        save_file(tensors, self.base / "input" / name)
 
     def pictures(self, history: History) -> list[Path]:
         """The files that the SaveImage nodes of a prompt wrote; they go when the server stops."""

@@ -4,6 +4,7 @@ A prompt is a dict of node id → node. The ids here are words, so that an error
 readable, and a test changes a prompt by indexing it: `prompt["sampler"]["inputs"]["steps"] = 2`.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -90,6 +91,38 @@ def text_to_latent(
     if sampler == "TPSampler":
         prompt["sampler"]["inputs"]["gpu_count"] = str(gpu_count)
     return prompt
+
+
+def tp_text_to_latent(
+    model_file: str, gpu_count: GpuCount = 2, sampling: Sampling | None = None
+) -> Prompt:
+    """The same through Load Diffusion Model (TP) and TP Sampler, with a report of the groups.
+
+    The node `report` runs after the sampler; `support.group_reports` reads it.
+    """
+    prompt = text_to_latent(tp_loader(model_file, gpu_count), "TPSampler", sampling)
+    return with_report(prompt)
+
+
+def with_report(prompt: Prompt, after: str = "sampler") -> Prompt:
+    """The same prompt with TP Runtime Info (`report`), which runs after the node `after`."""
+    return prompt | {"report": node("TPRuntimeInfo", anything=[after, 0])}
+
+
+def stock_twin(prompt: Prompt) -> Prompt:
+    """The same prompt on ComfyUI's native model: stock loader, KSampler, no report."""
+    twin = copy.deepcopy(prompt)
+    for node_id, item in prompt.items():
+        inputs = twin[node_id]["inputs"]
+        match item["class_type"]:
+            case "TPLoadDiffusionModel":
+                twin[node_id] = stock_loader(inputs["model_name"])
+            case "TPSampler":
+                twin[node_id]["class_type"] = "KSampler"
+                del inputs["gpu_count"]
+            case "TPRuntimeInfo":
+                del twin[node_id]
+    return twin
 
 
 def with_picture(prompt: Prompt, vae_name: str) -> Prompt:

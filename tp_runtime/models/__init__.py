@@ -8,9 +8,9 @@ guide.
 
 from types import ModuleType
 
-from . import flux, z_image
+from . import flux, qwen_image, z_image
 
-FAMILIES: dict[str, ModuleType] = {module.FAMILY: module for module in (z_image, flux)}
+FAMILIES: dict[str, ModuleType] = {module.FAMILY: module for module in (z_image, flux, qwen_image)}
 
 
 def family(name: str) -> ModuleType:

@@ -3,14 +3,14 @@
 import inspect
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..acceleration import fused
+from ..acceleration import fused, optimising
 from ..errors import InputError
 
 
@@ -73,85 +73,50 @@ def rotate_pairs(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     return torch.stack(rotated, dim=-1).flatten(-2).type_as(x)
 
 
-def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Layer norm without weights, then scaled and shifted."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+# A stretch of tokens: their q, k and v (B, L, 3, N, K), and the weights of q's and k's norm (K,).
+Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def pack_patches(x: torch.Tensor) -> torch.Tensor:
-    """Patches of 2 x 2 as tokens: (B, C, H, W) → (B, L, 4·C); odd sizes are padded circularly."""
-    x = F.pad(x, (0, x.shape[-1] % 2, 0, x.shape[-2] % 2), mode="circular")
-    patches = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # B C h 2 w 2
-    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+def rotated_heads(
+    parts: list[Heads], rotation: torch.Tensor, eps: float | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k and v of all tokens, each (B, L, N, K); q and k normed and then rotated.
 
-
-def unpack_patches(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """(B, L, 4·C) → (B, C, height, width), the inverse of ``pack_patches``."""
-    rows = -(-height // 2)
-    patches = tokens.unflatten(2, (-1, 2, 2)).unflatten(1, (rows, -1))  # B h w C 2 2
-    x = patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
-    return x[:, :, :height, :width]
-
-
-def grid_positions(index: float, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Positions (L, 3) of the tokens of an image, row by row: ``index``, its row's, its column's."""
-    positions = torch.zeros(len(y), len(x), 3, dtype=torch.float32, device=y.device)
-    positions[..., 0] = index
-    positions[..., 1] += y[:, None]
-    positions[..., 2] += x
-    return positions.flatten(0, 1)
-
-
-def place_references(
-    references: Sequence[torch.Tensor], method: str, height: int, width: int
-) -> list[tuple[float, int, int]]:
-    """Where reference latents lie beside an image of ``height`` x ``width``: (index, top, left).
-
-    ``method`` is one of: ``"index"`` and ``"negative_index"``, one behind another; ``"uxo"``,
-    diagonally below the image; ``"offset"``, side by side on one plane. As ComfyUI does
-    (comfy/ldm/flux/model.py and comfy/ldm/qwen_image/model.py, 0.3.75).
+    ``eps`` None is the smallest of fp32, as where ComfyUI leaves it to torch.
     """
-    places: list[tuple[float, int, int]] = []
-    down = right = 0
-    for count, reference in enumerate(references, 1):
-        rows, columns = reference.shape[-2:]
-        if method in ("index", "negative_index"):
-            places.append((float(count if method == "index" else -count), 0, 0))
-        elif method == "uxo":
-            places.append((0.0, height + height % 2 + down, width + width % 2 + right))
-            down, right = down + rows, right + columns
-        else:
-            top, left = (0, right) if rows + down > columns + right else (down, 0)
-            places.append((1.0, top, left))
-            down, right = max(down, rows + top), max(right, columns + left)
-    return places
+    head_dim = parts[0][1].shape[0]
+    if optimising() and head_dim & (head_dim - 1) == 0:
+        from .. import kernels  # here, since ComfyUI's process imports this module, too
+
+        return kernels.rotated_heads(parts, rotation, eps or torch.finfo(torch.float32).eps)
+    found: list[tuple[torch.Tensor, ...]] = []
+    start = 0
+    for qkv, norm_q, norm_k in parts:
+        here = rotation[:, start : start + qkv.shape[1]]
+        q, k, v = qkv.unbind(2)
+        q = rotate_pairs(rms_norm(q, norm_q, eps), here)
+        found.append((q, rotate_pairs(rms_norm(k, norm_k, eps), here), v))
+        start += qkv.shape[1]
+    if len(found) > 1:
+        found = [tuple(torch.cat(same, dim=1) for same in zip(*found, strict=True))]
+    q, k, v = found[0]
+    return q, k, v
 
 
-def check_residuals(control: Mapping[str, Any], image: tuple[int, int, int], label: str) -> None:
-    """Raises InputError if a ControlNet's residual does not fit image tokens of shape (B, L, D)."""
-    batch, length, width = image
-    for residual in (
-        item for stack in control.values() for item in stack or () if item is not None
-    ):
-        shape = tuple(residual.shape)
-        if len(shape) != 3 or shape[0] not in (1, batch) or shape[1] > length or shape[2] != width:
-            raise InputError(
-                f"The ControlNet gives residuals of shape {shape}; {label} takes up to ({batch}, "
-                f"{length}, {width}) here. Use a ControlNet made for {label}."
-            )
+def check_context(context: torch.Tensor, batch: int, width: int, label: str) -> None:
+    """Raises InputError unless the text conditioning is of shape (batch, L, width)."""
+    if context.ndim != 3 or context.shape[-1] != width:
+        raise InputError(
+            f"{label} takes a text conditioning of width {width}; got shape "
+            f"{tuple(context.shape)}. Use the text encoder that belongs to the model."
+        )
+    if context.shape[0] != batch:
+        raise InputError(f"{batch} latents need as many captions; got {context.shape[0]}.")
 
 
-def add_residual(
-    tokens: torch.Tensor, stack: Sequence[torch.Tensor | None], index: int, start: int = 0
-) -> torch.Tensor:
-    """Add a ControlNet's residual, if it has one for this block, to the tokens from ``start`` on.
-
-    ``tokens`` is changed in place.
-    """
-    residual = stack[index] if index < len(stack) else None
-    if residual is not None:
-        tokens[:, start : start + residual.shape[1]] += residual
-    return tokens
+def count_blocks(names: Iterable[str], stack: str) -> int:
+    """How many blocks ``stack.0.…``, ``stack.1.…``, … there are among the names of tensors."""
+    return len({name.split(".")[1] for name in names if name.startswith(f"{stack}.")})
 
 
 Conditioning = dict[str, torch.Tensor]
@@ -212,6 +177,16 @@ class DriverBase:
         """
         raise NotImplementedError
 
+    def check_control(
+        self, batch: int, conditioning: Conditioning, control: Mapping[str, Any]
+    ) -> None:
+        """Refuse a ControlNet's residuals that do not fit. Called if ``step`` takes ``control``.
+
+        Raises:
+            InputError: a residual is of another shape than it is added to.
+        """
+        raise NotImplementedError
+
     def step(self, *args: Any, **inputs: Any) -> torch.Tensor:
         """The model's prediction, of the shape and dtype of ``x``; ``timesteps`` (B,) fp32."""
         raise NotImplementedError
@@ -238,4 +213,6 @@ class DriverBase:
             raise InputError(f"{x.shape[0]} latents need as many timesteps; got {timesteps.shape}.")
         key = (key, tuple(x.shape), x.dtype)
         conditioning = self.memo.get(key, lambda: self.condition(**inputs))
+        if per_step:
+            self.check_control(x.shape[0], conditioning, **per_step)
         return self.run_step(x=x, timesteps=timesteps, **conditioning, **per_step)

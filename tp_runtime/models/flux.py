@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..acceleration import fused
 from ..checkpoint import TensorInfo
 from ..errors import CheckpointError, InputError
 from ..sharding.parts import Source, Sources
@@ -22,17 +23,24 @@ from ..sharding.plan import QKV, Column, MergedColumn, Plan, Replicated, Row, Sp
 from .common import (
     Conditioning,
     DriverBase,
-    add_residual,
     attention,
+    check_context,
+    count_blocks,
+    rope_rotation,
+    rotated_heads,
+    timestep_embedding,
+)
+from .dual_stream import (
+    NORM_EPS,
+    add_residual,
     check_residuals,
+    gathered_modulation,
     grid_positions,
+    heads_of,
+    joint_attention,
     modulate,
     pack_patches,
     place_references,
-    rms_norm,
-    rope_rotation,
-    rotate_pairs,
-    timestep_embedding,
     unpack_patches,
 )
 
@@ -41,7 +49,6 @@ LABEL = "FLUX.1"
 UNUSED: frozenset[str] = frozenset()
 
 MLP_RATIO = 4
-NORM_EPS = 1e-6
 PATCH_AREA = 4
 ROPE_THETA = 10000.0
 TIME_SCALE = 1000.0
@@ -76,8 +83,8 @@ def infer_config(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
         "dim": dim,
         "num_heads": dim // head_dim,
         "head_dim": head_dim,
-        "num_double_blocks": _count(tensors, "double_blocks"),
-        "num_single_blocks": _count(tensors, "single_blocks"),
+        "num_double_blocks": count_blocks(tensors, "double_blocks"),
+        "num_single_blocks": count_blocks(tensors, "single_blocks"),
         "in_channels": packed // PATCH_AREA,
         "out_channels": tensors["final_layer.linear.weight"].shape[0] // PATCH_AREA,
         "context_dim": tensors["txt_in.weight"].shape[1],
@@ -86,10 +93,6 @@ def infer_config(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
         "axes_dims": (head_dim - 2 * along, along, along),
         "norm_name": norm_name,
     }
-
-
-def _count(tensors: Mapping[str, TensorInfo], stack: str) -> int:
-    return len({name.split(".")[1] for name in tensors if name.startswith(f"{stack}.")})
 
 
 def file_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -225,8 +228,9 @@ def plan(config: dict[str, Any]) -> Plan:
             "context_embedder": Column(gather=True),
             "time_text_embed.*.linear_1": Column(),
             "time_text_embed.*.linear_2": Row(),
-            f"{double}.norm1.linear": Column(gather=True),
-            f"{double}.norm1_context.linear": Column(gather=True),
+            # The modulation of all blocks is gathered by the driver, at once.
+            f"{double}.norm1.linear": Column(),
+            f"{double}.norm1_context.linear": Column(),
             f"{double}.attn.{{to_q,to_k,to_v}}": QKV("to_qkv", head_dim, num_heads, num_heads),
             f"{double}.attn.{{add_q_proj,add_k_proj,add_v_proj}}": QKV(
                 "to_added_qkv", head_dim, num_heads, num_heads
@@ -237,7 +241,7 @@ def plan(config: dict[str, Any]) -> Plan:
             f"{double}.ff.net.2": Row(),
             f"{double}.ff_context.net.0.proj": Column(),
             f"{double}.ff_context.net.2": Row(),
-            f"{single}.norm.linear": Column(gather=True),
+            f"{single}.norm.linear": Column(),
             f"{single}.{{attn.to_q,attn.to_k,attn.to_v,proj_mlp}}": MergedColumn(
                 "linear1", (head_dim, head_dim, head_dim, 1)
             ),
@@ -265,6 +269,16 @@ def build(config: dict[str, Any]) -> nn.Module:
         guidance_embeds=config["guidance"],
         axes_dims_rope=config["axes_dims"],
     )
+
+
+@fused
+def _gated_residual(x: torch.Tensor, update: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    return x + update * gate
+
+
+@fused
+def _attended_and_mlp(attended: torch.Tensor, mlp: torch.Tensor) -> torch.Tensor:
+    return torch.cat((attended, F.gelu(mlp, approximate="tanh")), dim=-1)
 
 
 class Driver(DriverBase):
@@ -323,32 +337,45 @@ class Driver(DriverBase):
         control: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
         """(B, C, H, W) → (B, out_channels, H, W)."""
-        control = control or {}
-        packed = pack_patches(x)
-        num_image, num_text = packed.shape[1], text.shape[1]
-        num_tokens = rotation.shape[1] - num_text
-        check_residuals(control, (x.shape[0], num_tokens, self.config["dim"]), LABEL)
-
-        image = self.model.x_embedder(packed)
+        image = self.model.x_embedder(pack_patches(x))
+        num_image, num_text = image.shape[1], text.shape[1]
         if references is not None:
             image = torch.cat((image, references), dim=1)
         sinusoids = timestep_embedding(TIME_SCALE * timesteps, TIME_CHANNELS).to(x.dtype)
         time = self.model.time_text_embed.timestep_embedder(sinusoids)
         if guidance is not None:
             time = time + guidance
-        activated = F.silu(time + vector).unsqueeze(1)
+        activated = F.silu(time + vector)
+        doubles, singles = self.model.transformer_blocks, self.model.single_transformer_blocks
+        of_image = self._modulation([block.norm1 for block in doubles], activated, 6)
+        of_text = self._modulation([block.norm1_context for block in doubles], activated, 6)
+        of_both = self._modulation([block.norm for block in singles], activated, 3)
 
-        for index, block in enumerate(self.model.transformer_blocks):
-            image, text = self._double(block, image, text, activated, rotation, mask)
-            image = add_residual(image, control.get("input") or (), index)
+        for index, block in enumerate(doubles):
+            image, text = _double(
+                block, image, text, of_image[index], of_text[index], rotation, mask
+            )
+            add_residual(image, control, "input", index)
         tokens = torch.cat((text, _finite(image)), dim=1)
-        for index, block in enumerate(self.model.single_transformer_blocks):
-            tokens = self._single(block, tokens, activated, rotation, mask)
-            tokens = add_residual(tokens, control.get("output") or (), index, num_text)
+        for index, block in enumerate(singles):
+            tokens = _single(block, tokens, of_both[index], rotation, mask)
+            add_residual(tokens, control, "output", index, num_text)
 
-        shift, scale = self.model.norm_out.linear(activated).chunk(2, dim=-1)
+        shift, scale = self.model.norm_out.linear(activated).unsqueeze(1).chunk(2, dim=-1)
         image = modulate(tokens[:, num_text : num_text + num_image], shift, scale)
         return unpack_patches(self.model.proj_out(image), x.shape[-2], x.shape[-1])
+
+    def check_control(
+        self, batch: int, conditioning: Conditioning, control: Mapping[str, Any]
+    ) -> None:
+        """Raises InputError."""
+        check_residuals(control, batch, conditioning, self.config["dim"], LABEL)
+
+    def _modulation(
+        self, norms: Sequence[Any], activated: torch.Tensor, count: int
+    ) -> list[torch.Tensor]:
+        linears = [norm.linear for norm in norms]
+        return gathered_modulation(linears, activated, self.gather, count * self.config["dim"])
 
     def _check(
         self,
@@ -357,19 +384,13 @@ class Driver(DriverBase):
         references: Sequence[torch.Tensor],
         method: str,
     ) -> None:
-        channels, width = self.config["in_channels"], self.config["context_dim"]
+        channels = self.config["in_channels"]
         if x.ndim != 4 or x.shape[1] != channels:
             raise InputError(
                 f"This {LABEL} model works on latents of shape (batch, {channels}, height, width); "
                 f"got {tuple(x.shape)}. Use an empty latent node for 16-channel latents."
             )
-        if context.ndim != 3 or context.shape[-1] != width:
-            raise InputError(
-                f"{LABEL} takes a text conditioning of width {width}; got shape "
-                f"{tuple(context.shape)}. Use the text encoder that belongs to the model."
-            )
-        if x.shape[0] != context.shape[0]:
-            raise InputError(f"{x.shape[0]} latents need as many captions; got {context.shape[0]}.")
+        check_context(context, x.shape[0], self.config["context_dim"], LABEL)
         for reference in references:
             if reference.ndim != 4 or reference.shape[:2] != x.shape[:2]:
                 raise InputError(
@@ -382,58 +403,49 @@ class Driver(DriverBase):
                 f"'{method}'. Supported: {', '.join(REFERENCE_METHODS)}."
             )
 
-    def _double(
-        self,
-        block: Any,
-        image: torch.Tensor,
-        text: torch.Tensor,
-        activated: torch.Tensor,
-        rotation: torch.Tensor,
-        mask: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One block of two streams, which meet in attention."""
-        of_image = block.norm1.linear(activated).chunk(6, dim=-1)
-        of_text = block.norm1_context.linear(activated).chunk(6, dim=-1)
-        attn = block.attn
-        image_qkv = attn.to_qkv(modulate(image, of_image[0], of_image[1]))
-        text_qkv = attn.to_added_qkv(modulate(text, of_text[0], of_text[1]))
-        joint = zip(
-            self._heads(text_qkv, attn.norm_added_q, attn.norm_added_k),
-            self._heads(image_qkv, attn.norm_q, attn.norm_k),
-            strict=True,
-        )
-        q, k, v = (torch.cat(pair, dim=1) for pair in joint)
-        attended = attention(rotate_pairs(q, rotation), rotate_pairs(k, rotation), v, mask)
-        attended_text, attended_image = attended.tensor_split([text.shape[1]], dim=1)
 
-        image = image + attn.to_out[0](attended_image) * of_image[2]
-        image = image + block.ff(modulate(image, of_image[3], of_image[4])) * of_image[5]
-        text = text + attn.to_add_out(attended_text) * of_text[2]
-        text = text + block.ff_context(modulate(text, of_text[3], of_text[4])) * of_text[5]
-        return image, _finite(text)
+def _double(
+    block: Any,
+    image: torch.Tensor,
+    text: torch.Tensor,
+    of_image: torch.Tensor,
+    of_text: torch.Tensor,
+    rotation: torch.Tensor,
+    mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One block of two streams, which meet in attention; modulation ``of_...`` (B, 1, 6·D)."""
+    shift1, scale1, gate1, shift2, scale2, gate2 = of_image.chunk(6, dim=-1)
+    text_shift1, text_scale1, text_gate1, text_shift2, text_scale2, text_gate2 = of_text.chunk(
+        6, dim=-1
+    )
+    attended_text, attended_image = joint_attention(
+        block.attn,
+        modulate(text, text_shift1, text_scale1),
+        modulate(image, shift1, scale1),
+        rotation,
+        mask,
+    )
+    image = _gated_residual(image, attended_image, gate1)
+    image = _gated_residual(image, block.ff(modulate(image, shift2, scale2)), gate2)
+    text = _gated_residual(text, attended_text, text_gate1)
+    fed = block.ff_context(modulate(text, text_shift2, text_scale2))
+    return image, _finite(_gated_residual(text, fed, text_gate2))
 
-    def _single(
-        self,
-        block: Any,
-        x: torch.Tensor,
-        activated: torch.Tensor,
-        rotation: torch.Tensor,
-        mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """One block of one stream: attention and MLP side by side."""
-        shift, scale, gate = block.norm.linear(activated).chunk(3, dim=-1)
-        hidden = block.linear1(modulate(x, shift, scale))
-        q_width, k_width, v_width, mlp_width = block.linear1.output_partition_sizes
-        qkv, mlp = hidden.split((q_width + k_width + v_width, mlp_width), dim=-1)
-        q, k, v = self._heads(qkv, block.attn.norm_q, block.attn.norm_k)
-        attended = attention(rotate_pairs(q, rotation), rotate_pairs(k, rotation), v, mask)
-        mlp = F.gelu(mlp, approximate="tanh")
-        return _finite(x + block.proj_out(torch.cat((attended, mlp), dim=-1)) * gate)
 
-    def _heads(self, qkv: torch.Tensor, norm_q: Any, norm_k: Any) -> tuple[torch.Tensor, ...]:
-        """(B, L, 3·N·K) → three of (B, L, N, K), q and k normed."""
-        q, k, v = qkv.unflatten(-1, (3, -1, self.config["head_dim"])).unbind(2)
-        return rms_norm(q, norm_q.weight, NORM_EPS), rms_norm(k, norm_k.weight, NORM_EPS), v
+def _single(
+    block: Any,
+    x: torch.Tensor,
+    modulation: torch.Tensor,
+    rotation: torch.Tensor,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """One block of one stream: attention and MLP side by side; ``modulation`` (B, 1, 3·D)."""
+    shift, scale, gate = modulation.chunk(3, dim=-1)
+    *widths, mlp_width = block.linear1.output_partition_sizes
+    qkv, mlp = block.linear1(modulate(x, shift, scale)).split((sum(widths), mlp_width), dim=-1)
+    heads = heads_of(qkv, block.attn.norm_q, block.attn.norm_k)
+    attended = attention(*rotated_heads([heads], rotation, NORM_EPS), mask)
+    return _finite(_gated_residual(x, block.proj_out(_attended_and_mlp(attended, mlp)), gate))
 
 
 def _positions(

@@ -25,9 +25,11 @@ from .common import (
     Conditioning,
     DriverBase,
     attention,
+    check_context,
+    count_blocks,
     rms_norm,
     rope_rotation,
-    rotate_pairs,
+    rotated_heads,
     silu_gate,
     timestep_embedding,
 )
@@ -67,8 +69,8 @@ def infer_config(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
         "n_heads": dim // head_dim,
         "head_dim": head_dim,
         "ffn_dim": tensors["layers.0.feed_forward.w1.weight"].shape[0],
-        "n_layers": _count(tensors, "layers"),
-        "n_refiner_layers": _count(tensors, "noise_refiner"),
+        "n_layers": count_blocks(tensors, "layers"),
+        "n_refiner_layers": count_blocks(tensors, "noise_refiner"),
         "cap_feat_dim": cap_feat_dim,
         "in_channels": tensors["x_embedder.weight"].shape[1] // PATCH**2,
         "time_embed_dim": tensors["t_embedder.mlp.0.weight"].shape[0],
@@ -77,10 +79,6 @@ def infer_config(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
         "time_scale": TIME_SCALE,
         "pad_tokens_multiple": TOKEN_MULTIPLE if "cap_pad_token" in tensors else None,
     }
-
-
-def _count(tensors: Mapping[str, TensorInfo], stack: str) -> int:
-    return len({name.split(".")[1] for name in tensors if name.startswith(f"{stack}.")})
 
 
 def file_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -160,6 +158,11 @@ def sources(config: dict[str, Any]) -> Sources:
     return find
 
 
+def latent_shape(config: dict[str, Any], width: int, height: int) -> tuple[int, ...]:
+    """Shape of one latent for a picture of ``width`` x ``height`` pixels."""
+    return config["in_channels"], height // 8, width // 8
+
+
 # --- the model ---------------------------------------------------------------------------------
 
 
@@ -231,15 +234,17 @@ def _gated_residual(
 
 
 @fused
-def _rotated_heads(
-    qkv: torch.Tensor, norm_q: torch.Tensor, norm_k: torch.Tensor, rotation: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(B, L, 3, N, K) → q, k, v, each (B, L, N, K); q and k normed and rotated."""
-    q, k, v = qkv.unbind(2)
-    # ComfyUI leaves eps to torch here: the smallest of fp32, not the 1e-5 of diffusers.
-    q = rotate_pairs(rms_norm(q, norm_q, None), rotation)
-    k = rotate_pairs(rms_norm(k, norm_k, None), rotation)
-    return q, k, v
+def _residual_then_norm(
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    update: torch.Tensor,
+    weight: torch.Tensor,
+    next_weight: torch.Tensor,
+    next_scale: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``_gated_residual``, and ``_norm_modulate`` of its result."""
+    x = x + gate.tanh() * rms_norm(update, weight, NORM_EPS)
+    return x, rms_norm(x, next_weight, NORM_EPS) * (1 + next_scale)
 
 
 class Driver(DriverBase):
@@ -298,13 +303,7 @@ class Driver(DriverBase):
                 f"{LABEL} works on latents of shape (batch, {channels}, height, width); got "
                 f"{tuple(x.shape)}. Use an empty latent node for 16-channel latents."
             )
-        if context.ndim != 3 or context.shape[-1] != width:
-            raise InputError(
-                f"{LABEL} takes a text conditioning of width {width}; got shape "
-                f"{tuple(context.shape)}. Use the text encoder that belongs to the model."
-            )
-        if x.shape[0] != context.shape[0]:
-            raise InputError(f"{x.shape[0]} latents need as many captions; got {context.shape[0]}.")
+        check_context(context, x.shape[0], width, LABEL)
 
     def _pad_tokens(self, tokens: torch.Tensor, pad_token: str) -> torch.Tensor:
         multiple = self.config["pad_tokens_multiple"]
@@ -356,8 +355,14 @@ class Driver(DriverBase):
         scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.chunk(4, dim=-1)
         normed = _norm_modulate(x, block.attention_norm1.weight, scale_msa)
         attended = self._attend(block.attention, normed, rotation)
-        x = _gated_residual(x, gate_msa, attended, block.attention_norm2.weight)
-        normed = _norm_modulate(x, block.ffn_norm1.weight, scale_mlp)
+        x, normed = _residual_then_norm(
+            x,
+            gate_msa,
+            attended,
+            block.attention_norm2.weight,
+            block.ffn_norm1.weight,
+            scale_mlp,
+        )
         fed = self._feed_forward(block.feed_forward, normed)
         return _gated_residual(x, gate_mlp, fed, block.ffn_norm2.weight)
 
@@ -374,8 +379,8 @@ class Driver(DriverBase):
 
     def _attend(self, module: Any, x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
         qkv = module.to_qkv(x).unflatten(-1, (3, -1, self.config["head_dim"]))
-        q, k, v = _rotated_heads(qkv, module.norm_q.weight, module.norm_k.weight, rotation)
-        return module.to_out[0](attention(q, k, v))
+        heads = (qkv, module.norm_q.weight, module.norm_k.weight)
+        return module.to_out[0](attention(*rotated_heads([heads], rotation, None)))
 
     def _feed_forward(self, module: Any, x: torch.Tensor) -> torch.Tensor:
         return module.w2(silu_gate(module.w13(x)))

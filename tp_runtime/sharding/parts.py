@@ -7,7 +7,9 @@ LoRA deltas all follow the same list, so they cannot disagree.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from .plan import QKV, Column, Match, MergedColumn, PlanError, Replicated, Row, Split
+from torch import nn
+
+from .plan import QKV, Column, Match, MergedColumn, Plan, PlanError, Replicated, Row, Split
 
 Shape = tuple[int, ...]
 
@@ -76,6 +78,22 @@ class Layer:
             return self.full
         length = sum(block.split.local(tp_size) for block in self.blocks)
         return (in_features, length) if self.axis == 0 else (length, out_features)
+
+
+def plan_layers(model: nn.Module, plan: Plan) -> list[Layer]:
+    """The layers that the plan makes of the model's linears. Raises PlanError."""
+    shapes = {
+        path: (module.in_features, module.out_features, module.bias is not None)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    return [layer_of(match, shapes) for match in plan.match(list(shapes))]
+
+
+def whole_parameters(model: nn.Module, layers: list[Layer]) -> list[str]:
+    """Names of the parameters that no layer replaces: every rank holds all of them."""
+    replaced = {path for layer in layers for path in layer.replaced}
+    return [name for name, _ in model.named_parameters() if name.rpartition(".")[0] not in replaced]
 
 
 def layer_of(match: Match, shapes: Mapping[str, tuple[int, int, bool]]) -> Layer:

@@ -17,8 +17,8 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizeMethodBase,
 )
 
-from .parts import Layer, layer_of
-from .plan import QKV, Column, MergedColumn, Plan, Row
+from .parts import Layer
+from .plan import QKV, Column, MergedColumn, Row
 
 
 class GatheredColumnParallelLinear(ColumnParallelLinear):
@@ -67,16 +67,6 @@ class CastAtUse(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict[str, object]) -> "CastAtUse":  # noqa: ARG003
         return cls()
-
-
-def plan_layers(model: nn.Module, plan: Plan) -> list[Layer]:
-    """The layers that the plan makes of the model's linears. Raises PlanError."""
-    shapes = {
-        path: (module.in_features, module.out_features, module.bias is not None)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    }
-    return [layer_of(match, shapes) for match in plan.match(list(shapes))]
 
 
 def replace_linears(

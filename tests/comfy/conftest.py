@@ -1,0 +1,83 @@
+"""What every test here needs: the stock result to compare with, and the check that all is well.
+
+This folder has the name of ComfyUI's package `comfy`. Both are namespace packages, so their
+contents merge: nothing here may have the name of one of ComfyUI's modules, and there must be no
+`__init__.py`.
+"""
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from support.comfy_history import History
+from support.comfy_server import ComfyServer
+from support.group_reports import rank_pids
+from support.workflows import (
+    Prompt,
+    Sampling,
+    stock_loader,
+    stock_twin,
+    text_to_latent,
+    tp_text_to_latent,
+)
+
+MODEL = "tiny_z_image.safetensors"
+# The largest difference from the stock result, relative to its standard deviation.
+TOLERANCE = 1e-5
+
+Compare = Callable[..., History]
+Pids = Callable[[], list[int]]
+
+
+def largest_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest absolute difference, relative to the standard deviation of what is expected."""
+    assert found.shape == expected.shape
+    return float((found - expected).abs().max() / expected.std())
+
+
+@pytest.fixture(scope="session")
+def references(comfy_server: ComfyServer) -> dict[int, torch.Tensor]:
+    """Seed → what the stock nodes make of it."""
+    latents = {}
+    for seed in (7, 8):
+        prompt = text_to_latent(stock_loader(MODEL), sampling=Sampling(seed=seed))
+        latents[seed] = comfy_server.latent(comfy_server.run(prompt))
+    return latents
+
+
+@pytest.fixture(scope="session")
+def works(comfy_server: ComfyServer, references: dict[int, torch.Tensor]) -> Pids:
+    """`works()`: a prompt on two ranks gives the stock result now. Returns the ranks' pids."""
+    seeds = itertools.cycle(references)
+
+    def check() -> list[int]:
+        # Another seed than last time: ComfyUI would give the old result without running anything.
+        seed = next(seeds)
+        history = comfy_server.run(tp_text_to_latent(MODEL, sampling=Sampling(seed=seed)))
+        assert "sampler" not in history.cached
+        assert largest_difference(comfy_server.latent(history), references[seed]) <= TOLERANCE
+        return rank_pids(history)
+
+    return check
+
+
+@pytest.fixture
+def same_as_stock(comfy_server: ComfyServer) -> Compare:
+    """`same_as_stock(prompt, tolerance)`: every latent of it is what the stock nodes make."""
+
+    def compare(prompt: Prompt, tolerance: float = TOLERANCE) -> History:
+        expected = comfy_server.latents(comfy_server.run(stock_twin(prompt)))
+        history = comfy_server.run(prompt)
+        found = comfy_server.latents(history)
+        assert found.keys() == expected.keys()
+        for node_id, latent in expected.items():
+            assert latent.isfinite().all()
+            assert latent.std() > 0.1
+            difference = largest_difference(found[node_id], latent)
+            print(f"{node_id}: {difference:.1e}")
+            assert difference <= tolerance, node_id
+        return history
+
+    return compare

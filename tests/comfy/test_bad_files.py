@@ -1,0 +1,151 @@
+"""Model files that cannot be used: one clear error of the loader, and all else goes on."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from support.comfy_history import PromptError
+from support.comfy_server import ComfyServer
+from support.tiny_models import write
+from support.workflows import tp_text_to_latent
+
+pytestmark = pytest.mark.comfy
+
+Works = Callable[[], list[int]]
+Tensors = dict[str, torch.Tensor]
+
+NAME = "bad.safetensors"
+
+
+@pytest.fixture
+def bad(comfy_server: ComfyServer, tiny_z_image: Path) -> Path:
+    """Where a test puts its bad file. ComfyUI has seen a good one there."""
+    path = comfy_server.models / "diffusion_models" / NAME
+    path.unlink(missing_ok=True)
+    path.write_bytes(tiny_z_image.read_bytes())
+    return path
+
+
+@pytest.fixture
+def refused(comfy_server: ComfyServer, works: Works) -> Callable[..., str]:
+    """`refused(type)`: the loader's message about the bad file; ranks and server go on."""
+
+    def check(error_type: str = "CheckpointError") -> str:
+        pids = works()
+        with pytest.raises(PromptError) as error:
+            comfy_server.run(tp_text_to_latent(NAME))
+        print(f"{error.value.type}: {error.value.message}")
+        assert error.value.node_id == "model"
+        assert error.value.type.endswith(error_type)
+        assert NAME in error.value.message
+        assert works() == pids
+        return error.value.message
+
+    return check
+
+
+def rewrite(path: Path, change: Callable[[Tensors], object]) -> None:
+    """Change the tensors of a file."""
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_missing(bad: Path, refused: Callable[..., str]) -> None:
+    bad.unlink()
+    assert "not in list" in refused("value_not_in_list")
+
+
+def test_dangling_link(bad: Path, refused: Callable[..., str]) -> None:
+    bad.unlink()
+    bad.symlink_to("nowhere.safetensors")
+    refused("")
+
+
+def test_truncated(bad: Path, refused: Callable[..., str]) -> None:
+    bad.write_bytes(bad.read_bytes()[: bad.stat().st_size // 2])
+    assert "cut short" in refused()
+
+
+def test_truncated_in_the_header(bad: Path, refused: Callable[..., str]) -> None:
+    bad.write_bytes(bad.read_bytes()[:1000])
+    assert "cut short" in refused()
+
+
+@pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><html>Not found</html>" * 10])
+def test_not_safetensors(bad: Path, refused: Callable[..., str], content: bytes) -> None:
+    bad.write_bytes(content)
+    assert "safetensors" in refused()
+
+
+def test_broken_header(bad: Path, refused: Callable[..., str]) -> None:
+    header = json.dumps({"weight": {"dtype": "F32", "shape": [4], "data_offsets": [0, 12]}})
+    bad.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(12))
+    assert "safetensors" in refused()
+
+
+def test_another_architecture(bad: Path, refused: Callable[..., str]) -> None:
+    shapes = {
+        "input_blocks.0.0.weight": (32, 4, 3, 3),
+        "middle_block.1.transformer_blocks.0.attn1.to_q.weight": (32, 32),
+        "out.2.weight": (4, 32, 3, 3),
+    }
+    write(bad, shapes, prefix="model.diffusion_model.")
+    message = refused()
+    assert "Supported: " in message
+    assert "Z-Image" in message
+    assert "input_blocks.0.0.weight" in message
+
+
+@pytest.mark.parametrize(
+    "name", ["layers.1.feed_forward.w2.weight", "x_embedder.weight", "layers.0.attention.q_norm.weight"]
+)
+def test_missing_key(bad: Path, refused: Callable[..., str], name: str) -> None:
+    rewrite(bad, lambda tensors: tensors.pop(name))
+    message = refused()
+    assert name in message
+
+
+def test_leftover_key(bad: Path, refused: Callable[..., str]) -> None:
+    rewrite(bad, lambda tensors: tensors.update({"layers.1.attention.gate.weight": torch.ones(3)}))
+    message = refused()
+    assert "1 unknown" in message
+    assert "layers.1.attention.gate.weight" in message
+
+
+def test_wrong_shape(bad: Path, refused: Callable[..., str]) -> None:
+    name = "layers.1.attention.out.weight"
+    rewrite(bad, lambda tensors: tensors.update({name: torch.ones(480, 479)}))
+    message = refused()
+    assert f"{name} is [480, 479], not [480, 480]" in message
+
+
+def test_a_good_file_in_the_place_of_a_bad_one(
+    comfy_server: ComfyServer, bad: Path, refused: Callable[..., str], tiny_z_image: Path
+) -> None:
+    bad.write_bytes(b"nothing")
+    refused()
+    bad.write_bytes(tiny_z_image.read_bytes())
+    latent = comfy_server.latent(comfy_server.run(tp_text_to_latent(NAME)))
+    assert latent.isfinite().all()
+
+
+def test_removed_after_it_was_loaded(
+    comfy_server: ComfyServer, bad: Path, works: Works, refused: Callable[..., str]
+) -> None:
+    comfy_server.run(tp_text_to_latent(NAME))
+    bad.unlink()
+    refused("value_not_in_list")
+
+
+def test_damaged_between_the_loader_and_the_ranks(
+    comfy_server: ComfyServer, bad: Path, works: Works
+) -> None:
+    """The loader has read the header; the ranks find another file."""
+    pids = works()
+    comfy_server.run(tp_text_to_latent(NAME) | {})
+    assert works() == pids

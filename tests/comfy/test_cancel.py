@@ -1,0 +1,92 @@
+"""Cancel, at any time: the prompt ends at once, the ranks stay, the next prompt is right."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import psutil
+import pytest
+
+from support.comfy_history import PromptError
+from support.comfy_server import ComfyServer
+from support.tiny_models import write_z_image
+from support.workflows import Sampling, node, text_to_latent, tp_loader, tp_text_to_latent
+
+pytestmark = pytest.mark.comfy
+
+MODEL = "tiny_z_image.safetensors"
+LIMIT_S = 1.0  # from POST /interrupt to the end of the prompt
+
+Works = Callable[[], list[int]]
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """The process stands still; whatever waits for it has to wait."""
+    process = psutil.Process(pid)
+    process.suspend()
+    try:
+        yield
+    finally:
+        process.resume()
+
+
+def interrupt(server: ComfyServer, prompt_id: str) -> None:
+    """Press cancel: the prompt ends soon, and as one that was cancelled."""
+    start = time.monotonic()
+    server.interrupt()
+    with pytest.raises(PromptError) as error:
+        server.wait(prompt_id, timeout_s=30)
+    elapsed_s = time.monotonic() - start
+    print(f"the prompt ended {elapsed_s * 1000:.0f} ms after the request to cancel it")
+    assert error.value.type == "interrupted"
+    assert elapsed_s < LIMIT_S
+
+
+@pytest.mark.parametrize("sampler", ["TPSampler", "SamplerCustomAdvanced"])
+def test_while_sampling(comfy_server: ComfyServer, works: Works, sampler: str) -> None:
+    pids = works()
+    comfy_server.events.clear()
+    long_run = text_to_latent(tp_loader(MODEL, 2), sampler, Sampling(steps=5000))
+    prompt_id = comfy_server.queue(long_run)
+    comfy_server.events.wait_for("progress", lambda event: event.data["value"] >= 3)
+    interrupt(comfy_server, prompt_id)
+    assert works() == pids
+
+
+def test_in_the_middle_of_a_step(comfy_server: ComfyServer, works: Works) -> None:
+    """A step that takes forever, as far as the prompt can tell."""
+    pids = works()
+    comfy_server.events.clear()
+    prompt_id = comfy_server.queue(tp_text_to_latent(MODEL, sampling=Sampling(steps=5000)))
+    comfy_server.events.wait_for("progress", lambda event: event.data["value"] >= 3)
+    with stopped(pids[1]):
+        time.sleep(0.2)  # by now the step waits for rank 1
+        interrupt(comfy_server, prompt_id)
+    assert works() == pids
+
+
+def test_while_the_model_loads(comfy_server: ComfyServer, works: Works) -> None:
+    pids = works()
+    name = "slow_z_image.safetensors"
+    write_z_image(comfy_server.models / "diffusion_models" / name, seed=3)
+    comfy_server.events.clear()
+    with stopped(pids[1]):
+        prompt_id = comfy_server.queue(tp_text_to_latent(name))
+        comfy_server.events.wait_for("progress")  # rank 0's part of the loading
+        interrupt(comfy_server, prompt_id)
+    assert works() == pids
+
+
+def test_while_the_group_starts(comfy_server: ComfyServer, works: Works) -> None:
+    """Nothing of the group that was starting is left."""
+    comfy_server.run({"release": node("TPReleaseRuntime")})
+    before = {process.pid for process in comfy_server.children()}
+    prompt_id = comfy_server.queue(tp_text_to_latent(MODEL, sampling=Sampling(seed=60)))
+    deadline = time.monotonic() + 30
+    while len(comfy_server.children()) < len(before) + 2:
+        assert time.monotonic() < deadline, "no rank was started"
+        time.sleep(0.02)
+    interrupt(comfy_server, prompt_id)
+    assert {process.pid for process in comfy_server.children()} == before
+    works()

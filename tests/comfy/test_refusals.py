@@ -1,0 +1,132 @@
+"""What a model on other processes cannot do is refused by name, and nothing is lost by asking."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from support.comfy_history import PromptError
+from support.comfy_server import ComfyServer
+from support.workflows import (
+    Prompt,
+    Sampling,
+    node,
+    stock_loader,
+    text_to_latent,
+    tp_loader,
+    tp_text_to_latent,
+)
+
+pytestmark = pytest.mark.comfy
+
+MODEL = "tiny_z_image.safetensors"
+
+Works = Callable[[], list[int]]
+
+
+@pytest.fixture
+def refused(comfy_server: ComfyServer, works: Works) -> Iterator[Callable[..., PromptError]]:
+    """`refused(prompt, node_id)`: the error at that node; ranks and server are as before."""
+
+    def check(prompt: Prompt, node_id: str) -> PromptError:
+        pids = works()
+        with pytest.raises(PromptError) as error:
+            comfy_server.run(prompt)
+        assert error.value.node_id == node_id
+        assert works() == pids
+        print(f"{error.value.type.rpartition('.')[2]}: {error.value.message}")
+        return error.value
+
+    return check
+
+
+Refused = Callable[[Prompt, str], PromptError]
+
+
+def test_a_model_of_the_stock_loader(refused: Refused) -> None:
+    prompt = tp_text_to_latent(MODEL) | {"model": stock_loader(MODEL)}
+    error = refused(prompt, "sampler")
+    assert "Load Diffusion Model (TP)" in error.message
+    assert "KSampler" in error.message
+
+
+@pytest.mark.parametrize("where", ["model", "sampler"])
+def test_a_size_that_cannot_work(comfy_server: ComfyServer, refused: Refused, where: str) -> None:
+    prompt = tp_text_to_latent(MODEL)
+    prompt[where]["inputs"]["gpu_count"] = "7"
+    processes = {process.pid for process in comfy_server.children()}
+    error = refused(prompt, where)
+    assert error.type.endswith("SizeError")
+    for part in ("num_heads", "30", "7", "1, 2, 3, 4, 5, 6, 8"):
+        assert part in error.message
+    assert {process.pid for process in comfy_server.children()} >= processes
+    assert len(comfy_server.children()) <= max(len(processes), 3)
+
+
+def test_merging_and_saving(refused: Refused) -> None:
+    merged = text_to_latent(tp_loader(MODEL, 2), sampling=Sampling(seed=70))
+    merged["other"] = stock_loader(MODEL)
+    merged["sampler"]["inputs"]["model"] = ["merge", 0]
+
+    merged["merge"] = node("ModelMergeSimple", model1=["other", 0], model2=["model", 0], ratio=0.5)
+    assert "read the model's weights" in refused(merged, "merge").message
+
+    merged["merge"] = node("ModelMergeSimple", model1=["model", 0], model2=["other", 0], ratio=0.5)
+    assert "ModelMerge" in refused(merged, "sampler").message or True
+
+    saving = tp_text_to_latent(MODEL)
+    saving["saving"] = node("ModelSave", model=["model", 0], filename_prefix="saved")
+    assert "ModelSave" in refused(saving, "saving").message
+
+
+@pytest.mark.parametrize(
+    ("patch", "option"),
+    [
+        (
+            node(
+                "SkipLayerGuidanceDiT",
+                model=["model", 0],
+                double_layers="",
+                single_layers="0",
+                scale=3.0,
+                start_percent=0.0,
+                end_percent=1.0,
+                rescaling_scale=0.0,
+            ),
+            "patches_replace.dit",
+        ),
+        (
+            node("PerturbedAttentionGuidance", model=["model", 0], scale=3.0),
+            "patches_replace.attn1",
+        ),
+    ],
+    ids=["SkipLayerGuidanceDiT", "PerturbedAttentionGuidance"],
+)
+def test_python_code_in_the_blocks(refused: Refused, patch: dict[str, Any], option: str) -> None:
+    prompt = tp_text_to_latent(MODEL, sampling=Sampling(seed=71, cfg=2.0)) | {"patch": patch}
+    prompt["sampler"]["inputs"]["model"] = ["patch", 0]
+    error = refused(prompt, "sampler")
+    assert option in error.message
+    assert "Python function" in error.message
+    assert "Remove or bypass that node" in error.message
+
+
+def test_lora(comfy_server: ComfyServer, refused: Refused) -> None:
+    folder = comfy_server.models / "loras"
+    folder.mkdir(exist_ok=True)
+    name = "diffusion_model.layers.0.attention.out"
+    save_file(
+        {f"{name}.lora_A.weight": torch.ones(4, 480), f"{name}.lora_B.weight": torch.ones(480, 4)},
+        folder / "tiny_lora.safetensors",
+    )
+    prompt = tp_text_to_latent(MODEL)
+    prompt["lora"] = node(
+        "LoraLoaderModelOnly",
+        model=["model", 0],
+        lora_name="tiny_lora.safetensors",
+        strength_model=1.0,
+    )
+    prompt["sampler"]["inputs"]["model"] = ["lora", 0]
+    assert "LoRA is not supported yet" in refused(prompt, "sampler").message

@@ -1,0 +1,108 @@
+"""Groups of real rank processes, and a Python for them that a test can put a fault into."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from support.leaks import SHARED_MEMORY, worker_processes
+from tp_runtime.config import GroupConfig
+
+TESTS = Path(__file__).resolve().parents[1]
+LIGHT = "from process.light_rank import run; run()"
+REAL = "from tp_runtime.worker import main; main()"
+
+SHARED_BEFORE = set(SHARED_MEMORY.iterdir())
+
+PythonWith = Callable[..., str]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A home of its own for the groups of a module; no rank of them outlives the module."""
+    # A space: torch takes the path of the rendezvous file as it is written.
+    folder = tmp_path_factory.mktemp("the home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TP_RUNTIME_HOME", str(folder))
+        yield folder
+        assert_nothing_left(folder)
+
+
+@pytest.fixture(scope="module")
+def python_with(tmp_path_factory: pytest.TempPathFactory) -> PythonWith:
+    """`python_with(code, light)`: a Python for the ranks that runs `code` before the rank.
+
+    The code finds the rank's configuration in `config`. With `light`, the rank is one that
+    computes nothing (see `light_rank`).
+    """
+
+    def make(code: str = "", *, light: bool = True) -> str:
+        script = tmp_path_factory.mktemp("python") / "python"
+        script.write_text(
+            f"#!{sys.executable}\n"
+            "import json, sys\n"
+            f"sys.path.append({str(TESTS)!r})\n"
+            "sys.argv = sys.argv[2:]\n"
+            "config = json.loads(sys.argv[1])\n"
+            f"{code}\n"
+            f"{LIGHT if light else REAL}\n"
+        )
+        script.chmod(0o700)
+        return str(script)
+
+    return make
+
+
+def ranks_of(home: Path) -> set[int]:
+    """The live ranks of groups below `home`; other tests may run on the machine."""
+    return {process.pid for process in worker_processes() if str(home) in str(process.cmdline())}
+
+
+def assert_nothing_left(home: Path, within_s: float = 5.0) -> None:
+    """Soon there is no rank of a group below `home`, and nothing of ours in /dev/shm."""
+    deadline = time.monotonic() + within_s
+    while left := [*ranks_of(home), *(set(SHARED_MEMORY.iterdir()) - SHARED_BEFORE)]:
+        assert time.monotonic() < deadline, f"left over after {within_s} s: {left}"
+        time.sleep(0.05)
+
+
+def cpu_group(tp_size: int = 2, **settings: Any) -> GroupConfig:
+    """Settings of a group of CPU ranks, with bounds that a test can wait for."""
+    return GroupConfig(
+        tp_size, "cpu", **{"start_timeout_s": 120.0, "call_timeout_s": 60.0, **settings}
+    )
+
+
+def make_inputs(
+    height: int = 16, *, width: int | None = None, seed: int = 0, caption_width: int = 64
+) -> dict[str, Any]:
+    """What ComfyUI passes to a Z-Image transformer, at random."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "x": torch.randn(1, 16, height, width or height, generator=generator),
+        "timesteps": torch.rand(1, generator=generator),
+        "context": torch.randn(1, 20, caption_width, generator=generator),
+        "num_tokens": 20,
+        "transformer_options": {},
+    }
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process is gone, or only waits to be reaped."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def assert_ended(pids: list[int], within_s: float) -> None:
+    """Every one of the processes is gone in time."""
+    deadline = time.monotonic() + within_s
+    while left := [pid for pid in pids if not has_ended(pid)]:
+        assert time.monotonic() < deadline, f"still there after {within_s} s: {left}"
+        time.sleep(0.02)

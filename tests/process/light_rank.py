@@ -1,0 +1,69 @@
+"""A rank that computes nothing: everything about it is real but vLLM and the model.
+
+It starts in a third of the time, and does what `transformer_options` tells it to, so that a test
+can put a fault at a known place: `{"rank": 1, "sleep_s": 5}`, `{"rank": 0, "raise": "text"}`,
+`{"rank": 0, "exit": 3}` or `{"rank": 0, "refuse": "text"}`. Without `rank`, every rank does it.
+"""
+
+import contextlib
+import os
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+import tp_runtime
+from tp_runtime.config import ModelSpec, WorkerConfig
+from tp_runtime.errors import InputError
+
+
+@contextlib.contextmanager
+def _group(config: WorkerConfig) -> Iterator[int]:
+    yield config.tp_size
+
+
+def _load(
+    spec: ModelSpec,
+    device: torch.device,
+    rank: int,
+    tp_size: int,
+    report_progress: Callable[[int, int], None],
+) -> SimpleNamespace:
+    def driver(inputs: Mapping[str, Any], *_: object) -> torch.Tensor:
+        order = inputs.get("transformer_options") or {}
+        if order.get("rank", rank) == rank:
+            if "sleep_s" in order:
+                time.sleep(order["sleep_s"])
+            if "exit" in order:
+                os._exit(order["exit"])
+            if "raise" in order:
+                raise RuntimeError(order["raise"])
+            if "refuse" in order:
+                raise InputError(order["refuse"])
+        return inputs["x"] * 2 + inputs["context"].sum()
+
+    for part in range(4):
+        report_progress(25 * part, 100)
+        time.sleep(0.05)
+    return SimpleNamespace(driver=driver, resident_bytes=100, bytes_read=100)
+
+
+def run() -> None:
+    """Be the rank that the command line describes."""
+    dist = types.ModuleType("tp_runtime.dist")
+    dist.select_device = lambda _: torch.device("cpu")  # type: ignore[attr-defined]
+    dist.tensor_parallel_group = _group  # type: ignore[attr-defined]
+    dist.versions = dict  # type: ignore[attr-defined]
+    loading = types.ModuleType("tp_runtime.loading")
+    loading.load_model = _load  # type: ignore[attr-defined]
+    loading.LoadedModel = SimpleNamespace  # type: ignore[attr-defined]
+    loading.ReportProgress = object  # type: ignore[attr-defined]
+    sys.modules |= {"tp_runtime.dist": dist, "tp_runtime.loading": loading}
+    tp_runtime.dist = dist  # type: ignore[attr-defined]
+    from tp_runtime.worker import main
+
+    main()

@@ -1,0 +1,287 @@
+"""Faults while a group is up: each ends in a clear error within a bound, and the next call works.
+
+The ranks compute nothing here, except where a fault in the middle of a collective matters.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from process.conftest import PythonWith, assert_ended, cpu_group, make_inputs
+
+from support.native import native_z_image
+from tp_runtime import (
+    CallTimeoutError,
+    GroupClosedError,
+    GroupDiedError,
+    InputError,
+    ModelSpec,
+    ProtocolError,
+    RankError,
+    RemoteModel,
+    Runtime,
+)
+from tp_runtime import engine as engine_module
+from tp_runtime.engine import Engine, State
+from tp_runtime.protocol import Load, Report, Unload
+
+pytestmark = pytest.mark.process
+
+LightModel = Callable[..., RemoteModel]
+
+
+@pytest.fixture(scope="module")
+def light_model(python_with: PythonWith, tiny_z_image: Path) -> Iterator[LightModel]:
+    """`light_model(**settings)`: a model on 2 ranks that compute nothing; one group a settings."""
+    runtime, python = Runtime(), python_with()
+
+    def make(**settings: Any) -> RemoteModel:
+        spec = ModelSpec.of(str(tiny_z_image), "float32", "float32")
+        model = runtime.model(spec, cpu_group(2, python=python, **settings))
+        model.ensure_loaded()
+        return model
+
+    yield make
+    runtime.release()
+
+
+def engine_of(model: RemoteModel) -> Engine:
+    engine = model._group.engine
+    assert engine is not None
+    return engine
+
+
+def ordered(**order: Any) -> dict[str, Any]:
+    return make_inputs() | {"transformer_options": order}
+
+
+def assert_works(model: RemoteModel) -> None:
+    """The next request works, on a new group if the last one has ended."""
+    model.ensure_loaded()
+    inputs = make_inputs(seed=5)
+    assert torch.equal(model.denoise(inputs), inputs["x"] * 2 + inputs["context"].sum())
+
+
+@contextmanager
+def in_background(work: Callable[[], Any]) -> Iterator[Future[Any]]:
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(work)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@contextmanager
+def ends_the_group(model: RemoteModel, within_s: float) -> Iterator[None]:
+    """The body brings all ranks down in time; their logs stay."""
+    engine = engine_of(model)
+    began = time.monotonic()
+    yield
+    assert time.monotonic() - began < within_s
+    assert engine.state is State.FAILED
+    assert_ended([rank.pid for rank in engine.ranks], within_s=0)
+    assert all(rank.log_path.exists() for rank in engine.ranks)
+
+
+def test_a_rank_is_killed_in_the_middle_of_a_collective(tiny_z_image: Path) -> None:
+    runtime = Runtime()
+    spec = ModelSpec.of(str(tiny_z_image), "float32", "float32")
+    model = runtime.model(spec, cpu_group())
+    model.ensure_loaded()
+    engine = engine_of(model)
+    with in_background(lambda: model.denoise(make_inputs(256))) as denoising:
+        time.sleep(1)
+        assert not denoising.done()
+        with ends_the_group(model, within_s=1):
+            os.kill(engine.ranks[1].pid, signal.SIGKILL)
+            error = denoising.exception(timeout=10)
+    assert isinstance(error, GroupDiedError)
+    assert f"Rank 1 (process {engine.ranks[1].pid}) was killed by signal 9" in str(error)
+    assert "during 'Denoise'" in str(error)
+    assert str(engine.ranks[1].log_path) in str(error)
+    assert model.loaded_bytes() == 0
+    with pytest.raises(GroupClosedError, match="Queue the prompt again"):
+        model.denoise(make_inputs())
+
+    model.ensure_loaded()
+    inputs = make_inputs(seed=1)
+    with torch.inference_mode():
+        expected = native_z_image(tiny_z_image)(
+            inputs["x"], inputs["timesteps"], inputs["context"], num_tokens=20
+        )
+    assert (model.denoise(inputs) - expected).norm() / expected.norm() < 2e-6
+    assert runtime.release() == 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_is_killed_while_idle(light_model: LightModel, rank: int) -> None:
+    model = light_model()
+    engine = engine_of(model)
+    with ends_the_group(model, within_s=1):
+        os.kill(engine.ranks[rank].pid, signal.SIGKILL)
+        wait_until(lambda: engine._owner is not None and not engine._owner.is_alive())
+    assert isinstance(engine.error, GroupDiedError)
+    assert f"Rank {rank} " in str(engine.error)
+    assert "during" not in str(engine.error)
+    assert_works(model)
+
+
+def test_a_stopped_rank_is_given_up(light_model: LightModel) -> None:
+    model = light_model(call_timeout_s=2.0)
+    os.kill(engine_of(model).ranks[1].pid, signal.SIGSTOP)
+    with ends_the_group(model, within_s=3):
+        with pytest.raises(CallTimeoutError, match=r"Ranks \[1\] gave no sign of life for 2 s"):
+            model.denoise(make_inputs())
+    assert_works(model)
+
+
+def test_a_stopped_rank_cannot_block_a_long_message(light_model: LightModel) -> None:
+    model = light_model(call_timeout_s=2.0)
+    os.kill(engine_of(model).ranks[0].pid, signal.SIGSTOP)
+    with ends_the_group(model, within_s=3):
+        with pytest.raises(CallTimeoutError):
+            model.denoise(ordered(text="x" * 4 * 2**20))
+    assert_works(model)
+
+
+def test_a_rank_raises(light_model: LightModel) -> None:
+    model = light_model()
+    engine = engine_of(model)
+    with ends_the_group(model, within_s=2):
+        with pytest.raises(
+            RankError, match="Rank 1 raised RuntimeError during 'Denoise': the text"
+        ):
+            model.denoise(ordered(rank=1, **{"raise": "the text"}))
+    assert "RuntimeError: the text" in engine.ranks[1].log_path.read_text()
+    assert_works(model)
+
+
+def test_a_rank_exits(light_model: LightModel) -> None:
+    model = light_model()
+    with ends_the_group(model, within_s=2):
+        with pytest.raises(GroupDiedError, match=r"Rank 0 .* exited with status 3 during"):
+            model.denoise(ordered(rank=0, exit=3))
+    assert_works(model)
+
+
+def test_one_rank_refuses_what_another_does(light_model: LightModel) -> None:
+    model = light_model()
+    with ends_the_group(model, within_s=2):
+        with pytest.raises(ProtocolError, match="Some ranks refused"):
+            model.denoise(ordered(rank=0, refuse="only I"))
+    assert_works(model)
+
+
+def test_all_ranks_refuse(light_model: LightModel) -> None:
+    model = light_model()
+    engine = engine_of(model)
+    with pytest.raises(InputError, match=r"^no$"):
+        model.denoise(ordered(refuse="no"))
+    assert_works(model)
+    assert engine_of(model) is engine
+
+
+def test_a_load_that_was_given_up_is_freed_before_the_next(
+    light_model: LightModel, tiny_z_image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupted(BaseException):
+        pass
+
+    def interrupt() -> None:
+        raise Interrupted
+
+    model = light_model()
+    group = model._group
+    bf16 = ModelSpec.of(str(tiny_z_image), "bfloat16", "float32")
+    abandoned = RemoteModel(bf16, group)
+    with pytest.raises(Interrupted):
+        abandoned.ensure_loaded(poll=interrupt)
+    name = abandoned.name
+    del abandoned
+    requests: list[Any] = []
+    plain = engine_module.encode
+    monkeypatch.setattr(engine_module, "encode", lambda m: requests.append(m) or plain(m))
+    other = RemoteModel(ModelSpec.of(str(tiny_z_image), "float16", "float32"), group)
+    other.ensure_loaded()
+    assert [(type(request), request.model) for request in requests] == [
+        (Unload, name),
+        (Load, other.name),
+    ]
+    other.unload()
+    assert_works(model)
+
+
+def test_progress_is_summed_and_keeps_a_load_alive(light_model: LightModel) -> None:
+    model = light_model()
+    model.unload()
+    shown: list[tuple[int, int]] = []
+    model.ensure_loaded(on_progress=lambda done, total: shown.append((done, total)))
+    assert shown == sorted(shown)
+    assert shown[-1][1] == 200
+
+
+def test_threads_take_turns(light_model: LightModel) -> None:
+    model = light_model()
+    with ThreadPoolExecutor(4) as pool:
+        inputs = [make_inputs(seed=seed) for seed in range(12)]
+        outputs = list(pool.map(model.denoise, inputs))
+    for given, found in zip(inputs, outputs, strict=True):
+        assert torch.equal(found, given["x"] * 2 + given["context"].sum())
+
+
+def test_close_from_another_thread_ends_a_call(light_model: LightModel, home: Path) -> None:
+    model = light_model()
+    engine = engine_of(model)
+    folder = engine.ranks[0].log_path.parent
+    with in_background(lambda: model.denoise(ordered(sleep_s=30))) as denoising:
+        wait_until(lambda: engine.state is State.BUSY)
+        began = time.monotonic()
+        closers = [threading.Thread(target=engine.close) for _ in range(3)]
+        for closer in closers:
+            closer.start()
+        error = denoising.exception(timeout=10)
+        for closer in closers:
+            closer.join()
+        assert time.monotonic() - began < 1
+    assert isinstance(error, GroupClosedError)
+    assert engine.state is State.CLOSED
+    assert_ended([rank.pid for rank in engine.ranks], within_s=0)
+    engine.close()
+    with pytest.raises(GroupClosedError):
+        engine.call(Report)
+    assert not folder.exists()
+    assert_works(model)
+
+
+def test_close_waits_for_an_orderly_end(light_model: LightModel) -> None:
+    model = light_model()
+    engine = engine_of(model)
+    engine.close()
+    assert [rank.process.returncode for rank in engine.ranks] == [0, 0]
+    assert not engine.ranks[0].log_path.parent.exists()
+    assert_works(model)
+
+
+def test_close_does_not_wait_for_a_stopped_rank(
+    light_model: LightModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "CLOSE_TIMEOUT_S", 0.5)
+    model = light_model()
+    engine = engine_of(model)
+    os.kill(engine.ranks[0].pid, signal.SIGSTOP)
+    began = time.monotonic()
+    engine.close()
+    assert time.monotonic() - began < 2
+    assert_ended([rank.pid for rank in engine.ranks], within_s=0)

@@ -1,0 +1,183 @@
+"""A group that does not come up: one clear error in a bounded time, and no process left."""
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from process.conftest import PythonWith, assert_ended, cpu_group
+
+from tp_runtime import GroupClosedError, GroupStartError
+from tp_runtime.engine import Engine, State
+from tp_runtime.protocol import Report
+
+pytestmark = pytest.mark.process
+
+LYING_RANK = """
+import contextlib
+from process import light_rank
+
+@contextlib.contextmanager
+def lie(worker):
+    yield worker.tp_size - worker.rank
+
+light_rank._group = lie
+"""
+
+RAISING_RANK = """
+from process import light_rank
+
+def refuse(worker):
+    raise ValueError("no such device: text of the rank")
+
+if config["rank"] == 1:
+    light_rank._group = refuse
+"""
+
+NO_VLLM = """
+class NoVLLM:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "vllm":
+            raise ModuleNotFoundError("No module named 'vllm'", name="vllm")
+
+sys.meta_path.insert(0, NoVLLM())
+"""
+
+
+def failure_of(engine: Engine, within_s: float) -> str:
+    """The message with which the start fails; checks that it leaves nothing."""
+    began = time.monotonic()
+    with pytest.raises(GroupStartError) as caught:
+        engine.start()
+    assert time.monotonic() - began < within_s
+    assert engine.state is State.FAILED
+    assert_ended([rank.pid for rank in engine.ranks], within_s=0)
+    with pytest.raises(GroupClosedError, match="has failed before"):
+        engine.call(Report)
+    engine.close()
+    return str(caught.value)
+
+
+def test_ranks_that_are_not_one_group_are_refused(python_with: PythonWith) -> None:
+    message = failure_of(Engine(cpu_group(2, python=python_with(LYING_RANK))), within_s=60)
+    assert "2 ranks was asked for, but the ranks see tensor-parallel sizes [2, 1]" in message
+
+
+def test_a_rank_that_raises_names_itself(python_with: PythonWith) -> None:
+    engine = Engine(cpu_group(2, python=python_with(RAISING_RANK)))
+    message = failure_of(engine, within_s=60)
+    assert "Rank 1 raised ValueError during 'start': no such device: text of the rank" in message
+    assert str(engine.ranks[1].log_path) in message
+    assert "Traceback" in engine.ranks[1].log_path.read_text()
+
+
+def test_a_rank_that_ends_shows_its_log(python_with: PythonWith) -> None:
+    python = python_with("if config['rank'] == 1: sys.exit('last words')")
+    message = failure_of(Engine(cpu_group(2, python=python)), within_s=30)
+    assert "Rank 1" in message
+    assert "exited with status 1 during 'start'" in message
+    assert message.endswith("last words")
+
+
+def test_a_rank_that_is_killed_is_named(python_with: PythonWith) -> None:
+    python = python_with("import os; config['rank'] == 1 and os.kill(os.getpid(), 9)")
+    message = failure_of(Engine(cpu_group(2, python=python)), within_s=30)
+    assert f"was killed by signal {int(signal.SIGKILL)} during 'start'" in message
+
+
+def test_a_silent_rank_is_given_up(python_with: PythonWith) -> None:
+    python = python_with("import time; time.sleep(600)")
+    message = failure_of(Engine(cpu_group(2, python=python, start_timeout_s=1.0)), within_s=4)
+    assert "Ranks [0, 1] gave no sign of life for 1 s during 'start'" in message
+
+
+def test_a_python_without_vllm_says_what_to_install(python_with: PythonWith) -> None:
+    python = python_with(NO_VLLM, light=False)
+    message = failure_of(Engine(cpu_group(2, python=python)), within_s=60)
+    assert "No module named 'vllm'" in message
+    assert f"{python} -m pip install" in message
+    assert "[runtime]'" in message
+    assert "TP_RUNTIME_PYTHON" in message
+
+
+def test_a_bare_python_says_what_to_install(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    python.chmod(0o700)
+    message = failure_of(Engine(cpu_group(1, python=str(python))), within_s=30)
+    assert "ModuleNotFoundError: No module named" in message
+    assert "pip install" in message
+
+
+@pytest.mark.parametrize("name", ["no/such/python", "."])
+def test_a_python_that_cannot_be_started(name: str, tmp_path: Path, home: Path) -> None:
+    before = set((home / "groups").glob("*"))
+    message = failure_of(Engine(cpu_group(2, python=str(tmp_path / name))), within_s=2)
+    assert f"{str(tmp_path / name)!r} could not be started" in message
+    assert "TP_RUNTIME_PYTHON" in message
+    assert set((home / "groups").glob("*")) == before
+
+
+def test_a_home_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TP_RUNTIME_HOME", "/proc/nothing")
+    message = failure_of(Engine(cpu_group(2)), within_s=2)
+    assert "/proc/nothing/groups" in message
+    assert "TP_RUNTIME_HOME" in message
+
+
+class Interrupted(BaseException):
+    """As ComfyUI's InterruptProcessingException is none of Exception's."""
+
+
+@pytest.mark.parametrize("error", [Interrupted, GroupStartError])
+def test_a_cancelled_start_leaves_nothing(
+    python_with: PythonWith, error: type[BaseException], home: Path
+) -> None:
+    before = set((home / "groups").glob("*"))
+    engine = Engine(cpu_group(2, python=python_with("import time; time.sleep(600)")))
+
+    def poll() -> None:
+        if engine.ranks:
+            raise error
+
+    with pytest.raises(error):
+        engine.start(poll)
+    assert engine.state is State.CLOSED
+    assert_ended([rank.pid for rank in engine.ranks], within_s=0)
+    assert set((home / "groups").glob("*")) == before
+
+
+@pytest.mark.parametrize("when", ["at once", "when the ranks run"])
+def test_close_from_another_thread_ends_a_start(python_with: PythonWith, when: str) -> None:
+    engine = Engine(cpu_group(2, python=python_with("import time; time.sleep(600)")))
+
+    def wait_and_close() -> None:
+        while when == "when the ranks run" and not engine.ranks:
+            time.sleep(0.01)
+        engine.close()
+
+    closer = in_thread(wait_and_close)
+    with pytest.raises(GroupClosedError):
+        engine.start()
+    closer.join()
+    assert engine.state is State.CLOSED
+    assert_ended([rank.pid for rank in engine.ranks], within_s=0)
+
+
+def in_thread(work: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+def test_a_group_that_was_never_started() -> None:
+    engine = Engine(cpu_group(2))
+    with pytest.raises(GroupClosedError, match="never started"):
+        engine.call(Report)
+    engine.close()
+    engine.close()
+    with pytest.raises(GroupClosedError, match="closed before"):
+        engine.start()

@@ -1,0 +1,104 @@
+"""Settings: what is refused, and what the message says."""
+
+from pathlib import Path
+
+import pytest
+
+from tp_runtime import config
+from tp_runtime.config import GroupConfig, ModelSpec
+from tp_runtime.errors import DeviceError, TPRuntimeError
+
+
+def see_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(config, "visible_gpu_count", lambda: count)
+
+
+@pytest.mark.parametrize("name", ["TP_RUNTIME_START_TIMEOUT", "TP_RUNTIME_CALL_TIMEOUT"])
+@pytest.mark.parametrize("text", ["soon", "0", "-3", "nan", "inf", "1e999"])
+def test_a_timeout_must_be_a_number_of_seconds(
+    monkeypatch: pytest.MonkeyPatch, name: str, text: str
+) -> None:
+    monkeypatch.setenv(name, text)
+    with pytest.raises(TPRuntimeError, match=f"{name}='{text}': give a number of seconds above 0"):
+        GroupConfig(1, "cpu")
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_timeout_in_code_as_well(value: float) -> None:
+    with pytest.raises(TPRuntimeError, match="call_timeout_s="):
+        GroupConfig(1, "cpu", call_timeout_s=value)
+
+
+def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TP_RUNTIME_START_TIMEOUT", "12.5")
+    monkeypatch.setenv("TP_RUNTIME_CALL_TIMEOUT", "")
+    monkeypatch.setenv("TP_RUNTIME_PYTHON", "/opt/python")
+    monkeypatch.setenv("TP_RUNTIME_HOME", "/opt/home")
+    group = GroupConfig(1, "cpu")
+    assert (group.start_timeout_s, group.call_timeout_s) == (12.5, 600.0)
+    assert group.python == "/opt/python"
+    assert config.home() == Path("/opt/home")
+
+
+def test_log_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TP_RUNTIME_LOG_LEVEL", "debug")
+    assert config.log_level() == "DEBUG"
+    monkeypatch.setenv("TP_RUNTIME_LOG_LEVEL", "loud")
+    with pytest.raises(TPRuntimeError, match="use one of DEBUG, INFO, WARNING, ERROR"):
+        config.log_level()
+
+
+@pytest.mark.parametrize("tp_size", [-1, 0, 9])
+def test_sizes_have_a_range(monkeypatch: pytest.MonkeyPatch, tp_size: int) -> None:
+    see_gpus(monkeypatch, 0)
+    with pytest.raises(DeviceError, match=f"A group of {tp_size} ranks: choose 1 to 8"):
+        GroupConfig.local(tp_size)
+
+
+def test_without_gpus_the_ranks_are_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    see_gpus(monkeypatch, 0)
+    group = GroupConfig.local(3)
+    assert (group.tp_size, group.device, group.devices) == (3, "cpu", ())
+    with pytest.raises(DeviceError, match="no CUDA GPU is visible"):
+        GroupConfig.local(2, (0, 1))
+
+
+def test_the_first_gpus_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    see_gpus(monkeypatch, 4)
+    assert GroupConfig.local(2).devices == (0, 1)
+    assert GroupConfig.local(2, (3, 1)).devices == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("tp_size", "devices"), [(3, None), (2, (0, 2)), (1, (-1,)), (8, None)], ids=str
+)
+def test_gpus_that_are_not_there(
+    monkeypatch: pytest.MonkeyPatch, tp_size: int, devices: tuple[int, ...] | None
+) -> None:
+    see_gpus(monkeypatch, 2)
+    with pytest.raises(DeviceError, match=r"shows 2 \(0 to 1\). Choose at most 2, or 'auto'"):
+        GroupConfig.local(tp_size, devices)
+
+
+@pytest.mark.parametrize("devices", [(), (0,), (0, 0), (0, 1, 2), (0, 0, 1)], ids=str)
+def test_a_rank_has_a_gpu_of_its_own(devices: tuple[int, ...]) -> None:
+    with pytest.raises(DeviceError, match="2 ranks need as many different GPUs"):
+        GroupConfig(2, "cuda", devices)
+
+
+def test_cpu_ranks_take_no_gpus() -> None:
+    with pytest.raises(DeviceError, match="CPU ranks take no GPUs"):
+        GroupConfig(1, "cpu", (0,))
+
+
+def test_equal_settings_are_one_group() -> None:
+    assert len({GroupConfig(2, "cpu"), GroupConfig(2, "cpu"), GroupConfig(1, "cpu")}) == 2
+
+
+def test_a_replaced_file_is_another_model(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    path.write_bytes(b"one")
+    before = ModelSpec.of(str(path), "bfloat16", "bfloat16")
+    assert ModelSpec.of(str(path), "bfloat16", "bfloat16") == before
+    path.write_bytes(b"three")
+    assert ModelSpec.of(str(path), "bfloat16", "bfloat16") != before

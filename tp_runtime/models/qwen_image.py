@@ -1,0 +1,349 @@
+"""Qwen-Image and Qwen-Image-Edit: two streams of tokens, which meet in attention.
+
+The module tree is diffusers' ``QwenImageTransformer2DModel`` (diffusers 0.42,
+models/transformers/transformer_qwenimage.py) and so are the names in ComfyUI's files; the
+arithmetic of ``Driver`` follows ComfyUI's ``QwenImageTransformer2DModel._forward`` (ComfyUI 0.3.75,
+comfy/ldm/qwen_image/model.py), whose results it reproduces.
+
+Shapes: B batch, C latent channels, H W latent size, L tokens, D model width, N heads on this rank,
+K head width.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..acceleration import fused
+from ..checkpoint import TensorInfo
+from ..errors import CheckpointError, InputError
+from ..sharding.parts import Source, Sources
+from ..sharding.plan import QKV, Column, Plan, Replicated, Row, Split
+from .common import (
+    Conditioning,
+    DriverBase,
+    check_context,
+    count_blocks,
+    rms_norm,
+    rope_rotation,
+    timestep_embedding,
+)
+from .dual_stream import (
+    NORM_EPS,
+    add_residual,
+    check_residuals,
+    gathered_modulation,
+    grid_positions,
+    joint_attention,
+    modulate,
+    pack_patches,
+    place_references,
+    unpack_patches,
+)
+
+FAMILY = "qwen_image"
+LABEL = "Qwen-Image"
+UNUSED: frozenset[str] = frozenset()
+
+MLP_RATIO = 4
+PATCH_AREA = 4
+ROPE_THETA = 10000.0
+TIME_SCALE = 1000.0
+TIME_CHANNELS = 256
+# ComfyUI's name → ours. It knows no "uxo" here and takes it for "offset".
+REFERENCE_METHODS = {
+    "index": "index",
+    "negative_index": "negative_index",
+    "offset": "offset",
+    "uxo": "offset",
+}
+
+# Tensors that only a variant has, which computes differently.
+_VARIANTS = {
+    "__index_timestep_zero__": "Qwen-Image-Edit-2511",
+    "time_text_embed.addition_t_embedding.weight": "Qwen-Image-Layered",
+}
+
+
+# --- the file ----------------------------------------------------------------------------------
+
+
+def recognises(tensors: Mapping[str, TensorInfo]) -> bool:
+    """The norm of the text and the text's own projections in attention."""
+    return {"txt_norm.weight", "transformer_blocks.0.attn.add_q_proj.weight"} <= tensors.keys()
+
+
+def infer_config(tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    """The sizes of the model, from its tensors' shapes. Raises KeyError for a missing tensor."""
+    for name, variant in _VARIANTS.items():
+        if name in tensors:
+            raise CheckpointError(
+                f"This is a {variant} file (it has the tensor {name}), which cannot be split yet. "
+                "Load it with the stock 'Load Diffusion Model' node."
+            )
+    dim, packed = tensors["img_in.weight"].shape
+    (head_dim,) = tensors["transformer_blocks.0.attn.norm_q.weight"].shape
+    if head_dim % 16 or dim % head_dim:
+        raise CheckpointError(
+            f"A Qwen-Image file of width {dim} with heads of {head_dim}: heads must be a multiple "
+            "of 16 and divide the width. The file is damaged or of another architecture."
+        )
+    along = head_dim * 7 // 32 * 2  # features for a row and for a column: 56 of 128
+    return {
+        "dim": dim,
+        "num_heads": dim // head_dim,
+        "head_dim": head_dim,
+        "num_blocks": count_blocks(tensors, "transformer_blocks"),
+        "in_channels": packed // PATCH_AREA,
+        "out_channels": tensors["proj_out.weight"].shape[0] // PATCH_AREA,
+        "context_dim": tensors["txt_norm.weight"].shape[0],
+        "axes_dims": (head_dim - 2 * along, along, along),
+    }
+
+
+def file_tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the ComfyUI file."""
+    dim, mlp = config["dim"], MLP_RATIO * config["dim"]
+    linears = {
+        "img_in": (dim, PATCH_AREA * config["in_channels"]),
+        "txt_in": (dim, config["context_dim"]),
+        "time_text_embed.timestep_embedder.linear_1": (dim, TIME_CHANNELS),
+        "time_text_embed.timestep_embedder.linear_2": (dim, dim),
+        "norm_out.linear": (2 * dim, dim),
+        "proj_out": (PATCH_AREA * config["out_channels"], dim),
+    }
+    shapes: dict[str, tuple[int, ...]] = {"txt_norm.weight": (config["context_dim"],)}
+    for index in range(config["num_blocks"]):
+        path = f"transformer_blocks.{index}"
+        for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"):
+            linears[f"{path}.attn.{name}"] = (dim, dim)
+        for name in ("to_out.0", "to_add_out"):
+            linears[f"{path}.attn.{name}"] = (dim, dim)
+        for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+            shapes[f"{path}.attn.{name}.weight"] = (config["head_dim"],)
+        for stream in ("img", "txt"):
+            linears |= {
+                f"{path}.{stream}_mod.1": (6 * dim, dim),
+                f"{path}.{stream}_mlp.net.0.proj": (mlp, dim),
+                f"{path}.{stream}_mlp.net.2": (dim, mlp),
+            }
+    for name, shape in linears.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    return shapes
+
+
+def sources(config: dict[str, Any]) -> Sources:
+    """Where the file keeps a parameter of the diffusers module: under the same name."""
+    shapes = file_tensors(config)
+    return lambda parameter: (Source(parameter, 0, shapes[parameter][0]),)
+
+
+# --- the model ---------------------------------------------------------------------------------
+
+
+def plan(config: dict[str, Any]) -> Plan:
+    """Everything with weight is split; what is left is the first and last projection."""
+    head_dim, num_heads = config["head_dim"], config["num_heads"]
+    heads = Split(num_heads, head_dim)
+    block = "transformer_blocks.*"
+    return Plan(
+        {
+            "img_in": Replicated(),
+            "txt_in": Column(gather=True),
+            "time_text_embed.timestep_embedder.linear_1": Column(),
+            "time_text_embed.timestep_embedder.linear_2": Row(),
+            f"{block}.attn.{{to_q,to_k,to_v}}": QKV("to_qkv", head_dim, num_heads, num_heads),
+            f"{block}.attn.{{add_q_proj,add_k_proj,add_v_proj}}": QKV(
+                "to_added_qkv", head_dim, num_heads, num_heads
+            ),
+            f"{block}.attn.to_out.0": Row((heads,)),
+            f"{block}.attn.to_add_out": Row((heads,)),
+            # The modulation of all blocks is gathered by the driver, at once.
+            f"{block}.img_mod.1": Column(),
+            f"{block}.txt_mod.1": Column(),
+            f"{block}.img_mlp.net.0.proj": Column(),
+            f"{block}.img_mlp.net.2": Row(),
+            f"{block}.txt_mlp.net.0.proj": Column(),
+            f"{block}.txt_mlp.net.2": Row(),
+            "norm_out.linear": Column(gather=True),
+            "proj_out": Replicated(),
+        }
+    )
+
+
+def build(config: dict[str, Any]) -> nn.Module:
+    """The diffusers module with the file's sizes. Call it under ``torch.device("meta")``."""
+    from diffusers import QwenImageTransformer2DModel
+
+    return QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=PATCH_AREA * config["in_channels"],
+        out_channels=config["out_channels"],
+        num_layers=config["num_blocks"],
+        attention_head_dim=config["head_dim"],
+        num_attention_heads=config["num_heads"],
+        joint_attention_dim=config["context_dim"],
+        axes_dims_rope=config["axes_dims"],
+    )
+
+
+@fused
+def _gated_residual(x: torch.Tensor, gate: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+    return x + gate * update
+
+
+@fused
+def _gated_residual_at_once(
+    x: torch.Tensor, gate: torch.Tensor, update: torch.Tensor
+) -> torch.Tensor:
+    return torch.addcmul(x, gate, update)
+
+
+class Driver(DriverBase):
+    """Evaluates the sharded module on ComfyUI's forward arguments."""
+
+    label = LABEL
+
+    def condition(
+        self,
+        x: torch.Tensor,
+        context: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,  # noqa: ARG002  (ComfyUI ignores it, too)
+        ref_latents: Sequence[torch.Tensor] = (),
+        ref_latents_method: str = "index",
+        transformer_options: Mapping[str, Any] | None = None,  # noqa: ARG002  (no option is read)
+    ) -> Conditioning:
+        """``text`` (B, L, D); ``rotation`` of text, image and references.
+
+        If present: ``references`` (B, L, D).
+        """
+        self._check(x, context, ref_latents, ref_latents_method)
+        positions = _positions(x, context, ref_latents, ref_latents_method)
+        rotation = rope_rotation(positions, self.config["axes_dims"], ROPE_THETA)
+        text = rms_norm(context, self.model.txt_norm.weight, NORM_EPS)
+        found = {
+            "text": self.model.txt_in(text),
+            "rotation": rotation.to(x.dtype),  # ComfyUI rotates in the model's dtype here
+        }
+        if ref_latents:
+            packed = torch.cat([pack_patches(latent[:, :, 0]) for latent in ref_latents], dim=1)
+            found["references"] = self.model.img_in(packed)
+        return found
+
+    def step(
+        self,
+        x: torch.Tensor,
+        timesteps: torch.Tensor,
+        text: torch.Tensor,
+        rotation: torch.Tensor,
+        references: torch.Tensor | None = None,
+        control: Mapping[str, Any] | None = None,
+    ) -> torch.Tensor:
+        """(B, C, 1, H, W) → the same."""
+        image = self.model.img_in(pack_patches(x[:, :, 0]))
+        num_image = image.shape[1]
+        if references is not None:
+            image = torch.cat((image, references), dim=1)
+        # Scaled after the frequencies, unlike FLUX: the order shows in the last bits.
+        sinusoids = timestep_embedding(timesteps, TIME_CHANNELS, scale=TIME_SCALE).to(x.dtype)
+        activated = F.silu(self.model.time_text_embed.timestep_embedder(sinusoids))
+        blocks = self.model.transformer_blocks
+        linears = [block.img_mod[1] for block in blocks] + [block.txt_mod[1] for block in blocks]
+        modulation = gathered_modulation(linears, activated, self.gather, 6 * self.config["dim"])
+        of_image, of_text = modulation[: len(blocks)], modulation[len(blocks) :]
+        for index, block in enumerate(blocks):
+            image, text = _block(block, image, text, of_image[index], of_text[index], rotation)
+            add_residual(image, control, "input", index)
+
+        scale, shift = self.model.norm_out.linear(activated).unsqueeze(1).chunk(2, dim=-1)
+        image = self.model.proj_out(modulate(image[:, :num_image], shift, scale))
+        return unpack_patches(image, x.shape[-2], x.shape[-1]).unsqueeze(2)
+
+    def check_control(
+        self, batch: int, conditioning: Conditioning, control: Mapping[str, Any]
+    ) -> None:
+        """Raises InputError."""
+        check_residuals(control, batch, conditioning, self.config["dim"], LABEL)
+
+    def _check(
+        self,
+        x: torch.Tensor,
+        context: torch.Tensor,
+        references: Sequence[torch.Tensor],
+        method: str,
+    ) -> None:
+        channels = self.config["in_channels"]
+        if x.ndim != 5 or x.shape[1:3] != (channels, 1):
+            raise InputError(
+                f"{LABEL} works on latents of shape (batch, {channels}, 1, height, width); got "
+                f"{tuple(x.shape)}. Use an empty latent node for 16-channel latents."
+            )
+        check_context(context, x.shape[0], self.config["context_dim"], LABEL)
+        for reference in references:
+            if reference.ndim != 5 or reference.shape[:3] != x.shape[:3]:
+                raise InputError(
+                    f"Reference latents of {LABEL} have the shape ({x.shape[0]}, {channels}, 1, "
+                    f"height, width); got {tuple(reference.shape)}."
+                )
+        if references and method not in REFERENCE_METHODS:
+            raise InputError(
+                f"{LABEL} on the process group does not support the reference latents method "
+                f"'{method}'. Supported: {', '.join(REFERENCE_METHODS)}."
+            )
+
+
+def _block(
+    block: Any,
+    image: torch.Tensor,
+    text: torch.Tensor,
+    of_image: torch.Tensor,
+    of_text: torch.Tensor,
+    rotation: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One block of two streams, which meet in attention; modulation ``of_...`` (B, 1, 6·D)."""
+    shift1, scale1, gate1, shift2, scale2, gate2 = of_image.chunk(6, dim=-1)
+    text_shift1, text_scale1, text_gate1, text_shift2, text_scale2, text_gate2 = of_text.chunk(
+        6, dim=-1
+    )
+    attended_text, attended_image = joint_attention(
+        block.attn,
+        modulate(text, text_shift1, text_scale1),
+        modulate(image, shift1, scale1),
+        rotation,
+    )
+    image = _gated_residual(image, gate1, attended_image)
+    text = _gated_residual(text, text_gate1, attended_text)
+    fed = block.img_mlp(modulate(image, shift2, scale2))
+    image = _gated_residual_at_once(image, gate2, fed)
+    fed = block.txt_mlp(modulate(text, text_shift2, text_scale2))
+    return image, _gated_residual_at_once(text, text_gate2, fed)
+
+
+def _positions(
+    x: torch.Tensor, context: torch.Tensor, references: Sequence[torch.Tensor], method: str
+) -> torch.Tensor:
+    """Positions (L, 3) of text, image and references.
+
+    Every picture is centred on zero; the text counts on, on all axes, from the image's edge.
+    """
+
+    def along(start: int, size: int) -> torch.Tensor:
+        steps = -(-size // 2)
+        # In the latents' dtype, as ComfyUI does: bf16 rounds positions beyond 256.
+        line = torch.linspace(start, start + steps - 1, steps, dtype=x.dtype, device=x.device)
+        return line.float() - steps // 2
+
+    height, width = x.shape[-2:]
+    first = max(-(-width // 2) // 2, -(-height // 2) // 2)
+    text = torch.arange(first, first + context.shape[1], dtype=torch.float32, device=x.device)
+    positions = [
+        text[:, None].expand(-1, 3),
+        grid_positions(0, along(0, height), along(0, width)),
+    ]
+    places = place_references(references, REFERENCE_METHODS[method], height, width)
+    for reference, (index, top, left) in zip(references, places, strict=True):
+        y = along((top + 1) // 2, reference.shape[-2])
+        positions.append(grid_positions(index, y, along((left + 1) // 2, reference.shape[-1])))
+    return torch.cat(positions)
