@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from tp_runtime.checkpoint import TensorInfo
 from tp_runtime.models import family
+from tp_runtime.safetensors_file import TensorInfo
 
 # Real sizes: what `infer_config` reads from the published files.
 _FULL_SIZE = {

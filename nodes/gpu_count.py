@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from ..tp_runtime import CheckpointInfo, GroupConfig, visible_gpu_count
+from .schema import check_choice
 
 AUTO = "auto"
 MAX_GPU_COUNT = 8
@@ -15,7 +16,9 @@ def choose_group(choice: str, info: CheckpointInfo, warn: Callable[[str], None])
     Raises:
         SizeError: the model cannot be split that way.
         DeviceError: there are fewer GPUs.
+        ValueError: it is none of `CHOICES`.
     """
+    check_choice("gpu_count", choice, CHOICES)
     num_visible = visible_gpu_count()
     if choice != AUTO:
         size = int(choice)

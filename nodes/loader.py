@@ -11,7 +11,7 @@ from ..tp_runtime import inspect_checkpoint
 from .gpu_count import AUTO, CHOICES, choose_group
 from .model import load_model
 from .notices import warn_on_node
-from .schema import tp_schema
+from .schema import check_choice, tp_schema
 
 _FOLDER = "diffusion_models"
 _DTYPES = {
@@ -79,6 +79,7 @@ class TPLoadDiffusionModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name: str, weight_dtype: str, gpu_count: str) -> io.NodeOutput:
+        check_choice("weight_dtype", weight_dtype, _DTYPES)
         path = folder_paths.get_full_path_or_raise(_FOLDER, model_name)
         group = choose_group(
             gpu_count,

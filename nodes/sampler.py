@@ -10,7 +10,7 @@ from .gpu_count import CHOICES, choose_group
 from .model import on_group
 from .notices import warn_on_node
 from .patcher import TPModelPatcher
-from .schema import tp_schema
+from .schema import check_choice, tp_schema
 from .unsupported import UnsupportedFeatureError
 
 _FROM_MODEL = "from model"
@@ -117,6 +117,8 @@ class TPSampler(io.ComfyNode):
     ) -> io.NodeOutput:
         import nodes  # ComfyUI's own module of that name
 
+        check_choice("sampler_name", sampler_name, comfy.samplers.KSampler.SAMPLERS)
+        check_choice("scheduler", scheduler, comfy.samplers.KSampler.SCHEDULERS)
         if not isinstance(model, TPModelPatcher):
             raise UnsupportedFeatureError(
                 "TP Sampler got a model from another loader. Load it with 'Load Diffusion Model "

@@ -1,6 +1,7 @@
 """What all node declarations of the pack have in common."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 from comfy_api.latest import io
@@ -19,3 +20,9 @@ def tp_schema(**fields: Any) -> io.Schema:
         category=CATEGORY,
         **{name: value for name, value in fields.items() if name not in dropped},
     )
+
+
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """Raise ValueError for what is no choice: ComfyUI 0.3.75 does not check those of V3 nodes."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not in list: choose one of {', '.join(choices)}.")

@@ -4,7 +4,7 @@ This package is used by two kinds of process. ComfyUI's imports these names, whi
 vLLM nor diffusers; the ranks run ``tp_runtime.worker``. ``ARCHITECTURE.md`` shows the whole.
 """
 
-from .checkpoint import CheckpointInfo, TensorInfo, inspect_checkpoint
+from .checkpoint import CheckpointInfo, inspect_checkpoint
 from .config import MAX_TP_SIZE, GroupConfig, ModelSpec, visible_gpu_count
 from .errors import (
     CallTimeoutError,
@@ -20,6 +20,7 @@ from .errors import (
     TPRuntimeError,
 )
 from .runtime import GroupReport, RemoteModel, Runtime, get_runtime
+from .safetensors_file import TensorInfo
 
 __all__ = [
     "MAX_TP_SIZE",

@@ -11,40 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from .errors import CheckpointError
+from .quantization import find_scales
+from .safetensors_file import FormatError, SafetensorsFile, TensorInfo
 
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 _SHOWN_NAMES = 5
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """Shape and safetensors dtype name (``"BF16"``) of a stored tensor."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def num_elements(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
-
-
 class CheckpointFile:
-    """An open safetensors file. Counts the bytes of tensor data that are read through it."""
+    """A model file that is open for reading, by ComfyUI's names of its tensors."""
 
-    def __init__(self, path: str, handle: Any) -> None:
-        self.path = path
-        self.bytes_read = 0
-        self._handle = handle
-        names = list(handle.keys())
+    def __init__(self, file: SafetensorsFile) -> None:
+        self._file = file
+        names = list(file.tensors)
         prefix = next((p for p in PREFIXES if any(n.startswith(p) for n in names)), "")
         self._stored = {n[len(prefix) :]: n for n in names if n.startswith(prefix)}
-        self.metadata: dict[str, str] = handle.metadata() or {}
+        self.metadata = file.metadata
 
     @classmethod
     @contextmanager
@@ -53,39 +38,38 @@ class CheckpointFile:
         if not Path(path).is_file():
             raise CheckpointError(f"The model file {path} does not exist. Choose another file.")
         try:
-            with safe_open(path, framework="pt") as handle:
-                yield cls(path, handle)
-        except (SafetensorError, OSError) as error:
+            with SafetensorsFile(path) as file:
+                yield cls(file)
+        except FormatError as error:
             raise CheckpointError(
-                f"The model file {path} cannot be read as safetensors ({error}). It may be cut "
-                "short: download it again."
+                f"The model file {path} is not a whole safetensors file: {error}. Download it "
+                "again."
             ) from error
+        except OSError as error:
+            raise CheckpointError(f"The model file {path} cannot be read: {error}.") from error
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensor data that were read."""
+        return self._file.bytes_read
 
     def tensors(self) -> dict[str, TensorInfo]:
         """Every tensor's shape and dtype, from the header alone."""
-        infos = {}
-        for name, stored in self._stored.items():
-            part = self._handle.get_slice(stored)
-            infos[name] = TensorInfo(tuple(part.get_shape()), part.get_dtype())
-        return infos
+        return {name: self._file.tensors[stored] for name, stored in self._stored.items()}
 
     def read(
         self, name: str, rows: tuple[int, int] | None, columns: tuple[int, int] | None
     ) -> torch.Tensor:
-        """A tensor, or the given range of its first and second axes, on the CPU."""
-        if rows is None:
-            tensor = self._handle.get_tensor(self._stored[name])
-        elif columns is None:
-            tensor = self._handle.get_slice(self._stored[name])[slice(*rows)]
-        else:
-            tensor = self._handle.get_slice(self._stored[name])[slice(*rows), slice(*columns)]
-        self.bytes_read += tensor.nbytes
-        return tensor
+        """A tensor, or the given range of its first and second axes; to be copied at once."""
+        return self._file.read(self._stored[name], rows, columns)
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What a model file is, from its header. ``config`` has the fields of the family's module."""
+    """What a model file is, from its header. ``config`` has the fields of the family's module.
+
+    ``tensors`` is everything in the file; ``scales``: quantised weight → the scale's tensor.
+    """
 
     path: str
     family: str
@@ -93,6 +77,7 @@ class CheckpointInfo:
     config: dict[str, Any]
     tensors: Mapping[str, TensorInfo] = field(repr=False)
     metadata: Mapping[str, str] = field(repr=False)
+    scales: Mapping[str, str] = field(repr=False)
 
     @property
     def num_parameters(self) -> int:
@@ -121,8 +106,12 @@ def inspect_checkpoint(path: str) -> CheckpointInfo:
     from .models import FAMILIES
 
     with CheckpointFile.open(path) as file:
-        tensors = file.tensors()
+        stored = file.tensors()
         metadata = file.metadata
+        scales, extra = find_scales(
+            path, stored, metadata, lambda name: file.read(name, None, None)
+        )
+    tensors = {name: info for name, info in stored.items() if name not in extra}
     for module in FAMILIES.values():
         if module.recognises(tensors):
             break
@@ -140,7 +129,7 @@ def inspect_checkpoint(path: str) -> CheckpointInfo:
             f"The {module.LABEL} file {path} lacks the tensor {error}. Download it again."
         ) from error
     _check_tensors(path, module.LABEL, tensors, module.file_tensors(config), module.UNUSED)
-    return CheckpointInfo(path, module.FAMILY, module.LABEL, config, tensors, metadata)
+    return CheckpointInfo(path, module.FAMILY, module.LABEL, config, stored, metadata, scales)
 
 
 def _check_tensors(
@@ -164,6 +153,13 @@ def _check_tensors(
     ]
     if wrong:
         problems.append(f"{len(wrong)} of another shape ({_some(wrong)})")
+    strange = [
+        f"{name} as {found[name].dtype}"
+        for name in expected
+        if name in found and found[name].dtype not in FLOAT_DTYPES
+    ]
+    if strange:
+        problems.append(f"{len(strange)} stored in an unknown way ({_some(strange)})")
     if problems:
         raise CheckpointError(
             f"The {label} file {path} does not have the tensors of its architecture: "

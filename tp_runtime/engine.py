@@ -54,7 +54,7 @@ from .protocol import (
     encode,
     pack_inputs,
 )
-from .tensors import Exchange, HeldTensors, Layout, dtype_name
+from .tensors import Exchange, HeldTensors, Layout, dtype_name, plain_copy
 from .transport import wait
 
 logger = logging.getLogger("tp_runtime")
@@ -246,7 +246,7 @@ class Engine:
             self._held.commit()
             self._wait(call, poll)
             call.raise_refusal()
-            return results[0].clone()
+            return plain_copy(results[0])
 
     def _place(self, value: Any, layout: Layout, in_use: set[int], hold: bool) -> Any:
         """``value`` with every tensor replaced by a reference to it."""

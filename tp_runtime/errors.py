@@ -10,6 +10,10 @@ a new one.
 class TPRuntimeError(RuntimeError):
     """Base of all errors of this package."""
 
+    def __init_subclass__(cls) -> None:
+        # ComfyUI shows a type with its module, which for a pack is the path of its folder.
+        cls.__module__ = "tp_runtime"
+
 
 class CheckpointError(TPRuntimeError, ValueError):
     """A model file is missing, damaged, of an unknown architecture, or lacks tensors."""

@@ -5,10 +5,11 @@ new one when it has failed. It ends with this process or when it is released.
 """
 
 import atexit
+import contextlib
 import hashlib
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,20 +54,53 @@ class _Group:
         # Of the present engine: model name → bytes resident on rank 0; 0 while that is not known
         # (being loaded, or the wait for it was given up).
         self.loaded: dict[str, int] = {}
-        self.users: weakref.WeakSet[RemoteModel] = weakref.WeakSet()
+        self._users: weakref.WeakSet[RemoteModel] = weakref.WeakSet()
+        self._users_lock = threading.Lock()
         self._starting = threading.Lock()
+        self._loading = threading.Lock()
 
     def alive(self) -> Engine | None:
         """The engine, if its group is up."""
         engine = self.engine
         return engine if engine and engine.state in (State.READY, State.BUSY) else None
 
+    def add_user(self, model: "RemoteModel") -> None:
+        """Keep the model's shards, once loaded, for as long as ``model`` is there."""
+        with self._users_lock:
+            self._users.add(model)
+        weakref.finalize(model, self._on_user_gone).atexit = False
+
+    def _on_user_gone(self) -> None:
+        # In a thread: the garbage collector may come while this one waits for the group.
+        if self.alive():
+            threading.Thread(target=self._free_unused, daemon=True).start()
+
+    def _free_unused(self) -> None:
+        with self.loading(None), contextlib.suppress(TPRuntimeError):
+            engine = self.alive()
+            if engine is not None:
+                self.unload_unused(engine, None)
+
+    def unload_unused(self, engine: Engine, poll: Poll | None) -> None:
+        """Free the shards of models that nobody holds. To be called while ``loading``."""
+        with self._users_lock:
+            wanted = {model.name for model in self._users}
+        for name in set(self.loaded) - wanted:
+            self.unload(engine, name, poll)
+
+    def unload(self, engine: Engine, name: str, poll: Poll | None) -> None:
+        """Free a model's shards. To be called while ``loading``."""
+        loaded = self.loaded
+        engine.call(lambda call: Unload(call, name), poll=poll)
+        loaded.pop(name, None)
+
+    def loading(self, poll: Poll | None) -> contextlib.AbstractContextManager[None]:
+        """Be the only one that changes what the group holds."""
+        return _acquired(self._loading, poll)
+
     def started(self, poll: Poll | None) -> tuple[Engine, dict[str, int]]:
         """The engine of a running group, which is started if there is none, and its models."""
-        while not self._starting.acquire(timeout=POLL_S):
-            if poll is not None:
-                poll()
-        try:
+        with _acquired(self._starting, poll):
             engine = self.alive()
             if engine is None:
                 self.close()
@@ -74,8 +108,6 @@ class _Group:
                 self.engine = engine
                 engine.start(poll)
             return engine, self.loaded
-        finally:
-            self._starting.release()
 
     def close(self) -> bool:
         """End the group; False if there was none."""
@@ -120,8 +152,8 @@ class _Group:
 class RemoteModel:
     """A model on a group, as the nodes hold it. Cheap: nothing is started before it is needed.
 
-    Equal specs on one group share their shards. Shards of models that nobody holds any more are
-    freed before another model is loaded.
+    Equal specs on one group share their shards, which are freed when nobody holds such a model
+    any more.
     """
 
     def __init__(self, spec: ModelSpec, group: _Group) -> None:
@@ -131,7 +163,7 @@ class RemoteModel:
         digest = hashlib.blake2s(msgspec.json.encode(spec), digest_size=6).hexdigest()
         self.name = f"{Path(spec.path).name}@{digest}"
         self._group = group
-        group.users.add(self)
+        group.add_user(self)
 
     @property
     def group_config(self) -> GroupConfig:
@@ -150,20 +182,21 @@ class RemoteModel:
             GroupStartError, CheckpointError, and what ``Engine.call`` raises.
         """
         engine, loaded = self._group.started(poll)
-        if loaded.get(self.name):
-            return
-        wanted = {model.name for model in self._group.users}
-        for orphan in set(loaded) - wanted:
-            _unload(engine, loaded, orphan, poll)
-        loaded[self.name] = 0  # the ranks have it in the end even if poll gives up the wait
-        try:
-            values = engine.call(
-                lambda call: Load(call, self.name, self.spec), poll=poll, on_progress=on_progress
-            )
-        except CheckpointError:
-            del loaded[self.name]
-            raise
-        loaded[self.name] = values[0]["resident_bytes"]
+        with self._group.loading(poll):
+            if loaded.get(self.name):
+                return
+            self._group.unload_unused(engine, poll)
+            loaded[self.name] = 0  # the ranks have it in the end even if poll gives up the wait
+            try:
+                values = engine.call(
+                    lambda call: Load(call, self.name, self.spec),
+                    poll=poll,
+                    on_progress=on_progress,
+                )
+            except CheckpointError:
+                del loaded[self.name]
+                raise
+            loaded[self.name] = values[0]["resident_bytes"]
 
     def denoise(self, inputs: Mapping[str, Any], poll: Poll | None = None) -> torch.Tensor:
         """Evaluate the model once; see ``Engine.denoise``. Call ``ensure_loaded`` before."""
@@ -188,15 +221,23 @@ class RemoteModel:
 
     def unload(self) -> None:
         """Free the shards; the group stays. Nothing happens if they are not loaded."""
-        engine = self._group.alive()
-        loaded = self._group.loaded
-        if engine is not None and self.name in loaded:
-            _unload(engine, loaded, self.name, None)
+        # Where the group ends meanwhile, what it held is free as well.
+        with self._group.loading(None), contextlib.suppress(TPRuntimeError):
+            engine = self._group.alive()
+            if engine is not None and self.name in self._group.loaded:
+                self._group.unload(engine, self.name, None)
 
 
-def _unload(engine: Engine, loaded: dict[str, int], name: str, poll: Poll | None) -> None:
-    engine.call(lambda call: Unload(call, name), poll=poll)
-    loaded.pop(name, None)
+@contextlib.contextmanager
+def _acquired(lock: threading.Lock, poll: Poll | None) -> Iterator[None]:
+    """Hold the lock; ``poll`` is called while waiting for it."""
+    while not lock.acquire(timeout=POLL_S):
+        if poll is not None:
+            poll()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Runtime:

@@ -70,9 +70,15 @@ def test_while_the_model_loads(comfy_server: ComfyServer, works: Works) -> None:
     pids = works()
     name = "slow_z_image.safetensors"
     write_z_image(comfy_server.models / "diffusion_models" / name, seed=3)
+    prompt = tp_text_to_latent(name)
+    # The other model is held by the prompt, so that nothing has to be unloaded first.
+    prompt["held"] = tp_loader(MODEL, 2)
+    prompt["later"] = node("TPSampler", **prompt["sampler"]["inputs"] | {"model": ["held", 0]})
+    prompt["later"]["inputs"]["latent_image"] = ["sampler", 0]
+    prompt["report"]["inputs"]["anything"] = ["later", 0]
     comfy_server.events.clear()
     with stopped(pids[1]):
-        prompt_id = comfy_server.queue(tp_text_to_latent(name))
+        prompt_id = comfy_server.queue(prompt)
         comfy_server.events.wait_for("progress")  # rank 0's part of the loading
         interrupt(comfy_server, prompt_id)
     assert works() == pids

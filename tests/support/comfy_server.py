@@ -50,7 +50,7 @@ class ComfyServer:
         self.models = self.base / "models"
         self.log_path = self.base / "comfyui.log"
         self._listener: EventListener | None = None
-        self._orphans: list[psutil.Process] = []
+        self._orphans: list[psutil.Process] | None = None  # set by kill()
         self._link_packs()
         self._port = _free_port()
         self.process = self._start(env or {}, extra_args)
@@ -136,12 +136,13 @@ class ComfyServer:
         """Stop ComfyUI as Ctrl-C does and remove its folder; a second call does nothing.
 
         Raises:
-            AssertionError: ComfyUI did not stop in 20 s, or one of its children outlived it by
-                5 s. Either way everything is killed first.
+            AssertionError: ComfyUI had ended before (`kill` apart) or did not stop in 20 s, or one
+                of its children outlived it by 5 s. Either way everything is killed first.
         """
         if not self.base.exists():
             return
-        children = self.children() or self._orphans
+        crashed = self.process.poll() if self._orphans is None else None
+        children = self.children() or self._orphans or []
         if self._listener is not None:
             self._listener.close()
         stopped = self._interrupt_process(timeout_s=20)
@@ -150,6 +151,7 @@ class ComfyServer:
             survivor.kill()
         log_tail = self.log_tail()
         shutil.rmtree(self.base)
+        assert crashed is None, f"ComfyUI ended with code {crashed}; its log:\n{log_tail}"
         assert stopped, f"ComfyUI did not stop on SIGINT; its log:\n{log_tail}"
         assert not survivors, f"children outlived ComfyUI: {survivors}; its log:\n{log_tail}"
 

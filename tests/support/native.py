@@ -48,6 +48,21 @@ def native_qwen_image(path: Path, dtype: torch.dtype = torch.float32) -> Any:
     return _load(path, dtype).model.diffusion_model
 
 
+def native_fp8(path: Path, plain_dtype: torch.dtype | None = None) -> Any:
+    """ComfyUI's model of a tiny fp8 file, computing in fp32, as ComfyUI itself loads it.
+
+    `plain_dtype`: the dtype of a file without scales; ComfyUI would cast it up on a CPU.
+    """
+    import_comfy()
+    import comfy.sd
+
+    from support.comfy_pack.detection import tiny_models_detected
+
+    options = {} if plain_dtype is None else {"dtype": plain_dtype}
+    with tiny_models_detected():
+        return comfy.sd.load_diffusion_model(str(path), options).model.diffusion_model
+
+
 def _load(path: Path, dtype: torch.dtype) -> Any:
     import_comfy()
     import comfy.ops

@@ -6,13 +6,15 @@ its output depends visibly on the latent, the timestep and the caption: an error
 paths shows in a comparison. `native.py` loads these files with ComfyUI's own code.
 """
 
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 Shape = tuple[int, ...]
@@ -249,6 +251,53 @@ def write(
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path, metadata={"format": "pt"})
+    return path
+
+
+Fp8Layout = Literal["plain", "scaled", "mixed", "comfy_quant"]
+
+
+def write_fp8(
+    source: Path,
+    path: Path,
+    layout: Fp8Layout,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    keep: Collection[str] = (),
+) -> Path:
+    """Quantise a tiny checkpoint as the published fp8 files are; `keep` names layers left alone.
+
+    `plain`: every tensor cast. `scaled`: ComfyUI's first format with scales. `mixed`: scales, and
+    the layers in the file's metadata; `comfy_quant`: the same beside each layer. With scales, only
+    weights of linears are in fp8, and what is not is rounded to fp8: ComfyUI 0.3.75 would round it.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    layers: dict[str, dict[str, str]] = {}
+    format_name = str(dtype).removeprefix("torch.")
+    limit = torch.finfo(dtype).max
+    scale_name = "scale_weight" if layout == "scaled" else "weight_scale"
+    with safe_open(source, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118  (not a dict)
+            value = file.get_tensor(key)
+            layer = key.removesuffix(".weight")
+            if layout == "plain":
+                tensors[key] = value.to(dtype)
+            elif value.ndim != 2 or layer == key or layer in keep:
+                tensors[key] = value.to(dtype).to(value.dtype)
+            else:
+                scale = (value.abs().max() / limit).float()
+                tensors[key] = (value / scale).to(dtype)
+                tensors[f"{layer}.{scale_name}"] = scale
+                layers[layer] = {"format": format_name}
+    metadata = {"format": "pt"}
+    if layout == "scaled":
+        tensors["scaled_fp8"] = torch.zeros(2).to(dtype)
+    elif layout == "mixed":
+        metadata["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": layers})
+    elif layout == "comfy_quant":
+        for layer, description in layers.items():
+            text = json.dumps(description).encode()
+            tensors[f"{layer}.comfy_quant"] = torch.tensor(list(text), dtype=torch.uint8)
+    save_file(tensors, path, metadata=metadata)
     return path
 
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..acceleration import fused
-from ..checkpoint import TensorInfo
 from ..errors import CheckpointError, InputError
+from ..safetensors_file import TensorInfo
 from ..sharding.parts import Source, Sources
 from ..sharding.plan import QKV, Column, MergedColumn, Plan, Replicated, Row, Split
 from .common import (

@@ -12,6 +12,7 @@ from torch import nn
 from .plan import QKV, Column, Match, MergedColumn, Plan, PlanError, Replicated, Row, Split
 
 Shape = tuple[int, ...]
+SCALE = "weight_scale"  # a layer's parameter, if its weight is held in fp8 with a scale
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Puts vLLM's parallel layers in place of a model's linears, as its plan says. Rank half."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,7 +19,8 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizeMethodBase,
 )
 
-from .parts import Layer
+from ..acceleration import fused
+from .parts import SCALE, Layer
 from .plan import QKV, Column, MergedColumn, Row
 
 
@@ -44,11 +47,67 @@ class _CastLinearMethod(UnquantizedLinearMethod):
         return F.linear(x, weight.to(x.dtype), cast_bias)
 
 
+class _ScaledLinearMethod(UnquantizedLinearMethod):
+    """A linear whose weight is held in fp8 and multiplied by a scale, one a row, at use."""
+
+    def __init__(self, stored_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.stored_dtype = stored_dtype
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,  # noqa: ARG002  (the bias's)
+        **extra: object,
+    ) -> None:
+        super().create_weights(
+            layer,
+            input_size_per_partition,
+            output_partition_sizes,
+            input_size,
+            output_size,
+            self.stored_dtype,
+            **extra,
+        )
+        scale = torch.empty(sum(output_partition_sizes), dtype=torch.float32)
+        layer.register_parameter(SCALE, nn.Parameter(scale, requires_grad=False))
+
+    def apply(
+        self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        cast_bias = None if bias is None else bias.to(x.dtype)
+        weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+        scale: torch.Tensor = layer.weight_scale  # type: ignore[assignment]
+        return F.linear(x, _dequantised(weight, scale, x.dtype), cast_bias)
+
+
+@fused
+def _dequantised(
+    weight: torch.Tensor, scale: torch.Tensor, compute_dtype: torch.dtype
+) -> torch.Tensor:
+    return (weight.to(torch.float32) * scale[:, None]).to(compute_dtype)
+
+
 class CastAtUse(QuantizationConfig):
-    """vLLM's seam for how a linear stores and multiplies its weight."""
+    """vLLM's seam for how a linear stores and multiplies its weight.
+
+    ``scaled_dtype``: the dtype of weights with a scale; None for weights without.
+    """
+
+    def __init__(self, scaled_dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.scaled_dtype = scaled_dtype
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:  # noqa: ARG002
-        return _CastLinearMethod() if isinstance(layer, LinearBase) else None
+        if not isinstance(layer, LinearBase):
+            return None
+        if self.scaled_dtype is not None:
+            return _ScaledLinearMethod(self.scaled_dtype)
+        return _CastLinearMethod()
 
     def get_name(self) -> str:
         return "cast_at_use"
@@ -75,13 +134,18 @@ def replace_linears(
     tp_size: int,
     weight_dtype: torch.dtype,
     compute_dtype: torch.dtype,
+    scaled: Mapping[str, torch.dtype],
 ) -> None:
     """Replace the linears in place by vLLM's layers, on the meta device.
 
+    ``scaled``: path of a layer whose weight has a scale → the dtype that it is held in; these have
+    a parameter ``weight_scale`` (out_features,) fp32. All others are held in ``weight_dtype``.
+
     Needs the tensor-parallel group. Afterwards no ``nn.Linear`` is left.
     """
-    quant_config = None if weight_dtype == compute_dtype else CastAtUse()
+    plain = None if weight_dtype == compute_dtype else CastAtUse()
     for layer in layers:
+        quant_config = CastAtUse(scaled[layer.path]) if layer.path in scaled else plain
         with torch.device("meta"):
             built = _build(layer, tp_size, weight_dtype, quant_config)
         for path in set(layer.replaced) - {layer.path}:

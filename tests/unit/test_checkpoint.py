@@ -1,0 +1,208 @@
+"""Model files that cannot be used: each is refused from its header, with a message that helps."""
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from support.tiny_models import ZImageSize, write_z_image
+from tp_runtime import CheckpointError, SizeError, inspect_checkpoint
+from tp_runtime.checkpoint import CheckpointFile
+
+Tensors = dict[str, torch.Tensor]
+
+
+def message_for(path: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        inspect_checkpoint(str(path))
+    assert isinstance(caught.value, ValueError)
+    return str(caught.value)
+
+
+def test_the_sizes_are_read_from_the_header(tiny_z_image: Path) -> None:
+    info = inspect_checkpoint(str(tiny_z_image))
+    assert (info.family, info.label) == ("z_image", "Z-Image")
+    assert (info.config["n_heads"], info.config["head_dim"], info.config["n_layers"]) == (30, 16, 2)
+    tensors = load_file(tiny_z_image)
+    assert info.num_parameters == sum(tensor.numel() for tensor in tensors.values())
+    assert info.valid_tp_sizes() == (1, 2, 3, 4, 5, 6, 8)
+    with pytest.raises(SizeError, match=r"Z-Image cannot be split over 7 .* num_heads=30"):
+        info.check_tp_size(7)
+
+
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model."])
+def test_a_prefix_is_taken_off(tiny_z_image: Path, tmp_path: Path, prefix: str) -> None:
+    path = write_z_image(tmp_path / "prefixed.safetensors", prefix=prefix)
+    found, plain = inspect_checkpoint(str(path)), inspect_checkpoint(str(tiny_z_image))
+    assert (found.config, found.tensors) == (plain.config, plain.tensors)
+    with CheckpointFile.open(str(path)) as file:
+        assert file.read("x_pad_token", None, None).shape == (1, 480)
+
+
+def test_what_else_a_full_checkpoint_holds_is_left_aside(
+    tiny_z_image: Path, tmp_path: Path
+) -> None:
+    tensors = {f"model.diffusion_model.{k}": v for k, v in load_file(tiny_z_image).items()}
+    path = tmp_path / "full.safetensors"
+    save_file(tensors | {"vae.decoder.weight": torch.zeros(3)}, path)
+    assert inspect_checkpoint(str(path)).config["n_heads"] == 30
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    path = tmp_path / "none.safetensors"
+    assert message_for(path) == f"The model file {path} does not exist. Choose another file."
+    assert "does not exist" in message_for(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\0" * 7,
+        b"PK\x03\x04 a pickle of torch.save, not safetensors at all",
+        struct.pack("<Q", 2**63) + b"{}",
+        struct.pack("<Q", 2**40) + b"{}",
+        struct.pack("<Q", 100) + b"{}",
+        struct.pack("<Q", 2) + b"[]",
+        struct.pack("<Q", 4) + b"\xff\xfe{}",
+    ],
+    ids=["empty", "short", "zip", "absurd header", "long header", "cut header", "list", "not text"],
+)
+def test_a_file_that_is_no_safetensors(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    assert "is not a whole safetensors file: " in message_for(path)
+
+
+@pytest.mark.parametrize("kept", [0.999, 0.5, 0.01])
+def test_a_file_that_was_cut_short(tiny_z_image: Path, tmp_path: Path, kept: float) -> None:
+    path = tmp_path / "cut.safetensors"
+    content = tiny_z_image.read_bytes()
+    path.write_bytes(content[: int(len(content) * kept)])
+    message = message_for(path)
+    assert "is not a whole safetensors file: " in message
+    assert "Download it again" in message
+
+
+def header_of(entry: object) -> bytes:
+    text = json.dumps({"x": entry}).encode()
+    return struct.pack("<Q", len(text)) + text + b"\0" * 16
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [4], "data_offsets": [0, 2**60]},
+        {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": [4], "data_offsets": [16, 0]},
+        {"dtype": "F32", "shape": [-4], "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": [True, 4.0], "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": "4", "data_offsets": [0, 16]},
+        {"dtype": "F32", "shape": [4], "data_offsets": [0]},
+        {"dtype": "F33", "shape": [4], "data_offsets": [0, 2**60]},
+        {"shape": [4]},
+        7,
+    ],
+    ids=str,
+)
+def test_a_header_that_lies(tmp_path: Path, entry: object) -> None:
+    path = tmp_path / "lie.safetensors"
+    path.write_bytes(header_of(entry))
+    assert "is not a whole safetensors file: " in message_for(path)
+
+
+@given(data=st.data())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+def test_a_damaged_header_is_refused_or_harmless(
+    tiny_z_image: Path, tmp_path: Path, data: st.DataObject
+) -> None:
+    with tiny_z_image.open("rb") as file:
+        content = bytearray(file.read(200_000))
+    (length,) = struct.unpack("<Q", content[:8])
+    for _ in range(data.draw(st.integers(1, 5))):
+        content[data.draw(st.integers(0, 7 + length))] = data.draw(st.integers(0, 255))
+    path = tmp_path / "damaged.safetensors"
+    path.write_bytes(content)
+    message_for(path)  # cut short in any case
+
+
+@pytest.fixture
+def changed(tiny_z_image: Path, tmp_path: Path) -> Callable[[Callable[[Tensors], object]], str]:
+    """`changed(edit)`: the message for the tiny model after `edit` of its tensors."""
+
+    def make(edit: Callable[[Tensors], object]) -> str:
+        tensors = load_file(tiny_z_image)
+        edit(tensors)
+        save_file(tensors, tmp_path / "changed.safetensors")
+        return message_for(tmp_path / "changed.safetensors")
+
+    return make
+
+
+Changed = Callable[[Callable[[Tensors], object]], str]
+
+
+def test_another_architecture(tmp_path: Path) -> None:
+    path = tmp_path / "other.safetensors"
+    save_file({"conv_in.weight": torch.zeros(2), "a.bias": torch.zeros(2)}, path)
+    message = message_for(path)
+    assert "an architecture that cannot be split yet" in message
+    assert "first tensors: a.bias, conv_in.weight" in message
+    assert "Z-Image" in message
+    assert "'Load Diffusion Model'" in message
+
+
+def test_no_tensors(tmp_path: Path) -> None:
+    save_file({}, tmp_path / "nothing.safetensors")
+    assert "cannot be split yet" in message_for(tmp_path / "nothing.safetensors")
+
+
+def test_missing_tensors(changed: Changed) -> None:
+    message = changed(
+        lambda t: [t.pop(f"layers.1.feed_forward.{name}.weight") for name in ("w1", "w2")]
+    )
+    assert "2 missing (layers.1.feed_forward.w1.weight, layers.1.feed_forward.w2.weight)" in message
+    assert "Download it again" in message
+
+
+def test_a_missing_tensor_that_gives_a_size(changed: Changed) -> None:
+    message = changed(lambda t: t.pop("layers.0.attention.q_norm.weight"))
+    assert "lacks the tensor 'layers.0.attention.q_norm.weight'" in message
+
+
+def test_a_tensor_that_nothing_uses(changed: Changed) -> None:
+    message = changed(lambda t: t.update({"control.weight": torch.zeros(2)}))
+    assert "1 unknown (control.weight)" in message
+
+
+def test_the_list_of_names_is_bounded(changed: Changed) -> None:
+    message = changed(lambda t: t.update({f"extra.{i}": torch.zeros(1) for i in range(100)}))
+    assert "100 unknown (extra.0, extra.1, extra.10, extra.11, extra.12, …)" in message
+    assert len(message) < 500
+
+
+def test_a_tensor_of_another_shape(changed: Changed) -> None:
+    message = changed(lambda t: t.update({"x_pad_token": torch.zeros(2, 480)}))
+    assert "1 of another shape (x_pad_token is [2, 480], not [1, 480])" in message
+
+
+def test_a_width_that_heads_do_not_divide(changed: Changed) -> None:
+    message = changed(lambda t: t.update({"layers.0.attention.q_norm.weight": torch.zeros(64)}))
+    assert "width 480 with heads of 64" in message
+
+
+def test_only_what_is_asked_for_is_read(tiny_z_image: Path) -> None:
+    name, size = "layers.0.attention.qkv.weight", ZImageSize()
+    whole = load_file(tiny_z_image)[name]
+    with CheckpointFile.open(str(tiny_z_image)) as file:
+        assert file.bytes_read == 0
+        assert torch.equal(file.read(name, (16, 48), None), whole[16:48])
+        assert file.bytes_read == 32 * size.dim * 4
+        assert torch.equal(file.read(name, (0, 8), (4, 12)), whole[:8, 4:12])
+        assert file.bytes_read == 32 * size.dim * 4 + 8 * 8 * 4
