@@ -41,6 +41,7 @@ from .dual_stream import (
     modulate,
     pack_patches,
     place_references,
+    residual_then_modulate,
     unpack_patches,
 )
 
@@ -425,11 +426,10 @@ def _double(
         rotation,
         mask,
     )
-    image = _gated_residual(image, attended_image, gate1)
-    image = _gated_residual(image, block.ff(modulate(image, shift2, scale2)), gate2)
-    text = _gated_residual(text, attended_text, text_gate1)
-    fed = block.ff_context(modulate(text, text_shift2, text_scale2))
-    return image, _finite(_gated_residual(text, fed, text_gate2))
+    image, normed = residual_then_modulate(image, attended_image, gate1, shift2, scale2)
+    image = _gated_residual(image, block.ff(normed), gate2)
+    text, normed = residual_then_modulate(text, attended_text, text_gate1, text_shift2, text_scale2)
+    return image, _finite(_gated_residual(text, block.ff_context(normed), text_gate2))
 
 
 def _single(

@@ -40,6 +40,7 @@ from .dual_stream import (
     modulate,
     pack_patches,
     place_references,
+    residual_then_modulate,
     unpack_patches,
 )
 
@@ -191,13 +192,6 @@ def build(config: dict[str, Any]) -> nn.Module:
 
 @fused
 def _gated_residual(x: torch.Tensor, gate: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
-    return x + gate * update
-
-
-@fused
-def _gated_residual_at_once(
-    x: torch.Tensor, gate: torch.Tensor, update: torch.Tensor
-) -> torch.Tensor:
     return torch.addcmul(x, gate, update)
 
 
@@ -313,12 +307,12 @@ def _block(
         modulate(image, shift1, scale1),
         rotation,
     )
-    image = _gated_residual(image, gate1, attended_image)
-    text = _gated_residual(text, text_gate1, attended_text)
-    fed = block.img_mlp(modulate(image, shift2, scale2))
-    image = _gated_residual_at_once(image, gate2, fed)
-    fed = block.txt_mlp(modulate(text, text_shift2, text_scale2))
-    return image, _gated_residual_at_once(text, text_gate2, fed)
+    image, normed = residual_then_modulate(image, attended_image, gate1, shift2, scale2)
+    text, normed_text = residual_then_modulate(
+        text, attended_text, text_gate1, text_shift2, text_scale2
+    )
+    image = _gated_residual(image, gate2, block.img_mlp(normed))
+    return image, _gated_residual(text, text_gate2, block.txt_mlp(normed_text))
 
 
 def _positions(
