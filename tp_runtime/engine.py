@@ -311,17 +311,23 @@ class Engine:
         self, call: _Call, poll: Poll | None = None, on_progress: OnProgress | None = None
     ) -> None:
         shown = (0, 0)
-        while not call.finished.wait(POLL_S):
-            if poll is not None:
-                poll()
+
+        def show_progress() -> None:
+            nonlocal shown
             if on_progress is not None and call.progress:
                 parts = list(call.progress.values())
                 now = (sum(done for done, _ in parts), sum(total for _, total in parts))
                 if now != shown:
                     on_progress(*now)
                     shown = now
+
+        while not call.finished.wait(POLL_S):
+            if poll is not None:
+                poll()
+            show_progress()
         if call.error is not None:
             raise call.error
+        show_progress()  # a fast request ends before the first look at it
 
     # --- the owner's thread --------------------------------------------------------------------
 

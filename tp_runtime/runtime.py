@@ -220,11 +220,15 @@ class RemoteModel:
         )
 
     def unload(self) -> None:
-        """Free the shards; the group stays. Nothing happens if they are not loaded."""
+        """Free the shards; the group stays. Nothing happens if they are not loaded.
+
+        Shards that the ranks still load, since a cancelled prompt gave up the wait, are left to
+        the next ``ensure_loaded``: ComfyUI unloads on cancel, which must not wait for them.
+        """
         # Where the group ends meanwhile, what it held is free as well.
         with self._group.loading(None), contextlib.suppress(TPRuntimeError):
             engine = self._group.alive()
-            if engine is not None and self.name in self._group.loaded:
+            if engine is not None and self._group.loaded.get(self.name):
                 self._group.unload(engine, self.name, None)
 
 

@@ -62,7 +62,9 @@ def test_auto_is_the_largest_size_that_works(
 
 def test_more_gpus_than_there_are(choose: tuple[Choose, list[str]]) -> None:
     on_machine, _ = choose
-    with pytest.raises(DeviceError, match="4 GPUs .* this machine shows 2 .* at most 2, or 'auto'"):
+    with pytest.raises(
+        DeviceError, match=r"4 GPUs .* this machine shows 2 .* at most 2, or 'auto'"
+    ):
         on_machine(2, "4")
 
 

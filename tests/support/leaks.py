@@ -1,9 +1,10 @@
 """Checks that nothing outlives the pack: no rank process, no entry in /dev/shm.
 
 Rank processes are recognised by `tp_runtime.worker` in their command line, wherever they were
-started from.
+started from. The ranks of another test run on this machine, whose engine is alive, are its own.
 """
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,13 +41,27 @@ class Footprint:
 
 
 def worker_processes() -> list[psutil.Process]:
-    """Every live rank process on the machine."""
+    """Every live rank process on the machine, except those that another run looks after."""
     found = []
+    ancestors = {parent.pid for parent in psutil.Process().parents()}
     for process in psutil.process_iter(["cmdline", "status"]):
         command_line = " ".join(process.info["cmdline"] or ())
-        if WORKER_MARK in command_line and process.info["status"] != psutil.STATUS_ZOMBIE:
+        is_rank = WORKER_MARK in command_line and process.info["status"] != psutil.STATUS_ZOMBIE
+        if is_rank and not _of_another_run(process, ancestors):
             found.append(process)
     return found
+
+
+def _of_another_run(process: psutil.Process, our_ancestors: set[int]) -> bool:
+    """Whether a live process that has nothing to do with this one started it.
+
+    An orphan hangs from init or from what collects the orphans here: an ancestor of ours.
+    """
+    try:
+        parents = {parent.pid for parent in process.parents()}
+    except psutil.NoSuchProcess:
+        return False
+    return os.getpid() not in parents and not parents <= our_ancestors
 
 
 def assert_nothing_added(before: Footprint, within_s: float = 5.0) -> None:
