@@ -17,6 +17,7 @@ import contextlib
 import enum
 import itertools
 import logging
+import math
 import os
 import re
 import threading
@@ -204,9 +205,13 @@ class Engine:
         return [answer.value for _, answer in sorted(call.answers.items())]  # type: ignore[union-attr]
 
     def denoise(
-        self, model: str, inputs: Mapping[str, Any], poll: Poll | None = None
+        self,
+        model: str,
+        inputs: Mapping[str, Any],
+        result_shape: tuple[int, ...],
+        poll: Poll | None = None,
     ) -> torch.Tensor:
-        """Evaluate the transformer once; returns a CPU tensor of the shape and dtype of ``x``.
+        """Evaluate the transformer once; returns a CPU tensor of the dtype of ``x``.
 
         ``inputs`` are ComfyUI's forward arguments: a tensor ``x`` and plain data with tensors.
         Tensors that the ranks hold from an earlier call are not sent again.
@@ -224,7 +229,8 @@ class Engine:
                 name: self._place(value, layout, in_use, hold=name not in PER_STEP_INPUTS)
                 for name, value in inputs.items()
             }
-            result = TensorRef(tuple(x.shape), dtype_name(x.dtype), layout.reserve(x.nbytes))
+            offset = layout.reserve(math.prod(result_shape) * x.itemsize)
+            result = TensorRef(result_shape, dtype_name(x.dtype), offset)
             layout.write_to(self._exchange)
             # Looked up now, since the group may end between its answer and our reading it.
             results.append(self._exchange.view(result))

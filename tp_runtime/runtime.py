@@ -199,13 +199,19 @@ class RemoteModel:
             loaded[self.name] = values[0]["resident_bytes"]
 
     def denoise(self, inputs: Mapping[str, Any], poll: Poll | None = None) -> torch.Tensor:
-        """Evaluate the model once; see ``Engine.denoise``. Call ``ensure_loaded`` before."""
+        """Evaluate the model once; see ``Engine.denoise``. Call ``ensure_loaded`` before.
+
+        The result has the shape of ``inputs["x"]``, but for the channels of a model that takes
+        more of them (masks, control images) than it predicts.
+        """
         engine = self._group.alive()
         if engine is None or not self._group.loaded.get(self.name):
             raise GroupClosedError(
                 "The process group was ended since the model was loaded. Queue the prompt again."
             )
-        return engine.denoise(self.name, inputs, poll)
+        batch, channels, *size = inputs["x"].shape
+        shape = (batch, self.info.config.get("out_channels", channels), *size)
+        return engine.denoise(self.name, inputs, shape, poll)
 
     def loaded_bytes(self) -> int:
         """Bytes that the shards take on rank 0's device; 0 if not loaded."""
@@ -213,11 +219,12 @@ class RemoteModel:
 
     def planned_bytes(self) -> int:
         """Bytes that the shards will take there, to within a few percent."""
-        return (
-            self.info.num_parameters
-            * dtype_of(self.spec.weight_dtype).itemsize
-            // (self.group_config.tp_size)
+        plain = dtype_of(self.spec.weight_dtype).itemsize
+        total = sum(
+            tensor.num_elements * (1 if tensor.dtype.startswith("F8") else plain)
+            for tensor in self.info.tensors.values()
         )
+        return total // self.group_config.tp_size
 
     def unload(self) -> None:
         """Free the shards; the group stays. Nothing happens if they are not loaded.

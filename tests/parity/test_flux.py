@@ -158,7 +158,6 @@ def test_schnell_has_no_use_for_guidance(tmp_path: Path, remote: Remote) -> None
     assert torch.equal(guided, remote(path, 2).denoise(make_inputs(without=("guidance",))))
 
 
-@pytest.mark.xfail(strict=True, reason="the engine's result has as many channels as x")
 @pytest.mark.parametrize("channels", [32, 96], ids=["canny and depth", "fill"])
 def test_models_with_concatenated_latents(tmp_path: Path, remote: Remote, channels: int) -> None:
     path = write_flux(tmp_path / "wide.safetensors", FluxSize(in_channels=channels))

@@ -215,6 +215,11 @@ def sources(config: dict[str, Any]) -> Sources:
     return find
 
 
+def latent_shape(config: dict[str, Any], width: int, height: int) -> tuple[int, ...]:
+    """Shape of one latent for a picture of ``width`` x ``height`` pixels."""
+    return config["out_channels"], height // 8, width // 8
+
+
 # --- the model ---------------------------------------------------------------------------------
 
 

@@ -141,6 +141,11 @@ def sources(config: dict[str, Any]) -> Sources:
     return lambda parameter: (Source(parameter, 0, shapes[parameter][0]),)
 
 
+def latent_shape(config: dict[str, Any], width: int, height: int) -> tuple[int, ...]:
+    """Shape of one latent for a picture of ``width`` x ``height`` pixels."""
+    return config["in_channels"], 1, height // 8, width // 8
+
+
 # --- the model ---------------------------------------------------------------------------------
 
 
