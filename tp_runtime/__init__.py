@@ -42,6 +42,7 @@ __all__ = [
     "SizeError",
     "TPRuntimeError",
     "TensorInfo",
+    "file_version",
     "get_runtime",
     "inspect_checkpoint",
     "visible_gpu_count",

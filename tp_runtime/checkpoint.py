@@ -1,7 +1,7 @@
 """Reads model files: what is in them (both halves), and slices of their tensors (rank half).
 
-Only safetensors files; nothing is ever unpickled. Names are ComfyUI's, with the prefix that full
-checkpoints carry taken off.
+Safetensors files and diffusers folders; nothing is ever unpickled. Names are ComfyUI's, with the
+prefix that full checkpoints carry taken off.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .diffusers_folder import DiffusersFolder
 from .errors import CheckpointError
 from .quantization import find_scales
 from .safetensors_file import FormatError, SafetensorsFile, TensorInfo
@@ -24,7 +25,7 @@ _SHOWN_NAMES = 5
 class CheckpointFile:
     """A model file that is open for reading, by ComfyUI's names of its tensors."""
 
-    def __init__(self, file: SafetensorsFile) -> None:
+    def __init__(self, file: SafetensorsFile | DiffusersFolder) -> None:
         self._file = file
         names = list(file.tensors)
         prefix = next((p for p in PREFIXES if any(n.startswith(p) for n in names)), "")
@@ -34,11 +35,15 @@ class CheckpointFile:
     @classmethod
     @contextmanager
     def open(cls, path: str) -> Iterator["CheckpointFile"]:
-        """Raises CheckpointError if the file is missing, cut short or no safetensors file."""
-        if not Path(path).is_file():
+        """Raises CheckpointError if the file is missing, cut short or no safetensors file.
+
+        ``path`` may also be a diffusers folder, which then looks like the ComfyUI file.
+        """
+        kind = DiffusersFolder if Path(path).is_dir() else SafetensorsFile
+        if kind is SafetensorsFile and not Path(path).is_file():
             raise CheckpointError(f"The model file {path} does not exist. Choose another file.")
         try:
-            with SafetensorsFile(path) as file:
+            with kind(path) as file:
                 yield cls(file)
         except FormatError as error:
             raise CheckpointError(

@@ -122,6 +122,14 @@ class GroupConfig:
         return cls(tp_size, "cuda", chosen)
 
 
+def file_version(path: str) -> tuple[int, int]:
+    """Size and modification time (ns) of a model file, or of a folder's files. Raises OSError."""
+    place = Path(path)
+    files = [file for file in place.iterdir() if file.is_file()] if place.is_dir() else [place]
+    stats = [file.stat() for file in files]
+    return sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)
+
+
 class ModelSpec(msgspec.Struct, frozen=True):
     """What identifies a model on a group: the file and the dtypes it runs in.
 
@@ -146,9 +154,7 @@ class ModelSpec(msgspec.Struct, frozen=True):
         optimize: Literal["auto", "off"] = "auto",
     ) -> "ModelSpec":
         """The spec of the file as it is on disk now."""
-        stat = Path(path).stat()
-        version = (stat.st_size, stat.st_mtime_ns)
-        return cls(path, weight_dtype, compute_dtype, version, optimize)
+        return cls(path, weight_dtype, compute_dtype, file_version(path), optimize)
 
 
 class WorkerConfig(msgspec.Struct, frozen=True):

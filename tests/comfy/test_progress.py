@@ -13,13 +13,6 @@ MODEL = "tiny_z_image.safetensors"
 SAMPLING = Sampling(seed=31, steps=5)
 
 
-def run_to_the_last_event(server: ComfyServer, prompt: Prompt) -> None:
-    """Run a prompt and wait for all that is said of it."""
-    server.events.clear()
-    server.run(prompt)
-    server.events.wait_for("execution_success")
-
-
 @pytest.mark.parametrize("sampler", ["TPSampler", "SamplerCustomAdvanced"])
 def test_progress_and_previews_are_those_of_stock(comfy_server: ComfyServer, sampler: Any) -> None:
     prompt = text_to_latent(tp_loader(MODEL, 2), sampler, SAMPLING)
@@ -28,7 +21,8 @@ def test_progress_and_previews_are_those_of_stock(comfy_server: ComfyServer, sam
 
 def _seen(server: ComfyServer, prompt: Prompt) -> tuple[list[tuple[str, int]], int]:
     """The progress of the sampling, and the number of previews."""
-    run_to_the_last_event(server, prompt)
+    server.events.clear()
+    server.run(prompt)
     progress = [event.data for event in server.events.all("progress")]
     steps = [(data["node"], data["value"]) for data in progress if data["max"] == SAMPLING.steps]
     assert [value for _, value in steps[-2:]] == [SAMPLING.steps - 1, SAMPLING.steps]
@@ -50,7 +44,8 @@ def test_loading_shows_progress(comfy_server: ComfyServer) -> None:
 def test_cpu_ranks_are_announced_on_the_node(comfy_server: ComfyServer) -> None:
     prompt = text_to_latent(tp_loader(MODEL, 2), "TPSampler", SAMPLING)
     comfy_server.post("/free", {"unload_models": True, "free_memory": True})  # the loader runs
-    run_to_the_last_event(comfy_server, prompt)
+    comfy_server.events.clear()
+    comfy_server.run(prompt)
     (message,) = [event.data for event in comfy_server.events.all("text")]
     assert message["node"] == "model"
     assert "No CUDA GPU is visible" in message["text"]

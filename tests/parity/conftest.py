@@ -1,4 +1,4 @@
-"""Real groups of CPU ranks for the parity tests, kept for the whole run: a start takes seconds."""
+"""Real groups of CPU ranks for the parity tests, kept for a module: a start takes seconds."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +14,7 @@ FP32_TOLERANCE = 2e-6
 Remote = Callable[..., RemoteModel]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def remote() -> Iterator[Remote]:
     """`remote(path, tp_size, dtype)`: the file loaded on a group of that many CPU ranks."""
     runtime = Runtime()

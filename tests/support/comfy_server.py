@@ -216,7 +216,7 @@ class ComfyServer:
         return str(reply["prompt_id"])
 
     def wait(self, prompt_id: str, timeout_s: float = 300) -> History:
-        """Wait for a queued prompt to end.
+        """Wait for a queued prompt to end; `events` then has all that was said of it.
 
         Raises:
             PromptError: a node raised, or the prompt was interrupted.
@@ -231,7 +231,10 @@ class ComfyServer:
                     f"the prompt still runs after {timeout_s} s; ComfyUI's log:\n{self.log_tail()}"
                 )
             time.sleep(0.02)
-        return finished(prompt_id, entries[prompt_id])
+        entry = entries[prompt_id]
+        last_event = entry["status"]["messages"][-1][0]
+        self.events.wait_for(last_event, lambda event: event.data.get("prompt_id") == prompt_id)
+        return finished(prompt_id, entry)
 
     def run(self, prompt: Prompt, timeout_s: float = 300) -> History:
         """Queue a prompt and wait for it; raises what `queue` and `wait` raise."""

@@ -48,6 +48,8 @@ from .dual_stream import (
 FAMILY = "flux"
 LABEL = "FLUX.1"
 UNUSED: frozenset[str] = frozenset()
+DIFFUSERS_CLASS = "FluxTransformer2DModel"
+SWAPPED_HALVES = frozenset({"norm_out.linear"})  # shift, scale in the file; scale, shift there
 
 MLP_RATIO = 4
 PATCH_AREA = 4
@@ -213,6 +215,24 @@ def sources(config: dict[str, Any]) -> Sources:
         return (Source(name, start, stop),)
 
     return find
+
+
+def diffusers_config(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The sizes that a diffusers folder's config.json gives. Raises KeyError for one it lacks."""
+    head_dim = settings["attention_head_dim"]
+    in_channels = settings["in_channels"]
+    return {
+        "dim": settings["num_attention_heads"] * head_dim,
+        "head_dim": head_dim,
+        "num_double_blocks": settings["num_layers"],
+        "num_single_blocks": settings["num_single_layers"],
+        "in_channels": in_channels // PATCH_AREA,
+        "out_channels": (settings.get("out_channels") or in_channels) // PATCH_AREA,
+        "context_dim": settings["joint_attention_dim"],
+        "vector_dim": settings["pooled_projection_dim"],
+        "guidance": settings.get("guidance_embeds", False),
+        "norm_name": "scale",
+    }
 
 
 def latent_shape(config: dict[str, Any], width: int, height: int) -> tuple[int, ...]:

@@ -47,6 +47,8 @@ from .dual_stream import (
 FAMILY = "qwen_image"
 LABEL = "Qwen-Image"
 UNUSED: frozenset[str] = frozenset()
+DIFFUSERS_CLASS = "QwenImageTransformer2DModel"
+SWAPPED_HALVES: frozenset[str] = frozenset()
 
 MLP_RATIO = 4
 PATCH_AREA = 4
@@ -65,6 +67,12 @@ REFERENCE_METHODS = {
 _VARIANTS = {
     "__index_timestep_zero__": "Qwen-Image-Edit-2511",
     "time_text_embed.addition_t_embedding.weight": "Qwen-Image-Layered",
+}
+# The same in the config.json of a diffusers folder: what such a variant sets to true.
+_VARIANT_SETTINGS = {
+    "zero_cond_t": "Qwen-Image-Edit-2511",
+    "use_additional_t_cond": "Qwen-Image-Layered",
+    "use_layer3d_rope": "Qwen-Image-Layered",
 }
 
 
@@ -139,6 +147,25 @@ def sources(config: dict[str, Any]) -> Sources:
     """Where the file keeps a parameter of the diffusers module: under the same name."""
     shapes = file_tensors(config)
     return lambda parameter: (Source(parameter, 0, shapes[parameter][0]),)
+
+
+def diffusers_config(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The sizes that a diffusers folder's config.json gives. Raises KeyError for one it lacks."""
+    for name, variant in _VARIANT_SETTINGS.items():
+        if settings.get(name):
+            raise CheckpointError(
+                f"This is a {variant} folder (its config.json sets {name}), which cannot be split "
+                "yet. Load the model with stock nodes."
+            )
+    head_dim = settings["attention_head_dim"]
+    return {
+        "dim": settings["num_attention_heads"] * head_dim,
+        "head_dim": head_dim,
+        "num_blocks": settings["num_layers"],
+        "in_channels": settings["in_channels"] // PATCH_AREA,
+        "out_channels": settings["out_channels"],
+        "context_dim": settings["joint_attention_dim"],
+    }
 
 
 def latent_shape(config: dict[str, Any], width: int, height: int) -> tuple[int, ...]:

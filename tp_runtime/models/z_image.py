@@ -37,6 +37,8 @@ from .common import (
 FAMILY = "z_image"
 LABEL = "Z-Image"
 UNUSED = frozenset({"norm_final.weight"})  # in the file, used by no implementation
+DIFFUSERS_CLASS = "ZImageTransformer2DModel"
+SWAPPED_HALVES: frozenset[str] = frozenset()
 
 ADALN_DIM = 256
 NORM_EPS = 1e-5
@@ -156,6 +158,22 @@ def sources(config: dict[str, Any]) -> Sources:
         return (Source(name, 0, shapes[name][0]),)
 
     return find
+
+
+def diffusers_config(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The sizes that a diffusers folder's config.json gives. Raises KeyError for one it lacks."""
+    dim = settings["dim"]
+    return {
+        "dim": dim,
+        "head_dim": dim // settings["n_heads"],
+        "ffn_dim": int(dim / 3 * 8),
+        "n_layers": settings["n_layers"],
+        "n_refiner_layers": settings["n_refiner_layers"],
+        "cap_feat_dim": settings["cap_feat_dim"],
+        "in_channels": settings["in_channels"],
+        "time_embed_dim": min(dim, 1024),
+        "pad_tokens_multiple": TOKEN_MULTIPLE,
+    }
 
 
 def latent_shape(config: dict[str, Any], width: int, height: int) -> tuple[int, ...]:
