@@ -1,19 +1,20 @@
 """The node "Load Diffusion Model (TP)"."""
 
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..tp_runtime import inspect_checkpoint
+from ..tp_runtime import file_version, inspect_checkpoint
 from .gpu_count import AUTO, CHOICES, choose_group
 from .model import load_model
 from .notices import warn_on_node
 from .schema import check_choice, tp_schema
 
 _FOLDER = "diffusion_models"
+_DIFFUSERS_FILES = "diffusion_pytorch_model"
 _DTYPES = {
     "default": None,
     "bf16": torch.bfloat16,
@@ -39,8 +40,11 @@ class TPLoadDiffusionModel(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=folder_paths.get_filename_list(_FOLDER),
-                    tooltip="A model file in ComfyUI's diffusion_models folder.",
+                    options=_model_names(),
+                    tooltip=(
+                        "A model file in ComfyUI's diffusion_models folder, or a diffusers folder "
+                        "there (with config.json)."
+                    ),
                 ),
                 io.Combo.Input(
                     "weight_dtype",
@@ -71,19 +75,45 @@ class TPLoadDiffusionModel(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, model_name: str, **_: Any) -> str:
         """Another value when the file has been replaced by another of the same name."""
-        path = folder_paths.get_full_path(_FOLDER, model_name)
+        path = _full_path(model_name)
         if path is None:
             return "missing"
-        stat = Path(path).stat()
-        return f"{path} {stat.st_mtime_ns} {stat.st_size}"
+        return f"{path} {file_version(path)}"
 
     @classmethod
     def execute(cls, model_name: str, weight_dtype: str, gpu_count: str) -> io.NodeOutput:
         check_choice("weight_dtype", weight_dtype, _DTYPES)
-        path = folder_paths.get_full_path_or_raise(_FOLDER, model_name)
+        path = _full_path(model_name)
+        if path is None:
+            path = folder_paths.get_full_path_or_raise(_FOLDER, model_name)
         group = choose_group(
             gpu_count,
             inspect_checkpoint(path),
             warn=lambda text: warn_on_node(cls.hidden.unique_id, text),
         )
         return io.NodeOutput(load_model(path, _DTYPES[weight_dtype], group))
+
+
+def _model_names() -> list[str]:
+    """ComfyUI's list of model files, with a diffusers folder in the place of its files."""
+    names = []
+    for name in folder_paths.get_filename_list(_FOLDER):
+        file = PurePath(name)
+        folder = str(file.parent)
+        if file.name.startswith(_DIFFUSERS_FILES) and _config_of(folder) is not None:
+            name = folder
+        names.append(name)
+    return list(dict.fromkeys(names))
+
+
+def _full_path(model_name: str) -> str | None:
+    """Where a model file or folder of that name is."""
+    config = _config_of(model_name)
+    if config is not None:
+        return str(Path(config).parent)
+    return folder_paths.get_full_path(_FOLDER, model_name)
+
+
+def _config_of(folder: str) -> str | None:
+    # ComfyUI finds files, not folders.
+    return folder_paths.get_full_path(_FOLDER, str(PurePath(folder) / "config.json"))

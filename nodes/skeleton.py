@@ -5,9 +5,7 @@ on a state dict whose large tensors are on the meta device. The model is the sta
 the running ComfyUI, so samplers, latent formats and LoRA key maps are its own.
 """
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NoReturn
 
 import comfy.model_detection
@@ -16,14 +14,12 @@ import comfy.supported_models
 import comfy.utils
 import torch
 
-from ..tp_runtime import CheckpointError, CheckpointInfo
+from ..tp_runtime import CheckpointError, CheckpointFile, CheckpointInfo
 from .native_sizes import NATIVE_SIZES
 from .unsupported import reading_weights
 
 # Tensors below this size are read: model detection and quantised layers look at their values.
 _SMALL_NUMEL = 4096
-
-_PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")
 
 _DTYPES = {
     "F64": torch.float64,
@@ -66,29 +62,19 @@ def _refuse_saving(*_args: Any, **_kwargs: Any) -> NoReturn:
 
 
 def _state_dict(info: CheckpointInfo) -> dict[str, torch.Tensor]:
-    """The file's tensors: the small ones as they are, the others on the meta device.
-
-    Read by hand: safetensors maps the whole file to give one tensor, which the system refuses for
-    a file larger than its RAM. That the header is sound `inspect_checkpoint` has checked.
-    """
+    """The file's tensors: the small ones as they are, the others on the meta device."""
     tensors = {}
-    with Path(info.path).open("rb") as file:
-        header_size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(header_size))
+    with CheckpointFile.open(info.path) as file:
         for name, tensor in info.tensors.items():
             if tensor.dtype not in _DTYPES:
                 raise CheckpointError(
                     f"Tensor {name} of {info.path} is stored as {tensor.dtype}. Supported: "
                     f"{', '.join(_DTYPES)}. Choose another file of this model."
                 )
-            dtype = _DTYPES[tensor.dtype]
             if 0 < tensor.num_elements < _SMALL_NUMEL:
-                stored = next(prefix + name for prefix in _PREFIXES if prefix + name in header)
-                start, end = header[stored]["data_offsets"]
-                file.seek(8 + header_size + start)
-                data = bytearray(file.read(end - start))
-                tensors[name] = torch.frombuffer(data, dtype=dtype).view(tensor.shape)
+                tensors[name] = file.read(name, None, None).clone()
             else:
+                dtype = _DTYPES[tensor.dtype]
                 tensors[name] = torch.empty(tensor.shape, dtype=dtype, device="meta")
     return tensors
 

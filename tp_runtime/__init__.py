@@ -4,8 +4,8 @@ This package is used by two kinds of process. ComfyUI's imports these names, whi
 vLLM nor diffusers; the ranks run ``tp_runtime.worker``. ``ARCHITECTURE.md`` shows the whole.
 """
 
-from .checkpoint import CheckpointInfo, inspect_checkpoint
-from .config import MAX_TP_SIZE, GroupConfig, ModelSpec, visible_gpu_count
+from .checkpoint import CheckpointFile, CheckpointInfo, inspect_checkpoint
+from .config import MAX_TP_SIZE, GroupConfig, ModelSpec, file_version, visible_gpu_count
 from .errors import (
     CallTimeoutError,
     CheckpointError,
@@ -26,6 +26,7 @@ __all__ = [
     "MAX_TP_SIZE",
     "CallTimeoutError",
     "CheckpointError",
+    "CheckpointFile",
     "CheckpointInfo",
     "DeviceError",
     "GroupClosedError",

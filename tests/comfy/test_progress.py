@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from support.comfy_server import ComfyServer
-from support.workflows import Prompt, Sampling, stock_twin, text_to_latent, tp_loader
+from support.tiny_models import write_z_image
+from support.workflows import Prompt, Sampling, node, stock_twin, text_to_latent, tp_loader
 
 pytestmark = pytest.mark.comfy
 
@@ -32,8 +33,10 @@ def _seen(server: ComfyServer, prompt: Prompt) -> tuple[list[tuple[str, int]], i
 
 
 def test_loading_shows_progress(comfy_server: ComfyServer) -> None:
-    comfy_server.post("/free", {"unload_models": True, "free_memory": True})
-    run_to_the_last_event(comfy_server, text_to_latent(tp_loader(MODEL, 2), "TPSampler", SAMPLING))
+    name = "fresh_z_image.safetensors"
+    write_z_image(comfy_server.models / "diffusion_models" / name)
+    comfy_server.events.clear()
+    comfy_server.run(text_to_latent(tp_loader(name, 2), "TPSampler", SAMPLING))
     loading = [event.data for event in comfy_server.events.all("progress")]
     loading = [data for data in loading if data["max"] != SAMPLING.steps]
     assert loading
@@ -42,10 +45,9 @@ def test_loading_shows_progress(comfy_server: ComfyServer) -> None:
 
 
 def test_cpu_ranks_are_announced_on_the_node(comfy_server: ComfyServer) -> None:
-    prompt = text_to_latent(tp_loader(MODEL, 2), "TPSampler", SAMPLING)
-    comfy_server.post("/free", {"unload_models": True, "free_memory": True})  # the loader runs
+    comfy_server.run({"report": node("TPRuntimeInfo")})  # ComfyUI forgets that the loader ran
     comfy_server.events.clear()
-    comfy_server.run(prompt)
+    comfy_server.run(text_to_latent(tp_loader(MODEL, 2), "TPSampler", SAMPLING))
     (message,) = [event.data for event in comfy_server.events.all("text")]
     assert message["node"] == "model"
     assert "No CUDA GPU is visible" in message["text"]

@@ -1,0 +1,178 @@
+"""Tiny diffusers folders, made from tiny ComfyUI files by diffusers' own names and orders.
+
+Written out here, not derived from the pack's tables: those are what the tests check.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from .tiny_models import (
+    FluxSize,
+    QwenImageSize,
+    ZImageSize,
+    write_flux,
+    write_qwen_image,
+    write_z_image,
+)
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to write a family's tiny file, its config.json and its tensors' diffusers names."""
+
+    write: Callable[..., Path]
+    config: dict[str, Any]
+    rename: Callable[[str, torch.Tensor], Iterator[tuple[str, torch.Tensor]]]
+
+
+def write_folder(file: Path, folder: Path, family: str, num_shards: int = 1) -> Path:
+    """Write the tensors of a tiny default-size ComfyUI file as a diffusers folder."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(FAMILIES[family].config))
+    tensors: Tensors = {}
+    for name, tensor in load_file(file).items():
+        for new_name, part in FAMILIES[family].rename(name, tensor):
+            tensors[new_name] = part.contiguous()
+    if num_shards == 1:
+        save_file(tensors, folder / WEIGHTS)
+        return folder
+    shards: list[Tensors] = [{} for _ in range(num_shards)]
+    for index, name in enumerate(sorted(tensors)):
+        shards[index % num_shards][name] = tensors[name]
+    weight_map = {}
+    for index, shard in enumerate(shards, 1):
+        file_name = f"diffusion_pytorch_model-{index:05}-of-{num_shards:05}.safetensors"
+        save_file(shard, folder / file_name)
+        weight_map |= dict.fromkeys(shard, file_name)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def _z_image(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    if name == "norm_final.weight":
+        return
+    if name.endswith("attention.qkv.weight"):
+        for which, part in zip("qkv", tensor.chunk(3), strict=True):
+            yield name.replace("qkv", f"to_{which}"), part
+        return
+    name = name.replace("attention.out.", "attention.to_out.0.")
+    name = re.sub(r"attention\.([qk])_norm", r"attention.norm_\1", name)
+    yield re.sub(r"^(x_embedder|final_layer)\.", r"all_\1.2-1.", name), tensor
+
+
+_FLUX_NAMES = {
+    r"^img_in": "x_embedder",
+    r"^txt_in": "context_embedder",
+    r"^time_in": "time_text_embed.timestep_embedder",
+    r"^guidance_in": "time_text_embed.guidance_embedder",
+    r"^vector_in": "time_text_embed.text_embedder",
+    r"in_layer": "linear_1",
+    r"out_layer": "linear_2",
+    r"^final_layer\.linear": "proj_out",
+    r"^final_layer\.adaLN_modulation\.1": "norm_out.linear",
+    r"^double_blocks": "transformer_blocks",
+    r"^single_blocks": "single_transformer_blocks",
+    r"img_mod\.lin": "norm1.linear",
+    r"txt_mod\.lin": "norm1_context.linear",
+    r"modulation\.lin\.": "norm.linear.",
+    r"img_attn\.proj": "attn.to_out.0",
+    r"txt_attn\.proj": "attn.to_add_out",
+    r"img_attn\.norm\.query_norm\.scale": "attn.norm_q.weight",
+    r"img_attn\.norm\.key_norm\.scale": "attn.norm_k.weight",
+    r"txt_attn\.norm\.query_norm\.scale": "attn.norm_added_q.weight",
+    r"txt_attn\.norm\.key_norm\.scale": "attn.norm_added_k.weight",
+    r"norm\.query_norm\.scale": "attn.norm_q.weight",
+    r"norm\.key_norm\.scale": "attn.norm_k.weight",
+    r"img_mlp\.0": "ff.net.0.proj",
+    r"img_mlp\.2": "ff.net.2",
+    r"txt_mlp\.0": "ff_context.net.0.proj",
+    r"txt_mlp\.2": "ff_context.net.2",
+    r"linear2": "proj_out",
+}
+
+
+def _flux(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    is_double = name.startswith("double_blocks")
+    for pattern, new in _FLUX_NAMES.items():
+        name = re.sub(pattern, new, name)
+    if name.startswith("norm_out."):
+        shift, scale = tensor.chunk(2)
+        yield name, torch.cat((scale, shift))
+    elif is_double and ".qkv." in name:
+        stream, names = (
+            ("img_attn", ("to_q", "to_k", "to_v"))
+            if "img_attn" in name
+            else ("txt_attn", ("add_q_proj", "add_k_proj", "add_v_proj"))
+        )
+        for new, part in zip(names, tensor.chunk(3), strict=True):
+            yield name.replace(f"{stream}.qkv", f"attn.{new}"), part
+    elif ".linear1." in name:
+        q, k, v, mlp = tensor.split([len(tensor) // 7] * 3 + [len(tensor) // 7 * 4])
+        for new, part in (("attn.to_q", q), ("attn.to_k", k), ("attn.to_v", v), ("proj_mlp", mlp)):
+            yield name.replace("linear1", new), part
+    else:
+        yield name, tensor
+
+
+def _qwen_image(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    yield name, tensor
+
+
+_Z, _F, _Q = ZImageSize(), FluxSize(), QwenImageSize()
+
+FAMILIES = {
+    "z_image": Family(
+        write_z_image,
+        {
+            "_class_name": "ZImageTransformer2DModel",
+            "dim": _Z.dim,
+            "n_heads": _Z.heads,
+            "n_layers": _Z.layers,
+            "n_refiner_layers": _Z.refiner_layers,
+            "cap_feat_dim": _Z.cap_feat_dim,
+            "in_channels": _Z.in_channels,
+        },
+        _z_image,
+    ),
+    "flux": Family(
+        write_flux,
+        {
+            "_class_name": "FluxTransformer2DModel",
+            "attention_head_dim": _F.head_dim,
+            "num_attention_heads": _F.heads,
+            "num_layers": _F.double_blocks,
+            "num_single_layers": _F.single_blocks,
+            "in_channels": 4 * _F.in_channels,
+            "out_channels": None,
+            "joint_attention_dim": _F.context_dim,
+            "pooled_projection_dim": _F.vector_dim,
+            "guidance_embeds": _F.guidance,
+        },
+        _flux,
+    ),
+    "qwen_image": Family(
+        write_qwen_image,
+        {
+            "_class_name": "QwenImageTransformer2DModel",
+            "attention_head_dim": _Q.head_dim,
+            "num_attention_heads": _Q.heads,
+            "num_layers": _Q.layers,
+            "in_channels": 64,
+            "out_channels": 16,
+            "joint_attention_dim": _Q.context_dim,
+        },
+        _qwen_image,
+    ),
+}
