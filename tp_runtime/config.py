@@ -21,7 +21,7 @@ from typing import Literal
 
 import msgspec
 
-from .errors import DeviceError, TPRuntimeError
+from .errors import CheckpointError, DeviceError, TPRuntimeError
 
 MAX_TP_SIZE = 8
 
@@ -133,10 +133,10 @@ def file_version(path: str) -> tuple[int, int]:
 class ModelSpec(msgspec.Struct, frozen=True):
     """What identifies a model on a group: the file and the dtypes it runs in.
 
-        ``weight_dtype`` is what linear weights are held in, ``compute_dtype`` what activations are;
-        both are torch names such as ``"bfloat16"``. ``version`` tells a replaced file from the one
+    ``weight_dtype`` is what linear weights are held in, ``compute_dtype`` what activations are;
+    both are torch names such as ``"bfloat16"``. ``version`` tells a replaced file from the one
     that was loaded (size and modification time in ns). ``optimize``: ``"auto"`` compiles and
-        records a step once its shapes repeat (GPU only); ``"off"`` runs it as it is written.
+    records a step once its shapes repeat (GPU only); ``"off"`` runs it as it is written.
     """
 
     path: str
@@ -153,8 +153,12 @@ class ModelSpec(msgspec.Struct, frozen=True):
         compute_dtype: str,
         optimize: Literal["auto", "off"] = "auto",
     ) -> "ModelSpec":
-        """The spec of the file as it is on disk now."""
-        return cls(path, weight_dtype, compute_dtype, file_version(path), optimize)
+        """The spec of the file as it is on disk now. Raises CheckpointError if it is not there."""
+        try:
+            version = file_version(path)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"The model file {path} does not exist.") from error
+        return cls(path, weight_dtype, compute_dtype, version, optimize)
 
 
 class WorkerConfig(msgspec.Struct, frozen=True):

@@ -1,0 +1,60 @@
+"""The command line, on a tiny Z-Image."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tp_runtime.cli import main
+
+
+def test_plan_shows_every_linear(tiny_z_image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(tiny_z_image), "--tp", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert "TP sizes: 1, 2, 3, 4, 5, 6, 8" in shown
+    assert "34 layers stand for 52 linears" in shown
+    # 30 heads of 16, padded to 32: each of 4 ranks has 8 heads of q, k and v.
+    line = next(x for x in shown.splitlines() if x.startswith("layers.0.attention.to_qkv"))
+    assert re.search(r"to_q, to_k, to_v\s+QKV\s+\(480, 1440\)\s+\(480, 384\)$", line)
+    assert len(re.findall(r"^rank \d: holds", shown, re.MULTILINE)) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["plan", "missing.safetensors"], "missing.safetensors does not exist"),
+        (["text-to-latents", "missing.safetensors", "c", "o"], "does not exist"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    assert words in shown
+    assert shown.count("\n") == 1
+
+
+def test_a_size_that_cannot_work(tiny_z_image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(tiny_z_image), "--tp", "7"]) == 1
+    assert "num_heads=30" in capsys.readouterr().err
+
+
+@pytest.mark.process
+def test_text_to_latents_is_the_same_on_two_ranks_and_one(
+    tiny_z_image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    conditioning, output = tmp_path / "c.safetensors", tmp_path / "o.safetensors"
+    save_file({"context": torch.randn(1, 20, 64)}, conditioning)
+    arguments = ["text-to-latents", str(tiny_z_image), str(conditioning), str(output)]
+    arguments += ["--size", "128", "96", "--steps", "3", "--dtype", "float32", "--compare"]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert load_file(output)["samples"].shape == (1, 16, 12, 16)
+    assert "tp_world_size=2" in shown
+    difference = re.search(r"max difference to tp_size=1: (\S+)", shown)
+    assert difference is not None
+    assert float(difference[1]) <= 1e-4
