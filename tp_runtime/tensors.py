@@ -67,8 +67,8 @@ def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-# torch copies and compares a megabyte on the CPU with all cores, which a sampler's process has let
-# fall asleep between steps: waking them takes milliseconds, the copy itself 0.1 ms.
+# torch copies and compares a megabyte on the CPU with all cores, which have fallen asleep between
+# two steps; for so little, one core that is awake is enough.
 _memcmp = ctypes.CDLL(None).memcmp
 _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
