@@ -14,26 +14,12 @@ import comfy.supported_models
 import comfy.utils
 import torch
 
-from ..tp_runtime import CheckpointError, CheckpointFile, CheckpointInfo
+from ..tp_runtime import STORED_DTYPES, CheckpointError, CheckpointFile, CheckpointInfo
 from .native_sizes import NATIVE_SIZES
 from .unsupported import reading_weights
 
 # Tensors below this size are read: model detection and quantised layers look at their values.
 _SMALL_NUMEL = 4096
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "BOOL": torch.bool,
-}
 
 
 def build_skeleton(info: CheckpointInfo, dtype: torch.dtype | None) -> Any:
@@ -66,15 +52,15 @@ def _state_dict(info: CheckpointInfo) -> dict[str, torch.Tensor]:
     tensors = {}
     with CheckpointFile.open(info.path) as file:
         for name, tensor in info.tensors.items():
-            if tensor.dtype not in _DTYPES:
+            if tensor.dtype not in STORED_DTYPES:
                 raise CheckpointError(
                     f"Tensor {name} of {info.path} is stored as {tensor.dtype}. Supported: "
-                    f"{', '.join(_DTYPES)}. Choose another file of this model."
+                    f"{', '.join(STORED_DTYPES)}. Choose another file of this model."
                 )
             if 0 < tensor.num_elements < _SMALL_NUMEL:
                 tensors[name] = file.read(name, None, None).clone()
             else:
-                dtype = _DTYPES[tensor.dtype]
+                dtype = STORED_DTYPES[tensor.dtype]
                 tensors[name] = torch.empty(tensor.shape, dtype=dtype, device="meta")
     return tensors
 

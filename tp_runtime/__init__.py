@@ -20,10 +20,12 @@ from .errors import (
     TPRuntimeError,
 )
 from .runtime import GroupReport, RemoteModel, Runtime, get_runtime
+from .safetensors_file import DTYPES as STORED_DTYPES
 from .safetensors_file import TensorInfo
 
 __all__ = [
     "MAX_TP_SIZE",
+    "STORED_DTYPES",
     "CallTimeoutError",
     "CheckpointError",
     "CheckpointFile",

@@ -37,7 +37,6 @@ class LoadedModel:
     """A rank's shard of a model, ready to be evaluated."""
 
     driver: DriverBase
-    parts: list[Part]
     resident_bytes: int
     bytes_read: int
 
@@ -77,7 +76,7 @@ def load_model(
     driver = module.Driver(model.eval(), info.config, dist.all_gather_last)
     if device.type == "cuda" and spec.optimize == "auto":
         driver.run_step = GraphedStep(driver.step, lambda: dist.graph_capture(device))
-    return LoadedModel(driver, parts, resident, bytes_read)
+    return LoadedModel(driver, resident, bytes_read)
 
 
 def _scaled_layers(

@@ -144,10 +144,6 @@ class Memo:
         self._entries.move_to_end(key)
         return self._entries[key]
 
-    def clear(self) -> None:
-        """Forget everything, for instance because weights have changed."""
-        self._entries.clear()
-
 
 class DriverBase:
     """A sharded module with the forward pass that ComfyUI expects of it, in two halves.

@@ -20,10 +20,14 @@ NORM_EPS = 1e-6
 # --- blocks ------------------------------------------------------------------------------------
 
 
+def _modulated(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), 1 + scale)
+
+
 @fused
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Layer norm without weights, then scaled and shifted."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), 1 + scale)
+    return _modulated(x, shift, scale)
 
 
 @fused
@@ -36,7 +40,7 @@ def residual_then_modulate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``x`` plus the gated update, and ``modulate`` of that sum."""
     x = x + update * gate
-    return x, torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), 1 + scale)
+    return x, _modulated(x, shift, scale)
 
 
 def joint_attention(
