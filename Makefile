@@ -5,27 +5,33 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-from-requirements-dev
+MODEL ?= z_image
 export COMFYUI_PATH ?= $(CURDIR)/.comfyui
 
-.PHONY: help demo serve test check lint format venv comfyui browser clean
+.PHONY: help demo serve test bench check lint format venv comfyui browser clean
 
 help:
 	@echo "make demo     start ComfyUI, compare TP Sampler on 2 ranks with the stock sampler, stop"
 	@echo "make serve    start ComfyUI with the pack and a tiny model, until Ctrl-C"
+	@echo "              (both: MODEL=z_image, the default, flux or qwen_image)"
 	@echo "make test     every test that this machine can run"
+	@echo "make bench    ms per step on this machine's GPUs (BENCH='--models flux --tp 1 2 ...')"
 	@echo "make check    format, lint, types and the quick tests (what a commit must pass)"
 	@echo "make format   let ruff rewrite the code"
 	@echo "make venv     only make .venv;  make comfyui: only fetch ComfyUI (or set COMFYUI_PATH)"
 	@echo "make clean    remove what these targets made, .venv and .comfyui included"
 
 demo: venv comfyui
-	$(BIN)/python scripts/demo.py
+	@$(BIN)/python scripts/demo.py --model "$(MODEL)"
 
 serve: venv comfyui
-	$(BIN)/python scripts/demo.py --serve
+	@$(BIN)/python scripts/demo.py --model "$(MODEL)" --serve
 
 test: venv comfyui browser
 	$(BIN)/python -m pytest
+
+bench: venv
+	$(BIN)/python -m bench.step $(BENCH)
 
 check: lint comfyui
 	$(BIN)/python -m pytest -m "not process and not comfy and not web and not gpu"

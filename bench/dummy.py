@@ -4,6 +4,7 @@ import json
 import math
 import struct
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,25 +42,57 @@ _FULL_SIZE = {
     },
 }
 
+# The same, small: a few heads and blocks of real width.
+_SMALL_SIZE = {
+    "z_image": {
+        "x_embedder.weight": (512, 64),
+        "cap_embedder.1.weight": (512, 2560),
+        "t_embedder.mlp.0.weight": (256, 256),
+        "layers.0.attention.q_norm.weight": (128,),
+        "layers.0.feed_forward.w1.weight": (1024, 512),
+        "cap_pad_token": (1, 512),
+        "layers.1.x": (),
+        "noise_refiner.0.x": (),
+    },
+    "flux": {
+        "img_in.weight": (512, 64),
+        "txt_in.weight": (512, 4096),
+        "vector_in.in_layer.weight": (512, 768),
+        "guidance_in.in_layer.weight": (512, 256),
+        "final_layer.linear.weight": (64, 512),
+        "double_blocks.0.img_attn.norm.query_norm.scale": (128,),
+        "double_blocks.1.x": (),
+        "single_blocks.0.x": (),
+    },
+    "qwen_image": {
+        "img_in.weight": (512, 64),
+        "txt_norm.weight": (3584,),
+        "proj_out.weight": (64, 512),
+        "transformer_blocks.0.attn.norm_q.weight": (128,),
+        "transformer_blocks.1.x": (),
+    },
+}
+
 _BLOCK_ELEMENTS = 32 * 2**20
 
 
-def full_config(name: str) -> dict[str, object]:
-    """The configuration of the published model of a family."""
-    tensors = {key: TensorInfo(shape, "BF16") for key, shape in _FULL_SIZE[name].items()}
-    config: dict[str, object] = family(name).infer_config(tensors)
+def config_of(name: str, small: bool = False) -> dict[str, Any]:
+    """The configuration of the published model of a family, or of a small one."""
+    sizes = (_SMALL_SIZE if small else _FULL_SIZE)[name]
+    tensors = {key: TensorInfo(shape, "BF16") for key, shape in sizes.items()}
+    config: dict[str, Any] = family(name).infer_config(tensors)
     return config
 
 
-def write_dummy(name: str, path: Path) -> int:
-    """Write a bf16 file of the family's full size; returns its bytes of tensor data.
+def write_dummy(name: str, path: Path, small: bool = False) -> int:
+    """Write a bf16 file of ``config_of``'s size; returns its bytes of tensor data.
 
     The same block of normal numbers, scaled to keep activations of order one, repeats: drawing
     billions of numbers would take longer than the measurement.
     """
     header: dict[str, object] = {}
     offset = 0
-    for key, shape in family(name).file_tensors(full_config(name)).items():
+    for key, shape in family(name).file_tensors(config_of(name, small)).items():
         end = offset + 2 * math.prod(shape)
         header[key] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, end]}
         offset = end

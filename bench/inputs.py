@@ -6,7 +6,16 @@ import torch
 
 
 def make_inputs(model: str, side: int, batch: int) -> dict[str, Any]:
-    """Inputs for pictures of ``side`` × ``side`` pixels, in bf16 with fp32 timesteps."""
+    """Inputs for pictures of ``side`` × ``side`` pixels, in bf16 with fp32 timesteps.
+
+    Where ComfyUI has them: on the first GPU, if there is one.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inputs = _on_cpu(model, side, batch)
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+
+
+def _on_cpu(model: str, side: int, batch: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:

@@ -3,10 +3,14 @@
     python -m bench.step --models z_image --tp 1 2 --sides 1024 --out bench/results
 
 Each row: the wall-clock time of `RemoteModel.denoise`, as ComfyUI sees it (request, transfer of
-the latent both ways, step), its share inside the rank, and the memory on the worst GPU.
+the latent both ways, step); `ms_hop`, what of it lies outside the slower rank; `floor_ratio`, the
+time over the least that the model's products and attention take at the measured rate of a large
+matrix product, evenly split; the memory on the worst GPU. `--diffusers` adds rows (`tp` 0) of
+diffusers with compiled blocks on one GPU, in the same run.
 """
 
 import argparse
+import importlib.metadata
 import json
 import statistics
 import subprocess
@@ -19,15 +23,33 @@ from typing import Any
 
 import torch
 
-from bench.dummy import write_dummy
+from bench.dummy import config_of, write_dummy
+from bench.flops import FLOPS
 from bench.inputs import make_inputs
 from tp_runtime import GroupConfig, ModelSpec, Runtime, visible_gpu_count
 
 GIB = 2**30
+COLUMNS = [
+    "model",
+    "tp",
+    "side",
+    "batch",
+    "ms_median",
+    "ms_min",
+    "ms_p90",
+    "ms_hop",
+    "floor_ratio",
+    "first_s",
+    "weights_gib",
+    "peak_gib",
+]
 
 
-def measure(path: Path, args: argparse.Namespace, model: str, tp_size: int) -> list[dict[str, Any]]:
+def measure(
+    path: Path, args: argparse.Namespace, model: str, tp_size: int, gemm_tflops: float | None
+) -> list[dict[str, Any]]:
     """The rows of one model on one group."""
+    config = config_of(model, args.small)
     runtime = Runtime()
     rows = []
     try:
@@ -41,18 +63,23 @@ def measure(path: Path, args: argparse.Namespace, model: str, tp_size: int) -> l
         for side in args.sides:
             for batch in args.batches:
                 inputs = make_inputs(model, side, batch)
-                rows.append(
-                    {
-                        "model": model,
-                        "tp": tp_size,
-                        "side": side,
-                        "batch": batch,
-                        "optimize": args.optimize,
-                        "load_s": round(load_s, 1),
-                        **_time_steps(remote, runtime, inputs, args.steps),
-                    }
-                )
-                print(json.dumps(rows[-1]), flush=True)
+                row = {
+                    "model": model,
+                    "tp": tp_size,
+                    "side": side,
+                    "batch": batch,
+                    "optimize": args.optimize,
+                    "load_s": round(load_s, 1),
+                    "floor_ratio": None,
+                    **_time_steps(remote, runtime, inputs, args.steps),
+                }
+                if gemm_tflops:
+                    text = inputs["context"].shape[1]
+                    operations = batch * FLOPS[model](config, (side // 16) ** 2, text)
+                    floor_ms = operations / gemm_tflops / 1e9 / tp_size
+                    row["floor_ratio"] = round(row["ms_median"] / floor_ms, 2)
+                rows.append(row)
+                print(json.dumps(row), flush=True)
     finally:
         runtime.release()
     return rows
@@ -89,61 +116,88 @@ def _time_steps(
     }
 
 
-def environment(commit: str | None) -> dict[str, str]:
-    """What the rows were measured with. ``commit``: where the checkout has no git history."""
+def environment(commit: str | None) -> dict[str, Any]:
+    """What the rows are measured with. ``commit``: where the checkout has no git history."""
     if commit is None:
         command = ["git", "rev-parse", "--short", "HEAD"]
         commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {"device": device, "commit": commit, "torch": torch.__version__}
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "vllm", "diffusers")}
+    on_gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if on_gpu else "cpu"
+    rate = round(matmul_tflops()) if on_gpu else None
+    return {"device": device, "commit": commit, **versions, "gemm_tflops": rate}
 
 
-def main() -> int:
-    """Run the measurements that the command line asks for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--models", nargs="+", default=["z_image"])
-    parser.add_argument("--tp", nargs="+", type=int, default=[1])
+def matmul_tflops() -> float:
+    """The rate of a large bf16 matrix product on the first GPU: what the floor is counted with."""
+    size = 8192
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    times = []
+    for _ in range(20):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        a @ b
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop))
+    return 2 * size**3 / statistics.median(times[5:]) / 1e9
+
+
+def _of_diffusers(model: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of diffusers on one GPU, from a process of its own."""
+    sizes = [f"{side}x{batch}" for side in options.sides for batch in options.batches]
+    command = [sys.executable, "-m", "bench.diffusers_alone", model, str(options.steps), *sizes]
+    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    rows: list[dict[str, Any]] = json.loads(found.splitlines()[-1])
+    return [dict.fromkeys(COLUMNS) | row for row in rows]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to measure."""
+    parser.add_argument("--models", nargs="+", choices=sorted(FLOPS), default=sorted(FLOPS))
+    parser.add_argument("--tp", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--sides", nargs="+", type=int, default=[1024])
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--optimize", choices=["auto", "off"], default="auto")
+    parser.add_argument("--small", action="store_true", help="tiny models, to see that it works")
+    parser.add_argument("--diffusers", action="store_true", help="measure diffusers, too")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", help="of the code, where git cannot tell")
-    args = parser.parse_args()
-    rows = []
-    for model in args.models:
-        path = args.folder / f"dummy_{model}.safetensors"
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure, print a table, write the rows."""
+    known = environment(options.commit)
+    rate = known["gemm_tflops"]
+    rows: list[dict[str, Any]] = []
+    for model in options.models:
+        path = options.folder / f"dummy_{'small_' * options.small}{model}.safetensors"
         if not path.exists():
-            write_dummy(model, path)
-        for tp_size in args.tp:
+            write_dummy(model, path, options.small)
+        if options.diffusers:
+            rows += [known | row for row in _of_diffusers(model, options)]
+        for tp_size in options.tp:
             if visible_gpu_count() and tp_size > visible_gpu_count():
                 print(f"{model} on {tp_size} GPUs left out: {visible_gpu_count()} here")
                 continue
-            rows += [row | environment(args.commit) for row in measure(path, args, model, tp_size)]
-    if args.out and rows:
-        args.out.mkdir(parents=True, exist_ok=True)
-        name = f"{date.today()}-{rows[0]['device'].replace(' ', '-')}.json"
-        (args.out / name).write_text(json.dumps(rows, indent=1) + "\n")
-    columns = [
-        "model",
-        "tp",
-        "side",
-        "batch",
-        "ms_median",
-        "ms_min",
-        "ms_hop",
-        "first_s",
-        "weights_gib",
-        "peak_gib",
-    ]
-    print(" ".join(f"{column:>12}" for column in columns))
+            rows += [known | row for row in measure(path, options, model, tp_size, rate)]
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        name = f"{date.today()}-{known['device'].replace(' ', '-')}.json"
+        (options.out / name).write_text(json.dumps(rows, indent=1) + "\n")
+    print(" ".join(f"{column:>12}" for column in COLUMNS))
     for row in rows:
-        print(" ".join(f"{row[column]:>12}" for column in columns))
+        print(
+            " ".join(f"{row[column] if row[column] is not None else '':>12}" for column in COLUMNS)
+        )
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    add_arguments(parser)
+    sys.exit(run(parser.parse_args()))

@@ -11,11 +11,14 @@ vLLM or diffusers. The rank processes are started when a sampler first runs, not
       patcher.py                                what ComfyUI loads, frees, clones and patches
     unsupported.py                            the refusals
     schema.py, notices.py                     node declarations, messages on a node
+    page.py, settings.py                      what `web/` asks the server; the settings it stores
 """
 
 from comfy_api.latest import ComfyExtension, io
 
 from .loader import TPLoadDiffusionModel
+from .notices import comfy_server
+from .page import serve_page
 from .runtime_nodes import TPReleaseRuntime, TPRuntimeInfo
 from .sampler import TPSampler
 
@@ -29,4 +32,7 @@ class TensorParallelExtension(ComfyExtension):
 
 async def comfy_entrypoint() -> TensorParallelExtension:
     """Called once by ComfyUI when it loads the pack."""
+    server = comfy_server()
+    if server is not None:
+        serve_page(server)
     return TensorParallelExtension()

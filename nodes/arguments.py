@@ -11,11 +11,15 @@ from typing import Any
 
 import torch
 
+from .block_patches import skipped_blocks
 from .unsupported import python_code_in_options, unknown_argument
 
-# Keys of transformer_options that ComfyUI and its nodes use around the model, never inside it.
+# Keys of transformer_options that ComfyUI and its nodes use around the model, never inside it;
+# and patches, of which `skip_blocks` is sent.
 _LOCAL_OPTIONS = frozenset(
     {
+        "patches",
+        "patches_replace",
         "wrappers",
         "callbacks",
         "uuids",
@@ -30,11 +34,11 @@ _LOCAL_PREFIXES = ("multigpu_",)
 _ABSENT = (None, {}, [])
 
 
-def remote_inputs(bound: inspect.BoundArguments) -> dict[str, Any]:
+def remote_inputs(bound: inspect.BoundArguments, known: frozenset[str]) -> dict[str, Any]:
     """The inputs of one evaluation: `x`, `timesteps` and the other arguments by their own names.
 
     `bound` are the arguments of a native forward; the models call their second one `timesteps` or
-    `timestep`.
+    `timestep`. `known` are the names in its code (`block_patches.names_in_code`).
 
     Raises:
         UnsupportedFeatureError: something that only works inside ComfyUI's process.
@@ -42,12 +46,16 @@ def remote_inputs(bound: inspect.BoundArguments) -> dict[str, Any]:
     named = _by_name(bound)
     x_name, timesteps_name = list(bound.signature.parameters)[:2]
     inputs = {"x": named.pop(x_name), "timesteps": named.pop(timesteps_name)}
-    options = _plain_options(named.pop("transformer_options", None) or {})
+    options = named.pop("transformer_options", None) or {}
+    plain_options = _plain_options(options)
+    skipped = skipped_blocks(options, known)
+    if skipped:
+        plain_options["skip_blocks"] = skipped
     for name, value in named.items():
         plain = _plain_argument(value, name)
         if not _is_absent(plain):
             inputs[name] = plain
-    return inputs | {"transformer_options": options}
+    return inputs | {"transformer_options": plain_options}
 
 
 def _by_name(bound: inspect.BoundArguments) -> dict[str, Any]:

@@ -1,34 +1,111 @@
 """The `gpu_count` input: its choices, and the process group that a choice means on this machine."""
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
-from ..tp_runtime import CheckpointInfo, GroupConfig, visible_gpu_count
+from ..tp_runtime import (
+    CheckpointInfo,
+    DeviceError,
+    GroupConfig,
+    SizeError,
+    inspect_checkpoint,
+    runtime_python,
+    visible_gpu_count,
+)
 from .schema import check_choice
+from .settings import devices_setting, python_setting
 
 AUTO = "auto"
 MAX_GPU_COUNT = 8
 CHOICES = (AUTO, *(str(count) for count in range(1, MAX_GPU_COUNT + 1)))
 
 
-def choose_group(choice: str, info: CheckpointInfo, warn: Callable[[str], None]) -> GroupConfig:
+def choose_group(
+    choice: str, info: CheckpointInfo, warn: Callable[[str], None], devices: str = ""
+) -> GroupConfig:
     """The group for a model file. Starts nothing; warns where it will be on the CPU.
+
+    `devices`: the GPUs that it may be on, as a person writes them; empty: what the settings allow.
 
     Raises:
         SizeError: the model cannot be split that way.
-        DeviceError: there are fewer GPUs.
+        DeviceError: there are fewer GPUs, or `devices` names one that is not there.
         ValueError: it is none of `CHOICES`.
     """
     check_choice("gpu_count", choice, CHOICES)
-    num_visible = visible_gpu_count()
+    gpus, where = _usable_gpus(devices)
     if choice != AUTO:
         size = int(choice)
         info.check_tp_size(size)
-    elif num_visible:
-        size = max(info.valid_tp_sizes(limit=min(num_visible, MAX_GPU_COUNT)))
+        _check_enough(size, gpus, where)
+    elif gpus:
+        size = max(info.valid_tp_sizes(limit=min(len(gpus), MAX_GPU_COUNT)))
     else:
         size = 1
-    group = GroupConfig.local(size)
+    group = GroupConfig.local(size, gpus[:size] or None)
     if group.device == "cpu":
         ranks = "1 CPU process" if size == 1 else f"{size} CPU processes"
         warn(f"No CUDA GPU is visible: the model runs on {ranks}. Results are right, but slow.")
-    return group
+    return dataclasses.replace(group, python=runtime_python(python_setting()))
+
+
+def refused_counts(path: str | None, devices: str = "") -> dict[str, Any]:
+    """The counts that do not work on this machine, each with why; `path` None: for any model.
+
+    Raises:
+        CheckpointError: the file cannot be used.
+        DeviceError: `devices`, or the setting, names a GPU that is not there.
+    """
+    info = None if path is None else inspect_checkpoint(path)
+    gpus, where = _usable_gpus(devices)
+    refused = {}
+    for count in range(1, MAX_GPU_COUNT + 1):
+        try:
+            if info is not None:
+                info.check_tp_size(count)
+            _check_enough(count, gpus, where)
+        except (SizeError, DeviceError) as error:
+            refused[str(count)] = str(error)
+    return {"num_gpus": len(gpus), "refused": refused}
+
+
+def _usable_gpus(devices: str) -> tuple[tuple[int, ...], str]:
+    """The GPUs of `devices`, else of the settings, else all; and where they are said to be.
+
+    None on a machine without GPUs.
+    """
+    for name, text in (("devices", devices), ("the setting 'GPUs to use'", devices_setting())):
+        if text.strip():
+            return _listed_gpus(name, text), f"{name} lists"
+    return tuple(range(visible_gpu_count())), "this machine shows"
+
+
+def _listed_gpus(name: str, devices: str) -> tuple[int, ...]:
+    """The GPUs of a text such as "0,2,3", in that order."""
+    visible = visible_gpu_count()
+    if not visible:
+        raise DeviceError(
+            f"{name} is {devices!r}, but no CUDA GPU is visible. Clear it to use the CPU."
+        )
+    parts = [part.strip() for part in devices.split(",")]
+    problem = None
+    if not all(part.isdecimal() for part in parts):
+        problem = "give numbers with commas between them, such as 0,2,3"
+    elif len({int(part) for part in parts}) != len(parts):
+        problem = "name every GPU once"
+    elif any(int(part) >= visible for part in parts):
+        problem = f"this machine shows the GPUs 0 to {visible - 1} to ComfyUI"
+    if problem:
+        raise DeviceError(f"{name} is {devices!r}: {problem}. Empty means all of them.")
+    return tuple(map(int, parts))
+
+
+def _check_enough(count: int, gpus: tuple[int, ...], where: str) -> None:
+    """Raises DeviceError if there are fewer GPUs. Without any, CPU processes take their place."""
+    if gpus and count > len(gpus):
+        shown = ", ".join(map(str, gpus))
+        raise DeviceError(
+            f"{count} GPUs were asked for, but {where} {len(gpus)} ({shown}). "
+            f"Choose at most {len(gpus)}, or 'auto'."
+        )

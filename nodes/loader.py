@@ -1,5 +1,6 @@
 """The node "Load Diffusion Model (TP)"."""
 
+from importlib.util import find_spec
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -7,13 +8,14 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..tp_runtime import file_version, inspect_checkpoint
+from ..tp_runtime import OPTIMIZE, file_version, inspect_checkpoint
 from .gpu_count import AUTO, CHOICES, choose_group
 from .model import load_model
 from .notices import warn_on_node
-from .schema import check_choice, tp_schema
+from .schema import advanced, check_choice, tp_schema
 
 _FOLDER = "diffusion_models"
+_GGUF_FOLDER = "unet_gguf"
 _DIFFUSERS_FILES = "diffusion_pytorch_model"
 _DTYPES = {
     "default": None,
@@ -43,7 +45,7 @@ class TPLoadDiffusionModel(io.ComfyNode):
                     options=_model_names(),
                     tooltip=(
                         "A model file in ComfyUI's diffusion_models folder, or a diffusers folder "
-                        "there (with config.json)."
+                        "there (with config.json). GGUF files need the Python package 'gguf'."
                     ),
                 ),
                 io.Combo.Input(
@@ -65,6 +67,30 @@ class TPLoadDiffusionModel(io.ComfyNode):
                         "runs in as many CPU processes ('auto': 1)."
                     ),
                 ),
+                advanced(
+                    io.String.Input(
+                        "devices",
+                        default="",
+                        optional=True,
+                        tooltip=(
+                            "Which GPUs the model may be on, by number, such as 0,2,3. The first "
+                            "ones of the list are taken, as many as gpu_count says. Empty: all."
+                        ),
+                    )
+                ),
+                advanced(
+                    io.Combo.Input(
+                        "optimize",
+                        options=list(OPTIMIZE),
+                        default="auto",
+                        optional=True,
+                        tooltip=(
+                            "'auto': on GPUs, fused kernels, and a step whose sizes repeat is "
+                            "recorded once and replayed. 'off': every operation as it is written, "
+                            "slower, to find out whether a fault comes from that."
+                        ),
+                    )
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model. Any sampler, guider or scheduler can use it.")
@@ -75,27 +101,39 @@ class TPLoadDiffusionModel(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, model_name: str, **_: Any) -> str:
         """Another value when the file has been replaced by another of the same name."""
-        path = _full_path(model_name)
+        path = model_path(model_name)
         if path is None:
             return "missing"
         return f"{path} {file_version(path)}"
 
     @classmethod
-    def execute(cls, model_name: str, weight_dtype: str, gpu_count: str) -> io.NodeOutput:
+    def execute(
+        cls,
+        model_name: str,
+        weight_dtype: str,
+        gpu_count: str,
+        devices: str = "",
+        optimize: str = "auto",
+    ) -> io.NodeOutput:
         check_choice("weight_dtype", weight_dtype, _DTYPES)
-        path = _full_path(model_name)
+        check_choice("optimize", optimize, OPTIMIZE)
+        path = model_path(model_name)
         if path is None:
             path = folder_paths.get_full_path_or_raise(_FOLDER, model_name)
         group = choose_group(
             gpu_count,
             inspect_checkpoint(path),
             warn=lambda text: warn_on_node(cls.hidden.unique_id, text),
+            devices=devices,
         )
-        return io.NodeOutput(load_model(path, _DTYPES[weight_dtype], group))
+        return io.NodeOutput(load_model(path, _DTYPES[weight_dtype], group, devices, optimize))
 
 
 def _model_names() -> list[str]:
-    """ComfyUI's list of model files, with a diffusers folder in the place of its files."""
+    """ComfyUI's list of model files, with a diffusers folder in the place of its files.
+
+    And GGUF files, if the package that reads them is there.
+    """
     names = []
     for name in folder_paths.get_filename_list(_FOLDER):
         file = PurePath(name)
@@ -103,15 +141,28 @@ def _model_names() -> list[str]:
         if file.name.startswith(_DIFFUSERS_FILES) and _config_of(folder) is not None:
             name = folder
         names.append(name)
+    if find_spec("gguf") is not None:
+        names += folder_paths.get_filename_list(_gguf_folder())
     return list(dict.fromkeys(names))
 
 
-def _full_path(model_name: str) -> str | None:
-    """Where a model file or folder of that name is."""
+def _gguf_folder() -> str:
+    """ComfyUI's name for the GGUF files in the folders of diffusion models.
+
+    ComfyUI itself lists no such files. ComfyUI-GGUF has a list of this name; ours is the same.
+    """
+    folders = folder_paths.folder_names_and_paths
+    folders.setdefault(_GGUF_FOLDER, (folders[_FOLDER][0], {".gguf"}))
+    return _GGUF_FOLDER
+
+
+def model_path(model_name: str) -> str | None:
+    """Where the model file or folder of that name is, in ComfyUI's folders; None: nowhere."""
     config = _config_of(model_name)
     if config is not None:
         return str(Path(config).parent)
-    return folder_paths.get_full_path(_FOLDER, model_name)
+    path = folder_paths.get_full_path(_FOLDER, model_name)
+    return path or folder_paths.get_full_path(_gguf_folder(), model_name)
 
 
 def _config_of(folder: str) -> str | None:

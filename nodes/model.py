@@ -16,27 +16,31 @@ def load_model(
     path: str,
     dtype: torch.dtype | None,
     group: GroupConfig,
+    devices: str = "",
+    optimize: str = "auto",
     disable_dynamic: bool = False,  # noqa: ARG001
 ) -> TPModelPatcher:
     """The MODEL of a file, to run on `group`. Reads the file's header; starts nothing.
 
-    `dtype` is what weights are held in; None: what the stock loader would choose. ComfyUI passes
-    `disable_dynamic` when it loads a model anew; these models are never dynamic.
+    `dtype` is what weights are held in; None: what the stock loader would choose. `devices` is kept
+    for who chooses another group. ComfyUI passes `disable_dynamic` when it loads a model anew;
+    these models are never dynamic.
 
     Raises:
         CheckpointError, SizeError: the file cannot be used, or not on a group of that size.
     """
     model = build_skeleton(inspect_checkpoint(path), dtype)
-    spec = ModelSpec.of(path, _name(model.get_dtype()), _name(compute_dtype(model)))
+    spec = ModelSpec.of(path, _name(model.get_dtype()), _name(compute_dtype(model)), optimize)
     remote = get_runtime().model(spec, group)
     model.diffusion_model = RemoteDiffusionModel(model.diffusion_model, remote)
+    model.tp_devices = devices
     model.tp_on_other_groups = {}
     patcher = TPModelPatcher(
         model,
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),
     )
-    patcher.cached_patcher_init = (load_model, (path, dtype, group))
+    patcher.cached_patcher_init = (load_model, (path, dtype, group, devices, optimize))
     return patcher
 
 
@@ -50,7 +54,9 @@ def on_group(patcher: TPModelPatcher, group: GroupConfig) -> TPModelPatcher:
         return patcher
     others: dict[GroupConfig, TPModelPatcher] = patcher.model.tp_on_other_groups
     if group not in others:
-        others[group] = load_model(patcher.remote.spec.path, patcher.model.get_dtype(), group)
+        spec, dtype = patcher.remote.spec, patcher.model.get_dtype()
+        devices = patcher.model.tp_devices
+        others[group] = load_model(spec.path, dtype, group, devices, spec.optimize)
     root = others[group]
     clone = patcher.clone()
     for name in _MODEL_STATE:

@@ -1,15 +1,33 @@
 """Messages to the person at the page that are no errors: in the log and on the node."""
 
 import logging
+import sys
+from typing import Any
+
+from ..tp_runtime import RemoteModel
 
 logger = logging.getLogger("tensor_parallel")
+
+NODE_EVENT = "tensor_parallel.node"
 
 
 def warn_on_node(node_id: str | None, text: str) -> None:
     """Log a warning and show it on the node, where a page is connected."""
     logger.warning("%s", text)
-    from server import PromptServer  # starts nothing, but exists only inside a ComfyUI server
-
-    server = getattr(PromptServer, "instance", None)
+    server = comfy_server()
     if server is not None and node_id is not None:
         server.send_progress_text(text, node_id)
+
+
+def show_group_on_node(remote: RemoteModel) -> None:
+    """Have the page mark the node that runs now with the group that its model runs on."""
+    server = comfy_server()
+    if server is not None and None not in (server.client_id, server.last_node_id):
+        running = {"node": server.last_node_id, "group": remote.group_id, "model": remote.name}
+        server.send_sync(NODE_EVENT, running, server.client_id)
+
+
+def comfy_server() -> Any:
+    """ComfyUI's server; None where there is none, as when nodes are only listed."""
+    module = sys.modules.get("server")  # importing it would need all of ComfyUI's requirements
+    return getattr(getattr(module, "PromptServer", None), "instance", None)

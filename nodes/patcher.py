@@ -4,19 +4,25 @@ Overrides only what touches weights. `__init__` and `clone` stay ComfyUI's: thei
 from release to release; for the same reason overrides take arguments that they do not name.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
 import comfy.utils
 from comfy.patcher_extension import CallbacksMP
+from comfy_execution.utils import get_executing_context
 
 from ..tp_runtime import RemoteModel
-from .unsupported import cfg_split, reading_weights, weight_patches
+from .notices import show_group_on_node
+from .unsupported import cfg_split, reading_weights, weight_functions
+from .weights import patched_weights
 
 
 class TPModelPatcher(comfy.model_patcher.ModelPatcher):
     """A ModelPatcher over a BaseModel whose `diffusion_model` is a `RemoteDiffusionModel`."""
+
+    loading_failed = False
 
     @property
     def remote(self) -> RemoteModel:
@@ -28,15 +34,20 @@ class TPModelPatcher(comfy.model_patcher.ModelPatcher):
     # step share a batch, which should not depend on where the model runs.
 
     def model_size(self, *_args: Any, **_kwargs: Any) -> int:
-        return self.loaded_size() or self._on_device(self.remote.planned_bytes())
+        return self.loaded_size() or self._on_device(
+            [self.remote.planned_bytes()] * self.remote.group_config.tp_size
+        )
 
     def loaded_size(self, *_args: Any, **_kwargs: Any) -> int:
         return self._on_device(self.remote.loaded_bytes())
 
-    def _on_device(self, rank_bytes: int) -> int:
+    def _on_device(self, rank_bytes: list[int]) -> int:
         """Bytes where ComfyUI itself is: one rank's on a GPU, those of all ranks on the host."""
         group = self.remote.group_config
-        return rank_bytes * (group.tp_size if group.device == "cpu" else 1)
+        if group.device == "cpu":
+            return sum(rank_bytes)
+        index = self.load_device.index or 0
+        return sum(n for n, gpu in zip(rank_bytes, group.devices, strict=True) if gpu == index)
 
     # --- loading and freeing ---------------------------------------------------------------------
 
@@ -51,13 +62,16 @@ class TPModelPatcher(comfy.model_patcher.ModelPatcher):
         """Have the ranks hold the weights. Cheap when they do.
 
         Raises:
-            UnsupportedFeatureError: for patched weights; and for `force_patch_weights`, with which
-                ComfyUI announces that it is going to read them.
+            UnsupportedFeatureError: for what `sync_patches` refuses; and for
+                `force_patch_weights`, with which ComfyUI announces that it is going to read them.
         """
         if force_patch_weights:
             raise reading_weights()
         with self.use_ejected():
+            self.current_hooks = None
+            self.loading_failed = True
             self._load_remote()
+            self.loading_failed = False
             model = self.model
             model.to(device_to)  # model_sampling's tables
             model.device = device_to
@@ -73,10 +87,11 @@ class TPModelPatcher(comfy.model_patcher.ModelPatcher):
     def pre_run(self, *args: Any, **kwargs: Any) -> None:
         # ComfyUI skips load when it is short of memory and this model is loaded already.
         super().pre_run(*args, **kwargs)
+        show_group_on_node(self.remote)
         self._load_remote()
 
     def _load_remote(self) -> None:
-        self.sync_patches()
+        self.sync_patches(self.current_hooks)
         bar: comfy.utils.ProgressBar | None = None
 
         def show(done: int, total: int) -> None:
@@ -91,11 +106,20 @@ class TPModelPatcher(comfy.model_patcher.ModelPatcher):
     def detach(self, unpatch_all: bool = True, *args: Any, **kwargs: Any) -> Any:
         model = super().detach(unpatch_all, *args, **kwargs)
         if unpatch_all:
-            self.remote.unload()
+            # ComfyUI detaches what it could not load, also because of a cancel: that waits for
+            # nothing. Otherwise it is about to use the room.
+            self.remote.sleep(_poll_in_prompt(), wait=not self.loading_failed)
         return model
 
+    def unpatch_model(
+        self, device_to: Any = None, unpatch_weights: bool = True, *args: Any, **kwargs: Any
+    ) -> Any:
+        if unpatch_weights:
+            self.model.model_lowvram = False  # or every module would be searched for patches
+        return super().unpatch_model(device_to, unpatch_weights, *args, **kwargs)
+
     def partially_unload(self, *_args: Any, **_kwargs: Any) -> int:
-        return 0  # shards leave together; ComfyUI then frees the whole model
+        return 0  # shards leave together: ComfyUI then detaches the whole model
 
     def _load_list(self, *_args: Any, **_kwargs: Any) -> list[Any]:
         return []
@@ -103,18 +127,25 @@ class TPModelPatcher(comfy.model_patcher.ModelPatcher):
     # --- weights ---------------------------------------------------------------------------------
 
     def sync_patches(self, hooks: Any = None) -> None:
-        """Make the weights on the ranks those that this MODEL's patches and `hooks` ask for.
+        """Have the ranks use the weights that this MODEL's patches and `hooks` ask for.
+
+        They change them when the model is evaluated next, or loaded: hooks that follow the steps
+        set the same weights several times.
 
         Raises:
-            UnsupportedFeatureError: there are any.
+            UnsupportedFeatureError: for what is no LoRA.
         """
-        patched = {
-            *self.patches,
-            *self.weight_wrapper_patches,
-            *self.get_combined_hook_patches(hooks),
-        }
-        if patched:
-            raise weight_patches(len(patched))
+        if self.weight_wrapper_patches:
+            raise weight_functions(len(self.weight_wrapper_patches))
+        hook_patches = self.get_combined_hook_patches(hooks)
+        if not self.patches and not hook_patches:
+            self.remote.patch(None, {})
+            return
+        strengths = tuple((hook.hook_ref, hook.strength) for hook in hooks.hooks) if hooks else ()
+        version = (self.patches_uuid, strengths)
+        if version != self.remote.version:
+            patches = patched_weights(self.remote.info, self.patches, hook_patches)
+            self.remote.patch(version, patches)
 
     def patch_hooks(self, hooks: Any, *_args: Any, **_kwargs: Any) -> None:
         self.sync_patches(hooks)
@@ -131,3 +162,13 @@ class TPModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def deepclone_multigpu(self, *_args: Any, **_kwargs: Any) -> Any:
         raise cfg_split()
+
+
+def _poll_in_prompt() -> Callable[[], None] | None:
+    """ComfyUI's check for a cancel, while a node runs; what it raises would end the queue's thread.
+
+    Memory is also freed outside of any prompt.
+    """
+    if get_executing_context() is None:
+        return None
+    return comfy.model_management.throw_exception_if_processing_interrupted

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import comfy.model_management
 import torch
@@ -10,6 +10,7 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrapper
 
 from ..tp_runtime import InputError, RemoteModel
 from .arguments import remote_inputs
+from .block_patches import names_in_code
 from .unsupported import gradients, other_compute_dtype
 
 
@@ -27,11 +28,17 @@ class RemoteDiffusionModel(torch.nn.Module):
         object.__setattr__(self, "skeleton", skeleton)
         self.remote = remote
         self.native_signature = inspect.signature(skeleton.forward)
+        self.native_names = names_in_code(skeleton)
         self.eval()
 
     def __getattr__(self, name: str) -> Any:
         # Called only for what is not found otherwise.
         return getattr(self.__dict__["skeleton"], name)
+
+    @property
+    def weight_function(self) -> NoReturn:
+        """Where layers keep functions on their weights: training nodes ask every module for it."""
+        raise gradients()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return self.skeleton.state_dict(*args, **kwargs)
@@ -50,7 +57,8 @@ class RemoteDiffusionModel(torch.nn.Module):
         ).execute(*bound.args, **bound.kwargs)
 
     def _forward_on_ranks(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        inputs = remote_inputs(self.native_signature.bind(*args, **kwargs))
+        bound = self.native_signature.bind(*args, **kwargs)
+        inputs = remote_inputs(bound, self.native_names)
         x: torch.Tensor = inputs["x"]
         self._check(x, inputs)
         result = self.remote.denoise(

@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import comfy.model_management
 from comfy_api.latest import io, ui
 
 from ..tp_runtime import get_runtime
@@ -51,7 +52,8 @@ class TPRuntimeInfo(io.ComfyNode):
 
     @classmethod
     def execute(cls, anything: Any = None) -> io.NodeOutput:
-        groups = [report.as_dict() for report in get_runtime().reports()]
+        poll = comfy.model_management.throw_exception_if_processing_interrupted
+        groups = [report.as_dict() for report in get_runtime().reports(poll=poll)]
         text = json.dumps({"groups": groups}, indent=2)
         return io.NodeOutput(anything, text, ui=ui.PreviewText(text))
 

@@ -147,4 +147,5 @@ class TPSampler(io.ComfyNode):
             gpu_count,
             model.remote.info,
             warn=lambda text: warn_on_node(cls.hidden.unique_id, text),
+            devices=model.model.tp_devices,
         )

@@ -22,6 +22,12 @@ def tp_schema(**fields: Any) -> io.Schema:
     )
 
 
+def advanced(field: Any) -> Any:
+    """An input that the page shows among the advanced ones, where it knows such."""
+    field.extra_dict["advanced"] = True
+    return field
+
+
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     """Raise ValueError for what is no choice: ComfyUI 0.3.75 does not check those of V3 nodes."""
     if value not in choices:

@@ -1,8 +1,9 @@
 """ComfyUI's own model of a file, with everything but the weights.
 
 What ComfyUI's stock loader does (`load_diffusion_model_state_dict` in comfy/sd.py), step by step,
-on a state dict whose large tensors are on the meta device. The model is the standard BaseModel of
-the running ComfyUI, so samplers, latent formats and LoRA key maps are its own.
+on a state dict whose large tensors are on the meta device and without the scales of quantised
+weights: its layers compute nothing. The model is the standard BaseModel of the running ComfyUI, so
+samplers, latent formats and LoRA key maps are its own.
 """
 
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from ..tp_runtime import STORED_DTYPES, CheckpointError, CheckpointFile, Checkpo
 from .native_sizes import NATIVE_SIZES
 from .unsupported import reading_weights
 
-# Tensors below this size are read: model detection and quantised layers look at their values.
+# Tensors below this size are read: model detection looks at their values.
 _SMALL_NUMEL = 4096
 
 
@@ -30,7 +31,7 @@ def build_skeleton(info: CheckpointInfo, dtype: torch.dtype | None) -> Any:
     """
     state_dict = _state_dict(info)
     config = _model_config(info, state_dict)
-    _set_dtypes(config, state_dict, dtype)
+    _set_dtypes(config, info, state_dict, dtype)
     model = config.get_model(state_dict, "", device="meta")
     _assign_tensors(info, model, state_dict)
     model.device = comfy.model_management.unet_offload_device()
@@ -76,7 +77,7 @@ def _model_config(info: CheckpointInfo, state_dict: Mapping[str, torch.Tensor]) 
         )
     sizes = NATIVE_SIZES[info.family](info.config)
     config = _config_class(info, detected)(detected.unet_config | sizes)
-    for name, value in vars(detected).items():  # what a file's quantisation adds
+    for name, value in vars(detected).items():
         if name not in vars(config):
             setattr(config, name, value)
     return config
@@ -89,16 +90,22 @@ def _config_class(info: CheckpointInfo, detected: Any) -> Any:
 
 
 def _set_dtypes(
-    config: Any, state_dict: Mapping[str, torch.Tensor], dtype: torch.dtype | None
+    config: Any,
+    info: CheckpointInfo,
+    state_dict: Mapping[str, torch.Tensor],
+    dtype: torch.dtype | None,
 ) -> None:
-    """Choose storage and compute dtype as `load_diffusion_model_state_dict` does."""
+    """Choose storage and compute dtype as `load_diffusion_model_state_dict` does.
+
+    Weights with a scale stay as they are in any case: the dtypes are those of the others.
+    """
     management = comfy.model_management
     supported = list(config.supported_inference_dtypes)
     if dtype is None:
         dtype = management.unet_dtype(
             model_params=comfy.utils.calculate_parameters(state_dict),
             supported_dtypes=supported,
-            weight_dtype=comfy.utils.weight_dtype(state_dict),
+            weight_dtype=None if info.scales else comfy.utils.weight_dtype(state_dict),
         )
     manual_cast = management.unet_manual_cast(dtype, management.get_torch_device(), supported)
     config.set_inference_dtype(dtype, manual_cast)
@@ -110,6 +117,8 @@ def _assign_tensors(
     """Put the tensors into the model. A key that it lacks would make LoRAs skip that weight."""
     tensors = model.model_config.process_unet_state_dict(dict(state_dict))
     own = model.diffusion_model.state_dict()
+    for name in info.unused - own.keys():  # newer releases of ComfyUI leave them out
+        tensors.pop(name, None)
     strange = [
         name for name in tensors if name not in own or own[name].shape != tensors[name].shape
     ]

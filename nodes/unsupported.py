@@ -16,8 +16,9 @@ _INSTEAD = (
 
 # Where transformer_options hold Python code, and what kind of node puts it there. First match.
 _CAUSES = (
-    ("patches_replace.dit", "replaces or skips blocks of the model, such as SkipLayerGuidanceDiT"),
+    ("patches_replace.dit", "replaces blocks of the model (leaving blocks out is supported)"),
     ("patches_replace.", "replaces attention layers, such as perturbed-attention guidance"),
+    ("patches.post_input", "adds to what the model is given, such as USOStyleReference"),
     ("patches.attn", "patches attention layers, such as an IP-Adapter"),
     ("patches.", "patches blocks of the model, such as a ControlNet that is a model patch"),
     ("optimized_attention_override", "changes the attention function, such as SageAttention"),
@@ -61,12 +62,39 @@ def gradients() -> UnsupportedFeatureError:
     )
 
 
-def weight_patches(num_weights: int) -> UnsupportedFeatureError:
-    """For LoRAs and all else that changes weights."""
+def merged_weights(key: str) -> UnsupportedFeatureError:
+    """For a weight that is to be mixed with another model's."""
     return UnsupportedFeatureError(
-        f"{num_weights} weights of the model are patched (LoRA, hook LoRA or model merge nodes). "
-        "LoRA is not supported yet on a tensor-parallel model, and weights are never changed "
-        f"silently. {_INSTEAD}"
+        f"The weight '{key}' is to be merged with another model's (ModelMerge nodes). Only LoRAs "
+        f"can change the weights of a tensor-parallel model. {_INSTEAD}"
+    )
+
+
+def unknown_patch(key: str, what: str) -> UnsupportedFeatureError:
+    """For a change of a weight that is Python code, or of a kind that is not known."""
+    return UnsupportedFeatureError(
+        f"The weight '{key}' is patched in a way that a tensor-parallel model does not know: "
+        f"{what}. {_INSTEAD}"
+    )
+
+
+def weight_functions(num_weights: int) -> UnsupportedFeatureError:
+    """For Python functions that are to be called on a weight at every step."""
+    return UnsupportedFeatureError(
+        f"A node wraps {num_weights} weights of the model in Python functions (training nodes do). "
+        "A tensor-parallel model runs in other processes, where such functions cannot be called. "
+        f"{_INSTEAD}"
+    )
+
+
+def widened_weight(
+    name: str, shape: tuple[int, ...], larger: tuple[int, ...]
+) -> UnsupportedFeatureError:
+    """For a LoRA that gives the model more inputs."""
+    return UnsupportedFeatureError(
+        f"The LoRA makes the weight '{name}' larger ({list(shape)} to {list(larger)}), as those of "
+        "FLUX.1 Canny and Depth do. A tensor-parallel model keeps its sizes: load the full FLUX.1 "
+        "Canny or Depth model instead, or use the stock 'Load Diffusion Model' node."
     )
 
 

@@ -5,7 +5,16 @@ vLLM nor diffusers; the ranks run ``tp_runtime.worker``. ``ARCHITECTURE.md`` sho
 """
 
 from .checkpoint import CheckpointFile, CheckpointInfo, inspect_checkpoint
-from .config import MAX_TP_SIZE, GroupConfig, ModelSpec, file_version, visible_gpu_count
+from .config import (
+    MAX_TP_SIZE,
+    OPTIMIZE,
+    GroupConfig,
+    ModelSpec,
+    file_version,
+    runtime_python,
+    visible_gpu_count,
+)
+from .doctor import Check, examine
 from .errors import (
     CallTimeoutError,
     CheckpointError,
@@ -19,14 +28,23 @@ from .errors import (
     SizeError,
     TPRuntimeError,
 )
-from .runtime import GroupReport, RemoteModel, Runtime, get_runtime
+from .group import GroupReport
+from .protocol import PatchedWeight, WeightPatch
+from .runtime import RemoteModel, Runtime, get_runtime
 from .safetensors_file import DTYPES as STORED_DTYPES
 from .safetensors_file import TensorInfo
+from .weight_patches import FUNCTIONS as PATCH_FUNCTIONS
+from .weight_patches import KINDS as PATCH_KINDS
+from .weight_patches import PatchError, check_fits
 
 __all__ = [
     "MAX_TP_SIZE",
+    "OPTIMIZE",
+    "PATCH_FUNCTIONS",
+    "PATCH_KINDS",
     "STORED_DTYPES",
     "CallTimeoutError",
+    "Check",
     "CheckpointError",
     "CheckpointFile",
     "CheckpointInfo",
@@ -38,6 +56,8 @@ __all__ = [
     "GroupStartError",
     "InputError",
     "ModelSpec",
+    "PatchError",
+    "PatchedWeight",
     "ProtocolError",
     "RankError",
     "RemoteModel",
@@ -45,8 +65,12 @@ __all__ = [
     "SizeError",
     "TPRuntimeError",
     "TensorInfo",
+    "WeightPatch",
+    "check_fits",
+    "examine",
     "file_version",
     "get_runtime",
     "inspect_checkpoint",
+    "runtime_python",
     "visible_gpu_count",
 ]

@@ -1,21 +1,26 @@
 """Reads model files: what is in them (both halves), and slices of their tensors (rank half).
 
-Safetensors files and diffusers folders; nothing is ever unpickled. Names are ComfyUI's, with the
-prefix that full checkpoints carry taken off.
+Safetensors files, GGUF files and diffusers folders; nothing is ever unpickled. Names are ComfyUI's,
+with the prefix that full checkpoints carry taken off.
 """
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .diffusers_folder import DiffusersFolder
 from .errors import CheckpointError
+from .quantization import METADATA as QUANTIZATION
 from .quantization import find_scales
 from .safetensors_file import FormatError, SafetensorsFile, TensorInfo
+
+if TYPE_CHECKING:
+    from .gguf_file import GGUFFile
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
@@ -25,7 +30,7 @@ _SHOWN_NAMES = 5
 class CheckpointFile:
     """A model file that is open for reading, by ComfyUI's names of its tensors."""
 
-    def __init__(self, file: SafetensorsFile | DiffusersFolder) -> None:
+    def __init__(self, file: "SafetensorsFile | DiffusersFolder | GGUFFile") -> None:
         self._file = file
         names = list(file.tensors)
         prefix = next((p for p in PREFIXES if any(n.startswith(p) for n in names)), "")
@@ -35,19 +40,17 @@ class CheckpointFile:
     @classmethod
     @contextmanager
     def open(cls, path: str) -> Iterator["CheckpointFile"]:
-        """Raises CheckpointError if the file is missing, cut short or no safetensors file.
+        """Raises CheckpointError if the file is missing, cut short or not of its format.
 
         ``path`` may also be a diffusers folder, which then looks like the ComfyUI file.
         """
-        kind = DiffusersFolder if Path(path).is_dir() else SafetensorsFile
-        if kind is SafetensorsFile and not Path(path).is_file():
-            raise CheckpointError(f"The model file {path} does not exist. Choose another file.")
+        kind = _format(path)
         try:
             with kind(path) as file:
                 yield cls(file)
         except FormatError as error:
             raise CheckpointError(
-                f"The model file {path} is not a whole safetensors file: {error}. Download it "
+                f"The model file {path} is not a whole {kind.FORMAT} file: {error}. Download it "
                 "again."
             ) from error
         except OSError as error:
@@ -69,11 +72,32 @@ class CheckpointFile:
         return self._file.read(self._stored[name], rows, columns)
 
 
+def _format(path: str) -> "type[SafetensorsFile | DiffusersFolder | GGUFFile]":
+    """What reads the file. Raises CheckpointError."""
+    if Path(path).is_dir():
+        return DiffusersFolder
+    if not Path(path).is_file():
+        raise CheckpointError(f"The model file {path} does not exist. Choose another file.")
+    if not path.lower().endswith(".gguf"):
+        return SafetensorsFile
+    try:
+        from .gguf_file import GGUFFile
+    except ImportError as error:
+        raise CheckpointError(
+            f"Reading the GGUF file {path} needs the package 'gguf', which is not installed in "
+            f"{sys.executable} ({error}). ComfyUI and the group's ranks read it: if "
+            f"TP_RUNTIME_PYTHON is another Python, both need it. Run: {sys.executable} -m pip "
+            "install gguf"
+        ) from error
+    return GGUFFile
+
+
 @dataclass(frozen=True)
 class CheckpointInfo:
     """What a model file is, from its header. ``config`` has the fields of the family's module.
 
-    ``tensors`` is everything in the file; ``scales``: quantised weight → the scale's tensor.
+    ``tensors`` are the model's own; ``scales``: quantised weight → the name of its scale in the
+    file. ``metadata`` is the file's, without what it says of quantisation.
     """
 
     path: str
@@ -83,6 +107,14 @@ class CheckpointInfo:
     tensors: Mapping[str, TensorInfo] = field(repr=False)
     metadata: Mapping[str, str] = field(repr=False)
     scales: Mapping[str, str] = field(repr=False)
+
+    @property
+    def unused(self) -> frozenset[str]:
+        """Names of tensors that files have, but that no implementation computes with."""
+        from .models import family
+
+        unused: frozenset[str] = family(self.family).UNUSED
+        return unused
 
     @property
     def num_parameters(self) -> int:
@@ -112,10 +144,10 @@ def inspect_checkpoint(path: str) -> CheckpointInfo:
 
     with CheckpointFile.open(path) as file:
         stored = file.tensors()
-        metadata = file.metadata
         scales, extra = find_scales(
-            path, stored, metadata, lambda name: file.read(name, None, None)
+            path, stored, file.metadata, lambda name: file.read(name, None, None)
         )
+        metadata = {key: text for key, text in file.metadata.items() if key != QUANTIZATION}
     tensors = {name: info for name, info in stored.items() if name not in extra}
     for module in FAMILIES.values():
         if module.recognises(tensors):
@@ -134,7 +166,7 @@ def inspect_checkpoint(path: str) -> CheckpointInfo:
             f"The {module.LABEL} file {path} lacks the tensor {error}. Download it again."
         ) from error
     _check_tensors(path, module.LABEL, tensors, module.file_tensors(config), module.UNUSED)
-    return CheckpointInfo(path, module.FAMILY, module.LABEL, config, stored, metadata, scales)
+    return CheckpointInfo(path, module.FAMILY, module.LABEL, config, tensors, metadata, scales)
 
 
 def _check_tensors(

@@ -2,6 +2,8 @@
 
 ``plan`` shows what tensor parallelism makes of a model file, before anything runs.
 ``text-to-latents`` samples without ComfyUI and compares sizes.
+``bench`` measures a step on this machine (``bench/step.py``).
+``doctor`` checks that this machine can run models, and says what to do where it cannot.
 """
 
 import argparse
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from .checkpoint import inspect_checkpoint
 from .config import GroupConfig, ModelSpec
+from .doctor import examine
 from .errors import InputError, TPRuntimeError
 from .models import family
 from .runtime import Runtime
@@ -31,13 +34,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_plan(commands)
     _add_text_to_latents(commands)
+    _add_doctor(commands)
+    _add_bench(commands)
     options = parser.parse_args(arguments)
     try:
-        options.run(options)
+        status: int | None = options.run(options)
     except TPRuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
+    return status or 0
 
 
 # --- plan --------------------------------------------------------------------------------------
@@ -161,3 +166,34 @@ def _read_conditioning(path: str, dtype: torch.dtype) -> dict[str, torch.Tensor]
             "(batch, tokens, width), must be among them."
         )
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+
+# --- doctor ------------------------------------------------------------------------------------
+
+
+def _add_doctor(commands: Any) -> None:
+    parser = commands.add_parser("doctor", help="check this machine, and say what to do")
+    parser.add_argument(
+        "--python", help="the Python of the ranks (default: TP_RUNTIME_PYTHON, else this one)"
+    )
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    checks = examine(options.python)
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        line = f"{check.status:8} {check.name:{width}}  {check.text}"
+        print(f"{line} {check.advice}" if check.advice else line)
+    return int(any(check.status == "failed" for check in checks))
+
+
+# --- bench -------------------------------------------------------------------------------------
+
+
+def _add_bench(commands: Any) -> None:
+    from bench import step  # beside this package; imports what this module imports, too
+
+    parser = commands.add_parser("bench", help="measure a denoise step, with random weights")
+    step.add_arguments(parser)
+    parser.set_defaults(run=step.run)

@@ -6,6 +6,8 @@ The only place where the package reads environment variables of its own:
 ``TP_RUNTIME_PYTHON``          Python that runs the ranks (default: the running one)
 ``TP_RUNTIME_START_TIMEOUT``   seconds until a starting group is given up (default 300)
 ``TP_RUNTIME_CALL_TIMEOUT``    seconds until a computing group is given up (default 600)
+``TP_RUNTIME_HOST_RESERVE``    share of the host's memory that sleeping models leave free
+                               (default 0.125)
 ``TP_RUNTIME_LOG_LEVEL``       level of the ranks' logs (default INFO)
 ``TP_RUNTIME_HOME``            folder for logs and rendezvous files (default: the user's
                                state folder)
@@ -17,7 +19,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
@@ -39,8 +41,9 @@ def _number(name: str, default: float) -> float:
     return value
 
 
-def _python() -> str:
-    return os.environ.get("TP_RUNTIME_PYTHON") or sys.executable
+def runtime_python(preferred: str | None = None) -> str:
+    """The Python that runs the ranks: the environment's, else ``preferred``, else this one."""
+    return os.environ.get("TP_RUNTIME_PYTHON") or preferred or sys.executable
 
 
 def home() -> Path:
@@ -62,6 +65,18 @@ def log_level() -> str:
     return level
 
 
+def host_reserve() -> float:
+    """Share of the host's memory, 0 to 1, that models which sleep there must leave free."""
+    text = os.environ.get("TP_RUNTIME_HOST_RESERVE", "0.125")
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise TPRuntimeError(f"TP_RUNTIME_HOST_RESERVE={text!r}: give a share from 0 to 1.")
+    return share
+
+
 def visible_gpu_count() -> int:
     """Number of CUDA devices that this process may use. Creates no CUDA context."""
     import torch
@@ -80,7 +95,7 @@ class GroupConfig:
     tp_size: int
     device: Literal["cuda", "cpu"]
     devices: tuple[int, ...] = ()
-    python: str = field(default_factory=_python)
+    python: str = field(default_factory=runtime_python)
     start_timeout_s: float = field(
         default_factory=lambda: _number("TP_RUNTIME_START_TIMEOUT", 300.0)
     )
@@ -130,6 +145,10 @@ def file_version(path: str) -> tuple[int, int]:
     return sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)
 
 
+Optimize = Literal["auto", "off"]
+OPTIMIZE: tuple[Optimize, ...] = get_args(Optimize)
+
+
 class ModelSpec(msgspec.Struct, frozen=True):
     """What identifies a model on a group: the file and the dtypes it runs in.
 
@@ -143,7 +162,7 @@ class ModelSpec(msgspec.Struct, frozen=True):
     weight_dtype: str
     compute_dtype: str
     version: tuple[int, int] = (0, 0)
-    optimize: Literal["auto", "off"] = "auto"
+    optimize: Optimize = "auto"
 
     @classmethod
     def of(
@@ -151,7 +170,7 @@ class ModelSpec(msgspec.Struct, frozen=True):
         path: str,
         weight_dtype: str,
         compute_dtype: str,
-        optimize: Literal["auto", "off"] = "auto",
+        optimize: Optimize = "auto",
     ) -> "ModelSpec":
         """The spec of the file as it is on disk now. Raises CheckpointError if it is not there."""
         try:

@@ -37,16 +37,18 @@ class _Piece:
 class DiffusersFolder:
     """An open folder, with what ``SafetensorsFile`` has."""
 
+    FORMAT = SafetensorsFile.FORMAT
+
     def __init__(self, path: str) -> None:
         """Raises CheckpointError, OSError."""
         self.path = path
         self.metadata: dict[str, str] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self._pieces: dict[str, list[_Piece]] = {}
-        family, config = self._read_config()
+        family, settings = self._read_config()
         with ExitStack() as stack:
             self._files = dict(self._open_files(stack))
-            self._combine(family, config)
+            self._combine(family, self._sizes(family, settings))
             self._open = stack.pop_all()
 
     def __enter__(self) -> "DiffusersFolder":
@@ -91,7 +93,7 @@ class DiffusersFolder:
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def _read_config(self) -> tuple[ModuleType, dict[str, Any]]:
-        """The family that ``config.json`` names, and its sizes."""
+        """The family that ``config.json`` names, and the file's content."""
         from .models import FAMILIES
 
         if not (Path(self.path) / CONFIG).is_file():
@@ -107,9 +109,25 @@ class DiffusersFolder:
                 f"The folder {self.path} holds a model of the class {name!r}, which cannot be "
                 f"split yet. Supported: {', '.join(families)}."
             )
+        if "quantization_config" in settings:
+            raise CheckpointError(
+                f"The folder {self.path} is quantised ({settings['quantization_config']!r:.80}), "
+                "which is only read from single files. Choose a bf16 or fp16 folder, or an fp8 or "
+                "GGUF file of this model."
+            )
+        return families[name], settings
+
+    def _sizes(self, family: ModuleType, settings: dict[str, Any]) -> dict[str, Any]:
+        """What ``config.json`` says of the model's sizes."""
+        for name, value in settings.items():
+            if name.endswith("layers") and isinstance(value, int) and value > len(self._files):
+                raise CheckpointError(
+                    f"{CONFIG} of the folder {self.path} says {name}={value}, but the folder has "
+                    f"{len(self._files)} tensors in all. Download it again."
+                )
         try:
-            config = families[name].diffusers_config(settings)
-            families[name].file_tensors(config)  # fails here if a size is none
+            config: dict[str, Any] = family.diffusers_config(settings)
+            family.file_tensors(config)  # fails here if a size is none
         except KeyError as error:
             raise CheckpointError(
                 f"{CONFIG} of the folder {self.path} lacks the setting {error}. Download it again."
@@ -119,7 +137,7 @@ class DiffusersFolder:
                 f"{CONFIG} of the folder {self.path} has a setting that is no size ({error}). "
                 "Download it again."
             ) from error
-        return families[name], config
+        return config
 
     def _open_files(self, stack: ExitStack) -> Iterator[tuple[str, SafetensorsFile]]:
         """Every diffusers tensor, and the open file that it is in."""
@@ -190,7 +208,8 @@ class DiffusersFolder:
         if unknown:
             raise CheckpointError(
                 f"The folder {self.path} has {len(unknown)} tensors that {family.LABEL} has not, "
-                f"such as {unknown[0]}. It is of a variant that cannot be split yet."
+                f"such as {unknown[0]}. It is quantised with scales, or of a variant, and cannot "
+                "be split yet. Choose a bf16 folder or a single file of this model."
             )
         for name, stack in stacks.items():
             self._add(name, sorted(stack), expected[name], family.SWAPPED_HALVES)

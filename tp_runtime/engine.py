@@ -15,47 +15,42 @@ request waits for that.
 
 import contextlib
 import enum
+import functools
 import itertools
 import logging
-import math
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import failures
 from .config import GroupConfig
 from .errors import (
     REFUSALS,
-    CallTimeoutError,
     GroupClosedError,
-    GroupDiedError,
     GroupStartError,
     ProtocolError,
-    RankError,
     TPRuntimeError,
 )
 from .launcher import Launcher, LocalLauncher, Rank, end_ranks
 from .protocol import (
-    PER_STEP_INPUTS,
     Close,
-    Denoise,
     Done,
     Failed,
+    PatchedWeight,
     Progress,
     Ready,
     Reply,
     Request,
-    TensorRef,
+    Unload,
     decode_reply,
     encode,
-    pack_inputs,
 )
-from .tensors import Exchange, HeldTensors, Layout, dtype_name, plain_copy
+from .sending import TensorSender
+from .tensors import plain_copy
 from .transport import wait
 
 logger = logging.getLogger("tp_runtime")
@@ -79,8 +74,6 @@ class State(enum.Enum):
 
 _FINAL = (State.FAILED, State.CLOSED)
 _START = 0  # number of the call that the ranks' ready messages answer
-_IMPORT_ERROR = re.compile(r"^(?:ModuleNotFoundError|ImportError): .*$", re.MULTILINE)
-_PACK = Path(__file__).resolve().parent.parent
 
 
 class _Call:
@@ -120,8 +113,7 @@ class Engine:
         self.ranks: list[Rank] = []
         self.ready: list[Ready] = []
         self._launcher = launcher or LocalLauncher()
-        self._exchange = Exchange.create()
-        self._held = HeldTensors()
+        self._sender = TensorSender()
         self._numbers = itertools.count(1)
         self._turn = threading.Lock()  # held by the caller whose request is being prepared
         self._preparing = (
@@ -160,24 +152,7 @@ class Engine:
                 raise
             if isinstance(error, GroupStartError | GroupClosedError):
                 raise
-            raise GroupStartError(self._start_message(error)) from error
-
-    def _start_message(self, error: BaseException) -> str:
-        python = self.config.python
-        tails = [rank.log_tail() for rank in self.ranks]
-        lacking = next(filter(None, map(_IMPORT_ERROR.search, tails)), None)
-        if lacking:
-            return (
-                f"The runtime's Python {python} cannot import what the ranks need "
-                f"({lacking[0]}). Install it with: {python} -m pip install '{_PACK}[runtime]', or "
-                "set TP_RUNTIME_PYTHON to a Python that has vllm and diffusers. "
-                f"Logs: {self.ranks[0].log_path.parent}"
-            )
-        tail = tails[self._blamed.index if self._blamed else 0]
-        return (
-            f"The process group of {self.config.tp_size} {self.config.device.upper()} ranks did "
-            f"not start: {error} Runtime Python: {python}. The log ends:\n{tail}"
-        )
+            raise failures.not_started(self.config, self.ranks, self._blamed, error) from error
 
     # --- requests ------------------------------------------------------------------------------
 
@@ -187,11 +162,13 @@ class Engine:
         *,
         poll: Poll | None = None,
         on_progress: OnProgress | None = None,
+        on_sent: Callable[[], None] | None = None,
     ) -> list[Any]:
         """Send one request to every rank; return each rank's ``Done.value``, in rank order.
 
         ``make`` gets the request's number. ``poll`` is called every 10 ms or so while waiting; if
-        it raises, the request is abandoned and what it raised goes on to the caller.
+        it raises, the request is abandoned and what it raised goes on to the caller. After
+        ``on_sent`` was called, the ranks carry the request out even then.
 
         Raises:
             InputError: the ranks refused the request; the group is as before.
@@ -200,6 +177,8 @@ class Engine:
         """
         with self._turn_taken(poll):
             call = self._send(make)
+            if on_sent is not None:
+                on_sent()
             self._wait(call, poll, on_progress)
         call.raise_refusal()
         return [answer.value for _, answer in sorted(call.answers.items())]  # type: ignore[union-attr]
@@ -219,59 +198,49 @@ class Engine:
         Raises:
             As ``call`` does, and ProtocolError if ``inputs`` hold something that cannot be sent.
         """
-        x: torch.Tensor = inputs["x"]
         results: list[torch.Tensor] = []
 
         def make(number: int) -> Request:
-            layout = Layout()
-            in_use: set[int] = set()
-            tree = {
-                name: self._place(value, layout, in_use, hold=name not in PER_STEP_INPUTS)
-                for name, value in inputs.items()
-            }
-            offset = layout.reserve(math.prod(result_shape) * x.itemsize)
-            result = TensorRef(result_shape, dtype_name(x.dtype), offset)
-            layout.write_to(self._exchange)
+            request, result = self._sender.denoise(number, model, inputs, result_shape)
             # Looked up now, since the group may end between its answer and our reading it.
-            results.append(self._exchange.view(result))
-            return Denoise(
-                call=number,
-                model=model,
-                inputs=pack_inputs(tree),
-                drop=self._held.evict(in_use),
-                exchange_bytes=self._exchange.size,
-                result=result,
-            )
+            results.append(result)
+            return request
 
         with self._turn_taken(poll):
             try:
                 call = self._send(make)
             except BaseException:
-                self._held.roll_back()
+                self._sender.roll_back()
                 raise
-            self._held.commit()
+            self._sender.sent()
             self._wait(call, poll)
             call.raise_refusal()
             return plain_copy(results[0])
 
-    def _place(self, value: Any, layout: Layout, in_use: set[int], hold: bool) -> Any:
-        """``value`` with every tensor replaced by a reference to it."""
-        if isinstance(value, torch.Tensor):
-            if not hold:
-                return layout.place(value)
-            key = self._held.find(value)
-            if key:
-                ref = TensorRef(tuple(value.shape), dtype_name(value.dtype), -1, key)
-            else:
-                key = self._held.add(value)
-                ref = layout.place(value, key)
-            in_use.add(key)
-            return ref
-        if isinstance(value, Mapping):
-            return {k: self._place(v, layout, in_use, hold) for k, v in value.items()}
-        if isinstance(value, list | tuple):
-            return [self._place(v, layout, in_use, hold) for v in value]
-        return value
+    def patch(
+        self,
+        model: str,
+        weights: Mapping[str, PatchedWeight],
+        poll: Poll | None = None,
+        on_sent: Callable[[], None] | None = None,
+    ) -> None:
+        """Change the model's weights to those of the file but for ``weights``.
+
+        ``weights``: name in the file → changes, whose factors are tensors or numbers. Tensors
+        that the ranks hold, for this or another model, are not sent again.
+
+        Raises:
+            As ``call`` does.
+        """
+        for portion in self._sender.not_held(weights):
+            self.call(functools.partial(self._sender.hold, factors=portion), poll=poll)
+        patch = functools.partial(self._sender.patch, model=model, weights=weights)
+        self.call(patch, poll=poll, on_sent=on_sent)
+
+    def unload(self, model: str, poll: Poll | None = None) -> None:
+        """Free the model's shards. Raises as ``call`` does."""
+        self._sender.forget_patches(model)
+        self.call(lambda call: Unload(call, model), poll=poll)
 
     @contextlib.contextmanager
     def _turn_taken(self, poll: Poll | None) -> Iterator[None]:
@@ -339,7 +308,7 @@ class Engine:
 
     def _own(self) -> None:
         try:
-            self.ranks = self._launcher.launch(self.config, self._exchange)
+            self.ranks = self._launcher.launch(self.config, self._sender.exchange)
             self._watch()
         except TPRuntimeError as error:
             self._end(State.FAILED, error)
@@ -359,7 +328,9 @@ class Engine:
             error = self._receive(ready)
             call = self._call
             if error is None and call is not None and time.monotonic() >= call.deadline:
-                error = self._silence(call)
+                silent = [rank for rank in self.ranks if rank.index not in call.answers]
+                self._blamed = silent[0]
+                error = failures.silence(silent, call.timeout_s, call.what)
             if error is not None:
                 self._end(State.FAILED, error)
             elif self._close_asked:
@@ -372,7 +343,7 @@ class Engine:
         without a word is the cause; otherwise, the one that raised first.
         """
         gone: list[Rank] = []
-        failures: list[tuple[Rank, Failed]] = []
+        failed: list[tuple[Rank, Failed]] = []
         for rank in self.ranks:
             last_words = None
             try:
@@ -386,13 +357,16 @@ class Engine:
                 self._blamed = rank
                 return error
             if last_words is not None:
-                failures.append((rank, last_words))
+                failed.append((rank, last_words))
             elif rank.channel.ended or rank.death_fd in ready:
                 gone.append(rank)
+        doing = self._call.what if self._call else None
         if gone:
-            return self._death(gone[0])
-        if failures:
-            return self._rank_error(*min(failures, key=lambda failure: failure[1].time_s))
+            self._blamed = gone[0]
+            return failures.death(gone[0], doing)
+        if failed:
+            self._blamed, cause = min(failed, key=lambda failure: failure[1].time_s)
+            return failures.rank_error(self._blamed, cause, doing)
         return None
 
     def _take(self, rank: Rank, reply: Reply) -> None:
@@ -437,33 +411,9 @@ class Engine:
                 f"runtime's Python {self.config.python}."
             )
 
-    def _silence(self, call: _Call) -> TPRuntimeError:
-        silent = [rank for rank in self.ranks if rank.index not in call.answers]
-        self._blamed = silent[0]
-        return CallTimeoutError(
-            f"Ranks {[rank.index for rank in silent]} gave no sign of life for "
-            f"{call.timeout_s:g} s during '{call.what}'; the group was ended. The next request "
-            f"starts a new one. Logs: {silent[0].log_path.parent}"
-        )
-
-    def _death(self, rank: Rank) -> TPRuntimeError:
-        self._blamed = rank
-        rank.ended(timeout_s=1.0)  # its stream ends a moment before the process does
-        return GroupDiedError(
-            f"Rank {rank.index} (process {rank.pid}) {rank.describe_exit()}{self._doing()}; the "
-            f"group was ended. The next request starts a new one. Log: {rank.log_path}"
-        )
-
-    def _rank_error(self, rank: Rank, failed: Failed) -> TPRuntimeError:
-        self._blamed = rank
-        logger.error("rank %d:\n%s", rank.index, failed.traceback)
-        return RankError(
-            f"Rank {rank.index} raised {failed.kind}{self._doing()}: {failed.message} The group "
-            f"was ended; the next request starts a new one. Log: {rank.log_path}"
-        )
-
-    def _doing(self) -> str:
-        return f" during '{self._call.what}'" if self._call else ""
+    def log_tail(self) -> str:
+        """The end of the log of the rank that failed; empty while none has."""
+        return self._blamed.log_tail() if self._blamed else ""
 
     # --- the end -------------------------------------------------------------------------------
 
@@ -501,7 +451,7 @@ class Engine:
         try:
             end_ranks(self.ranks, grace_s)
             with self._preparing:
-                self._exchange.close()
+                self._sender.exchange.close()
             self._launcher.clean_up(keep_logs=error is not None)
         finally:
             if call is not None:

@@ -1,8 +1,8 @@
 """Builds a rank's shard of a model: module tree, parallel layers, weights from the file."""
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -11,8 +11,11 @@ from . import dist
 from .acceleration import GraphedStep
 from .checkpoint import CheckpointFile, CheckpointInfo, inspect_checkpoint
 from .config import ModelSpec
+from .host_memory import HostCopy
 from .models import family
-from .models.common import DriverBase
+from .models.common import DriverBase, Memo
+from .patched_weights import PatchedWeights, StoredWeight
+from .protocol import PatchedWeight
 from .sharding.parts import (
     SCALE,
     Layer,
@@ -32,13 +35,71 @@ FP8_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 ReportProgress = Callable[[int, int], None]
 
 
-@dataclass
 class LoadedModel:
-    """A rank's shard of a model, ready to be evaluated."""
+    """A rank's shard of a model: evaluated by ``driver``, changed through ``weights``."""
 
-    driver: DriverBase
-    resident_bytes: int
-    bytes_read: int
+    def __init__(
+        self,
+        driver: DriverBase,
+        weights: PatchedWeights,
+        device: torch.device,
+        new_step: Callable[[], Callable[..., torch.Tensor]],
+        bytes_read: int,
+    ) -> None:
+        self.driver = driver
+        self.weights = weights
+        self.bytes_read = bytes_read
+        self._device = device
+        self._new_step = new_step
+        self._copy: HostCopy | None = None
+        self.asleep = False
+        self._parameters = dict(driver.model.named_parameters())
+        self.resident_bytes = sum(parameter.nbytes for parameter in self._parameters.values())
+        driver.run_step = new_step()
+
+    def patch(self, wanted: Mapping[str, PatchedWeight], held: Mapping[int, torch.Tensor]) -> None:
+        """Change the weights; see ``PatchedWeights.apply``."""
+        self.weights.apply(wanted, held)
+        self.driver.memo = Memo()  # computed with the weights of before
+
+    def sleep(self) -> None:
+        """Move the weights to the host's memory, and drop what was computed and recorded of them.
+
+        On a CPU they are there already and stay in their place.
+        """
+        if self.asleep:
+            return
+        self.asleep = True
+        self.driver.memo = Memo()
+        self.driver.run_step = self._new_step()
+        if self._device.type == "cuda":
+            self._copy = HostCopy({name: p.data for name, p in self._parameters.items()})
+            for parameter in self._parameters.values():
+                parameter.data = torch.empty(0, dtype=parameter.dtype, device=self._device)
+
+    def wake(self) -> None:
+        """Move the weights back to the device."""
+        self.asleep = False
+        if self._copy is not None:
+            for name, copy in self._copy.tensors.items():
+                self._parameters[name].data = copy.to(self._device, non_blocking=True)
+            self._copy.close()
+            self._copy = None
+
+    def close(self) -> None:
+        """Give back the host's memory that the model takes. It cannot be used any more."""
+        self.weights.close()
+        if self._copy is not None:
+            self._copy.close()
+
+    def digest(self) -> str:
+        """A hash of the weights as they are now, padding included."""
+        found = hashlib.blake2s()
+        for name, parameter in sorted(self._parameters.items()):
+            copy = self._copy.tensors[name] if self._copy else parameter.data.cpu()
+            found.update(name.encode())
+            found.update(copy.contiguous().flatten().view(torch.uint8).numpy().data)
+        return found.hexdigest()
 
 
 def load_model(
@@ -66,17 +127,43 @@ def load_model(
     sources = module.sources(info.config)
     scaled = _scaled_layers(layers, sources, info)
     replace_linears(model, layers, tp_size, weight_dtype, compute_dtype, scaled)
-    parts = [part for layer in layers for part in layer_parts(layer, rank, tp_size, sources)]
-    parts += [part for name in whole for part in whole_parts(name, sources)]
+
+    def parts_of(rank: int) -> list[Part]:
+        parts = [part for layer in layers for part in layer_parts(layer, rank, tp_size, sources)]
+        return parts + [part for name in whole for part in whole_parts(name, sources)]
+
     model.to_empty(device=device)
     with CheckpointFile.open(spec.path) as file:
-        _fill(model, parts, _Reader(file, info.scales, weight_dtype), report_progress)
+        reader = _Reader(file, info.scales, weight_dtype)
+        _fill(model, parts_of(rank), reader, report_progress)
+        stored = {
+            name: StoredWeight(tensor.shape, weight_dtype) for name, tensor in info.tensors.items()
+        }
+        for layer in layers:
+            if layer.path in scaled:
+                for name in _stored_weights(layer, sources):
+                    stored[name] = StoredWeight(
+                        info.tensors[name].shape,
+                        scaled[layer.path],
+                        scale=reader.scale(name),
+                        rescaled=info.scales[name].endswith(".weight_scale"),
+                    )
         bytes_read = file.bytes_read
-    resident = sum(parameter.nbytes for parameter in model.parameters())
-    driver = module.Driver(model.eval(), info.config, dist.all_gather_last)
-    if device.type == "cuda" and spec.optimize == "auto":
-        driver.run_step = GraphedStep(driver.step, lambda: dist.graph_capture(device))
-    return LoadedModel(driver, resident, bytes_read)
+    weights = PatchedWeights(model, stored, parts_of, rank, tp_size, dist.all_gather_last)
+    fast = device.type == "cuda" and spec.optimize == "auto"
+    reduction = None
+    if fast:
+        from .reduction import fused_reduction  # here, since without a GPU there may be no Triton
+
+        reduction = fused_reduction(device)
+    driver = module.Driver(model.eval(), info.config, dist.all_gather_last, reduction)
+
+    def new_step() -> Callable[..., torch.Tensor]:
+        if fast:
+            return GraphedStep(driver.step, lambda: dist.graph_capture(device))
+        return driver.step
+
+    return LoadedModel(driver, weights, device, new_step, bytes_read)
 
 
 def _scaled_layers(
@@ -85,11 +172,16 @@ def _scaled_layers(
     """Layers all of whose weights are stored in one fp8 dtype with a scale, and that dtype."""
     found = {}
     for layer in layers:
-        stored = {source.name for path in layer.replaced for source in sources(f"{path}.weight")}
+        stored = _stored_weights(layer, sources)
         dtypes = {info.tensors[name].dtype for name in stored}
         if stored <= info.scales.keys() and len(dtypes) == 1 and dtypes <= FP8_DTYPES.keys():
             found[layer.path] = FP8_DTYPES[dtypes.pop()]
     return found
+
+
+def _stored_weights(layer: Layer, sources: Sources) -> set[str]:
+    """The names in the file of what the layer's weight is made of."""
+    return {source.name for path in layer.replaced for source in sources(f"{path}.weight")}
 
 
 class _Reader:
@@ -102,9 +194,9 @@ class _Reader:
         self._scales = scales
         self._weight_dtype = weight_dtype
 
-    def scale(self, part: Part) -> float:
-        """The number that the part's values are to be multiplied by."""
-        name = self._scales.get(part.source)
+    def scale(self, weight: str) -> float:
+        """The number that the stored values are to be multiplied by."""
+        name = self._scales.get(weight)
         return 1.0 if name is None else self._file.read(name, None, None).float().item()
 
     def read(self, part: Part, with_scale: bool) -> torch.Tensor:
@@ -116,7 +208,7 @@ class _Reader:
         if not with_scale:
             return data
         if part.source in self._scales:
-            data = data.float() * self.scale(part)
+            data = data.float() * self.scale(part.source)
         return data.to(self._weight_dtype)
 
 
@@ -135,25 +227,19 @@ def _fill(
     done, reported = 0, 0.0
     for name, here in by_target.items():
         parameter = parameters[name]
-        if sum(_length(part) for part in here) < parameter.shape[here[0].axis]:
+        if sum(part.length for part in here) < parameter.shape[here[0].axis]:
             parameter.data.zero_()
         scale = scales.get(f"{name}_scale")
         if scale is not None:
             scale.data.fill_(1.0)
         for part in here:
-            place = parameter.data.narrow(part.axis, part.target_start, _length(part))
+            place = parameter.data.narrow(part.axis, part.target_start, part.length)
             place.copy_(reader.read(part, with_scale=scale is None))
             if scale is not None:
-                rows = scale if part.axis else scale.narrow(0, part.target_start, _length(part))
-                rows.data.fill_(reader.scale(part))
+                rows = scale if part.axis else scale.narrow(0, part.target_start, part.length)
+                rows.data.fill_(reader.scale(part.source))
         done += parameter.nbytes
         if time.monotonic() - reported > PROGRESS_INTERVAL_S:
             report_progress(done, total)
             reported = time.monotonic()
     report_progress(total, total)
-
-
-def _length(part: Part) -> int:
-    """What the part covers of the axis that is split."""
-    start, stop = part.rows if part.columns is None else part.columns
-    return stop - start

@@ -12,7 +12,7 @@ import msgspec
 from .config import ModelSpec
 from .errors import ProtocolError
 
-VERSION = 1
+VERSION = 2
 MAX_FRAME_BYTES = 16 * 2**20  # a frame holds no tensor data, only references to it
 # Inputs that differ at every step; all others are constant over a generation as a rule.
 PER_STEP_INPUTS = frozenset({"x", "timesteps", "control"})
@@ -30,6 +30,33 @@ class TensorRef(msgspec.Struct, frozen=True, array_like=True):
     dtype: str
     offset: int
     key: int = 0
+
+
+class WeightPatch(msgspec.Struct, frozen=True, array_like=True):
+    """One change of a weight, as ComfyUI's LoRA nodes describe it.
+
+    ``kind``: ``"diff"``, ``"set"`` or the name of one of ComfyUI's weight adapters, and
+    ``factors`` what it consists of: tensors (in a message, their ``TensorRef``), numbers, None.
+    ``offset`` (axis, start, length): the part of the weight that is changed. ``function``: the
+    name of what is done to the difference, or None.
+    """
+
+    kind: str
+    factors: tuple[Any, ...]
+    strength: float
+    strength_model: float = 1.0
+    offset: tuple[int, int, int] | None = None
+    function: str | None = None
+
+
+class PatchedWeight(msgspec.Struct, frozen=True, array_like=True):
+    """All changes of one weight. After each of the stages the weight is rounded to its dtype.
+
+    ``seed``: of the rounding to fp8, which is stochastic.
+    """
+
+    seed: int
+    stages: tuple[tuple[WeightPatch, ...], ...]
 
 
 class _Message(msgspec.Struct, frozen=True, tag=True):
@@ -70,10 +97,45 @@ class Denoise(_Message, frozen=True):
     result: TensorRef
 
 
-class Report(_Message, frozen=True):
-    """Tell what the rank is and holds."""
+class Hold(_Message, frozen=True):
+    """Keep these tensors in the rank's host memory, each under its key, until a ``Patch``."""
 
     call: int
+    tensors: list[TensorRef]
+    exchange_bytes: int
+
+
+class Patch(_Message, frozen=True):
+    """Make the model's weights the file's, but for ``weights`` (name in the file → changes).
+
+    The factors are tensors of a ``Hold``; ``drop`` names those that will not be used again.
+    """
+
+    call: int
+    model: str
+    weights: dict[str, PatchedWeight]
+    drop: list[int]
+
+
+class Sleep(_Message, frozen=True):
+    """Move a model's shards to the host's memory. Nothing is done if they are there."""
+
+    call: int
+    model: str
+
+
+class Wake(_Message, frozen=True):
+    """Move a model's shards back to the device. Nothing is done if they are there."""
+
+    call: int
+    model: str
+
+
+class Report(_Message, frozen=True):
+    """Tell what the rank is and holds; with ``digests``, also a hash of every model's weights."""
+
+    call: int
+    digests: bool = False
 
 
 class Close(_Message, frozen=True):
@@ -82,7 +144,7 @@ class Close(_Message, frozen=True):
     call: int = 0
 
 
-Request = Load | Unload | Denoise | Report | Close
+Request = Load | Unload | Denoise | Hold | Patch | Sleep | Wake | Report | Close
 
 
 # --- ranks to engine ---------------------------------------------------------------------------

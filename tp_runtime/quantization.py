@@ -20,7 +20,7 @@ from .errors import CheckpointError
 from .safetensors_file import TensorInfo
 
 _MARKER = "scaled_fp8"
-_METADATA = "_quantization_metadata"
+METADATA = "_quantization_metadata"
 _SCALED = ("scale_weight", "scale_input")
 _MIXED = ("weight_scale", "input_scale", "comfy_quant")
 _FORMATS = ("float8_e4m3fn", "float8_e5m2")
@@ -69,8 +69,8 @@ def _formats(
     """Layer → format, of the layers that the diffusion model has."""
     described: dict[str, Any] = {}
     try:
-        if _METADATA in metadata:
-            described |= json.loads(metadata[_METADATA])["layers"]
+        if METADATA in metadata:
+            described |= json.loads(metadata[METADATA])["layers"]
         for name in tensors:
             if name.endswith(".comfy_quant"):
                 text = bytes(read(name).tolist())

@@ -4,12 +4,25 @@ import time
 from typing import Any
 
 import msgspec
+import psutil
 import torch
 
 from .config import WorkerConfig
 from .errors import InputError
 from .loading import LoadedModel, ReportProgress, load_model
-from .protocol import PER_STEP_INPUTS, Denoise, Load, Report, Request, TensorRef, Unload
+from .protocol import (
+    PER_STEP_INPUTS,
+    Denoise,
+    Hold,
+    Load,
+    Patch,
+    Report,
+    Request,
+    Sleep,
+    TensorRef,
+    Unload,
+    Wake,
+)
 from .tensors import Exchange
 
 
@@ -22,6 +35,7 @@ class Runner:
         self._exchange = Exchange(config.exchange_fd)
         self._models: dict[str, LoadedModel] = {}
         self._held: dict[int, torch.Tensor] = {}
+        self._factors: dict[int, torch.Tensor] = {}  # of patches, in the host's memory
         self._last_step_ms: float | None = None
 
     def device_name(self) -> str:
@@ -45,8 +59,17 @@ class Runner:
                 return None
             case Denoise():
                 return self._denoise(request)
+            case Hold():
+                return self._hold(request)
+            case Patch():
+                return self._patch(request)
+            case Sleep():
+                self._loaded(request.model).sleep()
+                return self._free_cache()
+            case Wake():
+                return self._loaded(request.model).wake()
             case Report():
-                return self._report()
+                return self._report(request.digests)
         raise AssertionError(f"unknown request {request}")
 
     def _load(self, request: Load, report_progress: ReportProgress) -> dict[str, Any]:
@@ -63,9 +86,31 @@ class Runner:
         return {"resident_bytes": model.resident_bytes, "bytes_read": model.bytes_read}
 
     def _unload(self, name: str) -> None:
-        self._models.pop(name, None)
+        model = self._models.pop(name, None)
+        if model is not None:
+            model.close()
+        del model
+        self._free_cache()
+
+    def _free_cache(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _loaded(self, name: str) -> LoadedModel:
+        model = self._models.get(name)
+        if model is None:
+            raise InputError(f"The model {name} is not loaded on the process group.")
+        return model
+
+    def _hold(self, request: Hold) -> None:
+        self._map_exchange(request.exchange_bytes)
+        for ref in request.tensors:
+            self._factors[ref.key] = self._exchange.view(ref).clone()
+
+    def _patch(self, request: Patch) -> None:
+        self._loaded(request.model).patch(request.weights, self._factors)
+        for key in request.drop:
+            del self._factors[key]
 
     def _denoise(self, request: Denoise) -> None:
         started = time.perf_counter()
@@ -75,10 +120,7 @@ class Runner:
         conditioning_key = _conditioning_key(request.inputs)
         for key in request.drop:
             del self._held[key]
-        model = self._models.get(request.model)
-        if model is None:
-            raise InputError(f"The model {request.model} is not loaded on the process group.")
-        output = model.driver(inputs, conditioning_key)
+        output = self._loaded(request.model).driver(inputs, conditioning_key)
         if self._config.rank == 0:
             result = self._exchange.view(request.result)
             assert (output.shape, output.dtype) == (result.shape, result.dtype), (
@@ -119,21 +161,33 @@ class Runner:
             self._held[ref.key] = tensor
         return tensor
 
-    def _report(self) -> dict[str, Any]:
-        memory: dict[str, int] = {}
+    def _report(self, digests: bool) -> dict[str, Any]:
         if self._device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self._device)
+            allocated = torch.cuda.memory_allocated(self._device)
             memory = {
-                "allocated_bytes": torch.cuda.memory_allocated(self._device),
+                "allocated_bytes": allocated,
                 "peak_bytes": torch.cuda.max_memory_allocated(self._device),
-                "device_free_bytes": free,
-                "device_total_bytes": total,
+                "free_bytes": free + torch.cuda.memory_reserved(self._device) - allocated,
+                "total_bytes": total,
+            }
+        else:
+            host = psutil.virtual_memory()
+            memory = {
+                "free_bytes": host.available // self._config.tp_size,
+                "total_bytes": host.total,
             }
         return {
             "device": self.device_name(),
             "memory": memory,
             "models": {
-                name: {"resident_bytes": model.resident_bytes, "bytes_read": model.bytes_read}
+                name: {
+                    "resident_bytes": model.resident_bytes,
+                    "bytes_read": model.bytes_read,
+                    "asleep": model.asleep,
+                    "patched_weights": len(model.weights),
+                    **({"digest": model.digest()} if digests else {}),
+                }
                 for name, model in self._models.items()
             },
             "last_step_ms": self._last_step_ms,

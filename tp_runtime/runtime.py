@@ -5,12 +5,9 @@ new one when it has failed. It ends with this process or when it is released.
 """
 
 import atexit
-import contextlib
 import hashlib
 import threading
-import weakref
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,134 +16,11 @@ import torch
 
 from .checkpoint import CheckpointInfo, inspect_checkpoint
 from .config import GroupConfig, ModelSpec
-from .engine import POLL_S, Engine, OnProgress, Poll, State
-from .errors import CheckpointError, GroupClosedError, TPRuntimeError
-from .protocol import Load, Report, Unload
+from .engine import OnProgress, Poll
+from .errors import InputError
+from .group import Group, GroupReport
+from .protocol import PatchedWeight
 from .tensors import dtype_of
-
-
-@dataclass(frozen=True)
-class GroupReport:
-    """What a group is and holds. ``ranks``: one mapping each, empty unless it is ready.
-
-    Of each rank: ``rank``, ``tp_world_size`` (as vLLM reports it there), ``device``, ``pid``,
-    ``versions``, ``memory`` (bytes), ``models`` (bytes resident and read), ``last_step_ms``.
-    """
-
-    state: str
-    tp_size: int
-    device: str
-    python: str
-    error: str | None
-    ranks: list[dict[str, Any]]
-
-    def as_dict(self) -> dict[str, Any]:
-        """The report as plain data."""
-        return asdict(self)
-
-
-class _Group:
-    """A group's configuration, its present engine and what that holds."""
-
-    def __init__(self, config: GroupConfig) -> None:
-        self.config = config
-        self.engine: Engine | None = None
-        # Of the present engine: model name → bytes resident on rank 0; 0 while that is not known
-        # (being loaded, or the wait for it was given up).
-        self.loaded: dict[str, int] = {}
-        self._users: weakref.WeakSet[RemoteModel] = weakref.WeakSet()
-        self._users_lock = threading.Lock()
-        self._starting = threading.Lock()
-        self._loading = threading.Lock()
-
-    def alive(self) -> Engine | None:
-        """The engine, if its group is up."""
-        engine = self.engine
-        return engine if engine and engine.state in (State.READY, State.BUSY) else None
-
-    def add_user(self, model: "RemoteModel") -> None:
-        """Keep the model's shards, once loaded, for as long as ``model`` is there."""
-        with self._users_lock:
-            self._users.add(model)
-        weakref.finalize(model, self._on_user_gone).atexit = False
-
-    def _on_user_gone(self) -> None:
-        # In a thread: the garbage collector may come while this one waits for the group.
-        if self.alive():
-            threading.Thread(target=self._free_unused, daemon=True).start()
-
-    def _free_unused(self) -> None:
-        with self.loading(None), contextlib.suppress(TPRuntimeError):
-            engine = self.alive()
-            if engine is not None:
-                self.unload_unused(engine, None)
-
-    def unload_unused(self, engine: Engine, poll: Poll | None) -> None:
-        """Free the shards of models that nobody holds. To be called while ``loading``."""
-        with self._users_lock:
-            wanted = {model.name for model in self._users}
-        for name in set(self.loaded) - wanted:
-            self.unload(engine, name, poll)
-
-    def unload(self, engine: Engine, name: str, poll: Poll | None) -> None:
-        """Free a model's shards. To be called while ``loading``."""
-        loaded = self.loaded
-        engine.call(lambda call: Unload(call, name), poll=poll)
-        loaded.pop(name, None)
-
-    def loading(self, poll: Poll | None) -> contextlib.AbstractContextManager[None]:
-        """Be the only one that changes what the group holds."""
-        return _acquired(self._loading, poll)
-
-    def started(self, poll: Poll | None) -> tuple[Engine, dict[str, int]]:
-        """The engine of a running group, which is started if there is none, and its models."""
-        with _acquired(self._starting, poll):
-            engine = self.alive()
-            if engine is None:
-                self.close()
-                engine = Engine(self.config)
-                self.engine = engine
-                engine.start(poll)
-            return engine, self.loaded
-
-    def close(self) -> bool:
-        """End the group; False if there was none."""
-        engine, self.engine = self.engine, None
-        self.loaded = {}
-        if engine is None:
-            return False
-        had_processes = engine.state not in (State.FAILED, State.CLOSED)
-        engine.close()
-        return had_processes
-
-    def report(self) -> GroupReport:
-        engine = self.engine
-        ranks: list[dict[str, Any]] = []
-        error = str(engine.error) if engine and engine.error else None
-        if engine is not None and self.alive():
-            try:
-                values = engine.call(Report)
-            except TPRuntimeError as failure:
-                error = str(failure)
-            else:
-                ranks = [
-                    {
-                        "rank": ready.rank,
-                        "tp_world_size": ready.tp_world_size,
-                        "pid": rank.pid,
-                        "versions": ready.versions,
-                        **value,
-                    }
-                    for ready, rank, value in zip(engine.ready, engine.ranks, values, strict=True)
-                ]
-        return GroupReport(
-            state=engine.state.value if engine else State.CLOSED.value,
-            tp_size=self.config.tp_size,
-            device=self.config.device,
-            python=self.config.python,
-            error=error,
-            ranks=ranks,
-        )
 
 
 class RemoteModel:
@@ -156,12 +30,14 @@ class RemoteModel:
     any more.
     """
 
-    def __init__(self, spec: ModelSpec, group: _Group) -> None:
+    def __init__(self, spec: ModelSpec, group: Group) -> None:
         self.spec = spec
         self.info: CheckpointInfo = inspect_checkpoint(spec.path)
         self.info.check_tp_size(group.config.tp_size)
         digest = hashlib.blake2s(msgspec.json.encode(spec), digest_size=6).hexdigest()
         self.name = f"{Path(spec.path).name}@{digest}"
+        self.version: Hashable = None
+        self.patches: Mapping[str, PatchedWeight] = {}
         self._group = group
         group.add_user(self)
 
@@ -169,10 +45,23 @@ class RemoteModel:
     def group_config(self) -> GroupConfig:
         return self._group.config
 
+    @property
+    def group_id(self) -> str:
+        return self._group.id
+
+    def patch(self, version: Hashable, patches: Mapping[str, PatchedWeight]) -> None:
+        """From now on, evaluate the model with these changes of the file's weights.
+
+        ``patches``: name of a tensor in the file → what changes it, with tensors as factors. The
+        ranks are told when the model is used next. Equal versions mean equal patches; None, none.
+        """
+        self.version = version
+        self.patches = patches
+
     def ensure_loaded(
         self, poll: Poll | None = None, on_progress: OnProgress | None = None
     ) -> None:
-        """Have the group running and the shards loaded. Returns at once if they are.
+        """Have the group running and the weights on its devices. Returns at once if they are.
 
         ``poll`` is called every 10 ms or so while waiting; what it raises ends the wait (the
         ranks go on loading for themselves). ``on_progress(done, total)`` gets bytes, summed over
@@ -181,22 +70,7 @@ class RemoteModel:
         Raises:
             GroupStartError, CheckpointError, and what ``Engine.call`` raises.
         """
-        engine, loaded = self._group.started(poll)
-        with self._group.loading(poll):
-            if loaded.get(self.name):
-                return
-            self._group.unload_unused(engine, poll)
-            loaded[self.name] = 0  # the ranks have it in the end even if poll gives up the wait
-            try:
-                values = engine.call(
-                    lambda call: Load(call, self.name, self.spec),
-                    poll=poll,
-                    on_progress=on_progress,
-                )
-            except CheckpointError:
-                del loaded[self.name]
-                raise
-            loaded[self.name] = values[0]["resident_bytes"]
+        self._group.use(self, poll, on_progress)
 
     def denoise(self, inputs: Mapping[str, Any], poll: Poll | None = None) -> torch.Tensor:
         """Evaluate the model once; see ``Engine.denoise``. Call ``ensure_loaded`` before.
@@ -204,21 +78,16 @@ class RemoteModel:
         The result has the shape of ``inputs["x"]``, but for the channels of a model that takes
         more of them (masks, control images) than it predicts.
         """
-        engine = self._group.alive()
-        if engine is None or not self._group.loaded.get(self.name):
-            raise GroupClosedError(
-                "The process group was ended since the model was loaded. Queue the prompt again."
-            )
         batch, channels, *size = inputs["x"].shape
         shape = (batch, self.info.config.get("out_channels", channels), *size)
-        return engine.denoise(self.name, inputs, shape, poll)
+        return self._group.denoise(self, inputs, shape, poll)
 
-    def loaded_bytes(self) -> int:
-        """Bytes that the shards take on rank 0's device; 0 if not loaded."""
-        return self._group.loaded.get(self.name, 0) if self._group.alive() else 0
+    def loaded_bytes(self) -> list[int]:
+        """Bytes that the weights take on each rank's device now."""
+        return self._group.bytes_on_devices(self.name)
 
     def planned_bytes(self) -> int:
-        """Bytes that the shards will take there, to within a few percent."""
+        """Bytes that the weights will take on each, to within a few percent."""
         plain = dtype_of(self.spec.weight_dtype).itemsize
         total = sum(
             tensor.num_elements * (1 if tensor.dtype.startswith("F8") else plain)
@@ -226,36 +95,22 @@ class RemoteModel:
         )
         return total // self.group_config.tp_size
 
-    def unload(self) -> None:
-        """Free the shards; the group stays. Nothing happens if they are not loaded.
+    def sleep(self, poll: Poll | None = None, *, wait: bool = True) -> None:
+        """Move the weights to the host's memory, or free them if that has no room.
 
-        Shards that the ranks still load, since a cancelled prompt gave up the wait, are left to
-        the next ``ensure_loaded``: ComfyUI unloads on cancel, which must not wait for them.
+        ``wait`` False: in the background, as soon as the ranks have done what they are at.
         """
-        # Where the group ends meanwhile, what it held is free as well.
-        with self._group.loading(None), contextlib.suppress(TPRuntimeError):
-            engine = self._group.alive()
-            if engine is not None and self._group.loaded.get(self.name):
-                self._group.unload(engine, self.name, None)
-
-
-@contextlib.contextmanager
-def _acquired(lock: threading.Lock, poll: Poll | None) -> Iterator[None]:
-    """Hold the lock; ``poll`` is called while waiting for it."""
-    while not lock.acquire(timeout=POLL_S):
-        if poll is not None:
-            poll()
-    try:
-        yield
-    finally:
-        lock.release()
+        if wait:
+            self._group.sleep(self.name, poll)
+        else:
+            threading.Thread(target=self._group.sleep, args=(self.name,), daemon=True).start()
 
 
 class Runtime:
     """All groups of this process, by configuration."""
 
     def __init__(self) -> None:
-        self._groups: dict[GroupConfig, _Group] = {}
+        self._groups: dict[GroupConfig, Group] = {}
 
     def model(self, spec: ModelSpec, config: GroupConfig) -> RemoteModel:
         """A handle to a model on a group; starts nothing.
@@ -264,15 +119,47 @@ class Runtime:
             CheckpointError: the file cannot be used.
             SizeError: the model cannot be split over that many ranks.
         """
-        return RemoteModel(spec, self._groups.setdefault(config, _Group(config)))
+        return RemoteModel(spec, self._groups.setdefault(config, Group(config)))
 
-    def reports(self) -> list[GroupReport]:
-        """A report of every group that has been started and not been released."""
-        return [group.report() for group in list(self._groups.values()) if group.engine]
+    def groups(self) -> list[GroupReport]:
+        """What is known of every group that was started and not released. Never waits."""
+        return [group.report(ask_ranks=False) for group in self._started()]
 
-    def release(self) -> int:
-        """End every group and free what it holds; returns how many there were."""
-        return sum(group.close() for group in list(self._groups.values()))
+    def reports(self, *, digests: bool = False, poll: Poll | None = None) -> list[GroupReport]:
+        """The same with what the ranks say; waits for the requests that are under way.
+
+        ``digests``: with a hash of the weights of every model on every rank, which takes long.
+        """
+        return [group.report(digests=digests, poll=poll) for group in self._started()]
+
+    def sleep(self, group_id: str, poll: Poll | None = None) -> None:
+        """Free the devices of a group, which keeps its models in the host's memory."""
+        self._group(group_id).sleep_all(poll)
+
+    def wake(self, group_id: str, poll: Poll | None = None) -> None:
+        """Have the model that a group used last on its devices again."""
+        self._group(group_id).wake(poll)
+
+    def restart(self, group_id: str, poll: Poll | None = None) -> None:
+        """End a group and start it anew. Models are loaded when they are used next."""
+        group = self._group(group_id)
+        group.close()
+        group.start(poll)
+
+    def release(self, group_id: str | None = None) -> int:
+        """End a group, or every group, and free what it holds; returns how many there were."""
+        groups = list(self._groups.values()) if group_id is None else [self._group(group_id)]
+        return sum(group.close() for group in groups)
+
+    def _started(self) -> list[Group]:
+        return [group for group in list(self._groups.values()) if group.engine]
+
+    def _group(self, group_id: str) -> Group:
+        """Raises InputError for an id that no group has."""
+        for group in list(self._groups.values()):
+            if group.id == group_id:
+                return group
+        raise InputError(f"There is no group {group_id!r}.")
 
 
 _runtime: Runtime | None = None

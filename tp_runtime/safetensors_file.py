@@ -38,7 +38,7 @@ DTYPES = {
 
 
 class FormatError(Exception):
-    """The file is not a whole safetensors file; the text says why."""
+    """A file is not a whole one of its format; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ class SafetensorsFile:
     ``tensors`` and ``metadata`` are the header's content; ``bytes_read`` counts the tensor data
     that ``read`` has returned.
     """
+
+    FORMAT = "safetensors"
 
     def __init__(self, path: str) -> None:
         """Raises OSError, FormatError."""

@@ -65,10 +65,15 @@ def works(comfy_server: ComfyServer, references: dict[int, torch.Tensor]) -> Pid
 
 @pytest.fixture
 def same_as_stock(comfy_server: ComfyServer) -> Compare:
-    """`same_as_stock(prompt, tolerance)`: every latent of it is what the stock nodes make."""
+    """`same_as_stock(prompt, tolerance, stock)`: every latent of it is what the stock nodes make.
 
-    def compare(prompt: Prompt, tolerance: float = TOLERANCE) -> History:
-        expected = comfy_server.latents(comfy_server.run(stock_twin(prompt)))
+    `stock` is the prompt on the stock model, if it differs in more than its loader and sampler.
+    """
+
+    def compare(
+        prompt: Prompt, tolerance: float = TOLERANCE, stock: Prompt | None = None
+    ) -> History:
+        expected = comfy_server.latents(comfy_server.run(stock or stock_twin(prompt)))
         history = comfy_server.run(prompt)
         found = comfy_server.latents(history)
         assert found.keys() == expected.keys()

@@ -3,16 +3,20 @@
 import json
 import os
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from support.comfy_history import PromptError
 from support.comfy_server import ComfyServer
-from support.tiny_models import write
+from support.diffusers_folders import INDEX, write_folder
+from support.gguf_files import write_gguf
+from support.tiny_models import write, write_fp8
 from support.workflows import tp_loader, tp_text_to_latent, with_report
 
 pytestmark = pytest.mark.comfy
@@ -34,16 +38,17 @@ def bad(comfy_server: ComfyServer, tiny_z_image: Path) -> Path:
 
 @pytest.fixture
 def refused(comfy_server: ComfyServer, works: Works) -> Callable[..., str]:
-    """`refused(type)`: the loader's message about the bad file; ranks and server go on."""
+    """`refused(type, name)`: the loader's message about the bad file; ranks and server go on."""
 
-    def check(error_type: str = "CheckpointError") -> str:
+    def check(error_type: str = "CheckpointError", name: str = NAME) -> str:
         pids = works()
         with pytest.raises(PromptError) as error:
-            comfy_server.run(tp_text_to_latent(NAME))
+            comfy_server.run(tp_text_to_latent(name))
         print(f"{error.value.type}: {error.value.message}")
         assert error.value.node_id == "model"
         assert error.value.type.endswith(error_type)
-        assert NAME in error.value.message
+        assert name in error.value.message
+        assert error.value.message.count("\n") <= 1
         assert works() == pids
         return error.value.message
 
@@ -127,6 +132,120 @@ def test_wrong_shape(bad: Path, refused: Callable[..., str]) -> None:
     rewrite(bad, lambda tensors: tensors.update({name: torch.ones(480, 479)}))
     message = refused()
     assert f"{name} is [480, 479], not [480, 480]" in message
+
+
+LAYER = "layers.0.attention.out"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop(f"{LAYER}.weight_scale"), f"lacks {LAYER}.weight or its scale"),
+        (lambda t: t.update({f"{LAYER}.weight_scale": torch.ones(480)}), "has the shape [480]"),
+        (lambda t: t.update({f"{LAYER}.weight": torch.ones(480, 480).char()}), "as I8"),
+        (lambda t: t.pop(f"{LAYER}.weight"), f"1 missing ({LAYER}.weight)"),
+    ],
+    ids=["no scale", "scales of rows", "int8", "no weight"],
+)
+def test_fp8(
+    bad: Path,
+    refused: Callable[..., str],
+    tiny_z_image: Path,
+    change: Callable[[Tensors], object],
+    words: str,
+) -> None:
+    write_fp8(tiny_z_image, bad, "mixed")
+    with safe_open(bad, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = {name: tensor.clone() for name, tensor in load_file(bad).items()}
+    change(tensors)
+    save_file(tensors, bad, metadata=metadata)
+    assert words in refused()
+
+
+def test_truncated_fp8(bad: Path, refused: Callable[..., str], tiny_z_image: Path) -> None:
+    write_fp8(tiny_z_image, bad, "scaled")
+    bad.write_bytes(bad.read_bytes()[:-1000])
+    assert "cut short" in refused()
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda content: b"GGML" + content[4:], "GGUF magic invalid"),
+        (lambda content: content[:-1000], "it is cut short"),
+        (lambda content: content[:2000], "it is cut short"),
+        (lambda content: content[:0], "empty file"),
+        (lambda content: content.replace(b"cap_embedder.0", b"cap_embedder.9"), "cap_embedder.0"),
+    ],
+    ids=["magic", "truncated", "truncated header", "empty", "names"],
+)
+def test_gguf(
+    comfy_server: ComfyServer,
+    refused: Callable[..., str],
+    tiny_z_image: Path,
+    damage: Callable[[bytes], bytes],
+    words: str,
+) -> None:
+    path = comfy_server.models / "diffusion_models" / "bad.gguf"
+    write_gguf(tiny_z_image, path, "Q8_0", architecture="lumina2")
+    path.write_bytes(damage(path.read_bytes()))
+    assert words in refused(name=path.name)
+
+
+@pytest.fixture
+def bad_folder(comfy_server: ComfyServer, tiny_z_image: Path) -> Iterator[Path]:
+    """A diffusers folder in two shards, for a test to damage."""
+    folder = comfy_server.models / "diffusion_models" / "bad_folder"
+    yield write_folder(tiny_z_image, folder, "z_image", num_shards=2)
+    shutil.rmtree(folder)
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def shard_of(folder: Path) -> Path:
+    return max(folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: shard_of(folder).unlink(), "lacks the file diffusion_pytorch_model-00002"),
+        (lambda folder: os.truncate(shard_of(folder), 10_000), "it is cut short"),
+        (lambda folder: (folder / INDEX).write_text("{"), "is no JSON"),
+        (lambda folder: edit_json(folder / INDEX, weight_map={"x": "y"}), "lacks the file y"),
+        (
+            lambda folder: edit_json(folder / INDEX, weight_map={"x": shard_of(folder).name}),
+            "says that x is in diffusion_pytorch_model-00002",
+        ),
+        (
+            lambda folder: edit_json(folder / "config.json", _class_name="WanTransformer3DModel"),
+            "'WanTransformer3DModel', which cannot be split yet",
+        ),
+        (lambda folder: edit_json(folder / "config.json", n_layers=10**9), "n_layers=1000000000"),
+        (lambda folder: edit_json(folder / "config.json", dim="wide"), "that is no size"),
+    ],
+    ids=[
+        "missing shard",
+        "truncated shard",
+        "broken index",
+        "index of another folder",
+        "index of missing tensors",
+        "unknown class",
+        "absurd number of layers",
+        "absurd size",
+    ],
+)
+def test_diffusers_folder(
+    bad_folder: Path,
+    refused: Callable[..., str],
+    damage: Callable[[Path], object],
+    words: str,
+) -> None:
+    damage(bad_folder)
+    assert words in refused(name=bad_folder.name)
 
 
 def test_a_good_file_in_the_place_of_a_bad_one(

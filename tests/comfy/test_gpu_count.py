@@ -1,49 +1,38 @@
 """What a `gpu_count` means on machines that this one is not: decided before anything starts."""
 
-import importlib.util
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-import tp_runtime
-from support.native import import_comfy
-from support.paths import REPOSITORY
+from support.pack import pack_module
 from tp_runtime import DeviceError, GroupConfig, SizeError, inspect_checkpoint
 
 pytestmark = pytest.mark.comfy
 
-Choose = Callable[[int, str], GroupConfig]
+Choose = Callable[..., GroupConfig]
 
 
 @pytest.fixture(scope="module")
 def gpu_count() -> Iterator[ModuleType]:
-    """The pack's module of that name, as ComfyUI imports it."""
-    import_comfy()
-    spec = importlib.util.spec_from_file_location(
-        "the_pack", REPOSITORY / "__init__.py", submodule_search_locations=[str(REPOSITORY)]
-    )
-    assert spec is not None
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "the_pack", importlib.util.module_from_spec(spec))
-        patch.setitem(sys.modules, "the_pack.tp_runtime", tp_runtime)
-        yield importlib.import_module("the_pack.nodes.gpu_count")
+    """The pack's module of that name."""
+    with pack_module("nodes.gpu_count") as module:
+        yield module
 
 
 @pytest.fixture
 def choose(
     gpu_count: ModuleType, tiny_z_image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Choose, list[str]]:
-    """`choose(visible, choice)`: the group on a machine with so many GPUs; and the warnings."""
+    """`choose(visible, choice, devices)`: the group where so many GPUs are; and the warnings."""
     info = inspect_checkpoint(str(tiny_z_image))
     warnings: list[str] = []
 
-    def on_machine(visible: int, choice: str) -> GroupConfig:
+    def on_machine(visible: int, choice: str, devices: str = "") -> GroupConfig:
         monkeypatch.setattr(gpu_count, "visible_gpu_count", lambda: visible)
         monkeypatch.setattr("tp_runtime.config.visible_gpu_count", lambda: visible)
-        return gpu_count.choose_group(choice, info, warnings.append)
+        return gpu_count.choose_group(choice, info, warnings.append, devices)
 
     return on_machine, warnings
 
@@ -62,9 +51,8 @@ def test_auto_is_the_largest_size_that_works(
 
 def test_more_gpus_than_there_are(choose: tuple[Choose, list[str]]) -> None:
     on_machine, _ = choose
-    with pytest.raises(
-        DeviceError, match=r"4 GPUs .* this machine shows 2 .* at most 2, or 'auto'"
-    ):
+    words = r"4 GPUs .* this machine shows 2 .* at most 2, or 'auto'"
+    with pytest.raises(DeviceError, match=words):
         on_machine(2, "4")
 
 
@@ -81,3 +69,41 @@ def test_without_gpus(choose: tuple[Choose, list[str]]) -> None:
     assert on_machine(0, "auto").tp_size == 1
     assert on_machine(0, "3").device == "cpu"
     assert ["1 CPU process" in warnings[0], "3 CPU processes" in warnings[1]] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("choice", "devices", "chosen"),
+    [
+        ("auto", "0,2,3", (0, 2, 3)),
+        ("2", " 3, 1 ,0", (3, 1)),
+        ("auto", "5", (5,)),
+        ("2", " ", (0, 1)),
+    ],
+)
+def test_listed_devices(
+    choose: tuple[Choose, list[str]], choice: str, devices: str, chosen: tuple[int, ...]
+) -> None:
+    on_machine, _ = choose
+    group = on_machine(6, choice, devices)
+    assert (group.tp_size, group.devices) == (len(chosen), chosen)
+
+
+@pytest.mark.parametrize(
+    ("visible", "choice", "devices", "words"),
+    [
+        (4, "auto", "0,x", r"'0,x': give numbers"),
+        (4, "auto", "0;1", "give numbers"),
+        (4, "auto", "1,", "give numbers"),
+        (4, "auto", "-1", "give numbers"),
+        (4, "auto", "1,01", "every GPU once"),
+        (4, "auto", "0,4", "GPUs 0 to 3"),
+        (4, "3", "0,2", r"3 GPUs .* devices lists 2 \(0, 2\)"),
+        (0, "auto", "0", "no CUDA GPU is visible"),
+    ],
+)
+def test_devices_that_cannot_be_had(
+    choose: tuple[Choose, list[str]], visible: int, choice: str, devices: str, words: str
+) -> None:
+    on_machine, _ = choose
+    with pytest.raises(DeviceError, match=words):
+        on_machine(visible, choice, devices)

@@ -108,14 +108,14 @@ def test_the_loader_takes_auto(same_as_stock: Compare) -> None:
     assert len(rank_pids(history, tp_size=1)) == 1
 
 
-def test_free_unloads_the_weights_and_keeps_the_ranks(
+def test_free_puts_the_weights_to_sleep_and_keeps_the_ranks(
     comfy_server: ComfyServer, works: Works
 ) -> None:
     pids = works()
     kept = with_report({"model": tp_loader(MODEL, 2)}, after="model")  # ComfyUI keeps the MODEL
-    assert _models_held(comfy_server, kept) == 1
+    assert _asleep(comfy_server, kept) == [False]
     comfy_server.post("/free", {"unload_models": True})
-    _wait_until_nothing_is_held(comfy_server, kept)
+    _wait_until(lambda: _asleep(comfy_server, kept) == [True])
     assert works() == pids
 
 
@@ -123,20 +123,22 @@ def test_a_model_that_no_prompt_uses_any_more_is_unloaded(
     comfy_server: ComfyServer, works: Works
 ) -> None:
     pids = works()
-    _wait_until_nothing_is_held(comfy_server, {"report": node("TPRuntimeInfo")})
+    nothing = {"report": node("TPRuntimeInfo")}
+    _wait_until(lambda: _asleep(comfy_server, nothing) == [])
     assert works() == pids
 
 
-def _wait_until_nothing_is_held(server: ComfyServer, prompt: Prompt) -> None:
+def _wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 10
-    while _models_held(server, prompt):
-        assert time.monotonic() < deadline, "the weights are still there"
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
         time.sleep(0.1)
 
 
-def _models_held(server: ComfyServer, prompt: Prompt) -> int:
-    """How many models rank 0 of the group of two holds when the prompt has run."""
-    return len(group(server.run(prompt))["ranks"][0]["models"])
+def _asleep(server: ComfyServer, prompt: Prompt) -> list[bool]:
+    """Of each model that rank 0 of the group of two holds when the prompt has run."""
+    models = group(server.run(prompt))["ranks"][0]["models"]
+    return [model["asleep"] for model in models.values()]
 
 
 def test_released_groups_are_gone_and_come_back(comfy_server: ComfyServer, works: Works) -> None:

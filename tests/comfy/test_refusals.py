@@ -1,11 +1,8 @@
 """What a model on other processes cannot do is refused by name, and nothing is lost by asking."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from support.comfy_history import PromptError
 from support.comfy_server import ComfyServer
@@ -82,57 +79,6 @@ def test_merging_and_saving(refused: Refused) -> None:
     saving = tp_text_to_latent(MODEL)
     saving["saving"] = node("ModelSave", model=["model", 0], filename_prefix="saved")
     assert "ModelSave" in refused(saving, "saving").message
-
-
-@pytest.mark.parametrize(
-    ("patch", "option"),
-    [
-        (
-            node(
-                "SkipLayerGuidanceDiT",
-                model=["model", 0],
-                double_layers="",
-                single_layers="0",
-                scale=3.0,
-                start_percent=0.0,
-                end_percent=1.0,
-                rescaling_scale=0.0,
-            ),
-            "patches_replace.dit",
-        ),
-        (
-            node("PerturbedAttentionGuidance", model=["model", 0], scale=3.0),
-            "patches_replace.attn1",
-        ),
-    ],
-    ids=["SkipLayerGuidanceDiT", "PerturbedAttentionGuidance"],
-)
-def test_python_code_in_the_blocks(refused: Refused, patch: dict[str, Any], option: str) -> None:
-    prompt = tp_text_to_latent(MODEL, sampling=Sampling(seed=71, cfg=2.0)) | {"patch": patch}
-    prompt["sampler"]["inputs"]["model"] = ["patch", 0]
-    error = refused(prompt, "sampler")
-    assert option in error.message
-    assert "Python function" in error.message
-    assert "Remove or bypass that node" in error.message
-
-
-def test_lora(comfy_server: ComfyServer, refused: Refused) -> None:
-    folder = comfy_server.models / "loras"
-    folder.mkdir(exist_ok=True)
-    name = "diffusion_model.layers.0.attention.out"
-    save_file(
-        {f"{name}.lora_A.weight": torch.ones(4, 480), f"{name}.lora_B.weight": torch.ones(480, 4)},
-        folder / "tiny_lora.safetensors",
-    )
-    prompt = tp_text_to_latent(MODEL)
-    prompt["lora"] = node(
-        "LoraLoaderModelOnly",
-        model=["model", 0],
-        lora_name="tiny_lora.safetensors",
-        strength_model=1.0,
-    )
-    prompt["sampler"]["inputs"]["model"] = ["lora", 0]
-    assert "LoRA is not supported yet" in refused(prompt, "sampler").message
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 
     python tests/contract/dump_node_schemas.py COMFYUI_ROOT [--write]
 
-`--write` replaces the snapshot `node_schemas.json`, for a change that is meant. A program of its
+`--write` replaces the snapshot `node_schemas.json`, for a change that is meant, and the English
+texts of the nodes in `locales/`, which the page translates by. A program of its
 own, since the pack and ComfyUI both have a top-level module `nodes`. It loads the pack as ComfyUI
 does: by its path.
 """
@@ -18,6 +19,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SNAPSHOT = Path(__file__).with_name("node_schemas.json")
+ENGLISH = REPOSITORY / "locales/en/nodeDefs.json"
 
 # What ComfyUI and a person's disk decide.
 _FILES = "<files in diffusion_models>"
@@ -41,8 +43,9 @@ def main() -> None:
     frozen = [_frozen(node) for node in nodes]
     if options.write:
         SNAPSHOT.write_text(json.dumps(frozen, indent=2, default=list) + "\n")
+        ENGLISH.write_text(json.dumps(_locale(nodes), indent=2, ensure_ascii=False) + "\n")
     texts = [_texts(node) for node in nodes]
-    found = {"nodes": frozen, "texts": texts, "ksampler": _stock_inputs("KSampler")}
+    found = {"nodes": frozen, "texts": texts, "locale": _locale(nodes), "ksampler": _stock_inputs("KSampler")}
     json.dump(found, sys.stdout, default=list)
 
 
@@ -85,6 +88,22 @@ def _texts(node: Any) -> dict[str, Any]:
         "description": schema.description,
         "tooltips": {item.id: item.tooltip for item in (*schema.inputs, *schema.outputs)},
     }
+
+
+def _locale(nodes: list[Any]) -> dict[str, Any]:
+    """The nodes' texts as ComfyUI's `nodeDefs.json` has them."""
+    texts = {}
+    for node in nodes:
+        schema = node.GET_SCHEMA()
+        texts[schema.node_id] = {
+            "display_name": schema.display_name,
+            "description": schema.description,
+            "inputs": {item.id: {"tooltip": item.tooltip} for item in schema.inputs},
+            "outputs": {
+                str(index): {"tooltip": item.tooltip} for index, item in enumerate(schema.outputs)
+            },
+        }
+    return texts
 
 
 def _stock_inputs(name: str) -> list[dict[str, Any]]:

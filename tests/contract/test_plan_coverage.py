@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench.dummy import full_config
+from bench.dummy import config_of
 from tp_runtime.models import FAMILIES, family
 from tp_runtime.sharding.parts import (
     Layer,
@@ -33,7 +33,7 @@ SIZED = [(name, size) for name, sizes in VALID_SIZES.items() for size in sizes]
 
 @functools.cache
 def built(name: str) -> tuple[dict[str, Any], nn.Module, list[Layer]]:
-    config = full_config(name)
+    config = config_of(name)
     with torch.device("meta"):
         model = family(name).build(config)
     return config, model, plan_layers(model, family(name).plan(config))
@@ -67,7 +67,7 @@ def test_every_tensor_of_the_file_is_used_once(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_valid_sizes(name: str) -> None:
-    assert family(name).plan(full_config(name)).valid_tp_sizes(8) == VALID_SIZES[name]
+    assert family(name).plan(config_of(name)).valid_tp_sizes(8) == VALID_SIZES[name]
 
 
 @pytest.mark.parametrize(("name", "tp_size"), SIZED)

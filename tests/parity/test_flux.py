@@ -120,13 +120,14 @@ def test_fp32(checkpoint: Path, remote: Remote, tp_size: int, case: str) -> None
     assert_equal_to_native(checkpoint, remote, tp_size, make_inputs(**CASES[case]))
 
 
-def test_bf16_is_as_close_as_comfyui(checkpoint: Path, remote: Remote) -> None:
+@pytest.mark.parametrize("tp_size", [2, 4])
+def test_bf16_is_as_close_as_comfyui(checkpoint: Path, remote: Remote, tp_size: int) -> None:
     """Over all cases: a single one differs by a few percent, since errors this small are noise."""
     ours = theirs = 0.0
     for case in CASES.values():
         inputs = make_inputs(**case, dtype=torch.bfloat16)
         comfy = native(checkpoint, inputs, torch.bfloat16)
-        found = remote(checkpoint, 2, torch.bfloat16).denoise(inputs)
+        found = remote(checkpoint, tp_size, torch.bfloat16).denoise(inputs)
         assert found.dtype == torch.bfloat16
         ours += relative_error(found, comfy) ** 2
         theirs += relative_error(comfy, native(checkpoint, in_fp32(inputs))) ** 2

@@ -59,7 +59,7 @@ def test_plain(runtime: Runtime, tmp_path: Path, family: str, dtype: torch.dtype
     assert relative_error(model.denoise(inputs), native(native_fp8(path, dtype), inputs)) <= (
         FP32_TOLERANCE
     )
-    assert model.loaded_bytes() < 0.6 * path.stat().st_size  # one byte an element, on two ranks
+    assert max(model.loaded_bytes()) < 0.6 * path.stat().st_size  # one byte an element
 
 
 @pytest.mark.process
@@ -71,7 +71,7 @@ def test_with_scales(runtime: Runtime, tmp_path: Path, family: str, layout: Fp8L
     path = write_fp8(whole, tmp_path / "quantised.safetensors", layout)
     model = remote(runtime, path)
     assert relative_error(model.denoise(inputs), native(native_fp8(path), inputs)) <= FP32_TOLERANCE
-    assert model.loaded_bytes() < 0.6 * path.stat().st_size
+    assert max(model.loaded_bytes()) < 0.6 * path.stat().st_size
 
 
 @pytest.mark.process

@@ -49,7 +49,16 @@ def _load(
     for part in range(4):
         report_progress(25 * part, 100)
         time.sleep(0.05)
-    return SimpleNamespace(driver=driver, resident_bytes=100, bytes_read=100)
+    return SimpleNamespace(
+        driver=driver,
+        resident_bytes=100,
+        bytes_read=100,
+        asleep=False,
+        weights=(),
+        sleep=lambda: None,
+        wake=lambda: None,
+        close=lambda: None,
+    )
 
 
 def run() -> None:

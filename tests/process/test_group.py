@@ -173,7 +173,7 @@ def test_old_conditioning_is_dropped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     first, second = make_inputs(seed=21), make_inputs(seed=22)
-    monkeypatch.setattr(engine._held, "_limit_bytes", first["context"].nbytes)
+    monkeypatch.setattr(engine._sender._held, "_limit_bytes", first["context"].nbytes)
     for inputs in (first, second, first):
         assert_right(model, native, inputs)
     requests = [request for request in sent if isinstance(request, Denoise)]
@@ -230,7 +230,7 @@ def test_a_cancelled_load_does_not_disturb_the_next(
     other.ensure_loaded()
     assert_right(other, native_z_image(path), make_inputs(seed=62))
     assert_right(model, native, make_inputs(seed=63))
-    other.unload()
+    other.sleep()
 
 
 def test_two_groups_at_once(

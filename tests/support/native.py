@@ -48,10 +48,10 @@ def native_qwen_image(path: Path, dtype: torch.dtype = torch.float32) -> Any:
     return _load(path, dtype).model.diffusion_model
 
 
-def native_fp8(path: Path, plain_dtype: torch.dtype | None = None) -> Any:
-    """ComfyUI's model of a tiny fp8 file, computing in fp32, as ComfyUI itself loads it.
+def native_patcher(path: Path, plain_dtype: torch.dtype | None = None) -> Any:
+    """ComfyUI's ModelPatcher of a tiny file, as its own loader makes it; computes in fp32.
 
-    `plain_dtype`: the dtype of a file without scales; ComfyUI would cast it up on a CPU.
+    `plain_dtype`: the dtype to hold an fp8 file without scales in.
     """
     import_comfy()
     import comfy.sd
@@ -60,7 +60,15 @@ def native_fp8(path: Path, plain_dtype: torch.dtype | None = None) -> Any:
 
     options = {} if plain_dtype is None else {"dtype": plain_dtype}
     with tiny_models_detected():
-        return comfy.sd.load_diffusion_model(str(path), options).model.diffusion_model
+        return comfy.sd.load_diffusion_model(str(path), options)
+
+
+def native_fp8(path: Path, plain_dtype: torch.dtype | None = None) -> Any:
+    """ComfyUI's model of a tiny fp8 file, computing in fp32, as ComfyUI itself loads it.
+
+    `plain_dtype`: the dtype of a file without scales; ComfyUI would cast it up on a CPU.
+    """
+    return native_patcher(path, plain_dtype).model.diffusion_model
 
 
 def _load(path: Path, dtype: torch.dtype) -> Any:

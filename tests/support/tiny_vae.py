@@ -1,7 +1,8 @@
-"""A VAE with random weights, so that a test prompt can end in a picture without a download.
+"""VAEs with random weights, so that a test prompt can use pictures without a download.
 
-It has the shape of TAEF1, the small preview autoencoder for 16-channel latents that ComfyUI's
-VAELoader offers as `taef1` when its two files lie in `models/vae_approx`. The pictures are noise.
+`taef1` has the shape of TAEF1, the small preview autoencoder for 16-channel latents that ComfyUI's
+VAELoader offers under this name when its two files lie in `models/vae_approx`. `tiny_wan` has that
+of Qwen-Image's VAE, whose latents have a time axis. The pictures are noise.
 """
 
 import math
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from support.native import import_comfy
 
 VAE_NAME = "taef1"
+WAN_VAE_NAME = "tiny_wan.safetensors"
 
 
 def write_tiny_vae(models_folder: Path, *, latent_channels: int = 16, seed: int = 0) -> None:
@@ -22,10 +24,33 @@ def write_tiny_vae(models_folder: Path, *, latent_channels: int = 16, seed: int 
 
     generator = torch.Generator().manual_seed(seed)
     for name, build in (("encoder", taesd.Encoder), ("decoder", taesd.Decoder)):
-        weights = {
-            key: torch.randn(value.shape, generator=generator) / math.sqrt(value[0].numel())
-            for key, value in build(latent_channels).state_dict().items()
-        }
-        folder = models_folder / "vae_approx"
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(weights, folder / f"taef1_{name}.safetensors")
+        path = models_folder / "vae_approx" / f"taef1_{name}.safetensors"
+        _write_random(path, build(latent_channels), generator)
+
+
+def write_tiny_wan_vae(models_folder: Path, *, width: int = 8, seed: int = 0) -> None:
+    """Write a Wan 2.1 VAE of few channels, `tiny_wan`, below ComfyUI's `models` folder."""
+    import_comfy()
+    from comfy.ldm.wan.vae import WanVAE
+
+    # As ComfyUI's loader builds it, which reads the width from the file (0.3.75, comfy/sd.py).
+    vae = WanVAE(
+        dim=width,
+        z_dim=16,
+        dim_mult=[1, 2, 4, 4],
+        num_res_blocks=2,
+        attn_scales=[],
+        temperal_downsample=[False, True, True],
+        dropout=0.0,
+    )
+    path = models_folder / "vae" / WAN_VAE_NAME
+    _write_random(path, vae, torch.Generator().manual_seed(seed))
+
+
+def _write_random(path: Path, module: torch.nn.Module, generator: torch.Generator) -> None:
+    weights = {
+        key: torch.randn(value.shape, generator=generator) / math.sqrt(value[0].numel())
+        for key, value in module.state_dict().items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(weights, path)

@@ -49,6 +49,7 @@ class Sampling:
     batch_size: int = 1
     caption_length: int = 24
     caption_width: int = 64
+    pooled_width: int = 0
 
 
 def text_to_latent(
@@ -136,7 +137,12 @@ def with_picture(prompt: Prompt, vae_name: str) -> Prompt:
 
 def _caption(seed: int, s: Sampling) -> dict[str, Any]:
     return node(
-        "TPTestConditioning", seed=seed, length=s.caption_length, width=s.caption_width, batch=1
+        "TPTestConditioning",
+        seed=seed,
+        length=s.caption_length,
+        width=s.caption_width,
+        batch=1,
+        pooled_width=s.pooled_width,
     )
 
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from support.diffusers_folders import write_folder
+from support.gguf_files import write_gguf
 from tp_runtime.cli import main
 
 
@@ -19,6 +21,23 @@ def test_plan_shows_every_linear(tiny_z_image: Path, capsys: pytest.CaptureFixtu
     line = next(x for x in shown.splitlines() if x.startswith("layers.0.attention.to_qkv"))
     assert re.search(r"to_q, to_k, to_v\s+QKV\s+\(480, 1440\)\s+\(480, 384\)$", line)
     assert len(re.findall(r"^rank \d: holds", shown, re.MULTILINE)) == 4
+
+
+@pytest.mark.parametrize("form", ["gguf", "folder"])
+def test_plan_of_other_formats(
+    tiny_z_image: Path, tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The layers and their shards are those of the ComfyUI file with the same weights."""
+    if form == "gguf":
+        path = write_gguf(tiny_z_image, tmp_path / "model.gguf", "Q6_K")
+    else:
+        path = write_folder(tiny_z_image, tmp_path / "folder", "z_image", num_shards=2)
+    tables = []
+    for file in (path, tiny_z_image):
+        assert main(["plan", str(file), "--tp", "2"]) == 0
+        tables.append(re.findall(r"^\S.* \(.*\)$", capsys.readouterr().out, re.MULTILINE))
+    assert tables[0] == tables[1]
+    assert len(tables[0]) >= 34
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,31 @@ def test_a_setting_that_is_no_size(flux_folder: Path, value: object) -> None:
     assert "that is no size" in message_for(flux_folder)
 
 
+@pytest.mark.parametrize("value", [10**5, 10**9, 10**30])
+def test_more_layers_than_there_are_tensors(flux_folder: Path, value: int) -> None:
+    edit_json(flux_folder / "config.json", lambda c: c.update(num_layers=value))
+    assert f"says num_layers={value}, but the folder has " in message_for(flux_folder)
+
+
+def test_a_quantised_folder(flux_folder: Path) -> None:
+    quantised = {"quantization_config": {"quant_method": "bitsandbytes"}}
+    edit_json(flux_folder / "config.json", lambda c: c.update(quantised))
+    message = message_for(flux_folder)
+    assert "is quantised ({'quant_method': 'bitsandbytes'})" in message
+    assert "an fp8 or GGUF file" in message
+
+
+def test_scales(tmp_path: Path) -> None:
+    file = FAMILIES["flux"].write(tmp_path / "flux.safetensors")
+    folder = write_folder(file, tmp_path / "folder", "flux")
+    tensors = load_file(folder / WEIGHTS)
+    tensors["x_embedder.weight_scale"] = torch.ones(())
+    (folder / WEIGHTS).unlink()
+    save_file(tensors, folder / WEIGHTS)
+    message = message_for(folder)
+    assert "such as x_embedder.weight_scale. It is quantised with scales" in message
+
+
 def test_a_setting_that_is_missing(flux_folder: Path) -> None:
     edit_json(flux_folder / "config.json", lambda c: c.pop("num_layers"))
     assert "lacks the setting 'num_layers'" in message_for(flux_folder)

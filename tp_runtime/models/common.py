@@ -4,7 +4,7 @@ import inspect
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -103,6 +103,45 @@ def rotated_heads(
     return q, k, v
 
 
+@fused
+def residual_norm(
+    tokens: torch.Tensor,
+    update: torch.Tensor,
+    gate: torch.Tensor,
+    shift: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    update_weight: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    eps: float,
+    limit: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``tokens`` plus the gated update, and the modulated norm of that sum, both (B, L, D).
+
+    ``gate``, ``shift``, ``scale`` (B, D); without ``scale`` there is no norm. ``update_weight``:
+    the update is RMS-normed and its gate's tanh taken (Z-Image). ``norm_weight``: the norm is an
+    RMS norm with it, else a layer norm. ``limit``: see ``limited``.
+    """
+    if update_weight is not None:
+        update, gate = rms_norm(update, update_weight, eps), gate.tanh()
+    tokens = tokens + update * gate[:, None]
+    if limit:
+        tokens = limited(tokens)
+    if scale is None:
+        return tokens, tokens
+    if norm_weight is not None:
+        return tokens, rms_norm(tokens, norm_weight, eps) * (1 + scale[:, None])
+    assert shift is not None
+    normed = F.layer_norm(tokens, tokens.shape[-1:], eps=eps)
+    return tokens, torch.addcmul(shift[:, None], normed, 1 + scale[:, None])
+
+
+def limited(x: torch.Tensor) -> torch.Tensor:
+    """In fp16, values that overflow are brought back, where ComfyUI does so."""
+    if x.dtype != torch.float16:
+        return x
+    return torch.nan_to_num(x, nan=0.0, posinf=65504, neginf=-65504)
+
+
 def check_context(context: torch.Tensor, batch: int, width: int, label: str) -> None:
     """Raises InputError unless the text conditioning is of shape (batch, L, width)."""
     if context.ndim != 3 or context.shape[-1] != width:
@@ -119,9 +158,28 @@ def count_blocks(names: Iterable[str], stack: str) -> int:
     return len({name.split(".")[1] for name in names if name.startswith(f"{stack}.")})
 
 
-Conditioning = dict[str, torch.Tensor]
+Conditioning = dict[str, Any]  # tensors, and plain data that changes what is computed
+# A row-parallel linear and its input (B, L, this rank's features).
+Product = tuple[Any, torch.Tensor]
 # Puts the ranks' parts of the last axis together: (..., n) on each rank → (..., n · tp_size).
 Gather = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Reduction(Protocol):
+    """``DriverBase.join`` with the sum over the ranks inside (``tp_runtime/reduction.py``)."""
+
+    def __call__(
+        self,
+        products: Sequence[Product],
+        tokens: torch.Tensor,
+        gate: torch.Tensor,
+        shift: torch.Tensor | None,
+        scale: torch.Tensor | None,
+        update_weight: torch.Tensor | None,
+        norm_weight: torch.Tensor | None,
+        eps: float,
+        limit: bool,
+    ) -> torch.Tensor: ...
 
 
 class Memo:
@@ -157,10 +215,17 @@ class DriverBase:
     model: Any
     config: dict[str, Any]
 
-    def __init__(self, model: nn.Module, config: dict[str, Any], gather: Gather) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: dict[str, Any],
+        gather: Gather,
+        reduction: Reduction | None = None,
+    ) -> None:
         self.model = model
         self.config = config
         self.gather = gather
+        self._reduction = reduction
         self.run_step: Callable[..., torch.Tensor] = self.step
         self.memo = Memo()
         self._accepted = set(inspect.signature(self.condition).parameters)
@@ -186,6 +251,54 @@ class DriverBase:
     def step(self, *args: Any, **inputs: Any) -> torch.Tensor:
         """The model's prediction, of the shape and dtype of ``x``; ``timesteps`` (B,) fp32."""
         raise NotImplementedError
+
+    def join(
+        self,
+        products: Sequence[Product],
+        tokens: torch.Tensor,
+        gate: torch.Tensor,
+        shift: torch.Tensor | None,
+        scale: torch.Tensor | None,
+        *,
+        update_weight: torch.Tensor | None = None,
+        norm_weight: torch.Tensor | None = None,
+        eps: float,
+        limit: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What follows row-parallel linears: ``residual_norm`` of each stream's tokens.
+
+        ``products``: for each of S streams, which lie behind one another in ``tokens`` (B, L, D),
+        the linear and its input. ``gate``, ``shift``, ``scale`` (S, B, D). Returns the new tokens,
+        and their norm, or the tokens again if ``scale`` is None.
+
+        The first result is good for the next ``join`` only: fast, a rank has its own rows of it.
+        """
+        if self._reduction is not None and optimising():
+            normed = self._reduction(
+                products, tokens, gate, shift, scale, update_weight, norm_weight, eps, limit
+            )
+            return tokens, normed
+        found = []
+        start = 0
+        for stream, (linear, x) in enumerate(products):
+            found.append(
+                residual_norm(
+                    tokens[:, start : start + x.shape[1]],
+                    linear(x),
+                    gate[stream],
+                    None if shift is None else shift[stream],
+                    None if scale is None else scale[stream],
+                    update_weight,
+                    norm_weight,
+                    eps,
+                    limit,
+                )
+            )
+            start += x.shape[1]
+        if len(found) == 1:
+            return found[0]
+        joined, normed = (torch.cat(same, dim=1) for same in zip(*found, strict=True))
+        return joined, normed
 
     def __call__(self, inputs: Mapping[str, Any], key: Hashable) -> torch.Tensor:
         """Evaluate the model. Inputs of one ``key`` have equal conditioning.

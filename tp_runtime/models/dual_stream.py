@@ -5,7 +5,7 @@ modules have diffusers' names; the arithmetic is ComfyUI's (0.3.75, comfy/ldm/fl
 comfy/ldm/qwen_image/), whose order of operations shows in the last bits.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,50 +13,83 @@ import torch.nn.functional as F
 
 from ..acceleration import fused
 from ..errors import InputError
-from .common import Conditioning, Gather, Heads, attention, rotated_heads
+from .common import Conditioning, Gather, Heads, Product, attention, rotated_heads
 
 NORM_EPS = 1e-6
+
+Join = Callable[..., tuple[torch.Tensor, torch.Tensor]]  # DriverBase.join
 
 # --- blocks ------------------------------------------------------------------------------------
 
 
-def _modulated(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), 1 + scale)
-
-
 @fused
 def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Layer norm without weights, then scaled and shifted."""
-    return _modulated(x, shift, scale)
+    """Layer norm without weights of (B, L, D), then scaled and shifted by (B, D)."""
+    normed = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
+    return torch.addcmul(shift[:, None], normed, 1 + scale[:, None])
 
 
-@fused
-def residual_then_modulate(
-    x: torch.Tensor,
-    update: torch.Tensor,
-    gate: torch.Tensor,
-    shift: torch.Tensor,
-    scale: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``x`` plus the gated update, and ``modulate`` of that sum."""
-    x = x + update * gate
-    return x, _modulated(x, shift, scale)
+def modulate_streams(
+    text: torch.Tensor, image: torch.Tensor, shift_and_scale: torch.Tensor
+) -> torch.Tensor:
+    """``modulate`` of both streams, (2, B, 2, D), one behind the other."""
+    (text_shift, text_scale), (image_shift, image_scale) = (
+        stream.unbind(1) for stream in shift_and_scale
+    )
+    return torch.cat(
+        (modulate(text, text_shift, text_scale), modulate(image, image_shift, image_scale)), dim=1
+    )
 
 
 def joint_attention(
     module: Any,
-    text: torch.Tensor,
-    image: torch.Tensor,
+    normed: torch.Tensor,
+    num_text: int,
     rotation: torch.Tensor,
     mask: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention over both streams, projected separately: modulated text and image → the same."""
-    length = text.shape[1]
+) -> list[Product]:
+    """Attention over both streams (B, L, D), text first; returns what is left to project."""
+    text, image = normed[:, :num_text], normed[:, num_text:]
     of_text = heads_of(module.to_added_qkv(text), module.norm_added_q, module.norm_added_k)
     of_image = heads_of(module.to_qkv(image), module.norm_q, module.norm_k)
     q, k, v = rotated_heads([of_text, of_image], rotation, NORM_EPS)
     attended = attention(q, k, v, mask)
-    return module.to_add_out(attended[:, :length]), module.to_out[0](attended[:, length:])
+    return [
+        (module.to_add_out, attended[:, :num_text]),
+        (module.to_out[0], attended[:, num_text:]),
+    ]
+
+
+def dual_block(
+    join: Join,
+    attention_module: Any,
+    feed_forwards: tuple[Any, Any],
+    tokens: torch.Tensor,
+    normed: torch.Tensor,
+    num_text: int,
+    modulation: torch.Tensor,
+    next_norm: torch.Tensor,
+    rotation: torch.Tensor,
+    *,
+    mask: torch.Tensor | None = None,
+    residuals: Sequence[torch.Tensor] = (),
+    limit: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One block of two streams, which meet in attention: tokens and their norm → the same.
+
+    ``feed_forwards``: of text and image. ``modulation`` (2, B, 6, D): of the block; ``next_norm``
+    (2, B, 2, D): shift and scale of what follows it. ``residuals``: a ControlNet's, for the image.
+    """
+    _, _, gate, mlp_shift, mlp_scale, mlp_gate = modulation.unbind(2)
+    products = joint_attention(attention_module, normed, num_text, rotation, mask)
+    tokens, normed = join(products, tokens, gate, mlp_shift, mlp_scale, eps=NORM_EPS)
+    add_residuals(tokens, residuals, num_text)
+    streams = normed[:, :num_text], normed[:, num_text:]
+    products = [
+        (feed_forward.net[2], feed_forward.net[0](x))
+        for feed_forward, x in zip(feed_forwards, streams, strict=True)
+    ]
+    return join(products, tokens, mlp_gate, *next_norm.unbind(2), eps=NORM_EPS, limit=limit)
 
 
 def heads_of(qkv: torch.Tensor, norm_q: Any, norm_k: Any) -> Heads:
@@ -66,13 +99,13 @@ def heads_of(qkv: torch.Tensor, norm_q: Any, norm_k: Any) -> Heads:
 
 
 def gathered_modulation(
-    linears: Sequence[Any], activated: torch.Tensor, gather: Gather, width: int
-) -> list[torch.Tensor]:
-    """The outputs (B, 1, width) of column-parallel linears on (B, D), with one gather for all."""
+    linears: Sequence[Any], activated: torch.Tensor, gather: Gather, count: int, dim: int
+) -> torch.Tensor:
+    """Column-parallel linears on (B, D), with one gather for all: (linears, B, count, dim)."""
     if not linears:
-        return []
+        return activated.new_empty(0, activated.shape[0], count, dim)
     local = torch.stack([linear(activated) for linear in linears])
-    return list(gather(local)[..., :width].unsqueeze(2).unbind())
+    return gather(local)[..., : count * dim].unflatten(-1, (count, dim))
 
 
 # --- patches and positions ---------------------------------------------------------------------
@@ -127,7 +160,18 @@ def place_references(
     return places
 
 
-# --- ControlNets -------------------------------------------------------------------------------
+# --- ControlNets, and blocks that are left out ---------------------------------------------------
+
+Block = tuple[
+    str, int
+]  # ComfyUI's name of the kind, "double_block" or "single_block", and a number
+_RESIDUALS = {"double_block": "input", "single_block": "output"}  # ComfyUI's names, too
+
+
+def skipped_blocks(transformer_options: Mapping[str, Any] | None) -> tuple[Block, ...]:
+    """The blocks that a node has left out: ``skip_blocks`` of the options, by kind."""
+    by_kind = (transformer_options or {}).get("skip_blocks") or {}
+    return tuple((kind, index) for kind, indices in by_kind.items() for index in indices)
 
 
 def check_residuals(
@@ -145,15 +189,26 @@ def check_residuals(
             )
 
 
-def add_residual(
-    tokens: torch.Tensor,
-    control: Mapping[str, Any] | None,
-    stack: str,
-    index: int,
-    start: int = 0,
-) -> None:
-    """Add, in place, what a ControlNet has for this block to the tokens from ``start`` on."""
-    residuals = (control or {}).get(stack) or ()
-    residual = residuals[index] if index < len(residuals) else None
-    if residual is not None:
+def residuals_between(
+    control: Mapping[str, Any] | None, blocks: Sequence[Block], skip: Collection[Block]
+) -> list[list[torch.Tensor]]:
+    """What a ControlNet adds to the image's tokens before the first block that is not skipped,
+    after it, after the second, and so on. A skipped block's residuals are added all the same.
+    """
+    found: list[list[torch.Tensor]] = [[]]
+    for kind, index in blocks:
+        if (kind, index) not in skip:
+            found.append([])
+        stack = (control or {}).get(_RESIDUALS[kind]) or ()
+        if index < len(stack) and stack[index] is not None:
+            found[-1].append(stack[index])
+    return found
+
+
+def add_residuals(tokens: torch.Tensor, residuals: Sequence[torch.Tensor], start: int) -> None:
+    """Add a ControlNet's residuals in place to the tokens from ``start`` on.
+
+    Before the last join of a block, which only adds to the tokens, is as good as after it.
+    """
+    for residual in residuals:
         tokens[:, start : start + residual.shape[1]] += residual

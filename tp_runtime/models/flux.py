@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..acceleration import fused
+from ..acceleration import optimising
 from ..errors import CheckpointError, InputError
 from ..safetensors_file import TensorInfo
 from ..sharding.parts import Source, Sources
@@ -23,6 +23,7 @@ from ..sharding.plan import QKV, Column, MergedColumn, Plan, Replicated, Row, Sp
 from .common import (
     Conditioning,
     DriverBase,
+    Product,
     attention,
     check_context,
     count_blocks,
@@ -32,16 +33,18 @@ from .common import (
 )
 from .dual_stream import (
     NORM_EPS,
-    add_residual,
+    Block,
+    add_residuals,
     check_residuals,
+    dual_block,
     gathered_modulation,
     grid_positions,
     heads_of,
-    joint_attention,
-    modulate,
+    modulate_streams,
     pack_patches,
     place_references,
-    residual_then_modulate,
+    residuals_between,
+    skipped_blocks,
     unpack_patches,
 )
 
@@ -297,13 +300,11 @@ def build(config: dict[str, Any]) -> nn.Module:
     )
 
 
-@fused
-def _gated_residual(x: torch.Tensor, update: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    return x + update * gate
+def _attended_and_gelu(attended: torch.Tensor, mlp: torch.Tensor) -> torch.Tensor:
+    if optimising():
+        from .. import kernels  # here, since ComfyUI's process imports this module, too
 
-
-@fused
-def _attended_and_mlp(attended: torch.Tensor, mlp: torch.Tensor) -> torch.Tensor:
+        return kernels.attended_and_gelu(attended, mlp)
     return torch.cat((attended, F.gelu(mlp, approximate="tanh")), dim=-1)
 
 
@@ -325,7 +326,8 @@ class Driver(DriverBase):
     ) -> Conditioning:
         """``text`` (B, L, D); ``rotation`` of text, image and references; ``vector`` (B, D) from y.
 
-        If present: ``guidance`` (B, D), ``references`` (B, L, D), ``mask``.
+        If present: ``guidance`` (B, D), ``references`` (B, L, D), ``mask``, and the blocks to
+        ``skip``.
         """
         self._check(x, context, ref_latents, ref_latents_method)
         rope_options = (transformer_options or {}).get("rope_options") or {}
@@ -348,6 +350,9 @@ class Driver(DriverBase):
             found["references"] = self.model.x_embedder(packed)
         if mask is not None:
             found["mask"] = mask
+        skip = skipped_blocks(transformer_options)
+        if skip:
+            found["skip"] = skip
         return found
 
     def step(
@@ -360,6 +365,7 @@ class Driver(DriverBase):
         guidance: torch.Tensor | None = None,
         references: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
+        skip: Sequence[Block] = (),
         control: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
         """(B, C, H, W) → (B, out_channels, H, W)."""
@@ -373,23 +379,51 @@ class Driver(DriverBase):
             time = time + guidance
         activated = F.silu(time + vector)
         doubles, singles = self.model.transformer_blocks, self.model.single_transformer_blocks
-        of_image = self._modulation([block.norm1 for block in doubles], activated, 6)
-        of_text = self._modulation([block.norm1_context for block in doubles], activated, 6)
-        of_both = self._modulation([block.norm for block in singles], activated, 3)
+        # Of both streams, the text's first, (blocks, 2, B, 6, D); of one, (blocks, 1, B, 3, D).
+        of_doubles = self._modulation(
+            [norm for block in doubles for norm in (block.norm1_context, block.norm1)], activated, 6
+        ).unflatten(0, (-1, 2))
+        of_singles = self._modulation([block.norm for block in singles], activated, 3)[:, None]
+        last = self.model.norm_out.linear(activated).unflatten(-1, (2, -1))[None]
+        blocks: list[Block] = [("double_block", index) for index in range(len(doubles))]
+        blocks += [("single_block", index) for index in range(len(singles))]
+        modulation = dict(zip(blocks, [*of_doubles, *of_singles], strict=True))
+        residuals = residuals_between(control, blocks, skip)
+        blocks = [block for block in blocks if block not in skip]
+        # Shift and scale of every block's first norm, and of the last norm.
+        norms = [*(modulation[block][..., :2, :] for block in blocks), last]
 
-        for index, block in enumerate(doubles):
-            image, text = _double(
-                block, image, text, of_image[index], of_text[index], rotation, mask
-            )
-            add_residual(image, control, "input", index)
-        tokens = torch.cat((text, _finite(image)), dim=1)
-        for index, block in enumerate(singles):
-            tokens = _single(block, tokens, of_both[index], rotation, mask)
-            add_residual(tokens, control, "output", index, num_text)
-
-        shift, scale = self.model.norm_out.linear(activated).unsqueeze(1).chunk(2, dim=-1)
-        image = modulate(tokens[:, num_text : num_text + num_image], shift, scale)
-        return unpack_patches(self.model.proj_out(image), x.shape[-2], x.shape[-1])
+        tokens = torch.cat((text, image), dim=1)
+        add_residuals(tokens, residuals[0], num_text)
+        streams = tokens[:, :num_text], tokens[:, num_text:]
+        normed = modulate_streams(*streams, norms[0].expand(2, -1, -1, -1))
+        for number, (kind, index) in enumerate(blocks, 1):
+            of_block = modulation[kind, index]
+            if kind == "double_block":
+                block = doubles[index]
+                tokens, normed = dual_block(
+                    self.join,
+                    block.attn,
+                    (block.ff_context, block.ff),
+                    tokens,
+                    normed,
+                    num_text,
+                    of_block,
+                    norms[number].expand(2, -1, -1, -1),
+                    rotation,
+                    mask=mask,
+                    residuals=residuals[number],
+                    limit=True,
+                )
+            else:
+                product = _single(singles[index], normed, rotation, mask)
+                add_residuals(tokens, residuals[number], num_text)
+                gate, next_norm = of_block[..., 2, :], norms[number].unbind(2)
+                tokens, normed = self.join(
+                    [product], tokens, gate, *next_norm, eps=NORM_EPS, limit=True
+                )
+        image = self.model.proj_out(normed[:, num_text : num_text + num_image])
+        return unpack_patches(image, x.shape[-2], x.shape[-1])
 
     def check_control(
         self, batch: int, conditioning: Conditioning, control: Mapping[str, Any]
@@ -399,9 +433,9 @@ class Driver(DriverBase):
 
     def _modulation(
         self, norms: Sequence[Any], activated: torch.Tensor, count: int
-    ) -> list[torch.Tensor]:
+    ) -> torch.Tensor:
         linears = [norm.linear for norm in norms]
-        return gathered_modulation(linears, activated, self.gather, count * self.config["dim"])
+        return gathered_modulation(linears, activated, self.gather, count, self.config["dim"])
 
     def _check(
         self,
@@ -430,47 +464,15 @@ class Driver(DriverBase):
             )
 
 
-def _double(
-    block: Any,
-    image: torch.Tensor,
-    text: torch.Tensor,
-    of_image: torch.Tensor,
-    of_text: torch.Tensor,
-    rotation: torch.Tensor,
-    mask: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One block of two streams, which meet in attention; modulation ``of_...`` (B, 1, 6·D)."""
-    shift1, scale1, gate1, shift2, scale2, gate2 = of_image.chunk(6, dim=-1)
-    text_shift1, text_scale1, text_gate1, text_shift2, text_scale2, text_gate2 = of_text.chunk(
-        6, dim=-1
-    )
-    attended_text, attended_image = joint_attention(
-        block.attn,
-        modulate(text, text_shift1, text_scale1),
-        modulate(image, shift1, scale1),
-        rotation,
-        mask,
-    )
-    image, normed = residual_then_modulate(image, attended_image, gate1, shift2, scale2)
-    image = _gated_residual(image, block.ff(normed), gate2)
-    text, normed = residual_then_modulate(text, attended_text, text_gate1, text_shift2, text_scale2)
-    return image, _finite(_gated_residual(text, block.ff_context(normed), text_gate2))
-
-
 def _single(
-    block: Any,
-    x: torch.Tensor,
-    modulation: torch.Tensor,
-    rotation: torch.Tensor,
-    mask: torch.Tensor | None,
-) -> torch.Tensor:
-    """One block of one stream: attention and MLP side by side; ``modulation`` (B, 1, 3·D)."""
-    shift, scale, gate = modulation.chunk(3, dim=-1)
+    block: Any, normed: torch.Tensor, rotation: torch.Tensor, mask: torch.Tensor | None
+) -> Product:
+    """Attention and MLP of one stream, side by side; returns what is left to project."""
     *widths, mlp_width = block.linear1.output_partition_sizes
-    qkv, mlp = block.linear1(modulate(x, shift, scale)).split((sum(widths), mlp_width), dim=-1)
+    qkv, mlp = block.linear1(normed).split((sum(widths), mlp_width), dim=-1)
     heads = heads_of(qkv, block.attn.norm_q, block.attn.norm_k)
     attended = attention(*rotated_heads([heads], rotation, NORM_EPS), mask)
-    return _finite(_gated_residual(x, block.proj_out(_attended_and_mlp(attended, mlp)), gate))
+    return block.proj_out, _attended_and_gelu(attended, mlp)
 
 
 def _positions(
@@ -512,10 +514,3 @@ def _mask(mask: torch.Tensor, num_tokens: int) -> torch.Tensor:
             f"latents and captions are {num_tokens} tokens together."
         )
     return mask
-
-
-def _finite(x: torch.Tensor) -> torch.Tensor:
-    """In fp16, values that overflow are brought back, where ComfyUI does so."""
-    if x.dtype != torch.float16:
-        return x
-    return torch.nan_to_num(x, nan=0.0, posinf=65504, neginf=-65504)

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..acceleration import fused
 from ..errors import CheckpointError, InputError
 from ..safetensors_file import TensorInfo
 from ..sharding.parts import Source, Sources
@@ -32,15 +31,17 @@ from .common import (
 )
 from .dual_stream import (
     NORM_EPS,
-    add_residual,
+    Block,
+    add_residuals,
     check_residuals,
+    dual_block,
     gathered_modulation,
     grid_positions,
-    joint_attention,
-    modulate,
+    modulate_streams,
     pack_patches,
     place_references,
-    residual_then_modulate,
+    residuals_between,
+    skipped_blocks,
     unpack_patches,
 )
 
@@ -222,11 +223,6 @@ def build(config: dict[str, Any]) -> nn.Module:
     )
 
 
-@fused
-def _gated_residual(x: torch.Tensor, gate: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
-    return torch.addcmul(x, gate, update)
-
-
 class Driver(DriverBase):
     """Evaluates the sharded module on ComfyUI's forward arguments."""
 
@@ -239,11 +235,11 @@ class Driver(DriverBase):
         attention_mask: torch.Tensor | None = None,  # noqa: ARG002  (ComfyUI ignores it, too)
         ref_latents: Sequence[torch.Tensor] = (),
         ref_latents_method: str = "index",
-        transformer_options: Mapping[str, Any] | None = None,  # noqa: ARG002  (no option is read)
+        transformer_options: Mapping[str, Any] | None = None,
     ) -> Conditioning:
         """``text`` (B, L, D); ``rotation`` of text, image and references.
 
-        If present: ``references`` (B, L, D).
+        If present: ``references`` (B, L, D), and the blocks to ``skip``.
         """
         self._check(x, context, ref_latents, ref_latents_method)
         positions = _positions(x, context, ref_latents, ref_latents_method)
@@ -256,6 +252,9 @@ class Driver(DriverBase):
         if ref_latents:
             packed = torch.cat([pack_patches(latent[:, :, 0]) for latent in ref_latents], dim=1)
             found["references"] = self.model.img_in(packed)
+        skip = skipped_blocks(transformer_options)
+        if skip:
+            found["skip"] = skip
         return found
 
     def step(
@@ -265,6 +264,7 @@ class Driver(DriverBase):
         text: torch.Tensor,
         rotation: torch.Tensor,
         references: torch.Tensor | None = None,
+        skip: Sequence[Block] = (),
         control: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
         """(B, C, 1, H, W) → the same."""
@@ -276,15 +276,41 @@ class Driver(DriverBase):
         sinusoids = timestep_embedding(timesteps, TIME_CHANNELS, scale=TIME_SCALE).to(x.dtype)
         activated = F.silu(self.model.time_text_embed.timestep_embedder(sinusoids))
         blocks = self.model.transformer_blocks
-        linears = [block.img_mod[1] for block in blocks] + [block.txt_mod[1] for block in blocks]
-        modulation = gathered_modulation(linears, activated, self.gather, 6 * self.config["dim"])
-        of_image, of_text = modulation[: len(blocks)], modulation[len(blocks) :]
-        for index, block in enumerate(blocks):
-            image, text = _block(block, image, text, of_image[index], of_text[index], rotation)
-            add_residual(image, control, "input", index)
+        # Of both streams, the text's first: (blocks, 2, B, 6, D).
+        of_blocks = gathered_modulation(
+            [linear for block in blocks for linear in (block.txt_mod[1], block.img_mod[1])],
+            activated,
+            self.gather,
+            6,
+            self.config["dim"],
+        ).unflatten(0, (-1, 2))
+        scale_and_shift = self.model.norm_out.linear(activated).unflatten(-1, (2, -1))
+        numbers: list[Block] = [("double_block", index) for index in range(len(blocks))]
+        residuals = residuals_between(control, numbers, skip)
+        kept = [index for kind, index in numbers if (kind, index) not in skip]
+        # Shift and scale of every block's first norm, and of the last norm.
+        norms = [*(of_blocks[index][..., :2, :] for index in kept)]
+        norms.append(scale_and_shift.flip(1).expand(2, -1, -1, -1))
 
-        scale, shift = self.model.norm_out.linear(activated).unsqueeze(1).chunk(2, dim=-1)
-        image = self.model.proj_out(modulate(image[:, :num_image], shift, scale))
+        num_text = text.shape[1]
+        tokens = torch.cat((text, image), dim=1)
+        add_residuals(tokens, residuals[0], num_text)
+        normed = modulate_streams(tokens[:, :num_text], tokens[:, num_text:], norms[0])
+        for number, index in enumerate(kept, 1):
+            block = blocks[index]
+            tokens, normed = dual_block(
+                self.join,
+                block.attn,
+                (block.txt_mlp, block.img_mlp),
+                tokens,
+                normed,
+                num_text,
+                of_blocks[index],
+                norms[number],
+                rotation,
+                residuals=residuals[number],
+            )
+        image = self.model.proj_out(normed[:, num_text : num_text + num_image])
         return unpack_patches(image, x.shape[-2], x.shape[-1]).unsqueeze(2)
 
     def check_control(
@@ -318,33 +344,6 @@ class Driver(DriverBase):
                 f"{LABEL} on the process group does not support the reference latents method "
                 f"'{method}'. Supported: {', '.join(REFERENCE_METHODS)}."
             )
-
-
-def _block(
-    block: Any,
-    image: torch.Tensor,
-    text: torch.Tensor,
-    of_image: torch.Tensor,
-    of_text: torch.Tensor,
-    rotation: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One block of two streams, which meet in attention; modulation ``of_...`` (B, 1, 6·D)."""
-    shift1, scale1, gate1, shift2, scale2, gate2 = of_image.chunk(6, dim=-1)
-    text_shift1, text_scale1, text_gate1, text_shift2, text_scale2, text_gate2 = of_text.chunk(
-        6, dim=-1
-    )
-    attended_text, attended_image = joint_attention(
-        block.attn,
-        modulate(text, text_shift1, text_scale1),
-        modulate(image, shift1, scale1),
-        rotation,
-    )
-    image, normed = residual_then_modulate(image, attended_image, gate1, shift2, scale2)
-    text, normed_text = residual_then_modulate(
-        text, attended_text, text_gate1, text_shift2, text_scale2
-    )
-    image = _gated_residual(image, gate2, block.img_mlp(normed))
-    return image, _gated_residual(text, text_gate2, block.txt_mlp(normed_text))
 
 
 def _positions(

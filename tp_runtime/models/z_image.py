@@ -9,7 +9,7 @@ Shapes: B batch, C latent channels, H W latent size (padded to even), L tokens, 
 N heads on this rank, K head width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from ..sharding.plan import QKV, Column, MergedColumn, Plan, Replicated, Row, Sp
 from .common import (
     Conditioning,
     DriverBase,
+    Product,
     attention,
     check_context,
     count_blocks,
@@ -241,28 +242,8 @@ def build(config: dict[str, Any]) -> nn.Module:
 
 @fused
 def _norm_modulate(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return rms_norm(x, weight, NORM_EPS) * (1 + scale)
-
-
-@fused
-def _gated_residual(
-    x: torch.Tensor, gate: torch.Tensor, update: torch.Tensor, weight: torch.Tensor
-) -> torch.Tensor:
-    return x + gate.tanh() * rms_norm(update, weight, NORM_EPS)
-
-
-@fused
-def _residual_then_norm(
-    x: torch.Tensor,
-    gate: torch.Tensor,
-    update: torch.Tensor,
-    weight: torch.Tensor,
-    next_weight: torch.Tensor,
-    next_scale: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``_gated_residual``, and ``_norm_modulate`` of its result."""
-    x = x + gate.tanh() * rms_norm(update, weight, NORM_EPS)
-    return x, rms_norm(x, next_weight, NORM_EPS) * (1 + next_scale)
+    """RMS norm of (B, L, D), then scaled by (B, D)."""
+    return rms_norm(x, weight, NORM_EPS) * (1 + scale[:, None])
 
 
 class Driver(DriverBase):
@@ -282,6 +263,12 @@ class Driver(DriverBase):
         ``rotation`` (1, L+L', 1, K/2, 2): of the caption's and then the image's tokens.
         """
         self._check(x, context)
+        if (transformer_options or {}).get("skip_blocks"):
+            raise InputError(
+                f"{LABEL} on the process group cannot leave blocks out (skip-layer guidance). "
+                "Remove or bypass that node, or load the model with the stock 'Load Diffusion "
+                "Model' node."
+            )
         norm, embed = self.model.cap_embedder
         caption = embed(rms_norm(context, norm.weight, NORM_EPS))
         caption = self._pad_tokens(caption, "cap_pad_token")
@@ -305,13 +292,12 @@ class Driver(DriverBase):
         time = timestep_embedding((1.0 - timesteps) * TIME_SCALE, 256).to(x.dtype)
         adaln = self.model.t_embedder.mlp(time)
         image = self._image_tokens(x)
-        modulation = iter(self._modulation(adaln))
+        refiner, layers = self.model.noise_refiner, self.model.layers
+        modulation = self._modulation([*refiner, *layers], adaln)
         length = caption.shape[1]
-        for block in self.model.noise_refiner:
-            image = self._block(block, image, rotation[:, length:], next(modulation))
+        image = self._run_blocks(refiner, image, rotation[:, length:], modulation[: len(refiner)])
         tokens = torch.cat((caption, image), dim=1)
-        for block in self.model.layers:
-            tokens = self._block(block, tokens, rotation, next(modulation))
+        tokens = self._run_blocks(layers, tokens, rotation, modulation[len(refiner) :])
         return -self._unpatchify(tokens[:, length:], adaln, x.shape)[:, :, :height, :width]
 
     def _check(self, x: torch.Tensor, context: torch.Tensor) -> None:
@@ -359,30 +345,47 @@ class Driver(DriverBase):
         patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
         return self._pad_tokens(self.model.all_x_embedder[_EMBEDDER](patches), "x_pad_token")
 
-    def _modulation(self, adaln: torch.Tensor) -> list[torch.Tensor]:
-        """Scale and gate of every modulated block, each (B, 1, 4·D), with one gather for all."""
-        blocks = [*self.model.noise_refiner, *self.model.layers]
+    def _modulation(self, blocks: Sequence[Any], adaln: torch.Tensor) -> torch.Tensor:
+        """Scale and gate of attention and MLP, (blocks, 1, B, 4, D), with one gather for all."""
         local = torch.stack([block.adaLN_modulation[0](adaln) for block in blocks])
         full = self.gather(local)[..., : 4 * self.config["dim"]]
-        return list(full.unsqueeze(2).unbind())
+        return full.unflatten(-1, (4, -1)).unsqueeze(1)
 
-    def _block(
-        self, block: Any, x: torch.Tensor, rotation: torch.Tensor, modulation: torch.Tensor
+    def _run_blocks(
+        self,
+        blocks: Sequence[Any],
+        tokens: torch.Tensor,
+        rotation: torch.Tensor,
+        modulation: torch.Tensor,
     ) -> torch.Tensor:
-        """One transformer block on tokens (B, L, D)."""
-        scale_msa, gate_msa, scale_mlp, gate_mlp = modulation.chunk(4, dim=-1)
-        normed = _norm_modulate(x, block.attention_norm1.weight, scale_msa)
-        attended = self._attend(block.attention, normed, rotation)
-        x, normed = _residual_then_norm(
-            x,
-            gate_msa,
-            attended,
-            block.attention_norm2.weight,
-            block.ffn_norm1.weight,
-            scale_mlp,
-        )
-        fed = self._feed_forward(block.feed_forward, normed)
-        return _gated_residual(x, gate_mlp, fed, block.ffn_norm2.weight)
+        """Transformer blocks, one after another, on tokens (B, L, D)."""
+        if not blocks:
+            return tokens
+        normed = _norm_modulate(tokens, blocks[0].attention_norm1.weight, modulation[0, 0, :, 0])
+        for index, block in enumerate(blocks):
+            _, gate_msa, scale_mlp, gate_mlp = modulation[index].unbind(2)
+            tokens, normed = self.join(
+                [self._attend(block.attention, normed, rotation)],
+                tokens,
+                gate_msa,
+                None,
+                scale_mlp,
+                update_weight=block.attention_norm2.weight,
+                norm_weight=block.ffn_norm1.weight,
+                eps=NORM_EPS,
+            )
+            last = index + 1 == len(blocks)
+            tokens, normed = self.join(
+                [self._feed_forward(block.feed_forward, normed)],
+                tokens,
+                gate_mlp,
+                None,
+                None if last else modulation[index + 1, :, :, 0],
+                update_weight=block.ffn_norm2.weight,
+                norm_weight=None if last else blocks[index + 1].attention_norm1.weight,
+                eps=NORM_EPS,
+            )
+        return normed
 
     def _caption_block(self, block: Any, x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
         """A block without modulation; runs once per generation."""
@@ -390,18 +393,20 @@ class Driver(DriverBase):
         def norm(module: Any, value: torch.Tensor) -> torch.Tensor:
             return rms_norm(value, module.weight, NORM_EPS)
 
-        attended = self._attend(block.attention, norm(block.attention_norm1, x), rotation)
-        x = x + norm(block.attention_norm2, attended)
-        fed = self._feed_forward(block.feed_forward, norm(block.ffn_norm1, x))
-        return x + norm(block.ffn_norm2, fed)
+        project, attended = self._attend(block.attention, norm(block.attention_norm1, x), rotation)
+        x = x + norm(block.attention_norm2, project(attended))
+        project, hidden = self._feed_forward(block.feed_forward, norm(block.ffn_norm1, x))
+        return x + norm(block.ffn_norm2, project(hidden))
 
-    def _attend(self, module: Any, x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    def _attend(self, module: Any, x: torch.Tensor, rotation: torch.Tensor) -> Product:
+        """Attention; returns what is left to project."""
         qkv = module.to_qkv(x).unflatten(-1, (3, -1, self.config["head_dim"]))
         heads = (qkv, module.norm_q.weight, module.norm_k.weight)
-        return module.to_out[0](attention(*rotated_heads([heads], rotation, None)))
+        return module.to_out[0], attention(*rotated_heads([heads], rotation, None))
 
-    def _feed_forward(self, module: Any, x: torch.Tensor) -> torch.Tensor:
-        return module.w2(silu_gate(module.w13(x)))
+    def _feed_forward(self, module: Any, x: torch.Tensor) -> Product:
+        """The MLP up to its last linear, and that."""
+        return module.w2, silu_gate(module.w13(x))
 
     def _unpatchify(
         self, tokens: torch.Tensor, adaln: torch.Tensor, shape: torch.Size

@@ -39,6 +39,12 @@ class Part:
     rows: tuple[int, int]
     columns: tuple[int, int] | None = None
 
+    @property
+    def length(self) -> int:
+        """What the part covers of the axis that is split."""
+        start, stop = self.rows if self.columns is None else self.columns
+        return stop - start
+
 
 Sources = Callable[[str], tuple[Source, ...]]
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 from torch import nn
+from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
@@ -19,7 +20,7 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizeMethodBase,
 )
 
-from ..acceleration import fused
+from ..acceleration import fused, optimising
 from .parts import SCALE, Layer
 from .plan import QKV, Column, MergedColumn, Row
 
@@ -34,6 +35,21 @@ class GatheredColumnParallelLinear(ColumnParallelLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) → (..., out_features), equal on every rank."""
         return super().forward(x)[..., : self.out_features]
+
+
+class ExactRowParallelLinear(RowParallelLinear):
+    """Row-parallel; while speed is not asked for, the sum over more than two ranks is in fp32.
+
+    Every addition in bf16 rounds: on four ranks that doubles what rounding costs the result.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., this rank's features) → (..., out_features), equal on every rank."""
+        if self.tp_size <= 2 or optimising():
+            return super().forward(x)
+        bias = self.bias if self.tp_rank == 0 else None
+        part = self.quant_method.apply(self, x, bias)
+        return tensor_model_parallel_all_reduce(part.float()).to(part.dtype)
 
 
 class _CastLinearMethod(UnquantizedLinearMethod):
@@ -190,7 +206,7 @@ def _build(
     if isinstance(style, Column):
         return ColumnParallelLinear(in_features, padded[0], **common)
     if isinstance(style, Row):
-        return RowParallelLinear(sum(padded), out_features, input_is_parallel=True, **common)
+        return ExactRowParallelLinear(sum(padded), out_features, input_is_parallel=True, **common)
     return ReplicatedLinear(in_features, out_features, **common)
 
 

@@ -1,39 +1,49 @@
 """A ComfyUI node pack for the tests: it is linked into the test server's custom_nodes.
 
-It lets ComfyUI's stock loader read the tiny checkpoints. Only the stock loader: the correction is
-open during `comfy.sd.load_diffusion_model` and nowhere else, so that our own loader is tested
-against the ComfyUI that users have.
+It lets ComfyUI's stock loaders read the tiny checkpoints and ControlNets. Only the stock loaders:
+the correction is open during `comfy.sd.load_diffusion_model` and `comfy.controlnet.load_controlnet`
+and nowhere else, so that our own loader is tested against the ComfyUI that users have.
 """
 
 from functools import wraps
+from types import ModuleType
 from typing import Any
 
+import comfy.controlnet
 import comfy.sd
 from comfy_api.latest import ComfyExtension, io
 
 from .detection import tiny_models_detected
-from .nodes import TPTestConditioning, TPTestNaNLatent
+from .nodes import (
+    TPTestConditioning,
+    TPTestModelPatches,
+    TPTestNaNLatent,
+    TPTestPreviewMethod,
+)
+from .text_encoder import extend_clip_loader
 
 
-def _extend_stock_loader() -> None:
-    stock_load = comfy.sd.load_diffusion_model
+def _extend_stock_loader(module: ModuleType, name: str) -> None:
+    stock_load = getattr(module, name)
 
     @wraps(stock_load)
-    def load_diffusion_model(*args: Any, **kwargs: Any) -> Any:
+    def load(*args: Any, **kwargs: Any) -> Any:
         with tiny_models_detected():
             return stock_load(*args, **kwargs)
 
-    comfy.sd.load_diffusion_model = load_diffusion_model
+    setattr(module, name, load)
 
 
 class TestExtension(ComfyExtension):
     """The nodes of `nodes.py`."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [TPTestConditioning, TPTestNaNLatent]
+        return [TPTestConditioning, TPTestModelPatches, TPTestNaNLatent, TPTestPreviewMethod]
 
 
 async def comfy_entrypoint() -> TestExtension:
     """Called once by ComfyUI when it loads the pack."""
-    _extend_stock_loader()
+    _extend_stock_loader(comfy.sd, "load_diffusion_model")
+    _extend_stock_loader(comfy.controlnet, "load_controlnet")
+    extend_clip_loader()
     return TestExtension()

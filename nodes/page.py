@@ -1,0 +1,179 @@
+"""The server's half of the page in `web/`: what runs, as events and routes, and the buttons.
+
+    GET  /tensor_parallel/groups                        what runs now
+    POST /tensor_parallel/groups/{id}/{action}          sleep, wake, restart or release a group
+    GET  /tensor_parallel/gpu_counts?model_name&devices which counts do not work here, and why
+    POST /tensor_parallel/doctor                        the checks of `python -m tp_runtime doctor`
+
+ComfyUI serves each of them below `/api` as well. The event `tensor_parallel.groups` carries what
+the first route answers, to every page, whenever it changes. An answer that is no success has the
+field `error`, a sentence for a person.
+"""
+
+import asyncio
+import functools
+import threading
+import urllib.parse
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from aiohttp import web
+from comfy.cli_args import args
+
+from ..tp_runtime import TPRuntimeError, examine, get_runtime, runtime_python
+from .gpu_count import refused_counts
+from .loader import model_path
+from .settings import python_setting
+
+GROUPS_EVENT = "tensor_parallel.groups"
+_INTERVAL_S = 0.5
+_WORKING = ("starting", "busy")
+
+Handler = Callable[[web.Request], Awaitable[Any]]
+T = TypeVar("T")
+
+
+def serve_page(server: Any) -> None:
+    """Add the routes to ComfyUI's server and send it events from now on."""
+    status = _Status()
+
+    async def groups(_request: web.Request) -> Any:
+        return await _in_thread(status.read)
+
+    async def change_group(request: web.Request) -> Any:
+        group_id, action = (request.match_info[name] for name in ("group_id", "action"))
+        await _in_thread(_change_group, group_id, action)
+        return await _in_thread(status.read)
+
+    routes = server.routes
+    routes.get("/tensor_parallel/groups")(_answer(groups))
+    routes.post("/tensor_parallel/groups/{group_id}/{action}")(_answer(_own_page(change_group)))
+    routes.get("/tensor_parallel/gpu_counts")(_answer(_gpu_counts))
+    routes.post("/tensor_parallel/doctor")(_answer(_own_page(_doctor)))
+    server.tensor_parallel_events = server.loop.create_task(_send_events(server, status))
+
+
+class _Status:
+    """What the groups are and hold, as plain data.
+
+    Ranks are asked only while no group works: they answer between two requests. Until then what
+    they said last stands.
+    """
+
+    def __init__(self) -> None:
+        self._ranks: dict[str, list[dict[str, Any]]] = {}
+
+    def read(self) -> dict[str, Any]:
+        runtime = get_runtime()
+        reports = runtime.groups()
+        if not any(report.state in _WORKING for report in reports):
+            reports = runtime.reports()
+            self._ranks = {report.id: report.ranks for report in reports}
+        groups = [
+            {**report.as_dict(), "ranks": self._ranks.get(report.id, [])} for report in reports
+        ]
+        return {"groups": groups}
+
+
+async def _send_events(server: Any, status: _Status) -> None:
+    """Compare what is known without asking anybody, as long as a page is open."""
+    shown = None
+    while True:
+        await asyncio.sleep(_INTERVAL_S)
+        if server.sockets:
+            now = get_runtime().groups()
+            if now != shown:
+                shown = now
+                server.send_sync(GROUPS_EVENT, await _in_thread(status.read))
+
+
+def _change_group(group_id: str, action: str) -> None:
+    runtime = get_runtime()
+    actions: dict[str, Callable[[str], Any]] = {
+        "sleep": runtime.sleep,
+        "wake": runtime.wake,
+        "restart": runtime.restart,
+        "release": runtime.release,
+    }
+    if action not in actions:
+        raise _Refusal(404, f"There is no action {action!r}: use one of {', '.join(actions)}.")
+    actions[action](group_id)
+
+
+async def _gpu_counts(request: web.Request) -> Any:
+    """Without a name: what any model can have on this machine."""
+    name = request.query.get("model_name")
+    path = None if name is None else model_path(name)
+    if name is not None and path is None:
+        raise _Refusal(404, f"There is no model {name!r} in ComfyUI's folders.")
+    return await _in_thread(refused_counts, path, request.query.get("devices", ""))
+
+
+async def _doctor(_request: web.Request) -> Any:
+    checks = await _in_thread(examine, runtime_python(python_setting()))
+    return {"checks": [check.as_dict() for check in checks]}
+
+
+async def _in_thread(call: Callable[..., T], *args: Any) -> T:
+    """What `call` returns, or raises, in a thread that ComfyUI does not wait for when it ends.
+
+    It does wait for those of `asyncio.to_thread`, and a group may be starting in one.
+    """
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call(*args))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="tensor-parallel-page", daemon=True).start()
+    return await asyncio.wrap_future(future)
+
+
+# --- answers -----------------------------------------------------------------------------------
+
+
+class _Refusal(Exception):
+    """An answer with another status than 200."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def _answer(handler: Handler) -> Handler:
+    """Make a handler's result, or the error that it raises for a person, the JSON answer."""
+
+    @functools.wraps(handler)
+    async def answer(request: web.Request) -> web.Response:
+        try:
+            return web.json_response(await handler(request))
+        except _Refusal as error:
+            return web.json_response({"error": str(error)}, status=error.status)
+        except TPRuntimeError as error:
+            return web.json_response({"error": str(error)}, status=400)
+
+    return answer
+
+
+def _own_page(handler: Handler) -> Handler:
+    """Refuse requests that another site's page may have made.
+
+    ComfyUI compares Origin and Host where the host is this machine by name; here they are always
+    compared. A browser asks before it sends JSON to another origin, and ComfyUI permits that with
+    `--enable-cors-header` only, which permits it here, too.
+    """
+
+    @functools.wraps(handler)
+    async def checked(request: web.Request) -> Any:
+        if request.content_type != "application/json":
+            raise _Refusal(415, "Send this request with 'Content-Type: application/json'.")
+        origin = request.headers.get("Origin")
+        if origin is not None and not args.enable_cors_header:
+            if urllib.parse.urlsplit(origin).netloc.lower() != request.host.lower():
+                raise _Refusal(403, f"Requests from {origin} are refused.")
+        return await handler(request)
+
+    return checked

@@ -1,0 +1,50 @@
+"""The settings of the pack in ComfyUI's settings dialog that Python needs, as they are stored.
+
+They say what runs on this machine, so they are the machine's, not a user's: with `--multi-user`
+they are not read, and the environment alone decides. The environment overrides them in any case.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+from comfy.cli_args import args
+
+from ..tp_runtime import GroupStartError
+
+_PYTHON = "TensorParallel.Runtime.Python"
+_DEVICES = "TensorParallel.Runtime.Devices"
+
+
+def python_setting() -> str | None:
+    """The Python that runs the ranks, if it is set.
+
+    Raises:
+        GroupStartError: it is no path of a Python. ComfyUI takes settings over the network, so
+            that nothing else may be started through this one.
+    """
+    text = str(_stored().get(_PYTHON) or "").strip()
+    if not text:
+        return None
+    path = Path(text).expanduser()
+    if not (path.is_absolute() and path.name.startswith("python") and path.is_file()):
+        raise GroupStartError(
+            f"The setting 'Python of the GPU processes' is {text!r}, which is no path of a Python "
+            "such as /home/me/tp-runtime/bin/python. Change it in ComfyUI's settings, or clear it."
+        )
+    return str(path)
+
+
+def devices_setting() -> str:
+    """The GPUs that may be used, as a person writes them; empty: all."""
+    return str(_stored().get(_DEVICES) or "")
+
+
+def _stored() -> dict[str, Any]:
+    """ComfyUI's settings file of the only user there is."""
+    file = Path(folder_paths.get_user_directory()) / "default" / "comfy.settings.json"
+    if args.multi_user or not file.is_file():
+        return {}
+    settings: dict[str, Any] = json.loads(file.read_text())
+    return settings

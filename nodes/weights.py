@@ -1,0 +1,98 @@
+"""Patches of weights: from ComfyUI's lists of them to what the ranks apply.
+
+ComfyUI keeps, per weight, a list of (strength, what, strength of the weight, part, function), which
+LoRA nodes append to. A merge of models, whose patches are whole weights, cannot travel.
+"""
+
+import logging
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import comfy.utils
+import comfy.weight_adapter
+
+from ..tp_runtime import (
+    PATCH_FUNCTIONS,
+    PATCH_KINDS,
+    CheckpointInfo,
+    PatchedWeight,
+    PatchError,
+    WeightPatch,
+    check_fits,
+)
+from .unsupported import merged_weights, unknown_patch, widened_weight
+
+_PREFIX = "diffusion_model."
+_FUNCTIONS = {
+    getattr(comfy.utils, name, None): name for name in PATCH_FUNCTIONS if name is not None
+}
+
+Patches = Mapping[str, list[tuple[Any, ...]]]
+
+
+def patched_weights(info: CheckpointInfo, *stages: Patches) -> dict[str, PatchedWeight]:
+    """What `stages`, one applied after the other, change: name in the file → changes.
+
+    A patch that does not fit its weight is logged and left out, as ComfyUI does.
+
+    Raises:
+        UnsupportedFeatureError: a model merge, a patch of a kind that is not known, or one that
+            makes a weight larger.
+    """
+    found: dict[str, list[tuple[WeightPatch, ...]]] = {}
+    seeds: dict[str, int] = {}
+    for stage in stages:
+        for key, patches in stage.items():
+            name = _name_in_file(info, key)
+            described = [_describe(key, patch) for patch in patches]
+            fitting = [patch for patch in described if _fits(patch, name, info.tensors[name].shape)]
+            if fitting:
+                found.setdefault(name, []).append(tuple(fitting))
+                seeds[name] = zlib.crc32(key.encode())  # comfy.model_patcher.string_to_seed
+    return {name: PatchedWeight(seeds[name], tuple(stages)) for name, stages in found.items()}
+
+
+def _name_in_file(info: CheckpointInfo, key: str) -> str:
+    name = key.removeprefix(_PREFIX)
+    older = f"{name.removesuffix('.weight')}.scale"  # FLUX's norms, which ComfyUI has renamed
+    return name if name in info.tensors else older
+
+
+def _describe(key: str, patch: tuple[Any, ...]) -> WeightPatch:
+    """One entry of ComfyUI's list for the weight `key`."""
+    strength, value, strength_model, offset, function = patch
+    if isinstance(value, comfy.weight_adapter.WeightAdapterBase):
+        if type(value) not in comfy.weight_adapter.adapters or value.name not in PATCH_KINDS:
+            raise unknown_patch(key, f"the adapter {type(value).__name__}")
+        kind, factors = value.name, tuple(value.weights)
+    elif isinstance(value, list):  # another model's weight, with that model's own patches
+        raise merged_weights(key)
+    else:
+        kind, factors = ("diff", value) if len(value) == 1 else value
+        if kind == "model_as_lora":
+            raise merged_weights(key)
+        if kind not in PATCH_KINDS:
+            raise unknown_patch(key, f"the kind {kind!r}")
+    if function is not None and function not in _FUNCTIONS:
+        raise unknown_patch(key, f"the function {function}")
+    part = None if offset is None else tuple(offset)
+    return WeightPatch(
+        kind, tuple(factors), float(strength), float(strength_model), part, _FUNCTIONS.get(function)
+    )
+
+
+def _fits(patch: WeightPatch, name: str, shape: tuple[int, ...]) -> bool:
+    larger = None
+    if patch.kind == "lora" and patch.factors[5] is not None:
+        larger = tuple(patch.factors[5])
+    elif patch.kind == "diff" and len(patch.factors) > 1 and patch.factors[1]["pad_weight"]:
+        larger = tuple(patch.factors[0].shape)
+    if larger is not None and larger != shape:
+        raise widened_weight(name, shape, larger)
+    try:
+        check_fits(patch, shape)
+    except PatchError as error:
+        logging.warning("The %s patch of %s is left out: %s", patch.kind, name, error)
+        return False
+    return True

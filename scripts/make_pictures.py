@@ -1,0 +1,116 @@
+"""Writes the pictures of README.md and of the nodes' help pages, from ComfyUI's running page.
+
+    python scripts/make_pictures.py
+
+Runs a tiny model on two ranks, on the CPU.
+"""
+
+import io
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY / "tests"))
+
+from support.comfy_page import ComfyPage, comfy_page  # noqa: E402
+from support.comfy_server import ComfyServer  # noqa: E402
+from support.template_models import write_template_models  # noqa: E402
+
+README = REPOSITORY / "docs/images"
+HELP = REPOSITORY / "web/docs/images"
+START_MS = 240_000
+MARGIN = 40
+
+
+def save(shot: bytes, path: Path, width: int) -> None:
+    """Write a screenshot, not wider than `width`, in few colours."""
+    picture = Image.open(io.BytesIO(shot)).convert("RGB")
+    picture.thumbnail((width, 10 * width), Image.Resampling.LANCZOS)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+    print(path.relative_to(REPOSITORY))
+
+
+def nodes(page: ComfyPage, path: Path, *types: str) -> None:
+    """A picture of the nodes of these types and what is between them."""
+    box: dict[str, Any] = page.page.evaluate(
+        """([types, margin]) => {
+            const nodes = app.graph.nodes.filter((node) => types.includes(node.comfyClass));
+            const [left, top] = [0, 1].map((i) => Math.min(...nodes.map(({ pos }) => pos[i])));
+            const [right, bottom] = [0, 1].map((i) =>
+                Math.max(...nodes.map(({ pos, size }) => pos[i] + size[i])));
+            const [x, y] = app.canvasPosToClientPos([left - margin / 2, top - 2 * margin]);
+            const [x2, y2] = app.canvasPosToClientPos([right + margin / 2, bottom + margin / 2]);
+            return { x, y, width: x2 - x, height: y2 - y };
+        }""",
+        [list(types), MARGIN],
+    )
+    save(page.page.screenshot(clip=box), path, 900)
+
+
+def run(page: ComfyPage, gpu_count: int) -> None:
+    """The first template, small, on so many ranks, until its picture is there."""
+    workflow = REPOSITORY / "example_workflows/z_image_text_to_image.json"
+    page.page.evaluate("(text) => app.loadGraphData(JSON.parse(text))", workflow.read_text())
+    page.page.evaluate(
+        """(gpu_count) => {
+            const values = { width: 256, height: 256, gpu_count };
+            for (const node of app.graph.nodes)
+                for (const widget of node.widgets ?? [])
+                    if (widget.name in values && node.comfyClass !== 'TPSampler')
+                        widget.value = values[widget.name];
+        }""",
+        str(gpu_count),
+    )
+    page.run_command("Comfy.Canvas.FitView")
+    page.page.get_by_role("button", name="Run", exact=True).click()
+    page.page.wait_for_function(
+        "app.graph.nodes.some((node) => node.comfyClass === 'SaveImage' && node.imgs?.length)",
+        timeout=START_MS,
+    )
+    page.page.wait_for_timeout(1500)
+
+
+def end_node(page: ComfyPage, node_type: str) -> None:
+    """Put a node after the sampler and run it."""
+    page.page.evaluate(
+        """(type) => {
+            const sampler = app.graph.nodes.find((node) => node.comfyClass === 'TPSampler');
+            const node = LiteGraph.createNode(type);
+            app.graph.add(node);
+            node.pos = [sampler.pos[0], sampler.pos[1] + sampler.size[1] + 80];
+            sampler.connect(0, node, 0);
+        }""",
+        node_type,
+    )
+    page.page.get_by_role("button", name="Run", exact=True).click()
+    page.page.wait_for_timeout(4000)
+
+
+def main() -> None:
+    """Write them all."""
+    gpu_free = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    with ComfyServer(env=gpu_free) as server, comfy_page(server) as page:
+        write_template_models(server.models)
+        page.open({"Comfy.Minimap.Visible": False})
+        run(page, 2)
+        nodes(page, HELP / "nodes.png", "TPLoadDiffusionModel", "TPSampler")
+        page.open_tab()
+        page.page.wait_for_timeout(800)
+        page.run_command("Comfy.Canvas.FitView")
+        page.page.wait_for_timeout(800)
+        save(page.page.screenshot(), README / "page.png", 1200)
+        tab = page.page.locator(".tp-card")
+        save(tab.screenshot(), README / "tab.png", 500)
+        for node_type, name in (("TPRuntimeInfo", "info"), ("TPReleaseRuntime", "release")):
+            run(page, 2)
+            end_node(page, node_type)
+            nodes(page, HELP / f"{name}.png", "TPSampler", node_type)
+
+
+if __name__ == "__main__":
+    main()

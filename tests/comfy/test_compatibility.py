@@ -1,0 +1,149 @@
+"""Every stock node that has to do with a MODEL, on ours: the rows of `docs/compatibility.md`."""
+
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from support.comfy_history import History, PromptError
+from support.comfy_server import ComfyServer
+from support.compatibility import (
+    FAMILIES,
+    PICTURE,
+    FailsInStock,
+    Family,
+    Refused,
+    Row,
+    on_latent,
+    with_defaults,
+)
+from support.compatibility_rows import ELSEWHERE, ROWS, SAMPLERS, SCHEDULERS
+from support.tiny_vae import write_tiny_vae, write_tiny_wan_vae
+from support.workflows import Prompt
+
+pytestmark = pytest.mark.comfy
+
+TOLERANCE = 1e-5
+BATCH_TOLERANCE = 1e-4
+
+Compare = Callable[..., History]
+NodeInfo = dict[str, Any]
+
+# A node that takes or gives one of these has to do with a model.
+SOCKETS = {"MODEL", "SAMPLER", "SIGMAS", "GUIDER", "NOISE", "CONTROL_NET", "MODEL_PATCH"}
+
+CASES = [(family, row) for family in FAMILIES for row in ROWS if row.expected(family)]
+
+
+@pytest.fixture(scope="module")
+def node_info(comfy_server: ComfyServer) -> NodeInfo:
+    """ComfyUI's description of its nodes, when every file that the workflows read is there."""
+    models = comfy_server.models
+    write_tiny_vae(models)
+    write_tiny_wan_vae(models)
+    _write_hypernetwork(models / "hypernetworks" / "tiny.pt")
+    for seed, family in enumerate(FAMILIES):
+        family.write(models / "diffusion_models" / family.file)
+        if family.write_controlnet:
+            family.write_controlnet(models / "controlnet" / family.file)
+        generator = torch.Generator().manual_seed(seed)
+        latent = torch.randn(1, *family.latent_shape, generator=generator)
+        comfy_server.put_latent(family.latent, latent)
+    pixels = torch.randint(0, 256, (64, 64, 3), generator=generator, dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(comfy_server.base / "input" / PICTURE)
+    info: NodeInfo = comfy_server.get("/object_info")
+    return info
+
+
+@pytest.mark.parametrize(("family", "row"), CASES, ids=lambda case: getattr(case, "name", None))
+def test_workflow(
+    comfy_server: ComfyServer,
+    node_info: NodeInfo,
+    same_as_stock: Compare,
+    family: Family,
+    row: Row,
+) -> None:
+    prompt = with_defaults(row.prompt(family), node_info)
+    match row.expected(family):
+        case Refused(where, words, in_stock):
+            if in_stock:
+                comfy_server.run(row.stock_prompt(prompt))
+            error = _error(comfy_server, prompt, where)
+            assert not [word for word in words if word not in error.message], error
+        case FailsInStock(where):
+            _error(comfy_server, row.stock_prompt(prompt), where)
+            _error(comfy_server, prompt, where)
+        case _:
+            tolerance = BATCH_TOLERANCE if row.batched else TOLERANCE
+            same_as_stock(prompt, tolerance, row.stock_prompt(prompt))
+
+
+def test_every_node_of_a_model_is_in_the_table(node_info: NodeInfo) -> None:
+    prompts = [row.prompt(family) for family, row in CASES]
+    named = {item["class_type"] for prompt in prompts for item in prompt.values()}
+    concerned = {
+        name
+        for name, info in node_info.items()
+        if info["python_module"].partition(".")[0] in ("nodes", "comfy_extras")
+        and not SOCKETS.isdisjoint(_sockets(info))
+    }
+    assert sorted(concerned - named - set(ELSEWHERE)) == []
+
+
+def test_every_sampler_and_scheduler_is_in_the_table(node_info: NodeInfo) -> None:
+    inputs = node_info["KSampler"]["input"]["required"]
+    assert set(inputs["sampler_name"][0]) == set(SAMPLERS)
+    assert set(inputs["scheduler"][0]) == set(SCHEDULERS)
+
+
+@pytest.mark.parametrize("method", ["none", "auto", "latent2rgb", "taesd"])
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_previews(
+    comfy_server: ComfyServer, node_info: NodeInfo, family: Family, method: str
+) -> None:
+    """Each preview method that ComfyUI has shows the same pictures."""
+    row = Row("previews", on_latent("TPTestPreviewMethod", method=method))
+    prompt = with_defaults(row.prompt(family), node_info)
+    expected = _previews(comfy_server, row.stock_prompt(prompt))
+    found = _previews(comfy_server, prompt)
+    assert len(found) == len(expected) == (0 if method == "none" else row.sampling.steps)
+    for ours, stock in zip(found, expected, strict=True):
+        assert ours.shape == stock.shape
+        assert (ours.float() - stock.float()).abs().mean() < 1  # of 255, through JPEG
+
+
+def _previews(server: ComfyServer, prompt: Prompt) -> list[torch.Tensor]:
+    server.events.clear()
+    server.run(prompt)
+    images = [Image.open(BytesIO(event.image)) for event in server.events.all("preview")]
+    return [torch.from_numpy(np.array(image)) for image in images]
+
+
+def _sockets(info: NodeInfo) -> set[str]:
+    """The types of a node's inputs and outputs."""
+    inputs = [
+        kind
+        for group in ("required", "optional")
+        for kind, *_ in info["input"].get(group, {}).values()
+    ]
+    return {kind for kind in [*inputs, *info["output"]] if isinstance(kind, str)}
+
+
+def _write_hypernetwork(path: Path) -> None:
+    """For keys and values of width 64, with random weights."""
+    path.parent.mkdir(exist_ok=True)
+    layers = {"linear.0.weight": torch.rand(64, 64), "linear.0.bias": torch.rand(64)}
+    torch.save({64: [layers, layers]}, path)
+
+
+def _error(server: ComfyServer, prompt: Prompt, where: str) -> PromptError:
+    with pytest.raises(PromptError) as caught:
+        server.run(prompt)
+    print(caught.value)
+    assert caught.value.node_id == where
+    return caught.value

@@ -1,0 +1,84 @@
+"""Every file format gives, in a real ComfyUI, what the stock nodes make of the same weights."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from support.comfy_history import History
+from support.comfy_server import ComfyServer
+from support.diffusers_folders import write_folder
+from support.gguf_files import ARCHITECTURES, dequantised, write_gguf
+from support.tiny_models import Fp8Layout, write_fp8
+from support.workflows import stock_loader, stock_twin, tp_text_to_latent
+
+pytestmark = pytest.mark.comfy
+
+TOLERANCE = 1e-5
+
+Compare = Callable[..., History]
+
+
+@pytest.fixture(scope="module")
+def files(comfy_server: ComfyServer) -> Path:
+    """ComfyUI's folder of diffusion models."""
+    return comfy_server.models / "diffusion_models"
+
+
+def offered(server: ComfyServer) -> list[str]:
+    """The loader's list of models, as ComfyUI's page gets it."""
+    info = server.get("/object_info/TPLoadDiffusionModel")["TPLoadDiffusionModel"]
+    kind, options = info["input"]["required"]["model_name"]
+    return list(options["options"] if kind == "COMBO" else kind)
+
+
+@pytest.mark.parametrize("layout", ["scaled", "mixed"])
+def test_fp8_with_scales(
+    files: Path, tiny_z_image: Path, same_as_stock: Compare, layout: Fp8Layout
+) -> None:
+    path = write_fp8(tiny_z_image, files / f"{layout}.safetensors", layout)
+    same_as_stock(tp_text_to_latent(path.name))
+
+
+def test_plain_fp8(files: Path, tiny_z_image: Path, same_as_stock: Compare) -> None:
+    path = write_fp8(tiny_z_image, files / "plain.safetensors", "plain")
+    same_as_stock(tp_text_to_latent(path.name))
+
+
+def test_a_full_checkpoint(files: Path, tiny_z_image: Path, same_as_stock: Compare) -> None:
+    tensors = {f"model.diffusion_model.{k}": v for k, v in load_file(tiny_z_image).items()}
+    tensors["vae.decoder.conv_in.weight"] = tensors["model.diffusion_model.x_pad_token"].clone()
+    save_file(tensors, files / "full.safetensors")
+    same_as_stock(tp_text_to_latent("full.safetensors"))
+
+
+@pytest.mark.parametrize(("name", "num_shards"), [("whole", 1), ("below/sharded", 2)])
+def test_a_diffusers_folder(
+    comfy_server: ComfyServer, files: Path, tiny_z_image: Path, name: str, num_shards: int
+) -> None:
+    (files / name).parent.mkdir(exist_ok=True)
+    write_folder(tiny_z_image, files / name, "z_image", num_shards)
+    assert [entry for entry in offered(comfy_server) if entry.startswith(name)] == [name]
+    assert_equal_to_stock_on(comfy_server, name, tiny_z_image.name)
+
+
+@pytest.mark.parametrize("folder", ["diffusion_models", "unet"])
+def test_gguf(comfy_server: ComfyServer, files: Path, tiny_z_image: Path, folder: str) -> None:
+    path = comfy_server.models / folder / "below" / f"{folder}.gguf"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_gguf(tiny_z_image, path, "Q4_K", architecture=ARCHITECTURES["z_image"])
+    values = dequantised(path, tiny_z_image, files / f"{folder}_values.safetensors")
+    name = f"below/{path.name}"
+    assert name in offered(comfy_server)
+    assert_equal_to_stock_on(comfy_server, name, values.name)
+
+
+def assert_equal_to_stock_on(server: ComfyServer, name: str, stock_name: str) -> None:
+    """What the stock nodes cannot load is compared with them on a file of the same weights."""
+    prompt = tp_text_to_latent(name)
+    found = server.latent(server.run(prompt))
+    twin = stock_twin(prompt) | {"model": stock_loader(stock_name)}
+    expected = server.latent(server.run(twin))
+    assert expected.std() > 0.1
+    assert (found - expected).abs().max() <= TOLERANCE * expected.std()

@@ -1,0 +1,139 @@
+"""The routes of the page: what they answer, and whom they refuse."""
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+
+from support.comfy_history import PromptError
+from support.comfy_server import ComfyServer
+from support.group_reports import group
+from support.workflows import Sampling, tp_text_to_latent
+
+pytestmark = pytest.mark.comfy
+
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+MODEL = "tiny_z_image.safetensors"
+JSON = {"Content-Type": "application/json"}
+PYTHON = "TensorParallel.Runtime.Python"
+
+
+def ask(
+    server: ComfyServer, path: str, headers: dict[str, str] | None = None, method: str = "POST"
+) -> tuple[int, Any]:
+    """The status and the JSON of an answer; a body that is no JSON as None."""
+    data = b"{}" if method == "POST" else None
+    request = urllib.request.Request(
+        f"{server.url}/tensor_parallel{path}", data=data, headers=headers or {}, method=method
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=120) as reply:
+            return reply.status, json.load(reply)
+    except urllib.error.HTTPError as error:
+        body = error.read()
+        return error.code, json.loads(body) if body else None
+
+
+def counts(server: ComfyServer, query: str) -> tuple[int, Any]:
+    return ask(server, f"/gpu_counts?{query}", method="GET")
+
+
+def test_counts_of_a_model(comfy_server: ComfyServer) -> None:
+    status, answer = counts(comfy_server, f"model_name={MODEL}")
+    assert (status, answer["num_gpus"], set(answer["refused"])) == (200, 0, {"7"})
+    assert "num_heads=30" in answer["refused"]["7"]
+
+
+def test_counts_of_any_model(comfy_server: ComfyServer) -> None:
+    assert counts(comfy_server, "") == (200, {"num_gpus": 0, "refused": {}})
+
+
+@pytest.mark.parametrize(
+    "name", ["../../comfyui.log", "/etc/passwd", "no such file", "..", "", "a/../../x"]
+)
+def test_only_models_of_comfyuis_folders(comfy_server: ComfyServer, name: str) -> None:
+    status, answer = counts(comfy_server, f"model_name={quote(name, safe='')}")
+    assert status == 404
+    assert answer == {"error": f"There is no model {name!r} in ComfyUI's folders."}
+
+
+def test_a_file_that_is_no_model(comfy_server: ComfyServer) -> None:
+    (comfy_server.models / "diffusion_models" / "empty.safetensors").write_bytes(b"")
+    status, answer = counts(comfy_server, "model_name=empty.safetensors")
+    assert status == 400
+    assert "empty.safetensors" in answer["error"]
+
+
+def test_actions_on_a_group(comfy_server: ComfyServer) -> None:
+    history = comfy_server.run(tp_text_to_latent(MODEL, 2, Sampling(seed=time.monotonic_ns())))
+    group_id = group(history)["id"]
+    assert ask(comfy_server, f"/groups/{group_id}/explode", JSON)[0] == 404
+    status, answer = ask(comfy_server, "/groups/none/sleep", JSON)
+    assert (status, answer["error"]) == (400, "There is no group 'none'.")
+
+    status, answer = ask(comfy_server, f"/groups/{group_id}/sleep", JSON)
+    (asleep,) = [found for found in answer["groups"] if found["id"] == group_id]
+    assert all(model["asleep"] for model in asleep["models"].values())
+    assert len(asleep["ranks"]) == 2
+
+    status, answer = ask(comfy_server, f"/groups/{group_id}/release", JSON)
+    assert group_id not in [found["id"] for found in answer["groups"]]
+
+
+def test_events_say_what_runs(comfy_server: ComfyServer) -> None:
+    comfy_server.events.clear()
+    comfy_server.run(tp_text_to_latent(MODEL, 2, Sampling(seed=time.monotonic_ns())))
+    event = comfy_server.events.wait_for(
+        "tensor_parallel.groups", lambda event: any(g["step_ms"] for g in event.data["groups"])
+    )
+    assert event.data["groups"][0]["tp_size"] == 2
+    marked = comfy_server.events.wait_for("tensor_parallel.node")
+    assert marked.data["node"] == "sampler"
+
+
+@pytest.mark.parametrize("path", ["/doctor", "/groups/x/release"])
+def test_other_sites_are_refused(comfy_server: ComfyServer, path: str) -> None:
+    evil = {**JSON, "Origin": "http://evil.example"}
+    assert ask(comfy_server, path, evil)[0] == 403  # ComfyUI's own check: the host is local
+    status, answer = ask(comfy_server, path, {**evil, "Host": "my-machine:8188"})
+    assert (status, answer["error"]) == (403, "Requests from http://evil.example are refused.")
+    # What a page of another site may send without asking first.
+    status, answer = ask(comfy_server, path, {"Content-Type": "text/plain"})
+    assert status == 415
+
+
+def test_a_python_setting_that_is_none(comfy_server: ComfyServer) -> None:
+    comfy_server.post("/settings", {PYTHON: "/bin/sh"})
+    try:
+        with pytest.raises(PromptError, match="'Python of the GPU processes' is '/bin/sh'"):
+            comfy_server.run(tp_text_to_latent(MODEL, 3))
+        assert ask(comfy_server, "/doctor", JSON)[0] == 400
+    finally:
+        comfy_server.post("/settings", {PYTHON: ""})
+
+
+@pytest.fixture(scope="module")
+def multi_user_server() -> Iterator[ComfyServer]:
+    with ComfyServer(env=NO_GPU, extra_args=("--cpu", "--multi-user")) as server:
+        yield server
+
+
+def test_several_users(multi_user_server: ComfyServer) -> None:
+    """The routes answer all of them alike, and no user's settings change what runs."""
+    user = multi_user_server.post("/users", {"username": "ann"})
+    headers = {**JSON, "Comfy-User": user}
+    assert ask(multi_user_server, "/groups", headers, "GET") == (200, {"groups": []})
+    request = urllib.request.Request(
+        f"{multi_user_server.url}/settings",
+        data=json.dumps({PYTHON: "/bin/sh"}).encode(),
+        headers=headers,
+    )
+    urllib.request.urlopen(request, timeout=10).close()
+    status, answer = ask(multi_user_server, "/doctor", headers)
+    assert status == 200
+    assert answer["checks"][0]["status"] == "ok"

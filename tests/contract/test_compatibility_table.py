@@ -1,0 +1,32 @@
+"""`docs/compatibility.md` says what `tests/comfy/test_compatibility.py` tests."""
+
+import re
+
+import pytest
+
+from support.compatibility import FAMILIES, Row
+from support.compatibility_rows import ROWS
+from support.compatibility_table import PAGE, page
+
+
+def test_page_has_the_tested_rows() -> None:
+    """Else: python tests/support/compatibility_table.py."""
+    text = PAGE.read_text()
+    assert page(text) == text
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_a_row_uses_the_nodes_that_it_names(row: Row) -> None:
+    for family in FAMILIES:
+        if row.expected(family):
+            used = {item["class_type"] for item in row.prompt(family).values()}
+            assert set(re.findall(r"`([^`]+)`", row.title)) <= used
+
+
+def test_rows_have_names_of_their_own() -> None:
+    assert len({row.name for row in ROWS}) == len(ROWS)
+
+
+def test_enough_workflows() -> None:
+    for family in FAMILIES:
+        assert len([row for row in ROWS if row.expected(family)]) >= 40

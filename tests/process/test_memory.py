@@ -1,0 +1,162 @@
+"""Where models are: awake, asleep or freed; and what a page can ask of a group."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from process.conftest import assert_ended, cpu_group, make_inputs
+
+from support.tiny_models import write_z_image
+from tp_runtime import GroupReport, InputError, ModelSpec, RemoteModel, Runtime
+from tp_runtime import group as group_module
+from tp_runtime.engine import Engine
+from tp_runtime.host_memory import HostCopy
+from tp_runtime.protocol import Load, Request, Sleep, Unload, Wake
+
+pytestmark = pytest.mark.process
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Iterator[Runtime]:
+    runtime = Runtime()
+    yield runtime
+    runtime.release()
+
+
+@pytest.fixture
+def models(runtime: Runtime, tmp_path: Path) -> list[RemoteModel]:
+    """Two files on one group; nothing is loaded."""
+    found = []
+    for seed in (1, 2):
+        path = write_z_image(tmp_path / f"{seed}.safetensors", seed=seed)
+        spec = ModelSpec.of(str(path), "float32", "float32")
+        found.append(runtime.model(spec, cpu_group()))
+    return found
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """The requests that move weights, as they are sent: kind and model."""
+    found: list[tuple[str, str]] = []
+    send = Engine._send
+
+    def spy(self: Engine, make: Callable[[int], Request]) -> Any:
+        def made(number: int) -> Request:
+            request = make(number)
+            if isinstance(request, Load | Unload | Sleep | Wake):
+                found.append((type(request).__name__, request.model))
+            return request
+
+        return send(self, made)
+
+    monkeypatch.setattr(Engine, "_send", spy)
+    return found
+
+
+def the_group(runtime: Runtime) -> GroupReport:
+    (report,) = runtime.groups()
+    return report
+
+
+def test_sleep_and_wake(
+    runtime: Runtime, models: list[RemoteModel], sent: list[tuple[str, str]]
+) -> None:
+    """Nothing is read again; ComfyUI is told that the weights take no room meanwhile."""
+    model, _ = models
+    model.ensure_loaded()
+    inputs = make_inputs(seed=3)
+    expected = model.denoise(inputs)
+    assert min(model.loaded_bytes()) > 0
+    sent.clear()
+    model.sleep()
+    model.sleep()
+    assert model.loaded_bytes() == [0, 0]
+    assert the_group(runtime).models[model.name]["asleep"]
+    assert torch.equal(model.denoise(inputs), expected)
+    model.sleep()
+    model.ensure_loaded()
+    model.ensure_loaded()
+    assert sent == [(kind, model.name) for kind in ("Sleep", "Wake", "Sleep", "Wake")]
+
+
+def test_what_a_page_asks_of_a_group(runtime: Runtime, models: list[RemoteModel]) -> None:
+    first, second = models
+    for model in models:
+        model.ensure_loaded()
+    group = the_group(runtime)
+    assert (group.state, group.tp_size, group.ranks) == ("ready", 2, [])
+    runtime.sleep(group.id)
+    assert [model["asleep"] for model in the_group(runtime).models.values()] == [True, True]
+    runtime.wake(group.id)
+    assert the_group(runtime).models[first.name]["asleep"]
+    assert not the_group(runtime).models[second.name]["asleep"], "used last"
+    pids = [rank["pid"] for rank in runtime.reports()[0].ranks]
+    runtime.restart(group.id)
+    assert_ended(pids, within_s=5)
+    assert the_group(runtime).models == {}
+    first.ensure_loaded()
+    first.denoise(make_inputs())
+    assert runtime.release(group.id) == 1
+    assert runtime.groups() == []
+    with pytest.raises(InputError, match="no group 'other'"):
+        runtime.sleep("other")
+
+
+def test_a_model_makes_room_for_another(
+    runtime: Runtime,
+    models: list[RemoteModel],
+    sent: list[tuple[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a CPU by being freed; what was used longest ago goes first."""
+    first, second = models
+    first.ensure_loaded()
+    sent.clear()
+    monkeypatch.setattr(group_module, "ROOM_BYTES", 2**60)
+    second.ensure_loaded()
+    first.ensure_loaded()
+    assert sent == [
+        ("Unload", first.name),
+        ("Load", second.name),
+        ("Unload", second.name),
+        ("Load", first.name),
+    ]
+
+
+def test_a_load_that_was_given_up_can_be_put_to_sleep(
+    runtime: Runtime, models: list[RemoteModel]
+) -> None:
+    class Interrupted(BaseException):
+        pass
+
+    def interrupt() -> None:
+        raise Interrupted
+
+    models[0].ensure_loaded()
+    with pytest.raises(Interrupted):
+        models[1].ensure_loaded(poll=interrupt)
+    models[1].sleep(wait=False)
+    deadline = time.monotonic() + 10
+    while not runtime.reports()[0].ranks[0]["models"].get(models[1].name, {}).get("asleep"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    models[1].ensure_loaded()
+    models[1].denoise(make_inputs())
+
+
+def test_copies_in_one_piece() -> None:
+    tensors = {
+        "fp8": torch.randn(3, 5).to(torch.float8_e4m3fn),
+        "strided": torch.randn(8, 6)[:, 2:4],
+        "empty": torch.empty(0),
+        "bf16": torch.randn(7).bfloat16(),
+    }
+    copy = HostCopy(tensors)
+    for name, tensor in tensors.items():
+        assert copy.tensors[name].dtype == tensor.dtype
+        assert torch.equal(copy.tensors[name].float(), tensor.float())
+    copy.close()
+    assert not copy.tensors

@@ -1,0 +1,105 @@
+"""ComfyUI's page in a real Chromium, for the tests marked `web` and the scripts that make pictures.
+
+Debian's chromium, driven by playwright: playwright's own browser would be another download.
+"""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from playwright.sync_api import Page, sync_playwright
+
+from support.comfy_server import ComfyServer
+from support.paths import REPOSITORY
+
+PICTURES = REPOSITORY / "out" / "web"
+SIZE = {"width": 1400, "height": 880}
+# A person who has seen ComfyUI before: no tour, no dialog at the start.
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,
+    "Comfy.InstalledVersion": "1.32.9",
+    "Comfy.Workflow.ShowMissingModelsWarning": False,
+    "Comfy.NodeBadge.NodeIdBadgeMode": "None",
+    "Comfy.Validation.Workflows": False,
+    "Comfy.Workflow.Persist": False,  # or the page opens what it had open before
+}
+
+
+def chromium_path() -> str | None:
+    """Debian's chromium; None where it is not installed."""
+    return shutil.which("chromium")
+
+
+class ComfyPage:
+    """One tab with ComfyUI in it. `page` is playwright's."""
+
+    def __init__(self, page: Page, server: ComfyServer) -> None:
+        self.page = page
+        self.server = server
+        self.errors: list[str] = []
+        page.add_init_script("localStorage.setItem('vueNodesBannerDismissed', 'true')")
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+
+    def open(self, settings: Mapping[str, Any] | None = None) -> None:
+        """(Re)load the page with these settings stored on the server; ready when this returns."""
+        self.server.post("/settings", {**SETTINGS, **(settings or {})})
+        self.page.goto(self.server.url)
+        self.page.wait_for_function(
+            "window.app?.extensionManager?.getSidebarTabs?.()"
+            ".some((tab) => tab.id === 'tensor-parallel')",
+            timeout=60_000,
+        )
+        self.page.wait_for_function("window.app.graph && !document.querySelector('#splash-loader')")
+
+    def load(self, workflow: Mapping[str, Any]) -> None:
+        """Open a workflow in the page's format."""
+        self.page.evaluate("(workflow) => app.loadGraphData(workflow)", workflow)
+
+    def load_prompt(self, prompt: Mapping[str, Any]) -> None:
+        """Open a prompt in the API's format; ComfyUI arranges the nodes."""
+        self.page.evaluate("(prompt) => app.loadApiJson(prompt, 'test')", prompt)
+
+    def prompt(self) -> dict[str, Any]:
+        """What the page would send to the server for its workflow."""
+        made = self.page.evaluate("async () => (await app.graphToPrompt()).output")
+        return dict(made)
+
+    def widget(self, node_type: str, name: str, part: str = "value") -> Any:
+        """A widget's `value`, `tooltip` or `options.values`, of the first node of a type."""
+        return self.page.evaluate(
+            "([type, name, part]) => part.split('.').reduce((value, key) => value?.[key], "
+            "app.graph.nodes.find((node) => node.comfyClass === type)"
+            ".widgets.find((widget) => widget.name === name))",
+            [node_type, name, part],
+        )
+
+    def run_command(self, command_id: str) -> None:
+        """Run a command of the page, as its menus do."""
+        self.page.evaluate("(id) => app.extensionManager.command.execute(id)", command_id)
+
+    def open_tab(self) -> None:
+        """Open the pack's sidebar tab, if it is not open."""
+        if not self.page.locator(".tp-panel").is_visible():
+            self.page.locator(".tensor-parallel-tab-button").click()
+            self.page.locator(".tp-panel").wait_for()
+
+    def toasts(self) -> str:
+        """The text of the messages that are shown."""
+        return " ".join(self.page.locator(".p-toast-message").all_inner_texts())
+
+
+@contextmanager
+def comfy_page(server: ComfyServer) -> Iterator[ComfyPage]:
+    """Chromium with one tab, on ComfyUI's page; closed at the end."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=chromium_path(), args=["--no-sandbox", "--disable-gpu"]
+        )
+        try:
+            page = ComfyPage(browser.new_page(viewport=SIZE), server)
+            page.page.set_default_timeout(30_000)
+            page.open()
+            yield page
+        finally:
+            browser.close()

@@ -1,0 +1,254 @@
+"""How a workflow that uses a stock node is built, and what is expected of it on our MODEL.
+
+`support.compatibility_rows` lists the workflows; `tests/comfy/test_compatibility.py` runs each on
+the stock model and on ours; `docs/compatibility.md` shows the list as a table (`table`).
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from support.tiny_controlnets import write_flux_controlnet, write_qwen_image_controlnet
+from support.tiny_models import write_flux, write_qwen_image, write_z_image
+from support.tiny_vae import VAE_NAME, WAN_VAE_NAME
+from support.workflows import Prompt, Sampling, node, stock_twin, text_to_latent, tp_loader
+
+PICTURE = "picture.png"
+
+
+SMALL = Sampling(steps=3, width=64, height=64)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One of the models, as tiny files."""
+
+    name: str
+    label: str
+    write: Callable[[Path], Path]
+    write_controlnet: Callable[[Path], Path] | None = None
+    vae: str = VAE_NAME
+    latent_shape: tuple[int, ...] = (16, 8, 8)
+    pooled_width: int = 0
+
+    @property
+    def file(self) -> str:
+        return f"compatibility_{self.name}.safetensors"
+
+    @property
+    def latent(self) -> str:
+        """What LoadLatent reads: a random latent of `latent_shape`."""
+        return f"{self.name}.latent"
+
+
+FAMILIES = (
+    Family("z_image", "Z-Image", write_z_image),
+    Family("flux", "FLUX.1", write_flux, write_flux_controlnet, pooled_width=48),
+    Family(
+        "qwen_image",
+        "Qwen-Image",
+        write_qwen_image,
+        write_qwen_image_controlnet,
+        vae=WAN_VAE_NAME,
+        latent_shape=(16, 1, 8, 8),
+    ),
+)
+
+# --- what is expected ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Same:
+    """Every latent of the workflow is the stock model's."""
+
+    cell: str = "✓"
+
+
+@dataclass(frozen=True)
+class NoEffect(Same):
+    """The same; and the stock model does not look at what the node sets."""
+
+    cell: str = "✓ (no effect)"
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Ours ends at `node` with an error that contains every one of `words`.
+
+    The stock workflow works; it is not run if `in_stock` is false (training needs real captions).
+    """
+
+    node: str
+    words: tuple[str, ...]
+    in_stock: bool = True
+    cell: str = "clear error"
+
+
+@dataclass(frozen=True)
+class FailsInStock:
+    """The stock workflow ends with an error at `node`, and so does ours."""
+
+    node: str
+    cell: str = "– (fails in ComfyUI)"
+
+
+Expectation = Same | Refused | FailsInStock
+Edit = Callable[[Prompt, Family], object]  # changes the prompt in place
+
+
+def unchanged(prompt: Prompt, family: Family) -> None:
+    """The edit that leaves a prompt as it is."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: a workflow, made from caption and empty latent by `edit`.
+
+    `title` names the nodes as ComfyUI's class names, in backquotes. `batched`: the model evaluates
+    a batch, for which the CPU adds up in another order in another process. `without`: a node that
+    the stock workflow leaves out.
+    """
+
+    title: str
+    edit: Edit = unchanged
+    sampling: Sampling = SMALL
+    sampler: Literal["KSampler", "TPSampler", "SamplerCustomAdvanced"] = "KSampler"
+    batched: bool = False
+    expect: Expectation | Mapping[str, Expectation] = Same()
+    without: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The title as a word of a test's id."""
+        return re.sub(r"[^\w.]+", "-", self.title).strip("-")[:60]
+
+    def expected(self, family: Family) -> Expectation | None:
+        """What is expected on this model; None: the workflow is not for it."""
+        if isinstance(self.expect, Mapping):
+            return self.expect.get(family.name)
+        return self.expect
+
+    def prompt(self, family: Family) -> Prompt:
+        """The workflow on our MODEL."""
+        prompt = text_to_latent(tp_loader(family.file, 2), self.sampler, self.sampling)
+        for side, length in (("positive", 12), ("negative", 20)):
+            prompt[side]["inputs"] |= {"length": length, "pooled_width": family.pooled_width}
+        self.edit(prompt, family)
+        return prompt
+
+    def stock_prompt(self, prompt: Prompt) -> Prompt:
+        """The workflow of `prompt` on the stock model."""
+        twin = stock_twin(prompt)
+        for name in [name for name, item in twin.items() if item["class_type"] == self.without]:
+            before = twin.pop(name)["inputs"]["model"]
+            _relink(twin, [name, 0], before)
+        return twin
+
+
+# --- edits ---------------------------------------------------------------------------------------
+
+
+def insert(prompt: Prompt, after: str, class_type: str, socket: str, **inputs: Any) -> str:
+    """Put a node on the first output of the node `after`; it takes that at its input `socket`."""
+    name = f"{class_type} after {after}"
+    while name in prompt:
+        name += "'"
+    _relink(prompt, [after, 0], [name, 0])
+    prompt[name] = node(class_type, **{socket: [after, 0]}, **inputs)
+    return name
+
+
+def _relink(prompt: Prompt, old: list[Any], new: list[Any]) -> None:
+    for item in prompt.values():
+        for key, value in item["inputs"].items():
+            if value == old:
+                item["inputs"][key] = new
+
+
+def on_model(class_type: str, **inputs: Any) -> Edit:
+    """A node between the loader and all that uses the model."""
+    return lambda prompt, _: insert(prompt, "model", class_type, "model", **inputs)
+
+
+def on_positive(class_type: str, socket: str = "conditioning", **inputs: Any) -> Edit:
+    """A node between the positive conditioning and what uses it."""
+    return lambda prompt, _: insert(prompt, "positive", class_type, socket, **inputs)
+
+
+def on_latent(class_type: str, socket: str = "samples", **inputs: Any) -> Edit:
+    """A node between the latent and the sampler."""
+    return lambda prompt, _: insert(prompt, "latent", class_type, socket, **inputs)
+
+
+def beside(**nodes: dict[str, Any]) -> Edit:
+    """More nodes, or others in the place of those of the same name."""
+    return lambda prompt, _: prompt.update(nodes)
+
+
+def given(node_id: str, **inputs: Any) -> Edit:
+    """Other inputs of a node."""
+    return lambda prompt, _: prompt[node_id]["inputs"].update(inputs)
+
+
+def from_picture(prompt: Prompt, family: Family) -> None:
+    """Sampling starts from a random latent instead of an empty one."""
+    prompt["latent"] = node("LoadLatent", latent=family.latent)
+
+
+def with_pictures(prompt: Prompt, family: Family) -> None:
+    """A picture, a soft mask made of it, and the VAE, for other nodes to take."""
+    prompt |= {
+        "picture": node("LoadImage", image=PICTURE),
+        "mask": node("LoadImageMask", image=PICTURE, channel="red"),
+        "vae": node("VAELoader", vae_name=family.vae),
+    }
+
+
+def all_of(*edits: Edit) -> Edit:
+    """One edit after another."""
+
+    def edit(prompt: Prompt, family: Family) -> None:
+        for each in edits:
+            each(prompt, family)
+
+    return edit
+
+
+def share(values: Iterable[str], family: Family) -> list[str]:
+    """Every third of them: each is tested with one of the models."""
+    return list(values)[FAMILIES.index(family) :: len(FAMILIES)]
+
+
+def each_value(name: str, values: Sequence[str]) -> Edit:
+    """A KSampler and a SaveLatent for each value of an input that is the model's share."""
+
+    def edit(prompt: Prompt, family: Family) -> None:
+        sampler = prompt.pop("sampler")
+        del prompt["save"]
+        for value in share(values, family):
+            prompt[value] = node(sampler["class_type"], **sampler["inputs"] | {name: value})
+            prompt[f"save {value}"] = node(
+                "SaveLatent", samples=[value, 0], filename_prefix=f"latents/{value}"
+            )
+
+    return edit
+
+
+def with_defaults(prompt: Prompt, node_info: Mapping[str, Any]) -> Prompt:
+    """The prompt with every required input that it leaves out, as a node on the page has it."""
+    for item in prompt.values():
+        required = node_info[item["class_type"]]["input"].get("required", {})
+        for name, (kind, *options) in required.items():
+            if name not in item["inputs"]:
+                item["inputs"][name] = _default(kind, options[0] if options else {})
+    return prompt
+
+
+def _default(kind: str | list[Any], options: Mapping[str, Any]) -> Any:
+    if "default" in options:
+        return options["default"]
+    if kind == "BOOLEAN":
+        return False
+    return (options["options"] if kind == "COMBO" else kind)[0]

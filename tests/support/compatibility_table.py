@@ -1,0 +1,56 @@
+"""The tables of `docs/compatibility.md`, made of the tested workflows.
+
+    python tests/support/compatibility_table.py
+
+writes them into the page, between the lines that mark their place.
+"""
+
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]  # for a run as a program
+
+from support.compatibility import FAMILIES, Row  # noqa: E402
+from support.compatibility_rows import ELSEWHERE, SECTIONS  # noqa: E402
+from support.paths import REPOSITORY  # noqa: E402
+
+PAGE = REPOSITORY / "docs" / "compatibility.md"
+BEGIN = "<!-- written by tests/support/compatibility_table.py -->"
+END = "<!-- end of what is written -->"
+
+
+def tables() -> str:
+    """A table for each section, and one of the nodes without a workflow, in Markdown."""
+    parts = []
+    heads = [family.label for family in FAMILIES]
+    for title, rows in SECTIONS.items():
+        cells = [[row.title, *_cells(row)] for row in rows]
+        parts.append(f"### {title}\n\n{_table(['workflow with', *heads], cells)}")
+    by_reason = defaultdict(list)
+    for name, reason in ELSEWHERE.items():
+        by_reason[reason].append(f"`{name}`")
+    others = [[", ".join(names), reason] for reason, names in by_reason.items()]
+    parts.append(f"### Other nodes\n\n{_table(['nodes', 'what they do'], others)}")
+    return "\n\n".join(parts)
+
+
+def page(text: str) -> str:
+    """The page with its tables replaced."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n\n{tables()}\n\n{END}{after}"
+
+
+def _cells(row: Row) -> list[str]:
+    expected = [row.expected(family) for family in FAMILIES]
+    return ["–" if each is None else each.cell for each in expected]
+
+
+def _table(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text()))

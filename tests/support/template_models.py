@@ -1,0 +1,70 @@
+"""Tiny files under the names of the published ones that the templates load."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from support.lora_files import write_lora
+from support.tiny_models import (
+    FluxSize,
+    QwenImageSize,
+    ZImageSize,
+    write_flux,
+    write_qwen_image,
+    write_z_image,
+)
+from support.tiny_vae import WAN_VAE_NAME, write_tiny_vae, write_tiny_wan_vae
+
+_TEXT_ENCODER_MARK = "tp_test_text_encoder"  # as support/comfy_pack/text_encoder.py reads it
+
+
+def write_template_models(models: Path) -> None:
+    """Write all of them below ComfyUI's `models` folder."""
+    diffusion = models / "diffusion_models"
+    write_z_image(diffusion / "z_image_turbo_bf16.safetensors")
+    for name in ("flux1-dev", "flux1-dev-kontext_fp8_scaled"):
+        write_flux(diffusion / f"{name}.safetensors")
+    for name in ("qwen_image_fp8_e4m3fn", "qwen_image_edit_2509_fp8_e4m3fn"):
+        write_qwen_image(diffusion / f"{name}.safetensors")
+    _write_text_encoders(models / "text_encoders")
+    _write_vaes(models)
+    _write_loras(models / "loras")
+
+
+def _write_text_encoders(folder: Path) -> None:
+    flux = FluxSize()
+    widths = {
+        "qwen_3_4b": f"{ZImageSize().cap_feat_dim}",
+        "clip_l": f"{flux.context_dim},{flux.vector_dim}",
+        "t5xxl_fp16": f"{flux.context_dim},{flux.vector_dim}",
+        "qwen_2.5_vl_7b_fp8_scaled": f"{QwenImageSize().context_dim}",
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, width in widths.items():
+        path = folder / f"{name}.safetensors"
+        save_file({"nothing": torch.zeros(1)}, path, metadata={_TEXT_ENCODER_MARK: width})
+
+
+def _write_vaes(models: Path) -> None:
+    write_tiny_vae(models)
+    # As ComfyUI's VAELoader puts the two files of TAEF1 together.
+    weights = {"vae_scale": torch.tensor(0.3611), "vae_shift": torch.tensor(0.1159)}
+    for half in ("encoder", "decoder"):
+        part = load_file(models / "vae_approx" / f"taef1_{half}.safetensors")
+        weights |= {f"taesd_{half}.{key}": value for key, value in part.items()}
+    (models / "vae").mkdir(exist_ok=True)
+    save_file(weights, models / "vae" / "ae.safetensors")
+    write_tiny_wan_vae(models)
+    (models / "vae" / WAN_VAE_NAME).rename(models / "vae" / "qwen_image_vae.safetensors")
+
+
+def _write_loras(folder: Path) -> None:
+    z_image, flux, qwen = ZImageSize().dim, FluxSize().dim, QwenImageSize().dim
+    layers = {
+        "pixel_art_style_z_image_turbo": ("layers.0.attention.out", z_image),
+        "FLUX.1-Turbo-Alpha": ("double_blocks.0.img_attn.proj", flux),
+        "Qwen-Image-Lightning-8steps-V1.0": ("transformer_blocks.0.attn.to_out.0", qwen),
+    }
+    for name, (layer, width) in layers.items():
+        write_lora(folder / f"{name}.safetensors", [(layer, (width, width))])

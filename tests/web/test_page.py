@@ -1,0 +1,283 @@
+"""A person at ComfyUI's page: makes a picture on several ranks, looks at them, ends them."""
+
+import json
+import time
+from typing import Any
+
+import psutil
+import pytest
+
+from support.comfy_page import PICTURES, ComfyPage
+from support.tiny_vae import VAE_NAME
+from support.workflows import Prompt, Sampling, text_to_latent, tp_loader, with_picture
+
+pytestmark = pytest.mark.web
+
+MODEL = "tiny_z_image.safetensors"
+START_MS = 240_000  # of a group, on a machine that is busy
+
+
+def picture_prompt(gpu_count: int = 2, steps: int = 4) -> Prompt:
+    sampling = Sampling(seed=time.monotonic_ns() % 2**32, steps=steps, width=256, height=256)
+    prompt = text_to_latent(tp_loader(MODEL, gpu_count), "TPSampler", sampling)
+    del prompt["save"]
+    return with_picture(prompt, VAE_NAME)
+
+
+def wait_for_picture(web: ComfyPage) -> None:
+    web.page.wait_for_function(
+        "app.graph.nodes.some((node) => node.comfyClass === 'SaveImage' && node.imgs?.length)",
+        timeout=START_MS,
+    )
+
+
+def run(web: ComfyPage, prompt: Prompt) -> None:
+    """Open a prompt, press Run and wait for its picture."""
+    web.load_prompt(prompt)
+    web.page.get_by_role("button", name="Run", exact=True).click()
+    wait_for_picture(web)
+
+
+def badges(web: ComfyPage, node_type: str) -> list[str]:
+    found = web.page.evaluate(
+        "(type) => app.graph.nodes.filter((node) => node.comfyClass === type).flatMap((node) =>"
+        " node.badges.map((badge) => (typeof badge === 'function' ? badge() : badge).text))",
+        node_type,
+    )
+    return list(found)
+
+
+def click_widget(web: ComfyPage, node_type: str, name: str) -> None:
+    """Click into the middle of a widget that ComfyUI draws on its canvas."""
+    x, y = web.page.evaluate(
+        """([type, name]) => {
+            const node = app.graph.nodes.find((node) => node.comfyClass === type);
+            const widget = node.widgets.find((widget) => widget.name === name);
+            const place = [node.pos[0] + node.size[0] / 2, node.pos[1] + widget.last_y + 10];
+            return app.canvasPosToClientPos(place);
+        }""",
+        [node_type, name],
+    )
+    web.page.mouse.click(x, y)
+
+
+def test_a_picture_from_the_search_box_to_the_end(web: ComfyPage) -> None:
+    prompt = picture_prompt()
+    sampler = prompt.pop("sampler")["inputs"]
+    del prompt["decoded"]["inputs"]["samples"]
+    web.load_prompt(prompt)
+    page = web.page
+
+    page.mouse.dblclick(900, 700)
+    page.get_by_placeholder("Search").last.fill("TP Sampler")
+    page.locator(".p-autocomplete-option").first.wait_for()
+    page.keyboard.press("Enter")
+    page.wait_for_function("app.graph.nodes.some((node) => node.comfyClass === 'TPSampler')")
+    page.keyboard.press("Escape")
+    links = [
+        (value[0], value[1], name) for name, value in sampler.items() if isinstance(value, list)
+    ]
+    values = {name: value for name, value in sampler.items() if not isinstance(value, list)}
+    page.evaluate(
+        """([links, values]) => {
+            const sampler = app.graph.nodes.find((node) => node.comfyClass === 'TPSampler');
+            const byId = (id) => app.graph.nodes.find((node) => node.id === id);
+            for (const [source, slot, name] of links) byId(source).connect(slot, sampler, name);
+            for (const [name, value] of Object.entries(values))
+                sampler.widgets.find((widget) => widget.name === name).value = value;
+            sampler.connect(0, byId('decoded'), 'samples');
+            sampler.widgets.find(({name}) => name === 'control_after_generate').value = 'fixed';
+        }""",
+        [links, values],
+    )
+    web.run_command("Comfy.Canvas.FitView")
+    page.wait_for_timeout(800)
+
+    click_widget(web, "TPSampler", "gpu_count")
+    page.locator(".litecontextmenu").get_by_text("2", exact=True).click()
+    assert web.widget("TPSampler", "gpu_count") == "2"
+
+    page.evaluate(
+        """async () => {
+            const { api } = await import('/scripts/api.js');
+            window.seen = { progress: 0, b_preview: 0 };
+            for (const kind of Object.keys(window.seen))
+                api.addEventListener(kind, () => { window.seen[kind] += 1; });
+        }"""
+    )
+    page.get_by_role("button", name="Run", exact=True).click()
+    wait_for_picture(web)
+    seen = page.evaluate("window.seen")
+    assert seen["progress"] >= 4
+    assert seen["b_preview"] >= 1
+    page.wait_for_timeout(700)  # the last event about the group
+    for node_type in ("TPSampler", "TPLoadDiffusionModel"):
+        (badge,) = [text for text in badges(web, node_type) if "×" in text]
+        assert badge.startswith("2× · ")
+        assert badge.endswith(" ms/step")
+
+
+def test_the_tab_and_its_buttons(web: ComfyPage) -> None:
+    web.open_tab()
+    run(web, picture_prompt())
+    card = web.page.locator(".tp-card")
+    card.get_by_text("ready").wait_for()
+    assert "2 CPU processes" in card.inner_text()
+    assert MODEL in card.inner_text()
+    assert "ms/step" in card.inner_text()
+    web.page.screenshot(path=PICTURES / "the_tab.png")
+
+    card.get_by_role("button", name="Sleep").click()
+    card.get_by_text("asleep").wait_for()
+    card.get_by_role("button", name="Wake").click()
+    card.get_by_text("asleep").wait_for(state="detached")
+
+    ranks = {process.pid for process in web.server.children()}
+    card.get_by_role("button", name="Restart").focus()
+    web.page.keyboard.press("Enter")
+    web.page.wait_for_function(
+        "!document.querySelector('.tp-card').innerText.includes('tiny_z_image')",
+        timeout=START_MS,
+    )
+    card.get_by_text("ready").wait_for(timeout=START_MS)
+    assert ranks.isdisjoint(process.pid for process in web.server.children())
+    focus = web.page.evaluate("document.activeElement.textContent")
+    assert focus == "Restart"
+
+    web.page.keyboard.press("Tab")
+    web.page.keyboard.press("Enter")  # Release
+    web.page.get_by_text("No GPU process runs.").wait_for()
+    assert not web.server.children()
+    assert web.page.evaluate("document.activeElement.className") == "tp-panel"
+
+
+def test_a_dead_group_says_why(web: ComfyPage) -> None:
+    web.open_tab()
+    run(web, picture_prompt())
+    rank = next(p for p in web.server.children() if "tp_runtime.worker" in " ".join(p.cmdline()))
+    psutil.Process(rank.pid).kill()
+    card = web.page.locator(".tp-card")
+    card.locator(".tp-state[data-state=failed]").wait_for()
+    assert "was killed by signal 9" in card.inner_text()
+    assert "Log: " in card.inner_text()
+    card.get_by_text("End of the log").click()
+    assert card.locator("pre").inner_text()
+    card.get_by_role("button", name="Release").click()
+    web.page.get_by_text("No GPU process runs.").wait_for()
+
+
+def test_the_machine_is_checked(web: ComfyPage) -> None:
+    web.open_tab()
+    web.page.get_by_role("button", name="Check").click()
+    findings = web.page.locator(".tp-findings")
+    findings.get_by_text("vllm").wait_for(timeout=START_MS)
+    assert "Runtime Python" in findings.inner_text()
+
+
+# --- workflows of other machines ---------------------------------------------------------------
+
+
+def test_a_count_that_the_model_cannot_have_is_changed(web: ComfyPage) -> None:
+    web.load_prompt(picture_prompt(gpu_count=7))
+    web.page.get_by_text("gpu_count 7 → 6").wait_for()
+    assert web.widget("TPLoadDiffusionModel", "gpu_count") == "6"
+    assert "7" not in web.widget("TPLoadDiffusionModel", "gpu_count", "options.values")
+    tooltip = web.widget("TPLoadDiffusionModel", "gpu_count", "tooltip")
+    assert "7: Z-Image cannot be split over 7 GPUs" in tooltip
+
+
+def test_a_workflow_of_four_gpus_on_a_machine_with_two(web: ComfyPage) -> None:
+    def two_gpus(route: Any) -> None:
+        reason = "{} GPUs were asked for, but this machine shows 2 (0, 1)."
+        refused = {str(count): reason.format(count) for count in range(3, 9)}
+        route.fulfill(body=json.dumps({"num_gpus": 2, "refused": refused}))
+
+    web.page.route("**/tensor_parallel/gpu_counts**", two_gpus)
+    web.open()
+    try:
+        web.load_prompt(picture_prompt(gpu_count=4))
+        web.page.get_by_text("gpu_count 4 → 2").wait_for()
+        offered = web.widget("TPLoadDiffusionModel", "gpu_count", "options.values")
+        assert offered == ["auto", "1", "2"]
+        assert web.prompt()["model"]["inputs"]["gpu_count"] == "2"
+        web.page.screenshot(path=PICTURES / "fewer_gpus.png")
+    finally:
+        web.page.unroute("**/tensor_parallel/gpu_counts**")
+
+
+def test_a_workflow_of_four_gpus_on_this_machine(web: ComfyPage) -> None:
+    """Four CPU processes, where there is no GPU."""
+    run(web, picture_prompt(gpu_count=4, steps=2))
+    assert web.widget("TPLoadDiffusionModel", "gpu_count") == "4"
+    web.open_tab()
+    web.page.locator(".tp-card").get_by_text("4 CPU processes").wait_for()
+    assert any(text.startswith("4×") for text in badges(web, "TPSampler"))
+    web.page.screenshot(path=PICTURES / "four_ranks.png")
+    web.run_command("TensorParallel.ReleaseAll")
+    web.page.get_by_text("No GPU process runs.").wait_for()
+
+
+def test_saved_and_opened_again(web: ComfyPage) -> None:
+    web.load_prompt(picture_prompt(gpu_count=3))
+    web.page.keyboard.press("Control+s")
+    web.page.get_by_role("dialog").get_by_role("textbox").fill("three")
+    web.page.keyboard.press("Enter")
+    saved = web.server.base / "user/default/workflows/three.json"
+    web.page.wait_for_timeout(1000)
+    workflow = json.loads(saved.read_text())
+    web.open()
+    web.load(workflow)
+    web.page.wait_for_timeout(500)
+    assert web.widget("TPLoadDiffusionModel", "gpu_count") == "3"
+    assert web.toasts() == ""
+
+
+# --- looks -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("palette", ["light", "dark"])
+def test_readable_in_both_themes(web: ComfyPage, palette: str) -> None:
+    web.open({"Comfy.ColorPalette": palette})
+    web.open_tab()
+    ratios = web.page.evaluate(
+        """() => [...document.querySelectorAll('.tp-panel p, .tp-panel h3, .tp-panel button')]
+            .map((element) => {
+                const luminance = (colour) => {
+                    const [r, g, b] = colour.match(/[\\d.]+/g).map((part) => {
+                        const value = part / 255;
+                        return value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
+                    });
+                    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+                };
+                let behind = element;
+                while (/, 0\\)|transparent/.test(getComputedStyle(behind).backgroundColor))
+                    behind = behind.parentElement;
+                const colours = [
+                    luminance(getComputedStyle(element).color),
+                    luminance(getComputedStyle(behind).backgroundColor),
+                ].sort();
+                return (colours[1] + 0.05) / (colours[0] + 0.05);
+            })"""
+    )
+    assert len(ratios) >= 5
+    assert min(ratios) >= 4.5, ratios  # WCAG 2.1, AA
+
+
+def test_in_chinese(web: ComfyPage) -> None:
+    web.open({"Comfy.Locale": "zh"})
+    try:
+        web.open_tab()
+        web.page.get_by_text("没有正在运行的 GPU 进程。").wait_for()
+        # Frontend 1.32 loads its own Chinese texts over those of packs, so the nodes stay English.
+        assert web.server.get("/i18n")["zh"]["nodeDefs"]["TPSampler"]["display_name"] == "TP 采样器"
+    finally:
+        web.server.post("/settings", {"Comfy.Locale": "en", "Comfy.ColorPalette": "dark"})
+
+
+def test_a_new_loader_has_the_count_of_the_settings(web: ComfyPage) -> None:
+    web.open({"TensorParallel.Nodes.GpuCount": "2"})
+    try:
+        web.page.evaluate("app.graph.add(LiteGraph.createNode('TPLoadDiffusionModel'))")
+        assert web.widget("TPLoadDiffusionModel", "gpu_count") == "2"
+    finally:
+        web.server.post("/settings", {"TensorParallel.Nodes.GpuCount": "auto"})

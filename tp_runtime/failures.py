@@ -1,0 +1,67 @@
+"""How a group failed, as the error that a person sees. Part of the engine's half."""
+
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from .config import GroupConfig
+from .errors import CallTimeoutError, GroupDiedError, GroupStartError, RankError
+from .launcher import Rank
+from .protocol import Failed
+
+logger = logging.getLogger("tp_runtime")
+
+_IMPORT_ERROR = re.compile(r"^(?:ModuleNotFoundError|ImportError): .*$", re.MULTILINE)
+_PACK = Path(__file__).resolve().parent.parent
+
+
+def not_started(
+    config: GroupConfig, ranks: Sequence[Rank], blamed: Rank | None, error: BaseException
+) -> GroupStartError:
+    """For a group whose ranks did not all become ready."""
+    tails = [rank.log_tail() for rank in ranks]
+    lacking = next(filter(None, map(_IMPORT_ERROR.search, tails)), None)
+    if lacking:
+        return GroupStartError(
+            f"The runtime's Python {config.python} cannot import what the ranks need "
+            f"({lacking[0]}). Install it with: {config.python} -m pip install '{_PACK}[runtime]', "
+            "or set TP_RUNTIME_PYTHON to a Python that has vllm and diffusers. "
+            f"Logs: {ranks[0].log_path.parent}"
+        )
+    tail = tails[blamed.index if blamed else 0]
+    return GroupStartError(
+        f"The process group of {config.tp_size} {config.device.upper()} ranks did not start: "
+        f"{error} Runtime Python: {config.python}. The log ends:\n{tail}"
+    )
+
+
+def silence(silent: Sequence[Rank], timeout_s: float, doing: str) -> CallTimeoutError:
+    """For ranks that have not answered in time."""
+    return CallTimeoutError(
+        f"Ranks {[rank.index for rank in silent]} gave no sign of life for {timeout_s:g} s "
+        f"during '{doing}'; the group was ended. The next request starts a new one. "
+        f"Logs: {silent[0].log_path.parent}"
+    )
+
+
+def death(rank: Rank, doing: str | None) -> GroupDiedError:
+    """For a rank whose process has ended."""
+    rank.ended(timeout_s=1.0)  # its stream ends a moment before the process does
+    return GroupDiedError(
+        f"Rank {rank.index} (process {rank.pid}) {rank.describe_exit()}{_during(doing)}; the "
+        f"group was ended. The next request starts a new one. Log: {rank.log_path}"
+    )
+
+
+def rank_error(rank: Rank, failed: Failed, doing: str | None) -> RankError:
+    """For a rank that raised."""
+    logger.error("rank %d:\n%s", rank.index, failed.traceback)
+    return RankError(
+        f"Rank {rank.index} raised {failed.kind}{_during(doing)}: {failed.message} The group "
+        f"was ended; the next request starts a new one. Log: {rank.log_path}"
+    )
+
+
+def _during(doing: str | None) -> str:
+    return "" if doing is None else f" during '{doing}'"

@@ -1,0 +1,348 @@
+"""One group over time: its present engine and the models that it holds. Part of the engine's half.
+
+A model is awake (its shards are on the devices) or asleep (in the host's memory). Models go to
+sleep, least recently used first, when another one needs their room on the devices; and are freed
+when there is no room for them in the host's memory, or nobody holds them any more.
+"""
+
+import contextlib
+import hashlib
+import threading
+import time
+import weakref
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+
+from .config import GroupConfig, host_reserve
+from .engine import POLL_S, Engine, OnProgress, Poll, State
+from .errors import CheckpointError, GroupClosedError, InputError, TPRuntimeError
+from .protocol import Load, Report, Sleep, Wake
+
+if TYPE_CHECKING:
+    from .runtime import RemoteModel
+
+# Room to be left beside a model on every device, as ComfyUI leaves it (model_management.py).
+ROOM_FACTOR = 1.1
+ROOM_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """What a group is and holds. ``ranks``: one mapping each, empty unless it was asked for.
+
+    ``models``: name → ``bytes`` on each rank (None while it loads) and ``asleep``. ``step_ms``:
+    how long the last evaluation took, as its caller saw it. ``log_tail``: the end of the log of
+    the rank that failed. Of each rank:
+    ``rank``, ``tp_world_size`` (as vLLM reports it there), ``device``, ``pid``, ``versions``,
+    ``memory`` (bytes), ``models`` (bytes resident and read, ...), ``last_step_ms``.
+    """
+
+    id: str
+    state: str
+    tp_size: int
+    device: str
+    devices: tuple[int, ...]
+    python: str
+    error: str | None
+    models: dict[str, dict[str, Any]]
+    step_ms: float | None = None
+    log_tail: str = ""
+    ranks: list[dict[str, Any]] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return asdict(self)
+
+
+@dataclass
+class _Resident:
+    """A model that the ranks hold.
+
+    ``rank_bytes`` is None while that is not known (being loaded, or the wait was given up).
+    ``version`` is that of the patches; what was asked for, even if the wait was given up.
+    """
+
+    rank_bytes: list[int] | None = None
+    asleep: bool = False
+    version: Hashable = None
+
+
+class Group:
+    """A configuration, the engine that runs it now, if any, and what that holds."""
+
+    def __init__(self, config: GroupConfig) -> None:
+        self.config = config
+        self.id = hashlib.blake2s(repr(config).encode(), digest_size=4).hexdigest()
+        self.engine: Engine | None = None
+        self.step_ms: float | None = None
+        self._models: OrderedDict[str, _Resident] = OrderedDict()  # least recently used first
+        self._users: weakref.WeakSet[RemoteModel] = weakref.WeakSet()
+        self._users_lock = threading.Lock()
+        self._starting = threading.Lock()
+        self._changing = threading.Lock()  # held while what the group holds is changed
+
+    # --- the engine ------------------------------------------------------------------------------
+
+    def alive(self) -> Engine | None:
+        """The engine, if its group is up."""
+        engine = self.engine
+        return engine if engine and engine.state in (State.READY, State.BUSY) else None
+
+    def start(self, poll: Poll | None = None) -> Engine:
+        """The engine of a running group, which is started if there is none.
+
+        Raises:
+            GroupStartError: see ``Engine.start``.
+        """
+        with _acquired(self._starting, poll):
+            engine = self.alive()
+            if engine is None:
+                self.close()
+                engine = Engine(self.config)
+                self.engine = engine
+                engine.start(poll)
+            return engine
+
+    def close(self) -> bool:
+        """End the group; False if there was none."""
+        engine, self.engine = self.engine, None
+        self._models = OrderedDict()
+        self.step_ms = None
+        if engine is None:
+            return False
+        had_processes = engine.state not in (State.FAILED, State.CLOSED)
+        engine.close()
+        return had_processes
+
+    # --- models ----------------------------------------------------------------------------------
+
+    def add_user(self, model: "RemoteModel") -> None:
+        """Keep the model's shards, once loaded, for as long as ``model`` is there."""
+        with self._users_lock:
+            self._users.add(model)
+        weakref.finalize(model, self._on_user_gone).atexit = False
+
+    def use(
+        self, model: "RemoteModel", poll: Poll | None = None, on_progress: OnProgress | None = None
+    ) -> None:
+        """Have the model's weights on the devices, patched as it wants them; start what it needs.
+
+        Raises:
+            GroupStartError, CheckpointError, and what ``Engine.call`` raises.
+        """
+        engine = self.start(poll)
+        with _acquired(self._changing, poll):
+            models = self._models
+            resident = models.get(model.name)
+            if resident is None or resident.rank_bytes is None:
+                self._free_unused(engine, poll)
+                self._make_room(engine, model.name, model.planned_bytes(), poll)
+                resident = models.setdefault(model.name, _Resident())
+                try:
+                    values = engine.call(
+                        lambda call: Load(call, model.name, model.spec),
+                        poll=poll,
+                        on_progress=on_progress,
+                    )
+                except CheckpointError:
+                    del models[model.name]
+                    raise
+                resident.rank_bytes = [value["resident_bytes"] for value in values]
+            models.move_to_end(model.name)
+            self._be_as_wanted(engine, resident, model, poll)
+
+    def denoise(
+        self,
+        model: "RemoteModel",
+        inputs: Mapping[str, Any],
+        result_shape: tuple[int, ...],
+        poll: Poll | None = None,
+    ) -> torch.Tensor:
+        """Evaluate a model that ``use`` has loaded; see ``Engine.denoise``."""
+        engine = self.alive()
+        resident = self._models.get(model.name)
+        if engine is None or resident is None or resident.rank_bytes is None:
+            raise GroupClosedError(
+                "The process group was ended since the model was loaded. Queue the prompt again."
+            )
+        if resident.asleep or resident.version != model.version:
+            with _acquired(self._changing, poll):
+                self._be_as_wanted(engine, resident, model, poll)
+        started = time.perf_counter()
+        result = engine.denoise(model.name, inputs, result_shape, poll)
+        self.step_ms = (time.perf_counter() - started) * 1000
+        return result
+
+    def bytes_on_devices(self, name: str) -> list[int]:
+        """Bytes that the model takes on the device of each rank now; 0 if unknown or asleep."""
+        resident = self._models.get(name)
+        if resident is None or resident.rank_bytes is None or resident.asleep or not self.alive():
+            return [0] * self.config.tp_size
+        return resident.rank_bytes
+
+    def sleep(self, name: str, poll: Poll | None = None) -> None:
+        """Free the devices of a model; nothing happens if it is not there.
+
+        Waits for the request that is under way. A group that ends meanwhile is fine.
+        """
+        with _acquired(self._changing, poll), contextlib.suppress(TPRuntimeError):
+            engine = self.alive()
+            if engine is not None and name in self._models:
+                self._put_to_sleep(engine, name, poll)
+
+    def sleep_all(self, poll: Poll | None = None) -> None:
+        """Free the devices of every model."""
+        for name in list(self._models):
+            self.sleep(name, poll)
+
+    def wake(self, poll: Poll | None = None) -> None:
+        """Have the model that was used last on the devices again."""
+        with _acquired(self._changing, poll):
+            engine = self.alive()
+            if engine is not None and self._models:
+                name, resident = next(reversed(self._models.items()))
+                self._wake(engine, name, resident, poll)
+
+    # --- to be called while holding _changing ----------------------------------------------------
+
+    def _be_as_wanted(
+        self, engine: Engine, resident: _Resident, model: "RemoteModel", poll: Poll | None
+    ) -> None:
+        self._wake(engine, model.name, resident, poll)
+        version = model.version
+        if resident.version != version:
+
+            def on_sent() -> None:
+                resident.version = version
+
+            engine.patch(model.name, model.patches, poll, on_sent)
+
+    def _wake(self, engine: Engine, name: str, resident: _Resident, poll: Poll | None) -> None:
+        if resident.asleep:
+            self._make_room(engine, name, max(resident.rank_bytes or [0]), poll)
+            engine.call(lambda call: Wake(call, name), poll=poll)
+            resident.asleep = False
+
+    def _put_to_sleep(self, engine: Engine, name: str, poll: Poll | None) -> None:
+        resident = self._models[name]
+        if resident.asleep:
+            return
+        if not self._host_has_room(engine, name, poll):
+            self._unload(engine, name, poll)
+            return
+
+        def on_sent() -> None:
+            resident.asleep = True
+
+        try:
+            engine.call(lambda call: Sleep(call, name), poll=poll, on_sent=on_sent)
+        except InputError:  # its load, which nobody waited for, was refused
+            del self._models[name]
+
+    def _host_has_room(self, engine: Engine, name: str, poll: Poll | None) -> bool:
+        """Whether the host can take the model; frees models that have slept longer for it."""
+        rank_bytes = self._models[name].rank_bytes
+        if self.config.device == "cpu":
+            return True  # where it is already
+        needed = sum(rank_bytes or [])
+        reserve = host_reserve() * psutil.virtual_memory().total
+        for other in [n for n, resident in self._models.items() if resident.asleep]:
+            if psutil.virtual_memory().available - needed >= reserve:
+                break
+            self._unload(engine, other, poll)
+        return psutil.virtual_memory().available - needed >= reserve
+
+    def _make_room(self, engine: Engine, name: str, needed: int, poll: Poll | None) -> None:
+        """Free the devices of other models, as far as that helps, until ``needed`` bytes fit."""
+        on_cpu = self.config.device == "cpu"
+        others = [n for n, r in self._models.items() if n != name and (on_cpu or not r.asleep)]
+        for other in others:
+            free = min(value["memory"]["free_bytes"] for value in engine.call(Report, poll=poll))
+            if free >= needed * ROOM_FACTOR + ROOM_BYTES:
+                break
+            if on_cpu:
+                self._unload(engine, other, poll)
+            else:
+                self._put_to_sleep(engine, other, poll)
+
+    def _unload(self, engine: Engine, name: str, poll: Poll | None) -> None:
+        models = self._models
+        engine.unload(name, poll)
+        models.pop(name, None)
+
+    def _free_unused(self, engine: Engine, poll: Poll | None) -> None:
+        """Free the shards of models that nobody holds."""
+        with self._users_lock:
+            wanted = {model.name for model in self._users}
+        for name in self._models.keys() - wanted:
+            self._unload(engine, name, poll)
+
+    def _on_user_gone(self) -> None:
+        # In a thread: the garbage collector may come while this one waits for the group.
+        if self.alive():
+            threading.Thread(target=self._free_in_background, daemon=True).start()
+
+    def _free_in_background(self) -> None:
+        with _acquired(self._changing, None), contextlib.suppress(TPRuntimeError):
+            engine = self.alive()
+            if engine is not None:
+                self._free_unused(engine, None)
+
+    # --- reports ---------------------------------------------------------------------------------
+
+    def report(
+        self, ask_ranks: bool = True, digests: bool = False, poll: Poll | None = None
+    ) -> GroupReport:
+        """What the group is and holds; ``ask_ranks`` waits for the request that is under way."""
+        engine = self.engine
+        ranks: list[dict[str, Any]] = []
+        error = str(engine.error) if engine and engine.error else None
+        if ask_ranks and engine is not None and self.alive():
+            try:
+                values = engine.call(lambda call: Report(call, digests), poll=poll)
+            except TPRuntimeError as failure:
+                error = str(failure)
+            else:
+                ranks = [
+                    {
+                        "rank": ready.rank,
+                        "tp_world_size": ready.tp_world_size,
+                        "pid": rank.pid,
+                        "versions": ready.versions,
+                        **value,
+                    }
+                    for ready, rank, value in zip(engine.ready, engine.ranks, values, strict=True)
+                ]
+        return GroupReport(
+            id=self.id,
+            state=engine.state.value if engine else State.CLOSED.value,
+            tp_size=self.config.tp_size,
+            device=self.config.device,
+            devices=self.config.devices,
+            python=self.config.python,
+            error=error,
+            models={
+                name: {"bytes": resident.rank_bytes, "asleep": resident.asleep}
+                for name, resident in list(self._models.items())
+            },
+            step_ms=self.step_ms,
+            log_tail=engine.log_tail() if engine else "",
+            ranks=ranks,
+        )
+
+
+@contextlib.contextmanager
+def _acquired(lock: threading.Lock, poll: Poll | None) -> Iterator[None]:
+    """Hold the lock; ``poll`` is called while waiting for it."""
+    while not lock.acquire(timeout=POLL_S):
+        if poll is not None:
+            poll()
+    try:
+        yield
+    finally:
+        lock.release()

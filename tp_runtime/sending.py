@@ -1,0 +1,152 @@
+"""Puts the tensors of requests where the ranks find them. Part of the engine's half."""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import msgspec
+import torch
+
+from .protocol import (
+    PER_STEP_INPUTS,
+    Denoise,
+    Hold,
+    Patch,
+    PatchedWeight,
+    TensorRef,
+    WeightPatch,
+    pack_inputs,
+)
+from .tensors import Exchange, HeldTensors, Layout, dtype_name
+
+HOLD_BYTES = 64 * 2**20  # what one request brings of the factors of patches
+
+
+class TensorSender:
+    """Makes the requests that carry tensors, and knows which tensors the ranks hold already.
+
+    A request that was made has to be sent, or ``roll_back`` to be called, before the next is made.
+    """
+
+    def __init__(self) -> None:
+        self.exchange = Exchange.create()
+        self._held = HeldTensors()
+        # Factors of patches by identity, which the tensor itself keeps from being given again.
+        self._factors: dict[int, tuple[TensorRef, torch.Tensor]] = {}
+        self._factors_of: dict[str, set[int]] = {}  # model → identities that its patches use
+        self._keys = itertools.count(1)
+
+    # --- evaluating ------------------------------------------------------------------------------
+
+    def denoise(
+        self, call: int, model: str, inputs: Mapping[str, Any], result_shape: tuple[int, ...]
+    ) -> tuple[Denoise, torch.Tensor]:
+        """The request, and the place where rank 0 will put the result."""
+        x: torch.Tensor = inputs["x"]
+        layout = Layout()
+        in_use: set[int] = set()
+        tree = {
+            name: self._place(value, layout, in_use, hold=name not in PER_STEP_INPUTS)
+            for name, value in inputs.items()
+        }
+        offset = layout.reserve(math.prod(result_shape) * x.itemsize)
+        result = TensorRef(result_shape, dtype_name(x.dtype), offset)
+        layout.write_to(self.exchange)
+        request = Denoise(
+            call=call,
+            model=model,
+            inputs=pack_inputs(tree),
+            drop=self._held.evict(in_use),
+            exchange_bytes=self.exchange.size,
+            result=result,
+        )
+        return request, self.exchange.view(result)
+
+    def sent(self) -> None:
+        """The request was sent: the ranks hold its tensors now."""
+        self._held.commit()
+
+    def roll_back(self) -> None:
+        """The request was not sent."""
+        self._held.roll_back()
+
+    def _place(self, value: Any, layout: Layout, in_use: set[int], hold: bool) -> Any:
+        """``value`` with every tensor replaced by a reference to it."""
+        if isinstance(value, torch.Tensor):
+            if not hold:
+                return layout.place(value)
+            key = self._held.find(value)
+            if key:
+                ref = TensorRef(tuple(value.shape), dtype_name(value.dtype), -1, key)
+            else:
+                key = self._held.add(value)
+                ref = layout.place(value, key)
+            in_use.add(key)
+            return ref
+        if isinstance(value, Mapping):
+            return {k: self._place(v, layout, in_use, hold) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._place(v, layout, in_use, hold) for v in value]
+        return value
+
+    # --- patching --------------------------------------------------------------------------------
+
+    def not_held(self, weights: Mapping[str, PatchedWeight]) -> Iterator[list[torch.Tensor]]:
+        """The factors that the ranks do not hold yet, in portions for one ``hold`` each."""
+        portion: list[torch.Tensor] = []
+        size = 0
+        new = {id(factor): factor for factor in _factors(weights)}
+        for identity, factor in new.items():
+            if identity in self._factors:
+                continue
+            if portion and size + factor.nbytes > HOLD_BYTES:
+                yield portion
+                portion, size = [], 0
+            portion.append(factor)
+            size += factor.nbytes
+        if portion:
+            yield portion
+
+    def hold(self, call: int, factors: list[torch.Tensor]) -> Hold:
+        """The request that gives the ranks these tensors."""
+        layout = Layout()
+        refs = []
+        for factor in factors:
+            ref = layout.place(factor, next(self._keys))
+            self._factors[id(factor)] = (ref, factor)
+            refs.append(ref)
+        layout.write_to(self.exchange)
+        return Hold(call, refs, self.exchange.size)
+
+    def patch(self, call: int, model: str, weights: Mapping[str, PatchedWeight]) -> Patch:
+        """The request for the patches, whose factors are held. It drops what no model uses."""
+        self._factors_of[model] = {id(factor) for factor in _factors(weights)}
+        packed = {name: self._packed(weight) for name, weight in weights.items()}
+        used = set().union(*self._factors_of.values())
+        dropped = [self._factors.pop(unused) for unused in self._factors.keys() - used]
+        return Patch(call, model, packed, [ref.key for ref, _ in dropped])
+
+    def forget_patches(self, model: str) -> None:
+        """The model is unloaded: its factors go with the next ``patch``."""
+        self._factors_of.pop(model, None)
+
+    def _packed(self, weight: PatchedWeight) -> PatchedWeight:
+        stages = tuple(tuple(map(self._packed_patch, stage)) for stage in weight.stages)
+        return PatchedWeight(weight.seed, stages)
+
+    def _packed_patch(self, patch: WeightPatch) -> WeightPatch:
+        factors = tuple(
+            pack_inputs(self._factors[id(factor)][0])
+            if isinstance(factor, torch.Tensor)
+            else factor
+            for factor in patch.factors
+        )
+        return msgspec.structs.replace(patch, factors=factors)
+
+
+def _factors(weights: Mapping[str, PatchedWeight]) -> Iterator[torch.Tensor]:
+    for weight in weights.values():
+        for stage in weight.stages:
+            for patch in stage:
+                yield from (f for f in patch.factors if isinstance(f, torch.Tensor))

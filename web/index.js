@@ -1,0 +1,76 @@
+// The pack in ComfyUI's page: a sidebar tab, settings, commands, and what the nodes show.
+import { app } from "../../scripts/app.js";
+import { showBadges } from "./badge.js";
+import { DEFAULT_COUNT, followModel, forgetAnswers } from "./gpu_counts.js";
+import { refreshGroups, releaseAll } from "./groups.js";
+import { closePanel, openPanel } from "./panel.js";
+import { loadTexts, text } from "./texts.js";
+import { showError } from "./toast.js";
+
+const TAB = "tensor-parallel";
+
+app.registerExtension({
+  name: "TensorParallel",
+  // The names here are in English; locales/*/settings.json and commands.json have the others.
+  settings: [
+    {
+      id: "TensorParallel.Runtime.Python",
+      category: ["Tensor Parallel", "Runtime", "Python"],
+      name: "Python of the GPU processes",
+      tooltip:
+        "Path of a Python that has vLLM and diffusers, for groups that start from now on. " +
+        "Empty: ComfyUI's own. TP_RUNTIME_PYTHON overrides it.",
+      type: "text",
+      defaultValue: "",
+    },
+    {
+      id: "TensorParallel.Runtime.Devices",
+      category: ["Tensor Parallel", "Runtime", "Devices"],
+      name: "GPUs to use",
+      tooltip: "Their numbers in this order, such as 0,1. Empty: all that ComfyUI sees.",
+      type: "text",
+      defaultValue: "",
+      onChange: (_, before) => before !== undefined && forgetAnswers(),
+    },
+    {
+      id: DEFAULT_COUNT,
+      category: ["Tensor Parallel", "Nodes", "GpuCount"],
+      name: "GPU count of a new loader",
+      tooltip: "What 'Load Diffusion Model (TP)' is set to when you add it to a workflow.",
+      type: "combo",
+      options: ["auto", "1", "2", "3", "4", "5", "6", "7", "8"],
+      defaultValue: "auto",
+    },
+  ],
+  commands: [
+    {
+      id: "TensorParallel.ReleaseAll",
+      label: "Release all GPU processes",
+      icon: "pi pi-power-off",
+      function: () => releaseAll().catch(showError),
+    },
+  ],
+  menuCommands: [{ path: ["Extensions", "Tensor Parallel"], commands: ["TensorParallel.ReleaseAll"] }],
+  async setup() {
+    await loadTexts();
+    addStyle();
+    showBadges();
+    refreshGroups().catch(showError);
+    app.extensionManager.registerSidebarTab({
+      id: TAB,
+      icon: "pi pi-microchip",
+      title: text("title"),
+      tooltip: text("title"),
+      type: "custom",
+      render: openPanel,
+      destroy: closePanel,
+    });
+  },
+  nodeCreated: followModel,
+  refreshComboInNodes: forgetAnswers,
+});
+
+function addStyle() {
+  const href = new URL("panel.css", import.meta.url).href;
+  document.head.append(Object.assign(document.createElement("link"), { rel: "stylesheet", href }));
+}

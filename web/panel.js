@@ -1,0 +1,184 @@
+// The sidebar tab: what the groups are and hold, and buttons. Cards stay the same elements while
+// they are updated, so that the keyboard's focus stays where it is.
+import { app } from "../../scripts/app.js";
+import { changeGroup, refreshGroups, request, showGroups, watchGroups } from "./groups.js";
+import { gibibytes, milliseconds, text } from "./texts.js";
+import { showError } from "./toast.js";
+
+let close = () => {};
+
+export function openPanel(container) {
+  const groups = element("div", { className: "tp-groups" });
+  const empty = emptyState();
+  const panel = element("section", { className: "tp-panel", tabIndex: -1, ariaLabel: text("title") }, [
+    element("h2", { textContent: text("title") }),
+    groups,
+    empty,
+    doctor(),
+  ]);
+  container.replaceChildren(panel);
+  const cards = new Map();
+  close = watchGroups((found) => {
+    const ids = new Set(found.map(({ id }) => id));
+    for (const [id, card] of cards) {
+      if (ids.has(id) || card.busy()) continue; // a group that restarts is away for a moment
+      if (card.element.contains(document.activeElement)) panel.focus();
+      card.element.remove();
+      cards.delete(id);
+    }
+    for (const group of found) {
+      if (!cards.has(group.id)) {
+        cards.set(group.id, groupCard(group.id));
+        groups.append(cards.get(group.id).element);
+      }
+      cards.get(group.id).update(group);
+    }
+    empty.hidden = cards.size > 0;
+  });
+  refreshGroups().catch(showError);
+}
+
+export function closePanel() {
+  close();
+}
+
+function groupCard(id) {
+  const state = element("span", { className: "tp-state", role: "status" });
+  const heading = element("h3");
+  const facts = element("p", { className: "tp-facts" });
+  const devices = element("ul", { className: "tp-devices" });
+  const models = element("ul", { className: "tp-models" });
+  const error = element("p", { className: "tp-error" });
+  const logTail = element("pre", { tabIndex: 0 });
+  const log = element("details", {}, [element("summary", { textContent: text("log") }), logTail]);
+  const buttons = Object.fromEntries(
+    ["sleep", "wake", "restart", "release"].map((action) => [action, actionButton(id, action)]),
+  );
+  const card = element("article", { className: "tp-card" }, [
+    element("header", {}, [heading, state]),
+    facts,
+    devices,
+    models,
+    error,
+    log,
+    element("footer", {}, Object.values(buttons)),
+  ]);
+
+  function update(group) {
+    const onCpu = group.device === "cpu";
+    const ready = group.state === "ready" || group.state === "busy";
+    const held = ready ? group.models : {};
+    const many = group.tp_size > 1 ? "many" : "one";
+    heading.textContent = text(`${group.device}.${many}`, { count: group.tp_size });
+    state.textContent = text(`state.${group.state}`);
+    state.dataset.state = group.state;
+    facts.textContent = [
+      onCpu ? "" : group.devices.map((index) => `cuda:${index}`).join(", "),
+      ready && group.step_ms ? text("perStep", { time: milliseconds(group.step_ms) }) : "",
+    ].filter(Boolean).join(" · ");
+    devices.replaceChildren(...group.ranks.map(deviceRow));
+    models.replaceChildren(...Object.entries(held).map(modelRow));
+    error.textContent = group.error ?? "";
+    logTail.textContent = group.log_tail;
+    log.hidden = !group.log_tail;
+    enable(buttons.sleep, Object.values(held).some(({ asleep }) => !asleep));
+    enable(buttons.wake, Object.values(held).some(({ asleep }) => asleep));
+  }
+
+  const busy = () => Object.values(buttons).some(({ ariaBusy }) => ariaBusy === "true");
+  return { element: card, update, busy };
+}
+
+function deviceRow(rank) {
+  const { allocated_bytes: used, total_bytes: total } = rank.memory;
+  const held = Object.values(rank.models).reduce((sum, model) => sum + model.resident_bytes, 0);
+  const onCpu = rank.device === "cpu";
+  const name = onCpu ? text("process", { pid: rank.pid }) : rank.device;
+  const row = element("li", {}, [
+    element("span", { textContent: name }),
+    element("span", {
+      textContent: onCpu
+        ? gibibytes(held)
+        : text("ofTotal", { used: gibibytes(used), total: gibibytes(total) }),
+    }),
+  ]);
+  if (!onCpu) row.append(element("meter", { min: 0, max: total, value: used, ariaLabel: name }));
+  return row;
+}
+
+function modelRow([name, { bytes, asleep }]) {
+  const size = bytes ? text("each", { size: gibibytes(Math.max(...bytes)) }) : text("loading");
+  const file = name.replace(/@\w+$/, "");
+  return element("li", {}, [
+    element("span", { textContent: file, title: file }),
+    element("span", { textContent: asleep ? `${size} · ${text("asleep")}` : size }),
+  ]);
+}
+
+function actionButton(id, action) {
+  const button = element("button", { textContent: text(action), title: text(`${action}.tooltip`) });
+  button.addEventListener("click", async () => {
+    // Not `disabled`, which would take the focus away.
+    if (button.ariaDisabled === "true" || button.ariaBusy === "true") return;
+    button.ariaBusy = "true";
+    const answer = await changeGroup(id, action).catch(showError);
+    button.ariaBusy = "false";
+    if (answer) showGroups(answer);
+  });
+  return button;
+}
+
+function enable(button, possible) {
+  button.ariaDisabled = String(!possible);
+}
+
+function emptyState() {
+  const templates = element("button", { textContent: text("templates") });
+  templates.addEventListener("click", () => app.extensionManager.command.execute("Comfy.BrowseTemplates"));
+  return element("div", { className: "tp-empty" }, [
+    element("p", { textContent: text("empty") }),
+    element("p", { textContent: text("empty.what") }),
+    templates,
+  ]);
+}
+
+function doctor() {
+  const findings = element("ul", { className: "tp-findings", role: "status" });
+  const button = element("button", { textContent: text("doctor") });
+  button.addEventListener("click", async () => {
+    if (button.ariaBusy === "true") return;
+    button.ariaBusy = "true";
+    findings.replaceChildren(element("li", { textContent: text("doctor.running") }));
+    try {
+      const { checks } = await request("/doctor", "POST");
+      findings.replaceChildren(...checks.map(finding));
+    } catch (error) {
+      findings.replaceChildren();
+      showError(error);
+    }
+    button.ariaBusy = "false";
+  });
+  return element("div", { className: "tp-doctor" }, [
+    element("h3", { textContent: text("doctor.title") }),
+    element("p", { textContent: text("doctor.what") }),
+    button,
+    findings,
+  ]);
+}
+
+function finding({ name, status, text: what, advice }) {
+  const row = element("li", {}, [
+    element("span", { className: "tp-state", textContent: text(`check.${status}`) }),
+    element("strong", { textContent: name }),
+    element("span", { textContent: what }),
+    ...(advice ? [element("em", { textContent: advice })] : []),
+  ]);
+  row.firstChild.dataset.state = status;
+  return row;
+}
+
+function element(tag, properties = {}, children = []) {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...children);
+  return made;
+}
