@@ -149,6 +149,7 @@ def _of_diffusers(model: str, options: argparse.Namespace) -> list[dict[str, Any
     command = [sys.executable, "-m", "bench.diffusers_alone", model, str(options.steps), *sizes]
     found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     rows: list[dict[str, Any]] = json.loads(found.splitlines()[-1])
+    print(json.dumps(rows), flush=True)
     return [dict.fromkeys(COLUMNS) | row for row in rows]
 
 

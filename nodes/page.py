@@ -51,7 +51,9 @@ def serve_page(server: Any) -> None:
     routes.post("/tensor_parallel/groups/{group_id}/{action}")(_answer(_own_page(change_group)))
     routes.get("/tensor_parallel/gpu_counts")(_answer(_gpu_counts))
     routes.post("/tensor_parallel/doctor")(_answer(_own_page(_doctor)))
-    server.tensor_parallel_events = server.loop.create_task(_send_events(server, status))
+    events = server.loop.create_task(_send_events(server, status))
+    events.add_done_callback(lambda task: task.cancelled() or task.result())  # logs what it raised
+    server.tensor_parallel_events = events  # asyncio itself keeps no hold of it
 
 
 class _Status:
@@ -125,7 +127,7 @@ async def _in_thread(call: Callable[..., T], *args: Any) -> T:
     def run() -> None:
         try:
             future.set_result(call(*args))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  it is raised where the result is awaited
             future.set_exception(error)
 
     threading.Thread(target=run, name="tensor-parallel-page", daemon=True).start()
@@ -171,9 +173,11 @@ def _own_page(handler: Handler) -> Handler:
         if request.content_type != "application/json":
             raise _Refusal(415, "Send this request with 'Content-Type: application/json'.")
         origin = request.headers.get("Origin")
-        if origin is not None and not args.enable_cors_header:
-            if urllib.parse.urlsplit(origin).netloc.lower() != request.host.lower():
-                raise _Refusal(403, f"Requests from {origin} are refused.")
+        same = (
+            origin is None or urllib.parse.urlsplit(origin).netloc.lower() == request.host.lower()
+        )
+        if not same and not args.enable_cors_header:
+            raise _Refusal(403, f"Requests from {origin} are refused.")
         return await handler(request)
 
     return checked

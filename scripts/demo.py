@@ -1,13 +1,14 @@
-"""The pack at work on any machine: a real ComfyUI, a tiny model, two ranks.
+"""The pack at work on any machine: a real ComfyUI, a small model, groups of ranks.
 
 Runs the same prompt with ComfyUI's own nodes on its native model and with Load Diffusion Model (TP)
-and TP Sampler on a process group of two ranks, and compares the latents. On a machine with no GPU
-the ranks compute on the CPU. `make demo` runs this; `make serve` adds `--serve`.
+and TP Sampler on process groups, compares the latents and keeps the pictures in `out`. Z-Image is
+the toy of `examples/shapes`, which draws what the prompt says; the other models have random
+weights. On a machine with no GPU the ranks compute on the CPU. `make demo` runs this; `make serve`
+adds `--serve`.
 """
 
 import argparse
 import contextlib
-import re
 import shutil
 import signal
 import sys
@@ -17,18 +18,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY / "tests"))
+sys.path[:0] = [str(REPOSITORY / "tests"), str(REPOSITORY)]
 
 import torch  # noqa: E402
 
+from examples.shapes.scenes import Scene, prompts  # noqa: E402
+from support import toy  # noqa: E402
 from support.comfy_server import ComfyServer, History  # noqa: E402
+from support.group_reports import rank_pids  # noqa: E402
 from support.leaks import nothing_left_over  # noqa: E402
-from support.tiny_models import (  # noqa: E402
-    FluxSize,
-    write_flux,
-    write_qwen_image,
-    write_z_image,
-)
+from support.paths import TEST_PACK, TOY_PACK  # noqa: E402
+from support.tiny_models import FluxSize, write_flux, write_qwen_image  # noqa: E402
 from support.tiny_vae import (  # noqa: E402
     VAE_NAME,
     WAN_VAE_NAME,
@@ -43,43 +43,73 @@ from support.workflows import (  # noqa: E402
     text_to_latent,
     tp_loader,
     with_picture,
+    with_report,
 )
 
-NUM_RANKS = 2
 TOLERANCE = 1e-4
 SAMPLING = Sampling(seed=42, steps=8, cfg=2.0, width=256, height=256)
-PICTURE = REPOSITORY / "out" / "demo.png"
+OUT = REPOSITORY / "out"
+
+
+class Toy:
+    """The trained one: its pictures show the prompt."""
+
+    model_name = toy.MODEL
+    pack = TOY_PACK  # brings its files
+    group_sizes = (1, 2, 4)
+    scene = Scene(size="", colour="red", shape="circle", place="middle", background="blue")
+    text = next(prompts(scene))
+
+    def install(self, models: Path) -> None:
+        pass
+
+    def prompt(self, num_ranks: int, seed: int = SAMPLING.seed) -> Prompt:
+        return toy.toy_prompt(self.text, num_ranks, replace(toy.SAMPLING, seed=seed))
+
+    def picture_is_right(self, picture: Path) -> bool:
+        """Whether the picture shows the prompt; prints what it shows."""
+        scene = toy.shown(picture)
+        print(f"  shows: {scene and next(prompts(scene))}; asked for: {self.text}")
+        return scene == self.scene
 
 
 @dataclass(frozen=True)
-class Demo:
-    """What is run of a model family: a tiny file, the VAE of its latents, how it is sampled."""
+class Tiny:
+    """A tiny file of a family with random weights, and a VAE of its latents."""
 
     write_model: Callable[[Path], Path]
-    write_vae: Callable[[Path], None] = write_tiny_vae
-    vae_name: str = VAE_NAME
+    write_vae: Callable[[Path], None]
+    vae_name: str
     sampling: Sampling = SAMPLING
-
-    def install(self, models: Path) -> None:
-        """Give a server the two files."""
-        self.write_model(models / "diffusion_models" / self.model_name)
-        self.write_vae(models)
+    pack = TEST_PACK
+    group_sizes = (2,)
 
     @property
     def model_name(self) -> str:
         return f"tiny_{self.write_model.__name__.removeprefix('write_')}.safetensors"
 
-    def prompt(self, seed: int) -> Prompt:
-        """TP Sampler on two ranks, decoded to a picture by the stock nodes."""
-        sampling = replace(self.sampling, seed=seed)
-        prompt = text_to_latent(tp_loader(self.model_name, NUM_RANKS), "TPSampler", sampling)
+    def install(self, models: Path) -> None:
+        self.write_model(models / "diffusion_models" / self.model_name)
+        self.write_vae(models)
+
+    def prompt(self, num_ranks: int, seed: int = SAMPLING.seed) -> Prompt:
+        loader = tp_loader(self.model_name, num_ranks)
+        prompt = text_to_latent(loader, "TPSampler", replace(self.sampling, seed=seed))
         return with_picture(prompt, self.vae_name)
 
+    def picture_is_right(self, _picture: Path) -> bool:
+        return True  # noise
 
-DEMOS = {
-    "z_image": Demo(write_z_image),
-    "flux": Demo(write_flux, sampling=replace(SAMPLING, pooled_width=FluxSize().vector_dim)),
-    "qwen_image": Demo(write_qwen_image, write_tiny_wan_vae, WAN_VAE_NAME),
+
+DEMOS: dict[str, Toy | Tiny] = {
+    "z_image": Toy(),
+    "flux": Tiny(
+        write_flux,
+        write_tiny_vae,
+        VAE_NAME,
+        replace(SAMPLING, pooled_width=FluxSize().vector_dim),
+    ),
+    "qwen_image": Tiny(write_qwen_image, write_tiny_wan_vae, WAN_VAE_NAME),
 }
 
 
@@ -99,13 +129,14 @@ def run(server: ComfyServer, title: str, prompt: Prompt) -> History:
     return history
 
 
-def world_size(server: ComfyServer) -> int:
-    """The TP world size that the ranks themselves report through TPRuntimeInfo."""
-    report = server.run({"info": node("TPRuntimeInfo")}).text("info")
-    match = re.search(r"tp_world_size\W+(\d+)", report)
-    if match is None:
-        raise SystemExit(f"TPRuntimeInfo names no tp_world_size:\n{report}")
-    return int(match[1])
+def keep_picture(server: ComfyServer, history: History, name: str) -> Path:
+    """Copy the prompt's picture to `out`."""
+    (picture,) = server.pictures(history)
+    kept = OUT / f"{name}.png"
+    OUT.mkdir(exist_ok=True)
+    shutil.copy(picture, kept)
+    print(f"  picture: {kept}")
+    return kept
 
 
 def largest_difference(latent: torch.Tensor, reference: torch.Tensor) -> float:
@@ -113,33 +144,34 @@ def largest_difference(latent: torch.Tensor, reference: torch.Tensor) -> float:
     return float((latent - reference).abs().max() / reference.std())
 
 
-def compare(server: ComfyServer, demo: Demo) -> bool:
-    """Run both ways, print the report, and say whether they agree."""
-    prompt = demo.prompt(SAMPLING.seed)
-    stock = run(server, "KSampler, native model", stock_twin(prompt))
-    sharded = run(server, f"TP Sampler, {NUM_RANKS} ranks (starts them)", prompt)
-    run(server, "TP Sampler, same ranks, another seed", demo.prompt(SAMPLING.seed + 1))
+def compare(server: ComfyServer, name: str) -> bool:
+    """Run both ways, print the report, and say whether all is as it should be."""
+    demo = DEMOS[name]
+    good = []
+    stock = run(server, "KSampler, native model", stock_twin(demo.prompt(1)))
+    for size in demo.group_sizes:
+        title = f"TP Sampler, group of {size}"
+        sharded = run(server, f"{title} (starts it)", with_report(demo.prompt(size)))
+        tp_world_size = len(rank_pids(sharded, size))
+        run(server, f"{title}, another seed", demo.prompt(size, SAMPLING.seed + 1))
+        server.run({"release": node("TPReleaseRuntime")})
 
-    (picture,) = server.pictures(sharded)
-    PICTURE.parent.mkdir(exist_ok=True)
-    shutil.copy(picture, PICTURE)
-    size = world_size(server)
-    difference = largest_difference(server.latent(sharded), server.latent(stock))
-    print(f"picture: {PICTURE}")
-    print(f"tp_world_size={size}")
-    print(f"max difference = {difference:.1e} (relative to the latent's std)", flush=True)
-    return size == NUM_RANKS and difference <= TOLERANCE
+        difference = largest_difference(server.latent(sharded), server.latent(stock))
+        print(f"  {tp_world_size=}, max difference = {difference:.1e} (relative to latent's std)")
+        picture = keep_picture(server, sharded, f"demo_{name}_{size}")
+        good += [difference <= TOLERANCE, demo.picture_is_right(picture)]
+    return all(good)
 
 
-def serve(server: ComfyServer, demo: Demo) -> None:
+def serve(server: ComfyServer, model_name: str) -> None:
     """Keep the server up for a person until Ctrl-C."""
-    print(f"ComfyUI is at {server.url} with {demo.model_name}; Ctrl-C stops it.", flush=True)
+    print(f"ComfyUI is at {server.url} with {model_name}; Ctrl-C stops it.", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         server.process.wait()
 
 
 def main() -> int:
-    """Run the demo, or serve; 0 when the two samplers agree and nothing is left over."""
+    """Run the demo, or serve; 0 when all agree and nothing is left over."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="z_image", metavar="MODEL", help=", ".join(DEMOS))
     parser.add_argument("--serve", action="store_true", help="keep ComfyUI up until Ctrl-C")
@@ -150,15 +182,15 @@ def main() -> int:
     demo = DEMOS[options.model]
     # A plain `kill` stops the server and the ranks too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    device_args = () if torch.cuda.device_count() >= NUM_RANKS else ("--cpu",)
-    with nothing_left_over(), ComfyServer(extra_args=device_args) as server:
+    device_args = () if torch.cuda.device_count() >= max(demo.group_sizes) else ("--cpu",)
+    with nothing_left_over(), ComfyServer(extra_args=device_args, pack=demo.pack) as server:
         demo.install(server.models)
         if options.serve:
-            serve(server, demo)
+            serve(server, demo.model_name)
             return 0
-        agree = compare(server, demo)
+        good = compare(server, options.model)
     print("nothing left over: no rank process, no entry in /dev/shm")
-    return 0 if agree else 1
+    return 0 if good else 1
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def save(shot: bytes, path: Path, width: int) -> None:
     picture = Image.open(io.BytesIO(shot)).convert("RGB")
     picture.thumbnail((width, 10 * width), Image.Resampling.LANCZOS)
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+    picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
     print(path.relative_to(REPOSITORY))
 
 
@@ -80,9 +80,12 @@ def end_node(page: ComfyPage, node_type: str) -> None:
     page.page.evaluate(
         """(type) => {
             const sampler = app.graph.nodes.find((node) => node.comfyClass === 'TPSampler');
+            for (const node of app.graph.nodes.filter(({ pos }) => pos[0] > sampler.pos[0]))
+                app.graph.remove(node);
             const node = LiteGraph.createNode(type);
             app.graph.add(node);
-            node.pos = [sampler.pos[0], sampler.pos[1] + sampler.size[1] + 80];
+            node.pos = [sampler.pos[0] + sampler.size[0] + 60, sampler.pos[1]];
+            node.setSize([360, 300]);
             sampler.connect(0, node, 0);
         }""",
         node_type,
@@ -100,9 +103,12 @@ def main() -> None:
         run(page, 2)
         nodes(page, HELP / "nodes.png", "TPLoadDiffusionModel", "TPSampler")
         page.open_tab()
-        page.page.wait_for_timeout(800)
-        page.run_command("Comfy.Canvas.FitView")
-        page.page.wait_for_timeout(800)
+        # Beside the tab, which covers a part of the canvas.
+        page.page.evaluate(
+            "() => { app.canvas.ds.scale = 0.66; app.canvas.ds.offset = [470, 220];"
+            " app.canvas.setDirty(true, true); }"
+        )
+        page.page.wait_for_timeout(1500)
         save(page.page.screenshot(), README / "page.png", 1200)
         tab = page.page.locator(".tp-card")
         save(tab.screenshot(), README / "tab.png", 500)

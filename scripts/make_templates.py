@@ -58,7 +58,7 @@ def loader(name: str, url: str) -> Node:
     """Load Diffusion Model (TP), on as many GPUs as the machine has."""
     widgets = {"model_name": name, "weight_dtype": "default", "gpu_count": "auto"}
     file = model("diffusion_models", name, url)
-    return Node("TPLoadDiffusionModel", "load", widgets, models=[file], size=(340, 110))
+    return Node("TPLoadDiffusionModel", "load", widgets, models=[file], size=(340, 180))
 
 
 def clip(kind: str, *files: tuple[str, str]) -> Node:
@@ -220,7 +220,9 @@ def flux() -> Nodes:
         "positive": prompt(CAT),
         "negative": no_negative(),
         "latent": empty_latent(1024),
-        "guidance": Node("FluxGuidance", "sample", {"guidance": 3.5}, {"conditioning": ("positive", 0)}),
+        "guidance": Node(
+            "FluxGuidance", "sample", {"guidance": 3.5}, {"conditioning": ("positive", 0)}
+        ),
         "sampler": sampler("model", "guidance", "latent", steps=20, cfg=1.0, sampler_name="euler"),
         **picture("flux"),
     }

@@ -262,13 +262,18 @@ class Group:
         on_cpu = self.config.device == "cpu"
         others = [n for n, r in self._models.items() if n != name and (on_cpu or not r.asleep)]
         for other in others:
-            free = min(value["memory"]["free_bytes"] for value in engine.call(Report, poll=poll))
-            if free >= needed * ROOM_FACTOR + ROOM_BYTES:
+            if self._free_bytes(engine, poll) >= needed * ROOM_FACTOR + ROOM_BYTES:
                 break
             if on_cpu:
                 self._unload(engine, other, poll)
             else:
                 self._put_to_sleep(engine, other, poll)
+
+    def _free_bytes(self, engine: Engine, poll: Poll | None) -> int:
+        """What is free on the device of the rank that has the least."""
+        if self.config.device == "cpu":
+            return psutil.virtual_memory().available // self.config.tp_size
+        return min(value["memory"]["free_bytes"] for value in engine.call(Report, poll=poll))
 
     def _unload(self, engine: Engine, name: str, poll: Poll | None) -> None:
         models = self._models

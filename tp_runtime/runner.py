@@ -4,7 +4,6 @@ import time
 from typing import Any
 
 import msgspec
-import psutil
 import torch
 
 from .config import WorkerConfig
@@ -162,6 +161,7 @@ class Runner:
         return tensor
 
     def _report(self, digests: bool) -> dict[str, Any]:
+        memory: dict[str, int] = {}
         if self._device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self._device)
             allocated = torch.cuda.memory_allocated(self._device)
@@ -170,12 +170,6 @@ class Runner:
                 "peak_bytes": torch.cuda.max_memory_allocated(self._device),
                 "free_bytes": free + torch.cuda.memory_reserved(self._device) - allocated,
                 "total_bytes": total,
-            }
-        else:
-            host = psutil.virtual_memory()
-            memory = {
-                "free_bytes": host.available // self._config.tp_size,
-                "total_bytes": host.total,
             }
         return {
             "device": self.device_name(),

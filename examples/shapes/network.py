@@ -2,8 +2,8 @@
 
 `ZImage` computes what ComfyUI's NextDiT does (0.3.75, comfy/ldm/lumina/model.py, with
 `z_image_modulation`), for one fixed size of picture and for captions of different lengths in one
-batch. `Decoder` is the decoder of TAESD (https://github.com/madebyollin/taesd), which ComfyUI's
-VAELoader takes from a single file. `encode` is the other direction: fixed, linear, not trained.
+batch. `Encoder` and `Decoder` are those of TAESD (https://github.com/madebyollin/taesd), which
+ComfyUI's VAELoader takes from a single file. Encoding is linear and not trained: `encode`.
 
 Shapes: B batch, H W latent size, L caption tokens, T all tokens, D width, K head width.
 """
@@ -88,7 +88,7 @@ class _Clamp(nn.Module):
         return (x / 3).tanh() * 3
 
 
-class _DecoderBlock(nn.Module):
+class _ConvBlock(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         convs = [nn.Conv2d(width, width, 3, padding=1) for _ in range(3)]
@@ -98,16 +98,48 @@ class _DecoderBlock(nn.Module):
         return (self.conv(x) + x).relu()
 
 
+class Encoder(nn.Sequential):
+    """`encode` with the layers of TAESD's encoder: pictures (B, 3, 8·H, 8·W) of 0…1 → latents.
+
+    Exactly so: the blocks add nothing to what passes them, and colours are never negative. Two
+    halvings take the mean of 2 x 2 pixels; the third puts the four means of 8 x 8 pixels into 12
+    channels, from which the last layer takes the latent.
+    """
+
+    def __init__(self, weight: Tensor, width: int = 64) -> None:
+        stages = [nn.Conv2d(3, width, 3, padding=1), _ConvBlock(width)]
+        for _ in range(3):
+            stages += [nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False)]
+            stages += [_ConvBlock(width) for _ in range(3)]
+        super().__init__(*stages, nn.Conv2d(width, LATENT_CHANNELS, 3, padding=1))
+        self._set_weights(weight)
+
+    @torch.no_grad()
+    def _set_weights(self, weight: Tensor) -> None:
+        for parameter in self.parameters():
+            parameter.zero_()
+        first, *halvings, last = (layer for layer in self if isinstance(layer, nn.Conv2d))
+        rgb = torch.eye(3)
+        first.weight[:3, :, 1, 1] = rgb
+        for halving in halvings[:2]:
+            halving.weight[:3, :3, 1:, 1:] = rgb[..., None, None] / 4
+        for quarter, (y, x) in enumerate(((1, 1), (1, 2), (2, 1), (2, 2))):
+            halvings[2].weight[3 * quarter : 3 * quarter + 3, :3, y, x] = rgb
+        of_quarters = weight.unflatten(3, (2, -1)).unflatten(2, (2, -1)).sum((3, 5))
+        last.weight[:, :12, 1, 1] = 2 * of_quarters.permute(0, 2, 3, 1).flatten(1)
+        last.bias.copy_(-weight.sum((1, 2, 3)))
+
+
 class Decoder(nn.Sequential):
     """Latents (B, 16, H, W) as the transformer sees them → pictures (B, 3, 8·H, 8·W) of 0…1."""
 
     def __init__(self, width: int = 64) -> None:
         stages = [_Clamp(), nn.Conv2d(LATENT_CHANNELS, width, 3, padding=1), nn.ReLU()]
         for _ in range(3):
-            stages += [_DecoderBlock(width) for _ in range(3)]
+            stages += [_ConvBlock(width) for _ in range(3)]
             stages += [nn.Upsample(scale_factor=2)]
             stages += [nn.Conv2d(width, width, 3, padding=1, bias=False)]
-        super().__init__(*stages, _DecoderBlock(width), nn.Conv2d(width, 3, 3, padding=1))
+        super().__init__(*stages, _ConvBlock(width), nn.Conv2d(width, 3, 3, padding=1))
 
 
 # --- transformer --------------------------------------------------------------------------------

@@ -26,7 +26,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .check import accuracy
-from .network import CAPTION_TOKENS, LATENT_CHANNELS, Decoder, Size, ZImage, encode, encoder_weight
+from .network import (
+    CAPTION_TOKENS,
+    LATENT_CHANNELS,
+    Decoder,
+    Encoder,
+    Size,
+    ZImage,
+    encode,
+    encoder_weight,
+)
 from .scenes import (
     COLOURS,
     PIXELS,
@@ -301,8 +310,10 @@ def write(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
 
 
 def write_vae(path: Path, decoder: dict[str, Tensor]) -> None:
-    """Write the decoder as ComfyUI's VAELoader takes it."""
-    tensors = {f"taesd_decoder.{key}": value for key, value in decoder.items()}
+    """Write encoder and decoder as ComfyUI's VAELoader takes them."""
+    encoder = rounded(Encoder(encoder_weight()).state_dict(), torch.float16)
+    tensors = {f"taesd_encoder.{key}": value for key, value in encoder.items()}
+    tensors |= {f"taesd_decoder.{key}": value for key, value in decoder.items()}
     scaling = {"vae_scale": torch.tensor(VAE_SCALE), "vae_shift": torch.tensor(VAE_SHIFT)}
     write(path, tensors | scaling)
 

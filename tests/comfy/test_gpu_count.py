@@ -107,3 +107,31 @@ def test_devices_that_cannot_be_had(
     on_machine, _ = choose
     with pytest.raises(DeviceError, match=words):
         on_machine(visible, choice, devices)
+
+
+def test_the_gpus_of_the_settings(
+    gpu_count: ModuleType,
+    choose: tuple[Choose, list[str]],
+    tiny_z_image: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    on_machine, _ = choose
+    monkeypatch.setattr(gpu_count, "devices_setting", lambda: "3, 1")
+    assert on_machine(4, "auto").devices == (3, 1)
+    with pytest.raises(DeviceError, match=r"the setting 'GPUs to use' lists 2 \(3, 1\)"):
+        on_machine(4, "4")
+    refused = gpu_count.refused_counts(str(tiny_z_image))["refused"]
+    assert refused.keys() == {"3", "4", "5", "6", "7", "8"}
+    monkeypatch.setattr(gpu_count, "devices_setting", lambda: "all")
+    with pytest.raises(DeviceError, match=r"the setting 'GPUs to use' is 'all'"):
+        on_machine(4, "auto")
+
+
+def test_the_python_of_the_settings(
+    gpu_count: ModuleType, choose: tuple[Choose, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_machine, _ = choose
+    monkeypatch.setattr(gpu_count, "python_setting", lambda: "/opt/tp/bin/python")
+    assert on_machine(0, "1").python == "/opt/tp/bin/python"
+    monkeypatch.setenv("TP_RUNTIME_PYTHON", "/usr/bin/python3")
+    assert on_machine(0, "1").python == "/usr/bin/python3"

@@ -45,7 +45,12 @@ def main() -> None:
         SNAPSHOT.write_text(json.dumps(frozen, indent=2, default=list) + "\n")
         ENGLISH.write_text(json.dumps(_locale(nodes), indent=2, ensure_ascii=False) + "\n")
     texts = [_texts(node) for node in nodes]
-    found = {"nodes": frozen, "texts": texts, "locale": _locale(nodes), "ksampler": _stock_inputs("KSampler")}
+    found = {
+        "nodes": frozen,
+        "texts": texts,
+        "locale": _locale(nodes),
+        "ksampler": _stock_inputs("KSampler"),
+    }
     json.dump(found, sys.stdout, default=list)
 
 

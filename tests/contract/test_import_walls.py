@@ -17,7 +17,7 @@ from support.paths import REPOSITORY
 
 RUNTIME = REPOSITORY / "tp_runtime"
 COMFYUI = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "nodes", "server"}
-NODES_MAY_USE = {*sys.stdlib_module_names, *COMFYUI, "safetensors", "torch"}
+NODES_MAY_USE = {*sys.stdlib_module_names, *COMFYUI, "aiohttp", "safetensors", "torch"}
 RANKS_ONLY = ("vllm", "diffusers", "transformers", "torch.distributed")
 # What ComfyUI's process imports of tp_runtime; the walk below adds what these import.
 CLIENT_ROOTS = ("__init__", "models/__init__")

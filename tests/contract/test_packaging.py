@@ -1,4 +1,4 @@
-"""What ComfyUI-Manager installs is what pyproject.toml declares, and it is light."""
+"""What is installed is what pyproject.toml declares, light, and complete for ComfyUI."""
 
 import re
 import tomllib
@@ -38,3 +38,24 @@ def test_development_versions_cover_every_extra(pyproject: dict[str, Any]) -> No
     declared = [*pyproject["project"]["dependencies"], *(r for rs in extras.values() for r in rs)]
     pinned = set(map(package, requirement_lines("requirements-dev.txt")))
     assert set(map(package, declared)) <= pinned
+
+
+def test_the_archive_has_what_comfyui_shows() -> None:
+    left_out = set(requirement_lines(".comfyignore"))
+    for name in ("web", "locales", "example_workflows"):
+        assert (REPOSITORY / name).is_dir()
+        assert left_out.isdisjoint({name, f"{name}/"})
+    assert (REPOSITORY / "icon.png").is_file()
+
+
+def test_every_template_has_a_picture() -> None:
+    folder = REPOSITORY / "example_workflows"
+    templates = {path.stem for path in folder.glob("*.json")}
+    assert templates == {path.stem for path in folder.glob("*.jpg")}
+    assert len(templates) == 8
+
+
+def test_every_help_page_shows_its_node() -> None:
+    for page in (REPOSITORY / "web/docs").glob("*.md"):
+        (picture,) = re.findall(r"!\[.+\]\((.+)\)", page.read_text())
+        assert (page.parent / picture).is_file(), page.name

@@ -1,7 +1,7 @@
 """A real ComfyUI server for the tests and the demo, with this pack installed in it.
 
 The server gets its own base folder (models, custom_nodes, output, user), where `custom_nodes`
-holds links to this checkout and to the test pack. Prompts go over HTTP and progress comes over the
+holds links to this checkout and to another pack, the tests' own at first. Prompts go over HTTP and progress comes over the
 websocket, as with ComfyUI's page.
 """
 
@@ -37,13 +37,18 @@ class ComfyServer:
     """One running ComfyUI; a context manager, and every wait in it has a limit."""
 
     def __init__(
-        self, *, env: Mapping[str, str] | None = None, extra_args: Iterable[str] = ("--cpu",)
+        self,
+        *,
+        env: Mapping[str, str] | None = None,
+        extra_args: Iterable[str] = ("--cpu",),
+        pack: Path = TEST_PACK,
     ) -> None:
         """Start ComfyUI and wait until it answers.
 
         Args:
             env: variables to set for the server on top of this process's own.
             extra_args: ComfyUI's options; pass `()` to let it use the GPU.
+            pack: the node pack to install besides this checkout.
         """
         self._comfyui = comfyui_path()
         self.base = Path(tempfile.mkdtemp(prefix="comfy-server-"))
@@ -51,7 +56,7 @@ class ComfyServer:
         self.log_path = self.base / "comfyui.log"
         self._listener: EventListener | None = None
         self._orphans: list[psutil.Process] | None = None  # set by kill()
-        self._link_packs()
+        self._link_packs(pack)
         self._port = _free_port()
         self.process = self._start(env or {}, extra_args)
         try:
@@ -74,11 +79,11 @@ class ComfyServer:
 
     # Starting and stopping
 
-    def _link_packs(self) -> None:
+    def _link_packs(self, pack: Path) -> None:
         for folder in ("models/diffusion_models", "custom_nodes", "input", "output", "user"):
             (self.base / folder).mkdir(parents=True)
         (self.base / "custom_nodes" / PACK_FOLDER).symlink_to(REPOSITORY)
-        (self.base / "custom_nodes" / "tp-test-nodes").symlink_to(TEST_PACK)
+        (self.base / "custom_nodes" / pack.name).symlink_to(pack)
 
     def _start(
         self, env: Mapping[str, str], extra_args: Iterable[str]

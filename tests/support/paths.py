@@ -5,6 +5,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEST_PACK = Path(__file__).resolve().parent / "comfy_pack"
+TOY_PACK = REPOSITORY / "examples" / "shapes"
 
 
 def comfyui_path() -> Path:

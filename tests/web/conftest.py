@@ -20,7 +20,7 @@ def browser_page(comfy_server: ComfyServer) -> Iterator[ComfyPage]:
 
 @pytest.fixture
 def web(browser_page: ComfyPage, request: pytest.FixtureRequest) -> Iterator[ComfyPage]:
-    """The page, freshly loaded. Afterwards a picture of it, and no error of its scripts."""
+    """The page, freshly loaded. Afterwards a picture of it; neither it nor its scripts complain."""
     PICTURES.mkdir(parents=True, exist_ok=True)
     browser_page.errors.clear()
     browser_page.open()
@@ -28,3 +28,4 @@ def web(browser_page: ComfyPage, request: pytest.FixtureRequest) -> Iterator[Com
     name = "".join(c if c.isalnum() else "_" for c in request.node.name).strip("_")
     browser_page.page.screenshot(path=PICTURES / f"{name}.png")
     assert not browser_page.errors
+    assert browser_page.page.locator(".p-toast-message-error").count() == 0
