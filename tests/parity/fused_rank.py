@@ -1,0 +1,64 @@
+"""One CPU rank that computes a step twice: as written, and as on a GPU with fused kernels.
+
+    TRITON_INTERPRET=1 python fused_rank.py RANK RANKS FOLDER
+
+The kernels run in Triton's interpreter, on buffers in memory that the ranks share, at another
+address in each. Rank 0 saves both results. Reads `model.safetensors` and `inputs.pt` in FOLDER.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.distributed import parallel_state
+
+from tp_runtime import ModelSpec, acceleration, dist
+from tp_runtime.config import WorkerConfig
+from tp_runtime.loading import load_model
+from tp_runtime.reduction import FusedReduction, _Buffers
+
+
+class SharedMemoryReduction(FusedReduction):
+    """The ranks' buffers are maps of files; a gloo barrier takes the place of the GPU's."""
+
+    folder: Path
+
+    def _allocate(self, size: int) -> _Buffers:
+        def of_rank(name: str, rank: int) -> torch.Tensor:
+            path = str(self.folder / f"{name}{size}-{rank}")
+            return torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
+
+        ranks = range(self._num_ranks)
+        self._maps = {
+            name: [of_rank(name, rank) for rank in ranks] for name in ("updates", "targets")
+        }
+        updates, targets = self._maps["updates"], self._maps["targets"]
+        addresses = [torch.tensor([m.data_ptr() for m in maps]) for maps in (updates, targets)]
+        return _Buffers(updates[self._rank], targets[self._rank], *addresses, handle=None)
+
+    def _wait(self, _buffers: _Buffers) -> None:
+        torch.distributed.barrier(self._group)
+
+
+def main() -> None:
+    rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    config = WorkerConfig(rank, ranks, "cpu", 0, 0, f"file://{folder}/rendezvous", 1, "WARNING")
+    device = dist.select_device(config)
+    inputs: dict[str, Any] = torch.load(folder / "inputs.pt", weights_only=True)
+    with dist.tensor_parallel_group(config), torch.inference_mode():
+        parallel_state.get_tp_group().barrier()
+        spec = ModelSpec.of(str(folder / "model.safetensors"), "float32", "float32")
+        driver = load_model(spec, device, rank, ranks, lambda *_: None).driver
+        results = {"written": driver(dict(inputs), "written").clone()}
+        SharedMemoryReduction.folder = folder
+        driver._reduction = SharedMemoryReduction(torch.device("cpu"))
+        with acceleration._optimised():
+            results["fused"] = driver(dict(inputs), "fused").clone()
+        assert driver._reduction._buffers, "the fused kernels were not used"
+        if rank == 0:
+            torch.save(results, folder / "results.pt")
+
+
+if __name__ == "__main__":
+    main()
