@@ -8,13 +8,14 @@ INSTALLED := $(VENV)/.installed-from-requirements-dev
 MODEL ?= z_image
 export COMFYUI_PATH ?= $(CURDIR)/.comfyui
 
-.PHONY: help demo serve test bench check lint format venv comfyui browser clean
+.PHONY: help demo serve test soak bench check lint format venv comfyui browser clean
 
 help:
-	@echo "make demo     start ComfyUI, compare TP Sampler on 2 ranks with the stock sampler, stop"
-	@echo "make serve    start ComfyUI with the pack and a tiny model, until Ctrl-C"
+	@echo "make demo     start ComfyUI, compare TP Sampler with the stock sampler, stop"
+	@echo "make serve    start ComfyUI with the pack and the same model, until Ctrl-C"
 	@echo "              (both: MODEL=z_image, the default, flux or qwen_image)"
 	@echo "make test     every test that this machine can run"
+	@echo "make soak     a real ComfyUI, random prompts and faults (SOAK_MINUTES=30)"
 	@echo "make bench    ms per step on this machine's GPUs (BENCH='--models flux --tp 1 2 ...')"
 	@echo "make check    format, lint, types and the quick tests (what a commit must pass)"
 	@echo "make format   let ruff rewrite the code"
@@ -29,6 +30,9 @@ serve: venv comfyui
 
 test: venv comfyui browser
 	$(BIN)/python -m pytest
+
+soak: venv comfyui
+	SOAK_MINUTES=$${SOAK_MINUTES:-30} $(BIN)/python -m pytest tests/faults/test_soak.py -s
 
 bench: venv
 	$(BIN)/python -m bench.step $(BENCH)

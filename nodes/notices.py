@@ -14,6 +14,11 @@ NODE_EVENT = "tensor_parallel.node"
 def warn_on_node(node_id: str | None, text: str) -> None:
     """Log a warning and show it on the node, where a page is connected."""
     logger.warning("%s", text)
+    show_on_node(node_id, text)
+
+
+def show_on_node(node_id: str | None, text: str) -> None:
+    """Show a text on the node, where a page is connected."""
     server = comfy_server()
     if server is not None and node_id is not None:
         server.send_progress_text(text, node_id)

@@ -6,7 +6,8 @@ from typing import Any
 import comfy.model_management
 from comfy_api.latest import io, ui
 
-from ..tp_runtime import get_runtime
+from ..tp_runtime import GroupReport, get_runtime
+from .notices import show_on_node
 from .schema import tp_schema
 
 _ANYTHING_TOOLTIP = (
@@ -44,6 +45,7 @@ class TPRuntimeInfo(io.ComfyNode):
             ],
             is_output_node=True,
             not_idempotent=True,
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -53,8 +55,9 @@ class TPRuntimeInfo(io.ComfyNode):
     @classmethod
     def execute(cls, anything: Any = None) -> io.NodeOutput:
         poll = comfy.model_management.throw_exception_if_processing_interrupted
-        groups = [report.as_dict() for report in get_runtime().reports(poll=poll)]
-        text = json.dumps({"groups": groups}, indent=2)
+        reports = get_runtime().reports(poll=poll)
+        text = json.dumps({"groups": [report.as_dict() for report in reports]}, indent=2)
+        show_on_node(cls.hidden.unique_id, "\n".join(map(_summary, reports)) or "No group runs.")
         return io.NodeOutput(anything, text, ui=ui.PreviewText(text))
 
 
@@ -75,6 +78,7 @@ class TPReleaseRuntime(io.ComfyNode):
             outputs=[io.AnyType.Output("passed", display_name="passed", tooltip="The input.")],
             is_output_node=True,
             not_idempotent=True,
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -85,4 +89,20 @@ class TPReleaseRuntime(io.ComfyNode):
     def execute(cls, anything: Any = None) -> io.NodeOutput:
         count = get_runtime().release()
         groups = "1 process group" if count == 1 else f"{count} process groups"
-        return io.NodeOutput(anything, ui=ui.PreviewText(f"Ended {groups}."))
+        text = f"Ended {groups}."
+        show_on_node(cls.hidden.unique_id, text)
+        return io.NodeOutput(anything, ui=ui.PreviewText(text))
+
+
+def _summary(report: GroupReport) -> str:
+    """A group in a few lines, for the node: the page shows no more of a node's result."""
+    kind = "GPU" if report.device == "cuda" else "CPU process"
+    plural = "" if report.tp_size == 1 else "s" if kind == "GPU" else "es"
+    lines = [f"{report.tp_size} {kind}{plural}: {report.error or report.state}"]
+    for name, model in report.models.items():
+        size = f"{max(model['bytes'] or [0]) / 2**30:.2f} GiB each"
+        asleep = ", asleep" if model["asleep"] else ""
+        lines.append(f"{name.partition('@')[0]}: {size}{asleep}")
+    if report.step_ms is not None:
+        lines.append(f"{report.step_ms:.0f} ms per step")
+    return "\n".join(lines)

@@ -105,7 +105,7 @@ def main() -> None:
         page.open_tab()
         # Beside the tab, which covers a part of the canvas.
         page.page.evaluate(
-            "() => { app.canvas.ds.scale = 0.66; app.canvas.ds.offset = [470, 220];"
+            "() => { app.canvas.ds.scale = 0.64; app.canvas.ds.offset = [530, 230];"
             " app.canvas.setDirty(true, true); }"
         )
         page.page.wait_for_timeout(1500)

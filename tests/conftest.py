@@ -5,13 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from support.comfy_server import ComfyServer
+from support.comfy_server import NO_GPU, ComfyServer
 from support.leaks import nothing_left_over
 from support.tiny_models import write_z_image
-
-# The reference is ComfyUI's fp32 on the CPU, so the ranks have to compute there, too.
-# One thread: OpenMP's threads spin while they wait, and server and ranks share few cores.
-NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,8 @@ The only place where the package reads environment variables of its own:
 =============================  ==========================================================
 ``TP_RUNTIME_PYTHON``          Python that runs the ranks (default: the running one)
 ``TP_RUNTIME_START_TIMEOUT``   seconds until a starting group is given up (default 300)
-``TP_RUNTIME_CALL_TIMEOUT``    seconds until a computing group is given up (default 600)
+``TP_RUNTIME_CALL_TIMEOUT``    seconds until a computing group is given up (default 600);
+                               less in steps whose time is known (``step_times``)
 ``TP_RUNTIME_HOST_RESERVE``    share of the host's memory that sleeping models leave free
                                (default 0.125)
 ``TP_RUNTIME_LOG_LEVEL``       level of the ranks' logs (default INFO)
@@ -63,6 +64,11 @@ def log_level() -> str:
     if level not in allowed:
         raise TPRuntimeError(f"TP_RUNTIME_LOG_LEVEL={level!r}: use one of {', '.join(allowed)}.")
     return level
+
+
+def fault_file() -> str:
+    """Where a test asks for faults of the ranks (``fault_points``); empty: there are none."""
+    return os.environ.get("TP_RUNTIME_TEST_FAULTS", "")
 
 
 def host_reserve() -> float:
@@ -191,3 +197,4 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     rendezvous: str
     num_threads: int
     log_level: str
+    fault_file: str = ""

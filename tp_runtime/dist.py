@@ -53,6 +53,12 @@ def all_gather_last(tensor: torch.Tensor) -> torch.Tensor:
     return parallel_state.get_tp_group().all_gather(tensor, -1)
 
 
+def peer_access() -> bool:
+    """Whether all GPUs of the group can read each other's memory (over NVLink or PCIe)."""
+    gpus = range(get_tensor_model_parallel_world_size())
+    return all(torch.cuda.can_device_access_peer(a, b) for a in gpus for b in gpus if a != b)
+
+
 @contextlib.contextmanager
 def graph_capture(device: torch.device) -> Iterator[torch.cuda.Stream]:
     """vLLM's context in which collectives may be recorded into a CUDA graph; yields its stream."""

@@ -21,7 +21,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,6 +31,8 @@ from .config import GroupConfig
 from .errors import (
     REFUSALS,
     GroupClosedError,
+    GroupDiedError,
+    GroupLostError,
     GroupStartError,
     ProtocolError,
     TPRuntimeError,
@@ -50,6 +52,7 @@ from .protocol import (
     encode,
 )
 from .sending import TensorSender
+from .step_times import StepTimes, shapes_of
 from .tensors import plain_copy
 from .transport import wait
 
@@ -57,6 +60,8 @@ logger = logging.getLogger("tp_runtime")
 
 POLL_S = 0.01
 CLOSE_TIMEOUT_S = 5.0
+WATCH_S = 1.0  # the owner looks at least this often
+FROZEN_S = 2.0  # a look that is later by more: the machine, or its container, stood still
 
 Poll = Callable[[], None]
 OnProgress = Callable[[int, int], None]
@@ -79,11 +84,16 @@ _START = 0  # number of the call that the ranks' ready messages answer
 class _Call:
     """One request under way: what each rank has answered so far."""
 
-    def __init__(self, number: int, num_ranks: int, timeout_s: float, what: str) -> None:
+    def __init__(
+        self, number: int, num_ranks: int, timeout_s: float, what: str, kind: Hashable = None
+    ) -> None:
         self.number = number
         self.what = what
-        self.deadline = time.monotonic() + timeout_s
+        self.kind = kind  # of an evaluation
+        self.began = time.monotonic()
+        self.deadline = self.began + timeout_s
         self.timeout_s = timeout_s
+        self.sent = True
         self.answers: dict[int, Ready | Done | Failed] = {}
         self.num_ranks = num_ranks
         self.progress: dict[int, tuple[int, int]] = {}
@@ -93,8 +103,15 @@ class _Call:
     def complete(self) -> bool:
         return len(self.answers) == self.num_ranks
 
-    def raise_refusal(self) -> None:
-        """Raise the error with which the ranks refused the request, if they did."""
+    def raise_error(self) -> None:
+        """Raise what has ended the group, or the ranks have refused the request with, if any.
+
+        A new object: an error holds the frames that it went through, and the group's is kept.
+        """
+        if isinstance(self.error, GroupDiedError) and not self.sent:
+            raise GroupLostError(str(self.error))
+        if self.error is not None:
+            raise type(self.error)(str(self.error))
         for answer in self.answers.values():
             if isinstance(answer, Failed):
                 raise REFUSALS[answer.kind](answer.message)
@@ -114,6 +131,7 @@ class Engine:
         self.ready: list[Ready] = []
         self._launcher = launcher or LocalLauncher()
         self._sender = TensorSender()
+        self._step_times = StepTimes()
         self._numbers = itertools.count(1)
         self._turn = threading.Lock()  # held by the caller whose request is being prepared
         self._preparing = (
@@ -123,8 +141,16 @@ class Engine:
         self._call: _Call | None = None
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._close_asked = False
+        self._lost = False  # the group has failed, and no request was under way
         self._owner: threading.Thread | None = None
         self._blamed: Rank | None = None
+
+    def is_up(self) -> bool:
+        """Whether the group has started, and all its ranks live."""
+        return self.state in (State.READY, State.BUSY) and not self._has_dead_rank()
+
+    def _has_dead_rank(self) -> bool:
+        return any(rank.process.poll() is not None for rank in self.ranks)
 
     # --- start ---------------------------------------------------------------------------------
 
@@ -146,13 +172,13 @@ class Engine:
             self._owner.start()
         try:
             self._wait(call, poll)
-        except BaseException as error:
-            if error is not call.error:  # poll raised it
-                self.close()
-                raise
-            if isinstance(error, GroupStartError | GroupClosedError):
-                raise
-            raise failures.not_started(self.config, self.ranks, self._blamed, error) from error
+        except BaseException:  # poll raised it
+            self.close()
+            raise
+        if isinstance(call.error, GroupStartError | GroupClosedError):
+            call.raise_error()
+        if call.error is not None:
+            raise failures.not_started(self.config, self.ranks, self._blamed, call.error)
 
     # --- requests ------------------------------------------------------------------------------
 
@@ -173,6 +199,7 @@ class Engine:
         Raises:
             InputError: the ranks refused the request; the group is as before.
             RankError, GroupDiedError, CallTimeoutError: the group has been ended.
+            GroupLostError: a rank had died before the request could be sent.
             GroupClosedError: it had been ended before.
         """
         with self._turn_taken(poll):
@@ -180,7 +207,7 @@ class Engine:
             if on_sent is not None:
                 on_sent()
             self._wait(call, poll, on_progress)
-        call.raise_refusal()
+        call.raise_error()
         return [answer.value for _, answer in sorted(call.answers.items())]  # type: ignore[union-attr]
 
     def denoise(
@@ -208,13 +235,13 @@ class Engine:
 
         with self._turn_taken(poll):
             try:
-                call = self._send(make)
+                call = self._send(make, kind=(model, shapes_of(inputs)))
             except BaseException:
                 self._sender.roll_back()
                 raise
             self._sender.sent()
             self._wait(call, poll)
-            call.raise_refusal()
+            call.raise_error()
             return plain_copy(results[0])
 
     def patch(
@@ -258,27 +285,36 @@ class Engine:
         finally:
             self._turn.release()
 
-    def _send(self, make: Callable[[int], Request]) -> _Call:
+    def _send(self, make: Callable[[int], Request], kind: Hashable = None) -> _Call:
         number = next(self._numbers)
         with self._preparing:
             self._check_ready()
             request = make(number)
         frame = encode(request)
-        call = _Call(number, len(self.ranks), self.config.call_timeout_s, type(request).__name__)
+        timeout_s = self._step_times.timeout_s(kind, self.config.call_timeout_s)
+        call = _Call(number, len(self.ranks), timeout_s, type(request).__name__, kind)
         with self._lock:
             self._check_ready()
             self.state = State.BUSY
             self._call = call
             os.eventfd_write(self._wake_fd, 1)  # there is a new deadline to watch
         for rank in self.ranks:
-            # The owner sees the same end of the stream and fails the group.
-            with contextlib.suppress(EOFError):
+            try:
                 rank.channel.send(frame)
+            except EOFError:
+                call.sent = False  # the owner sees the same end of the stream and fails the group
         return call
 
     def _check_ready(self) -> None:
+        if self._lost or (self.state is State.READY and self._has_dead_rank()):
+            raise GroupLostError(
+                "The process group failed while nothing was asked of it. The next request starts "
+                "a new one."
+            )
         if self.state is State.FAILED:
-            raise GroupClosedError(f"The process group has failed before: {self.error}")
+            raise GroupClosedError(
+                f"The process group has failed before: {self.error} Queue the prompt again."
+            )
         if self.state is not State.READY or self._close_asked:
             raise GroupClosedError("The process group has been closed, or was never started.")
 
@@ -300,8 +336,6 @@ class Engine:
             if poll is not None:
                 poll()
             show_progress()
-        if call.error is not None:
-            raise call.error
         show_progress()  # a fast request ends before the first look at it
 
     # --- the owner's thread --------------------------------------------------------------------
@@ -321,8 +355,13 @@ class Engine:
         sources = [self._wake_fd, *channels, *(rank.death_fd for rank in self.ranks)]
         while self.state not in _FINAL:
             call = self._call
-            timeout_s = None if call is None else max(0.0, call.deadline - time.monotonic())
+            began = time.monotonic()
+            timeout_s = None if call is None else min(max(0.0, call.deadline - began), WATCH_S)
             ready = wait(sources, timeout_s)
+            if call is not None and timeout_s is not None:
+                late_s = time.monotonic() - began - timeout_s
+                if late_s > FROZEN_S:  # so the ranks stood still, too
+                    call.deadline += late_s
             if self._wake_fd in ready:
                 os.eventfd_read(self._wake_fd)
             error = self._receive(ready)
@@ -366,7 +405,7 @@ class Engine:
             return failures.death(gone[0], doing)
         if failed:
             self._blamed, cause = min(failed, key=lambda failure: failure[1].time_s)
-            return failures.rank_error(self._blamed, cause, doing)
+            return failures.rank_error(self.config, self._blamed, cause, doing)
         return None
 
     def _take(self, rank: Rank, reply: Reply) -> None:
@@ -397,6 +436,8 @@ class Engine:
         if number == _START:
             self.ready = [answer for _, answer in sorted(call.answers.items())]  # type: ignore[misc]
             self._check_sizes()
+        if call.kind is not None and isinstance(reply, Done):
+            self._step_times.record(call.kind, time.monotonic() - call.began)
         with self._lock:
             self.state = State.READY
             self._call = None
@@ -443,11 +484,14 @@ class Engine:
         with self._lock:
             if self.state in _FINAL:
                 return
-            self.state = state
             self.error = error
+            self._lost = self._call is None and error is not None
+            self.state = state
             call, self._call = self._call, None
             os.close(self._wake_fd)
             self._wake_fd = -1
+        if error is not None:
+            logger.error("%s", error)
         try:
             end_ranks(self.ranks, grace_s)
             with self._preparing:

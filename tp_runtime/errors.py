@@ -43,6 +43,14 @@ class GroupDiedError(TPRuntimeError):
     """A rank's process ended; the whole group was ended."""
 
 
+class GroupLostError(GroupDiedError):
+    """A rank had died before the request could be sent: another group can carry it out."""
+
+
+class RankMemoryError(RankError):
+    """A rank ran out of memory; the whole group was ended, and with it all that it held."""
+
+
 class CallTimeoutError(TPRuntimeError):
     """The group did not answer in time and was ended."""
 

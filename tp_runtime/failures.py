@@ -6,13 +6,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .config import GroupConfig
-from .errors import CallTimeoutError, GroupDiedError, GroupStartError, RankError
+from .errors import (
+    CallTimeoutError,
+    GroupDiedError,
+    GroupStartError,
+    RankError,
+    RankMemoryError,
+)
 from .launcher import Rank
 from .protocol import Failed
 
 logger = logging.getLogger("tp_runtime")
 
 _IMPORT_ERROR = re.compile(r"^(?:ModuleNotFoundError|ImportError): .*$", re.MULTILINE)
+# torch's words, on a GPU and on a CPU.
+_NO_MEMORY = re.compile(r"out of memory|can't allocate memory|^MemoryError", re.IGNORECASE)
+_ASKED = re.compile(r"[Tt]ried to allocate (\d[\d.]* \w+)")
+_HELD = re.compile(r"this process has (\d[\d.]* \w+) memory in use")
 _PACK = Path(__file__).resolve().parent.parent
 
 
@@ -54,12 +64,29 @@ def death(rank: Rank, doing: str | None) -> GroupDiedError:
     )
 
 
-def rank_error(rank: Rank, failed: Failed, doing: str | None) -> RankError:
+def rank_error(config: GroupConfig, rank: Rank, failed: Failed, doing: str | None) -> RankError:
     """For a rank that raised."""
     logger.error("rank %d:\n%s", rank.index, failed.traceback)
+    if _NO_MEMORY.search(f"{failed.kind}: {failed.message}"):
+        return _no_memory(config, rank, failed, doing)
     return RankError(
         f"Rank {rank.index} raised {failed.kind}{_during(doing)}: {failed.message} The group "
         f"was ended; the next request starts a new one. Log: {rank.log_path}"
+    )
+
+
+def _no_memory(
+    config: GroupConfig, rank: Rank, failed: Failed, doing: str | None
+) -> RankMemoryError:
+    place = f"GPU {config.devices[rank.index]}" if config.devices else "the host"
+    found = ((_ASKED, "asked for"), (_HELD, "held"))
+    matches = [(pattern.search(failed.message), word) for pattern, word in found]
+    amounts = ", ".join(f"{match[1]} {word}" for match, word in matches if match)
+    return RankMemoryError(
+        f"Rank {rank.index} ran out of memory on {place}{_during(doing)} "
+        f"({amounts or failed.message}). Use more GPUs (gpu_count), a smaller size or batch, or a "
+        "model file in fp8. The group was ended, which freed what it held; the next request "
+        f"starts a new one. Log: {rank.log_path}"
     )
 
 

@@ -20,7 +20,13 @@ import torch
 
 from .config import GroupConfig, host_reserve
 from .engine import POLL_S, Engine, OnProgress, Poll, State
-from .errors import CheckpointError, GroupClosedError, InputError, TPRuntimeError
+from .errors import (
+    CheckpointError,
+    GroupClosedError,
+    GroupLostError,
+    InputError,
+    TPRuntimeError,
+)
 from .protocol import Load, Report, Sleep, Wake
 
 if TYPE_CHECKING:
@@ -91,7 +97,7 @@ class Group:
     def alive(self) -> Engine | None:
         """The engine, if its group is up."""
         engine = self.engine
-        return engine if engine and engine.state in (State.READY, State.BUSY) else None
+        return engine if engine and engine.is_up() else None
 
     def start(self, poll: Poll | None = None) -> Engine:
         """The engine of a running group, which is started if there is none.
@@ -132,9 +138,17 @@ class Group:
     ) -> None:
         """Have the model's weights on the devices, patched as it wants them; start what it needs.
 
+        If a rank had died unnoticed, all of it is done on a new group, once.
+
         Raises:
             GroupStartError, CheckpointError, and what ``Engine.call`` raises.
         """
+        try:
+            self._use(model, poll, on_progress)
+        except GroupLostError:
+            self._use(model, poll, on_progress)
+
+    def _use(self, model: "RemoteModel", poll: Poll | None, on_progress: OnProgress | None) -> None:
         engine = self.start(poll)
         with _acquired(self._changing, poll):
             models = self._models
@@ -163,8 +177,24 @@ class Group:
         result_shape: tuple[int, ...],
         poll: Poll | None = None,
     ) -> torch.Tensor:
-        """Evaluate a model that ``use`` has loaded; see ``Engine.denoise``."""
-        engine = self.alive()
+        """Evaluate a model that ``use`` has loaded; see ``Engine.denoise``.
+
+        If a rank had died before the request could be sent, that is done on a new group, once.
+        """
+        try:
+            return self._denoise(model, inputs, result_shape, poll)
+        except GroupLostError:
+            self.use(model, poll)
+            return self._denoise(model, inputs, result_shape, poll)
+
+    def _denoise(
+        self,
+        model: "RemoteModel",
+        inputs: Mapping[str, Any],
+        result_shape: tuple[int, ...],
+        poll: Poll | None,
+    ) -> torch.Tensor:
+        engine = self.engine
         resident = self._models.get(model.name)
         if engine is None or resident is None or resident.rank_bytes is None:
             raise GroupClosedError(

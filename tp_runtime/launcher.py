@@ -7,6 +7,7 @@ a process to watch and to end). ``LocalLauncher`` runs them as subprocesses of t
 import contextlib
 import logging
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from typing import Protocol
 
 import msgspec
 
-from .config import GroupConfig, WorkerConfig, log_level
+from .config import GroupConfig, WorkerConfig, fault_file, log_level
 from .errors import GroupStartError
 from .group_folder import GroupFolder
 from .tensors import Exchange
@@ -37,6 +38,12 @@ _RANK_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "PYTHONUNBUFFERED": "1",
     "PYTHONSAFEPATH": "1",  # ComfyUI's folder has modules named utils, server, tests, ...
+}
+
+# Signals that say what has happened.
+_SIGNALS: dict[int, str] = {
+    signal.SIGKILL: " (by somebody, or by Linux because the host's memory ran out)",
+    signal.SIGBUS: " (a file that it was reading was cut short, or the host's memory ran out)",
 }
 
 # PR_SET_PDEATHSIG: the kernel ends the rank together with the thread that started it, whatever
@@ -74,7 +81,7 @@ class Rank:
         if code is None:
             return "closed its connection"
         if code < 0:
-            return f"was killed by signal {-code}"
+            return f"was killed by signal {-code}{_SIGNALS.get(-code, '')}"
         return f"exited with status {code}"
 
     def log_tail(self) -> str:
@@ -172,10 +179,13 @@ class LocalLauncher:
                 rendezvous=f"file://{folder / 'rendezvous'}",
                 num_threads=max(1, _usable_cores() // config.tp_size),
                 log_level=log_level(),
+                fault_file=fault_file(),
             )
             arguments = ["-c", _RANK_CODE, msgspec.json.encode(worker).decode()]
             log_path = folder / f"rank{index}.log"
-            with open(log_path, "wb") as log:
+            # For appending, so that the rank can shorten it; readable by its owner only.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            with open(os.open(log_path, flags, 0o600), "ab") as log:
                 process = subprocess.Popen(
                     [config.python, *arguments],
                     stdin=subprocess.DEVNULL,

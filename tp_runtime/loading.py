@@ -10,7 +10,9 @@ from torch import nn
 from . import dist
 from .acceleration import GraphedStep
 from .checkpoint import CheckpointFile, CheckpointInfo, inspect_checkpoint
-from .config import ModelSpec
+from .config import ModelSpec, file_version
+from .errors import CheckpointError
+from .fault_points import reach
 from .host_memory import HostCopy
 from .models import family
 from .models.common import DriverBase, Memo
@@ -115,7 +117,13 @@ def load_model(
 
     Raises:
         CheckpointError: the file is not what it was when the model was chosen.
+        RuntimeError: it was changed while it was read.
     """
+    if file_version(spec.path) != spec.version:
+        raise CheckpointError(
+            f"The model file {spec.path} was replaced after the model had been chosen. Queue the "
+            "prompt again."
+        )
     info = inspect_checkpoint(spec.path)
     module = family(info.family)
     compute_dtype, weight_dtype = dtype_of(spec.compute_dtype), dtype_of(spec.weight_dtype)
@@ -134,6 +142,7 @@ def load_model(
 
     model.to_empty(device=device)
     with CheckpointFile.open(spec.path) as file:
+        reach("load")
         reader = _Reader(file, info.scales, weight_dtype)
         _fill(model, parts_of(rank), reader, report_progress)
         stored = {
@@ -149,6 +158,8 @@ def load_model(
                         rescaled=info.scales[name].endswith(".weight_scale"),
                     )
         bytes_read = file.bytes_read
+    if file_version(spec.path) != spec.version:
+        raise RuntimeError(f"The model file {spec.path} was changed while it was read.")
     weights = PatchedWeights(model, stored, parts_of, rank, tp_size, dist.all_gather_last)
     fast = device.type == "cuda" and spec.optimize == "auto"
     reduction = None

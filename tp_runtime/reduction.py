@@ -6,6 +6,7 @@ rows to every rank: the traffic of an all-reduce, without its passes over memory
 """
 
 import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,21 +16,19 @@ import torch.distributed._symmetric_memory as symm_mem
 from vllm.distributed import parallel_state
 from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
 
-from . import kernels
+from . import dist, kernels
 from .models.common import Product
 
-
-def peer_access() -> bool:
-    """Whether all visible GPUs can read each other's memory."""
-    gpus = range(torch.cuda.device_count())
-    return all(torch.cuda.can_device_access_peer(a, b) for a in gpus for b in gpus if a != b)
+logger = logging.getLogger("tp_runtime.reduction")
 
 
 @functools.cache
 def fused_reduction(device: torch.device) -> "FusedReduction | None":
     """That of this process's group; None where GPUs cannot read each other's memory."""
-    num_ranks = parallel_state.get_tensor_model_parallel_world_size()
-    return FusedReduction(device) if num_ranks == 1 or peer_access() else None
+    if dist.peer_access():
+        return FusedReduction(device)
+    logger.warning("the GPUs cannot read each other's memory: sums go through NCCL, and slower")
+    return None
 
 
 @dataclass

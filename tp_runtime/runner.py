@@ -6,8 +6,10 @@ from typing import Any
 import msgspec
 import torch
 
+from . import dist
 from .config import WorkerConfig
 from .errors import InputError
+from .fault_points import reach
 from .loading import LoadedModel, ReportProgress, load_model
 from .protocol import (
     PER_STEP_INPUTS,
@@ -63,6 +65,7 @@ class Runner:
             case Patch():
                 return self._patch(request)
             case Sleep():
+                reach("sleep")
                 self._loaded(request.model).sleep()
                 return self._free_cache()
             case Wake():
@@ -85,6 +88,7 @@ class Runner:
         return {"resident_bytes": model.resident_bytes, "bytes_read": model.bytes_read}
 
     def _unload(self, name: str) -> None:
+        reach("unload")
         model = self._models.pop(name, None)
         if model is not None:
             model.close()
@@ -113,6 +117,7 @@ class Runner:
 
     def _denoise(self, request: Denoise) -> None:
         started = time.perf_counter()
+        reach("denoise")
         # Before anything can be refused: the engine takes it that these are held from now on.
         self._map_exchange(request.exchange_bytes)
         inputs = self._resolve(request.inputs)
@@ -174,6 +179,7 @@ class Runner:
         return {
             "device": self.device_name(),
             "memory": memory,
+            "peer_access": dist.peer_access() if self._device.type == "cuda" else None,
             "models": {
                 name: {
                     "resident_bytes": model.resident_bytes,

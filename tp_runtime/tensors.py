@@ -113,8 +113,14 @@ class Exchange:
 
     @classmethod
     def create(cls) -> "Exchange":
-        """A new, empty memory, which this process owns."""
-        return cls(os.memfd_create("tp-runtime-exchange", os.MFD_CLOEXEC))
+        """A new, empty memory, which this process owns. Raises TPRuntimeError."""
+        try:
+            return cls(os.memfd_create("tp-runtime-exchange", os.MFD_CLOEXEC))
+        except OSError as error:
+            raise TPRuntimeError(
+                f"There is no shared memory for a process group ({error.strerror}). "
+                "Restart ComfyUI, or raise its limit of open files (ulimit -n)."
+            ) from error
 
     @property
     def size(self) -> int:

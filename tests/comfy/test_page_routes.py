@@ -11,13 +11,12 @@ from urllib.parse import quote
 import pytest
 
 from support.comfy_history import PromptError
-from support.comfy_server import ComfyServer
+from support.comfy_server import NO_GPU, ComfyServer
 from support.group_reports import group
 from support.workflows import Sampling, tp_text_to_latent
 
 pytestmark = pytest.mark.comfy
 
-NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 MODEL = "tiny_z_image.safetensors"
 JSON = {"Content-Type": "application/json"}
 PYTHON = "TensorParallel.Runtime.Python"
@@ -94,6 +93,8 @@ def test_events_say_what_runs(comfy_server: ComfyServer) -> None:
     assert event.data["groups"][0]["tp_size"] == 2
     marked = comfy_server.events.wait_for("tensor_parallel.node")
     assert marked.data["node"] == "sampler"
+    shown = comfy_server.events.wait_for("text", lambda event: event.data["node"] == "report")
+    assert shown.data["text"].startswith("2 CPU processes: ready\ntiny_z_image.safetensors: ")
 
 
 @pytest.mark.parametrize("path", ["/doctor", "/groups/x/release"])

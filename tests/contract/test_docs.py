@@ -14,7 +14,7 @@ DOCUMENTS = [
     *REPOSITORY.glob("bench/*.md"),
 ]
 # A path in backquotes below one of our folders; not one with a placeholder.
-PATH = re.compile(r"`((?:nodes|tp_runtime|tests|docs|bench|scripts|web)/[\w./]+)`")
+PATH = re.compile(r"`((?:nodes|tp_runtime|tests|docs|bench|scripts|web|examples)/[\w./]+)`")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -7,11 +7,15 @@ import pytest
 import torch
 from parity.conftest import FP32_TOLERANCE, Remote, relative_error
 
-from support.native import native_z_image
+from support.native import import_comfy, native_z_image
+from support.paths import TOY_PACK
 from support.tiny_models import write_z_image
+from support.toy import MODEL as TOY_MODEL
 from tp_runtime import InputError
 
 pytestmark = pytest.mark.process
+
+TOY = TOY_PACK / "models" / "diffusion_models" / TOY_MODEL
 
 # (batch, latent height, latent width, caption length)
 CASES = [
@@ -113,3 +117,36 @@ def test_inputs_that_do_not_fit_are_refused(
     with pytest.raises(InputError, match=words):
         model.denoise(inputs | {name: value})
     assert torch.equal(model.denoise(inputs), model.denoise(inputs))
+
+
+@pytest.fixture(scope="module")
+def native_toy() -> Any:
+    """ComfyUI's own model of the trained toy, by the class of the toy's pack."""
+    import_comfy()
+    import comfy.ops
+    import comfy.sd
+    from comfy import supported_models
+
+    from examples.shapes.nodes import ShapesZImage
+
+    options = {"dtype": torch.float32, "custom_operations": comfy.ops.disable_weight_init}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(supported_models, "models", [ShapesZImage, *supported_models.models])
+        return comfy.sd.load_diffusion_model(str(TOY), options).model.diffusion_model
+
+
+@pytest.mark.parametrize("timestep", [1.0, 0.5, 0.01])
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+def test_the_trained_toy(native_toy: Any, remote: Remote, tp_size: int, timestep: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        "x": torch.randn(2, 16, 16, 16, generator=generator),
+        "timesteps": torch.full((2,), timestep),
+        "context": torch.randn(2, 5, 64, generator=generator),
+        "num_tokens": 5,
+        "transformer_options": {},
+    }
+    with torch.inference_mode():
+        expected = native_toy(**inputs)
+    found = remote(TOY, tp_size).denoise(inputs)
+    assert relative_error(found, expected) <= FP32_TOLERANCE

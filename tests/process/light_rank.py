@@ -2,10 +2,12 @@
 
 It starts in a third of the time, and does what `transformer_options` tells it to, so that a test
 can put a fault at a known place: `{"rank": 1, "sleep_s": 5}`, `{"rank": 0, "raise": "text"}`,
-`{"rank": 0, "exit": 3}` or `{"rank": 0, "refuse": "text"}`. Without `rank`, every rank does it.
+`{"rank": 0, "exit": 3}`, `{"rank": 0, "refuse": "text"}`, `{"rank": 0, "send": b"frame"}` or
+`{"rank": 0, "print": "text"}`. Without `rank`, every rank does it.
 """
 
 import contextlib
+import json
 import os
 import sys
 import time
@@ -19,6 +21,7 @@ import torch
 import tp_runtime
 from tp_runtime.config import ModelSpec, WorkerConfig
 from tp_runtime.errors import InputError
+from tp_runtime.fault_points import reach
 
 
 @contextlib.contextmanager
@@ -33,19 +36,29 @@ def _load(
     tp_size: int,
     report_progress: Callable[[int, int], None],
 ) -> SimpleNamespace:
+    shapes = set()
+
     def driver(inputs: Mapping[str, Any], *_: object) -> torch.Tensor:
+        if inputs["x"].shape not in shapes:
+            shapes.add(inputs["x"].shape)
+            reach("compile")
         order = inputs.get("transformer_options") or {}
         if order.get("rank", rank) == rank:
             if "sleep_s" in order:
                 time.sleep(order["sleep_s"])
             if "exit" in order:
                 os._exit(order["exit"])
+            if "send" in order:
+                os.write(json.loads(sys.argv[1])["control_fd"], order["send"])
+            if "print" in order:
+                print(order["print"], flush=True)
             if "raise" in order:
                 raise RuntimeError(order["raise"])
             if "refuse" in order:
                 raise InputError(order["refuse"])
         return inputs["x"] * 2 + inputs["context"].sum()
 
+    reach("load")
     for part in range(4):
         report_progress(25 * part, 100)
         time.sleep(0.05)

@@ -1,8 +1,8 @@
 """A real ComfyUI server for the tests and the demo, with this pack installed in it.
 
 The server gets its own base folder (models, custom_nodes, output, user), where `custom_nodes`
-holds links to this checkout and to another pack, the tests' own at first. Prompts go over HTTP and progress comes over the
-websocket, as with ComfyUI's page.
+holds links to this checkout and to one more pack: that of the tests, unless told otherwise. Prompts
+go over HTTP and progress comes over the websocket, as with ComfyUI's page.
 """
 
 import json
@@ -31,6 +31,10 @@ from support.paths import REPOSITORY, TEST_PACK, comfyui_path
 from support.workflows import Prompt
 
 PACK_FOLDER = "tensor-parallel"
+
+# The reference is ComfyUI's fp32 on the CPU, so the ranks have to compute there, too.
+# One thread: OpenMP's threads spin while they wait, and server and ranks share few cores.
+NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
 class ComfyServer:

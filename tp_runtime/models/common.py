@@ -12,6 +12,7 @@ from torch import nn
 
 from ..acceleration import fused, optimising
 from ..errors import InputError
+from ..fault_points import reach
 
 
 def attention(
@@ -321,7 +322,12 @@ class DriverBase:
         if timesteps.shape != x.shape[:1]:
             raise InputError(f"{x.shape[0]} latents need as many timesteps; got {timesteps.shape}.")
         key = (key, tuple(x.shape), x.dtype)
-        conditioning = self.memo.get(key, lambda: self.condition(**inputs))
+
+        def condition() -> Conditioning:
+            reach("compile")
+            return self.condition(**inputs)
+
+        conditioning = self.memo.get(key, condition)
         if per_step:
             self.check_control(x.shape[0], conditioning, **per_step)
         return self.run_step(x=x, timesteps=timesteps, **conditioning, **per_step)

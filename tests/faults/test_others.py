@@ -1,0 +1,351 @@
+"""What can go wrong around ranks: sockets, memory, disks, files, a machine that stands still."""
+
+import os
+import resource
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from signal import SIGCONT, SIGSTOP
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from faults.cases import FILE_S, Case, case
+from faults.conftest import Observe, put, wait_until
+from process.conftest import TESTS, PythonWith, cpu_group, make_inputs
+
+from support.native import native_z_image
+from support.paths import REPOSITORY
+from support.tiny_models import write_z_image
+from tp_runtime import (
+    CheckpointError,
+    GroupDiedError,
+    ModelSpec,
+    ProtocolError,
+    RankError,
+    RankMemoryError,
+    RemoteModel,
+    Runtime,
+    TPRuntimeError,
+)
+from tp_runtime.engine import Engine, State
+from tp_runtime.protocol import MAX_FRAME_BYTES, VERSION, Done, encode
+from tp_runtime.worker import MAX_LOG_BYTES
+
+pytestmark = pytest.mark.process
+
+
+@pytest.fixture(scope="module")
+def python(python_with: PythonWith) -> str:
+    return python_with()
+
+
+@pytest.fixture(scope="module")
+def model(python: str, tiny_z_image: Path) -> Iterator[RemoteModel]:
+    """A model on two ranks that compute nothing."""
+    runtime = Runtime()
+    spec = ModelSpec.of(str(tiny_z_image), "float32", "float32")
+    yield runtime.model(spec, cpu_group(2, python=python))
+    runtime.release()
+
+
+def engine_of(model: RemoteModel) -> Engine:
+    engine = model._group.engine
+    assert engine is not None
+    return engine
+
+
+def ordered(**order: Any) -> dict[str, Any]:
+    return make_inputs() | {"transformer_options": order}
+
+
+def works(model: RemoteModel) -> None:
+    model.ensure_loaded()
+    inputs = make_inputs(seed=5)
+    assert torch.equal(model.denoise(inputs), inputs["x"] * 2 + inputs["context"].sum())
+
+
+@contextmanager
+def timed(observe: Observe, row: Case) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    observe(row, time.monotonic() - began)
+
+
+@contextmanager
+def limited(kind: int, soft: int) -> Iterator[None]:
+    """This process may have less of something."""
+    before, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, (before, hard))
+
+
+# --- memory and disks ----------------------------------------------------------------------------
+
+
+def test_no_file_descriptor_is_left(model: RemoteModel, observe: Observe) -> None:
+    model._group.close()
+    with timed(observe, case("start", "no file descriptor is left")):
+        with limited(resource.RLIMIT_NOFILE, 3):
+            with pytest.raises(TPRuntimeError, match=r"no shared memory .*ulimit -n"):
+                model.ensure_loaded()
+    works(model)
+
+
+def test_no_shared_memory_is_left(model: RemoteModel, observe: Observe) -> None:
+    """The group is as before: nothing was sent."""
+    works(model)
+    engine = engine_of(model)
+    with timed(observe, case("denoise", "no shared memory is left")):
+        with limited(resource.RLIMIT_FSIZE, engine._sender.exchange.size):
+            with pytest.raises(TPRuntimeError, match="bytes of shared memory are not to be had"):
+                model.denoise(make_inputs(512))
+    works(model)
+    assert engine_of(model) is engine
+
+
+FULL_DISK = "import os; full = os.open('/dev/full', 1); os.dup2(full, 1); os.dup2(full, 2)"
+
+
+def test_the_disk_of_the_logs_is_full(
+    python_with: PythonWith, tiny_z_image: Path, observe: Observe
+) -> None:
+    runtime = Runtime()
+    spec = ModelSpec.of(str(tiny_z_image), "float32", "float32")
+    model = runtime.model(spec, cpu_group(1, python=python_with(FULL_DISK)))
+    with timed(observe, case("start", "the disk of the logs is full")):
+        works(model)
+    runtime.release()
+
+
+def test_a_rank_logs_without_end(model: RemoteModel, observe: Observe) -> None:
+    """Only the end of the log is kept."""
+    works(model)
+    log = engine_of(model).ranks[0].log_path
+    text = "x" * (MAX_LOG_BYTES + 2**20)
+    with timed(observe, case("denoise", "a rank logs without end")):
+        for part in range(0, len(text), 4 * 2**20):
+            model.denoise(ordered(rank=0, print=text[part : part + 4 * 2**20]))
+        model.denoise(ordered(rank=0, print="the end"))
+        wait_until(lambda: log.stat().st_size < MAX_LOG_BYTES // 2, within_s=5)
+    assert log.read_text().startswith("(what came before was too long)")
+    assert "the end" in engine_of(model).ranks[0].log_tail()
+
+
+# --- frames --------------------------------------------------------------------------------------
+
+
+def framed(frame: bytes) -> bytes:
+    return struct.pack(">I", len(frame)) + frame
+
+
+def of_version(number: int) -> bytes:
+    body = msgspec.Raw(msgspec.msgpack.encode(Done(1)))
+    return framed(msgspec.msgpack.encode({"version": number, "body": body}))
+
+
+FRAMES = {
+    "a rank sends garbage": (framed(os.urandom(64)), "malformed frame of 64 bytes"),
+    "a rank sends a frame of another version": (of_version(VERSION + 1), "version 3"),
+    "a rank sends a frame that is too long": (
+        struct.pack(">I", MAX_FRAME_BYTES + 1),
+        f"at most {MAX_FRAME_BYTES} fit",
+    ),
+    "a rank sends an answer twice": (framed(encode(Done(1))), "that nothing had asked for"),
+}
+
+
+@pytest.mark.parametrize("fault", FRAMES)
+def test_a_rank_sends_what_it_must_not(model: RemoteModel, observe: Observe, fault: str) -> None:
+    works(model)
+    engine = engine_of(model)
+    frame, words = FRAMES[fault]
+    with timed(observe, case("denoise", fault)):
+        with pytest.raises(ProtocolError, match=words):
+            model.denoise(ordered(rank=1, send=frame))
+    assert engine.state is State.FAILED
+    works(model)
+
+
+def test_a_rank_receives_garbage(model: RemoteModel, observe: Observe) -> None:
+    works(model)
+    engine = engine_of(model)
+    with ThreadPoolExecutor(1) as pool, timed(observe, case("denoise", "a rank receives garbage")):
+        denoising = pool.submit(model.denoise, ordered(sleep_s=20))
+        wait_until(lambda: engine.state is State.BUSY)
+        engine.ranks[0].channel._stream.sendall(framed(b"garbage"))
+        error = denoising.exception(timeout=10)
+    assert type(error) is RankError
+    assert "Rank 0 raised ProtocolError during 'Denoise': A malformed frame of 7" in str(error)
+    works(model)
+
+
+def test_a_socket_is_lost(model: RemoteModel, observe: Observe) -> None:
+    works(model)
+    engine = engine_of(model)
+    with ThreadPoolExecutor(1) as pool, timed(observe, case("denoise", "a rank's socket is lost")):
+        denoising = pool.submit(model.denoise, ordered(sleep_s=20))
+        wait_until(lambda: engine.state is State.BUSY)
+        engine.ranks[1].channel._stream.shutdown(socket.SHUT_RDWR)
+        error = denoising.exception(timeout=10)
+    assert type(error) is GroupDiedError
+    assert "Rank 1 " in str(error)
+    works(model)
+
+
+# --- deaths that nobody has seen yet -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["ensure_loaded", "denoise"])
+def test_a_request_comes_right_after_a_death(
+    model: RemoteModel, observe: Observe, what: str
+) -> None:
+    """It is carried out on a new group, and its caller hears of nothing."""
+    works(model)
+    engine = engine_of(model)
+    rank = engine.ranks[1]
+    with engine._lock:  # the owner cannot tell anybody
+        rank.process.kill()
+        rank.process.wait()
+        assert engine.state is State.READY
+    with timed(observe, case("idle", "a rank dies, and a request comes at once")):
+        if what == "denoise":
+            inputs = make_inputs(seed=6)
+            expected = inputs["x"] * 2 + inputs["context"].sum()
+            assert torch.equal(model.denoise(inputs), expected)
+        else:
+            works(model)
+    assert engine_of(model) is not engine
+
+
+# --- the machine stands still --------------------------------------------------------------------
+
+CLIENT = """
+import sys
+sys.path[:0] = {paths!r}
+from process.conftest import cpu_group, make_inputs
+from tp_runtime import ModelSpec, Runtime
+
+config = cpu_group(2, python={python!r}, call_timeout_s=4.0)
+model = Runtime().model(ModelSpec.of({file!r}, "float32", "float32"), config)
+model.ensure_loaded()
+print(*[rank.pid for rank in model._group.engine.ranks], flush=True)
+inputs = make_inputs() | {{"transformer_options": {{"sleep_s": 2.0}}}}
+result = model.denoise(inputs)
+print((result == inputs["x"] * 2 + inputs["context"].sum()).all().item(), flush=True)
+"""
+
+
+def test_the_machine_stands_still(python: str, tiny_z_image: Path, observe: Observe) -> None:
+    """As in a suspended virtual machine: no process runs, and the clock does."""
+    code = CLIENT.format(paths=[str(REPOSITORY), str(TESTS)], python=python, file=str(tiny_z_image))
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True
+    ) as client:
+        assert client.stdout is not None
+        pids = [client.pid, *map(int, client.stdout.readline().split())]
+        assert len(pids) == 3
+        time.sleep(0.5)
+        for pid in pids:
+            os.kill(pid, SIGSTOP)
+        time.sleep(8.0)
+        with timed(observe, case("denoise", "the machine stands still")):
+            for pid in pids:
+                os.kill(pid, SIGCONT)
+                time.sleep(0.5)
+            assert client.stdout.readline() == "True\n"
+
+
+# --- model files, and memory, on real ranks ------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real(faults: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RemoteModel]:
+    """A model on one real rank, and its own file."""
+    path = write_z_image(tmp_path_factory.mktemp("file") / "model.safetensors")
+    runtime = Runtime()
+    yield runtime.model(ModelSpec.of(str(path), "float32", "float32"), cpu_group(1))
+    runtime.release()
+
+
+def chosen_again(model: RemoteModel) -> RemoteModel:
+    """As the loader does when the prompt is queued: the file as it is now."""
+    return RemoteModel(ModelSpec.of(model.spec.path, "float32", "float32"), model._group)
+
+
+def same_as_native(model: RemoteModel) -> None:
+    inputs = make_inputs(seed=1)
+    with torch.inference_mode():
+        expected = native_z_image(Path(model.spec.path))(
+            inputs["x"], inputs["timesteps"], inputs["context"], num_tokens=20
+        )
+    model.ensure_loaded()
+    assert (model.denoise(inputs) - expected).norm() / expected.norm() < 2e-6
+
+
+@contextmanager
+def while_it_loads(model: RemoteModel, faults: Path, change: Callable[[], None]) -> Iterator[Any]:
+    """Yields the error that the load ends in when the file is changed in the middle of it."""
+    put(faults, rank=0, point="load", action="delay", delay_s=2.0)
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(model.ensure_loaded)
+        wait_until(lambda: not faults.exists())
+        change()
+        yield loading.exception(timeout=FILE_S + 10)
+
+
+def test_files_that_change(real: RemoteModel, faults: Path, observe: Observe) -> None:
+    path = Path(real.spec.path)
+    same_as_native(real)
+    group = engine_of(real)
+    real._group._models.clear()
+    group.unload(real.name)
+
+    write_z_image(path.with_suffix(".new"), seed=1).rename(path)
+    with timed(observe, case("load", "the file was replaced before")):
+        with pytest.raises(CheckpointError, match="replaced after the model had been chosen"):
+            real.ensure_loaded()
+    model = chosen_again(real)
+    same_as_native(model)
+    assert engine_of(model) is group
+
+    os.utime(path)
+    model = chosen_again(real)
+    model._group.start()
+    with timed(observe, case("load", "the file changes")):
+        with while_it_loads(model, faults, lambda: os.utime(path)) as error:
+            assert type(error) is RankError
+            assert "was changed while it was read" in str(error)
+
+    model = chosen_again(real)
+    content = path.read_bytes()
+    model._group.start()
+    with timed(observe, case("load", "the file is cut short")):
+        with while_it_loads(model, faults, lambda: os.truncate(path, 100_000)) as error:
+            assert type(error) is GroupDiedError
+            assert "signal 7 (a file that it was reading was cut short" in str(error)
+    path.write_bytes(content)
+    same_as_native(chosen_again(real))
+
+
+def test_memory_runs_out_in_mid_forward(faults: Path, tiny_z_image: Path) -> None:
+    """One real rank raises; the other one waits for it in a collective."""
+    runtime = Runtime()
+    spec = ModelSpec.of(str(tiny_z_image), "float32", "float32")
+    model = runtime.model(spec, cpu_group(2))
+    model.ensure_loaded()
+    put(faults, rank=1, point="compile", action="out of memory")
+    with pytest.raises(RankMemoryError, match=r"Rank 1 ran out of memory .* during 'Denoise'"):
+        model.denoise(make_inputs())
+    same_as_native(model)
+    runtime.release()

@@ -1,0 +1,101 @@
+"""Who else can reach a group: nobody. Nothing listens, nothing is readable, nothing tells."""
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from process.conftest import PythonWith, cpu_group, make_inputs
+
+from tp_runtime import ModelSpec, RankError, RemoteModel, Runtime
+from tp_runtime.config import log_level
+
+pytestmark = pytest.mark.process
+
+SECRET = "a prompt that is nobody's business"
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Iterator[Runtime]:
+    runtime = Runtime()
+    yield runtime
+    runtime.release()
+
+
+@pytest.fixture(scope="module")
+def model(runtime: Runtime, tiny_z_image: Path) -> RemoteModel:
+    """On two real ranks; evaluated once."""
+    model = runtime.model(ModelSpec.of(str(tiny_z_image), "float32", "float32"), cpu_group(2))
+    model.ensure_loaded()
+    model.denoise(make_inputs())
+    return model
+
+
+def ranks_of(model: RemoteModel) -> list[Any]:
+    engine = model._group.engine
+    assert engine is not None
+    return engine.ranks
+
+
+def test_no_address(model: RemoteModel) -> None:
+    """What torch's collectives listen on is loopback's; of unix sockets none has a name."""
+    this = psutil.Process()
+    for process in (this, *(psutil.Process(rank.pid) for rank in ranks_of(model))):
+        for connection in process.net_connections("inet"):
+            assert connection.laddr.ip in ("127.0.0.1", "::1", "::ffff:127.0.0.1"), connection
+    names = {
+        line.split()[7]
+        for line in Path("/proc/net/unix").read_text().splitlines()[1:]
+        if len(line.split()) > 7
+    }
+    assert not [name for name in names if "tp-runtime" in name or "tp_runtime" in name]
+    ours = {
+        str(connection.laddr)
+        for rank in ranks_of(model)
+        for connection in psutil.Process(rank.pid).net_connections("unix")
+    }
+    assert ours <= {""}
+
+
+def test_the_folder_is_its_owners(model: RemoteModel) -> None:
+    folder = ranks_of(model)[0].log_path.parent
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE(folder.parent.stat().st_mode) == 0o700
+    for rank in ranks_of(model):
+        assert stat.S_IMODE(rank.log_path.stat().st_mode) == 0o600
+
+
+def test_a_child_of_a_rank_inherits_nothing(model: RemoteModel) -> None:
+    """Neither the channel nor the shared memory: compilers are started by ranks."""
+    for rank in ranks_of(model):
+        config = json.loads(psutil.Process(rank.pid).cmdline()[-1])
+        for fd in (config["control_fd"], config["exchange_fd"]):
+            info = Path(f"/proc/{rank.pid}/fdinfo/{fd}").read_text()
+            (flags,) = (line.split()[1] for line in info.splitlines() if line[:5] == "flags")
+            assert int(flags, 8) & os.O_CLOEXEC
+
+
+def test_logs_hold_no_prompt(
+    runtime: Runtime,
+    python_with: PythonWith,
+    tiny_z_image: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Neither the ranks' nor ComfyUI's, also when a rank fails."""
+    assert log_level() == "INFO"
+    spec = ModelSpec.of(str(tiny_z_image), "float32", "float32")
+    model = runtime.model(spec, cpu_group(2, python=python_with()))
+    model.ensure_loaded()
+    ranks = ranks_of(model)
+    inputs = make_inputs() | {"transformer_options": {"text": SECRET}}
+    model.denoise(inputs)
+    inputs["transformer_options"] |= {"rank": 1, "raise": "an error"}
+    with pytest.raises(RankError):
+        model.denoise(inputs)
+    text = caplog.text + "".join(rank.log_path.read_text() for rank in ranks)
+    assert "an error" in text
+    assert SECRET not in text

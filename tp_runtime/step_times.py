@@ -1,0 +1,47 @@
+"""How long a rank may be silent during an evaluation: what such evaluations took, many times over.
+
+Part of the engine's half. Evaluations are alike if the model and the shapes of all inputs are.
+The first ones compile and record, so they get the allowance for everything else
+(``TP_RUNTIME_CALL_TIMEOUT``), which no evaluation ever gets more than.
+"""
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import torch
+
+FIRST_STEPS = 2  # one compiles, one records
+FACTOR = 20.0
+FLOOR_S = 60.0  # conditioning that is new, patched weights and a busy machine take longer
+
+
+def shapes_of(value: Any) -> Hashable:
+    """The shapes of the tensors in a tree of plain data."""
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape)
+    if isinstance(value, Mapping):
+        return tuple((key, shapes_of(item)) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(map(shapes_of, value))
+    return None
+
+
+class StepTimes:
+    """What evaluations took, by their kind."""
+
+    def __init__(self) -> None:
+        self._seen: dict[Hashable, int] = {}
+        self._slowest_s: dict[Hashable, float] = {}
+
+    def record(self, kind: Hashable, seconds: float) -> None:
+        """An evaluation of this kind took so long."""
+        self._seen[kind] = self._seen.get(kind, 0) + 1
+        if self._seen[kind] > FIRST_STEPS:
+            self._slowest_s[kind] = max(seconds, self._slowest_s.get(kind, 0.0))
+
+    def timeout_s(self, kind: Hashable, limit_s: float) -> float:
+        """How long the next one may take; at most ``limit_s``."""
+        slowest_s = self._slowest_s.get(kind)
+        if slowest_s is None:
+            return limit_s
+        return min(limit_s, max(FLOOR_S, FACTOR * slowest_s))
