@@ -47,12 +47,15 @@ _SIGNALS: dict[int, str] = {
 }
 
 # PR_SET_PDEATHSIG: the kernel ends the rank together with the thread that started it, whatever
-# it is doing. Set before the imports, which take seconds.
-_RANK_CODE = (
-    "import ctypes, runpy, signal; "
-    "ctypes.CDLL(None).prctl(1, signal.SIGKILL); "
-    "runpy.run_module('tp_runtime.worker', run_name='__main__', alter_sys=True)"
-)
+# it is doing. Set before the imports, which take seconds; if that was too late, the stream's other
+# end is closed.
+_RANK_CODE = """\
+import ctypes, json, runpy, select, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+stream = select.poll()
+stream.register(json.loads(sys.argv[1])["control_fd"], select.POLLHUP)
+stream.poll(0) and sys.exit()
+runpy.run_module("tp_runtime.worker", run_name="__main__", alter_sys=True)"""
 
 
 @dataclass

@@ -211,13 +211,13 @@ def test_a_change_of_strength_reads_and_sends_nothing(
     sent: list[str] = []
     send = Engine._send
 
-    def spy(self: Engine, make: Callable[[int], Request]) -> Any:
+    def spy(self: Engine, make: Callable[[int], Request], *args: Any, **kwargs: Any) -> Any:
         def made(number: int) -> Request:
             request = make(number)
             sent.append(type(request).__name__)
             return request
 
-        return send(self, made)
+        return send(self, made, *args, **kwargs)
 
     monkeypatch.setattr(Engine, "_send", spy)
     path.unlink()  # the ranks must not read it

@@ -48,6 +48,7 @@ def python_with(tmp_path_factory: pytest.TempPathFactory) -> PythonWith:
             "import json, sys\n"
             f"sys.path.append({str(TESTS)!r})\n"
             "sys.argv = sys.argv[2:]\n"
+            'exec(sys.argv[0].rpartition("\\n")[0])\n'  # all but running the worker
             "config = json.loads(sys.argv[1])\n"
             f"{code}\n"
             f"{LIGHT if light else REAL}\n"

@@ -43,14 +43,14 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     send = Engine._send
 
-    def spy(self: Engine, make: Callable[[int], Request]) -> Any:
+    def spy(self: Engine, make: Callable[[int], Request], *args: Any, **kwargs: Any) -> Any:
         def made(number: int) -> Request:
             request = make(number)
             if isinstance(request, Load | Unload | Sleep | Wake):
                 found.append((type(request).__name__, request.model))
             return request
 
-        return send(self, made)
+        return send(self, made, *args, **kwargs)
 
     monkeypatch.setattr(Engine, "_send", spy)
     return found
