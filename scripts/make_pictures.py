@@ -2,7 +2,7 @@
 
     python scripts/make_pictures.py
 
-Runs a tiny model on two ranks, on the CPU.
+Runs the example of `examples/shapes` on two ranks, on the CPU.
 """
 
 import io
@@ -18,7 +18,7 @@ sys.path.insert(0, str(REPOSITORY / "tests"))
 
 from support.comfy_page import ComfyPage, comfy_page  # noqa: E402
 from support.comfy_server import ComfyServer  # noqa: E402
-from support.template_models import write_template_models  # noqa: E402
+from support.paths import TOY_PACK  # noqa: E402
 
 README = REPOSITORY / "docs/images"
 HELP = REPOSITORY / "web/docs/images"
@@ -53,16 +53,14 @@ def nodes(page: ComfyPage, path: Path, *types: str) -> None:
 
 
 def run(page: ComfyPage, gpu_count: int) -> None:
-    """The first template, small, on so many ranks, until its picture is there."""
-    workflow = REPOSITORY / "example_workflows/z_image_text_to_image.json"
+    """The example's template on so many ranks, until its picture is there."""
+    workflow = TOY_PACK / "example_workflows/shapes.json"
     page.page.evaluate("(text) => app.loadGraphData(JSON.parse(text))", workflow.read_text())
     page.page.evaluate(
         """(gpu_count) => {
-            const values = { width: 256, height: 256, gpu_count };
-            for (const node of app.graph.nodes)
-                for (const widget of node.widgets ?? [])
-                    if (widget.name in values && node.comfyClass !== 'TPSampler')
-                        widget.value = values[widget.name];
+            for (const node of app.graph.nodes.filter(
+                (node) => node.comfyClass === 'TPLoadDiffusionModel'))
+                node.widgets.find(({ name }) => name === 'gpu_count').value = gpu_count;
         }""",
         str(gpu_count),
     )
@@ -97,8 +95,7 @@ def end_node(page: ComfyPage, node_type: str) -> None:
 def main() -> None:
     """Write them all."""
     gpu_free = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    with ComfyServer(env=gpu_free) as server, comfy_page(server) as page:
-        write_template_models(server.models)
+    with ComfyServer(env=gpu_free, pack=TOY_PACK) as server, comfy_page(server) as page:
         page.open({"Comfy.Minimap.Visible": False})
         run(page, 2)
         nodes(page, HELP / "nodes.png", "TPLoadDiffusionModel", "TPSampler")
