@@ -18,10 +18,10 @@ START_TIMEOUT_S = 25.0
 
 DEATH_S = 1.0
 RAISED_S = 1.0
-SLACK_S = 1.0  # after a timeout
+SLACK_S = 2.0  # after a timeout
 DELAY_S = 0.3
 DELAYED_S = 3.0
-FILE_S = 5.0
+FILE_S = 10.0
 
 
 @dataclass(frozen=True)

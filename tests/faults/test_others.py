@@ -25,6 +25,7 @@ from support.native import native_z_image
 from support.paths import REPOSITORY
 from support.tiny_models import write_z_image
 from tp_runtime import (
+    CallTimeoutError,
     CheckpointError,
     GroupDiedError,
     ModelSpec,
@@ -34,6 +35,7 @@ from tp_runtime import (
     RemoteModel,
     Runtime,
     TPRuntimeError,
+    step_times,
 )
 from tp_runtime.engine import Engine, State
 from tp_runtime.protocol import MAX_FRAME_BYTES, VERSION, Done, encode
@@ -226,6 +228,22 @@ def test_a_request_comes_right_after_a_death(
         else:
             works(model)
     assert engine_of(model) is not engine
+
+
+def test_a_hang_is_noticed_by_the_models_own_step_time(
+    model: RemoteModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long before the time-out of a request, which is 60 s here."""
+    monkeypatch.setattr(step_times, "FLOOR_S", 1.0)
+    works(model)
+    for _ in range(step_times.FIRST_STEPS + 1):
+        model.denoise(make_inputs())
+    os.kill(engine_of(model).ranks[1].pid, SIGSTOP)
+    began = time.monotonic()
+    with pytest.raises(CallTimeoutError, match=r"Ranks \[1\] gave no sign of life"):
+        model.denoise(make_inputs())
+    assert time.monotonic() - began < 30
+    works(model)
 
 
 # --- the machine stands still --------------------------------------------------------------------
