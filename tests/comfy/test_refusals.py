@@ -74,7 +74,7 @@ def test_merging_and_saving(refused: Refused) -> None:
     assert "read the model's weights" in refused(merged, "merge").message
 
     merged["merge"] = node("ModelMergeSimple", model1=["model", 0], model2=["other", 0], ratio=0.5)
-    assert "model merge nodes" in refused(merged, "sampler").message
+    assert "merged with another model's" in refused(merged, "sampler").message
 
     saving = tp_text_to_latent(MODEL)
     saving["saving"] = node("ModelSave", model=["model", 0], filename_prefix="saved")
