@@ -21,7 +21,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ from .protocol import (
     decode_reply,
     encode,
 )
-from .sending import TensorSender
+from .sending import TensorSender, Wanted
 from .step_times import StepTimes, shapes_of
 from .tensors import plain_copy
 from .transport import wait
@@ -162,7 +162,7 @@ class Engine:
                 the one asked for. Nothing is left running. Whatever ``poll`` raises ends the
                 group, too.
         """
-        call = _Call(_START, self.config.tp_size, self.config.start_timeout_s, "start")
+        call = _Call(_START, self.config.num_ranks, self.config.start_timeout_s, "start")
         with self._lock:
             if self._close_asked:
                 raise GroupClosedError("The process group was closed before it had started.")
@@ -211,16 +211,13 @@ class Engine:
         return [answer.value for _, answer in sorted(call.answers.items())]  # type: ignore[union-attr]
 
     def denoise(
-        self,
-        model: str,
-        inputs: Mapping[str, Any],
-        result_shape: tuple[int, ...],
-        poll: Poll | None = None,
-    ) -> torch.Tensor:
-        """Evaluate the transformer once; returns a CPU tensor of the dtype of ``x``.
+        self, model: str, wanted: Sequence[Wanted], poll: Poll | None = None
+    ) -> list[torch.Tensor]:
+        """Evaluate the transformer, once on each batch group; at most so many are ``wanted``.
 
-        ``inputs`` are ComfyUI's forward arguments: a tensor ``x`` and plain data with tensors.
-        Tensors that the ranks hold from an earlier call are not sent again.
+        Of each: ComfyUI's forward arguments, a tensor ``x`` and plain data with tensors, and the
+        shape of the result, which is a CPU tensor of the dtype of ``x``. Tensors that the ranks
+        hold from an earlier call are not sent again.
 
         Raises:
             As ``call`` does, and ProtocolError if ``inputs`` hold something that cannot be sent.
@@ -228,21 +225,21 @@ class Engine:
         results: list[torch.Tensor] = []
 
         def make(number: int) -> Request:
-            request, result = self._sender.denoise(number, model, inputs, result_shape)
+            request, places = self._sender.denoise(number, model, wanted)
             # Looked up now, since the group may end between its answer and our reading it.
-            results.append(result)
+            results.extend(places)
             return request
 
         with self._turn_taken(poll):
             try:
-                call = self._send(make, kind=(model, shapes_of(inputs)))
+                call = self._send(make, kind=(model, shapes_of(wanted)))
             except BaseException:
                 self._sender.roll_back()
                 raise
             self._sender.sent()
             self._wait(call, poll)
             call.raise_error()
-            return plain_copy(results[0])
+            return [plain_copy(result) for result in results]
 
     def patch(
         self,
@@ -445,11 +442,11 @@ class Engine:
 
     def _check_sizes(self) -> None:
         seen = [ready.tp_world_size for ready in self.ready]
-        if seen != [self.config.tp_size] * self.config.tp_size:
+        if seen != [self.config.tp_size] * self.config.num_ranks:
             raise GroupStartError(
-                f"A group of {self.config.tp_size} ranks was asked for, but the ranks see tensor-"
-                f"parallel sizes {seen}. This is a fault of the installation of vLLM in the "
-                f"runtime's Python {self.config.python}."
+                f"{self.config.num_ranks} ranks of tensor-parallel size {self.config.tp_size} were "
+                f"asked for, but they see the sizes {seen}. This is a fault of the installation of "
+                f"vLLM in the runtime's Python {self.config.python}."
             )
 
     def log_tail(self) -> str:

@@ -41,7 +41,7 @@ def not_started(
         )
     tail = tails[blamed.index if blamed else 0]
     return GroupStartError(
-        f"The process group of {config.tp_size} {config.device.upper()} ranks did not start: "
+        f"The process group of {config.num_ranks} {config.device.upper()} ranks did not start: "
         f"{error} Runtime Python: {config.python}. The log ends:\n{tail}"
     )
 

@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from .errors import (
     TPRuntimeError,
 )
 from .protocol import Load, Report, Sleep, Wake
+from .sending import Wanted
 
 if TYPE_CHECKING:
     from .runtime import RemoteModel
@@ -51,6 +52,7 @@ class GroupReport:
     id: str
     state: str
     tp_size: int
+    batch_groups: int
     device: str
     devices: tuple[int, ...]
     python: str
@@ -171,29 +173,21 @@ class Group:
             self._be_as_wanted(engine, resident, model, poll)
 
     def denoise(
-        self,
-        model: "RemoteModel",
-        inputs: Mapping[str, Any],
-        result_shape: tuple[int, ...],
-        poll: Poll | None = None,
-    ) -> torch.Tensor:
+        self, model: "RemoteModel", wanted: Sequence[Wanted], poll: Poll | None = None
+    ) -> list[torch.Tensor]:
         """Evaluate a model that ``use`` has loaded; see ``Engine.denoise``.
 
         If a rank had died before the request could be sent, that is done on a new group, once.
         """
         try:
-            return self._denoise(model, inputs, result_shape, poll)
+            return self._denoise(model, wanted, poll)
         except GroupLostError:
             self.use(model, poll)
-            return self._denoise(model, inputs, result_shape, poll)
+            return self._denoise(model, wanted, poll)
 
     def _denoise(
-        self,
-        model: "RemoteModel",
-        inputs: Mapping[str, Any],
-        result_shape: tuple[int, ...],
-        poll: Poll | None,
-    ) -> torch.Tensor:
+        self, model: "RemoteModel", wanted: Sequence[Wanted], poll: Poll | None
+    ) -> list[torch.Tensor]:
         engine = self.engine
         resident = self._models.get(model.name)
         if engine is None or resident is None or resident.rank_bytes is None:
@@ -204,15 +198,15 @@ class Group:
             with _acquired(self._changing, poll):
                 self._be_as_wanted(engine, resident, model, poll)
         started = time.perf_counter()
-        result = engine.denoise(model.name, inputs, result_shape, poll)
+        results = engine.denoise(model.name, wanted, poll)
         self.step_ms = (time.perf_counter() - started) * 1000
-        return result
+        return results
 
     def bytes_on_devices(self, name: str) -> list[int]:
         """Bytes that the model takes on the device of each rank now; 0 if unknown or asleep."""
         resident = self._models.get(name)
         if resident is None or resident.rank_bytes is None or resident.asleep or not self.alive():
-            return [0] * self.config.tp_size
+            return [0] * self.config.num_ranks
         return resident.rank_bytes
 
     def sleep(self, name: str, poll: Poll | None = None) -> None:
@@ -302,7 +296,7 @@ class Group:
     def _free_bytes(self, engine: Engine, poll: Poll | None) -> int:
         """What is free on the device of the rank that has the least."""
         if self.config.device == "cpu":
-            return psutil.virtual_memory().available // self.config.tp_size
+            return psutil.virtual_memory().available // self.config.num_ranks
         return min(value["memory"]["free_bytes"] for value in engine.call(Report, poll=poll))
 
     def _unload(self, engine: Engine, name: str, poll: Poll | None) -> None:
@@ -357,6 +351,7 @@ class Group:
             id=self.id,
             state=engine.state.value if engine else State.CLOSED.value,
             tp_size=self.config.tp_size,
+            batch_groups=self.config.batch_groups,
             device=self.config.device,
             devices=self.config.devices,
             python=self.config.python,

@@ -6,14 +6,16 @@ new one when it has failed. It ends with this process or when it is released.
 
 import atexit
 import hashlib
+import itertools
 import threading
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
 
+from .batch import divide_all
 from .checkpoint import CheckpointInfo, inspect_checkpoint
 from .config import GroupConfig, ModelSpec
 from .engine import OnProgress, Poll
@@ -73,14 +75,32 @@ class RemoteModel:
         self._group.use(self, poll, on_progress)
 
     def denoise(self, inputs: Mapping[str, Any], poll: Poll | None = None) -> torch.Tensor:
-        """Evaluate the model once; see ``Engine.denoise``. Call ``ensure_loaded`` before.
+        """Evaluate the model once; see ``denoise_all``."""
+        return self.denoise_all([inputs], poll)[0]
 
-        The result has the shape of ``inputs["x"]``, but for the channels of a model that takes
-        more of them (masks, control images) than it predicts.
+    def denoise_all(
+        self, wanted: Sequence[Mapping[str, Any]], poll: Poll | None = None
+    ) -> list[torch.Tensor]:
+        """Evaluate the model once for each of ``wanted``. Call ``ensure_loaded`` before.
+
+        The batch groups work on different evaluations, or on different items of a batch. Inputs
+        and results are as in ``Engine.denoise``. A result has the shape of ``inputs["x"]``, but
+        for the channels of a model that takes more of them (masks, control images) than it
+        predicts.
         """
+        batch_groups = self.group_config.batch_groups
+        divided = divide_all(wanted, batch_groups)
+        parts = [(part, self._result_shape(part)) for parts in divided for part in parts]
+        results: list[torch.Tensor] = []
+        for start in range(0, len(parts), batch_groups):
+            results += self._group.denoise(self, parts[start : start + batch_groups], poll)
+        remaining = iter(results)
+        together = [list(itertools.islice(remaining, len(parts))) for parts in divided]
+        return [results[0] if len(results) == 1 else torch.cat(results) for results in together]
+
+    def _result_shape(self, inputs: Mapping[str, Any]) -> tuple[int, ...]:
         batch, channels, *size = inputs["x"].shape
-        shape = (batch, self.info.config.get("out_channels", channels), *size)
-        return self._group.denoise(self, inputs, shape, poll)
+        return (batch, self.info.config.get("out_channels", channels), *size)
 
     def loaded_bytes(self) -> list[int]:
         """Bytes that the weights take on each rank's device now."""
