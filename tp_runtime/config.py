@@ -25,6 +25,7 @@ from typing import Literal, get_args
 import msgspec
 
 from .errors import CheckpointError, DeviceError, TPRuntimeError
+from .layout import Layout
 
 MAX_TP_SIZE = 8
 MAX_RANKS = 64
@@ -91,6 +92,13 @@ def visible_gpu_count() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
+def device_name(gpu: int | None) -> str:
+    """The product name of a visible GPU; ``"cpu"`` for None."""
+    import torch
+
+    return "cpu" if gpu is None else torch.cuda.get_device_name(gpu)
+
+
 @dataclass(frozen=True)
 class GroupConfig:
     """What identifies a process group: two equal configs share one group.
@@ -133,6 +141,11 @@ class GroupConfig:
     def num_ranks(self) -> int:
         """Processes, and on CUDA GPUs, of the group."""
         return self.tp_size * self.batch_groups
+
+    @property
+    def layout(self) -> Layout:
+        """The same as a layout."""
+        return Layout(self.tp_size, self.batch_groups)
 
     @classmethod
     def local(

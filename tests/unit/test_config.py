@@ -67,7 +67,7 @@ def test_a_group_has_its_tp_size_times_its_batch_groups(monkeypatch: pytest.Monk
     see_gpus(monkeypatch, 4)
     group = GroupConfig.local(2, batch_groups=2)
     assert (group.num_ranks, group.devices) == (4, (0, 1, 2, 3))
-    with pytest.raises(DeviceError, match="6 GPUs .* were asked for, but this machine shows 4"):
+    with pytest.raises(DeviceError, match=r"6 GPUs .* were asked for, but this machine shows 4"):
         GroupConfig.local(2, batch_groups=3)
     with pytest.raises(DeviceError, match="4 ranks need as many different GPUs"):
         GroupConfig(2, "cuda", (0, 1), batch_groups=2)
