@@ -142,6 +142,12 @@ class GroupConfig:
         """Processes, and on CUDA GPUs, of the group."""
         return self.tp_size * self.batch_groups
 
+    def meets(self, other: "GroupConfig") -> bool:
+        """Whether both are on the CPU, or on a GPU that is the same."""
+        if self.device == other.device == "cpu":
+            return True
+        return not set(self.devices).isdisjoint(other.devices)
+
     @property
     def layout(self) -> Layout:
         """The same as a layout."""

@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -84,8 +84,10 @@ class _Resident:
 class Group:
     """A configuration, the engine that runs it now, if any, and what that holds."""
 
-    def __init__(self, config: GroupConfig) -> None:
+    def __init__(self, config: GroupConfig, make_way: Callable[[GroupConfig], None]) -> None:
+        """``make_way`` is called before ranks start."""
         self.config = config
+        self._make_way = make_way
         self.id = hashlib.blake2s(repr(config).encode(), digest_size=4).hexdigest()
         self.engine: Engine | None = None
         self.step_ms: float | None = None
@@ -133,6 +135,11 @@ class Group:
         with self._users_lock:
             self._users.add(model)
         weakref.finalize(model, self._on_user_gone).atexit = False
+
+    def is_used(self) -> bool:
+        """Whether somebody holds a model that runs here."""
+        with self._users_lock:
+            return bool(self._users)
 
     def use(
         self, model: "RemoteModel", poll: Poll | None = None, on_progress: OnProgress | None = None
@@ -223,6 +230,7 @@ class Group:
     def _start(self, poll: Poll | None) -> Engine:
         engine = self.alive()
         if engine is None:
+            self._make_way(self.config)
             engine = Engine(self.config)
             self._replace_by(engine)
             self._num_starts += 1

@@ -147,7 +147,7 @@ class Runtime:
             CheckpointError: the file cannot be used.
             SizeError: the model cannot be split over that many ranks.
         """
-        group = self._groups.setdefault(config, Group(config))
+        group = self._groups.setdefault(config, Group(config, self._make_way))
         return RemoteModel(spec, group, self.records)
 
     def groups(self) -> list[GroupReport]:
@@ -180,6 +180,12 @@ class Runtime:
         groups = list(self._groups.values()) if group_id is None else [self._group(group_id)]
         return sum(group.close() for group in groups)
 
+    def _make_way(self, config: GroupConfig) -> None:
+        """End the groups on the same devices that nobody has a model on, before one starts."""
+        for group in self._started():
+            if group.config != config and not group.is_used() and config.meets(group.config):
+                group.close()
+
     def _started(self) -> list[Group]:
         return [group for group in list(self._groups.values()) if group.engine]
 
@@ -200,4 +206,5 @@ def get_runtime() -> Runtime:
     if _runtime is None:
         _runtime = Runtime()
         atexit.register(_runtime.release)
+        atexit.register(_runtime.records.save)
     return _runtime
