@@ -28,13 +28,13 @@ def select_device(config: WorkerConfig) -> torch.device:
 def tensor_parallel_group(config: WorkerConfig) -> Iterator[int]:
     """Be a member of the group; yields the tensor-parallel size that vLLM reports.
 
-    vLLM's parallel layers read a global configuration when they are built, so it stays set for
-    as long as the group exists.
+    vLLM takes consecutive ranks for its tensor-parallel groups. Its parallel layers read a global
+    configuration when they are built, so it stays set for as long as the group exists.
     """
     vllm_config = VllmConfig(device_config=DeviceConfig(device=config.device))
     with set_current_vllm_config(vllm_config):
         parallel_state.init_distributed_environment(
-            world_size=config.tp_size,
+            world_size=config.num_ranks,
             rank=config.rank,
             distributed_init_method=config.rendezvous,
             local_rank=config.rank,

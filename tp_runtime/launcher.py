@@ -153,7 +153,7 @@ class LocalLauncher:
         ranks: list[Rank] = []
         try:
             self._folder = GroupFolder.create()
-            for index in range(config.tp_size):
+            for index in range(config.num_ranks):
                 ranks.append(self._launch_rank(config, index, exchange, self._folder.path))
         except BaseException as error:
             end_ranks(ranks, grace_s=0)
@@ -175,12 +175,13 @@ class LocalLauncher:
             worker = WorkerConfig(
                 rank=index,
                 tp_size=config.tp_size,
+                batch_groups=config.batch_groups,
                 device=config.device,
                 control_fd=rank_end.fileno(),
                 exchange_fd=exchange.fd,
                 # Not as_uri(): torch takes the path as it is, percent signs included.
                 rendezvous=f"file://{folder / 'rendezvous'}",
-                num_threads=max(1, _usable_cores() // config.tp_size),
+                num_threads=max(1, _usable_cores() // config.num_ranks),
                 log_level=log_level(),
                 fault_file=fault_file(),
             )
