@@ -14,6 +14,7 @@ from pathlib import Path
 from bench.dummy import config_of
 from bench.inputs import TEXT_TOKENS
 from tp_runtime.cost_model import DEVICES, LINKS, Link, Prediction, device_of, predict
+from tp_runtime.layout import Layout
 from tp_runtime.models import FAMILIES, family
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
@@ -38,8 +39,7 @@ class Case:
     model: str
     side: int
     batch: int
-    tp_size: int
-    batch_groups: int = 1
+    layout: Layout
     link: Link = NVLINK
     device: str = "NVIDIA H200"
 
@@ -51,15 +51,11 @@ class Case:
             config,
             shape,
             TEXT_TOKENS[self.model],
-            self.tp_size,
-            self.batch_groups,
+            self.layout.tp_size,
+            self.layout.batch_groups,
             device_of(self.device),
             self.link,
         )
-
-    @property
-    def layout(self) -> str:
-        return f"{self.tp_size}x{self.batch_groups}"
 
     @property
     def label(self) -> str:
@@ -95,8 +91,7 @@ def measured() -> list[Measured]:
                 row["model"],
                 row["side"],
                 row["batch"],
-                row["tp"],
-                row.get("batch_groups", 1),
+                Layout(row["tp"], row.get("batch_groups", 1)),
                 link,
                 row["device"],
             )
@@ -129,7 +124,7 @@ def one_host() -> str:
     sizes = (1, 2, 3, 4, 5, 6, 8)
     rows = []
     for model, side in _models_and_sides():
-        times = {size: Case(model, side, 1, size).predict().ms for size in sizes}
+        times = {size: Case(model, side, 1, Layout(size)).predict().ms for size in sizes}
         cells = [f"{ms:.1f}" for ms in times.values()]
         rows.append([_label(model), f"{side}²", *cells, f"{times[1] / times[8]:.1f}"])
     return _table(["model", "size", *sizes, "speed-up on 8"], rows)
@@ -137,29 +132,31 @@ def one_host() -> str:
 
 def cfg() -> str:
     """Two latents on one host."""
-    shown = [(1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (8, 1), (4, 2), (2, 4)]
+    shown = [
+        Layout(*sizes) for sizes in ((1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (8, 1), (4, 2), (2, 4))
+    ]
     rows = []
     for model, side in _models_and_sides():
-        found = {at: Case(model, side, 2, *at).predict().ms for at in shown}
+        found = {at: Case(model, side, 2, at).predict().ms for at in shown}
         best = {
-            num: min((ms, at) for at, ms in found.items() if at[0] * at[1] == num)[1]
+            num: min((ms, at) for at, ms in found.items() if at.num_gpus == num)[1]
             for num in (2, 4, 8)
         }
         cells = [
             f"**{ms:.1f}**" if at in best.values() else f"{ms:.1f}" for at, ms in found.items()
         ]
         rows.append([_label(model), f"{side}²", *cells])
-    return _table(["model", "size", *(f"{size}x{groups}" for size, groups in shown)], rows)
+    return _table(["model", "size", *shown], rows)
 
 
 def limits() -> str:
     """Where the time of a step goes as a tensor-parallel group grows, FLUX.1."""
     rows = []
     for side in (1024, 2048):
-        alone = Case("flux", side, 1, 1).predict().ms
+        alone = Case("flux", side, 1, Layout(1)).predict().ms
         for size in (1, 2, 4, 8, 12, 24):
             link = LINKS["nvlink" if size <= GPUS_PER_HOST else "network"]
-            found = Case("flux", side, 1, size, link=link).predict()
+            found = Case("flux", side, 1, Layout(size), link).predict()
             times = [*(getattr(found, part.name) for part in fields(found)), found.ms]
             name = "" if size == 1 else link.name
             efficiency = f"{alone / found.ms / size:.0%}"
@@ -174,7 +171,7 @@ def links() -> str:
     rows = []
     for name, link in LINKS.items():
         if name != "network":  # for groups beyond one host
-            times = [Case("flux", side, 1, size, link=link).predict().ms for side, size in cases]
+            times = [Case("flux", side, 1, Layout(size), link).predict().ms for side, size in cases]
             rows.append([name, *(f"{ms:.0f}" for ms in times)])
     return _table(["link", *(f"{side}², {size}" for side, size in cases)], rows)
 
@@ -196,12 +193,12 @@ def many_gpus() -> str:
 
 def throughput() -> str:
     """Eight latents on eight GPUs."""
-    shown = [(8, 1), (4, 2), (2, 4), (1, 8)]
+    shown = [Layout(8), Layout(4, 2), Layout(2, 4), Layout(1, 8)]
     rows = []
     for model in FAMILIES:
-        times = [Case(model, 1024, 8, *at).predict().ms for at in shown]
+        times = [Case(model, 1024, 8, at).predict().ms for at in shown]
         rows.append([_label(model), *(f"{ms:.0f} ms, {8e3 / ms:.0f}/s" for ms in times)])
-    return _table(["model", *(f"{size}x{groups}" for size, groups in shown)], rows)
+    return _table(["model", *shown], rows)
 
 
 def constants() -> str:
@@ -225,7 +222,7 @@ def profile() -> str:
         cells = []
         for size, ms in times.items():
             link = replace(NVLINK, fused=False)
-            found = getattr(Case("z_image", 1024, 1, size, link=link).predict(), part)
+            found = getattr(Case("z_image", 1024, 1, Layout(size), link).predict(), part)
             cells += [f"{ms:.1f}", f"{found:.1f}"]
         rows.append([part, *cells])
     heads = ["part", "1 GPU: measured", "predicted", "2 GPUs: measured", "predicted"]
@@ -262,7 +259,7 @@ def _on(num_gpus: int, model: str, side: int, batch: int) -> Iterator[Case]:
             groups, link = num_gpus // GPUS_PER_HOST * (GPUS_PER_HOST // size), NVLINK
         else:
             groups, link = num_gpus // size, LINKS["network"]
-        yield Case(model, side, batch, size, min(groups, batch), link)
+        yield Case(model, side, batch, Layout(size, min(groups, batch)), link)
 
 
 def _models_and_sides() -> Iterator[tuple[str, int]]:

@@ -27,7 +27,7 @@ from bench.dummy import config_of, write_dummy
 from bench.inputs import make_inputs
 from tp_runtime import GroupConfig, ModelSpec, Runtime, visible_gpu_count
 from tp_runtime.models import FAMILIES, family
-from tp_runtime.workload import count_flops
+from tp_runtime.stages import count_flops
 
 GIB = 2**30
 COLUMNS = [
@@ -76,8 +76,8 @@ def measure(
                 }
                 if gemm_tflops:
                     text = inputs["context"].shape[1]
-                    blocks = family(model).workload(config, (side // 16) ** 2, text)
-                    floor_ms = batch * count_flops(blocks) / gemm_tflops / 1e9 / tp_size
+                    stages = family(model).stages(config, (side // 16) ** 2, text)
+                    floor_ms = batch * count_flops(stages) / gemm_tflops / 1e9 / tp_size
                     row["floor_ratio"] = round(row["ms_median"] / floor_ms, 2)
                 rows.append(row)
                 print(json.dumps(row), flush=True)

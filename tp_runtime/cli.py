@@ -127,10 +127,11 @@ def _predict(options: argparse.Namespace) -> None:
     print(f"  link {link.name}: {link.source}")
     parts = [part.name for part in dataclasses.fields(Prediction)]
     print(" ".join(f"{title:>11}" for title in ("TP x groups", "ms", *parts)))
-    for tp_size, groups in layouts(name, config, options.tp):
-        found = predict(name, config, shape, options.text, tp_size, groups, device, link)
+    for layout in layouts(name, config, options.tp):
+        sizes = layout.tp_size, layout.batch_groups
+        found = predict(name, config, shape, options.text, *sizes, device, link)
         times = (found.ms, *(getattr(found, part) for part in parts))
-        print(f"{f'{tp_size}x{groups}':>11}", *(f"{ms:11.1f}" for ms in times))
+        print(f"{layout!s:>11}", *(f"{ms:11.1f}" for ms in times))
 
 
 def _layer_name(layer: Layer) -> str:

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from .layout import Layout
 from .models import family
-from .workload import Stage
+from .stages import Stage
 
 BYTES = 2  # of an element: activations and weights in bf16
 PATCH = 2  # latent rows and columns of one token, in every family
@@ -121,10 +122,10 @@ def image_tokens(latent_shape: Sequence[int]) -> int:
     return -(-height // PATCH) * -(-width // PATCH)
 
 
-def layouts(family_name: str, config: Mapping[str, Any], num_gpus: int) -> list[tuple[int, int]]:
-    """Every (tp_size, batch_groups) of that many GPUs that the model can be split over."""
+def layouts(family_name: str, config: Mapping[str, Any], num_gpus: int) -> list[Layout]:
+    """Every layout of that many GPUs that the model can be split over."""
     sizes = family(family_name).plan(config).valid_tp_sizes(num_gpus)
-    return [(size, num_gpus // size) for size in reversed(sizes) if num_gpus % size == 0]
+    return [Layout(size, num_gpus // size) for size in reversed(sizes) if num_gpus % size == 0]
 
 
 def predict(
@@ -146,7 +147,7 @@ def predict(
     """
     image = sum(image_tokens(shape) for shape in (latent_shape, *references))
     batch = -(-latent_shape[0] // batch_groups)
-    stages = family(family_name).workload(config, image, text_tokens)
+    stages = family(family_name).stages(config, image, text_tokens)
     total = Prediction(fixed=1e3 * REQUEST_S)
     for stage in stages:
         total += _blocks(stage, batch, tp_size, device, link)

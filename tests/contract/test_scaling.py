@@ -19,7 +19,7 @@ def test_a_measured_step_is_near_its_prediction(row: Measured) -> None:
 
 
 def test_rows_of_one_and_two_gpus_and_of_two_batches_are_checked() -> None:
-    assert {row.case.tp_size for row in ROWS} >= {1, 2}
+    assert {row.case.layout.tp_size for row in ROWS} >= {1, 2}
     assert {row.case.batch for row in ROWS} >= {1, 2}
     assert {row.case.model for row in ROWS} >= {"z_image", "flux", "qwen_image"}
 
