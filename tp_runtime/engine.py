@@ -21,7 +21,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,11 +38,13 @@ from .errors import (
     TPRuntimeError,
 )
 from .launcher import Launcher, LocalLauncher, Rank, end_ranks
+from .mirror import pieces
 from .protocol import (
     Close,
     Done,
     Failed,
     PatchedWeight,
+    Piece,
     Progress,
     Ready,
     Reply,
@@ -51,6 +53,7 @@ from .protocol import (
     decode_reply,
     encode,
 )
+from .ray_launcher import RayLauncher
 from .sending import TensorSender
 from .step_times import StepTimes, shapes_of
 from .tensors import plain_copy
@@ -117,6 +120,11 @@ class _Call:
                 raise REFUSALS[answer.kind](answer.message)
 
 
+def launcher_of(config: GroupConfig) -> Launcher:
+    """What starts the ranks of such a group."""
+    return RayLauncher() if config.where == "ray" else LocalLauncher()
+
+
 class Engine:
     """A process group from its start to its end. Thread-safe; serves one request at a time.
 
@@ -127,9 +135,9 @@ class Engine:
         self.config = config
         self.state = State.STARTING
         self.error: TPRuntimeError | None = None
-        self.ranks: list[Rank] = []
+        self.ranks: Sequence[Rank] = ()
         self.ready: list[Ready] = []
-        self._launcher = launcher or LocalLauncher()
+        self._launcher = launcher or launcher_of(config)
         self._sender = TensorSender()
         self._step_times = StepTimes()
         self._numbers = itertools.count(1)
@@ -290,6 +298,7 @@ class Engine:
         with self._preparing:
             self._check_ready()
             request = make(number)
+            written = self._sender.exchange.take_written()
         frame = encode(request)
         timeout_s = self._step_times.timeout_s(kind, self.config.call_timeout_s)
         call = _Call(number, len(self.ranks), timeout_s, type(request).__name__, kind)
@@ -300,6 +309,8 @@ class Engine:
             os.eventfd_write(self._wake_fd, 1)  # there is a new deadline to watch
         for rank in self.ranks:
             try:
+                for piece in pieces(written) if rank.mirrored else ():
+                    rank.channel.send(encode(piece))
                 rank.channel.send(frame)
             except EOFError:
                 call.sent = False  # the owner sees the same end of the stream and fails the group
@@ -342,7 +353,9 @@ class Engine:
 
     def _own(self) -> None:
         try:
-            self.ranks = self._launcher.launch(self.config, self._sender.exchange)
+            self.ranks = self._launcher.launch(
+                self.config, self._sender.exchange, lambda: self._close_asked
+            )
             self._watch()
         except TPRuntimeError as error:
             self._end(State.FAILED, error)
@@ -404,7 +417,9 @@ class Engine:
             self._blamed = gone[0]
             return failures.death(gone[0], doing)
         if failed:
-            self._blamed, cause = min(failed, key=lambda failure: failure[1].time_s)
+            self._blamed, cause = min(
+                failed, key=lambda failure: failure[1].time_s - failure[0].clock_ahead_s
+            )
             return failures.rank_error(self.config, self._blamed, cause, doing)
         return None
 
@@ -416,6 +431,11 @@ class Engine:
             GroupStartError: the ranks are ready, but not as one group.
         """
         call = self._call
+        if isinstance(reply, Piece):
+            if call is None or not rank.mirrored:
+                raise ProtocolError(f"Rank {rank.index} sent bytes that nothing had asked for.")
+            self._sender.exchange.put(reply.offset, reply.data)
+            return
         number = _START if isinstance(reply, Ready) else reply.call
         if (
             call is None

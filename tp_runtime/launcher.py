@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -30,7 +30,7 @@ LOG_TAIL_BYTES = 4000
 
 # What vLLM, NCCL and torch must know before they are imported by a rank. NVLink multicast and
 # vLLM's use of it stay off: it is a shared resource of the whole NVSwitch fabric.
-_RANK_ENVIRONMENT = {
+RANK_ENVIRONMENT = {
     "NCCL_NVLS_ENABLE": "0",
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
     "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
@@ -67,10 +67,21 @@ class Rank:
     process: subprocess.Popen[bytes]
     death_fd: int  # a pidfd: readable as soon as the process has ended
     log_path: Path
+    mirrored: bool = False  # its exchange memory is not the engine's
+    clock_ahead_s: float = 0.0  # of this machine's monotonic clock
 
     @property
     def pid(self) -> int:
         return self.process.pid
+
+    @property
+    def place(self) -> str:
+        """Which process it is, for a message to a person."""
+        return f"process {self.pid}"
+
+    def kill(self) -> None:
+        """End the process now. Does nothing if it has ended."""
+        self.process.kill()
 
     def ended(self, timeout_s: float) -> bool:
         """Whether the process has ended, at the latest after ``timeout_s``."""
@@ -80,6 +91,7 @@ class Rank:
 
     def describe_exit(self) -> str:
         """How the process ended, for a message to a person."""
+        self.ended(timeout_s=1.0)  # its stream ends a moment before the process does
         code = self.process.poll()
         if code is None:
             return "closed its connection"
@@ -111,14 +123,14 @@ def end_ranks(ranks: Sequence[Rank], grace_s: float) -> None:
     for rank in ranks:
         rank.ended(max(0.0, deadline - time.monotonic()))
     for rank in ranks:
-        rank.process.kill()  # does nothing if it has ended
+        rank.kill()
     deadline = time.monotonic() + KILL_TIMEOUT_S
     for rank in ranks:
         if not rank.ended(max(0.0, deadline - time.monotonic())):
             logger.error(
-                "rank %d (process %d) was killed but has not ended after %g s: a driver holds it",
+                "rank %d (%s) was killed but has not ended after %g s: a driver holds it",
                 rank.index,
-                rank.pid,
+                rank.place,
                 KILL_TIMEOUT_S,
             )
         rank.release()
@@ -127,8 +139,10 @@ def end_ranks(ranks: Sequence[Rank], grace_s: float) -> None:
 class Launcher(Protocol):
     """Starts the ranks of a group and cleans up after them."""
 
-    def launch(self, config: GroupConfig, exchange: Exchange) -> list[Rank]:
-        """Start all ranks; none may be left if one does not start.
+    def launch(
+        self, config: GroupConfig, exchange: Exchange, given_up: Callable[[], bool]
+    ) -> Sequence[Rank]:
+        """Start all ranks; none may be left if one does not start, or if ``given_up``.
 
         They end with the calling thread, at the latest.
         """
@@ -149,7 +163,12 @@ class LocalLauncher:
     def __init__(self) -> None:
         self._folder: GroupFolder | None = None
 
-    def launch(self, config: GroupConfig, exchange: Exchange) -> list[Rank]:
+    def launch(
+        self,
+        config: GroupConfig,
+        exchange: Exchange,
+        given_up: Callable[[], bool],  # noqa: ARG002 -- nothing here waits
+    ) -> list[Rank]:
         ranks: list[Rank] = []
         try:
             self._folder = GroupFolder.create()
@@ -174,6 +193,7 @@ class LocalLauncher:
             on_error.callback(channel.close)
             worker = WorkerConfig(
                 rank=index,
+                local_rank=index,
                 tp_size=config.tp_size,
                 device=config.device,
                 control_fd=rank_end.fileno(),
@@ -213,14 +233,20 @@ def _usable_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _environment(config: GroupConfig) -> dict[str, str]:
-    environment = {**_RANK_ENVIRONMENT, **os.environ}
+def inherited_environment() -> dict[str, str]:
+    """This process's environment, made fit for one that runs this package."""
+    environment = {**RANK_ENVIRONMENT, **os.environ}
     package_root = str(Path(__file__).resolve().parent.parent)
     inherited = os.environ.get("PYTHONPATH")
     environment["PYTHONPATH"] = (
         package_root if not inherited else package_root + os.pathsep + inherited
     )
     environment["VLLM_LOGGING_LEVEL"] = log_level()
+    return environment
+
+
+def _environment(config: GroupConfig) -> dict[str, str]:
+    environment = inherited_environment()
     # The group never leaves this machine: its sockets bind to the loopback device only.
     environment["GLOO_SOCKET_IFNAME"] = "lo"
     environment["NCCL_SOCKET_IFNAME"] = "lo"
