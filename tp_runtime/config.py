@@ -27,8 +27,10 @@ from typing import Literal, get_args
 import msgspec
 
 from .errors import CheckpointError, DeviceError, TPRuntimeError
+from .layout import Layout
 
 MAX_TP_SIZE = 8
+MAX_RANKS = 64
 
 
 def _number(name: str, default: float) -> float:
@@ -97,6 +99,13 @@ def visible_gpu_count() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
+def device_name(gpu: int | None) -> str:
+    """The product name of a visible GPU; ``"cpu"`` for None."""
+    import torch
+
+    return "cpu" if gpu is None else torch.cuda.get_device_name(gpu)
+
+
 Where = Literal["this machine", "ray"]
 WHERE: tuple[Where, ...] = get_args(Where)
 
@@ -104,6 +113,9 @@ WHERE: tuple[Where, ...] = get_args(Where)
 @dataclass(frozen=True)
 class GroupConfig:
     """What identifies a process group: two equal configs share one group.
+
+    Its ranks form ``batch_groups`` tensor-parallel groups of ``tp_size`` consecutive ranks. Each
+    of these holds the whole model and computes a part of a forward batch.
 
     ``devices`` are indices among the CUDA devices visible to this process, one per rank;
     empty on CPU, and on Ray, which chooses them. Timeouts are in seconds. ``ray_address``: the
@@ -113,6 +125,7 @@ class GroupConfig:
     tp_size: int
     device: Literal["cuda", "cpu"]
     devices: tuple[int, ...] = ()
+    batch_groups: int = 1
     python: str = field(default_factory=runtime_python)
     start_timeout_s: float = field(
         default_factory=lambda: _number("TP_RUNTIME_START_TIMEOUT", 300.0)
@@ -123,15 +136,17 @@ class GroupConfig:
 
     def __post_init__(self) -> None:
         if not 1 <= self.tp_size <= MAX_TP_SIZE:
-            raise DeviceError(f"A group of {self.tp_size} ranks: choose 1 to {MAX_TP_SIZE}.")
+            raise DeviceError(f"A TP size of {self.tp_size}: choose 1 to {MAX_TP_SIZE}.")
+        if not 1 <= self.num_ranks <= MAX_RANKS:
+            raise DeviceError(f"A group of {self.num_ranks} ranks: choose 1 to {MAX_RANKS}.")
         self._check_where()
         if (
             self.device == "cuda"
             and self.where == "this machine"
-            and not (len(self.devices) == len(set(self.devices)) == self.tp_size)
+            and not (len(self.devices) == len(set(self.devices)) == self.num_ranks)
         ):
             raise DeviceError(
-                f"{self.tp_size} ranks need as many different GPUs; got devices {self.devices}."
+                f"{self.num_ranks} ranks need as many different GPUs; got devices {self.devices}."
             )
         if self.device == "cpu" and self.devices:
             raise DeviceError(f"CPU ranks take no GPUs; got devices {self.devices}.")
@@ -154,25 +169,39 @@ class GroupConfig:
                 "for groups on Ray only."
             )
 
+    @property
+    def num_ranks(self) -> int:
+        """Processes, and on CUDA GPUs, of the group."""
+        return self.tp_size * self.batch_groups
+
+    @property
+    def layout(self) -> Layout:
+        """The same as a layout."""
+        return Layout(self.tp_size, self.batch_groups)
+
     @classmethod
-    def local(cls, tp_size: int, devices: tuple[int, ...] | None = None) -> "GroupConfig":
-        """A group on this machine: on its first ``tp_size`` GPUs, or on CPU where it has none.
+    def local(
+        cls, tp_size: int, devices: tuple[int, ...] | None = None, batch_groups: int = 1
+    ) -> "GroupConfig":
+        """A group on this machine: on its first GPUs, or on CPU where it has none.
 
         Raises:
             DeviceError: more GPUs asked for than visible, or an index that does not exist.
         """
+        num_ranks = tp_size * batch_groups
         visible = visible_gpu_count()
         if visible == 0:
             if devices:
                 raise DeviceError(f"GPUs {devices} were asked for, but no CUDA GPU is visible.")
-            return cls(tp_size, "cpu")
-        chosen = tuple(range(tp_size)) if devices is None else devices
-        if tp_size > visible or any(not 0 <= index < visible for index in chosen):
+            return cls(tp_size, "cpu", batch_groups=batch_groups)
+        chosen = tuple(range(num_ranks)) if devices is None else devices
+        if num_ranks > visible or any(not 0 <= index < visible for index in chosen):
             raise DeviceError(
-                f"{tp_size} GPUs ({', '.join(map(str, chosen))}) were asked for, but this machine "
-                f"shows {visible} (0 to {visible - 1}). Choose at most {visible}, or 'auto'."
+                f"{num_ranks} GPUs ({', '.join(map(str, chosen))}) were asked for, but this "
+                f"machine shows {visible} (0 to {visible - 1}). Choose at most {visible}, or "
+                "'auto'."
             )
-        return cls(tp_size, "cuda", chosen)
+        return cls(tp_size, "cuda", chosen, batch_groups)
 
 
 def file_version(path: str) -> tuple[int, int]:
@@ -228,6 +257,7 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     rank: int
     local_rank: int
     tp_size: int
+    batch_groups: int
     device: str
     control_fd: int
     exchange_fd: int
@@ -236,3 +266,18 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     log_level: str
     fault_file: str = ""
     mirrored: bool = False
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes of the whole group."""
+        return self.tp_size * self.batch_groups
+
+    @property
+    def tp_rank(self) -> int:
+        """This rank's place in its tensor-parallel group."""
+        return self.rank % self.tp_size
+
+    @property
+    def batch_group(self) -> int:
+        """Which of the tensor-parallel groups it belongs to."""
+        return self.rank // self.tp_size

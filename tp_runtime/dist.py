@@ -15,7 +15,7 @@ from .config import WorkerConfig
 
 
 def select_device(config: WorkerConfig) -> torch.device:
-    """The rank's device, made current. A rank is shown only its group's GPUs on its host."""
+    """The rank's device, made current. A rank is shown no GPUs but its group's on its host."""
     if config.device == "cpu":
         torch.set_num_threads(config.num_threads)
         return torch.device("cpu")
@@ -28,13 +28,13 @@ def select_device(config: WorkerConfig) -> torch.device:
 def tensor_parallel_group(config: WorkerConfig) -> Iterator[int]:
     """Be a member of the group; yields the tensor-parallel size that vLLM reports.
 
-    vLLM's parallel layers read a global configuration when they are built, so it stays set for
-    as long as the group exists.
+    vLLM takes consecutive ranks for its tensor-parallel groups. Its parallel layers read a global
+    configuration when they are built, so it stays set for as long as the group exists.
     """
     vllm_config = VllmConfig(device_config=DeviceConfig(device=config.device))
     with set_current_vllm_config(vllm_config):
         parallel_state.init_distributed_environment(
-            world_size=config.tp_size,
+            world_size=config.num_ranks,
             rank=config.rank,
             distributed_init_method=config.rendezvous,
             local_rank=config.local_rank,

@@ -32,12 +32,11 @@ from .errors import (
     REFUSALS,
     GroupClosedError,
     GroupDiedError,
-    GroupLostError,
     GroupStartError,
     ProtocolError,
     TPRuntimeError,
 )
-from .launcher import Launcher, LocalLauncher, Rank, end_ranks
+from .launcher import Launcher, LocalLauncher, Poll, Rank, end_ranks
 from .mirror import pieces
 from .protocol import (
     Close,
@@ -54,7 +53,7 @@ from .protocol import (
     encode,
 )
 from .ray_launcher import RayLauncher
-from .sending import TensorSender
+from .sending import TensorSender, Wanted
 from .step_times import StepTimes, shapes_of
 from .tensors import plain_copy
 from .transport import wait
@@ -66,7 +65,6 @@ CLOSE_TIMEOUT_S = 5.0
 WATCH_S = 1.0  # the owner looks at least this often
 FROZEN_S = 2.0  # a look that is later by more: the machine, or its container, stood still
 
-Poll = Callable[[], None]
 OnProgress = Callable[[int, int], None]
 
 
@@ -96,7 +94,7 @@ class _Call:
         self.began = time.monotonic()
         self.deadline = self.began + timeout_s
         self.timeout_s = timeout_s
-        self.sent = True
+        self.sent = True  # to every rank: none was gone already
         self.answers: dict[int, Ready | Done | Failed] = {}
         self.num_ranks = num_ranks
         self.progress: dict[int, tuple[int, int]] = {}
@@ -112,7 +110,7 @@ class _Call:
         A new object: an error holds the frames that it went through, and the group's is kept.
         """
         if isinstance(self.error, GroupDiedError) and not self.sent:
-            raise GroupLostError(str(self.error))
+            raise failures.lost(self.error)
         if self.error is not None:
             raise type(self.error)(str(self.error))
         for answer in self.answers.values():
@@ -149,7 +147,6 @@ class Engine:
         self._call: _Call | None = None
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._close_asked = False
-        self._lost = False  # the group has failed, and no request was under way
         self._owner: threading.Thread | None = None
         self._blamed: Rank | None = None
 
@@ -158,7 +155,7 @@ class Engine:
         return self.state in (State.READY, State.BUSY) and not self._has_dead_rank()
 
     def _has_dead_rank(self) -> bool:
-        return any(rank.process.poll() is not None for rank in self.ranks)
+        return any(rank.ended(0) for rank in self.ranks)
 
     # --- start ---------------------------------------------------------------------------------
 
@@ -170,12 +167,15 @@ class Engine:
                 the one asked for. Nothing is left running. Whatever ``poll`` raises ends the
                 group, too.
         """
-        call = _Call(_START, self.config.tp_size, self.config.start_timeout_s, "start")
+        call = _Call(_START, self.config.num_ranks, self.config.start_timeout_s, "start")
         with self._lock:
-            if self._close_asked:
-                raise GroupClosedError("The process group was closed before it had started.")
-            assert self._owner is None, "a group is started once"
+            self._check_not_closed()
+            assert self._call is None, "a group is started once"
             self._call = call
+        self._prepare(poll)
+        with self._lock:
+            self._check_not_closed()
+            call.deadline = time.monotonic() + call.timeout_s
             self._owner = threading.Thread(target=self._own, name="tp-runtime-group", daemon=True)
             self._owner.start()
         try:
@@ -187,6 +187,27 @@ class Engine:
             call.raise_error()
         if call.error is not None:
             raise failures.not_started(self.config, self.ranks, self._blamed, call.error)
+
+    def _prepare(self, poll: Poll | None) -> None:
+        """Have what the launcher needs for the ranks, or end the group."""
+
+        def poll_start() -> None:
+            self._check_not_closed()
+            if poll is not None:
+                poll()
+
+        try:
+            self._launcher.prepare(self.config, poll_start)
+        except GroupStartError as error:
+            self._end(State.FAILED, error)
+            raise
+        except BaseException:  # poll raised it, or the group was closed
+            self.close()
+            raise
+
+    def _check_not_closed(self) -> None:
+        if self._close_asked:
+            raise GroupClosedError("The process group was closed before it had started.")
 
     # --- requests ------------------------------------------------------------------------------
 
@@ -206,9 +227,11 @@ class Engine:
 
         Raises:
             InputError: the ranks refused the request; the group is as before.
-            RankError, GroupDiedError, CallTimeoutError: the group has been ended.
-            GroupLostError: a rank had died before the request could be sent.
-            GroupClosedError: it had been ended before.
+            RankError, GroupDiedError, CallTimeoutError, ProtocolError: the group has failed, and
+                been ended.
+            GroupLostError: it had failed before the request was sent, whatever of; a new group
+                can carry the request out.
+            GroupClosedError: it was closed.
         """
         with self._turn_taken(poll):
             call = self._send(make)
@@ -219,16 +242,13 @@ class Engine:
         return [answer.value for _, answer in sorted(call.answers.items())]  # type: ignore[union-attr]
 
     def denoise(
-        self,
-        model: str,
-        inputs: Mapping[str, Any],
-        result_shape: tuple[int, ...],
-        poll: Poll | None = None,
-    ) -> torch.Tensor:
-        """Evaluate the transformer once; returns a CPU tensor of the dtype of ``x``.
+        self, model: str, wanted: Sequence[Wanted], poll: Poll | None = None
+    ) -> list[torch.Tensor]:
+        """Evaluate the transformer, once on each batch group; at most so many are ``wanted``.
 
-        ``inputs`` are ComfyUI's forward arguments: a tensor ``x`` and plain data with tensors.
-        Tensors that the ranks hold from an earlier call are not sent again.
+        Of each: ComfyUI's forward arguments, a tensor ``x`` and plain data with tensors, and the
+        shape of the result, which is a CPU tensor of the dtype of ``x``. Tensors that the ranks
+        hold from an earlier call are not sent again.
 
         Raises:
             As ``call`` does, and ProtocolError if ``inputs`` hold something that cannot be sent.
@@ -236,21 +256,21 @@ class Engine:
         results: list[torch.Tensor] = []
 
         def make(number: int) -> Request:
-            request, result = self._sender.denoise(number, model, inputs, result_shape)
+            request, places = self._sender.denoise(number, model, wanted)
             # Looked up now, since the group may end between its answer and our reading it.
-            results.append(result)
+            results.extend(places)
             return request
 
         with self._turn_taken(poll):
             try:
-                call = self._send(make, kind=(model, shapes_of(inputs)))
+                call = self._send(make, kind=(model, shapes_of(wanted)))
             except BaseException:
                 self._sender.roll_back()
                 raise
             self._sender.sent()
             self._wait(call, poll)
             call.raise_error()
-            return plain_copy(results[0])
+            return [plain_copy(result) for result in results]
 
     def patch(
         self,
@@ -307,25 +327,18 @@ class Engine:
             self.state = State.BUSY
             self._call = call
             os.eventfd_write(self._wake_fd, 1)  # there is a new deadline to watch
-        for rank in self.ranks:
-            try:
+        try:
+            for rank in self.ranks:
                 for piece in pieces(written) if rank.mirrored else ():
                     rank.channel.send(encode(piece))
                 rank.channel.send(frame)
-            except EOFError:
-                call.sent = False  # the owner sees the same end of the stream and fails the group
+        except EOFError:
+            call.sent = False  # the owner sees the same end of the stream and fails the group
         return call
 
     def _check_ready(self) -> None:
-        if self._lost or (self.state is State.READY and self._has_dead_rank()):
-            raise GroupLostError(
-                "The process group failed while nothing was asked of it. The next request starts "
-                "a new one."
-            )
-        if self.state is State.FAILED:
-            raise GroupClosedError(
-                f"The process group has failed before: {self.error} Queue the prompt again."
-            )
+        if self.state is State.FAILED or (self.state is State.READY and self._has_dead_rank()):
+            raise failures.lost(self.error)
         if self.state is not State.READY or self._close_asked:
             raise GroupClosedError("The process group has been closed, or was never started.")
 
@@ -353,9 +366,7 @@ class Engine:
 
     def _own(self) -> None:
         try:
-            self.ranks = self._launcher.launch(
-                self.config, self._sender.exchange, lambda: self._close_asked
-            )
+            self.ranks = self._launcher.launch(self.config, self._sender.exchange)
             self._watch()
         except TPRuntimeError as error:
             self._end(State.FAILED, error)
@@ -367,10 +378,12 @@ class Engine:
         channels = [rank.channel for rank in self.ranks]
         sources = [self._wake_fd, *channels, *(rank.death_fd for rank in self.ranks)]
         while self.state not in _FINAL:
+            # Looked up before what the ranks have done: a death that came first is a failure.
+            close_asked = self._close_asked
             call = self._call
             began = time.monotonic()
             timeout_s = None if call is None else min(max(0.0, call.deadline - began), WATCH_S)
-            ready = wait(sources, timeout_s)
+            ready = wait(sources, 0 if close_asked else timeout_s)
             if call is not None and timeout_s is not None:
                 late_s = time.monotonic() - began - timeout_s
                 if late_s > FROZEN_S:  # so the ranks stood still, too
@@ -385,7 +398,7 @@ class Engine:
                 error = failures.silence(silent, call.timeout_s, call.what)
             if error is not None:
                 self._end(State.FAILED, error)
-            elif self._close_asked:
+            elif close_asked:
                 self._close_now()
 
     def _receive(self, ready: list[Any]) -> TPRuntimeError | None:
@@ -465,11 +478,11 @@ class Engine:
 
     def _check_sizes(self) -> None:
         seen = [ready.tp_world_size for ready in self.ready]
-        if seen != [self.config.tp_size] * self.config.tp_size:
+        if seen != [self.config.tp_size] * self.config.num_ranks:
             raise GroupStartError(
-                f"A group of {self.config.tp_size} ranks was asked for, but the ranks see tensor-"
-                f"parallel sizes {seen}. This is a fault of the installation of vLLM in the "
-                f"runtime's Python {self.config.python}."
+                f"{self.config.num_ranks} ranks of tensor-parallel size {self.config.tp_size} were "
+                f"asked for, but they see the sizes {seen}. This is a fault of the installation of "
+                f"vLLM in the runtime's Python {self.config.python}."
             )
 
     def log_tail(self) -> str:
@@ -505,7 +518,6 @@ class Engine:
             if self.state in _FINAL:
                 return
             self.error = error
-            self._lost = self._call is None and error is not None
             self.state = state
             call, self._call = self._call, None
             os.close(self._wake_fd)

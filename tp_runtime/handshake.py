@@ -107,7 +107,7 @@ class _Stranger:
 
 
 class Reception:
-    """Listens for the ranks of one group until all are there. Call ``close`` then.
+    """Listens for the ranks of one group, as a context; ``take`` those who have come.
 
     ``members``: rank → what it said, when (on this process's monotonic clock), and its stream.
     """
@@ -185,8 +185,18 @@ class Reception:
         self._strangers.remove(stranger)
         stranger.stream.close()
 
-    def close(self) -> None:
-        """Listen no longer. The members' streams stay open. Idempotent."""
+    def take(self) -> list[tuple[Member, float, socket.socket]]:
+        """The members in the order of their ranks; their streams are the caller's."""
+        members, self.members = self.members, {}
+        return [member for _, member in sorted(members.items())]
+
+    def __enter__(self) -> "Reception":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Listen no longer, and part from everybody who was not taken."""
         self._listener.close()
+        for member in self.members.values():
+            member[-1].close()
         for stranger in list(self._strangers):
             self._refuse(stranger, "the group is complete, or was given up")

@@ -82,20 +82,30 @@ class Unload(_Message, frozen=True):
     model: str
 
 
-class Denoise(_Message, frozen=True):
-    """Evaluate the transformer once. ``inputs`` are ComfyUI's forward arguments by name.
+class Evaluation(msgspec.Struct, frozen=True, array_like=True):
+    """One forward of the transformer. ``inputs`` are ComfyUI's forward arguments by name.
 
-    Tensors in ``inputs`` are ``TensorRef``; ``drop`` names held tensors that will not be used
-    again; ``exchange_bytes`` is the present size of the exchange memory; rank 0 writes the
-    result where ``result`` says, in that shape and dtype.
+    Tensors in ``inputs`` are ``TensorRef``; the first rank of the batch group that computes it
+    writes the result where ``result`` says, in that shape and dtype.
+    """
+
+    inputs: dict[str, Any]
+    result: TensorRef
+
+
+class Denoise(_Message, frozen=True):
+    """Evaluate the transformer: each batch group the evaluation of its number, if there is one.
+
+    Every rank keeps the tensors that are to be held, those of other batch groups' evaluations
+    too; ``drop`` names held tensors that will not be used again; ``exchange_bytes`` is the present
+    size of the exchange memory.
     """
 
     call: int
     model: str
-    inputs: dict[str, Any]
+    evaluations: list[Evaluation]
     drop: list[int]
     exchange_bytes: int
-    result: TensorRef
 
 
 class Hold(_Message, frozen=True):

@@ -11,7 +11,6 @@ import msgspec
 import psutil
 import ray
 
-from . import worker
 from .handshake import Member, join
 from .ray_messages import Run, Seat
 
@@ -42,7 +41,7 @@ class RankActor:
     def run(self, order: Run, gpus: list[str], num_local_ranks: int, shares_host: bool) -> None:
         """Be a rank until the engine has no more use for it.
 
-        ``gpus``: those of the group on this host. ``shares_host``: with the engine.
+        ``gpus``: of its tensor-parallel group, on this host. ``shares_host``: with the engine.
         """
         self._set_environment(order, gpus)
         exchange_fd = _attach(*order.exchange) if shares_host else None
@@ -50,6 +49,8 @@ class RankActor:
         if exchange_fd is None:
             exchange_fd = os.memfd_create("tp-runtime-mirror", os.MFD_CLOEXEC)
         stream = _connect(order, mirrored)
+        from . import worker  # which may import vLLM: it reads its environment then
+
         worker.run(
             msgspec.structs.replace(
                 order.worker,
@@ -57,7 +58,8 @@ class RankActor:
                 exchange_fd=exchange_fd,
                 mirrored=mirrored,
                 num_threads=max(1, len(os.sched_getaffinity(0)) // num_local_ranks),
-            )
+            ),
+            parent_pid=os.getppid(),
         )
 
     def _set_environment(self, order: Run, gpus: list[str]) -> None:

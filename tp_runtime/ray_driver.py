@@ -26,6 +26,7 @@ from .transport import Channel, wait
 
 POLL_S = 0.2
 PARENT_CHECK_S = 1.0
+ROOM_S = 1.0  # how long Ray takes where there is room
 SEAT_TIMEOUT_S = 60.0
 LOGS_S = 1.0  # what the ranks wrote last takes a moment to come here
 END_TIMEOUT_S = 8.0
@@ -115,7 +116,7 @@ class Driver:
         bundle = {"GPU": 1} if on_gpu else {"CPU": 1}
         places = placement_group([bundle] * self._config.num_ranks, strategy="PACK")
         said = None
-        while not places.wait(POLL_S):
+        while not places.wait(POLL_S if said else ROOM_S):
             if self.gone.is_set():
                 return []
             now = self.resources()
@@ -154,7 +155,10 @@ class Driver:
         on_node = Counter(seat.node for seat in seats)
         running = {}
         for index, (seat, actor) in enumerate(ranks):
-            gpus = [gpu for other in seats if other.node == seat.node for gpu in other.gpus]
+            first = index - index % order.worker.tp_size
+            tp_group = seats[first : first + order.worker.tp_size]
+            # If these are fewer than the ranks of the group, it knows that it spans hosts.
+            gpus = [gpu for other in tp_group if other.node == seat.node for gpu in other.gpus]
             of_rank = msgspec.structs.replace(
                 order.worker,
                 rank=index,

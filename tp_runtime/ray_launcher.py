@@ -11,24 +11,24 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
 from .config import GroupConfig, WorkerConfig, fault_file, log_level
-from .errors import GroupClosedError, GroupStartError
+from .errors import GroupStartError
 from .group_folder import GroupFolder
-from .handshake import Reception, new_token
-from .launcher import RANK_ENVIRONMENT, Rank, inherited_environment
+from .handshake import Member, Reception, new_token
+from .launcher import RANK_ENVIRONMENT, Poll, inherited_environment, tail_of
 from .ray_messages import DriverConfig, Ended, FromDriver, Placed, Refused, Run, Waiting
 from .tensors import Exchange
 from .transport import SILENCE_S, Channel, wait
 
 logger = logging.getLogger("tp_runtime")
 
-POLL_S = 0.1
+POLL_S = 0.01
+CONNECT_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 15.0
 # A cluster with too few GPUs in all is given so long for a host to join, or to come back.
 JOIN_TIMEOUT_S = 30.0
@@ -41,7 +41,7 @@ class Driver:
 
     def __init__(self, config: GroupConfig, num_ranks: int, folder: Path) -> None:
         self.log_path = folder / "driver.log"
-        self.ended: dict[int, str] = {}  # rank → how, as Ray puts it
+        self.ended_ranks: dict[int, str] = {}  # rank → how, as Ray puts it
         self._channel, theirs = Channel.pair()
         # Not in the group's folder: the path of a socket has at most 107 characters.
         self._ray_folder = (
@@ -84,7 +84,7 @@ class Driver:
             if isinstance(message, Refused):
                 raise GroupStartError(message.message)
             if isinstance(message, Ended):
-                self.ended[message.rank] = message.why
+                self.ended_ranks[message.rank] = message.why
         if self._channel.ended:
             raise GroupStartError(f"The driver process for Ray has ended. Its log: {self.log_path}")
         return messages
@@ -95,12 +95,20 @@ class Driver:
     def how_ended(self, rank: int, timeout_s: float) -> str:
         """How a rank ended; empty if the driver does not know after so long."""
         deadline = time.monotonic() + timeout_s
-        while rank not in self.ended and (left := deadline - time.monotonic()) > 0:
+        while rank not in self.ended_ranks and (left := deadline - time.monotonic()) > 0:
             try:
                 self.receive(left)
             except GroupStartError:
                 break
-        return self.ended.get(rank, "")
+        return self.ended_ranks.get(rank, "")
+
+    def ended(self, timeout_s: float) -> bool:
+        """Whether it has ended, after at most so long. All ranks have, then."""
+        try:
+            self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
     def close(self) -> None:
         """Have the driver end its job. Does not wait. Idempotent."""
@@ -109,43 +117,52 @@ class Driver:
     def kill(self) -> None:
         """Leave nothing of it, after it was given its time. Idempotent."""
         self.close()
-        try:
-            self.process.wait(END_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
+        if not self.ended(END_TIMEOUT_S):
             self.process.kill()
             self.process.wait()
         if self._ray_folder:
             shutil.rmtree(self._ray_folder, ignore_errors=True)
 
 
-@dataclass
-class RayRank(Rank):
-    """A rank somewhere in a Ray cluster. ``process`` is the driver's: they end together."""
+class RayRank:
+    """A rank somewhere in a Ray cluster."""
 
-    driver: Driver | None = None
-    host: str = ""
-    remote_pid: int = 0
+    def __init__(
+        self, member: Member, host: str, channel: Channel, driver: Driver, clock_ahead_s: float
+    ) -> None:
+        self.index = member.rank
+        self.pid = member.pid
+        self.channel = channel
+        self.mirrored = member.mirrored
+        self.clock_ahead_s = clock_ahead_s
+        self.log_path = driver.log_path
+        self.death_fd = os.pidfd_open(driver.process.pid)  # the ranks end with it
+        self.place = f"process {self.pid} on {host}"
+        self._driver = driver
 
-    @property
-    def pid(self) -> int:
-        return self.remote_pid
-
-    @property
-    def place(self) -> str:
-        return f"process {self.pid} on {self.host}"
-
-    def kill(self) -> None:
-        assert self.driver is not None
-        self.driver.close()
+    def ended(self, timeout_s: float) -> bool:
+        """Whether it has ended, and the driver with it."""
+        return self._driver.ended(timeout_s)
 
     def describe_exit(self) -> str:
-        assert self.driver is not None
         if self.channel.cut_off:
             return (
                 f"was not heard of for {SILENCE_S} s: its host is down, or cut off from the network"
             )
-        why = self.driver.how_ended(self.index, timeout_s=1.0)
+        why = self._driver.how_ended(self.index, timeout_s=1.0)
         return f"ended ({why})" if why else "closed its connection"
+
+    def log_tail(self) -> str:
+        return tail_of(self.log_path)
+
+    def kill(self) -> None:
+        self._driver.close()
+
+    def release(self) -> None:
+        self.channel.close()
+        if self.death_fd >= 0:
+            os.close(self.death_fd)
+            self.death_fd = -1
 
 
 class RayLauncher:
@@ -154,22 +171,23 @@ class RayLauncher:
     def __init__(self) -> None:
         self._folder: GroupFolder | None = None
         self._driver: Driver | None = None
+        self._placed: Placed | None = None
 
-    def launch(
-        self, config: GroupConfig, exchange: Exchange, given_up: Callable[[], bool]
-    ) -> list[Rank]:
+    def prepare(self, config: GroupConfig, poll: Poll) -> None:
+        self._folder = GroupFolder.create()
         try:
-            self._folder = GroupFolder.create()
-            self._driver = driver = Driver(config, config.tp_size, self._folder.path)
-            placed = _placed(config, driver, given_up)
-            return _connected(config, driver, placed, exchange, given_up)
-        except BaseException as error:
-            self.clean_up(keep_logs=isinstance(error, GroupStartError))
-            if isinstance(error, OSError):
-                raise GroupStartError(
-                    f"The ranks could not be started on Ray with {config.python!r}: {error}."
-                ) from error
-            raise
+            self._driver = Driver(config, config.num_ranks, self._folder.path)
+        except OSError as error:
+            raise GroupStartError(
+                f"The runtime's Python {config.python!r} could not be started: {error}. "
+                "Set TP_RUNTIME_PYTHON to a Python that has ray, vllm and diffusers installed."
+            ) from error
+        self._placed = _placed(config, self._driver, poll)
+
+    def launch(self, config: GroupConfig, exchange: Exchange) -> Sequence[RayRank]:
+        assert self._driver is not None, "not prepared"
+        assert self._placed is not None, "not prepared"
+        return _connected(config, self._driver, self._placed, exchange)
 
     def clean_up(self, keep_logs: bool) -> None:
         if self._driver is not None:
@@ -180,98 +198,70 @@ class RayLauncher:
             self._folder = None
 
 
-def _placed(config: GroupConfig, driver: Driver, given_up: Callable[[], bool]) -> Placed:
+def _placed(config: GroupConfig, driver: Driver, poll: Poll) -> Placed:
     """Where the ranks are, once Ray has room for all of them."""
     unit = "GPUs" if config.device == "cuda" else "CPU cores"
     began = time.monotonic()
     found: Waiting | None = None
     while True:
-        _check_wanted(given_up)
+        poll()
         for message in driver.receive(POLL_S):
             if isinstance(message, Placed):
                 return message
             if isinstance(message, Waiting):
                 found = message
                 logger.info(
-                    "waiting for %d %s; the cluster has %d free", config.tp_size, unit, found.free
+                    "waiting for %d %s; the cluster has %d, %d of them free",
+                    *(config.num_ranks, unit, found.total, found.free),
                 )
-        lacking = found is not None and found.total < config.tp_size
+        lacking = found is not None and found.total < config.num_ranks
         timeout_s = min(JOIN_TIMEOUT_S if lacking else math.inf, config.start_timeout_s)
         if time.monotonic() - began < timeout_s:
             continue
-        place = (
-            f"The Ray cluster at {config.ray_address}"
-            if config.ray_address
-            else "Ray on this machine"
-        )
+        cluster = f"cluster at {config.ray_address}" if config.ray_address else "of this machine"
         if found is None:
             raise GroupStartError(
-                f"{place} did not answer for {timeout_s:g} s. The log: {driver.log_path}"
+                f"The Ray {cluster} did not answer for {timeout_s:g} s. Its log: {driver.log_path}"
             )
         raise GroupStartError(
-            f"{place} has {found.total} {unit}, {found.free} of them free; {config.tp_size} were "
-            f"asked for and waited for {timeout_s:g} s. Choose a smaller gpu_count, add hosts, or "
-            "wait for others to finish."
+            f"{config.num_ranks} {unit} were asked for, but the Ray {cluster} has {found.total}, "
+            f"{found.free} of them free, and had no more for {timeout_s:g} s. Choose a smaller "
+            "gpu_count, add hosts, or wait for others to finish."
         )
 
 
 def _connected(
-    config: GroupConfig,
-    driver: Driver,
-    placed: Placed,
-    exchange: Exchange,
-    given_up: Callable[[], bool],
-) -> list[Rank]:
+    config: GroupConfig, driver: Driver, placed: Placed, exchange: Exchange
+) -> Sequence[RayRank]:
     """The ranks, each with a stream to it."""
     token = new_token()
-    reception = Reception(placed.address, token, config.tp_size)
-    try:
+    deadline = time.monotonic() + CONNECT_TIMEOUT_S
+    with Reception(placed.address, token, config.num_ranks) as reception:
         driver.send(_order(config, reception.address, token, exchange))
-        deadline = time.monotonic() + config.start_timeout_s
         while not reception.complete():
-            _check_wanted(given_up)
             reception.receive(POLL_S)
             driver.receive(0)
-            if driver.ended:
-                lost, why = next(iter(driver.ended.items()))
+            missing = set(range(config.num_ranks)) - set(reception.members)
+            for index in missing & set(driver.ended_ranks):
                 raise GroupStartError(
-                    f"Rank {lost} on {placed.hosts[lost]} ended before it had connected ({why}). "
-                    f"The log: {driver.log_path}"
+                    f"Rank {index} on {placed.hosts[index]} ended before it had connected "
+                    f"({driver.ended_ranks[index]}). The log: {driver.log_path}"
                 )
-            if time.monotonic() > deadline:
-                silent = sorted(set(range(config.tp_size)) - set(reception.members))
+            if missing and time.monotonic() > deadline:
+                hosts = sorted({placed.hosts[index] for index in missing})
                 raise GroupStartError(
-                    f"Ranks {silent} on {sorted({placed.hosts[rank] for rank in silent})} have not "
-                    f"connected to {reception.address} for {config.start_timeout_s:g} s. Is that "
-                    f"address reachable from there? The log: {driver.log_path}"
+                    f"Ranks {sorted(missing)} on {hosts} have not connected to this host's "
+                    f"{reception.address} for {CONNECT_TIMEOUT_S:g} s. Can it be reached from "
+                    f"there? The log: {driver.log_path}"
                 )
-    except BaseException:
-        for _, _, stream in reception.members.values():
-            stream.close()
-        raise
-    finally:
-        reception.close()
-    ranks: list[Rank] = []
-    for index, (member, heard_s, stream) in sorted(reception.members.items()):
-        rank = RayRank(
-            index=index,
-            channel=Channel(stream),
-            process=driver.process,
-            death_fd=os.pidfd_open(driver.process.pid),
-            log_path=driver.log_path,
-            mirrored=member.mirrored,
-            clock_ahead_s=member.time_s - heard_s,
-            driver=driver,
-            host=placed.hosts[index],
-            remote_pid=member.pid,
-        )
-        logger.info(
-            "rank %d is %s; its tensors go by %s",
-            index,
-            rank.place,
-            "TCP" if rank.mirrored else "shared memory",
-        )
-        ranks.append(rank)
+        members = reception.take()
+    ranks = [
+        RayRank(member, placed.hosts[member.rank], Channel(stream), driver, member.time_s - heard_s)
+        for member, heard_s, stream in members
+    ]
+    for rank in ranks:
+        way = "TCP" if rank.mirrored else "shared memory"
+        logger.info("rank %d is %s; its tensors go by %s", rank.index, rank.place, way)
     return ranks
 
 
@@ -281,6 +271,7 @@ def _order(config: GroupConfig, address: tuple[str, int], token: bytes, exchange
         rank=-1,  # this and what else is -1 differs between the ranks
         local_rank=-1,
         tp_size=config.tp_size,
+        batch_groups=config.batch_groups,
         device=config.device,
         control_fd=-1,
         exchange_fd=-1,
@@ -297,11 +288,6 @@ def _order(config: GroupConfig, address: tuple[str, int], token: bytes, exchange
         worker,
         environment,
     )
-
-
-def _check_wanted(given_up: Callable[[], bool]) -> None:
-    if given_up():
-        raise GroupClosedError("The process group was closed before it had started.")
 
 
 def _environment(config: GroupConfig) -> dict[str, str]:

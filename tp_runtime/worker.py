@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 
 import msgspec
 
@@ -118,23 +119,28 @@ def _serve(config: WorkerConfig, channel: Channel, requests: "queue.SimpleQueue[
 
             try:
                 value = runner.handle(request, report_progress)
-                if mirror is not None and isinstance(request, Denoise) and config.rank == 0:
-                    for piece in mirror.pieces(request.result):
+                if mirror is not None and isinstance(request, Denoise):
+                    for piece in _results(config, request, mirror):
                         send(piece)
                 send(Done(call, value))
             except tuple(REFUSALS.values()) as error:
                 send(_failed(call, True, error))
 
 
+def _results(config: WorkerConfig, request: Denoise, mirror: Mirror) -> Iterator[Piece]:
+    """What this rank has written of the request's results."""
+    if config.tp_rank == 0 and config.batch_group < len(request.evaluations):
+        yield from mirror.pieces(request.evaluations[config.batch_group].result)
+
+
 def main() -> None:
     """Run the rank that the command line describes."""
-    run(msgspec.json.decode(sys.argv[1], type=WorkerConfig))
-
-
-def run(config: WorkerConfig) -> None:
-    """Be the rank that ``config`` describes, in this process; returns after ``Close``."""
     # Not the engine's process if the runtime's Python is a script that starts another.
-    parent_pid = os.getppid()
+    run(msgspec.json.decode(sys.argv[1], type=WorkerConfig), os.getppid())
+
+
+def run(config: WorkerConfig, parent_pid: int) -> None:
+    """Be the rank until its channel, or the process ``parent_pid``, ends; returns on ``Close``."""
     logging.basicConfig(
         level=config.log_level,
         format=f"%(asctime)s rank {config.rank} %(levelname)s %(name)s: %(message)s",

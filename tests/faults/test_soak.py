@@ -1,8 +1,6 @@
 """A real ComfyUI, random prompts and faults: the right picture or the right error, each time.
 
-As long as `SOAK_MINUTES` says (`make soak`: thirty), and not at all without it: it still finds a
-fault. A rank that dies while another request is under way than the prompt's own (weights that are
-freed in the background) ends the prompt with GroupClosedError instead of a new group.
+As long as `SOAK_MINUTES` says (`make soak`: thirty), and not at all without it.
 """
 
 import os

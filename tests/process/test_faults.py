@@ -112,8 +112,6 @@ def test_a_rank_is_killed_in_the_middle_of_a_collective(tiny_z_image: Path) -> N
     assert "during 'Denoise'" in str(error)
     assert str(engine.ranks[1].log_path) in str(error)
     assert model.loaded_bytes() == [0, 0]
-    with pytest.raises(GroupClosedError, match="Queue the prompt again"):
-        model.denoise(make_inputs())
 
     model.ensure_loaded()
     inputs = make_inputs(seed=1)
