@@ -10,6 +10,8 @@ The only place where the package reads environment variables of its own:
 ``TP_RUNTIME_HOST_RESERVE``    share of the host's memory that sleeping models leave free
                                (default 0.125)
 ``TP_RUNTIME_LOG_LEVEL``       level of the ranks' logs (default INFO)
+``TP_RUNTIME_RAY_ADDRESS``     Ray cluster, host:port, for groups that run on one (default:
+                               one that is started on this machine for each group)
 ``TP_RUNTIME_HOME``            folder for logs and rendezvous files (default: the user's
                                state folder)
 =============================  ==========================================================
@@ -47,6 +49,11 @@ def _number(name: str, default: float) -> float:
 def runtime_python(preferred: str | None = None) -> str:
     """The Python that runs the ranks: the environment's, else ``preferred``, else this one."""
     return os.environ.get("TP_RUNTIME_PYTHON") or preferred or sys.executable
+
+
+def ray_address(preferred: str | None = None) -> str:
+    """The Ray cluster's address: the environment's, else ``preferred``; empty: start one here."""
+    return os.environ.get("TP_RUNTIME_RAY_ADDRESS") or preferred or ""
 
 
 def home() -> Path:
@@ -99,6 +106,10 @@ def device_name(gpu: int | None) -> str:
     return "cpu" if gpu is None else torch.cuda.get_device_name(gpu)
 
 
+Where = Literal["this machine", "ray"]
+WHERE: tuple[Where, ...] = get_args(Where)
+
+
 @dataclass(frozen=True)
 class GroupConfig:
     """What identifies a process group: two equal configs share one group.
@@ -107,7 +118,8 @@ class GroupConfig:
     of these holds the whole model and computes a part of a forward batch.
 
     ``devices`` are indices among the CUDA devices visible to this process, one per rank;
-    empty on CPU. Timeouts are in seconds.
+    empty on CPU, and on Ray, which chooses them. Timeouts are in seconds. ``ray_address``: the
+    cluster's, ``host:port``; empty: one is started on this machine.
     """
 
     tp_size: int
@@ -119,14 +131,19 @@ class GroupConfig:
         default_factory=lambda: _number("TP_RUNTIME_START_TIMEOUT", 300.0)
     )
     call_timeout_s: float = field(default_factory=lambda: _number("TP_RUNTIME_CALL_TIMEOUT", 600.0))
+    where: Where = "this machine"
+    ray_address: str = ""
 
     def __post_init__(self) -> None:
         if not 1 <= self.tp_size <= MAX_TP_SIZE:
             raise DeviceError(f"A TP size of {self.tp_size}: choose 1 to {MAX_TP_SIZE}.")
         if not 1 <= self.num_ranks <= MAX_RANKS:
             raise DeviceError(f"A group of {self.num_ranks} ranks: choose 1 to {MAX_RANKS}.")
-        if self.device == "cuda" and not (
-            len(self.devices) == len(set(self.devices)) == self.num_ranks
+        self._check_where()
+        if (
+            self.device == "cuda"
+            and self.where == "this machine"
+            and not (len(self.devices) == len(set(self.devices)) == self.num_ranks)
         ):
             raise DeviceError(
                 f"{self.num_ranks} ranks need as many different GPUs; got devices {self.devices}."
@@ -136,6 +153,21 @@ class GroupConfig:
         for name in ("start_timeout_s", "call_timeout_s"):
             if not 0 < getattr(self, name) < math.inf:
                 raise TPRuntimeError(f"{name}={getattr(self, name)}: give seconds above 0.")
+
+    def _check_where(self) -> None:
+        if self.where not in WHERE:
+            raise DeviceError(f"where={self.where!r}: use one of {', '.join(WHERE)}.")
+        if self.where == "ray" and self.devices:
+            raise DeviceError(
+                f"GPUs {self.devices} were asked for, but Ray chooses the GPUs of its cluster. "
+                "Leave the list of devices empty."
+            )
+        host, _, port = self.ray_address.rpartition(":")
+        if self.ray_address and not (self.where == "ray" and host and port.isdecimal()):
+            raise DeviceError(
+                f"The Ray address {self.ray_address!r}: give host:port, such as 10.0.0.1:6379, "
+                "for groups on Ray only."
+            )
 
     @property
     def num_ranks(self) -> int:
@@ -222,9 +254,14 @@ class ModelSpec(msgspec.Struct, frozen=True):
 
 
 class WorkerConfig(msgspec.Struct, frozen=True):
-    """Everything that a rank is told at its start; on its command line as JSON."""
+    """Everything that a rank is told at its start; on its command line as JSON.
+
+    ``local_rank``: index of its GPU among those that it sees. ``mirrored``: its exchange memory
+    is not the engine's.
+    """
 
     rank: int
+    local_rank: int
     tp_size: int
     batch_groups: int
     device: str
@@ -234,6 +271,7 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     num_threads: int
     log_level: str
     fault_file: str = ""
+    mirrored: bool = False
 
     @property
     def num_ranks(self) -> int:

@@ -20,7 +20,7 @@ import torch
 
 from . import failures
 from .config import GroupConfig, host_reserve
-from .engine import POLL_S, Engine, OnProgress, Poll, State
+from .engine import POLL_S, Engine, OnProgress, State
 from .errors import (
     CheckpointError,
     GroupClosedError,
@@ -28,6 +28,7 @@ from .errors import (
     InputError,
     TPRuntimeError,
 )
+from .launcher import Poll
 from .protocol import Load, Report, Sleep, Wake
 from .sending import Wanted
 

@@ -13,7 +13,8 @@ from .config import ModelSpec
 from .errors import ProtocolError
 
 VERSION = 3
-MAX_FRAME_BYTES = 16 * 2**20  # a frame holds no tensor data, only references to it
+MAX_FRAME_BYTES = 16 * 2**20  # a frame holds no tensor data, only references to it: but a Piece
+PIECE_BYTES = 2**20  # at most, of a Piece
 # Inputs that differ at every step; all others are constant over a generation as a rule.
 PER_STEP_INPUTS = frozenset({"x", "timesteps", "control"})
 _TENSOR_EXT = 1
@@ -154,7 +155,21 @@ class Close(_Message, frozen=True):
     call: int = 0
 
 
-Request = Load | Unload | Denoise | Hold | Patch | Sleep | Wake | Report | Close
+# --- both ways, for a rank on another host -----------------------------------------------------
+
+
+class Piece(_Message, frozen=True):
+    """What belongs at ``offset`` of the exchange memory, for a side that does not share it.
+
+    To a rank: part of the next request's tensors. From a rank: part of the result, before its
+    ``Done``. Not answered.
+    """
+
+    offset: int
+    data: memoryview
+
+
+Request = Load | Unload | Denoise | Hold | Patch | Sleep | Wake | Report | Close | Piece
 
 
 # --- ranks to engine ---------------------------------------------------------------------------
@@ -201,7 +216,7 @@ class Failed(_Message, frozen=True):
     time_s: float
 
 
-Reply = Ready | Progress | Done | Failed
+Reply = Ready | Progress | Done | Failed | Piece
 
 
 # --- coding ------------------------------------------------------------------------------------

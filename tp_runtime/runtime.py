@@ -18,9 +18,10 @@ import torch
 from .batch import divide_all
 from .checkpoint import CheckpointInfo, inspect_checkpoint
 from .config import GroupConfig, ModelSpec, device_name, home
-from .engine import OnProgress, Poll
+from .engine import OnProgress
 from .errors import InputError
 from .group import Group, GroupReport
+from .launcher import Poll
 from .protocol import PatchedWeight
 from .step_records import StepRecords, Workload
 from .tensors import dtype_of
