@@ -160,13 +160,13 @@ class GroupConfig:
         if self.where == "ray" and self.devices:
             raise DeviceError(
                 f"GPUs {self.devices} were asked for, but Ray chooses the GPUs of its cluster. "
-                "Leave the list of devices empty."
+                "Leave 'devices' empty, or set 'where' to 'this machine'."
             )
         host, _, port = self.ray_address.rpartition(":")
         if self.ray_address and not (self.where == "ray" and host and port.isdecimal()):
             raise DeviceError(
-                f"The Ray address {self.ray_address!r}: give host:port, such as 10.0.0.1:6379, "
-                "for groups on Ray only."
+                f"The Ray address is {self.ray_address!r}: give host:port, such as 10.0.0.1:6379, "
+                "with where='ray' only."
             )
 
     @property
