@@ -187,14 +187,19 @@ class ModelSpec(msgspec.Struct, frozen=True):
 
 
 class WorkerConfig(msgspec.Struct, frozen=True):
-    """Everything that a rank is told at its start; on its command line as JSON."""
+    """Everything that a rank is told at its start.
+
+    ``environment``: changes to the environment that it starts in; None removes a variable. The
+    file descriptors are the rank's own; it learns of them when it gets them.
+    """
 
     rank: int
     tp_size: int
     device: str
-    control_fd: int
-    exchange_fd: int
     rendezvous: str
     num_threads: int
     log_level: str
     fault_file: str = ""
+    environment: dict[str, str | None] = {}
+    control_fd: int = -1
+    exchange_fd: int = -1
