@@ -254,10 +254,11 @@ class ModelSpec(msgspec.Struct, frozen=True):
 
 
 class WorkerConfig(msgspec.Struct, frozen=True):
-    """Everything that a rank is told at its start; on its command line as JSON.
+    """Everything that a rank is told at its start.
 
-    ``local_rank``: index of its GPU among those that it sees. ``mirrored``: its exchange memory
-    is not the engine's.
+    ``local_rank``: index of its GPU among those that it sees. ``environment``: changes to the
+    environment that it starts in; None removes a variable. The file descriptors are the rank's
+    own; it learns of them when it gets them. ``mirrored``: its exchange memory is not the engine's.
     """
 
     rank: int
@@ -265,12 +266,13 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     tp_size: int
     batch_groups: int
     device: str
-    control_fd: int
-    exchange_fd: int
     rendezvous: str
     num_threads: int
     log_level: str
     fault_file: str = ""
+    environment: dict[str, str | None] = {}
+    control_fd: int = -1
+    exchange_fd: int = -1
     mirrored: bool = False
 
     @property

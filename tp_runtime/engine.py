@@ -36,7 +36,8 @@ from .errors import (
     ProtocolError,
     TPRuntimeError,
 )
-from .launcher import Launcher, LocalLauncher, Poll, Rank, end_ranks
+from .launcher import Launcher, Poll, Rank, end_ranks
+from .local_launcher import LocalLauncher
 from .mirror import pieces
 from .protocol import (
     Close,

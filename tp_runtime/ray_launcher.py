@@ -14,7 +14,8 @@ from .config import GroupConfig, WorkerConfig, fault_file, log_level
 from .errors import GroupStartError
 from .group_folder import GroupFolder
 from .handshake import Member, Reception, new_token
-from .launcher import RANK_ENVIRONMENT, Poll, tail_of
+from .launcher import Poll, tail_of_file
+from .rank_environment import RANK_ENVIRONMENT
 from .ray_cluster import Driver, forget_count
 from .ray_messages import Placed, Run, Waiting
 from .tensors import Exchange
@@ -57,7 +58,7 @@ class RayRank:
         return f"ended ({why})" if why else "closed its connection"
 
     def log_tail(self) -> str:
-        return tail_of(self.log_path)
+        return tail_of_file(self.log_path)
 
     def kill(self) -> None:
         self._driver.close()
