@@ -185,7 +185,7 @@ class ComfyServer:
         with urllib.request.urlopen(self.url + path, timeout=30) as reply:
             return json.load(reply)
 
-    def post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+    def post(self, path: str, body: Mapping[str, Any] | None = None, timeout_s: float = 30) -> Any:
         """POST `body` as JSON; the decoded reply, None when it is empty.
 
         For example `post("/free", {"unload_models": True})`.
@@ -195,7 +195,7 @@ class ComfyServer:
             data=json.dumps(body or {}).encode(),
             headers={"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=30) as reply:
+        with urllib.request.urlopen(request, timeout=timeout_s) as reply:
             text = reply.read()
         return json.loads(text) if text.strip() else None
 
