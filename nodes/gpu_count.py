@@ -9,43 +9,50 @@ from ..tp_runtime import (
     DeviceError,
     GroupConfig,
     SizeError,
+    choose_layout,
+    get_runtime,
     inspect_checkpoint,
     runtime_python,
     visible_gpu_count,
 )
+from .layouts import AUTO, possible_layouts
 from .schema import check_choice
 from .settings import devices_setting, python_setting
 
-AUTO = "auto"
 MAX_GPU_COUNT = 8
 CHOICES = (AUTO, *(str(count) for count in range(1, MAX_GPU_COUNT + 1)))
 
 
 def choose_group(
-    choice: str, info: CheckpointInfo, warn: Callable[[str], None], devices: str = ""
+    choice: str,
+    info: CheckpointInfo,
+    warn: Callable[[str], None],
+    devices: str = "",
+    layout: str = AUTO,
 ) -> GroupConfig:
-    """The group for a model file. Starts nothing; warns where it will be on the CPU.
+    """The group for a model file. Starts nothing.
 
+    Warns where it will be on the CPU, and where 'auto' does not mean as many GPUs as possible.
     `devices`: the GPUs that it may be on, as a person writes them; empty: what the settings allow.
 
     Raises:
         SizeError: the model cannot be split that way.
         DeviceError: there are fewer GPUs, or `devices` names one that is not there.
-        ValueError: it is none of `CHOICES`.
+        ValueError: it is none of `CHOICES`, or `layout` none of `LAYOUTS` or for another count.
     """
     check_choice("gpu_count", choice, CHOICES)
     gpus, where = _usable_gpus(devices)
-    if choice != AUTO:
-        size = int(choice)
-        info.check_tp_size(size)
-        _check_enough(size, gpus, where)
-    elif gpus:
-        size = max(info.valid_tp_sizes(limit=min(len(gpus), MAX_GPU_COUNT)))
-    else:
-        size = 1
-    group = GroupConfig.local(size, gpus[:size] or None)
+    count = None if choice == AUTO else int(choice)
+    layouts = possible_layouts(layout, count, info, max(len(gpus), 1))
+    _check_enough(layouts[0].num_gpus, gpus, where)
+    chosen = choose_layout(info, layouts, gpus, get_runtime().records)
+    if chosen.reason:
+        warn(chosen.reason)
+    size, batch_groups = chosen.layout.tp_size, chosen.layout.batch_groups
+    num_ranks = chosen.layout.num_gpus
+    group = GroupConfig.local(size, gpus[:num_ranks] or None, batch_groups)
     if group.device == "cpu":
-        ranks = "1 CPU process" if size == 1 else f"{size} CPU processes"
+        ranks = "1 CPU process" if num_ranks == 1 else f"{num_ranks} CPU processes"
         warn(f"No CUDA GPU is visible: the model runs on {ranks}. Results are right, but slow.")
     return dataclasses.replace(group, python=runtime_python(python_setting()))
 

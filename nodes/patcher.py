@@ -35,7 +35,7 @@ class TPModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def model_size(self, *_args: Any, **_kwargs: Any) -> int:
         return self.loaded_size() or self._on_device(
-            [self.remote.planned_bytes()] * self.remote.group_config.tp_size
+            [self.remote.planned_bytes()] * self.remote.group_config.num_ranks
         )
 
     def loaded_size(self, *_args: Any, **_kwargs: Any) -> int:

@@ -31,10 +31,13 @@ from .errors import (
     TPRuntimeError,
 )
 from .group import GroupReport
+from .layout import Layout
+from .layout_choice import choose_layout
 from .protocol import PatchedWeight, WeightPatch
 from .runtime import RemoteModel, Runtime, get_runtime
 from .safetensors_file import DTYPES as STORED_DTYPES
 from .safetensors_file import TensorInfo
+from .step_records import Workload
 from .weight_patches import FUNCTIONS as PATCH_FUNCTIONS
 from .weight_patches import KINDS as PATCH_KINDS
 from .weight_patches import PatchError, check_fits
@@ -58,6 +61,7 @@ __all__ = [
     "GroupReport",
     "GroupStartError",
     "InputError",
+    "Layout",
     "ModelSpec",
     "PatchError",
     "PatchedWeight",
@@ -70,7 +74,9 @@ __all__ = [
     "TPRuntimeError",
     "TensorInfo",
     "WeightPatch",
+    "Workload",
     "check_fits",
+    "choose_layout",
     "examine",
     "file_version",
     "get_runtime",

@@ -21,7 +21,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,12 +36,14 @@ from .errors import (
     ProtocolError,
     TPRuntimeError,
 )
-from .launcher import Launcher, LocalLauncher, Rank, end_ranks
+from .launcher import Launcher, LocalLauncher, Poll, Rank, end_ranks
+from .mirror import pieces
 from .protocol import (
     Close,
     Done,
     Failed,
     PatchedWeight,
+    Piece,
     Progress,
     Ready,
     Reply,
@@ -50,7 +52,8 @@ from .protocol import (
     decode_reply,
     encode,
 )
-from .sending import TensorSender
+from .ray_launcher import RayLauncher
+from .sending import TensorSender, Wanted
 from .step_times import StepTimes, shapes_of
 from .tensors import plain_copy
 from .transport import wait
@@ -62,7 +65,6 @@ CLOSE_TIMEOUT_S = 5.0
 WATCH_S = 1.0  # the owner looks at least this often
 FROZEN_S = 2.0  # a look that is later by more: the machine, or its container, stood still
 
-Poll = Callable[[], None]
 OnProgress = Callable[[int, int], None]
 
 
@@ -116,6 +118,11 @@ class _Call:
                 raise REFUSALS[answer.kind](answer.message)
 
 
+def launcher_of(config: GroupConfig) -> Launcher:
+    """What starts the ranks of such a group."""
+    return RayLauncher() if config.where == "ray" else LocalLauncher()
+
+
 class Engine:
     """A process group from its start to its end. Thread-safe; serves one request at a time.
 
@@ -126,9 +133,9 @@ class Engine:
         self.config = config
         self.state = State.STARTING
         self.error: TPRuntimeError | None = None
-        self.ranks: list[Rank] = []
+        self.ranks: Sequence[Rank] = ()
         self.ready: list[Ready] = []
-        self._launcher = launcher or LocalLauncher()
+        self._launcher = launcher or launcher_of(config)
         self._sender = TensorSender()
         self._step_times = StepTimes()
         self._numbers = itertools.count(1)
@@ -148,7 +155,7 @@ class Engine:
         return self.state in (State.READY, State.BUSY) and not self._has_dead_rank()
 
     def _has_dead_rank(self) -> bool:
-        return any(rank.process.poll() is not None for rank in self.ranks)
+        return any(rank.ended(0) for rank in self.ranks)
 
     # --- start ---------------------------------------------------------------------------------
 
@@ -160,12 +167,15 @@ class Engine:
                 the one asked for. Nothing is left running. Whatever ``poll`` raises ends the
                 group, too.
         """
-        call = _Call(_START, self.config.tp_size, self.config.start_timeout_s, "start")
+        call = _Call(_START, self.config.num_ranks, self.config.start_timeout_s, "start")
         with self._lock:
-            if self._close_asked:
-                raise GroupClosedError("The process group was closed before it had started.")
-            assert self._owner is None, "a group is started once"
+            self._check_not_closed()
+            assert self._call is None, "a group is started once"
             self._call = call
+        self._prepare(poll)
+        with self._lock:
+            self._check_not_closed()
+            call.deadline = time.monotonic() + call.timeout_s
             self._owner = threading.Thread(target=self._own, name="tp-runtime-group", daemon=True)
             self._owner.start()
         try:
@@ -177,6 +187,27 @@ class Engine:
             call.raise_error()
         if call.error is not None:
             raise failures.not_started(self.config, self.ranks, self._blamed, call.error)
+
+    def _prepare(self, poll: Poll | None) -> None:
+        """Have what the launcher needs for the ranks, or end the group."""
+
+        def poll_start() -> None:
+            self._check_not_closed()
+            if poll is not None:
+                poll()
+
+        try:
+            self._launcher.prepare(self.config, poll_start)
+        except GroupStartError as error:
+            self._end(State.FAILED, error)
+            raise
+        except BaseException:  # poll raised it, or the group was closed
+            self.close()
+            raise
+
+    def _check_not_closed(self) -> None:
+        if self._close_asked:
+            raise GroupClosedError("The process group was closed before it had started.")
 
     # --- requests ------------------------------------------------------------------------------
 
@@ -211,16 +242,13 @@ class Engine:
         return [answer.value for _, answer in sorted(call.answers.items())]  # type: ignore[union-attr]
 
     def denoise(
-        self,
-        model: str,
-        inputs: Mapping[str, Any],
-        result_shape: tuple[int, ...],
-        poll: Poll | None = None,
-    ) -> torch.Tensor:
-        """Evaluate the transformer once; returns a CPU tensor of the dtype of ``x``.
+        self, model: str, wanted: Sequence[Wanted], poll: Poll | None = None
+    ) -> list[torch.Tensor]:
+        """Evaluate the transformer, once on each batch group; at most so many are ``wanted``.
 
-        ``inputs`` are ComfyUI's forward arguments: a tensor ``x`` and plain data with tensors.
-        Tensors that the ranks hold from an earlier call are not sent again.
+        Of each: ComfyUI's forward arguments, a tensor ``x`` and plain data with tensors, and the
+        shape of the result, which is a CPU tensor of the dtype of ``x``. Tensors that the ranks
+        hold from an earlier call are not sent again.
 
         Raises:
             As ``call`` does, and ProtocolError if ``inputs`` hold something that cannot be sent.
@@ -228,21 +256,21 @@ class Engine:
         results: list[torch.Tensor] = []
 
         def make(number: int) -> Request:
-            request, result = self._sender.denoise(number, model, inputs, result_shape)
+            request, places = self._sender.denoise(number, model, wanted)
             # Looked up now, since the group may end between its answer and our reading it.
-            results.append(result)
+            results.extend(places)
             return request
 
         with self._turn_taken(poll):
             try:
-                call = self._send(make, kind=(model, shapes_of(inputs)))
+                call = self._send(make, kind=(model, shapes_of(wanted)))
             except BaseException:
                 self._sender.roll_back()
                 raise
             self._sender.sent()
             self._wait(call, poll)
             call.raise_error()
-            return plain_copy(results[0])
+            return [plain_copy(result) for result in results]
 
     def patch(
         self,
@@ -290,6 +318,7 @@ class Engine:
         with self._preparing:
             self._check_ready()
             request = make(number)
+            written = self._sender.exchange.take_written()
         frame = encode(request)
         timeout_s = self._step_times.timeout_s(kind, self.config.call_timeout_s)
         call = _Call(number, len(self.ranks), timeout_s, type(request).__name__, kind)
@@ -300,6 +329,8 @@ class Engine:
             os.eventfd_write(self._wake_fd, 1)  # there is a new deadline to watch
         try:
             for rank in self.ranks:
+                for piece in pieces(written) if rank.mirrored else ():
+                    rank.channel.send(encode(piece))
                 rank.channel.send(frame)
         except EOFError:
             call.sent = False  # the owner sees the same end of the stream and fails the group
@@ -399,7 +430,9 @@ class Engine:
             self._blamed = gone[0]
             return failures.death(gone[0], doing)
         if failed:
-            self._blamed, cause = min(failed, key=lambda failure: failure[1].time_s)
+            self._blamed, cause = min(
+                failed, key=lambda failure: failure[1].time_s - failure[0].clock_ahead_s
+            )
             return failures.rank_error(self.config, self._blamed, cause, doing)
         return None
 
@@ -411,6 +444,11 @@ class Engine:
             GroupStartError: the ranks are ready, but not as one group.
         """
         call = self._call
+        if isinstance(reply, Piece):
+            if call is None or not rank.mirrored:
+                raise ProtocolError(f"Rank {rank.index} sent bytes that nothing had asked for.")
+            self._sender.exchange.put(reply.offset, reply.data)
+            return
         number = _START if isinstance(reply, Ready) else reply.call
         if (
             call is None
@@ -440,11 +478,11 @@ class Engine:
 
     def _check_sizes(self) -> None:
         seen = [ready.tp_world_size for ready in self.ready]
-        if seen != [self.config.tp_size] * self.config.tp_size:
+        if seen != [self.config.tp_size] * self.config.num_ranks:
             raise GroupStartError(
-                f"A group of {self.config.tp_size} ranks was asked for, but the ranks see tensor-"
-                f"parallel sizes {seen}. This is a fault of the installation of vLLM in the "
-                f"runtime's Python {self.config.python}."
+                f"{self.config.num_ranks} ranks of tensor-parallel size {self.config.tp_size} were "
+                f"asked for, but they see the sizes {seen}. This is a fault of the installation of "
+                f"vLLM in the runtime's Python {self.config.python}."
             )
 
     def log_tail(self) -> str:

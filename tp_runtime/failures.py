@@ -43,7 +43,7 @@ def not_started(
         )
     tail = tails[blamed.index if blamed else 0]
     return GroupStartError(
-        f"The process group of {config.tp_size} {config.device.upper()} ranks did not start: "
+        f"The process group of {config.num_ranks} {config.device.upper()} ranks did not start: "
         f"{error} Runtime Python: {config.python}. The log ends:\n{tail}"
     )
 
@@ -59,9 +59,8 @@ def silence(silent: Sequence[Rank], timeout_s: float, doing: str) -> CallTimeout
 
 def death(rank: Rank, doing: str | None) -> GroupDiedError:
     """For a rank whose process has ended."""
-    rank.ended(timeout_s=1.0)  # its stream ends a moment before the process does
     return GroupDiedError(
-        f"Rank {rank.index} (process {rank.pid}) {rank.describe_exit()}{_during(doing)}; the "
+        f"Rank {rank.index} ({rank.place}) {rank.describe_exit()}{_during(doing)}; the "
         f"group was ended. The next request starts a new one. Log: {rank.log_path}"
     )
 

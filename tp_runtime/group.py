@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ import torch
 
 from . import failures
 from .config import GroupConfig, host_reserve
-from .engine import POLL_S, Engine, OnProgress, Poll, State
+from .engine import POLL_S, Engine, OnProgress, State
 from .errors import (
     CheckpointError,
     GroupClosedError,
@@ -28,7 +28,9 @@ from .errors import (
     InputError,
     TPRuntimeError,
 )
+from .launcher import Poll
 from .protocol import Load, Report, Sleep, Wake
+from .sending import Wanted
 
 if TYPE_CHECKING:
     from .runtime import RemoteModel
@@ -52,6 +54,7 @@ class GroupReport:
     id: str
     state: str
     tp_size: int
+    batch_groups: int
     device: str
     devices: tuple[int, ...]
     python: str
@@ -82,8 +85,10 @@ class _Resident:
 class Group:
     """A configuration, the engine that runs it now, if any, and what that holds."""
 
-    def __init__(self, config: GroupConfig) -> None:
+    def __init__(self, config: GroupConfig, make_way: Callable[[GroupConfig], None]) -> None:
+        """``make_way`` is called before ranks start."""
         self.config = config
+        self._make_way = make_way
         self.id = hashlib.blake2s(repr(config).encode(), digest_size=4).hexdigest()
         self.engine: Engine | None = None
         self.step_ms: float | None = None
@@ -132,6 +137,11 @@ class Group:
             self._users.add(model)
         weakref.finalize(model, self._on_user_gone).atexit = False
 
+    def is_used(self) -> bool:
+        """Whether somebody holds a model that runs here."""
+        with self._users_lock:
+            return bool(self._users)
+
     def use(
         self, model: "RemoteModel", poll: Poll | None = None, on_progress: OnProgress | None = None
     ) -> None:
@@ -154,12 +164,8 @@ class Group:
             model.used_at_start = self._num_starts
 
     def denoise(
-        self,
-        model: "RemoteModel",
-        inputs: Mapping[str, Any],
-        result_shape: tuple[int, ...],
-        poll: Poll | None = None,
-    ) -> torch.Tensor:
+        self, model: "RemoteModel", wanted: Sequence[Wanted], poll: Poll | None = None
+    ) -> list[torch.Tensor]:
         """Evaluate a model; see ``Engine.denoise``. What has changed since ``use`` is made good.
 
         If the group has failed before the request could be sent, whoever's request it failed of,
@@ -169,17 +175,13 @@ class Group:
             GroupClosedError: the group was released, or never started.
         """
         try:
-            return self._denoise(model, inputs, result_shape, poll)
+            return self._denoise(model, wanted, poll)
         except GroupLostError:
-            return self._denoise(model, inputs, result_shape, poll)
+            return self._denoise(model, wanted, poll)
 
     def _denoise(
-        self,
-        model: "RemoteModel",
-        inputs: Mapping[str, Any],
-        result_shape: tuple[int, ...],
-        poll: Poll | None,
-    ) -> torch.Tensor:
+        self, model: "RemoteModel", wanted: Sequence[Wanted], poll: Poll | None
+    ) -> list[torch.Tensor]:
         with _acquired(self._changing, poll):
             if self.engine is None:
                 raise GroupClosedError(
@@ -190,15 +192,15 @@ class Group:
                 raise failures.lost(self.engine.error)
             engine = self._engine_with(model, poll)
         started = time.perf_counter()
-        result = engine.denoise(model.name, inputs, result_shape, poll)
+        results = engine.denoise(model.name, wanted, poll)
         self.step_ms = (time.perf_counter() - started) * 1000
-        return result
+        return results
 
     def bytes_on_devices(self, name: str) -> list[int]:
         """Bytes that the model takes on the device of each rank now; 0 if unknown or asleep."""
         resident = self._models.get(name)
         if resident is None or resident.rank_bytes is None or resident.asleep or not self.alive():
-            return [0] * self.config.tp_size
+            return [0] * self.config.num_ranks
         return resident.rank_bytes
 
     def sleep(self, name: str, poll: Poll | None = None) -> None:
@@ -229,6 +231,7 @@ class Group:
     def _start(self, poll: Poll | None) -> Engine:
         engine = self.alive()
         if engine is None:
+            self._make_way(self.config)
             engine = Engine(self.config)
             self._replace_by(engine)
             self._num_starts += 1
@@ -322,7 +325,7 @@ class Group:
     def _free_bytes(self, engine: Engine, poll: Poll | None) -> int:
         """What is free on the device of the rank that has the least."""
         if self.config.device == "cpu":
-            return psutil.virtual_memory().available // self.config.tp_size
+            return psutil.virtual_memory().available // self.config.num_ranks
         return min(value["memory"]["free_bytes"] for value in engine.call(Report, poll=poll))
 
     def _unload(self, engine: Engine, name: str, poll: Poll | None) -> None:
@@ -377,6 +380,7 @@ class Group:
             id=self.id,
             state=engine.state.value if engine else State.CLOSED.value,
             tp_size=self.config.tp_size,
+            batch_groups=self.config.batch_groups,
             device=self.config.device,
             devices=self.config.devices,
             python=self.config.python,

@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -28,9 +28,11 @@ logger = logging.getLogger("tp_runtime")
 KILL_TIMEOUT_S = 10.0
 LOG_TAIL_BYTES = 4000
 
+Poll = Callable[[], None]
+
 # What vLLM, NCCL and torch must know before they are imported by a rank. NVLink multicast and
 # vLLM's use of it stay off: it is a shared resource of the whole NVSwitch fabric.
-_RANK_ENVIRONMENT = {
+RANK_ENVIRONMENT = {
     "NCCL_NVLS_ENABLE": "0",
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
     "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
@@ -58,28 +60,78 @@ stream.poll(0) and sys.exit()
 runpy.run_module("tp_runtime.worker", run_name="__main__", alter_sys=True)"""
 
 
+class Rank(Protocol):
+    """One running rank, seen from the engine.
+
+    ``place``: which process it is, for a message to a person. ``death_fd``: readable as soon as
+    the process has ended; -1 after ``release``. ``mirrored``: its exchange memory is not the
+    engine's. ``clock_ahead_s``: of its monotonic clock before this machine's.
+    """
+
+    index: int
+    channel: Channel
+    death_fd: int
+    log_path: Path
+    mirrored: bool
+    clock_ahead_s: float
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def place(self) -> str: ...
+
+    def ended(self, timeout_s: float) -> bool:
+        """Whether the process has ended, at the latest after ``timeout_s``."""
+        ...
+
+    def describe_exit(self) -> str:
+        """How the process ended, for a message to a person."""
+        ...
+
+    def log_tail(self) -> str:
+        """The end of the rank's log."""
+        ...
+
+    def kill(self) -> None:
+        """End the process now. Does nothing if it has ended."""
+        ...
+
+    def release(self) -> None:
+        """Close what this process holds of the rank. Idempotent."""
+        ...
+
+
 @dataclass
-class Rank:
-    """One running rank, seen from the engine."""
+class LocalRank:
+    """A rank that is a subprocess."""
 
     index: int
     channel: Channel
     process: subprocess.Popen[bytes]
-    death_fd: int  # a pidfd: readable as soon as the process has ended
+    death_fd: int  # a pidfd
     log_path: Path
+    mirrored: bool = False
+    clock_ahead_s: float = 0.0
 
     @property
     def pid(self) -> int:
         return self.process.pid
 
+    @property
+    def place(self) -> str:
+        return f"process {self.pid}"
+
+    def kill(self) -> None:
+        self.process.kill()
+
     def ended(self, timeout_s: float) -> bool:
-        """Whether the process has ended, at the latest after ``timeout_s``."""
         return self.process.poll() is not None or (
             bool(wait([self.death_fd], timeout_s)) and self.process.poll() is not None
         )
 
     def describe_exit(self) -> str:
-        """How the process ended, for a message to a person."""
+        self.ended(timeout_s=1.0)  # its stream ends a moment before the process does
         code = self.process.poll()
         if code is None:
             return "closed its connection"
@@ -88,20 +140,23 @@ class Rank:
         return f"exited with status {code}"
 
     def log_tail(self) -> str:
-        """The end of the rank's log."""
-        try:
-            with open(self.log_path, "rb") as log:
-                log.seek(max(0, log.seek(0, os.SEEK_END) - LOG_TAIL_BYTES))
-                return log.read(LOG_TAIL_BYTES).decode(errors="replace").strip()
-        except FileNotFoundError:
-            return ""
+        return tail_of(self.log_path)
 
     def release(self) -> None:
-        """Close what this process holds of the rank. Idempotent."""
         self.channel.close()
         if self.death_fd >= 0:
             os.close(self.death_fd)
             self.death_fd = -1
+
+
+def tail_of(log_path: Path) -> str:
+    """The end of a log, for a message to a person."""
+    try:
+        with open(log_path, "rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - LOG_TAIL_BYTES))
+            return log.read(LOG_TAIL_BYTES).decode(errors="replace").strip()
+    except FileNotFoundError:
+        return ""
 
 
 def end_ranks(ranks: Sequence[Rank], grace_s: float) -> None:
@@ -111,14 +166,14 @@ def end_ranks(ranks: Sequence[Rank], grace_s: float) -> None:
     for rank in ranks:
         rank.ended(max(0.0, deadline - time.monotonic()))
     for rank in ranks:
-        rank.process.kill()  # does nothing if it has ended
+        rank.kill()
     deadline = time.monotonic() + KILL_TIMEOUT_S
     for rank in ranks:
         if not rank.ended(max(0.0, deadline - time.monotonic())):
             logger.error(
-                "rank %d (process %d) was killed but has not ended after %g s: a driver holds it",
+                "rank %d (%s) was killed but has not ended after %g s: a driver holds it",
                 rank.index,
-                rank.pid,
+                rank.place,
                 KILL_TIMEOUT_S,
             )
         rank.release()
@@ -127,7 +182,17 @@ def end_ranks(ranks: Sequence[Rank], grace_s: float) -> None:
 class Launcher(Protocol):
     """Starts the ranks of a group and cleans up after them."""
 
-    def launch(self, config: GroupConfig, exchange: Exchange) -> list[Rank]:
+    def prepare(self, config: GroupConfig, poll: Poll) -> None:
+        """Have all there that ``launch`` needs; what takes long is done here.
+
+        ``poll`` is called every 10 ms or so while waiting; what it raises ends the wait.
+
+        Raises:
+            GroupStartError: it cannot be had, or not within the time that a start may take.
+        """
+        ...
+
+    def launch(self, config: GroupConfig, exchange: Exchange) -> Sequence[Rank]:
         """Start all ranks; none may be left if one does not start.
 
         They end with the calling thread, at the latest.
@@ -149,11 +214,14 @@ class LocalLauncher:
     def __init__(self) -> None:
         self._folder: GroupFolder | None = None
 
-    def launch(self, config: GroupConfig, exchange: Exchange) -> list[Rank]:
-        ranks: list[Rank] = []
+    def prepare(self, config: GroupConfig, poll: Poll) -> None:
+        pass
+
+    def launch(self, config: GroupConfig, exchange: Exchange) -> list[LocalRank]:
+        ranks: list[LocalRank] = []
         try:
             self._folder = GroupFolder.create()
-            for index in range(config.tp_size):
+            for index in range(config.num_ranks):
                 ranks.append(self._launch_rank(config, index, exchange, self._folder.path))
         except BaseException as error:
             end_ranks(ranks, grace_s=0)
@@ -168,19 +236,21 @@ class LocalLauncher:
 
     def _launch_rank(
         self, config: GroupConfig, index: int, exchange: Exchange, folder: Path
-    ) -> Rank:
+    ) -> LocalRank:
         channel, rank_end = Channel.pair()
         with contextlib.ExitStack() as on_error, rank_end:
             on_error.callback(channel.close)
             worker = WorkerConfig(
                 rank=index,
+                local_rank=index,
                 tp_size=config.tp_size,
+                batch_groups=config.batch_groups,
                 device=config.device,
                 control_fd=rank_end.fileno(),
                 exchange_fd=exchange.fd,
                 # Not as_uri(): torch takes the path as it is, percent signs included.
                 rendezvous=f"file://{folder / 'rendezvous'}",
-                num_threads=max(1, _usable_cores() // config.tp_size),
+                num_threads=max(1, _usable_cores() // config.num_ranks),
                 log_level=log_level(),
                 fault_file=fault_file(),
             )
@@ -199,7 +269,7 @@ class LocalLauncher:
                     start_new_session=True,
                 )
             on_error.callback(process.kill)
-            rank = Rank(index, channel, process, os.pidfd_open(process.pid), log_path)
+            rank = LocalRank(index, channel, process, os.pidfd_open(process.pid), log_path)
             on_error.pop_all()
         return rank
 
@@ -213,14 +283,20 @@ def _usable_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _environment(config: GroupConfig) -> dict[str, str]:
-    environment = {**_RANK_ENVIRONMENT, **os.environ}
+def inherited_environment() -> dict[str, str]:
+    """This process's environment, made fit for one that runs this package."""
+    environment = {**RANK_ENVIRONMENT, **os.environ}
     package_root = str(Path(__file__).resolve().parent.parent)
     inherited = os.environ.get("PYTHONPATH")
     environment["PYTHONPATH"] = (
         package_root if not inherited else package_root + os.pathsep + inherited
     )
     environment["VLLM_LOGGING_LEVEL"] = log_level()
+    return environment
+
+
+def _environment(config: GroupConfig) -> dict[str, str]:
+    environment = inherited_environment()
     # The group never leaves this machine: its sockets bind to the loopback device only.
     environment["GLOO_SOCKET_IFNAME"] = "lo"
     environment["NCCL_SOCKET_IFNAME"] = "lo"

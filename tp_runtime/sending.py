@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -11,6 +11,7 @@ import torch
 from .protocol import (
     PER_STEP_INPUTS,
     Denoise,
+    Evaluation,
     Hold,
     Patch,
     PatchedWeight,
@@ -19,6 +20,10 @@ from .protocol import (
     pack_inputs,
 )
 from .tensors import Exchange, HeldTensors, Layout, dtype_name
+
+Wanted = tuple[
+    Mapping[str, Any], tuple[int, ...]
+]  # the inputs of an evaluation, its result's shape
 
 HOLD_BYTES = 64 * 2**20  # what one request brings of the factors of patches
 
@@ -40,28 +45,30 @@ class TensorSender:
     # --- evaluating ------------------------------------------------------------------------------
 
     def denoise(
-        self, call: int, model: str, inputs: Mapping[str, Any], result_shape: tuple[int, ...]
-    ) -> tuple[Denoise, torch.Tensor]:
-        """The request, and the place where rank 0 will put the result."""
-        x: torch.Tensor = inputs["x"]
+        self, call: int, model: str, wanted: Sequence[Wanted]
+    ) -> tuple[Denoise, list[torch.Tensor]]:
+        """The request, and the places where the ranks will put the results."""
         layout = Layout()
         in_use: set[int] = set()
-        tree = {
-            name: self._place(value, layout, in_use, hold=name not in PER_STEP_INPUTS)
-            for name, value in inputs.items()
-        }
-        offset = layout.reserve(math.prod(result_shape) * x.itemsize)
-        result = TensorRef(result_shape, dtype_name(x.dtype), offset)
+        evaluations = []
+        for inputs, result_shape in wanted:
+            x: torch.Tensor = inputs["x"]
+            tree = {
+                name: self._place(value, layout, in_use, hold=name not in PER_STEP_INPUTS)
+                for name, value in inputs.items()
+            }
+            offset = layout.reserve(math.prod(result_shape) * x.itemsize)
+            result = TensorRef(result_shape, dtype_name(x.dtype), offset)
+            evaluations.append(Evaluation(pack_inputs(tree), result))
         layout.write_to(self.exchange)
         request = Denoise(
             call=call,
             model=model,
-            inputs=pack_inputs(tree),
+            evaluations=evaluations,
             drop=self._held.evict(in_use),
             exchange_bytes=self.exchange.size,
-            result=result,
         )
-        return request, self.exchange.view(result)
+        return request, [self.exchange.view(evaluation.result) for evaluation in evaluations]
 
     def sent(self) -> None:
         """The request was sent: the ranks hold its tensors now."""

@@ -148,7 +148,8 @@ def test_second_prompt_finds_the_model_loaded(
 
 def references(request: Request) -> dict[str, TensorRef]:
     assert isinstance(request, Denoise)
-    return {name: ref for name, ref in request.inputs.items() if isinstance(ref, TensorRef)}
+    (evaluation,) = request.evaluations
+    return {name: ref for name, ref in evaluation.inputs.items() if isinstance(ref, TensorRef)}
 
 
 def test_conditioning_crosses_once(model: RemoteModel, sent: list[Request]) -> None:

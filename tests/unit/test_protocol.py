@@ -17,6 +17,7 @@ from tp_runtime.protocol import (
     Close,
     Denoise,
     Done,
+    Evaluation,
     Failed,
     Load,
     Progress,
@@ -78,18 +79,18 @@ def test_replies_survive_the_wire(reply: Any) -> None:
 
 @given(st.dictionaries(st.text(), trees))
 def test_inputs_survive_the_wire(inputs: dict[str, Any]) -> None:
-    message = Denoise(7, "m", pack_inputs(inputs), [1, 2], 4096, REF)
+    message = Denoise(7, "m", [Evaluation(pack_inputs(inputs), REF)], [1, 2], 4096)
     arrived = decode_request(encode(message))
     assert isinstance(arrived, Denoise)
-    assert arrived.inputs == inputs
-    assert (arrived.drop, arrived.exchange_bytes, arrived.result) == ([1, 2], 4096, REF)
+    assert arrived.evaluations == [Evaluation(inputs, REF)]
+    assert (arrived.drop, arrived.exchange_bytes) == ([1, 2], 4096)
 
 
 def test_tuples_arrive_as_lists() -> None:
-    message = Denoise(7, "m", pack_inputs({"sizes": (1, (REF,))}), [], 0, REF)
+    message = Denoise(7, "m", [Evaluation(pack_inputs({"sizes": (1, (REF,))}), REF)], [], 0)
     arrived = decode_request(encode(message))
     assert isinstance(arrived, Denoise)
-    assert arrived.inputs == {"sizes": [1, [REF]]}
+    assert arrived.evaluations[0].inputs == {"sizes": [1, [REF]]}
 
 
 def endless() -> list[Any]:
