@@ -65,7 +65,7 @@ class Life:
                 server.run(tp_text_to_latent(MODELS[0]))
             put(self.faults, rank=1, point=phase, action="delay", delay_s=LONG_S)
             if phase == "sleep":
-                server.post("/free", {"unload_models": True})
+                server.free_until(lambda: not self.faults.exists())
             else:
                 server.queue(tp_text_to_latent(MODELS[1]))
             wait_until(lambda: not self.faults.exists(), within_s=120)

@@ -127,7 +127,7 @@ class Soak:
             self.kill()
         put(self.faults, rank=self.random.randrange(2), point=point, action=action)
         if point == "sleep":
-            self.server.post("/free", {"unload_models": True})
+            self.server.free_until(lambda: not self.faults.exists())
         elif point == "idle":
             wait_until(lambda: not self.faults.exists())
         # Weights of a model that no node holds any more are freed in the background, or to make
