@@ -37,7 +37,8 @@ from tp_runtime import (
     TPRuntimeError,
     step_times,
 )
-from tp_runtime.engine import Engine, State
+from tp_runtime.engine import Engine
+from tp_runtime.process_group import State
 from tp_runtime.protocol import MAX_FRAME_BYTES, VERSION, Done, encode
 from tp_runtime.worker import MAX_LOG_BYTES
 

@@ -28,9 +28,11 @@ from tp_runtime import (
     RankError,
     RemoteModel,
     Runtime,
+    process_group,
 )
 from tp_runtime import engine as engine_module
-from tp_runtime.engine import Engine, State
+from tp_runtime.engine import Engine
+from tp_runtime.process_group import State
 from tp_runtime.protocol import Load, Report, Unload
 
 pytestmark = pytest.mark.process
@@ -282,7 +284,7 @@ def test_close_waits_for_an_orderly_end(
 def test_close_does_not_wait_for_a_stopped_rank(
     light_model: LightModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "CLOSE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(process_group, "CLOSE_TIMEOUT_S", 0.5)
     model = light_model()
     engine = engine_of(model)
     os.kill(engine.ranks[0].pid, signal.SIGSTOP)

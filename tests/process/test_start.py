@@ -12,8 +12,9 @@ import pytest
 from process.conftest import PythonWith, assert_ended, cpu_group
 
 from tp_runtime import GroupClosedError, GroupLostError, GroupStartError
-from tp_runtime.engine import Engine, State
+from tp_runtime.engine import Engine
 from tp_runtime.local_launcher import LocalLauncher
+from tp_runtime.process_group import State
 from tp_runtime.protocol import Report
 
 pytestmark = pytest.mark.process
