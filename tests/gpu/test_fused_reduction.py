@@ -1,0 +1,64 @@
+"""The sum over the ranks, residual and norm in one kernel, on real hardware: 2 and 4 ranks.
+
+They share one GPU, which takes turns between their processes, so a step here takes a time that
+means nothing. On GPUs of their own, the ranks run the same kernels on the same memory.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from gpu.conftest import FP32_TOLERANCE, WRITERS, Load, in_dtype, make_inputs, relative_error
+
+from support.paths import REPOSITORY
+
+pytestmark = pytest.mark.gpu
+
+
+ENVIRONMENT = {
+    "GLOO_SOCKET_IFNAME": "lo",
+    "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+    "VLLM_DISABLE_PYNCCL": "1",
+}
+
+
+def results_of(folder: Path, ranks: int, dtype: str) -> list[torch.Tensor]:
+    """What rank 0 saved."""
+    program = Path(__file__).with_name("shared_gpu_rank.py")
+    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    started = [
+        subprocess.Popen(
+            [sys.executable, program, str(rank), str(ranks), dtype, folder],
+            env=os.environ | ENVIRONMENT | {"PYTHONPATH": path},
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        assert [rank.wait(timeout=240) for rank in started] == [0] * ranks
+    finally:
+        for rank in started:
+            rank.kill()
+    return torch.load(folder / "results.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("family", WRITERS)
+def test_ranks_on_one_gpu(load: Load, tmp_path: Path, family: str, ranks: int) -> None:
+    path = WRITERS[family](tmp_path / "model.safetensors")
+    inputs = make_inputs(family)
+    rounded = in_dtype(inputs, torch.bfloat16)
+    torch.save(inputs, tmp_path / "float32.pt")
+    torch.save(rounded, tmp_path / "bfloat16.pt")
+    reference = load(path, device="cpu")
+    expected = reference.denoise(inputs)
+    for found in results_of(tmp_path, ranks, "float32"):
+        assert relative_error(found, expected) <= FP32_TOLERANCE
+    expected = reference.denoise({name: value.float() for name, value in rounded.items()})
+    allowed = relative_error(load(path, "bfloat16", "off").denoise(rounded), expected)
+    for found in results_of(tmp_path, ranks, "bfloat16"):
+        assert relative_error(found, expected) <= 1.05 * allowed
