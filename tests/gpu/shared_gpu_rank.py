@@ -1,10 +1,10 @@
 """One of several ranks on the same GPU, which computes steps as on a GPU of its own.
 
-    python shared_gpu_rank.py RANK RANKS DTYPE FOLDER
+    python shared_gpu_rank.py RANK RANKS FOLDER
 
 NCCL refuses ranks that share a GPU, so the group's own collectives go through symmetric memory
-here, as the fused sums do anyway. Rank 0 saves the results of three steps, the last replayed from
-a CUDA graph. Reads `model.safetensors` and `DTYPE.pt` in FOLDER.
+here, as the fused sums do anyway. Reads `model.safetensors` and `inputs.pt` (dtype → inputs) in
+FOLDER; rank 0 saves, for each dtype, what three steps gave, the last replayed from a CUDA graph.
 """
 
 import sys
@@ -48,30 +48,38 @@ class Collectives:
         return parts
 
 
+def steps(
+    path: Path, dtype: str, inputs: dict[str, Any], device: torch.device, rank: int, ranks: int
+) -> list[torch.Tensor]:
+    spec = ModelSpec.of(str(path), dtype, dtype)
+    driver = load_model(spec, device, rank, ranks, lambda *_: None).driver
+    results = [driver(dict(inputs), "key").cpu() for _ in range(3)]
+    assert driver._reduction is not None
+    assert driver._reduction._buffers, "the fused kernels were not used"
+    return results
+
+
 def main() -> None:
-    rank, ranks, dtype, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
+    rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
     parallel_state.set_custom_all_reduce(False)
     dist.peer_access = lambda: True  # a GPU can read its own memory
     with set_current_vllm_config(VllmConfig(device_config=DeviceConfig("cuda"))):
-        parallel_state.init_distributed_environment(
-            ranks, rank, f"file://{folder}/rendezvous{ranks}{dtype}", 0, "gloo"
-        )
+        rendezvous = f"file://{folder}/rendezvous"
+        parallel_state.init_distributed_environment(ranks, rank, rendezvous, 0, "gloo")
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=ranks)
         group = parallel_state.get_tp_group()
         collectives = Collectives(group)
         group.all_gather, group.all_reduce = collectives.all_gather, collectives.all_reduce
         with torch.inference_mode():
-            spec = ModelSpec.of(str(folder / "model.safetensors"), dtype, dtype)
-            driver = load_model(spec, device, rank, ranks, lambda *_: None).driver
-            inputs: dict[str, Any] = torch.load(folder / f"{dtype}.pt", map_location=device)
-            results = [driver(dict(inputs), "key").cpu() for _ in range(3)]
-        assert driver._reduction is not None
-        assert driver._reduction._buffers, "the fused kernels were not used"
+            results = {
+                dtype: steps(folder / "model.safetensors", dtype, inputs, device, rank, ranks)
+                for dtype, inputs in torch.load(folder / "inputs.pt", map_location=device).items()
+            }
         if rank == 0:
             torch.save(results, folder / "results.pt")
-        parallel_state.get_tp_group().barrier()
+        group.barrier()
 
 
 if __name__ == "__main__":
