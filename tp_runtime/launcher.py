@@ -17,7 +17,7 @@ from typing import Protocol
 
 import msgspec
 
-from .config import GroupConfig, WorkerConfig, fault_file, log_level
+from .config import GroupConfig, WorkerConfig, attention_kernel, fault_file, log_level
 from .errors import GroupStartError
 from .group_folder import GroupFolder
 from .tensors import Exchange
@@ -183,6 +183,7 @@ class LocalLauncher:
                 num_threads=max(1, _usable_cores() // config.tp_size),
                 log_level=log_level(),
                 fault_file=fault_file(),
+                attention=attention_kernel(),
             )
             arguments = ["-c", _RANK_CODE, msgspec.json.encode(worker).decode()]
             log_path = folder / f"rank{index}.log"

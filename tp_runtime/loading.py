@@ -10,7 +10,7 @@ from torch import nn
 from . import dist
 from .acceleration import GraphedStep
 from .checkpoint import CheckpointFile, CheckpointInfo, inspect_checkpoint
-from .config import ModelSpec, file_version
+from .config import AttentionKernel, ModelSpec, file_version
 from .errors import CheckpointError
 from .fault_points import reach
 from .host_memory import HostCopy
@@ -110,10 +110,12 @@ def load_model(
     rank: int,
     tp_size: int,
     report_progress: ReportProgress,
+    attention: AttentionKernel = "auto",
 ) -> LoadedModel:
     """Read the slices of the file that this rank holds, and nothing else of it.
 
-    ``report_progress(done, total)`` is called with bytes now and then.
+    ``report_progress(done, total)`` is called with bytes now and then. ``attention``: of optimised
+    steps.
 
     Raises:
         CheckpointError: the file is not what it was when the model was chosen.
@@ -164,14 +166,17 @@ def load_model(
     fast = device.type == "cuda" and spec.optimize == "auto"
     reduction = None
     if fast:
-        from .reduction import fused_reduction  # here, since without a GPU there may be no Triton
+        # Here, since without a GPU there may be no Triton.
+        from .attention import FastAttention
+        from .reduction import fused_reduction
 
         reduction = fused_reduction(device)
+        fast_attention = FastAttention(attention)
     driver = module.Driver(model.eval(), info.config, dist.all_gather_last, reduction)
 
     def new_step() -> Callable[..., torch.Tensor]:
         if fast:
-            return GraphedStep(driver.step, lambda: dist.graph_capture(device))
+            return GraphedStep(driver.step, lambda: dist.graph_capture(device), fast_attention)
         return driver.step
 
     return LoadedModel(driver, weights, device, new_step, bytes_read)

@@ -83,6 +83,7 @@ class Runner:
                 self._config.rank,
                 self._config.tp_size,
                 report_progress,
+                self._config.attention,
             )
             self._models[request.model] = model
         return {"resident_bytes": model.resident_bytes, "bytes_read": model.bytes_read}

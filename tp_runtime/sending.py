@@ -45,9 +45,11 @@ class TensorSender:
         """The request, and the place where rank 0 will put the result."""
         x: torch.Tensor = inputs["x"]
         layout = Layout()
-        in_use: set[int] = set()
+        constant = {name: v for name, v in inputs.items() if name not in PER_STEP_INPUTS}
+        to_hold = list(_tensors_in(constant))
+        held = {id(t): key for t, key in zip(to_hold, self._held.find(to_hold), strict=True)}
         tree = {
-            name: self._place(value, layout, in_use, hold=name not in PER_STEP_INPUTS)
+            name: self._place(value, layout, held if name in constant else None)
             for name, value in inputs.items()
         }
         offset = layout.reserve(math.prod(result_shape) * x.itemsize)
@@ -57,7 +59,7 @@ class TensorSender:
             call=call,
             model=model,
             inputs=pack_inputs(tree),
-            drop=self._held.evict(in_use),
+            drop=self._held.evict(set(held.values())),
             exchange_bytes=self.exchange.size,
             result=result,
         )
@@ -71,23 +73,22 @@ class TensorSender:
         """The request was not sent."""
         self._held.roll_back()
 
-    def _place(self, value: Any, layout: Layout, in_use: set[int], hold: bool) -> Any:
-        """``value`` with every tensor replaced by a reference to it."""
+    def _place(self, value: Any, layout: Layout, held: dict[int, int] | None) -> Any:
+        """``value`` with every tensor replaced by a reference to it.
+
+        ``held``: for tensors that the ranks are to keep, identity → key, 0 until they have it.
+        """
         if isinstance(value, torch.Tensor):
-            if not hold:
+            if held is None:
                 return layout.place(value)
-            key = self._held.find(value)
-            if key:
-                ref = TensorRef(tuple(value.shape), dtype_name(value.dtype), -1, key)
-            else:
-                key = self._held.add(value)
-                ref = layout.place(value, key)
-            in_use.add(key)
-            return ref
+            if held[id(value)]:
+                return TensorRef(tuple(value.shape), dtype_name(value.dtype), -1, held[id(value)])
+            held[id(value)] = self._held.add(value)
+            return layout.place(value, held[id(value)])
         if isinstance(value, Mapping):
-            return {k: self._place(v, layout, in_use, hold) for k, v in value.items()}
+            return {k: self._place(v, layout, held) for k, v in value.items()}
         if isinstance(value, list | tuple):
-            return [self._place(v, layout, in_use, hold) for v in value]
+            return [self._place(v, layout, held) for v in value]
         return value
 
     # --- patching --------------------------------------------------------------------------------
@@ -143,6 +144,17 @@ class TensorSender:
             for factor in patch.factors
         )
         return msgspec.structs.replace(patch, factors=factors)
+
+
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors_in(item)
 
 
 def _factors(weights: Mapping[str, PatchedWeight]) -> Iterator[torch.Tensor]:

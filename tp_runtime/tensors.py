@@ -11,6 +11,7 @@ import ctypes
 import mmap
 import os
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import psutil
 import torch
@@ -20,6 +21,7 @@ from .protocol import TensorRef
 
 ALIGNMENT = 256
 HELD_BYTES = 512 * 2**20
+_LIKELY = 2  # tensors of a shape in turn: of the positive and of the negative prompt
 
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -85,12 +87,27 @@ def plain_copy(source: torch.Tensor) -> torch.Tensor:
     return copy
 
 
-def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
-        return False
-    if _is_plain(one) and _is_plain(other):
-        return _memcmp(one.data_ptr(), other.data_ptr(), one.nbytes) == 0
-    return torch.equal(one, other)
+def _comparable(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+
+
+def _equal(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[bool]:
+    """Whether the two tensors of each pair, which are comparable, have the same content."""
+    found = [False] * len(pairs)
+    waiting: dict[int, torch.Tensor] = {}
+    for index, (one, other) in enumerate(pairs):
+        if _is_plain(one) and _is_plain(other):
+            found[index] = _memcmp(one.data_ptr(), other.data_ptr(), one.nbytes) == 0
+        elif one.is_cpu:
+            found[index] = torch.equal(one, other)
+        else:
+            if one.dtype.itemsize == 1:  # fp8 cannot be compared
+                one, other = one.view(torch.uint8), other.view(torch.uint8)
+            waiting[index] = (one == other).all()
+    if waiting:
+        for index, same in zip(waiting, torch.stack(list(waiting.values())).tolist(), strict=True):
+            found[index] = same
+    return found
 
 
 def _lacking(size: int, reason: str) -> TPRuntimeError:
@@ -240,13 +257,30 @@ class HeldTensors:
         self._first_unsent = 1
         self._to_drop: list[int] = []
 
-    def find(self, tensor: torch.Tensor) -> int:
-        """The key under which the ranks hold an equal tensor, or 0."""
-        for key, held in reversed(self._held.items()):
-            if _equal(held, tensor):
-                self._held.move_to_end(key)
-                return key
-        return 0
+    def find(self, tensors: Sequence[torch.Tensor]) -> list[int]:
+        """For each tensor, the key under which the ranks hold an equal one, or 0.
+
+        On a GPU every answer is waited for; so the likely ones, used last, are asked for at once.
+        """
+        alike = [
+            [key for key, held in reversed(self._held.items()) if _comparable(held, tensor)]
+            for tensor in tensors
+        ]
+        found = [0] * len(tensors)
+        for asked in (slice(0, _LIKELY), slice(_LIKELY, None)):
+            pairs = [
+                (index, key)
+                for index, keys in enumerate(alike)
+                if not found[index]
+                for key in keys[asked]
+            ]
+            equal = _equal([(self._held[key], tensors[index]) for index, key in pairs])
+            for (index, key), same in zip(pairs, equal, strict=True):
+                if same and not found[index]:
+                    found[index] = key
+        for key in filter(None, found):
+            self._held.move_to_end(key)
+        return found
 
     def add(self, tensor: torch.Tensor) -> int:
         """Remember ``tensor`` (a copy of it) under a new key, which is returned."""

@@ -15,8 +15,10 @@ WRITERS: dict[str, Callable[..., Path]] = {
     "flux": write_flux,
     "qwen_image": write_qwen_image,
 }
-# Matrix products of the CPU and of the GPU sum in another order.
+# What the order of sums may change in fp32.
 FP32_TOLERANCE = 1e-5
+# A GPU rounds exp differently, and the angles of the timestep's sinusoids go up to 1000.
+DEVICE_TOLERANCE = 1e-4
 
 Load = Callable[..., RemoteModel]
 
@@ -73,7 +75,7 @@ def make_inputs(family: str, height: int = 12, width: int = 8, batch: int = 2) -
         "context": normal(batch, 20, 64),
     }
     if family == "flux":
-        inputs |= {"y": normal(batch, 48), "guidance": torch.full((batch,), 3.5)}
+        inputs |= {"y": normal(batch, 48), "guidance": torch.full((batch,), 4.0)}
     return inputs
 
 
