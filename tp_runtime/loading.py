@@ -1,8 +1,9 @@
 """Builds a rank's shard of a model: module tree, parallel layers, weights from the file."""
 
+import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -30,11 +31,13 @@ from .sharding.parts import (
 )
 from .sharding.walker import replace_linears
 from .tensors import dtype_of
+from .uploading import Uploads
 
 PROGRESS_INTERVAL_S = 0.05
 FP8_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
 ReportProgress = Callable[[int, int], None]
+Copy = Callable[[torch.Tensor, torch.Tensor], object]  # source on the CPU, place on the device
 
 
 class LoadedModel:
@@ -146,7 +149,8 @@ def load_model(
     with CheckpointFile.open(spec.path) as file:
         reach("load")
         reader = _Reader(file, info.scales, weight_dtype)
-        _fill(model, parts_of(rank), reader, report_progress)
+        with _copier(device, tp_size) as copy:
+            _fill(model, parts_of(rank), reader, copy, report_progress)
         stored = {
             name: StoredWeight(tensor.shape, weight_dtype) for name, tensor in info.tensors.items()
         }
@@ -228,8 +232,22 @@ class _Reader:
         return data.to(self._weight_dtype)
 
 
+@contextlib.contextmanager
+def _copier(device: torch.device, num_ranks: int) -> Iterator[Copy]:
+    """What copies a tensor of the file to its place; all have arrived when this ends."""
+    if device.type == "cuda":
+        with Uploads(device, num_ranks) as uploads:
+            yield uploads.copy
+    else:
+        yield lambda source, place: place.copy_(source)
+
+
 def _fill(
-    model: nn.Module, parts: list[Part], reader: _Reader, report_progress: ReportProgress
+    model: nn.Module,
+    parts: list[Part],
+    reader: _Reader,
+    copy: Copy,
+    report_progress: ReportProgress,
 ) -> None:
     """Copy every part to its place; what no part covers is padding and becomes zero."""
     parameters = dict(model.named_parameters())
@@ -250,7 +268,7 @@ def _fill(
             scale.data.fill_(1.0)
         for part in here:
             place = parameter.data.narrow(part.axis, part.target_start, part.length)
-            place.copy_(reader.read(part, with_scale=scale is None))
+            copy(reader.read(part, with_scale=scale is None), place)
             if scale is not None:
                 rows = scale if part.axis else scale.narrow(0, part.target_start, part.length)
                 rows.data.fill_(reader.scale(part.source))
