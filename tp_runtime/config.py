@@ -12,8 +12,8 @@ The only place where the package reads environment variables of its own:
 ``TP_RUNTIME_ATTENTION``       the ranks' attention on GPUs: auto (measured; the default), flash3,
                                cudnn, or sdpa (torch's choice)
 ``TP_RUNTIME_LOG_LEVEL``       level of the ranks' logs (default INFO)
-``TP_RUNTIME_HOME``            folder for logs and rendezvous files (default: the user's
-                               state folder)
+``TP_RUNTIME_HOME``            folder for logs, rendezvous files and what ranks compile
+                               (default: the user's state folder)
 =============================  ==========================================================
 """
 

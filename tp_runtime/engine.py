@@ -53,7 +53,7 @@ from .protocol import (
 )
 from .sending import TensorSender
 from .step_times import StepTimes, shapes_of
-from .tensors import plain_copy
+from .tensors import copied_to
 from .transport import wait
 
 logger = logging.getLogger("tp_runtime")
@@ -217,7 +217,7 @@ class Engine:
         result_shape: tuple[int, ...],
         poll: Poll | None = None,
     ) -> torch.Tensor:
-        """Evaluate the transformer once; returns a CPU tensor of the dtype of ``x``.
+        """Evaluate the transformer once; returns a tensor of the dtype and on the device of ``x``.
 
         ``inputs`` are ComfyUI's forward arguments: a tensor ``x`` and plain data with tensors.
         Tensors that the ranks hold from an earlier call are not sent again.
@@ -242,7 +242,7 @@ class Engine:
             self._sender.sent()
             self._wait(call, poll)
             call.raise_error()
-            return plain_copy(results[0])
+            return copied_to(inputs["x"].device, results[0])
 
     def patch(
         self,

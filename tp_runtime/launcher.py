@@ -17,7 +17,7 @@ from typing import Protocol
 
 import msgspec
 
-from .config import GroupConfig, WorkerConfig, attention_kernel, fault_file, log_level
+from .config import GroupConfig, WorkerConfig, attention_kernel, fault_file, home, log_level
 from .errors import GroupStartError
 from .group_folder import GroupFolder
 from .tensors import Exchange
@@ -39,6 +39,8 @@ _RANK_ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
     "PYTHONSAFEPATH": "1",  # ComfyUI's folder has modules named utils, server, tests, ...
 }
+
+_COMPILE_CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 
 # Signals that say what has happened.
 _SIGNALS: dict[int, str] = {
@@ -226,6 +228,9 @@ def _environment(config: GroupConfig) -> dict[str, str]:
     environment["GLOO_SOCKET_IFNAME"] = "lo"
     environment["NCCL_SOCKET_IFNAME"] = "lo"
     if config.device == "cuda":
+        # What a rank compiles is there at the next start; torch's own choice is below /tmp.
+        for variable, name in _COMPILE_CACHES.items():
+            environment.setdefault(variable, str(home() / "compiled" / name))
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else None
         chosen = [names[index] if names else str(index) for index in config.devices]

@@ -107,7 +107,7 @@ class Runner:
         return model
 
     def _hold(self, request: Hold) -> None:
-        self._map_exchange(request.exchange_bytes)
+        self._exchange.remap(request.exchange_bytes)
         for ref in request.tensors:
             self._factors[ref.key] = self._exchange.view(ref).clone()
 
@@ -120,7 +120,7 @@ class Runner:
         started = time.perf_counter()
         reach("denoise")
         # Before anything can be refused: the engine takes it that these are held from now on.
-        self._map_exchange(request.exchange_bytes)
+        self._exchange.remap(request.exchange_bytes)
         inputs = self._resolve(request.inputs)
         conditioning_key = _conditioning_key(request.inputs)
         for key in request.drop:
@@ -135,17 +135,6 @@ class Runner:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self._last_step_ms = (time.perf_counter() - started) * 1000
-
-    def _map_exchange(self, size: int) -> None:
-        """Map the exchange memory and, on a GPU, let the device read and write it directly."""
-        if size == self._exchange.size:
-            return
-        cuda = torch.cuda.cudart() if self._device.type == "cuda" else None
-        if cuda and self._exchange.size:
-            torch.cuda.check_error(cuda.cudaHostUnregister(self._exchange.address))
-        self._exchange.remap(size)
-        if cuda:
-            torch.cuda.check_error(cuda.cudaHostRegister(self._exchange.address, size, 0))
 
     def _resolve(self, value: Any) -> Any:
         """``value`` with every reference replaced by its tensor, on the rank's device."""

@@ -80,8 +80,10 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     return tensor.is_cpu and tensor.is_contiguous()
 
 
-def plain_copy(source: torch.Tensor) -> torch.Tensor:
-    """A copy of a contiguous CPU tensor."""
+def copied_to(device: torch.device, source: torch.Tensor) -> torch.Tensor:
+    """A copy of a contiguous CPU tensor on a device."""
+    if device.type != "cpu":
+        return source.to(device)
     copy = torch.empty_like(source)
     ctypes.memmove(copy.data_ptr(), source.data_ptr(), source.nbytes)
     return copy
@@ -127,6 +129,7 @@ class Exchange:
         self.fd = fd
         self._map: mmap.mmap | None = None
         self._size = 0
+        self._page_locked = False
 
     @classmethod
     def create(cls) -> "Exchange":
@@ -166,7 +169,10 @@ class Exchange:
         self.remap(size)
 
     def remap(self, size: int) -> None:
-        """Map the first ``size`` bytes, if not mapped already. Tensors of before become invalid."""
+        """Map the first ``size`` bytes, if not mapped already. Tensors of before become invalid.
+
+        In a process that uses CUDA they are page-locked: GPUs read and write them directly.
+        """
         if size == self._size:
             return
         if size > os.fstat(self.fd).st_size:
@@ -174,6 +180,9 @@ class Exchange:
         self._unmap()
         self._map = mmap.mmap(self.fd, size)
         self._size = size
+        if size and torch.cuda.is_initialized():
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self.address, size, 0))
+            self._page_locked = True
 
     def view(self, ref: TensorRef) -> torch.Tensor:
         """The tensor that ``ref`` describes, in place. Valid until the next call rewrites it."""
@@ -190,14 +199,18 @@ class Exchange:
         return data.view(dtype).view(ref.shape)
 
     def write(self, ref: TensorRef, tensor: torch.Tensor) -> None:
-        """Copy a tensor, from any device, to where ``ref`` says."""
+        """Copy a tensor, from any device, to where ``ref`` says. From a GPU: only begin to."""
         target = self.view(ref)
         if _is_plain(tensor):
             ctypes.memmove(target.data_ptr(), tensor.data_ptr(), target.nbytes)
         else:
-            target.copy_(tensor)
+            target.copy_(tensor, non_blocking=tensor.is_cuda)
 
     def _unmap(self) -> None:
+        if self._page_locked:
+            # Fails only where the GPU's context is lost, and the lock with it.
+            torch.cuda.cudart().cudaHostUnregister(self.address)
+            self._page_locked = False
         if self._map is not None:
             # Views of torch.frombuffer may still be alive; the pages go with the last of them.
             self._map = None
@@ -237,6 +250,8 @@ class Layout:
         exchange.reserve(self.size)
         for ref, tensor in self._placed:
             exchange.write(ref, tensor)
+        for device in {tensor.device for _, tensor in self._placed if tensor.is_cuda}:
+            torch.cuda.current_stream(device).synchronize()
 
 
 class HeldTensors:

