@@ -4,10 +4,10 @@
 
 Each row: the wall-clock time of `RemoteModel.denoise`, as ComfyUI sees it (request, transfer of
 the latent from its device and back, step); `ms_hop`, what of it lies outside the slower rank, the
-median of a few more steps; `floor_ratio`, the
-time over the least that the model's products and attention take at the measured rate of a large
-matrix product, evenly split; the memory on the worst GPU. `--diffusers` adds rows (`tp` 0) of
-diffusers with compiled blocks on one GPU, in the same run.
+median of a few more steps; `floor_ratio`, the time over the least that the model's products and
+attention take at the measured rate of a large matrix product, evenly split; `start_s` until the
+ranks are up, `load_s` for reading the file, `first_s` for the first step; the memory on the worst
+GPU. `--diffusers` adds rows (`tp` 0) of diffusers with compiled blocks on one GPU, in the same run.
 """
 
 import argparse
@@ -41,6 +41,8 @@ COLUMNS = [
     "ms_p90",
     "ms_hop",
     "floor_ratio",
+    "start_s",
+    "load_s",
     "first_s",
     "weights_gib",
     "peak_gib",
@@ -60,8 +62,9 @@ def measure(
             GroupConfig.local(tp_size),
         )
         started = time.perf_counter()
-        remote.ensure_loaded()
-        load_s = time.perf_counter() - started
+        began: list[float] = []  # to read: then the ranks were up
+        remote.ensure_loaded(on_progress=lambda *_: began.append(time.perf_counter()))
+        loaded = time.perf_counter()
         for side in args.sides:
             for batch in args.batches:
                 inputs = make_inputs(model, side, batch)
@@ -71,7 +74,8 @@ def measure(
                     "side": side,
                     "batch": batch,
                     "optimize": args.optimize,
-                    "load_s": round(load_s, 1),
+                    "start_s": round(began[0] - started, 1),
+                    "load_s": round(loaded - began[0], 1),
                     "floor_ratio": None,
                     **_time_steps(remote, runtime, inputs, args.steps),
                 }
