@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from . import failures
-from .config import GroupConfig, WorkerConfig, fault_file, log_level
+from .config import GroupConfig, WorkerConfig, attention_kernel, fault_file, home, log_level
 from .errors import GroupStartError
 from .forking import MAX_ANSWER_BYTES, ForkServer, ForkServerError, fork_server
 from .group_folder import GroupFolder
@@ -34,6 +34,9 @@ _ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
 }
+
+
+_COMPILE_CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 
 
 @dataclass
@@ -131,6 +134,7 @@ class LocalLauncher:
             num_threads=max(1, _usable_cores() // config.num_ranks),
             log_level=log_level(),
             fault_file=fault_file(),
+            attention=attention_kernel(),
         )
         log_path = folder / f"rank{index}.log"
         # For appending, so that the rank can shorten it; readable by its owner only.
@@ -182,6 +186,9 @@ def _rank_environment(config: GroupConfig) -> dict[str, str]:
     """Of a rank: it sees the GPUs of its group only."""
     environment = _environment()
     if config.device == "cuda":
+        # What a rank compiles is there at the next start; torch's own choice is below /tmp.
+        for variable, name in _COMPILE_CACHES.items():
+            environment.setdefault(variable, str(home() / "compiled" / name))
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else None
         chosen = [names[index] if names else str(index) for index in config.devices]

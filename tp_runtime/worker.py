@@ -1,14 +1,14 @@
 """The process of one rank: joins the group, then serves requests until its channel ends.
 
-Forked by ``fork_server``, which has imported this module. Two threads: the main one computes; the
-reader only receives frames and ends the process, whatever it is doing, when the engine's process
-is gone.
+Forked by ``fork_server``, which has imported this module. Two threads: the main one receives
+requests and computes; the watcher only ends the process, whatever it is doing, when the engine's
+process is gone.
 """
 
 import contextlib
 import logging
 import os
-import queue
+import select
 import threading
 import time
 import traceback
@@ -42,29 +42,35 @@ MAX_LOG_BYTES = 8 * 2**20
 KEPT_LOG_BYTES = 2**20
 
 
-def _read_requests(
-    channel: Channel, parent_pid: int, requests: "queue.SimpleQueue[Request]"
-) -> None:
-    """Thread: queue the requests; end the process at once when nobody is left to answer to."""
+def _watch(channel: Channel, parent_pid: int) -> None:
+    """Thread: end the process at once when nobody is left to answer to."""
     status = 1
     try:
+        stream = select.poll()
+        stream.register(channel, select.POLLRDHUP)
         # A process that ComfyUI has forked may hold the stream open after ComfyUI's death.
-        while not channel.ended and os.getppid() == parent_pid:
-            if wait([channel], PARENT_CHECK_S):
-                for frame in channel.receive():
-                    requests.put(decode_request(frame))
-            else:
-                fault_points.reach("idle")
+        while os.getppid() == parent_pid and not stream.poll(1000 * PARENT_CHECK_S):
             _shorten_log()
         logger.info("ending: nobody is left to answer to")
         status = 0
-    except BaseException as error:
-        logger.exception("ending: the reader failed")
-        with contextlib.suppress(EOFError):
-            channel.send(encode(_failed(-1, False, error)))
+    except BaseException:
+        logger.exception("ending: the watcher failed")
     finally:
         # Not sys.exit: the main thread may be inside a collective that will never return.
         os._exit(status)
+
+
+def _requests(channel: Channel) -> Iterator[Request]:
+    """The requests as they come, until the stream ends.
+
+    Received by the thread that carries them out: handing each over would cost a fifth of a
+    millisecond, since a core that wakes up is slow.
+    """
+    while not channel.ended:
+        if wait([channel], PARENT_CHECK_S):
+            yield from map(decode_request, channel.receive())
+        else:
+            fault_points.reach("idle")
 
 
 def _shorten_log() -> None:
@@ -82,9 +88,9 @@ def _shorten_log() -> None:
             log.truncate()
 
 
-def _serve(config: WorkerConfig, channel: Channel, requests: "queue.SimpleQueue[Request]") -> None:
+def _serve(config: WorkerConfig, channel: Channel) -> None:
     def send(reply: Reply) -> None:
-        # Without a reader on the other side, the reader thread is about to end this process.
+        # Without a reader on the other side, the watcher is about to end this process.
         with contextlib.suppress(EOFError):
             channel.send(encode(reply))
 
@@ -94,7 +100,9 @@ def _serve(config: WorkerConfig, channel: Channel, requests: "queue.SimpleQueue[
     with dist.tensor_parallel_group(config) as tp_world_size:
         runner = Runner(config, device)
         send(Ready(config.rank, tp_world_size, runner.device_name(), dist.versions()))
-        while not isinstance(request := requests.get(), Close):
+        for request in _requests(channel):
+            if isinstance(request, Close):
+                break
             if isinstance(request, Piece):
                 assert mirror is not None, "this rank shares the engine's memory"
                 mirror.put(request)
@@ -130,12 +138,9 @@ def run(config: WorkerConfig, parent_pid: int) -> None:
     )
     fault_points.watch(config.rank, config.fault_file)
     channel = Channel.inherited(config.control_fd)
-    requests: queue.SimpleQueue[Request] = queue.SimpleQueue()
-    threading.Thread(
-        target=_read_requests, args=(channel, parent_pid, requests), daemon=True
-    ).start()
+    threading.Thread(target=_watch, args=(channel, parent_pid), daemon=True).start()
     try:
-        _serve(config, channel, requests)
+        _serve(config, channel)
     except BaseException as error:
         failed = _failed(-1, False, error)
         logger.exception("rank %d failed", config.rank)
