@@ -40,7 +40,7 @@ MAX_GROWTH = 0.05  # of memory: allocators keep some, and ComfyUI its history
 ERRORS = {
     "die": "GroupDiedError",
     "raise": "RankError",
-    "out of memory": "RankMemoryError",
+    "allocate": "RankMemoryError",
     "stop": "CallTimeoutError",
 }
 POINTS = ("start", "load", "idle", "sleep", "unload")
@@ -104,7 +104,7 @@ class Soak:
     def cancel(self) -> str:
         self.server.events.clear()
         prompt_id = self.server.queue(self.prompt(steps=5000))
-        self.server.events.wait_for("progress", lambda event: event.data["max"] == 5000)
+        self.server.events.wait_for("progress", lambda e: e.data["max"] == 5000, PROMPT_S)
         time.sleep(self.random.uniform(0, 1))
         self.server.interrupt()
         with pytest.raises(PromptError) as caught:
@@ -122,7 +122,7 @@ class Soak:
     def fault_elsewhere(self) -> str:
         """Where nobody may wait for the request, or another one does."""
         point = self.random.choice(POINTS)
-        action = self.random.choice(("die", "raise", "out of memory"))
+        action = self.random.choice(("die", "raise", "allocate"))
         if point == "start":
             self.kill()
         put(self.faults, rank=self.random.randrange(2), point=point, action=action)
