@@ -8,8 +8,8 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..tp_runtime import OPTIMIZE, TPRuntimeError, file_version, inspect_checkpoint
-from .gpu_count import CHOICES, choose_group
+from ..tp_runtime import OPTIMIZE, WHERE, TPRuntimeError, file_version, inspect_checkpoint
+from .gpu_count import CHOICES, HERE, choose_group
 from .layouts import AUTO, LAYOUTS
 from .model import load_model
 from .notices import warn_on_node
@@ -106,6 +106,20 @@ class TPLoadDiffusionModel(io.ComfyNode):
                         ),
                     )
                 ),
+                advanced(
+                    io.Combo.Input(
+                        "where",
+                        options=list(WHERE),
+                        default=HERE,
+                        optional=True,
+                        tooltip=(
+                            "On whose GPUs. 'ray': those of a Ray cluster, which may have several "
+                            "machines; its address is in ComfyUI's settings. The model file must "
+                            "have the same path on all of them. Needs Ray in the GPU processes' "
+                            "Python."
+                        ),
+                    )
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model. Any sampler, guider or scheduler can use it.")
@@ -120,6 +134,7 @@ class TPLoadDiffusionModel(io.ComfyNode):
         gpu_count: str,
         devices: str = "",
         layout: str = AUTO,
+        where: str = HERE,
         **_: Any,
     ) -> str:
         """Another value when the file has been replaced by another of the same name.
@@ -132,7 +147,7 @@ class TPLoadDiffusionModel(io.ComfyNode):
         version = f"{path} {file_version(path)}"
         try:
             info = inspect_checkpoint(path)
-            group = choose_group(gpu_count, info, lambda _: None, devices, layout)
+            group = choose_group(gpu_count, info, lambda _: None, devices, layout, where)
         except (TPRuntimeError, ValueError) as error:  # `execute` raises it
             return f"{version} {error}"
         return f"{version} {group}"
@@ -146,6 +161,7 @@ class TPLoadDiffusionModel(io.ComfyNode):
         devices: str = "",
         optimize: str = "auto",
         layout: str = AUTO,
+        where: str = HERE,
     ) -> io.NodeOutput:
         check_choice("weight_dtype", weight_dtype, _DTYPES)
         check_choice("optimize", optimize, OPTIMIZE)
@@ -158,8 +174,10 @@ class TPLoadDiffusionModel(io.ComfyNode):
             warn=lambda text: warn_on_node(cls.hidden.unique_id, text),
             devices=devices,
             layout=layout,
+            where=where,
         )
-        model = load_model(path, _DTYPES[weight_dtype], group, devices, optimize, layout)
+        dtype = _DTYPES[weight_dtype]
+        model = load_model(path, dtype, group, devices, optimize, layout, where)
         return io.NodeOutput(model)
 
 

@@ -21,13 +21,14 @@ def load_model(
     devices: str = "",
     optimize: str = "auto",
     layout: str = "auto",
+    where: str = "this machine",
     disable_dynamic: bool = False,  # noqa: ARG001
 ) -> TPModelPatcher:
     """The MODEL of a file, to run on `group`. Reads the file's header; starts nothing.
 
-    `dtype` is what weights are held in; None: what the stock loader would choose. `devices` and
-    `layout` are kept for who chooses another group. ComfyUI passes `disable_dynamic` when it loads
-    a model anew; these models are never dynamic.
+    `dtype` is what weights are held in; None: what the stock loader would choose. `devices`,
+    `layout` and `where` are kept for who chooses another group. ComfyUI passes `disable_dynamic`
+    when it loads a model anew; these models are never dynamic.
 
     Raises:
         CheckpointError, SizeError: the file cannot be used, or not on a group of that size.
@@ -38,6 +39,7 @@ def load_model(
     model.diffusion_model = RemoteDiffusionModel(model.diffusion_model, remote)
     model.tp_devices = devices
     model.tp_layout = layout
+    model.tp_where = where
     model.tp_on_other_groups = {}
     patcher = TPModelPatcher(
         model,
@@ -45,7 +47,8 @@ def load_model(
         offload_device=comfy.model_management.unet_offload_device(),
     )
     patcher.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, calc_cond_batch)
-    patcher.cached_patcher_init = (load_model, (path, dtype, group, devices, optimize, layout))
+    inputs = (path, dtype, group, devices, optimize, layout, where)
+    patcher.cached_patcher_init = (load_model, inputs)
     return patcher
 
 
@@ -60,8 +63,15 @@ def on_group(patcher: TPModelPatcher, group: GroupConfig) -> TPModelPatcher:
     others: dict[GroupConfig, TPModelPatcher] = patcher.model.tp_on_other_groups
     if group not in others:
         spec, model = patcher.remote.spec, patcher.model
-        inputs = (model.get_dtype(), group, model.tp_devices, spec.optimize, model.tp_layout)
-        others[group] = load_model(spec.path, *inputs)
+        others[group] = load_model(
+            spec.path,
+            model.get_dtype(),
+            group,
+            model.tp_devices,
+            spec.optimize,
+            model.tp_layout,
+            model.tp_where,
+        )
     root = others[group]
     clone = patcher.clone()
     for name in _MODEL_STATE:

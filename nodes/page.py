@@ -2,7 +2,8 @@
 
     GET  /tensor_parallel/groups                        what runs now
     POST /tensor_parallel/groups/{id}/{action}          sleep, wake, restart or release a group
-    GET  /tensor_parallel/gpu_counts?model_name&devices which counts do not work here, and why
+    GET  /tensor_parallel/gpu_counts?model_name&devices&where
+                                                        which counts do not work there, and why
     POST /tensor_parallel/doctor                        the checks of `python -m tp_runtime doctor`
 
 ComfyUI serves each of them below `/api` as well. The event `tensor_parallel.groups` carries what
@@ -22,7 +23,7 @@ from aiohttp import web
 from comfy.cli_args import args
 
 from ..tp_runtime import TPRuntimeError, examine, get_runtime, runtime_python
-from .gpu_count import refused_counts
+from .gpu_count import HERE, refused_counts
 from .loader import model_path
 from .settings import python_setting
 
@@ -109,7 +110,8 @@ async def _gpu_counts(request: web.Request) -> Any:
     path = None if name is None else model_path(name)
     if name is not None and path is None:
         raise _Refusal(404, f"There is no model {name!r} in ComfyUI's folders.")
-    return await _in_thread(refused_counts, path, request.query.get("devices", ""))
+    devices, where = request.query.get("devices", ""), request.query.get("where", HERE)
+    return await _in_thread(refused_counts, path, devices, where)
 
 
 async def _doctor(_request: web.Request) -> Any:

@@ -42,8 +42,13 @@ class TPModelPatcher(comfy.model_patcher.ModelPatcher):
         return self._on_device(self.remote.loaded_bytes())
 
     def _on_device(self, rank_bytes: list[int]) -> int:
-        """Bytes where ComfyUI itself is: one rank's on a GPU, those of all ranks on the host."""
+        """Bytes where ComfyUI itself is: one rank's on a GPU, those of all ranks on the host.
+
+        None on Ray's GPUs: which of them is ComfyUI's is not known.
+        """
         group = self.remote.group_config
+        if group.where == "ray":
+            return 0
         if group.device == "cpu":
             return sum(rank_bytes)
         index = self.load_device.index or 0

@@ -8,9 +8,11 @@ from .checkpoint import CheckpointFile, CheckpointInfo, inspect_checkpoint
 from .config import (
     MAX_TP_SIZE,
     OPTIMIZE,
+    WHERE,
     GroupConfig,
     ModelSpec,
     file_version,
+    ray_address,
     runtime_python,
     visible_gpu_count,
 )
@@ -34,6 +36,7 @@ from .group import GroupReport
 from .layout import Layout
 from .layout_choice import choose_layout
 from .protocol import PatchedWeight, WeightPatch
+from .ray_cluster import cluster_gpu_count
 from .runtime import RemoteModel, Runtime, get_runtime
 from .safetensors_file import DTYPES as STORED_DTYPES
 from .safetensors_file import TensorInfo
@@ -48,6 +51,7 @@ __all__ = [
     "PATCH_FUNCTIONS",
     "PATCH_KINDS",
     "STORED_DTYPES",
+    "WHERE",
     "CallTimeoutError",
     "Check",
     "CheckpointError",
@@ -77,10 +81,12 @@ __all__ = [
     "Workload",
     "check_fits",
     "choose_layout",
+    "cluster_gpu_count",
     "examine",
     "file_version",
     "get_runtime",
     "inspect_checkpoint",
+    "ray_address",
     "runtime_python",
     "visible_gpu_count",
 ]

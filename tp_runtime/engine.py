@@ -15,14 +15,15 @@ import torch
 
 from .calls import POLL_S, Call, OnProgress
 from .config import GroupConfig
-from .launcher import Launcher, LocalLauncher, Poll
+from .launcher import Launcher, Poll
+from .local_launcher import LocalLauncher
 from .mirror import pieces
 from .process_group import ProcessGroup
 from .protocol import PatchedWeight, Request, Unload, encode
 from .ray_launcher import RayLauncher
 from .sending import TensorSender, Wanted
 from .step_times import StepTimes, shapes_of
-from .tensors import plain_copy
+from .tensors import copied_to
 
 
 def launcher_of(config: GroupConfig) -> Launcher:
@@ -76,8 +77,8 @@ class Engine(ProcessGroup):
         """Evaluate the transformer, once on each batch group; at most so many are ``wanted``.
 
         Of each: ComfyUI's forward arguments, a tensor ``x`` and plain data with tensors, and the
-        shape of the result, which is a CPU tensor of the dtype of ``x``. Tensors that the ranks
-        hold from an earlier call are not sent again.
+        shape of the result, which has the dtype and device of ``x``. Tensors that the ranks hold
+        from an earlier call are not sent again.
 
         Raises:
             As ``call`` does, and ProtocolError if ``inputs`` hold something that cannot be sent.
@@ -101,7 +102,10 @@ class Engine(ProcessGroup):
             call.wait(poll)
             call.raise_error()
             self._step_times.record(kind, call.ended - call.began)
-            return [plain_copy(result) for result in results]
+            return [
+                copied_to(inputs["x"].device, result)
+                for (inputs, _), result in zip(wanted, results, strict=True)
+            ]
 
     def patch(
         self,

@@ -150,7 +150,16 @@ class Reception:
             self._refuse(stranger, f"{MAX_STRANGERS} others are trying already")
             return
         stream.setblocking(False)
-        stream.send(stranger.nonce)  # into an empty buffer
+        self._say(stranger, stranger.nonce)
+
+    def _say(self, stranger: _Stranger, data: bytes) -> bool:
+        """Whether it is there to hear it. Does not wait: the buffer has room for so little."""
+        try:
+            stranger.stream.send(data)
+        except OSError:
+            self._refuse(stranger, "it left")
+            return False
+        return True
 
     def _listen_to(self, stranger: _Stranger) -> None:
         try:
@@ -174,7 +183,8 @@ class Reception:
         if member.rank >= self._num_ranks or member.rank in self.members:
             self._refuse(stranger, f"rank {member.rank} is there already, or is none")
             return
-        stranger.stream.send(_mac(self._token, b"engine", ours, theirs, said))
+        if not self._say(stranger, _mac(self._token, b"engine", ours, theirs, said)):
+            return
         stranger.stream.setblocking(True)
         bound_silence(stranger.stream)
         self._strangers.remove(stranger)

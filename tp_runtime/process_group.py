@@ -145,8 +145,7 @@ class ProcessGroup:
         with self._lock:
             self._check_ready()
             self.state = State.BUSY
-            self._call = call
-            os.eventfd_write(self._wake_fd, 1)  # there is a new deadline to watch
+            self._call = call  # the owner sees its deadline within WATCH_S
 
     # --- the owner's thread --------------------------------------------------------------------
 
@@ -168,9 +167,11 @@ class ProcessGroup:
             close_asked = self._close_asked
             call = self._call
             began = time.monotonic()
-            timeout_s = None if call is None else min(max(0.0, call.deadline - began), WATCH_S)
+            timeout_s = WATCH_S
+            if call is not None:
+                timeout_s = min(max(0.0, call.deadline - began), WATCH_S)
             ready = wait(sources, 0 if close_asked else timeout_s)
-            if call is not None and timeout_s is not None:
+            if call is not None:
                 late_s = time.monotonic() - began - timeout_s
                 if late_s > FROZEN_S:  # so the ranks stood still, too
                     call.deadline += late_s

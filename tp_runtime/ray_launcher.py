@@ -7,121 +7,26 @@ rank has connected and shown that it knows the group's token, and then listens n
 import logging
 import math
 import os
-import shutil
-import subprocess
-import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
-import msgspec
-
-from .config import GroupConfig, WorkerConfig, fault_file, log_level
+from .config import GroupConfig, WorkerConfig, attention_kernel, fault_file, log_level
 from .errors import GroupStartError
 from .group_folder import GroupFolder
 from .handshake import Member, Reception, new_token
-from .launcher import RANK_ENVIRONMENT, Poll, inherited_environment, tail_of
-from .ray_messages import DriverConfig, Ended, FromDriver, Placed, Refused, Run, Waiting
+from .launcher import Poll, tail_of_file
+from .rank_environment import RANK_ENVIRONMENT
+from .ray_cluster import Driver, forget_count
+from .ray_messages import Placed, Run, Waiting
 from .tensors import Exchange
-from .transport import SILENCE_S, Channel, wait
+from .transport import SILENCE_S, Channel
 
 logger = logging.getLogger("tp_runtime")
 
 POLL_S = 0.01
 CONNECT_TIMEOUT_S = 60.0
-END_TIMEOUT_S = 15.0
 # A cluster with too few GPUs in all is given so long for a host to join, or to come back.
 JOIN_TIMEOUT_S = 30.0
-
-_PACKAGE = Path(__file__).resolve().parent
-
-
-class Driver:
-    """The driver process of one group, seen from the engine. It ends when ``close`` is called."""
-
-    def __init__(self, config: GroupConfig, num_ranks: int, folder: Path) -> None:
-        self.log_path = folder / "driver.log"
-        self.ended_ranks: dict[int, str] = {}  # rank → how, as Ray puts it
-        self._channel, theirs = Channel.pair()
-        # Not in the group's folder: the path of a socket has at most 107 characters.
-        self._ray_folder = (
-            "" if config.ray_address else tempfile.mkdtemp(prefix="tp-ray-", dir="/tmp")
-        )
-        with theirs:
-            driver = DriverConfig(
-                control_fd=theirs.fileno(),
-                address=config.ray_address,
-                ray_folder=self._ray_folder,
-                package=str(_PACKAGE),
-                num_ranks=num_ranks,
-                device=config.device,
-            )
-            arguments = ["-m", f"{_PACKAGE.name}.ray_driver", msgspec.json.encode(driver).decode()]
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-            with open(os.open(self.log_path, flags, 0o600), "ab") as log:
-                self.process = subprocess.Popen(
-                    [config.python, *arguments],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env=_environment(config),
-                    cwd=folder,
-                    pass_fds=(theirs.fileno(),),
-                    start_new_session=True,
-                )
-
-    def receive(self, timeout_s: float) -> list[FromDriver]:
-        """What the driver has said, after at most so long.
-
-        Raises:
-            GroupStartError: it has ended, or says why it does.
-        """
-        wait([self._channel], timeout_s)
-        messages: list[FromDriver] = [
-            msgspec.msgpack.decode(frame, type=FromDriver) for frame in self._channel.receive()
-        ]
-        for message in messages:
-            if isinstance(message, Refused):
-                raise GroupStartError(message.message)
-            if isinstance(message, Ended):
-                self.ended_ranks[message.rank] = message.why
-        if self._channel.ended:
-            raise GroupStartError(f"The driver process for Ray has ended. Its log: {self.log_path}")
-        return messages
-
-    def send(self, order: Run) -> None:
-        self._channel.send(msgspec.msgpack.encode(order))
-
-    def how_ended(self, rank: int, timeout_s: float) -> str:
-        """How a rank ended; empty if the driver does not know after so long."""
-        deadline = time.monotonic() + timeout_s
-        while rank not in self.ended_ranks and (left := deadline - time.monotonic()) > 0:
-            try:
-                self.receive(left)
-            except GroupStartError:
-                break
-        return self.ended_ranks.get(rank, "")
-
-    def ended(self, timeout_s: float) -> bool:
-        """Whether it has ended, after at most so long. All ranks have, then."""
-        try:
-            self.process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            return False
-        return True
-
-    def close(self) -> None:
-        """Have the driver end its job. Does not wait. Idempotent."""
-        self._channel.close()
-
-    def kill(self) -> None:
-        """Leave nothing of it, after it was given its time. Idempotent."""
-        self.close()
-        if not self.ended(END_TIMEOUT_S):
-            self.process.kill()
-            self.process.wait()
-        if self._ray_folder:
-            shutil.rmtree(self._ray_folder, ignore_errors=True)
 
 
 class RayRank:
@@ -153,7 +58,7 @@ class RayRank:
         return f"ended ({why})" if why else "closed its connection"
 
     def log_tail(self) -> str:
-        return tail_of(self.log_path)
+        return tail_of_file(self.log_path)
 
     def kill(self) -> None:
         self._driver.close()
@@ -169,11 +74,13 @@ class RayLauncher:
     """Ranks as actors of the cluster that the configuration names, or of one started here."""
 
     def __init__(self) -> None:
+        self._address = ""
         self._folder: GroupFolder | None = None
         self._driver: Driver | None = None
         self._placed: Placed | None = None
 
     def prepare(self, config: GroupConfig, poll: Poll) -> None:
+        self._address = config.ray_address
         self._folder = GroupFolder.create()
         try:
             self._driver = Driver(config, config.num_ranks, self._folder.path)
@@ -190,6 +97,7 @@ class RayLauncher:
         return _connected(config, self._driver, self._placed, exchange)
 
     def clean_up(self, keep_logs: bool) -> None:
+        forget_count(self._address)
         if self._driver is not None:
             self._driver.kill()
             self._driver = None
@@ -279,6 +187,7 @@ def _order(config: GroupConfig, address: tuple[str, int], token: bytes, exchange
         num_threads=1,
         log_level=log_level(),
         fault_file=fault_file(),
+        attention=attention_kernel(),
     )
     environment = {**RANK_ENVIRONMENT, "VLLM_LOGGING_LEVEL": log_level()}
     return Run(
@@ -288,15 +197,3 @@ def _order(config: GroupConfig, address: tuple[str, int], token: bytes, exchange
         worker,
         environment,
     )
-
-
-def _environment(config: GroupConfig) -> dict[str, str]:
-    environment = inherited_environment() | {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_DEDUP_LOGS": "0",
-        "RAY_COLOR_PREFIX": "0",
-    }
-    if not config.ray_address:
-        # A secret of its own; Ray would leave one in the user's home.
-        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": new_token().hex()}
-    return environment

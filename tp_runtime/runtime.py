@@ -107,6 +107,8 @@ class RemoteModel:
     def record_step(self, workload: Workload, ms: float) -> None:
         """Remember, beyond this process, how long a step of a sampler took."""
         config = self.group_config
+        if config.where == "ray":  # what is known is known of this machine
+            return
         device = device_name(config.devices[0] if config.devices else None)
         self._records.add(self.spec.path, device, workload, config.layout, ms)
 

@@ -18,7 +18,7 @@ ModelOn = Callable[..., RemoteModel]
 
 
 @contextlib.contextmanager
-def cluster_of(slots: tuple[int, ...]) -> Iterator[Cluster]:
+def cluster_of(slots: tuple[int, int]) -> Iterator[Cluster]:
     """Hosts with so much room each; the test's network is the first one's."""
     if reason := why_not():
         pytest.skip(reason)

@@ -1,4 +1,4 @@
-"""A group whose ranks are on two hosts of a Ray cluster: the numbers, and the way of the tensors."""
+"""A group whose ranks are on two hosts: the numbers, and the way of the tensors."""
 
 import os
 from pathlib import Path

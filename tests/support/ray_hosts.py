@@ -73,18 +73,8 @@ class Host:
         ray = [sys.executable, "-m", "ray.scripts.scripts", "start", *arguments]
         if self is not head:
             own = 'mount -t tmpfs none /dev/shm && exec "$@"'
-            ray = [
-                "unshare",
-                "--pid",
-                "--fork",
-                "--kill-child",
-                "--mount-proc",
-                "sh",
-                "-c",
-                own,
-                "sh",
-                *ray,
-            ]
+            apart = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+            ray = [*apart, "sh", "-c", own, "sh", *ray]
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
                 ["ip", "netns", "exec", self.name, *ray],
@@ -101,7 +91,7 @@ class Host:
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(OSError, psutil.Error):
-                is_here = os.stat(f"/proc/{process.pid}/ns/net").st_ino == namespace
+                is_here = Path(f"/proc/{process.pid}/ns/net").stat().st_ino == namespace
                 if is_here and process.pid != os.getpid():
                     found.append(process)
         return found
@@ -126,20 +116,22 @@ class Host:
 
 
 class Cluster:
-    """Hosts with `slots` ranks' room each; a context that starts and ends them."""
+    """Two hosts, with room for `slots` ranks each; a context that starts and ends them.
 
-    def __init__(self, slots: tuple[int, ...]) -> None:
-        assert 1 <= len(slots) <= 2, "one cable joins two"
+    A second host without slots has no node.
+    """
+
+    def __init__(self, slots: tuple[int, int]) -> None:
         mark = secrets.token_hex(3)
         self.folder = Path(tempfile.mkdtemp(prefix="tpr-", dir="/tmp"))
         self.environment = ENVIRONMENT | {"RAY_AUTH_TOKEN": secrets.token_hex(16)}
         self.hosts = [
             Host(
-                f"tp{mark}{index}",
-                f"10.77.0.{index + 1}",
-                f"tp{mark}{index}",
-                num,
-                self.folder / f"host{index}.log",
+                name=f"tp{mark}{index}",
+                address=f"10.77.0.{index + 1}",
+                device=f"tp{mark}{index}",
+                slots=num,
+                log=self.folder / f"host{index}.log",
             )
             for index, num in enumerate(slots)
         ]
@@ -153,32 +145,12 @@ class Cluster:
             for host in self.hosts:
                 _ip("netns", "add", host.name)
                 _ip("-n", host.name, "link", "set", "lo", "up")
-            names = (
-                [host.name for host in self.hosts]
-                if len(self.hosts) == 2
-                else [self.hosts[0].name] * 2
-            )
-            devices = [
-                self.hosts[0].device,
-                self.hosts[-1].device if len(self.hosts) == 2 else f"{self.hosts[0].device}x",
-            ]
-            _ip(
-                "link",
-                "add",
-                devices[0],
-                "netns",
-                names[0],
-                "type",
-                "veth",
-                "peer",
-                devices[1],
-                "netns",
-                names[1],
-            )
+            one, other = self.hosts
+            ends = ["peer", other.device, "netns", other.name]
+            _ip("link", "add", one.device, "netns", one.name, "type", "veth", *ends)
             for host in self.hosts:
                 _ip("-n", host.name, "addr", "add", f"{host.address}/24", "dev", host.device)
-            for name, device in zip(names, devices, strict=True):
-                _ip("-n", name, "link", "set", device, "up")
+                _ip("-n", host.name, "link", "set", host.device, "up")
             self.start()
         except BaseException:
             self.__exit__()
@@ -187,7 +159,8 @@ class Cluster:
 
     def start(self) -> None:
         """Have a node on every host, and all of them in one cluster."""
-        for index, host in enumerate(self.hosts):
+        nodes = [host for host in self.hosts if host.slots]
+        for index, host in enumerate(nodes):
             if host.process is None or host.process.poll() is not None:
                 host.kill()
                 host.start(self.hosts[0], self.folder, self.environment)
@@ -223,9 +196,8 @@ class Cluster:
         for host in self.hosts:
             with contextlib.suppress(FileNotFoundError):
                 host.kill()
-            subprocess.run(
-                ["ip", "netns", "del", host.name], capture_output=True, timeout=10, check=False
-            )
+            with contextlib.suppress(subprocess.CalledProcessError):  # it was never made
+                _ip("netns", "del", host.name)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
