@@ -33,6 +33,7 @@ logger = logging.getLogger("tp_runtime")
 
 CLOSE_TIMEOUT_S = 5.0
 WATCH_S = 1.0  # the owner looks at least this often
+CAUSE_S = 0.2  # after an error of a rank, another's end may be seen that caused it
 FROZEN_S = 2.0  # a look that is later by more: the machine, or its container, stood still
 
 
@@ -69,6 +70,7 @@ class ProcessGroup:
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._close_asked = False
         self._owner: threading.Thread | None = None
+        self._last_words: dict[int, Failed] = {}  # of the ranks that have raised
         self._blamed: Rank | None = None
 
     def is_up(self) -> bool:
@@ -192,34 +194,50 @@ class ProcessGroup:
         Where a rank ends, the others' collectives fail a moment later. So a rank that ended
         without a word is the cause; otherwise, the one that raised first.
         """
-        gone: list[Rank] = []
-        failed: list[tuple[Rank, Failed]] = []
+        try:
+            self._hear()
+            if self._last_words and not self._gone(ready):
+                # The cause may be seen after what it caused: on a busy machine this thread has
+                # looked at one rank long before another.
+                quiet = [r.death_fd for r in self.ranks if r.index not in self._last_words]
+                ready = wait(quiet, CAUSE_S)
+                self._hear()
+        except TPRuntimeError as error:
+            return error
+        doing = self._call.what if self._call else None
+        if gone := self._gone(ready):
+            self._blamed = gone[0]
+            return failures.death(self._blamed, doing)
+        if self._last_words:
+            self._blamed = min(
+                (rank for rank in self.ranks if rank.index in self._last_words),
+                key=lambda rank: self._last_words[rank.index].time_s - rank.clock_ahead_s,
+            )
+            last_words = self._last_words[self._blamed.index]
+            return failures.rank_error(self.config, self._blamed, last_words, doing)
+        return None
+
+    def _gone(self, ready: list[Any]) -> list[Rank]:
+        """The ranks that have ended without a word."""
+        return [
+            rank
+            for rank in self.ranks
+            if rank.index not in self._last_words and (rank.channel.ended or rank.death_fd in ready)
+        ]
+
+    def _hear(self) -> None:
+        """Take what has arrived from the ranks. Raises as ``_take``, and for malformed frames."""
         for rank in self.ranks:
-            last_words = None
             try:
                 for frame in rank.channel.receive():
                     reply = decode_reply(frame)
                     if isinstance(reply, Failed) and not reply.recoverable:
-                        last_words = reply
+                        self._last_words[rank.index] = reply
                     else:
                         self._take(rank, reply)
-            except TPRuntimeError as error:
+            except TPRuntimeError:
                 self._blamed = rank
-                return error
-            if last_words is not None:
-                failed.append((rank, last_words))
-            elif rank.channel.ended or rank.death_fd in ready:
-                gone.append(rank)
-        doing = self._call.what if self._call else None
-        if gone:
-            self._blamed = gone[0]
-            return failures.death(gone[0], doing)
-        if failed:
-            self._blamed, cause = min(
-                failed, key=lambda failure: failure[1].time_s - failure[0].clock_ahead_s
-            )
-            return failures.rank_error(self.config, self._blamed, cause, doing)
-        return None
+                raise
 
     def _take(self, rank: Rank, reply: Reply) -> None:
         """Note an answer, and finish the call that it completes.

@@ -41,7 +41,8 @@ def _injected(phase: str) -> list[Case]:
         Case(phase, "a rank dies", start or "GroupDiedError", DEATH_S),
         Case(phase, "a rank stops", start or "CallTimeoutError", timeout_s + SLACK_S),
         Case(phase, "a rank raises", start or "RankError", RAISED_S),
-        Case(phase, "a rank is out of memory", start or "RankMemoryError", RAISED_S),
+        Case(phase, "a rank allocates too much", start or "RankMemoryError", RAISED_S),
+        Case(phase, "a GPU is out of memory", start or "RankMemoryError", RAISED_S),
         Case(phase, "a rank is late", "works", DELAYED_S + (START_TIMEOUT_S if start else 0)),
     ]
 

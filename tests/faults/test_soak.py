@@ -36,11 +36,10 @@ SEEDS = (7, 8, 9)
 TOLERANCE = 1e-5  # of the standard deviation
 PROMPT_S = 180.0
 CALL_TIMEOUT_S = 20
-MAX_GROWTH = 0.05  # of memory: allocators keep some, and ComfyUI its history
 ERRORS = {
     "die": "GroupDiedError",
     "raise": "RankError",
-    "out of memory": "RankMemoryError",
+    "allocate": "RankMemoryError",
     "stop": "CallTimeoutError",
 }
 POINTS = ("start", "load", "idle", "sleep", "unload")
@@ -104,7 +103,7 @@ class Soak:
     def cancel(self) -> str:
         self.server.events.clear()
         prompt_id = self.server.queue(self.prompt(steps=5000))
-        self.server.events.wait_for("progress", lambda event: event.data["max"] == 5000)
+        self.server.events.wait_for("progress", lambda e: e.data["max"] == 5000, PROMPT_S)
         time.sleep(self.random.uniform(0, 1))
         self.server.interrupt()
         with pytest.raises(PromptError) as caught:
@@ -122,7 +121,7 @@ class Soak:
     def fault_elsewhere(self) -> str:
         """Where nobody may wait for the request, or another one does."""
         point = self.random.choice(POINTS)
-        action = self.random.choice(("die", "raise", "out of memory"))
+        action = self.random.choice(("die", "raise", "allocate"))
         if point == "start":
             self.kill()
         put(self.faults, rank=self.random.randrange(2), point=point, action=action)
@@ -224,16 +223,18 @@ def of_ranks(counts: dict[int, int]) -> int:
     return max(list(counts.values())[1:])
 
 
-# What may not grow, and by how much it may for all that.
-MEASURES: dict[str, tuple[Callable[[Usage], int], float]] = {
-    "processes": (lambda usage: len(usage.rss), 0),
-    "memory of the server": (lambda usage: of_server(usage.rss), MAX_GROWTH),
-    "memory of a rank": (lambda usage: of_ranks(usage.rss), MAX_GROWTH),
-    "files of the server": (lambda usage: of_server(usage.files), 0),
-    "files of a rank": (lambda usage: of_ranks(usage.files), 0),
-    "threads of the server": (lambda usage: of_server(usage.threads), 0),
-    "threads of a rank": (lambda usage: of_ranks(usage.threads), 0),
-    "shared memory": (lambda usage: usage.shared, 0),
+Measure = Callable[[Usage], int]
+# What may not grow. Allocators keep some memory, and ComfyUI its history; a file or a thread may be
+# there for a moment.
+MEASURES: dict[str, tuple[Measure, float, int]] = {
+    "processes": (lambda usage: len(usage.rss), 0, 0),
+    "memory of the server": (lambda usage: of_server(usage.rss), 0.05, 0),
+    "memory of a rank": (lambda usage: of_ranks(usage.rss), 0.05, 0),
+    "files of the server": (lambda usage: of_server(usage.files), 0, 2),
+    "files of a rank": (lambda usage: of_ranks(usage.files), 0, 2),
+    "threads of the server": (lambda usage: of_server(usage.threads), 0, 2),
+    "threads of a rank": (lambda usage: of_ranks(usage.threads), 0, 2),
+    "shared memory": (lambda usage: usage.shared, 0, 0),
 }
 
 
@@ -243,10 +244,10 @@ def assert_flat(usages: Sequence[Usage]) -> None:
     assert quarter, "too few steps to say anything"
     early, late = usages[quarter : 2 * quarter], usages[-quarter:]
     grown = []
-    for name, (measure, growth) in MEASURES.items():
+    for name, (measure, share, number) in MEASURES.items():
         before, after = max(map(measure, early)), max(map(measure, late))
         print(f"{name}: {before} → {after}")
-        if after > before * (1 + growth):
+        if after > before * (1 + share) + number:
             grown.append(name)
     assert not grown
 
@@ -255,10 +256,12 @@ def test_soak(soak: Soak, tmp_path: Path) -> None:
     soak.make_references()
     soak.picture()
     end = time.monotonic() + MINUTES * 60
-    while time.monotonic() < end:
-        soak.step()
-    print(f"{len(soak.usages)} steps, each with a right picture after it:")
-    for what, count in sorted(soak.done.items()):
-        print(f"  {count:4} {what}")
+    try:
+        while time.monotonic() < end:
+            soak.step()
+    finally:
+        print(f"{len(soak.usages)} steps, each with a right picture after it:")
+        for what, count in sorted(soak.done.items()):
+            print(f"  {count:4} {what}")
     assert_flat(soak.usages)
     assert len(list((tmp_path / "home/groups").iterdir())) <= KEPT_FOLDERS + 1

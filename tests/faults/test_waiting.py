@@ -74,8 +74,8 @@ def kill_unnoticed(model: RemoteModel) -> None:
     """A rank is gone, and the next request comes before anybody knows."""
     engine = engine_of(model)
     with engine._lock:  # the engine's thread cannot tell anybody
-        engine.ranks[1].process.kill()
-        engine.ranks[1].process.wait()
+        engine.ranks[1].kill()
+        assert engine.ranks[1].ended(timeout_s=5.0)
         assert engine.state is State.READY
 
 
@@ -108,7 +108,7 @@ def test_a_rank_dies(
         time.sleep(0.2)
         assert not any(future.done() for future in (failing, *waiting))
         began = time.monotonic()
-        engine.ranks[1].process.kill()
+        engine.ranks[1].kill()
         error = failing.exception(ANSWER_S)
         assert all(future.result(ANSWER_S) for future in waiting)
         observe(case(phase, "a rank dies while others wait"), time.monotonic() - began)
@@ -133,7 +133,7 @@ def test_a_rank_dies_while_the_weights_of_a_dropped_model_are_freed(
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(right, model)
         time.sleep(0.2)
-        engine.ranks[1].process.kill()
+        engine.ranks[1].kill()
         assert waiting.result(ANSWER_S)
     assert "during 'Unload'" in str(engine.error)
     assert starts == [engine_of(model)]
@@ -149,7 +149,7 @@ def test_a_report_says_what_it_failed_of(model: RemoteModel, starts: list[Engine
         wait_until(lambda: engine.state is State.BUSY)
         waiting = pool.submit(right, model)
         time.sleep(0.2)
-        engine.ranks[0].process.kill()
+        engine.ranks[0].kill()
         assert "during 'Report'" in (reporting.result(ANSWER_S).error or "")
         assert waiting.result(ANSWER_S)
     assert starts == [engine_of(model)]
@@ -177,7 +177,7 @@ def test_a_rank_dies_in_a_request_that_was_given_up(
         waiting = pool.submit(right, model)
         time.sleep(0.2)
         assert not waiting.done()
-        engine.ranks[1].process.kill()
+        engine.ranks[1].kill()
         assert waiting.result(ANSWER_S)
     assert "during 'Denoise'" in str(engine.error)
     assert starts == [engine_of(model)]

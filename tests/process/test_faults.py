@@ -176,6 +176,24 @@ def test_a_rank_exits(light_model: LightModel) -> None:
     assert_works(model)
 
 
+def test_the_cause_is_blamed_where_its_consequence_is_seen_first(
+    light_model: LightModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank dies, and before that is seen another one says that its collective has failed."""
+    monkeypatch.setattr(process_group, "CAUSE_S", 30.0)
+    model = light_model()
+    engine = engine_of(model)
+    order = ordered(rank=1, **{"raise": "connection closed by peer"})
+    with in_background(lambda: model.denoise(order)) as denoising:
+        wait_until(lambda: 1 in engine._last_words)
+        assert not denoising.done()
+        engine.ranks[0].kill()
+        error = denoising.exception(timeout=10)
+    assert type(error) is GroupDiedError
+    assert "Rank 0 " in str(error)
+    assert_works(model)
+
+
 def test_one_rank_refuses_what_another_does(light_model: LightModel) -> None:
     model = light_model()
     with ends_the_group(model, within_s=2):
