@@ -150,7 +150,7 @@ def test_a_child_of_a_rank_inherits_nothing(model: RemoteModel) -> None:
             for fd in Path(f"/proc/{rank.pid}/fd").iterdir()
             if str(fd.readlink()) in unix_sockets or "tp-runtime-exchange" in str(fd.readlink())
         ]
-        assert len(private) == 2, "its channel, and the shared memory"
+        assert len(private) >= 2, "its channel, and the shared memory"
         for fd in private:
             info = Path(f"/proc/{rank.pid}/fdinfo/{fd}").read_text()
             (flags,) = (line.split()[1] for line in info.splitlines() if line[:5] == "flags")
