@@ -4,7 +4,8 @@ The only place where the package reads environment variables of its own:
 
 =============================  ==========================================================
 ``TP_RUNTIME_PYTHON``          Python that runs the ranks (default: the running one)
-``TP_RUNTIME_START_TIMEOUT``   seconds until a starting group is given up (default 300)
+``TP_RUNTIME_START_TIMEOUT``   seconds until a starting group, or before it the imports that it
+                               waits for, is given up (default 300)
 ``TP_RUNTIME_CALL_TIMEOUT``    seconds until a computing group is given up (default 600);
                                less in steps whose time is known (``step_times``)
 ``TP_RUNTIME_HOST_RESERVE``    share of the host's memory that sleeping models leave free
@@ -203,15 +204,20 @@ class ModelSpec(msgspec.Struct, frozen=True):
 
 
 class WorkerConfig(msgspec.Struct, frozen=True):
-    """Everything that a rank is told at its start; on its command line as JSON."""
+    """Everything that a rank is told at its start.
+
+    ``environment``: changes to the environment that it starts in; None removes a variable. The
+    file descriptors are the rank's own; it learns of them when it gets them.
+    """
 
     rank: int
     tp_size: int
     device: str
-    control_fd: int
-    exchange_fd: int
     rendezvous: str
     num_threads: int
     log_level: str
     fault_file: str = ""
     attention: AttentionKernel = "auto"
+    environment: dict[str, str | None] = {}
+    control_fd: int = -1
+    exchange_fd: int = -1

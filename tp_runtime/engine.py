@@ -37,7 +37,8 @@ from .errors import (
     ProtocolError,
     TPRuntimeError,
 )
-from .launcher import Launcher, LocalLauncher, Rank, end_ranks
+from .launcher import Launcher, Poll, Rank, end_ranks
+from .local_launcher import LocalLauncher
 from .protocol import (
     Close,
     Done,
@@ -63,7 +64,6 @@ CLOSE_TIMEOUT_S = 5.0
 WATCH_S = 1.0  # the owner looks at least this often
 FROZEN_S = 2.0  # a look that is later by more: the machine, or its container, stood still
 
-Poll = Callable[[], None]
 OnProgress = Callable[[int, int], None]
 
 
@@ -150,7 +150,7 @@ class Engine:
         return self.state in (State.READY, State.BUSY) and not self._has_dead_rank()
 
     def _has_dead_rank(self) -> bool:
-        return any(rank.process.poll() is not None for rank in self.ranks)
+        return any(rank.ended(0) for rank in self.ranks)
 
     # --- start ---------------------------------------------------------------------------------
 
@@ -164,10 +164,13 @@ class Engine:
         """
         call = _Call(_START, self.config.tp_size, self.config.start_timeout_s, "start")
         with self._lock:
-            if self._close_asked:
-                raise GroupClosedError("The process group was closed before it had started.")
-            assert self._owner is None, "a group is started once"
+            self._check_not_closed()
+            assert self._call is None, "a group is started once"
             self._call = call
+        self._prepare(poll)
+        with self._lock:
+            self._check_not_closed()
+            call.deadline = time.monotonic() + call.timeout_s
             self._owner = threading.Thread(target=self._own, name="tp-runtime-group", daemon=True)
             self._owner.start()
         try:
@@ -179,6 +182,27 @@ class Engine:
             call.raise_error()
         if call.error is not None:
             raise failures.not_started(self.config, self.ranks, self._blamed, call.error)
+
+    def _prepare(self, poll: Poll | None) -> None:
+        """Have what the launcher needs for the ranks, or end the group."""
+
+        def poll_start() -> None:
+            self._check_not_closed()
+            if poll is not None:
+                poll()
+
+        try:
+            self._launcher.prepare(self.config, poll_start)
+        except GroupStartError as error:
+            self._end(State.FAILED, error)
+            raise
+        except BaseException:  # poll raised it, or the group was closed
+            self.close()
+            raise
+
+    def _check_not_closed(self) -> None:
+        if self._close_asked:
+            raise GroupClosedError("The process group was closed before it had started.")
 
     # --- requests ------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ import psutil
 import torch
 
 from .config import GroupConfig, host_reserve
-from .engine import POLL_S, Engine, OnProgress, Poll, State
+from .engine import POLL_S, Engine, OnProgress, State
 from .errors import (
     CheckpointError,
     GroupClosedError,
@@ -27,6 +27,7 @@ from .errors import (
     InputError,
     TPRuntimeError,
 )
+from .launcher import Poll
 from .protocol import Load, Report, Sleep, Wake
 
 if TYPE_CHECKING:

@@ -16,9 +16,10 @@ import torch
 
 from .checkpoint import CheckpointInfo, inspect_checkpoint
 from .config import GroupConfig, ModelSpec
-from .engine import OnProgress, Poll
+from .engine import OnProgress
 from .errors import InputError
 from .group import Group, GroupReport
+from .launcher import Poll
 from .protocol import PatchedWeight
 from .tensors import dtype_of
 

@@ -1,24 +1,20 @@
 """The process of one rank: joins the group, then serves requests until its channel ends.
 
-Started by the launcher, with a ``WorkerConfig`` as the only argument. Two threads: the main one
-receives requests and computes; the watcher only ends the process, whatever it is doing, when the
-engine's process is gone.
+Forked by ``fork_server``, which has imported this module. Two threads: the main one receives
+requests and computes; the watcher only ends the process, whatever it is doing, when the engine's
+process is gone.
 """
 
 import contextlib
-import gc
 import logging
 import os
 import select
-import sys
 import threading
 import time
 import traceback
 from collections.abc import Iterator
 
-import msgspec
-
-from . import fault_points
+from . import dist, fault_points
 from .config import WorkerConfig
 from .errors import REFUSALS
 from .protocol import (
@@ -32,6 +28,7 @@ from .protocol import (
     decode_request,
     encode,
 )
+from .runner import Runner
 from .transport import Channel, wait
 
 logger = logging.getLogger("tp_runtime.worker")
@@ -88,14 +85,6 @@ def _shorten_log() -> None:
 
 
 def _serve(config: WorkerConfig, channel: Channel) -> None:
-    # Imported here so that the other thread watches over the seconds that vLLM's import takes.
-    gc.disable()  # an eighth of their time: they make hardly anything but what stays
-    from . import dist
-    from .runner import Runner
-
-    gc.freeze()
-    gc.enable()
-
     def send(reply: Reply) -> None:
         # Without a reader on the other side, the watcher is about to end this process.
         with contextlib.suppress(EOFError):
@@ -120,17 +109,13 @@ def _serve(config: WorkerConfig, channel: Channel) -> None:
                 send(_failed(call, True, error))
 
 
-def main() -> None:
-    """Run the rank that the command line describes."""
-    # Not the engine's process if the runtime's Python is a script that starts another.
-    parent_pid = os.getppid()
-    config = msgspec.json.decode(sys.argv[1], type=WorkerConfig)
+def run(config: WorkerConfig, parent_pid: int) -> None:
+    """Be the rank until its channel, or the process ``parent_pid``, ends."""
     logging.basicConfig(
         level=config.log_level,
         format=f"%(asctime)s rank {config.rank} %(levelname)s %(name)s: %(message)s",
     )
     fault_points.watch(config.rank, config.fault_file)
-    os.set_inheritable(config.exchange_fd, False)
     channel = Channel.inherited(config.control_fd)
     threading.Thread(target=_watch, args=(channel, parent_pid), daemon=True).start()
     try:
@@ -151,7 +136,3 @@ def _failed(call: int, recoverable: bool, error: BaseException) -> Failed:
     """The message about the error that is being handled."""
     kind, trace = type(error).__name__, traceback.format_exc()
     return Failed(call, recoverable, kind, str(error), trace, time.monotonic())
-
-
-if __name__ == "__main__":
-    main()

@@ -23,10 +23,10 @@ def test_in_mid_sampling() -> None:
         server.queue(tp_text_to_latent(MODEL, sampling=Sampling(steps=5000)))
         server.events.wait_for("progress", lambda event: event.data["max"] == 5000)
         children = server.children()
-        assert len(children) >= 2
+        assert len(server.ranks()) == 2
         server.kill()
         start = time.monotonic()
         _, left = psutil.wait_procs(children, timeout=LIMIT_S)
         assert not left
-        print(f"the ranks were gone {time.monotonic() - start:.2f} s after ComfyUI was killed")
+        print(f"they were gone {time.monotonic() - start:.2f} s after ComfyUI was killed")
         assert_nothing_added(before, within_s=LIMIT_S)

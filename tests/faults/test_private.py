@@ -1,6 +1,5 @@
 """Who else can reach a group: nobody. Nothing listens, nothing is readable, nothing tells."""
 
-import json
 import os
 import stat
 from collections.abc import Iterator
@@ -71,9 +70,18 @@ def test_the_folder_is_its_owners(model: RemoteModel) -> None:
 
 def test_a_child_of_a_rank_inherits_nothing(model: RemoteModel) -> None:
     """Neither the channel nor the shared memory: compilers are started by ranks."""
+    unix_sockets = {
+        f"socket:[{line.split()[6]}]"
+        for line in Path("/proc/net/unix").read_text().splitlines()[1:]
+    }
     for rank in ranks_of(model):
-        config = json.loads(psutil.Process(rank.pid).cmdline()[-1])
-        for fd in (config["control_fd"], config["exchange_fd"]):
+        private = [
+            fd.name
+            for fd in Path(f"/proc/{rank.pid}/fd").iterdir()
+            if str(fd.readlink()) in unix_sockets or "tp-runtime-exchange" in str(fd.readlink())
+        ]
+        assert len(private) == 2, "its channel, and the shared memory"
+        for fd in private:
             info = Path(f"/proc/{rank.pid}/fdinfo/{fd}").read_text()
             (flags,) = (line.split()[1] for line in info.splitlines() if line[:5] == "flags")
             assert int(flags, 8) & os.O_CLOEXEC

@@ -19,7 +19,7 @@ from faults.conftest import put
 
 from support.comfy_history import PromptError
 from support.comfy_server import ComfyServer
-from support.leaks import WORKER_MARK, nothing_left_over
+from support.leaks import nothing_left_over
 from support.lora_files import write_lora
 from support.tiny_models import write_z_image
 from support.workflows import Prompt, Sampling, node, stock_twin, text_to_latent, tp_loader
@@ -105,8 +105,7 @@ class Soak:
             self.random.choice(ranks).kill()
 
     def ranks(self) -> list[psutil.Process]:
-        children = psutil.Process(self.server.process.pid).children()
-        return [child for child in children if WORKER_MARK in " ".join(child.cmdline())]
+        return self.server.ranks()
 
     def step(self) -> None:
         """Something random, and a right picture after it."""

@@ -267,11 +267,16 @@ def test_close_from_another_thread_ends_a_call(light_model: LightModel, home: Pa
     assert_works(model)
 
 
-def test_close_waits_for_an_orderly_end(light_model: LightModel) -> None:
+def test_close_waits_for_an_orderly_end(
+    light_model: LightModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = light_model()
     engine = engine_of(model)
+    ends: list[str] = []
+    for rank in engine.ranks:
+        monkeypatch.setattr(rank, "kill", lambda rank=rank: ends.append(rank.describe_exit()))
     engine.close()
-    assert [rank.process.returncode for rank in engine.ranks] == [0, 0]
+    assert ends == ["exited with status 0"] * 2
     assert not engine.ranks[0].log_path.parent.exists()
     assert_works(model)
 

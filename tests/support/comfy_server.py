@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from support.comfy_events import EventListener
 from support.comfy_history import History, finished, validation_error
+from support.leaks import WORKER_MARK, is_marked
 from support.paths import REPOSITORY, TEST_PACK, comfyui_path
 from support.workflows import Prompt
 
@@ -127,10 +128,14 @@ class ComfyServer:
             raise RuntimeError(f"ComfyUI ended with code {code}; its log:\n{self.log_tail()}")
 
     def children(self) -> list[psutil.Process]:
-        """The server's live descendants: rank processes show up here."""
+        """The server's live descendants: the ranks, and what they are forked from."""
         if self.process.poll() is not None:
             return []
         return psutil.Process(self.process.pid).children(recursive=True)
+
+    def ranks(self) -> list[psutil.Process]:
+        """The live ranks of the server's groups."""
+        return [child for child in self.children() if is_marked(child, WORKER_MARK)]
 
     def kill(self) -> None:
         """SIGKILL ComfyUI alone, as a crash would: its children are left to themselves.
