@@ -9,7 +9,7 @@ MODEL ?= z_image
 WHERE ?= this machine
 export COMFYUI_PATH ?= $(CURDIR)/.comfyui
 
-.PHONY: help demo serve test soak bench check lint format venv comfyui browser hosts clean
+.PHONY: help demo serve test soak kills bench check lint format venv comfyui browser hosts clean
 
 help:
 	@echo "make demo     start ComfyUI, compare TP Sampler with the stock sampler, stop"
@@ -18,6 +18,7 @@ help:
 	@echo "              (demo: WHERE=ray, on a Ray that is started for it)"
 	@echo "make test     every test that this machine can run"
 	@echo "make soak     a real ComfyUI, random prompts and faults (SOAK_MINUTES=30)"
+	@echo "make kills    kill -9 of a real ComfyUI at random moments (KILLS=50)"
 	@echo "make bench    ms per step on this machine's GPUs (BENCH='--models flux --tp 1 2 ...')"
 	@echo "make check    format, lint, types and the quick tests (what a commit must pass)"
 	@echo "make format   let ruff rewrite the code"
@@ -35,6 +36,9 @@ test: venv comfyui browser hosts
 
 soak: venv comfyui
 	SOAK_MINUTES=$${SOAK_MINUTES:-30} $(BIN)/python -m pytest tests/faults/test_soak.py -s
+
+kills: venv comfyui
+	KILLS=$${KILLS:-50} $(BIN)/python -m pytest tests/faults/test_comfyui_killed.py -s
 
 bench: venv
 	$(BIN)/python -m bench.step $(BENCH)

@@ -49,9 +49,9 @@ def serve_page(server: Any) -> None:
 
     routes = server.routes
     routes.get("/tensor_parallel/groups")(_answer(groups))
-    routes.post("/tensor_parallel/groups/{group_id}/{action}")(_answer(_own_page(change_group)))
+    routes.post("/tensor_parallel/groups/{group_id}/{action}")(_answer(_asked_first(change_group)))
     routes.get("/tensor_parallel/gpu_counts")(_answer(_gpu_counts))
-    routes.post("/tensor_parallel/doctor")(_answer(_own_page(_doctor)))
+    routes.post("/tensor_parallel/doctor")(_answer(_asked_first(_doctor)))
     events = server.loop.create_task(_send_events(server, status))
     events.add_done_callback(lambda task: task.cancelled() or task.result())  # logs what it raised
     server.tensor_parallel_events = events  # asyncio itself keeps no hold of it
@@ -153,6 +153,7 @@ def _answer(handler: Handler) -> Handler:
     @functools.wraps(handler)
     async def answer(request: web.Request) -> web.Response:
         try:
+            _check_origin(request)
             return web.json_response(await handler(request))
         except _Refusal as error:
             return web.json_response({"error": str(error)}, status=error.status)
@@ -162,24 +163,29 @@ def _answer(handler: Handler) -> Handler:
     return answer
 
 
-def _own_page(handler: Handler) -> Handler:
-    """Refuse requests that another site's page may have made.
+def _check_origin(request: web.Request) -> None:
+    """Refuse what another site's page has sent.
 
     ComfyUI compares Origin and Host where the host is this machine by name; here they are always
-    compared. A browser asks before it sends JSON to another origin, and ComfyUI permits that with
-    `--enable-cors-header` only, which permits it here, too.
+    compared, unless `--enable-cors-header` permits other sites to use ComfyUI.
+    """
+    origin = request.headers.get("Origin")
+    if origin is None or args.enable_cors_header:
+        return
+    if urllib.parse.urlsplit(origin).netloc.lower() != request.host.lower():
+        raise _Refusal(403, f"Requests from {origin} are refused.")
+
+
+def _asked_first(handler: Handler) -> Handler:
+    """Refuse what a browser sends to another site without asking that first: it names no JSON.
+
+    For what changes something. Where it asks, `_check_origin` sees the origin.
     """
 
     @functools.wraps(handler)
     async def checked(request: web.Request) -> Any:
         if request.content_type != "application/json":
             raise _Refusal(415, "Send this request with 'Content-Type: application/json'.")
-        origin = request.headers.get("Origin")
-        same = (
-            origin is None or urllib.parse.urlsplit(origin).netloc.lower() == request.host.lower()
-        )
-        if not same and not args.enable_cors_header:
-            raise _Refusal(403, f"Requests from {origin} are refused.")
         return await handler(request)
 
     return checked

@@ -21,7 +21,7 @@ def divide(inputs: Inputs, num_parts: int) -> list[Inputs]:
     """
     batch = inputs["x"].shape[0]
     num_parts = min(num_parts, batch)
-    if num_parts <= 1 or any(_rows(tensor) not in (1, batch) for tensor in _tensors(inputs)):
+    if num_parts <= 1 or any(_rows(tensor) not in (1, batch) for tensor in tensors_in(inputs)):
         return [inputs]
     sizes = [len(range(part, batch, num_parts)) for part in range(num_parts)]
     starts = [sum(sizes[:part]) for part in range(num_parts)]
@@ -49,12 +49,13 @@ def _rows(tensor: torch.Tensor) -> int:
     return tensor.shape[0] if tensor.ndim else 1
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in a tree of plain data."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)

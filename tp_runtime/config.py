@@ -9,11 +9,13 @@ The only place where the package reads environment variables of its own:
                                less in steps whose time is known (``step_times``)
 ``TP_RUNTIME_HOST_RESERVE``    share of the host's memory that sleeping models leave free
                                (default 0.125)
+``TP_RUNTIME_ATTENTION``       the ranks' attention on GPUs: auto (measured; the default), flash3,
+                               cudnn, or sdpa (torch's choice)
 ``TP_RUNTIME_LOG_LEVEL``       level of the ranks' logs (default INFO)
 ``TP_RUNTIME_RAY_ADDRESS``     Ray cluster, host:port, for groups that run on one (default:
                                one that is started on this machine for each group)
-``TP_RUNTIME_HOME``            folder for logs and rendezvous files (default: the user's
-                               state folder)
+``TP_RUNTIME_HOME``            folder for logs, rendezvous files and what ranks compile
+                               (default: the user's state folder)
 =============================  ==========================================================
 """
 
@@ -73,6 +75,20 @@ def log_level() -> str:
     if level not in allowed:
         raise TPRuntimeError(f"TP_RUNTIME_LOG_LEVEL={level!r}: use one of {', '.join(allowed)}.")
     return level
+
+
+AttentionKernel = Literal["auto", "flash3", "cudnn", "sdpa"]
+
+
+def attention_kernel() -> AttentionKernel:
+    """The kernel that optimised steps use for attention."""
+    name = os.environ.get("TP_RUNTIME_ATTENTION", "auto").lower()
+    for allowed in get_args(AttentionKernel):
+        if name == allowed:
+            return allowed
+    raise TPRuntimeError(
+        f"TP_RUNTIME_ATTENTION={name!r}: use one of {', '.join(get_args(AttentionKernel))}."
+    )
 
 
 def fault_file() -> str:
@@ -254,10 +270,11 @@ class ModelSpec(msgspec.Struct, frozen=True):
 
 
 class WorkerConfig(msgspec.Struct, frozen=True):
-    """Everything that a rank is told at its start; on its command line as JSON.
+    """Everything that a rank is told at its start.
 
-    ``local_rank``: index of its GPU among those that it sees. ``mirrored``: its exchange memory
-    is not the engine's.
+    ``local_rank``: index of its GPU among those that it sees. ``environment``: changes to the
+    environment that it starts in; None removes a variable. The file descriptors are the rank's
+    own; it learns of them when it gets them. ``mirrored``: its exchange memory is not the engine's.
     """
 
     rank: int
@@ -265,12 +282,14 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     tp_size: int
     batch_groups: int
     device: str
-    control_fd: int
-    exchange_fd: int
     rendezvous: str
     num_threads: int
     log_level: str
     fault_file: str = ""
+    attention: AttentionKernel = "auto"
+    environment: dict[str, str | None] = {}
+    control_fd: int = -1
+    exchange_fd: int = -1
     mirrored: bool = False
 
     @property

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from .layout import Layout
 from .models import family
-from .workload import Stage
+from .stages import Stage
 
 BYTES = 2  # of an element: activations and weights in bf16
 PATCH = 2  # latent rows and columns of one token, in every family
@@ -61,16 +62,28 @@ class Link:
 
 DEVICES = {
     "H200": Device("H200", 820e12, 520e12, 3.0e12, 132, "measured"),
-    "H100": Device("H100", 820e12, 520e12, 2.1e12, 132, "H200, its memory as the data sheets"),
-    "other": Device("other", 820e12, 520e12, 2.1e12, 132, "unknown: only relations count"),
+    "H100": Device(
+        "H100", 820e12, 520e12, 2.1e12, 132, "as H200, memory by the data sheets; not measured"
+    ),
+    "other": Device("other", 820e12, 520e12, 2.1e12, 132, "a guess: only relations count"),
 }
 LINKS = {
-    "nvlink": Link("nvlink", 320e9, 3.4e-6, True, "measured: NVLink 4, 18 links"),
-    "pcie": Link("pcie", 25e9, 5.7e-6, True, "data sheet: PCIe 4.0 x16, four fifths of 31.5 GB/s"),
-    "pcie-host": Link("pcie-host", 12e9, 5.7e-6, False, "estimate: half of pcie"),
+    "nvlink": Link(
+        "nvlink", 320e9, 3.4e-6, True, "measured on 2 and 4 H200s (18 links of NVLink 4)"
+    ),
+    "pcie": Link(
+        "pcie", 25e9, 5.7e-6, True, "PCIe 4.0 x16: four fifths of its 31.5 GB/s; not measured"
+    ),
+    "pcie-host": Link(
+        "pcie-host", 12e9, 5.7e-6, False, "through the host's memory: half of pcie; a guess"
+    ),
     # Hosts of eight: one hop in eight is over the network.
-    "network": Link("network", 300e9, 4.7e-6, False, "paper: a 400 Gb/s port for every GPU"),
-    "network-1": Link("network-1", 45e9, 4.7e-6, False, "paper: one 400 Gb/s port for a host"),
+    "network": Link(
+        "network", 300e9, 4.7e-6, False, "a 400 Gb/s port for each GPU of a host; not measured"
+    ),
+    "network-1": Link(
+        "network-1", 45e9, 4.7e-6, False, "one 400 Gb/s port for a host; not measured"
+    ),
 }
 
 
@@ -109,6 +122,12 @@ def image_tokens(latent_shape: Sequence[int]) -> int:
     return -(-height // PATCH) * -(-width // PATCH)
 
 
+def layouts(family_name: str, config: Mapping[str, Any], num_gpus: int) -> list[Layout]:
+    """Every layout of that many GPUs that the model can be split over."""
+    sizes = family(family_name).plan(config).valid_tp_sizes(num_gpus)
+    return [Layout(size, num_gpus // size) for size in reversed(sizes) if num_gpus % size == 0]
+
+
 def predict(
     family_name: str,
     config: Mapping[str, Any],
@@ -128,7 +147,7 @@ def predict(
     """
     image = sum(image_tokens(shape) for shape in (latent_shape, *references))
     batch = -(-latent_shape[0] // batch_groups)
-    stages = family(family_name).workload(config, image, text_tokens)
+    stages = family(family_name).stages(config, image, text_tokens)
     total = Prediction(fixed=1e3 * REQUEST_S)
     for stage in stages:
         total += _blocks(stage, batch, tp_size, device, link)
@@ -183,22 +202,21 @@ def _blocks(stage: Stage, batch: int, tp_size: int, device: Device, link: Link) 
 
 
 def _product_s(rows: int, inputs: int, outputs: int, device: Device) -> float:
-    """(rows, inputs) times (inputs, outputs): arithmetic in whole tiles, or memory."""
+    """(rows, inputs) times (inputs, outputs): arithmetic in whole tiles, or memory.
+
+    Tiles for less than all multiprocessors are split along the inner features.
+    """
     tiles = math.ceil(rows / TILE) * math.ceil(outputs / TILE)
-    work = 2 * TILE**2 * (inputs + START) * _at_least_one_each(tiles, device)
+    work = 2 * TILE**2 * (inputs * tiles + START * max(tiles, device.multiprocessors))
     traffic = BYTES * (rows * inputs + inputs * outputs + rows * outputs)
     return max(work / device.matmul, traffic / device.memory)
 
 
 def _attention_s(stage: Stage, batch: int, width: int, device: Device) -> float:
+    """Queries of a head in tiles, each on a multiprocessor: with fewer tiles, some have no work."""
     tiles = math.ceil(stage.tokens / TILE) * batch * width // stage.heads.unit
-    work = 4 * TILE * stage.tokens * stage.heads.unit * _at_least_one_each(tiles, device)
+    work = 4 * TILE * stage.tokens * stage.heads.unit * max(tiles, device.multiprocessors)
     return work / device.attention
-
-
-def _at_least_one_each(tiles: int, device: Device) -> int:
-    """Tiles, counting a multiprocessor without work as busy: fewer do not end sooner."""
-    return max(tiles, device.multiprocessors)
 
 
 def _nccl_s(size: float, tp_size: int, link: Link) -> float:

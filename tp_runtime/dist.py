@@ -1,6 +1,7 @@
 """Joins a rank to its group with vLLM's own initialisation. Rank half; imports vLLM."""
 
 import contextlib
+import functools
 import importlib.metadata
 from collections.abc import Iterator
 
@@ -64,8 +65,15 @@ def peer_access() -> bool:
 @contextlib.contextmanager
 def graph_capture(device: torch.device) -> Iterator[torch.cuda.Stream]:
     """vLLM's context in which collectives may be recorded into a CUDA graph; yields its stream."""
-    with parallel_state.graph_capture(device=device) as context:
+    context = parallel_state.GraphCaptureContext(_capture_stream(device))
+    with parallel_state.get_tp_group().graph_capture(context):
         yield context.stream
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    # One for all graphs: cuBLAS keeps a workspace of 32 MiB for every stream that it has seen.
+    return torch.cuda.Stream(device)
 
 
 def versions() -> dict[str, str]:

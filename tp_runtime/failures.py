@@ -33,18 +33,33 @@ def not_started(
 ) -> GroupStartError:
     """For a group whose ranks did not all become ready."""
     tails = [rank.log_tail() for rank in ranks]
-    lacking = next(filter(None, map(_IMPORT_ERROR.search, tails)), None)
+    lacking = _lacking(config, tails)
     if lacking:
-        return GroupStartError(
-            f"The runtime's Python {config.python} cannot import what the ranks need "
-            f"({lacking[0]}). Install it with: {config.python} -m pip install '{_PACK}[runtime]', "
-            "or set TP_RUNTIME_PYTHON to a Python that has vllm and diffusers. "
-            f"Logs: {ranks[0].log_path.parent}"
-        )
+        return GroupStartError(f"{lacking} Logs: {ranks[0].log_path.parent}")
     tail = tails[blamed.index if blamed else 0]
     return GroupStartError(
         f"The process group of {config.num_ranks} {config.device.upper()} ranks did not start: "
         f"{error} Runtime Python: {config.python}. The log ends:\n{tail}"
+    )
+
+
+def no_fork_server(config: GroupConfig, error: BaseException, log: str) -> GroupStartError:
+    """For a group whose ranks have no process to be forked from; ``log``: what that printed."""
+    logger.error("the fork server:\n%s", log)
+    return GroupStartError(
+        _lacking(config, [log])
+        or f"The process that imports what the ranks need {error}. Runtime Python: "
+        f"{config.python}. The log ends:\n{log}"
+    )
+
+
+def _lacking(config: GroupConfig, logs: Sequence[str]) -> str | None:
+    """What to install, if one of the logs says that something cannot be imported."""
+    found = next(filter(None, map(_IMPORT_ERROR.search, logs)), None)
+    return found and (
+        f"The runtime's Python {config.python} cannot import what the ranks need ({found[0]}). "
+        f"Install it with: {config.python} -m pip install '{_PACK}[runtime]', or set "
+        "TP_RUNTIME_PYTHON to a Python that has vllm and diffusers."
     )
 
 

@@ -19,8 +19,9 @@ import psutil
 import torch
 
 from . import failures
+from .calls import POLL_S, OnProgress
 from .config import GroupConfig, host_reserve
-from .engine import POLL_S, Engine, OnProgress, State
+from .engine import Engine
 from .errors import (
     CheckpointError,
     GroupClosedError,
@@ -29,6 +30,7 @@ from .errors import (
     TPRuntimeError,
 )
 from .launcher import Poll
+from .process_group import State
 from .protocol import Load, Report, Sleep, Wake
 from .sending import Wanted
 

@@ -17,7 +17,7 @@ from .config import GroupConfig
 from .errors import GroupStartError
 from .group_folder import GroupFolder
 from .handshake import new_token
-from .launcher import inherited_environment
+from .rank_environment import inherited_environment
 from .ray_messages import DriverConfig, Ended, FromDriver, Refused, Run, Waiting
 from .transport import Channel, wait
 

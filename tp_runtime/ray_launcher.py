@@ -10,11 +10,12 @@ import os
 import time
 from collections.abc import Sequence
 
-from .config import GroupConfig, WorkerConfig, fault_file, log_level
+from .config import GroupConfig, WorkerConfig, attention_kernel, fault_file, log_level
 from .errors import GroupStartError
 from .group_folder import GroupFolder
 from .handshake import Member, Reception, new_token
-from .launcher import RANK_ENVIRONMENT, Poll, tail_of
+from .launcher import Poll, tail_of_file
+from .rank_environment import RANK_ENVIRONMENT
 from .ray_cluster import Driver, forget_count
 from .ray_messages import Placed, Run, Waiting
 from .tensors import Exchange
@@ -57,7 +58,7 @@ class RayRank:
         return f"ended ({why})" if why else "closed its connection"
 
     def log_tail(self) -> str:
-        return tail_of(self.log_path)
+        return tail_of_file(self.log_path)
 
     def kill(self) -> None:
         self._driver.close()
@@ -186,6 +187,7 @@ def _order(config: GroupConfig, address: tuple[str, int], token: bytes, exchange
         num_threads=1,
         log_level=log_level(),
         fault_file=fault_file(),
+        attention=attention_kernel(),
     )
     environment = {**RANK_ENVIRONMENT, "VLLM_LOGGING_LEVEL": log_level()}
     return Run(

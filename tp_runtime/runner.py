@@ -83,6 +83,7 @@ class Runner:
                 self._config.tp_rank,
                 self._config.tp_size,
                 report_progress,
+                self._config.attention,
             )
             self._models[request.model] = model
         return {"resident_bytes": model.resident_bytes, "bytes_read": model.bytes_read}
@@ -106,7 +107,7 @@ class Runner:
         return model
 
     def _hold(self, request: Hold) -> None:
-        self._map_exchange(request.exchange_bytes)
+        self._exchange.remap(request.exchange_bytes)
         for ref in request.tensors:
             self._factors[ref.key] = self._exchange.view(ref).clone()
 
@@ -119,7 +120,7 @@ class Runner:
         started = time.perf_counter()
         reach("denoise")
         # Before anything can be refused: the engine takes it that these are held from now on.
-        self._map_exchange(request.exchange_bytes)
+        self._exchange.remap(request.exchange_bytes)
         resolved = [self._resolve(evaluation.inputs) for evaluation in request.evaluations]
         for key in request.drop:
             del self._held[key]
@@ -140,17 +141,6 @@ class Runner:
             f"{output.shape} {output.dtype}, not {result.shape} {result.dtype}"
         )
         result.copy_(output, non_blocking=True)
-
-    def _map_exchange(self, size: int) -> None:
-        """Map the exchange memory and, on a GPU, let the device read and write it directly."""
-        if size == self._exchange.size:
-            return
-        cuda = torch.cuda.cudart() if self._device.type == "cuda" else None
-        if cuda and self._exchange.size:
-            torch.cuda.check_error(cuda.cudaHostUnregister(self._exchange.address))
-        self._exchange.remap(size)
-        if cuda:
-            torch.cuda.check_error(cuda.cudaHostRegister(self._exchange.address, size, 0))
 
     def _resolve(self, value: Any) -> Any:
         """``value`` with every reference replaced by its tensor, on the rank's device."""

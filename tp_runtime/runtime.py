@@ -16,9 +16,9 @@ import msgspec
 import torch
 
 from .batch import divide_all
+from .calls import OnProgress
 from .checkpoint import CheckpointInfo, inspect_checkpoint
 from .config import GroupConfig, ModelSpec, device_name, home
-from .engine import OnProgress
 from .errors import InputError
 from .group import Group, GroupReport
 from .launcher import Poll

@@ -1,24 +1,20 @@
 """The process of one rank: joins the group, then serves requests until its channel ends.
 
-Started by the launcher, with a ``WorkerConfig`` as the only argument. Two threads: the main one
-computes; the reader only receives frames and ends the process, whatever it is doing, when the
-engine's process is gone.
+Forked by ``fork_server``, which has imported this module. Two threads: the main one receives
+requests and computes; the watcher only ends the process, whatever it is doing, when the engine's
+process is gone.
 """
 
 import contextlib
-import gc
 import logging
 import os
-import queue
-import sys
+import select
 import threading
 import time
 import traceback
 from collections.abc import Iterator
 
-import msgspec
-
-from . import fault_points
+from . import dist, fault_points
 from .config import WorkerConfig
 from .errors import REFUSALS
 from .mirror import Mirror
@@ -36,6 +32,7 @@ from .protocol import (
     decode_request,
     encode,
 )
+from .runner import Runner
 from .transport import Channel, wait
 
 logger = logging.getLogger("tp_runtime.worker")
@@ -45,29 +42,35 @@ MAX_LOG_BYTES = 8 * 2**20
 KEPT_LOG_BYTES = 2**20
 
 
-def _read_requests(
-    channel: Channel, parent_pid: int, requests: "queue.SimpleQueue[Request]"
-) -> None:
-    """Thread: queue the requests; end the process at once when nobody is left to answer to."""
+def _watch(channel: Channel, parent_pid: int) -> None:
+    """Thread: end the process at once when nobody is left to answer to."""
     status = 1
     try:
+        stream = select.poll()
+        stream.register(channel, select.POLLRDHUP)
         # A process that ComfyUI has forked may hold the stream open after ComfyUI's death.
-        while not channel.ended and os.getppid() == parent_pid:
-            if wait([channel], PARENT_CHECK_S):
-                for frame in channel.receive():
-                    requests.put(decode_request(frame))
-            else:
-                fault_points.reach("idle")
+        while os.getppid() == parent_pid and not stream.poll(1000 * PARENT_CHECK_S):
             _shorten_log()
         logger.info("ending: nobody is left to answer to")
         status = 0
-    except BaseException as error:
-        logger.exception("ending: the reader failed")
-        with contextlib.suppress(EOFError):
-            channel.send(encode(_failed(-1, False, error)))
+    except BaseException:
+        logger.exception("ending: the watcher failed")
     finally:
         # Not sys.exit: the main thread may be inside a collective that will never return.
         os._exit(status)
+
+
+def _requests(channel: Channel) -> Iterator[Request]:
+    """The requests as they come, until the stream ends.
+
+    Received by the thread that carries them out: handing each over would cost a fifth of a
+    millisecond, since a core that wakes up is slow.
+    """
+    while not channel.ended:
+        if wait([channel], PARENT_CHECK_S):
+            yield from map(decode_request, channel.receive())
+        else:
+            fault_points.reach("idle")
 
 
 def _shorten_log() -> None:
@@ -85,17 +88,9 @@ def _shorten_log() -> None:
             log.truncate()
 
 
-def _serve(config: WorkerConfig, channel: Channel, requests: "queue.SimpleQueue[Request]") -> None:
-    # Imported here so that the reader thread watches over the seconds that vLLM's import takes.
-    gc.disable()  # an eighth of their time: they make hardly anything but what stays
-    from . import dist
-    from .runner import Runner
-
-    gc.freeze()
-    gc.enable()
-
+def _serve(config: WorkerConfig, channel: Channel) -> None:
     def send(reply: Reply) -> None:
-        # Without a reader on the other side, the reader thread is about to end this process.
+        # Without a reader on the other side, the watcher is about to end this process.
         with contextlib.suppress(EOFError):
             channel.send(encode(reply))
 
@@ -105,7 +100,9 @@ def _serve(config: WorkerConfig, channel: Channel, requests: "queue.SimpleQueue[
     with dist.tensor_parallel_group(config) as tp_world_size:
         runner = Runner(config, device)
         send(Ready(config.rank, tp_world_size, runner.device_name(), dist.versions()))
-        while not isinstance(request := requests.get(), Close):
+        for request in _requests(channel):
+            if isinstance(request, Close):
+                break
             if isinstance(request, Piece):
                 assert mirror is not None, "this rank shares the engine's memory"
                 mirror.put(request)
@@ -133,12 +130,6 @@ def _results(config: WorkerConfig, request: Denoise, mirror: Mirror) -> Iterator
         yield from mirror.pieces(request.evaluations[config.batch_group].result)
 
 
-def main() -> None:
-    """Run the rank that the command line describes."""
-    # Not the engine's process if the runtime's Python is a script that starts another.
-    run(msgspec.json.decode(sys.argv[1], type=WorkerConfig), os.getppid())
-
-
 def run(config: WorkerConfig, parent_pid: int) -> None:
     """Be the rank until its channel, or the process ``parent_pid``, ends; returns on ``Close``."""
     logging.basicConfig(
@@ -146,14 +137,10 @@ def run(config: WorkerConfig, parent_pid: int) -> None:
         format=f"%(asctime)s rank {config.rank} %(levelname)s %(name)s: %(message)s",
     )
     fault_points.watch(config.rank, config.fault_file)
-    os.set_inheritable(config.exchange_fd, False)
     channel = Channel.inherited(config.control_fd)
-    requests: queue.SimpleQueue[Request] = queue.SimpleQueue()
-    threading.Thread(
-        target=_read_requests, args=(channel, parent_pid, requests), daemon=True
-    ).start()
+    threading.Thread(target=_watch, args=(channel, parent_pid), daemon=True).start()
     try:
-        _serve(config, channel, requests)
+        _serve(config, channel)
     except BaseException as error:
         failed = _failed(-1, False, error)
         logger.exception("rank %d failed", config.rank)
@@ -170,7 +157,3 @@ def _failed(call: int, recoverable: bool, error: BaseException) -> Failed:
     """The message about the error that is being handled."""
     kind, trace = type(error).__name__, traceback.format_exc()
     return Failed(call, recoverable, kind, str(error), trace, time.monotonic())
-
-
-if __name__ == "__main__":
-    main()

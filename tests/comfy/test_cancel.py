@@ -92,14 +92,14 @@ def test_while_the_model_loads(comfy_server: ComfyServer, works: Works) -> None:
 def test_while_the_group_starts(comfy_server: ComfyServer, works: Works) -> None:
     """Nothing of the group that was starting is left."""
     comfy_server.run({"release": node("TPReleaseRuntime")})
-    before = {process.pid for process in comfy_server.children()}
+    before = {process.pid for process in comfy_server.ranks()}
     prompt_id = comfy_server.queue(tp_text_to_latent(MODEL, sampling=Sampling(seed=60)))
     deadline = time.monotonic() + 30
-    while len(comfy_server.children()) < len(before) + 2:
+    while len(comfy_server.ranks()) < len(before) + 2:
         assert time.monotonic() < deadline, "no rank was started"
         time.sleep(0.02)
     interrupt(comfy_server, prompt_id)
-    assert {process.pid for process in comfy_server.children()} == before
+    assert {process.pid for process in comfy_server.ranks()} == before
     works()
 
 

@@ -57,12 +57,12 @@ def test_a_size_that_cannot_work(
     works()
     prompt = tp_text_to_latent(MODEL)
     prompt[where]["inputs"]["gpu_count"] = "7"
-    processes = {process.pid for process in comfy_server.children()}
+    processes = {process.pid for process in comfy_server.ranks()}
     error = refused(prompt, where)
     assert error.type.endswith("SizeError")
     for part in ("num_heads", "30", "7", "1, 2, 3, 4, 5, 6, 8"):
         assert part in error.message
-    assert {process.pid for process in comfy_server.children()} == processes
+    assert {process.pid for process in comfy_server.ranks()} == processes
 
 
 def test_merging_and_saving(refused: Refused) -> None:

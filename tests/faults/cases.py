@@ -68,7 +68,8 @@ OTHERS = [
     Case("denoise", "a rank receives garbage", "RankError", 1.0),
     Case("denoise", "a rank logs without end", "works", 5.0),
     Case("denoise", "the machine stands still", "works", 5.0),
-    Case("any", "ComfyUI's process is killed", "the ranks end", 5.0),
+    Case("any", "a process with a group is killed", "the ranks end", 5.0),
+    Case("any", "ComfyUI is killed", "the ranks end", 5.0),
 ]
 CASES = [*INJECTED, *OTHERS]
 

@@ -25,7 +25,8 @@ from process.conftest import (
 
 import tp_runtime
 from tp_runtime import ModelSpec, RemoteModel, Runtime, TPRuntimeError
-from tp_runtime.engine import Engine, State
+from tp_runtime.engine import Engine
+from tp_runtime.process_group import State
 
 pytestmark = pytest.mark.process
 

@@ -37,7 +37,8 @@ from tp_runtime import (
     TPRuntimeError,
     step_times,
 )
-from tp_runtime.engine import Engine, State
+from tp_runtime.engine import Engine
+from tp_runtime.process_group import State
 from tp_runtime.protocol import MAX_FRAME_BYTES, VERSION, Done, encode
 from tp_runtime.worker import MAX_LOG_BYTES
 
@@ -217,8 +218,8 @@ def test_a_request_comes_right_after_a_death(
     engine = engine_of(model)
     rank = engine.ranks[1]
     with engine._lock:  # the owner cannot tell anybody
-        rank.process.kill()
-        rank.process.wait()
+        rank.kill()
+        assert rank.ended(timeout_s=5.0)
         assert engine.state is State.READY
     with timed(observe, case("idle", "a rank dies, and a request comes at once")):
         if what == "denoise":

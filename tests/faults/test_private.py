@@ -1,14 +1,18 @@
 """Who else can reach a group: nobody. Nothing listens, nothing is readable, nothing tells."""
 
-import json
+import contextlib
+import itertools
 import os
+import socket
 import stat
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch
 from process.conftest import PythonWith, cpu_group, make_inputs
 
 from tp_runtime import ModelSpec, RankError, RemoteModel, Runtime
@@ -61,6 +65,80 @@ def test_no_address(model: RemoteModel) -> None:
     assert ours <= {""}
 
 
+def listening(model: RemoteModel) -> list[tuple[str, int]]:
+    """Where torch's collectives listen, in the ranks."""
+    return [
+        tuple(connection.laddr)
+        for rank in ranks_of(model)
+        for connection in psutil.Process(rank.pid).net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+
+
+def test_a_stranger_who_calls_the_collectives_does_no_harm(model: RemoteModel) -> None:
+    """Whatever it sends there, while they work and afterwards; the numbers are as before."""
+    inputs = make_inputs(seed=4)
+    expected = model.denoise(inputs)
+    ranks = ranks_of(model)
+    addresses = listening(model)
+    assert addresses
+    sent = [b"", b"\0" * 8, b"\xff" * 8, os.urandom(2**16), b"GET / HTTP/1.1\r\n\r\n"]
+    strangers = []
+    for address, data in itertools.product(addresses, sent):
+        stranger = socket.create_connection(address, timeout=10)
+        strangers.append(stranger)
+        with contextlib.suppress(ConnectionError):
+            stranger.sendall(data)
+        assert torch.equal(model.denoise(inputs), expected)
+    for stranger in strangers:
+        stranger.close()
+    assert torch.equal(model.denoise(inputs), expected)
+    assert ranks_of(model) is ranks
+
+
+def exchange_of(pid: int) -> list[str]:
+    """Where a process has the shared memory of a group open."""
+    found = []
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # this very list
+            found += [str(fd)] if "tp-runtime-exchange" in str(fd.readlink()) else []
+    assert found
+    return found
+
+
+OPENING = """
+import sys
+for path in sys.argv[1:]:
+    try:
+        open(path, "rb").close()
+    except OSError as error:
+        print(type(error).__name__)
+    else:
+        print(f"{path} can be read")
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_another_user_can_open_nothing(model: RemoteModel) -> None:
+    """Not the logs, not the rendezvous, not the shared memory, nor what a rank has in memory."""
+    paths = []
+    for rank in ranks_of(model):
+        paths += [str(rank.log_path), str(rank.log_path.with_name("rendezvous"))]
+        paths += [*exchange_of(rank.pid), f"/proc/{rank.pid}/mem"]
+        paths += [*exchange_of(os.getpid()), f"/proc/{rank.pid}/environ"]
+    nobody = subprocess.run(
+        ["/usr/bin/env", "python3", "-c", OPENING, *paths],
+        user=65534,
+        group=65534,
+        extra_groups=[],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert nobody.stdout.split("\n")[:-1] == ["PermissionError"] * len(paths)
+
+
 def test_the_folder_is_its_owners(model: RemoteModel) -> None:
     folder = ranks_of(model)[0].log_path.parent
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -71,9 +149,18 @@ def test_the_folder_is_its_owners(model: RemoteModel) -> None:
 
 def test_a_child_of_a_rank_inherits_nothing(model: RemoteModel) -> None:
     """Neither the channel nor the shared memory: compilers are started by ranks."""
+    unix_sockets = {
+        f"socket:[{line.split()[6]}]"
+        for line in Path("/proc/net/unix").read_text().splitlines()[1:]
+    }
     for rank in ranks_of(model):
-        config = json.loads(psutil.Process(rank.pid).cmdline()[-1])
-        for fd in (config["control_fd"], config["exchange_fd"]):
+        private = [
+            fd.name
+            for fd in Path(f"/proc/{rank.pid}/fd").iterdir()
+            if str(fd.readlink()) in unix_sockets or "tp-runtime-exchange" in str(fd.readlink())
+        ]
+        assert len(private) == 2, "its channel, and the shared memory"
+        for fd in private:
             info = Path(f"/proc/{rank.pid}/fdinfo/{fd}").read_text()
             (flags,) = (line.split()[1] for line in info.splitlines() if line[:5] == "flags")
             assert int(flags, 8) & os.O_CLOEXEC

@@ -27,7 +27,8 @@ from tp_runtime import (
     RemoteModel,
     Runtime,
 )
-from tp_runtime.engine import Engine, State
+from tp_runtime.engine import Engine
+from tp_runtime.process_group import State
 
 pytestmark = pytest.mark.process
 

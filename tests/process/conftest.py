@@ -4,19 +4,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import psutil
 import pytest
 import torch
 
-from support.leaks import SHARED_MEMORY, worker_processes
+from support.leaks import SHARED_MEMORY, fork_servers, worker_processes
 from tp_runtime.config import GroupConfig
 
 TESTS = Path(__file__).resolve().parents[1]
-LIGHT = "from process.light_rank import run; run()"
-REAL = "from tp_runtime.worker import main; main()"
-
 SHARED_BEFORE = set(SHARED_MEMORY.iterdir())
 
 PythonWith = Callable[..., str]
@@ -33,25 +31,56 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         assert_nothing_left(folder)
 
 
+# What stands in for a Python that the fork server is started with.
+SCRIPT = """\
+#!{python}
+import sys
+
+sys.path.append({tests!r})
+sys.argv = sys.argv[2:]
+exec(sys.argv[0].rpartition("\\n")[0])  # all but running the server
+
+from process import light_rank
+from tp_runtime import fork_server
+
+import_all = fork_server._import_all
+
+def import_some():
+{while_importing}
+    light_rank.be_light() if {light} else import_all()
+    from tp_runtime import worker
+
+    be_rank = worker.run
+
+    def run(config, parent_pid):
+{in_rank}
+        be_rank(config, parent_pid)
+
+    worker.run = run
+
+fork_server._import_all = import_some
+fork_server.main()
+"""
+
+
 @pytest.fixture(scope="module")
 def python_with(tmp_path_factory: pytest.TempPathFactory) -> PythonWith:
-    """`python_with(code, light)`: a Python for the ranks that runs `code` before the rank.
+    """`python_with(code)`: a Python for the ranks that runs `code` at the start of each.
 
-    The code finds the rank's configuration in `config`. With `light`, the rank is one that
-    computes nothing (see `light_rank`).
+    The code finds what the rank is told in `config`. With `light`, the rank is one that computes
+    nothing (see `light_rank`). `while_importing` is run once, by the fork server.
     """
 
-    def make(code: str = "", *, light: bool = True) -> str:
+    def make(code: str = "", *, while_importing: str = "", light: bool = True) -> str:
         script = tmp_path_factory.mktemp("python") / "python"
         script.write_text(
-            f"#!{sys.executable}\n"
-            "import json, sys\n"
-            f"sys.path.append({str(TESTS)!r})\n"
-            "sys.argv = sys.argv[2:]\n"
-            'exec(sys.argv[0].rpartition("\\n")[0])\n'  # all but running the worker
-            "config = json.loads(sys.argv[1])\n"
-            f"{code}\n"
-            f"{LIGHT if light else REAL}\n"
+            SCRIPT.format(
+                python=sys.executable,
+                tests=str(TESTS),
+                light=light,
+                while_importing=indent(while_importing, " " * 4),
+                in_rank=indent(code, " " * 8),
+            )
         )
         script.chmod(0o700)
         return str(script)
@@ -65,9 +94,16 @@ def ranks_of(home: Path) -> set[int]:
 
 
 def assert_nothing_left(home: Path, within_s: float = 5.0) -> None:
-    """Soon there is no rank of a group below `home`, and nothing of ours in /dev/shm."""
+    """Soon there is no rank of a group below `home`, and nothing of ours in /dev/shm.
+
+    Nor is there a fork server, except those of this process, which wait for the next group.
+    """
     deadline = time.monotonic() + within_s
-    while left := [*ranks_of(home), *(set(SHARED_MEMORY.iterdir()) - SHARED_BEFORE)]:
+    while left := [
+        *ranks_of(home),
+        *fork_servers(),
+        *(set(SHARED_MEMORY.iterdir()) - SHARED_BEFORE),
+    ]:
         assert time.monotonic() < deadline, f"left over after {within_s} s: {left}"
         time.sleep(0.05)
 

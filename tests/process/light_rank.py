@@ -7,7 +7,6 @@ can put a fault at a known place: `{"rank": 1, "sleep_s": 5}`, `{"rank": 0, "rai
 """
 
 import contextlib
-import json
 import os
 import sys
 import time
@@ -23,9 +22,13 @@ from tp_runtime.config import ModelSpec, WorkerConfig
 from tp_runtime.errors import InputError
 from tp_runtime.fault_points import reach
 
+_control_fd = -1
+
 
 @contextlib.contextmanager
 def _group(config: WorkerConfig) -> Iterator[int]:
+    global _control_fd
+    _control_fd = config.control_fd
     yield config.tp_size
 
 
@@ -35,6 +38,7 @@ def _load(
     rank: int,
     tp_size: int,
     report_progress: Callable[[int, int], None],
+    attention: str,
 ) -> SimpleNamespace:
     shapes = set()
 
@@ -49,7 +53,7 @@ def _load(
             if "exit" in order:
                 os._exit(order["exit"])
             if "send" in order:
-                os.write(json.loads(sys.argv[1])["control_fd"], order["send"])
+                os.write(_control_fd, order["send"])
             if "print" in order:
                 print(order["print"], flush=True)
             if "raise" in order:
@@ -74,8 +78,8 @@ def _load(
     )
 
 
-def run() -> None:
-    """Be the rank that the command line describes."""
+def be_light() -> None:
+    """Have this process, and the ranks forked from it, import and compute nothing."""
     dist = types.ModuleType("tp_runtime.dist")
     dist.select_device = lambda _: torch.device("cpu")  # type: ignore[attr-defined]
     dist.tensor_parallel_group = _group  # type: ignore[attr-defined]
@@ -86,6 +90,3 @@ def run() -> None:
     loading.ReportProgress = object  # type: ignore[attr-defined]
     sys.modules |= {"tp_runtime.dist": dist, "tp_runtime.loading": loading}
     tp_runtime.dist = dist  # type: ignore[attr-defined]
-    from tp_runtime.worker import main
-
-    main()

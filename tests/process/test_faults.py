@@ -28,9 +28,11 @@ from tp_runtime import (
     RankError,
     RemoteModel,
     Runtime,
+    process_group,
 )
 from tp_runtime import engine as engine_module
-from tp_runtime.engine import Engine, State
+from tp_runtime.engine import Engine
+from tp_runtime.process_group import State
 from tp_runtime.protocol import Load, Report, Unload
 
 pytestmark = pytest.mark.process
@@ -265,11 +267,16 @@ def test_close_from_another_thread_ends_a_call(light_model: LightModel, home: Pa
     assert_works(model)
 
 
-def test_close_waits_for_an_orderly_end(light_model: LightModel) -> None:
+def test_close_waits_for_an_orderly_end(
+    light_model: LightModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = light_model()
     engine = engine_of(model)
+    ends: list[str] = []
+    for rank in engine.ranks:
+        monkeypatch.setattr(rank, "kill", lambda rank=rank: ends.append(rank.describe_exit()))
     engine.close()
-    assert [rank.process.returncode for rank in engine.ranks] == [0, 0]
+    assert ends == ["exited with status 0"] * 2
     assert not engine.ranks[0].log_path.parent.exists()
     assert_works(model)
 
@@ -277,7 +284,7 @@ def test_close_waits_for_an_orderly_end(light_model: LightModel) -> None:
 def test_close_does_not_wait_for_a_stopped_rank(
     light_model: LightModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "CLOSE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(process_group, "CLOSE_TIMEOUT_S", 0.5)
     model = light_model()
     engine = engine_of(model)
     os.kill(engine.ranks[0].pid, signal.SIGSTOP)

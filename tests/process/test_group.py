@@ -20,7 +20,8 @@ from tp_runtime import (
     inspect_checkpoint,
 )
 from tp_runtime import engine as engine_module
-from tp_runtime.engine import Engine, Poll
+from tp_runtime.engine import Engine
+from tp_runtime.launcher import Poll
 from tp_runtime.protocol import Denoise, Load, Request, TensorRef, decode_request
 
 pytestmark = pytest.mark.process

@@ -5,37 +5,42 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from process.conftest import PythonWith, assert_ended, cpu_group
 
 from tp_runtime import GroupClosedError, GroupLostError, GroupStartError
-from tp_runtime.engine import Engine, State
+from tp_runtime.engine import Engine
+from tp_runtime.local_launcher import LocalLauncher
+from tp_runtime.process_group import State
 from tp_runtime.protocol import Report
 
 pytestmark = pytest.mark.process
 
 LYING_RANK = """
 import contextlib
-from process import light_rank
+from tp_runtime import dist
 
 @contextlib.contextmanager
 def lie(worker):
     yield worker.tp_size - worker.rank
 
-light_rank._group = lie
+dist.tensor_parallel_group = lie
 """
 
 RAISING_RANK = """
-from process import light_rank
+from tp_runtime import dist
 
 def refuse(worker):
     raise ValueError("no such device: text of the rank")
 
-if config["rank"] == 1:
-    light_rank._group = refuse
+if config.rank == 1:
+    dist.tensor_parallel_group = refuse
 """
+
+ASLEEP = "import time; time.sleep(600)"
 
 NO_VLLM = """
 class NoVLLM:
@@ -75,7 +80,7 @@ def test_a_rank_that_raises_names_itself(python_with: PythonWith) -> None:
 
 
 def test_a_rank_that_ends_shows_its_log(python_with: PythonWith) -> None:
-    python = python_with("if config['rank'] == 1: sys.exit('last words')")
+    python = python_with("if config.rank == 1: sys.exit('last words')")
     message = failure_of(Engine(cpu_group(2, python=python)), within_s=30)
     assert "Rank 1" in message
     assert "exited with status 1 during 'start'" in message
@@ -83,20 +88,46 @@ def test_a_rank_that_ends_shows_its_log(python_with: PythonWith) -> None:
 
 
 def test_a_rank_that_is_killed_is_named(python_with: PythonWith) -> None:
-    python = python_with("import os; config['rank'] == 1 and os.kill(os.getpid(), 9)")
+    python = python_with("import os; config.rank == 1 and os.kill(os.getpid(), 9)")
     message = failure_of(Engine(cpu_group(2, python=python)), within_s=30)
     assert f"was killed by signal {int(signal.SIGKILL)} (by somebody, or by Linux" in message
     assert "during 'start'" in message
 
 
 def test_a_silent_rank_is_given_up(python_with: PythonWith) -> None:
-    python = python_with("import time; time.sleep(600)")
-    message = failure_of(Engine(cpu_group(2, python=python, start_timeout_s=1.0)), within_s=4)
+    config = cpu_group(2, python=python_with(ASLEEP))
+    LocalLauncher().prepare(config, poll=lambda: None)
+    message = failure_of(Engine(replace(config, start_timeout_s=1.0)), within_s=4)
     assert "Ranks [0, 1] gave no sign of life for 1 s during 'start'" in message
 
 
+def test_an_import_that_never_ends_is_given_up(python_with: PythonWith) -> None:
+    python = python_with(while_importing=ASLEEP)
+    message = failure_of(Engine(cpu_group(2, python=python, start_timeout_s=1.0)), within_s=4)
+    assert "that imports what the ranks need was not ready after 1 s" in message
+
+
+def test_an_import_that_fails_shows_its_log(python_with: PythonWith) -> None:
+    python = python_with(while_importing="raise OSError('libcudart.so.99: no such file')")
+    message = failure_of(Engine(cpu_group(2, python=python)), within_s=60)
+    assert "that imports what the ranks need exited with status 1" in message
+    assert message.endswith("OSError: libcudart.so.99: no such file")
+
+
+def test_an_import_that_crashes_is_named(python_with: PythonWith) -> None:
+    python = python_with(while_importing="import os; os.kill(os.getpid(), 11)")
+    message = failure_of(Engine(cpu_group(2, python=python)), within_s=60)
+    assert "that imports what the ranks need was killed by signal 11" in message
+
+
+def test_an_import_that_starts_a_thread_is_refused(python_with: PythonWith) -> None:
+    start = "import threading, time; threading.Thread(target=time.sleep, args=[600]).start()"
+    message = failure_of(Engine(cpu_group(2, python=python_with(while_importing=start))), 60)
+    assert "has started threads" in message
+
+
 def test_a_python_without_vllm_says_what_to_install(python_with: PythonWith) -> None:
-    python = python_with(NO_VLLM, light=False)
+    python = python_with(while_importing=NO_VLLM, light=False)
     message = failure_of(Engine(cpu_group(2, python=python)), within_s=60)
     assert "No module named 'vllm'" in message
     assert f"{python} -m pip install" in message
@@ -133,12 +164,28 @@ class Interrupted(BaseException):
     """As ComfyUI's InterruptProcessingException is none of Exception's."""
 
 
+def test_a_start_is_cancelled_while_importing(python_with: PythonWith, home: Path) -> None:
+    before = set((home / "groups").glob("*"))
+    engine = Engine(cpu_group(2, python=python_with(while_importing=ASLEEP)))
+    ends = time.monotonic() + 0.5
+
+    def poll() -> None:
+        if time.monotonic() > ends:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        engine.start(poll)
+    assert time.monotonic() < ends + 1
+    assert engine.state is State.CLOSED
+    assert set((home / "groups").glob("*")) == before
+
+
 @pytest.mark.parametrize("error", [Interrupted, GroupStartError])
 def test_a_cancelled_start_leaves_nothing(
     python_with: PythonWith, error: type[BaseException], home: Path
 ) -> None:
     before = set((home / "groups").glob("*"))
-    engine = Engine(cpu_group(2, python=python_with("import time; time.sleep(600)")))
+    engine = Engine(cpu_group(2, python=python_with(ASLEEP)))
 
     def poll() -> None:
         if engine.ranks:
@@ -153,7 +200,7 @@ def test_a_cancelled_start_leaves_nothing(
 
 @pytest.mark.parametrize("when", ["at once", "when the ranks run"])
 def test_close_from_another_thread_ends_a_start(python_with: PythonWith, when: str) -> None:
-    engine = Engine(cpu_group(2, python=python_with("import time; time.sleep(600)")))
+    engine = Engine(cpu_group(2, python=python_with(ASLEEP)))
 
     def wait_and_close() -> None:
         while when == "when the ranks run" and not engine.ranks:

@@ -1,9 +1,12 @@
-"""Checks that nothing outlives the pack: no rank process, no entry in /dev/shm.
+"""Checks that nothing outlives the pack: no process of its own, no entry in /dev/shm.
 
-Rank processes are recognised by `tp_runtime.worker` in their command line, wherever they were
-started from. The ranks of another test run on this machine, whose engine is alive, are its own.
+Ranks and the servers that they are forked from are recognised by their command line, wherever they
+were started from. Those of another test run on this machine, whose engine is alive, are its own.
+A fork server of this very process is no leak: it waits for the next group, and ends with the
+process.
 """
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator
@@ -14,6 +17,7 @@ from pathlib import Path
 import psutil
 
 WORKER_MARK = "tp_runtime.worker"
+SERVER_MARK = "tp_runtime.fork_server"
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -27,7 +31,7 @@ class Footprint:
     @classmethod
     def now(cls) -> "Footprint":
         """Look at the processes and the shared memory of the machine."""
-        pids = frozenset(process.pid for process in worker_processes())
+        pids = frozenset(process.pid for process in (*worker_processes(), *fork_servers()))
         return cls(pids, frozenset(entry.name for entry in SHARED_MEMORY.iterdir()))
 
     def added_since(self, before: "Footprint") -> "Footprint":
@@ -42,14 +46,29 @@ class Footprint:
 
 def worker_processes() -> list[psutil.Process]:
     """Every live rank process on the machine, except those that another run looks after."""
-    found = []
+    return _marked(WORKER_MARK)
+
+
+def fork_servers() -> list[psutil.Process]:
+    """Every live fork server, except this process's own and those of another run."""
+    return [server for server in _marked(SERVER_MARK) if server.ppid() != os.getpid()]
+
+
+def is_marked(process: psutil.Process, mark: str) -> bool:
+    """Whether a process is alive and has `mark` in its command line."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        is_live = process.status() != psutil.STATUS_ZOMBIE
+        return is_live and mark in " ".join(process.cmdline())
+    return False
+
+
+def _marked(mark: str) -> list[psutil.Process]:
     ancestors = {parent.pid for parent in psutil.Process().parents()}
-    for process in psutil.process_iter(["cmdline", "status"]):
-        command_line = " ".join(process.info["cmdline"] or ())
-        is_rank = WORKER_MARK in command_line and process.info["status"] != psutil.STATUS_ZOMBIE
-        if is_rank and not _of_another_run(process, ancestors):
-            found.append(process)
-    return found
+    return [
+        process
+        for process in psutil.process_iter()
+        if is_marked(process, mark) and not _of_another_run(process, ancestors)
+    ]
 
 
 def _of_another_run(process: psutil.Process, our_ancestors: set[int]) -> bool:
@@ -74,7 +93,7 @@ def assert_nothing_added(before: Footprint, within_s: float = 5.0) -> None:
     while not (added := Footprint.now().added_since(before)).is_empty():
         if time.monotonic() > deadline:
             raise AssertionError(
-                f"left over after {within_s} s: rank processes {sorted(added.worker_pids)}, "
+                f"left over after {within_s} s: processes {sorted(added.worker_pids)}, "
                 f"/dev/shm entries {sorted(added.shared_memory)}"
             )
         time.sleep(0.05)

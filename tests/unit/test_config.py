@@ -48,6 +48,15 @@ def test_log_level(monkeypatch: pytest.MonkeyPatch) -> None:
         config.log_level()
 
 
+def test_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert config.attention_kernel() == "auto"
+    monkeypatch.setenv("TP_RUNTIME_ATTENTION", "CUDNN")
+    assert config.attention_kernel() == "cudnn"
+    monkeypatch.setenv("TP_RUNTIME_ATTENTION", "best")
+    with pytest.raises(TPRuntimeError, match="'best': use one of auto, flash3, cudnn, sdpa"):
+        config.attention_kernel()
+
+
 @pytest.mark.parametrize("tp_size", [-1, 0, 9])
 def test_sizes_have_a_range(monkeypatch: pytest.MonkeyPatch, tp_size: int) -> None:
     see_gpus(monkeypatch, 0)

@@ -17,7 +17,7 @@ from tp_runtime.cost_model import (
     predict,
 )
 from tp_runtime.models import FAMILIES, family
-from tp_runtime.workload import Stage, count_flops
+from tp_runtime.stages import Stage, count_flops
 
 MODELS = sorted(FAMILIES)
 
@@ -31,7 +31,7 @@ def predicted(
 
 
 def stages(model: str, image: int = 4096, text: int = 512) -> list[Stage]:
-    found: list[Stage] = family(model).workload(config_of(model), image, text)
+    found: list[Stage] = family(model).stages(config_of(model), image, text)
     return found
 
 

@@ -20,7 +20,7 @@ from ..errors import CheckpointError, InputError
 from ..safetensors_file import TensorInfo
 from ..sharding.parts import Source, Sources
 from ..sharding.plan import QKV, Column, Plan, Replicated, Row, Split
-from ..workload import Stage
+from ..stages import Stage
 from .common import (
     Conditioning,
     DriverBase,
@@ -208,7 +208,7 @@ def plan(config: dict[str, Any]) -> Plan:
     )
 
 
-def workload(config: dict[str, Any], image_tokens: int, text_tokens: int) -> list[Stage]:
+def stages(config: dict[str, Any], image_tokens: int, text_tokens: int) -> list[Stage]:
     """The blocks of one evaluation. ``image_tokens``: with references."""
     dim = config["dim"]
     heads, ffn = Split(config["num_heads"], config["head_dim"]), Split(MLP_RATIO * dim)

@@ -21,7 +21,7 @@ from ..errors import CheckpointError, InputError
 from ..safetensors_file import TensorInfo
 from ..sharding.parts import Source, Sources
 from ..sharding.plan import QKV, Column, MergedColumn, Plan, Replicated, Row, Split
-from ..workload import Stage
+from ..stages import Stage
 from .common import (
     Conditioning,
     DriverBase,
@@ -208,7 +208,7 @@ def plan(config: dict[str, Any]) -> Plan:
     )
 
 
-def workload(config: dict[str, Any], image_tokens: int, text_tokens: int) -> list[Stage]:
+def stages(config: dict[str, Any], image_tokens: int, text_tokens: int) -> list[Stage]:
     """The blocks of one evaluation; the caption's own run once per generation."""
     multiple = config["pad_tokens_multiple"] or 1
     image, text = (-(-tokens // multiple) * multiple for tokens in (image_tokens, text_tokens))

@@ -1,6 +1,6 @@
 """What one evaluation of a transformer consists of, as data: blocks, their products, their sizes.
 
-Client half. Each family's module describes itself so (``workload``); ``cost_model`` and the
+Client half. Each family's module describes itself so (``stages``); ``cost_model`` and the
 benchmark's floor count with it.
 """
 

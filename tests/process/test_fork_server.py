@@ -1,0 +1,171 @@
+"""The process that ranks are forked from: shared, private, short-lived, and never a danger."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+from process.conftest import PythonWith, assert_ended, cpu_group
+
+from support.leaks import SERVER_MARK, is_marked
+from tp_runtime import GroupDiedError, GroupStartError
+from tp_runtime.engine import Engine, State
+from tp_runtime.protocol import Report
+
+pytestmark = pytest.mark.process
+
+Groups = Callable[..., Engine]
+
+
+@pytest.fixture
+def started() -> Iterator[Groups]:
+    """`started(python, tp_size)`: the engine of a group that is up; closed after the test."""
+    engines: list[Engine] = []
+
+    def start(python: str, tp_size: int = 1) -> Engine:
+        engine = Engine(cpu_group(tp_size, python=python))
+        engines.append(engine)
+        engine.start()
+        return engine
+
+    yield start
+    for engine in engines:
+        engine.close()
+
+
+def servers(python: str) -> list[psutil.Process]:
+    """The live fork servers of this process that run that Python (a script's name)."""
+    return [child for child in psutil.Process().children() if is_marked(child, python)]
+
+
+def works(engine: Engine) -> bool:
+    return len(engine.call(Report)) == engine.config.tp_size
+
+
+def test_all_groups_share_one(python_with: PythonWith, started: Groups) -> None:
+    python = python_with()
+    with ThreadPoolExecutor(3) as pool:
+        engines = list(pool.map(lambda size: started(python, size), [1, 2, 1]))
+    (server,) = servers(python)
+    ranks = [rank.pid for engine in engines for rank in engine.ranks]
+    assert {child.pid for child in server.children()} == set(ranks)
+    engines[0].close()
+    assert all(works(engine) for engine in engines[1:])
+    assert started(python).is_up()
+    assert servers(python) == [server]
+
+
+def test_ranks_are_named_for_a_person(python_with: PythonWith, started: Groups) -> None:
+    python = python_with()
+    engine = started(python, 2)
+    for rank in engine.ranks:
+        name = f"tp_runtime.worker: rank {rank.index} of 2 in {rank.log_path.parent}"
+        assert psutil.Process(rank.pid).cmdline()[0] == name
+    (server,) = servers(python)
+    assert SERVER_MARK in " ".join(server.cmdline())
+
+
+def test_it_computes_nothing_and_holds_nothing_of_a_group(
+    python_with: PythonWith, started: Groups
+) -> None:
+    python = python_with()
+    engine = started(python, 2)
+    (server,) = servers(python)
+    assert server.num_threads() == 1
+    engine.close()
+    deadline = time.monotonic() + 5
+    while server.num_fds() > len(["stdin", "stdout", "stderr", "requests"]):
+        assert time.monotonic() < deadline, server.open_files()
+        time.sleep(0.02)
+
+
+def test_it_is_killed(python_with: PythonWith, started: Groups) -> None:
+    """Its groups fail at once, and say why; the next one has a new server."""
+    python = python_with()
+    engine = started(python, 2)
+    (server,) = servers(python)
+    began = time.monotonic()
+    os.kill(server.pid, signal.SIGKILL)
+    while engine.state is not State.FAILED:
+        assert time.monotonic() - began < 2
+        time.sleep(0.01)
+    assert isinstance(engine.error, GroupDiedError)
+    words = f"ended with its fork server (process {server.pid}), which was killed by signal 9"
+    assert words in str(engine.error)
+    assert_ended([rank.pid for rank in engine.ranks], within_s=1)
+    assert works(started(python, 2))
+    assert server not in servers(python)
+
+
+def test_it_is_killed_while_a_group_starts(python_with: PythonWith) -> None:
+    python = python_with("import time; time.sleep(600)")
+    engine = Engine(cpu_group(2, python=python))
+
+    def kill() -> None:
+        for server in servers(python) if engine.ranks else ():
+            server.kill()
+
+    with pytest.raises(GroupStartError, match="ended with its fork server"):
+        engine.start(kill)
+    assert_ended([rank.pid for rank in engine.ranks], within_s=1)
+
+
+def test_it_ends_when_it_is_idle(python_with: PythonWith, started: Groups) -> None:
+    """A rank keeps it; the next group has a new one."""
+    python = python_with(while_importing="fork_server.IDLE_S = 0.5")
+    engine = started(python)
+    (server,) = servers(python)
+    time.sleep(1)
+    assert servers(python) == [server]
+    engine.close()
+    assert_ended([server.pid], within_s=5)
+    assert works(started(python))
+
+
+def test_ranks_have_the_environment_of_their_start(
+    python_with: PythonWith, started: Groups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What packages read while they are imported needs another server."""
+    python = python_with("import os; print('SEEN', os.environ.get('MY_OPTION'), flush=True)")
+    seen = []
+    for value in ("one", "two", None):
+        if value is None:
+            monkeypatch.delenv("MY_OPTION")
+        else:
+            monkeypatch.setenv("MY_OPTION", value)
+        seen += started(python).ranks[0].log_path.read_text().split()[:2]
+    assert seen == ["SEEN", "one", "SEEN", "two", "SEEN", "None"]
+    assert len(servers(python)) == 1
+    monkeypatch.setenv("VLLM_MY_OPTION", "three")
+    started(python)
+    assert len(servers(python)) == 2
+
+
+def test_a_forked_process_has_none(python_with: PythonWith, started: Groups) -> None:
+    """It would share the socket of its parent's."""
+    python = python_with()
+    (rank,) = started(python).ranks
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            engine = Engine(cpu_group(1, python=python))
+            engine.start()
+            status = int(psutil.Process(engine.ranks[0].pid).ppid() == os.getppid())
+            engine.close()
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert psutil.Process(rank.pid).is_running()
+
+
+def test_its_log_is_shown_when_a_rank_cannot_be_forked(
+    python_with: PythonWith, tmp_path: Path
+) -> None:
+    python = python_with(while_importing="import os; os.fork = None")
+    with pytest.raises(GroupStartError, match="No process could be started for a rank of 2: "):
+        Engine(cpu_group(2, python=python)).start()

@@ -1,0 +1,168 @@
+"""The process that ranks are forked from. A program of the rank half.
+
+It imports once what every rank needs, which takes ten seconds, and the ranks share the memory of
+it. It has one thread, computes nothing and never touches a GPU, so that a fork of it is sound.
+
+Started by ``forking``, on whose socket requests come, each with a socket for the answers: a
+``WorkerConfig`` and file descriptors, answered with the number of the new process and later with
+how it ended; or ``null``, answered once ranks can be forked. It ends with that socket or, while it
+has no rank, after some minutes without a request.
+"""
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import os
+import signal
+import socket
+import sys
+import traceback
+from pathlib import Path
+
+import msgspec
+from setproctitle import setproctitle
+
+from .config import WorkerConfig
+from .transport import wait
+
+IDLE_S = 300.0
+MAX_REQUEST_BYTES = 128 * 2**10
+_MAX_FDS = 4  # of one request: for the answers, of the rank's channel, shared memory and log
+_PR_SET_PDEATHSIG = 1
+
+
+class _Child:
+    """A rank that was forked, and the socket on which its engine waits for news of it."""
+
+    def __init__(self, pid: int, answers: socket.socket) -> None:
+        self.pid = pid
+        self.pidfd = os.pidfd_open(pid)
+        self._answers = answers
+        # The engine is not the parent: it watches and ends the process by its pidfd.
+        with contextlib.suppress(OSError):  # the engine is gone
+            socket.send_fds(answers, [msgspec.json.encode(pid)], [self.pidfd])
+
+    def reap(self) -> None:
+        """The process has ended: tell how."""
+        _, status = os.waitpid(self.pid, 0)
+        with contextlib.suppress(OSError):
+            self._answers.send(msgspec.json.encode(os.waitstatus_to_exitcode(status)))
+        self.close()
+
+    def close(self) -> None:
+        os.close(self.pidfd)
+        self._answers.close()
+
+
+def serve(requests: socket.socket) -> WorkerConfig | None:
+    """Answer requests until there can be no more.
+
+    Returns once in every process that was forked, with what that rank is told, and at last in the
+    server itself, with None.
+    """
+    children: dict[int, _Child] = {}  # by pidfd
+    while ready := wait([requests, *children], None if children else IDLE_S):
+        for pidfd in children.keys() & set(ready):
+            children.pop(pidfd).reap()
+        if requests not in ready:
+            continue
+        packet, fds, *_ = socket.recv_fds(
+            requests, MAX_REQUEST_BYTES, _MAX_FDS, socket.MSG_CMSG_CLOEXEC
+        )
+        if not packet:
+            break
+        config = msgspec.json.decode(packet, type=WorkerConfig | None)
+        answers = socket.socket(fileno=fds[0])
+        if config is None:
+            with answers, contextlib.suppress(OSError):
+                answers.send(b"up")
+            continue
+        pid = os.fork()
+        if pid == 0:
+            requests.close()
+            answers.close()
+            for sibling in children.values():
+                sibling.close()
+            return _become_rank(config, *fds[1:])
+        for fd in fds[1:]:
+            os.close(fd)
+        child = _Child(pid, answers)
+        children[child.pidfd] = child
+    return None
+
+
+def _become_rank(
+    config: WorkerConfig, control_fd: int, exchange_fd: int, log_fd: int
+) -> WorkerConfig:
+    """Make this process, which was just forked, the rank's own; returns what the rank is told."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.setsid()
+    for stream_fd in (1, 2):
+        os.dup2(log_fd, stream_fd)
+    os.close(log_fd)
+    for name, value in config.environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    folder = Path(config.rendezvous.removeprefix("file://")).parent
+    setproctitle(f"tp_runtime.worker: rank {config.rank} of {config.num_ranks} in {folder}")
+    gc.enable()
+    return msgspec.structs.replace(config, control_fd=control_fd, exchange_fd=exchange_fd)
+
+
+def _import_all() -> None:
+    """Everything that ranks import, sooner or later."""
+    importlib.import_module("tp_runtime.worker")
+    # diffusers imports flashinfer if there is one (quantizers/bfl/utils.py, 0.42), which asks each
+    # GPU for its capability (compilation_context.py, 0.6) and thereby initialises CUDA. No driver
+    # uses it.
+    sys.modules["flashinfer"] = None  # type: ignore[assignment]
+    importlib.import_module("diffusers.utils.import_utils")  # which looks what there is
+    del sys.modules["flashinfer"]
+    importlib.import_module("diffusers.models.transformers")
+
+
+def _check_can_fork() -> None:
+    """Raises RuntimeError if what is forked from this process could not compute."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        raise RuntimeError(
+            "Importing what the ranks need has initialised CUDA, so no rank can be forked from "
+            "this process. A package of the runtime's Python does that."
+        )
+    threads = list(Path("/proc/self/task").iterdir())
+    if len(threads) > 1:
+        names = sorted((thread / "comm").read_text().strip() for thread in threads)
+        raise RuntimeError(
+            f"Importing what the ranks need has started threads ({', '.join(names)}), so no rank "
+            "can be forked from this process. A package of the runtime's Python does that, or a "
+            "variable of the environment makes one do it."
+        )
+
+
+def main() -> None:
+    """Be the server of the socket on the command line; in what it forks, be a rank."""
+    gc.disable()  # an eighth of the imports' time: they make hardly anything but what stays
+    try:
+        _import_all()
+        _check_can_fork()
+    except BaseException:  # noqa: BLE001  the engine shows it
+        traceback.print_exc()
+        # Not sys.exit: it would wait for threads that an import has started.
+        os._exit(1)
+    gc.freeze()  # so that no rank's collection touches, and thereby copies, what all share
+    server_pid = os.getpid()
+    with socket.socket(fileno=int(sys.argv[1])) as requests:
+        requests.set_inheritable(False)
+        config = serve(requests)
+    if config is not None:
+        from . import worker
+
+        worker.run(config, parent_pid=server_pid)
+
+
+if __name__ == "__main__":
+    main()
