@@ -218,7 +218,7 @@ def _how_it_ended(ref: Any) -> str:
     except ray.exceptions.RayError as error:
         logger.info("%s", error)
         found = _DEATH.findall(str(error))
-        return " ".join(found) or str(error)
+        return ": ".join(found) or str(error)
     return "ended"
 
 

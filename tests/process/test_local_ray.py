@@ -14,7 +14,7 @@ import torch
 from process.conftest import TESTS, make_inputs
 
 from support.native import native_z_image
-from support.paths import REPOSITORY
+from support.paths import LIGHT_SITE, REPOSITORY
 from support.ray_leaks import DRIVER_MARK, MARKS, no_ray_left_over
 from tp_runtime import (
     CheckpointError,
@@ -94,6 +94,13 @@ time.sleep(600)
 """
 
 
+@pytest.fixture
+def light(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that compute nothing."""
+    monkeypatch.setenv("PYTHONPATH", str(LIGHT_SITE))
+
+
+@pytest.mark.usefixtures("light")
 def test_the_engine_is_killed(tiny_z_image: Path) -> None:
     """The driver ends the ranks, its Ray and their folder."""
     paths = [str(REPOSITORY), str(TESTS)]
@@ -108,6 +115,7 @@ def test_the_engine_is_killed(tiny_z_image: Path) -> None:
         os.kill(engine.pid, signal.SIGKILL)
 
 
+@pytest.mark.usefixtures("light")
 def test_the_driver_is_killed(tiny_z_image: Path) -> None:
     """A clear error for whoever was waiting, and nothing of its Ray is left."""
     runtime = Runtime()
