@@ -32,6 +32,7 @@ from .transport import wait
 logger = logging.getLogger("tp_runtime")
 
 CLOSE_TIMEOUT_S = 5.0
+OTHER_HOSTS_S = 0.5
 WATCH_S = 1.0  # the owner looks at least this often
 FROZEN_S = 2.0  # a look that is later by more: the machine, or its container, stood still
 
@@ -190,7 +191,36 @@ class ProcessGroup:
         """Take what the ranks have sent; returns what ends the group, if something does.
 
         Where a rank ends, the others' collectives fail a moment later. So a rank that ended
-        without a word is the cause; otherwise, the one that raised first.
+        without a word is the cause; otherwise, the one that raised first. What other hosts do is
+        heard of a moment later, too.
+        """
+        try:
+            gone, failed = self._listen(ready)
+            if failed and not gone:
+                raised = [rank for rank, _ in failed]
+                far = [rank for rank in self.ranks if rank.mirrored and rank not in raised]
+                if wait([rank.channel for rank in far], OTHER_HOSTS_S if far else 0):
+                    late_gone, late_failed = self._listen([])
+                    gone = [rank for rank in late_gone if rank not in raised]
+                    failed += late_failed
+        except TPRuntimeError as error:
+            return error
+        doing = self._call.what if self._call else None
+        if gone:
+            self._blamed = gone[0]
+            return failures.death(gone[0], doing)
+        if failed:
+            self._blamed, cause = min(
+                failed, key=lambda failure: failure[1].time_s - failure[0].clock_ahead_s
+            )
+            return failures.rank_error(self.config, self._blamed, cause, doing)
+        return None
+
+    def _listen(self, ready: list[Any]) -> tuple[list[Rank], list[tuple[Rank, Failed]]]:
+        """Take what has come: the ranks that are gone without a word, and those with last words.
+
+        Raises:
+            TPRuntimeError: a rank has sent what it must not.
         """
         gone: list[Rank] = []
         failed: list[tuple[Rank, Failed]] = []
@@ -203,23 +233,14 @@ class ProcessGroup:
                         last_words = reply
                     else:
                         self._take(rank, reply)
-            except TPRuntimeError as error:
+            except TPRuntimeError:
                 self._blamed = rank
-                return error
+                raise
             if last_words is not None:
                 failed.append((rank, last_words))
             elif rank.channel.ended or rank.death_fd in ready:
                 gone.append(rank)
-        doing = self._call.what if self._call else None
-        if gone:
-            self._blamed = gone[0]
-            return failures.death(gone[0], doing)
-        if failed:
-            self._blamed, cause = min(
-                failed, key=lambda failure: failure[1].time_s - failure[0].clock_ahead_s
-            )
-            return failures.rank_error(self.config, self._blamed, cause, doing)
-        return None
+        return gone, failed
 
     def _take(self, rank: Rank, reply: Reply) -> None:
         """Note an answer, and finish the call that it completes.

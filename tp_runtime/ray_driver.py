@@ -32,7 +32,6 @@ POLL_S = 0.1
 CONNECT_TIMEOUT_S = 5.0
 PARENT_CHECK_S = 1.0
 ROOM_S = 1.0  # how long Ray takes where there is room
-SEAT_TIMEOUT_S = 60.0
 LOGS_S = 0.7  # what the ranks wrote last takes a moment to come here
 END_TIMEOUT_S = 8.0
 # Ray takes 127.0.0.1 for a mistake and puts an address of the network in its place.
@@ -148,9 +147,11 @@ class Driver:
         """Have the actors be ranks, until all of them have ended or nobody wants them."""
         import ray
 
-        seats: list[Seat] = ray.get(
-            [actor.seat.remote() for actor in actors], timeout=SEAT_TIMEOUT_S
-        )
+        waiting = [actor.seat.remote() for actor in actors]
+        while len(ray.wait(waiting, num_returns=len(waiting), timeout=POLL_S)[0]) < len(waiting):
+            if self.gone.is_set():
+                return
+        seats: list[Seat] = ray.get(waiting)
         ours = ray.get_runtime_context().get_node_id()
         # Those of one host together, and rank 0 on this one: it writes the result.
         ranks = sorted(

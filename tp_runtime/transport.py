@@ -86,6 +86,7 @@ class Channel:
             try:
                 self._stream.sendall(_LENGTH.pack(len(frame)) + frame)
             except OSError as error:
+                self.cut_off |= error.errno in _UNHEARD
                 raise EOFError(f"the other side is gone ({error})") from error
 
     def receive(self) -> list[bytes]:
@@ -101,7 +102,7 @@ class Channel:
             except BlockingIOError:
                 break
             except OSError as error:
-                self.cut_off = error.errno in _UNHEARD
+                self.cut_off |= error.errno in _UNHEARD
                 data = b""
             self.ended = not data
             self._received += data
