@@ -66,12 +66,12 @@ def assert_works_on_what_is_left(cluster: Cluster, model_on: ModelOn) -> None:
     assert [len(host.ranks()) for host in cluster.hosts] == [1, 0]
     one._group.close()
     with pytest.raises(GroupStartError, match=r"2 CPU cores were asked for, .* has 1, "):
-        model_on(2, start_timeout_s=20.0).ensure_loaded()
+        model_on(2).ensure_loaded()
 
 
 def test_killed(faults: Path, whole: Cluster, model_on: ModelOn) -> None:
     far = whole.hosts[1]
-    message, seconds = lose(far, far.kill, model_on(2), faults)
+    message, seconds = lose(far.kill, model_on(2), faults)
     assert re.search(rf"Rank 1 \(process \d+ on {far.address}\) .+ during 'Denoise'", message)
     assert seconds <= KILLED_BOUND_S
     assert_works_on_what_is_left(whole, model_on)
