@@ -3,6 +3,7 @@
 This process never imports ray: the driver (``ray_driver``) does, with the runtime's Python.
 """
 
+import math
 import os
 import shutil
 import subprocess
@@ -167,4 +168,6 @@ def _environment(config: GroupConfig) -> dict[str, str]:
     if not config.ray_address:
         # A secret of its own; Ray would leave one in the user's home.
         environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": new_token().hex()}
+        environment["RAY_raylet_start_wait_time_s"] = str(math.ceil(config.start_timeout_s))
+        environment["RAY_worker_niceness"] = "0"  # else 15: ranks would wait for everybody
     return environment

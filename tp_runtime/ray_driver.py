@@ -243,8 +243,10 @@ def main() -> None:
             elif actors := driver.place():
                 driver.serve(actors)
     except Exception as error:
+        logger.exception("the group cannot be started")
         driver.send(Refused(f"Ray could not start the group ({type(error).__name__}): {error}"))
-        raise
+    # Whoever waits for this process need not wait for the tear-down of what it has imported, too.
+    os._exit(0)
 
 
 if __name__ == "__main__":
