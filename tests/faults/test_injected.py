@@ -75,7 +75,7 @@ class Bench:
 
     def load(self) -> None:
         spec = msgspec.structs.replace(self.model.spec, version=(next(self._numbers), 0))
-        RemoteModel(spec, self.model._group).ensure_loaded()
+        RemoteModel(spec, self.model._group, self.model._records).ensure_loaded()
 
     def compile(self) -> None:
         self.model.denoise(make_inputs(16 + 2 * next(self._numbers)))
