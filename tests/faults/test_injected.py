@@ -94,7 +94,9 @@ class Bench:
     def idle(self) -> None:
         engine = self.engine
         wait_until(lambda: not self._faults.exists())
-        time.sleep(0.2)
+        noticed_by = time.monotonic() + 0.6
+        while engine.error is None and time.monotonic() < noticed_by:
+            time.sleep(0.01)
         if engine.error is not None:
             raise engine.error
         self.denoise()  # a rank that has stopped is not noticed before

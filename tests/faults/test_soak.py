@@ -130,7 +130,9 @@ class Soak:
         if point == "sleep":
             self.server.free_until(lambda: not self.faults.exists())
         elif point == "idle":
+            ranks = self.server.ranks()
             wait_until(lambda: not self.faults.exists())
+            self.all_end(ranks)  # or the prompt may be sent to a rank that is about to fail
         # Weights of a model that no node holds any more are freed in the background, or to make
         # room for the next prompt's, which is its own request.
         prompt = self.prompt(of_other_model=point in ("load", "unload"))
@@ -147,8 +149,12 @@ class Soak:
         servers = [child for child in self.server.children() if is_marked(child, SERVER_MARK)]
         if ranks:
             self.random.choice([*ranks, *servers]).kill()
-            _, left = psutil.wait_procs(ranks, timeout=DEATH_S)
-            assert not left
+            self.all_end(ranks)
+
+    @staticmethod
+    def all_end(ranks: list[psutil.Process]) -> None:
+        _, left = psutil.wait_procs(ranks, timeout=DEATH_S)
+        assert not left
 
     def kill_between_prompts(self) -> str:
         self.kill()
