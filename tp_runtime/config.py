@@ -4,7 +4,8 @@ The only place where the package reads environment variables of its own:
 
 =============================  ==========================================================
 ``TP_RUNTIME_PYTHON``          Python that runs the ranks (default: the running one)
-``TP_RUNTIME_START_TIMEOUT``   seconds until a starting group is given up (default 300)
+``TP_RUNTIME_START_TIMEOUT``   seconds until a starting group, or before it the imports that it
+                               waits for, is given up (default 300)
 ``TP_RUNTIME_CALL_TIMEOUT``    seconds until a computing group is given up (default 600);
                                less in steps whose time is known (``step_times``)
 ``TP_RUNTIME_HOST_RESERVE``    share of the host's memory that sleeping models leave free
@@ -191,7 +192,9 @@ class GroupConfig:
         return self.tp_size * self.batch_groups
 
     def meets(self, other: "GroupConfig") -> bool:
-        """Whether both are on the CPU, or on a GPU that is the same."""
+        """Whether both want the same place: the CPU, a Ray cluster, or a GPU."""
+        if self.where == other.where == "ray":
+            return self.ray_address == other.ray_address
         if self.device == other.device == "cpu":
             return True
         return not set(self.devices).isdisjoint(other.devices)

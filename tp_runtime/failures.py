@@ -100,7 +100,10 @@ def rank_error(config: GroupConfig, rank: Rank, failed: Failed, doing: str | Non
 def _no_memory(
     config: GroupConfig, rank: Rank, failed: Failed, doing: str | None
 ) -> RankMemoryError:
-    place = f"GPU {config.devices[rank.index]}" if config.devices else "the host"
+    if config.devices:
+        place = f"GPU {config.devices[rank.index]}"
+    else:
+        place = "the host" if config.device == "cpu" else f"the GPU of {rank.place}"
     found = ((_ASKED, "asked for"), (_HELD, "held"))
     matches = [(pattern.search(failed.message), word) for pattern, word in found]
     amounts = ", ".join(f"{match[1]} {word}" for match, word in matches if match)

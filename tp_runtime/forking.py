@@ -50,6 +50,7 @@ class ForkServer:
     def __init__(self, python: str, environment: Mapping[str, str]) -> None:
         """Start the process, which takes a while until it is up. Raises OSError."""
         self.is_up = False
+        self._is_gone = False
         self._environment = environment
         self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as this object)
@@ -142,17 +143,19 @@ class ForkServer:
         return answers
 
     def _gone(self) -> ForkServerError:
+        self._is_gone = True
         return ForkServerError(self.describe_exit())
 
     def has_ended(self) -> bool:
-        return self._process.poll() is not None
+        return self._is_gone or self._process.poll() is not None
 
     def describe_exit(self) -> str:
-        """How the process ended, for a message to a person."""
+        """How the process ended, for a message to a person; it has closed its connection."""
         try:
             return describe_status(self._process.wait(EXIT_TIMEOUT_S))
         except subprocess.TimeoutExpired:
-            return "closed its connection"
+            self._process.kill()
+            return "closed its connection and was ended"
 
     def log_tail(self) -> str:
         """The end of what the process has printed while it imported."""
@@ -174,7 +177,8 @@ def fork_server(python: str, environment: Mapping[str, str]) -> ForkServer:
     # A process that was forked from this one has none of its servers.
     key = (os.getpid(), python, frozenset(fixed.items()))
     with _lock:
-        server = _servers.get(key)
-        if server is None or server.has_ended():
-            server = _servers[key] = ForkServer(python, environment)
-        return server
+        for ended in [key for key, server in _servers.items() if server.has_ended()]:
+            del _servers[ended]
+        if key not in _servers:
+            _servers[key] = ForkServer(python, environment)
+        return _servers[key]

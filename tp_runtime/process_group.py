@@ -34,6 +34,7 @@ logger = logging.getLogger("tp_runtime")
 CLOSE_TIMEOUT_S = 5.0
 WATCH_S = 1.0  # the owner looks at least this often
 CAUSE_S = 0.2  # after an error of a rank, another's end may be seen that caused it
+OTHER_HOSTS_CAUSE_S = 0.5  # where it is on another host
 FROZEN_S = 2.0  # a look that is later by more: the machine, or its container, stood still
 
 
@@ -200,8 +201,10 @@ class ProcessGroup:
             if self._last_words and not self._gone(ready):
                 # The cause may be seen after what it caused: on a busy machine this thread has
                 # looked at one rank long before another.
-                quiet = [r.death_fd for r in self.ranks if r.index not in self._last_words]
-                ready = wait(quiet, CAUSE_S)
+                quiet = [rank for rank in self.ranks if rank.index not in self._last_words]
+                far = [rank.channel for rank in quiet if rank.mirrored]
+                timeout_s = OTHER_HOSTS_CAUSE_S if far else CAUSE_S
+                ready = wait([*(rank.death_fd for rank in quiet), *far], timeout_s)
                 self._hear()
         except TPRuntimeError as error:
             return error

@@ -17,7 +17,7 @@ from tp_runtime.transport import SILENCE_S
 pytestmark = [pytest.mark.process, pytest.mark.hosts]
 
 KILLED_BOUND_S = 5.0
-CUT_OFF_BOUND_S = SILENCE_S + 2.0
+CUT_OFF_BOUND_S = 10.0
 
 
 @pytest.fixture
@@ -74,6 +74,7 @@ def test_cut_off(faults: Path, whole: Cluster, model_on: ModelOn) -> None:
     (rank,) = far.ranks()
     message, seconds = lose(far, far.cut_off, model, faults)
     print(f"noticed after {seconds:.2f} s: {message}")
+    print(Path(message.rpartition("Log: ")[2]).read_text()[-3000:])
     assert re.search(
         rf"Rank 1 \(process \d+ on {far.address}\) was not heard of for {SILENCE_S} s: its host is "
         "down, or cut off from the network during 'Denoise'",

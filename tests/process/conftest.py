@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from support.leaks import SHARED_MEMORY, fork_servers, worker_processes
+from support.leaks import SHARED_MEMORY, fork_servers, is_marked, worker_processes
 from tp_runtime.config import GroupConfig
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -64,12 +64,13 @@ fork_server.main()
 
 
 @pytest.fixture(scope="module")
-def python_with(tmp_path_factory: pytest.TempPathFactory) -> PythonWith:
+def python_with(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PythonWith]:
     """`python_with(code)`: a Python for the ranks that runs `code` at the start of each.
 
     The code finds what the rank is told in `config`. With `light`, the rank is one that computes
     nothing (see `light_rank`). `while_importing` is run once, by the fork server.
     """
+    scripts: list[str] = []
 
     def make(code: str = "", *, while_importing: str = "", light: bool = True) -> str:
         script = tmp_path_factory.mktemp("python") / "python"
@@ -83,9 +84,13 @@ def python_with(tmp_path_factory: pytest.TempPathFactory) -> PythonWith:
             )
         )
         script.chmod(0o700)
+        scripts.append(str(script))
         return str(script)
 
-    return make
+    yield make
+    for child in psutil.Process().children():
+        if any(is_marked(child, script) for script in scripts):
+            child.kill()  # a fork server that waits for the next group
 
 
 def ranks_of(home: Path) -> set[int]:

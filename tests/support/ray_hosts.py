@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -118,13 +118,14 @@ class Host:
 class Cluster:
     """Two hosts, with room for `slots` ranks each; a context that starts and ends them.
 
-    A second host without slots has no node.
+    A second host without slots has no node. `environment` is that of all Ray processes.
     """
 
-    def __init__(self, slots: tuple[int, int]) -> None:
+    def __init__(self, slots: tuple[int, int], environment: Mapping[str, str]) -> None:
         mark = secrets.token_hex(3)
         self.folder = Path(tempfile.mkdtemp(prefix="tpr-", dir="/tmp"))
-        self.environment = ENVIRONMENT | {"RAY_AUTH_TOKEN": secrets.token_hex(16)}
+        token = {"RAY_AUTH_TOKEN": secrets.token_hex(16)}
+        self.environment = {**ENVIRONMENT, **token, **environment}
         self.hosts = [
             Host(
                 name=f"tp{mark}{index}",
