@@ -64,7 +64,7 @@ class LocalRank:
         return bool(wait([self.death_fd], timeout_s))
 
     def describe_exit(self) -> str:
-        if not self.ended(0):
+        if not self.ended(STATUS_TIMEOUT_S):  # its stream ends a moment before the process does
             return "closed its connection"
         told = wait([self.status], STATUS_TIMEOUT_S)
         if told and (packet := self.status.recv(MAX_ANSWER_BYTES, socket.MSG_PEEK)):
