@@ -34,23 +34,24 @@ def main() -> int:
     reference = None
     worst = 0.0
     for tp_size in args.tp:
-        for optimize in ("off", "auto"):
-            runtime = Runtime()
-            try:
+        runtime = Runtime()
+        try:
+            for optimize in ("off", "auto"):
                 spec = ModelSpec.of(str(path), "bfloat16", "bfloat16", optimize)
                 remote = runtime.model(spec, GroupConfig.local(tp_size))
                 remote.ensure_loaded()
                 results = [remote.denoise(inputs).float() for _ in range(3)]
-            finally:
-                runtime.release()
-            if reference is None:
-                reference = results[0]
-            errors = [float((r - reference).norm() / reference.norm()) for r in results]
-            worst = max(worst, *errors)
-            finite = all(bool(torch.isfinite(r).all()) for r in results)
-            print(f"{args.model} tp={tp_size} optimize={optimize} errors={errors} finite={finite}")
-            if not finite:
-                return 1
+                if reference is None:
+                    reference = results[0]
+                errors = [float((r - reference).norm() / reference.norm()) for r in results]
+                worst = max(worst, *errors)
+                finite = all(bool(torch.isfinite(r).all()) for r in results)
+                found = f"errors={errors} finite={finite}"
+                print(f"{args.model} tp={tp_size} optimize={optimize} {found}", flush=True)
+                if not finite:
+                    return 1
+        finally:
+            runtime.release()
     return int(worst > args.tolerance)
 
 

@@ -3,10 +3,11 @@
     python -m bench.step --models z_image --tp 1 2 --sides 1024 --out bench/results
 
 Each row: the wall-clock time of `RemoteModel.denoise`, as ComfyUI sees it (request, transfer of
-the latent both ways, step); `ms_hop`, what of it lies outside the slower rank; `floor_ratio`, the
-time over the least that the model's products and attention take at the measured rate of a large
-matrix product, evenly split; the memory on the worst GPU. `--diffusers` adds rows (`tp` 0) of
-diffusers with compiled blocks on one GPU, in the same run.
+the latent from its device and back, step); `ms_hop`, what of it lies outside the slower rank, the
+median of a few more steps; `floor_ratio`, the time over the least that the model's products and
+attention take at the measured rate of a large matrix product, evenly split; `start_s` until the
+ranks are up, `load_s` for reading the file, `first_s` for the first step; the memory on the worst
+GPU. `--diffusers` adds rows (`tp` 0) of diffusers with compiled blocks on one GPU, in the same run.
 """
 
 import argparse
@@ -24,11 +25,13 @@ from typing import Any
 import torch
 
 from bench.dummy import config_of, write_dummy
-from bench.flops import FLOPS
 from bench.inputs import make_inputs
 from tp_runtime import GroupConfig, ModelSpec, Runtime, visible_gpu_count
+from tp_runtime.models import FAMILIES, family
+from tp_runtime.stages import count_flops
 
 GIB = 2**30
+HOPS = 5
 COLUMNS = [
     "model",
     "tp",
@@ -39,6 +42,8 @@ COLUMNS = [
     "ms_p90",
     "ms_hop",
     "floor_ratio",
+    "start_s",
+    "load_s",
     "first_s",
     "weights_gib",
     "peak_gib",
@@ -58,8 +63,9 @@ def measure(
             GroupConfig.local(tp_size),
         )
         started = time.perf_counter()
-        remote.ensure_loaded()
-        load_s = time.perf_counter() - started
+        began: list[float] = []  # to read: then the ranks were up
+        remote.ensure_loaded(on_progress=lambda *_: began.append(time.perf_counter()))
+        loaded = time.perf_counter()
         for side in args.sides:
             for batch in args.batches:
                 inputs = make_inputs(model, side, batch)
@@ -69,14 +75,15 @@ def measure(
                     "side": side,
                     "batch": batch,
                     "optimize": args.optimize,
-                    "load_s": round(load_s, 1),
+                    "start_s": round(began[0] - started, 1),
+                    "load_s": round(loaded - began[0], 1),
                     "floor_ratio": None,
                     **_time_steps(remote, runtime, inputs, args.steps),
                 }
                 if gemm_tflops:
                     text = inputs["context"].shape[1]
-                    operations = batch * FLOPS[model](config, (side // 16) ** 2, text)
-                    floor_ms = operations / gemm_tflops / 1e9 / tp_size
+                    stages = family(model).stages(config, (side // 16) ** 2, text)
+                    floor_ms = batch * count_flops(stages) / gemm_tflops / 1e9 / tp_size
                     row["floor_ratio"] = round(row["ms_median"] / floor_ms, 2)
                 rows.append(row)
                 print(json.dumps(row), flush=True)
@@ -88,32 +95,45 @@ def measure(
 def _time_steps(
     remote: Any, runtime: Runtime, inputs: dict[str, Any], steps: int
 ) -> dict[str, Any]:
-    times = []
-    first_s = 0.0
-    for step in range(steps + 3):  # as written, recorded, replayed once: then it counts
-        inputs["x"] = torch.randn_like(inputs["x"])
+
+    def milliseconds() -> float:
+        fresh = _like_a_sampler(inputs)
         started = time.perf_counter()
-        result = remote.denoise(inputs)
-        elapsed = time.perf_counter() - started
-        first_s = first_s or elapsed
-        if step >= 3:
-            times.append(1000 * elapsed)
-    assert bool(result.isfinite().all()), "the result is not finite"
-    ranks = runtime.reports()[0].ranks
-    in_rank = max(rank["last_step_ms"] for rank in ranks)
-    hop = times[-1] - in_rank
-    times.sort()
+        result = remote.denoise(fresh)
+        elapsed = 1000 * (time.perf_counter() - started)
+        assert bool(result.isfinite().all()), "the result is not finite"
+        return elapsed
+
+    (
+        first,
+        *_,
+    ) = (milliseconds() for _ in range(3))  # as written, recorded, replayed once
+    times = sorted(milliseconds() for _ in range(steps))
+    hops = []
+    for _ in range(HOPS):  # apart, since asking the ranks wakes everybody up
+        elapsed = milliseconds()
+        ranks = runtime.reports()[0].ranks
+        hops.append(elapsed - max(rank["last_step_ms"] for rank in ranks))
     return {
         "ms_median": round(statistics.median(times), 2),
         "ms_min": round(times[0], 2),
         "ms_p90": round(times[int(0.9 * (len(times) - 1))], 2),
-        "ms_hop": round(hop, 2),
-        "first_s": round(first_s, 1),
+        "ms_hop": round(statistics.median(hops), 2),
+        "first_s": round(first / 1000, 1),
         "weights_gib": round(
             max(sum(m["resident_bytes"] for m in r["models"].values()) for r in ranks) / GIB, 2
         ),
         "peak_gib": round(max(r["memory"].get("peak_bytes", 0) for r in ranks) / GIB, 2),
     }
+
+
+def _like_a_sampler(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Another latent, and new tensors for the rest, too, as samplers make them at every step."""
+    inputs = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    inputs["x"].normal_()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return inputs
 
 
 def environment(commit: str | None) -> dict[str, Any]:
@@ -155,7 +175,7 @@ def _of_diffusers(model: str, options: argparse.Namespace) -> list[dict[str, Any
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to measure."""
-    parser.add_argument("--models", nargs="+", choices=sorted(FLOPS), default=sorted(FLOPS))
+    parser.add_argument("--models", nargs="+", choices=sorted(FAMILIES), default=sorted(FAMILIES))
     parser.add_argument("--tp", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--sides", nargs="+", type=int, default=[1024])
     parser.add_argument("--batches", nargs="+", type=int, default=[1])

@@ -5,66 +5,123 @@ from collections.abc import Callable
 from typing import Any
 
 from ..tp_runtime import (
+    WHERE,
     CheckpointInfo,
     DeviceError,
     GroupConfig,
     SizeError,
+    choose_layout,
+    cluster_gpu_count,
+    get_runtime,
     inspect_checkpoint,
+    ray_address,
     runtime_python,
     visible_gpu_count,
 )
+from .layouts import AUTO, possible_layouts
 from .schema import check_choice
-from .settings import devices_setting, python_setting
+from .settings import devices_setting, python_setting, ray_address_setting
 
-AUTO = "auto"
+HERE = WHERE[0]
 MAX_GPU_COUNT = 8
 CHOICES = (AUTO, *(str(count) for count in range(1, MAX_GPU_COUNT + 1)))
 
 
 def choose_group(
-    choice: str, info: CheckpointInfo, warn: Callable[[str], None], devices: str = ""
+    choice: str,
+    info: CheckpointInfo,
+    warn: Callable[[str], None],
+    devices: str = "",
+    layout: str = AUTO,
+    where: str = HERE,
 ) -> GroupConfig:
-    """The group for a model file. Starts nothing; warns where it will be on the CPU.
+    """The group for a model file. Starts nothing.
 
+    Warns where it will be on the CPU, and where 'auto' does not mean as many GPUs as possible.
     `devices`: the GPUs that it may be on, as a person writes them; empty: what the settings allow.
 
     Raises:
         SizeError: the model cannot be split that way.
         DeviceError: there are fewer GPUs, or `devices` names one that is not there.
-        ValueError: it is none of `CHOICES`.
+        GroupStartError: the Ray cluster cannot be asked.
+        ValueError: it is none of `CHOICES`, or `layout` none of `LAYOUTS` or for another count.
     """
     check_choice("gpu_count", choice, CHOICES)
-    gpus, where = _usable_gpus(devices)
-    if choice != AUTO:
-        size = int(choice)
-        info.check_tp_size(size)
-        _check_enough(size, gpus, where)
-    elif gpus:
-        size = max(info.valid_tp_sizes(limit=min(len(gpus), MAX_GPU_COUNT)))
-    else:
-        size = 1
-    group = GroupConfig.local(size, gpus[:size] or None)
+    check_choice("where", where, WHERE)
+    if where == "ray":
+        return _on_ray(choice, info, warn, devices, layout)
+    gpus, shown_by = _usable_gpus(devices)
+    count = None if choice == AUTO else int(choice)
+    layouts = possible_layouts(layout, count, info, max(len(gpus), 1))
+    _check_enough(layouts[0].num_gpus, gpus, shown_by)
+    chosen = choose_layout(info, layouts, gpus, get_runtime().records)
+    if chosen.reason:
+        warn(chosen.reason)
+    size, batch_groups = chosen.layout.tp_size, chosen.layout.batch_groups
+    num_ranks = chosen.layout.num_gpus
+    group = GroupConfig.local(size, gpus[:num_ranks] or None, batch_groups)
     if group.device == "cpu":
-        ranks = "1 CPU process" if size == 1 else f"{size} CPU processes"
+        ranks = "1 CPU process" if num_ranks == 1 else f"{num_ranks} CPU processes"
         warn(f"No CUDA GPU is visible: the model runs on {ranks}. Results are right, but slow.")
     return dataclasses.replace(group, python=runtime_python(python_setting()))
 
 
-def refused_counts(path: str | None, devices: str = "") -> dict[str, Any]:
-    """The counts that do not work on this machine, each with why; `path` None: for any model.
+def _on_ray(
+    choice: str, info: CheckpointInfo, warn: Callable[[str], None], devices: str, layout: str
+) -> GroupConfig:
+    """`choose_group` for the cluster. Ray chooses the GPUs, so no times are known of them."""
+    address = ray_address(ray_address_setting())
+    python = runtime_python(python_setting())
+    if devices.strip():
+        raise DeviceError(
+            f"devices is {devices!r}, but Ray chooses the GPUs of its cluster. Clear it, or set "
+            f"where to {HERE!r}."
+        )
+    num_gpus, cluster = _gpus_on_ray(address, python)
+    count = None if choice == AUTO else int(choice)
+    chosen = possible_layouts(layout, count, info, max(num_gpus, 1))[0]
+    _check_enough(chosen.num_gpus, tuple(range(num_gpus)), f"{cluster} has")
+    if not num_gpus:
+        warn(
+            f"{cluster} has no GPUs: the model runs in CPU processes. Results are right, but slow."
+        )
+    return GroupConfig(
+        chosen.tp_size,
+        "cuda" if num_gpus else "cpu",
+        batch_groups=chosen.batch_groups,
+        python=python,
+        where="ray",
+        ray_address=address,
+    )
+
+
+def _gpus_on_ray(address: str, python: str) -> tuple[int, str]:
+    """How many GPUs the cluster has, and what to call it."""
+    if not address:
+        return visible_gpu_count(), "Ray on this machine"
+    return cluster_gpu_count(address, python), f"the Ray cluster at {address}"
+
+
+def refused_counts(path: str | None, devices: str = "", where: str = HERE) -> dict[str, Any]:
+    """The counts that do not work, each with why; `path` None: for any model.
 
     Raises:
         CheckpointError: the file cannot be used.
         DeviceError: `devices`, or the setting, names a GPU that is not there.
     """
     info = None if path is None else inspect_checkpoint(path)
-    gpus, where = _usable_gpus(devices)
+    if where == "ray":
+        address, python = ray_address(ray_address_setting()), runtime_python(python_setting())
+        num_gpus, cluster = _gpus_on_ray(address, python)
+        gpus, shown_by = tuple(range(num_gpus)), f"{cluster} has"
+    else:
+        gpus, shown_by = _usable_gpus(devices)
     refused = {}
     for count in range(1, MAX_GPU_COUNT + 1):
         try:
             if info is not None:
                 info.check_tp_size(count)
-            _check_enough(count, gpus, where)
+            _check_enough(count, gpus, shown_by)
         except (SizeError, DeviceError) as error:
             refused[str(count)] = str(error)
     return {"num_gpus": len(gpus), "refused": refused}
@@ -101,11 +158,11 @@ def _listed_gpus(name: str, devices: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def _check_enough(count: int, gpus: tuple[int, ...], where: str) -> None:
+def _check_enough(count: int, gpus: tuple[int, ...], shown_by: str) -> None:
     """Raises DeviceError if there are fewer GPUs. Without any, CPU processes take their place."""
     if gpus and count > len(gpus):
         shown = ", ".join(map(str, gpus))
         raise DeviceError(
-            f"{count} GPUs were asked for, but {where} {len(gpus)} ({shown}). "
+            f"{count} GPUs were asked for, but {shown_by} {len(gpus)} ({shown}). "
             f"Choose at most {len(gpus)}, or 'auto'."
         )

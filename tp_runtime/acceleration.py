@@ -9,27 +9,22 @@ anything.
 import contextlib
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 MAX_GRAPHS = 8  # a graph keeps its activations: a bounded number of shapes
 
-_compiling: ContextVar[bool] = ContextVar("compiling", default=False)
+# q, k, v (B, L, N, K) and a mask or None → (B, L, N, K)
+Attention = Callable[..., torch.Tensor]
 
-# Best first for a Hopper GPU; the later ones take what the earlier refuse.
-_ATTENTION = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+_compiling: ContextVar[bool] = ContextVar("compiling", default=False)
+_attention: ContextVar[Attention | None] = ContextVar("attention", default=None)
 
 
 def fused(function: F) -> F:
@@ -54,14 +49,19 @@ def optimising() -> bool:
     return _compiling.get()
 
 
+def fast_attention() -> Attention | None:
+    """What computes attention without going through torch's choice, while a step is optimised."""
+    return _attention.get()
+
+
 @contextlib.contextmanager
-def _optimised() -> Iterator[None]:
-    token = _compiling.set(True)
+def _optimised(attention: Attention | None = None) -> Iterator[None]:
+    tokens = _compiling.set(True), _attention.set(attention)
     try:
-        with sdpa_kernel(_ATTENTION, set_priority=True):
-            yield
+        yield
     finally:
-        _compiling.reset(token)
+        _compiling.reset(tokens[0])
+        _attention.reset(tokens[1])
 
 
 class _Graph:
@@ -70,21 +70,21 @@ class _Graph:
     def __init__(
         self,
         step: Callable[..., torch.Tensor],
-        inputs: Any,
+        leaves: Sequence[Any],
+        tree: pytree.TreeSpec,
         capture: Callable[[], contextlib.AbstractContextManager[torch.cuda.Stream]],
         pool: Any,
     ) -> None:
-        leaves, self._tree = pytree.tree_flatten(inputs)
         self._static = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        arguments = pytree.tree_unflatten(self._static, self._tree)
+        arguments = pytree.tree_unflatten(self._static, tree)
         self._graph = torch.cuda.CUDAGraph()
         with capture() as stream, torch.cuda.graph(self._graph, stream=stream, pool=pool):
             self._output = step(**arguments)
         self._last: list[Any] = [None] * len(leaves)
 
-    def replay(self, inputs: Any) -> torch.Tensor:
+    def replay(self, leaves: Sequence[Any]) -> torch.Tensor:
         """The step's result for other tensors of the same shapes; valid until the next replay."""
-        for index, leaf in enumerate(pytree.tree_leaves(inputs)):
+        for index, leaf in enumerate(leaves):
             # Conditioning is the same object at every step of a generation: copied once.
             if isinstance(leaf, torch.Tensor) and leaf is not self._last[index]:
                 self._static[index].copy_(leaf)
@@ -97,32 +97,36 @@ class GraphedStep:
     """A driver's step; from the second time that shapes are seen, replayed from a CUDA graph.
 
     ``capture`` opens vLLM's context for recording collectives and yields the stream for it.
+    ``attention`` is what ``fast_attention`` gives meanwhile.
     """
 
     def __init__(
         self,
         step: Callable[..., torch.Tensor],
         capture: Callable[[], contextlib.AbstractContextManager[torch.cuda.Stream]],
+        attention: Attention,
     ) -> None:
         self._step = step
+        self._attention = attention
         self._capture = capture
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: OrderedDict[Any, _Graph | None] = OrderedDict()
 
     def __call__(self, **inputs: Any) -> torch.Tensor:
         """Same arguments and result as the step."""
-        key = _shapes(inputs)
+        leaves, tree = pytree.tree_flatten(inputs)
+        key = tree, *map(_described, leaves)
         if key not in self._graphs:
             self._remember(key, None)
-            with _optimised():
+            with _optimised(self._attention):
                 return self._step(**inputs)
         graph = self._graphs[key]
         if graph is None:
-            with _optimised():
-                graph = _Graph(self._step, inputs, self._capture, self._pool)
+            with _optimised(self._attention):
+                graph = _Graph(self._step, leaves, tree, self._capture, self._pool)
             self._remember(key, graph)
         self._graphs.move_to_end(key)
-        return graph.replay(inputs)
+        return graph.replay(leaves)
 
     def _remember(self, key: Any, graph: _Graph | None) -> None:
         self._graphs[key] = graph
@@ -130,10 +134,9 @@ class GraphedStep:
             self._graphs.popitem(last=False)
 
 
-def _shapes(inputs: Any) -> Any:
-    leaves, tree = pytree.tree_flatten(inputs)
-    described = tuple(
-        (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf
-        for leaf in leaves
-    )
-    return described, tree
+def _described(leaf: Any) -> Hashable:
+    """What a recorded step depends on: a tensor's shape and dtype, or a plain value."""
+    if isinstance(leaf, torch.Tensor):
+        return leaf.shape, leaf.dtype
+    value: Hashable = leaf
+    return value

@@ -1,8 +1,9 @@
 """Builds a rank's shard of a model: module tree, parallel layers, weights from the file."""
 
+import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from torch import nn
 from . import dist
 from .acceleration import GraphedStep
 from .checkpoint import CheckpointFile, CheckpointInfo, inspect_checkpoint
-from .config import ModelSpec, file_version
+from .config import AttentionKernel, ModelSpec, file_version
 from .errors import CheckpointError
 from .fault_points import reach
 from .host_memory import HostCopy
@@ -30,11 +31,13 @@ from .sharding.parts import (
 )
 from .sharding.walker import replace_linears
 from .tensors import dtype_of
+from .uploading import Uploads
 
 PROGRESS_INTERVAL_S = 0.05
 FP8_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
 ReportProgress = Callable[[int, int], None]
+Copy = Callable[[torch.Tensor, torch.Tensor], object]  # source on the CPU, place on the device
 
 
 class LoadedModel:
@@ -110,10 +113,12 @@ def load_model(
     rank: int,
     tp_size: int,
     report_progress: ReportProgress,
+    attention: AttentionKernel = "auto",
 ) -> LoadedModel:
     """Read the slices of the file that this rank holds, and nothing else of it.
 
-    ``report_progress(done, total)`` is called with bytes now and then.
+    ``report_progress(done, total)`` is called with bytes now and then. ``attention``: of optimised
+    steps.
 
     Raises:
         CheckpointError: the file is not what it was when the model was chosen.
@@ -144,7 +149,8 @@ def load_model(
     with CheckpointFile.open(spec.path) as file:
         reach("load")
         reader = _Reader(file, info.scales, weight_dtype)
-        _fill(model, parts_of(rank), reader, report_progress)
+        with _copier(device, tp_size) as copy:
+            _fill(model, parts_of(rank), reader, copy, report_progress)
         stored = {
             name: StoredWeight(tensor.shape, weight_dtype) for name, tensor in info.tensors.items()
         }
@@ -164,14 +170,17 @@ def load_model(
     fast = device.type == "cuda" and spec.optimize == "auto"
     reduction = None
     if fast:
-        from .reduction import fused_reduction  # here, since without a GPU there may be no Triton
+        # Here, since without a GPU there may be no Triton.
+        from .attention import FastAttention
+        from .reduction import fused_reduction
 
         reduction = fused_reduction(device)
+        fast_attention = FastAttention(attention)
     driver = module.Driver(model.eval(), info.config, dist.all_gather_last, reduction)
 
     def new_step() -> Callable[..., torch.Tensor]:
         if fast:
-            return GraphedStep(driver.step, lambda: dist.graph_capture(device))
+            return GraphedStep(driver.step, lambda: dist.graph_capture(device), fast_attention)
         return driver.step
 
     return LoadedModel(driver, weights, device, new_step, bytes_read)
@@ -223,8 +232,22 @@ class _Reader:
         return data.to(self._weight_dtype)
 
 
+@contextlib.contextmanager
+def _copier(device: torch.device, num_ranks: int) -> Iterator[Copy]:
+    """What copies a tensor of the file to its place; all have arrived when this ends."""
+    if device.type == "cuda":
+        with Uploads(device, num_ranks) as uploads:
+            yield uploads.copy
+    else:
+        yield lambda source, place: place.copy_(source)
+
+
 def _fill(
-    model: nn.Module, parts: list[Part], reader: _Reader, report_progress: ReportProgress
+    model: nn.Module,
+    parts: list[Part],
+    reader: _Reader,
+    copy: Copy,
+    report_progress: ReportProgress,
 ) -> None:
     """Copy every part to its place; what no part covers is padding and becomes zero."""
     parameters = dict(model.named_parameters())
@@ -245,7 +268,7 @@ def _fill(
             scale.data.fill_(1.0)
         for part in here:
             place = parameter.data.narrow(part.axis, part.target_start, part.length)
-            place.copy_(reader.read(part, with_scale=scale is None))
+            copy(reader.read(part, with_scale=scale is None), place)
             if scale is not None:
                 rows = scale if part.axis else scale.narrow(0, part.target_start, part.length)
                 rows.data.fill_(reader.scale(part.source))

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import torch.distributed._symmetric_memory as symm_mem
 from vllm.distributed import parallel_state
-from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
 
 from . import dist, kernels
 from .models.common import Product
+from .products import multiply
 
 logger = logging.getLogger("tp_runtime.reduction")
 
@@ -69,7 +69,8 @@ class FusedReduction:
         update = buffers.updates[: tokens.nbytes].view(tokens.dtype).view_as(tokens)
         start = 0
         for linear, x in products:
-            _multiply(linear, x, update[:, start : start + x.shape[1]])
+            bias = linear.bias if linear.tp_rank == 0 else None  # added once
+            multiply(linear, x, bias, out=update[:, start : start + x.shape[1]])
             start += x.shape[1]
         num_text = products[0][1].shape[1]
         self._wait(buffers)  # until every rank's updates are there
@@ -116,18 +117,3 @@ class FusedReduction:
         return _Buffers(
             updates, targets, addresses(handle.buffer_ptrs), addresses(other.buffer_ptrs), handle
         )
-
-
-def _multiply(linear: RowParallelLinear, x: torch.Tensor, out: torch.Tensor) -> None:
-    """This rank's part of ``linear(x)``, (B, L, features) → (B, L, D), into ``out``."""
-    bias = linear.bias if linear.tp_rank == 0 else None  # added once
-    if type(linear.quant_method) is not UnquantizedLinearMethod:
-        out.copy_(linear.quant_method.apply(linear, x, bias))
-        return
-    if x.is_contiguous() and out.is_contiguous():
-        x, out = x.flatten(0, 1)[None], out.flatten(0, 1)[None]
-    for rows, place in zip(x, out, strict=True):
-        if bias is None:
-            torch.mm(rows, linear.weight.t(), out=place)
-        else:
-            torch.addmm(bias, rows, linear.weight.t(), out=place)

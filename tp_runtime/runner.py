@@ -80,9 +80,10 @@ class Runner:
             model = load_model(
                 request.spec,
                 self._device,
-                self._config.rank,
+                self._config.tp_rank,
                 self._config.tp_size,
                 report_progress,
+                self._config.attention,
             )
             self._models[request.model] = model
         return {"resident_bytes": model.resident_bytes, "bytes_read": model.bytes_read}
@@ -106,7 +107,7 @@ class Runner:
         return model
 
     def _hold(self, request: Hold) -> None:
-        self._map_exchange(request.exchange_bytes)
+        self._exchange.remap(request.exchange_bytes)
         for ref in request.tensors:
             self._factors[ref.key] = self._exchange.view(ref).clone()
 
@@ -119,32 +120,27 @@ class Runner:
         started = time.perf_counter()
         reach("denoise")
         # Before anything can be refused: the engine takes it that these are held from now on.
-        self._map_exchange(request.exchange_bytes)
-        inputs = self._resolve(request.inputs)
-        conditioning_key = _conditioning_key(request.inputs)
+        self._exchange.remap(request.exchange_bytes)
+        resolved = [self._resolve(evaluation.inputs) for evaluation in request.evaluations]
         for key in request.drop:
             del self._held[key]
-        output = self._loaded(request.model).driver(inputs, conditioning_key)
-        if self._config.rank == 0:
-            result = self._exchange.view(request.result)
-            assert (output.shape, output.dtype) == (result.shape, result.dtype), (
-                f"{output.shape} {output.dtype}, not {result.shape} {result.dtype}"
-            )
-            result.copy_(output, non_blocking=True)
+        model = self._loaded(request.model)
+        mine = self._config.batch_group
+        if mine < len(resolved):
+            evaluation = request.evaluations[mine]
+            output = model.driver(resolved[mine], _conditioning_key(evaluation.inputs))
+            if self._config.tp_rank == 0:
+                self._give(output, evaluation.result)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self._last_step_ms = (time.perf_counter() - started) * 1000
 
-    def _map_exchange(self, size: int) -> None:
-        """Map the exchange memory and, on a GPU, let the device read and write it directly."""
-        if size == self._exchange.size:
-            return
-        cuda = torch.cuda.cudart() if self._device.type == "cuda" else None
-        if cuda and self._exchange.size:
-            torch.cuda.check_error(cuda.cudaHostUnregister(self._exchange.address))
-        self._exchange.remap(size)
-        if cuda:
-            torch.cuda.check_error(cuda.cudaHostRegister(self._exchange.address, size, 0))
+    def _give(self, output: torch.Tensor, ref: TensorRef) -> None:
+        result = self._exchange.view(ref)
+        assert (output.shape, output.dtype) == (result.shape, result.dtype), (
+            f"{output.shape} {output.dtype}, not {result.shape} {result.dtype}"
+        )
+        result.copy_(output, non_blocking=True)
 
     def _resolve(self, value: Any) -> Any:
         """``value`` with every reference replaced by its tensor, on the rank's device."""

@@ -2,15 +2,17 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
 import torch
 
+from .batch import tensors_in
 from .protocol import (
     PER_STEP_INPUTS,
     Denoise,
+    Evaluation,
     Hold,
     Patch,
     PatchedWeight,
@@ -19,6 +21,10 @@ from .protocol import (
     pack_inputs,
 )
 from .tensors import Exchange, HeldTensors, Layout, dtype_name
+
+Wanted = tuple[
+    Mapping[str, Any], tuple[int, ...]
+]  # the inputs of an evaluation, its result's shape
 
 HOLD_BYTES = 64 * 2**20  # what one request brings of the factors of patches
 
@@ -40,28 +46,32 @@ class TensorSender:
     # --- evaluating ------------------------------------------------------------------------------
 
     def denoise(
-        self, call: int, model: str, inputs: Mapping[str, Any], result_shape: tuple[int, ...]
-    ) -> tuple[Denoise, torch.Tensor]:
-        """The request, and the place where rank 0 will put the result."""
-        x: torch.Tensor = inputs["x"]
+        self, call: int, model: str, wanted: Sequence[Wanted]
+    ) -> tuple[Denoise, list[torch.Tensor]]:
+        """The request, and the places where the ranks will put the results."""
         layout = Layout()
-        in_use: set[int] = set()
-        tree = {
-            name: self._place(value, layout, in_use, hold=name not in PER_STEP_INPUTS)
-            for name, value in inputs.items()
-        }
-        offset = layout.reserve(math.prod(result_shape) * x.itemsize)
-        result = TensorRef(result_shape, dtype_name(x.dtype), offset)
+        constant = [_constant(inputs) for inputs, _ in wanted]
+        to_hold = list(tensors_in(constant))
+        held = {id(t): key for t, key in zip(to_hold, self._held.find(to_hold), strict=True)}
+        evaluations = []
+        for inputs, result_shape in wanted:
+            x: torch.Tensor = inputs["x"]
+            tree = {
+                name: self._place(value, layout, None if name in PER_STEP_INPUTS else held)
+                for name, value in inputs.items()
+            }
+            offset = layout.reserve(math.prod(result_shape) * x.itemsize)
+            result = TensorRef(result_shape, dtype_name(x.dtype), offset)
+            evaluations.append(Evaluation(pack_inputs(tree), result))
         layout.write_to(self.exchange)
         request = Denoise(
             call=call,
             model=model,
-            inputs=pack_inputs(tree),
-            drop=self._held.evict(in_use),
+            evaluations=evaluations,
+            drop=self._held.evict(set(held.values())),
             exchange_bytes=self.exchange.size,
-            result=result,
         )
-        return request, self.exchange.view(result)
+        return request, [self.exchange.view(evaluation.result) for evaluation in evaluations]
 
     def sent(self) -> None:
         """The request was sent: the ranks hold its tensors now."""
@@ -71,23 +81,22 @@ class TensorSender:
         """The request was not sent."""
         self._held.roll_back()
 
-    def _place(self, value: Any, layout: Layout, in_use: set[int], hold: bool) -> Any:
-        """``value`` with every tensor replaced by a reference to it."""
+    def _place(self, value: Any, layout: Layout, held: dict[int, int] | None) -> Any:
+        """``value`` with every tensor replaced by a reference to it.
+
+        ``held``: for tensors that the ranks are to keep, identity → key, 0 until they have it.
+        """
         if isinstance(value, torch.Tensor):
-            if not hold:
+            if held is None:
                 return layout.place(value)
-            key = self._held.find(value)
-            if key:
-                ref = TensorRef(tuple(value.shape), dtype_name(value.dtype), -1, key)
-            else:
-                key = self._held.add(value)
-                ref = layout.place(value, key)
-            in_use.add(key)
-            return ref
+            if held[id(value)]:
+                return TensorRef(tuple(value.shape), dtype_name(value.dtype), -1, held[id(value)])
+            held[id(value)] = self._held.add(value)
+            return layout.place(value, held[id(value)])
         if isinstance(value, Mapping):
-            return {k: self._place(v, layout, in_use, hold) for k, v in value.items()}
+            return {k: self._place(v, layout, held) for k, v in value.items()}
         if isinstance(value, list | tuple):
-            return [self._place(v, layout, in_use, hold) for v in value]
+            return [self._place(v, layout, held) for v in value]
         return value
 
     # --- patching --------------------------------------------------------------------------------
@@ -143,6 +152,10 @@ class TensorSender:
             for factor in patch.factors
         )
         return msgspec.structs.replace(patch, factors=factors)
+
+
+def _constant(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if name not in PER_STEP_INPUTS}
 
 
 def _factors(weights: Mapping[str, PatchedWeight]) -> Iterator[torch.Tensor]:

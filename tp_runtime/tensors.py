@@ -11,6 +11,7 @@ import ctypes
 import mmap
 import os
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import psutil
 import torch
@@ -20,6 +21,7 @@ from .protocol import TensorRef
 
 ALIGNMENT = 256
 HELD_BYTES = 512 * 2**20
+_LIKELY = 2  # tensors of a shape in turn: of the positive and of the negative prompt
 
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -63,6 +65,11 @@ def _num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return count * dtype.itemsize
 
 
+def num_bytes(ref: TensorRef) -> int:
+    """How many bytes the tensor has."""
+    return _num_bytes(ref.shape, dtype_of(ref.dtype))
+
+
 def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
@@ -78,19 +85,36 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     return tensor.is_cpu and tensor.is_contiguous()
 
 
-def plain_copy(source: torch.Tensor) -> torch.Tensor:
-    """A copy of a contiguous CPU tensor."""
+def copied_to(device: torch.device, source: torch.Tensor) -> torch.Tensor:
+    """A copy of a contiguous CPU tensor on a device."""
+    if device.type != "cpu":
+        return source.to(device)
     copy = torch.empty_like(source)
     ctypes.memmove(copy.data_ptr(), source.data_ptr(), source.nbytes)
     return copy
 
 
-def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
-        return False
-    if _is_plain(one) and _is_plain(other):
-        return _memcmp(one.data_ptr(), other.data_ptr(), one.nbytes) == 0
-    return torch.equal(one, other)
+def _comparable(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+
+
+def _equal(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[bool]:
+    """Whether the two tensors of each pair, which are comparable, have the same content."""
+    found = [False] * len(pairs)
+    waiting: dict[int, torch.Tensor] = {}
+    for index, (one, other) in enumerate(pairs):
+        if _is_plain(one) and _is_plain(other):
+            found[index] = _memcmp(one.data_ptr(), other.data_ptr(), one.nbytes) == 0
+        elif one.is_cpu:
+            found[index] = torch.equal(one, other)
+        else:
+            if one.dtype.itemsize == 1:  # fp8 cannot be compared
+                one, other = one.view(torch.uint8), other.view(torch.uint8)
+            waiting[index] = (one == other).all()
+    if waiting:
+        for index, same in zip(waiting, torch.stack(list(waiting.values())).tolist(), strict=True):
+            found[index] = same
+    return found
 
 
 def _lacking(size: int, reason: str) -> TPRuntimeError:
@@ -110,6 +134,8 @@ class Exchange:
         self.fd = fd
         self._map: mmap.mmap | None = None
         self._size = 0
+        self._page_locked = False
+        self._written: list[tuple[int, int]] = []
 
     @classmethod
     def create(cls) -> "Exchange":
@@ -149,7 +175,10 @@ class Exchange:
         self.remap(size)
 
     def remap(self, size: int) -> None:
-        """Map the first ``size`` bytes, if not mapped already. Tensors of before become invalid."""
+        """Map the first ``size`` bytes, if not mapped already. Tensors of before become invalid.
+
+        In a process that uses CUDA they are page-locked: GPUs read and write them directly.
+        """
         if size == self._size:
             return
         if size > os.fstat(self.fd).st_size:
@@ -157,6 +186,9 @@ class Exchange:
         self._unmap()
         self._map = mmap.mmap(self.fd, size)
         self._size = size
+        if size and torch.cuda.is_initialized():
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self.address, size, 0))
+            self._page_locked = True
 
     def view(self, ref: TensorRef) -> torch.Tensor:
         """The tensor that ``ref`` describes, in place. Valid until the next call rewrites it."""
@@ -173,14 +205,36 @@ class Exchange:
         return data.view(dtype).view(ref.shape)
 
     def write(self, ref: TensorRef, tensor: torch.Tensor) -> None:
-        """Copy a tensor, from any device, to where ``ref`` says."""
+        """Copy a tensor, from any device, to where ``ref`` says. From a GPU: only begin to."""
         target = self.view(ref)
         if _is_plain(tensor):
             ctypes.memmove(target.data_ptr(), tensor.data_ptr(), target.nbytes)
         else:
-            target.copy_(tensor)
+            target.copy_(tensor, non_blocking=tensor.is_cuda)
+        self._written.append((ref.offset, target.nbytes))
+
+    def take_written(self) -> list[tuple[int, memoryview]]:
+        """What was written since the last call: offset and bytes, in place."""
+        written, self._written = self._written, []
+        return [
+            (offset, memoryview(self._map)[offset : offset + size])
+            for offset, size in written
+            if size and self._map is not None
+        ]
+
+    def put(self, offset: int, data: memoryview) -> None:
+        """Copy bytes of another side's memory to the same place here. Raises ProtocolError."""
+        if self._map is None or not 0 <= offset <= self._size - len(data):
+            raise ProtocolError(
+                f"{len(data)} bytes for {offset} of the {self._size} bytes of exchange memory."
+            )
+        memoryview(self._map)[offset : offset + len(data)] = data
 
     def _unmap(self) -> None:
+        if self._page_locked:
+            # Fails only where the GPU's context is lost, and the lock with it.
+            torch.cuda.cudart().cudaHostUnregister(self.address)
+            self._page_locked = False
         if self._map is not None:
             # Views of torch.frombuffer may still be alive; the pages go with the last of them.
             self._map = None
@@ -220,6 +274,8 @@ class Layout:
         exchange.reserve(self.size)
         for ref, tensor in self._placed:
             exchange.write(ref, tensor)
+        for device in {tensor.device for _, tensor in self._placed if tensor.is_cuda}:
+            torch.cuda.current_stream(device).synchronize()
 
 
 class HeldTensors:
@@ -240,13 +296,30 @@ class HeldTensors:
         self._first_unsent = 1
         self._to_drop: list[int] = []
 
-    def find(self, tensor: torch.Tensor) -> int:
-        """The key under which the ranks hold an equal tensor, or 0."""
-        for key, held in reversed(self._held.items()):
-            if _equal(held, tensor):
-                self._held.move_to_end(key)
-                return key
-        return 0
+    def find(self, tensors: Sequence[torch.Tensor]) -> list[int]:
+        """For each tensor, the key under which the ranks hold an equal one, or 0.
+
+        On a GPU every answer is waited for; so the likely ones, used last, are asked for at once.
+        """
+        alike = [
+            [key for key, held in reversed(self._held.items()) if _comparable(held, tensor)]
+            for tensor in tensors
+        ]
+        found = [0] * len(tensors)
+        for asked in (slice(0, _LIKELY), slice(_LIKELY, None)):
+            pairs = [
+                (index, key)
+                for index, keys in enumerate(alike)
+                if not found[index]
+                for key in keys[asked]
+            ]
+            equal = _equal([(self._held[key], tensors[index]) for index, key in pairs])
+            for (index, key), same in zip(pairs, equal, strict=True):
+                if same and not found[index]:
+                    found[index] = key
+        for key in filter(None, found):
+            self._held.move_to_end(key)
+        return found
 
     def add(self, tensor: torch.Tensor) -> int:
         """Remember ``tensor`` (a copy of it) under a new key, which is returned."""

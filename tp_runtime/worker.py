@@ -1,25 +1,30 @@
 """The process of one rank: joins the group, then serves requests until its channel ends.
 
-Forked by ``fork_server``, which has imported this module. Two threads: the main one computes; the
-reader only receives frames and ends the process, whatever it is doing, when the engine's process
-is gone.
+Forked by ``fork_server``, which has imported this module. Two threads: the main one receives
+requests and computes; the watcher only ends the process, whatever it is doing, when the engine's
+process is gone.
 """
 
 import contextlib
 import logging
 import os
-import queue
+import select
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 
 from . import dist, fault_points
 from .config import WorkerConfig
 from .errors import REFUSALS
+from .mirror import Mirror
 from .protocol import (
     Close,
+    Denoise,
     Done,
     Failed,
+    Hold,
+    Piece,
     Progress,
     Ready,
     Reply,
@@ -37,29 +42,35 @@ MAX_LOG_BYTES = 8 * 2**20
 KEPT_LOG_BYTES = 2**20
 
 
-def _read_requests(
-    channel: Channel, parent_pid: int, requests: "queue.SimpleQueue[Request]"
-) -> None:
-    """Thread: queue the requests; end the process at once when nobody is left to answer to."""
+def _watch(channel: Channel, parent_pid: int) -> None:
+    """Thread: end the process at once when nobody is left to answer to."""
     status = 1
     try:
+        stream = select.poll()
+        stream.register(channel, select.POLLRDHUP)
         # A process that ComfyUI has forked may hold the stream open after ComfyUI's death.
-        while not channel.ended and os.getppid() == parent_pid:
-            if wait([channel], PARENT_CHECK_S):
-                for frame in channel.receive():
-                    requests.put(decode_request(frame))
-            else:
-                fault_points.reach("idle")
+        while os.getppid() == parent_pid and not stream.poll(1000 * PARENT_CHECK_S):
             _shorten_log()
         logger.info("ending: nobody is left to answer to")
         status = 0
-    except BaseException as error:
-        logger.exception("ending: the reader failed")
-        with contextlib.suppress(EOFError):
-            channel.send(encode(_failed(-1, False, error)))
+    except BaseException:
+        logger.exception("ending: the watcher failed")
     finally:
         # Not sys.exit: the main thread may be inside a collective that will never return.
         os._exit(status)
+
+
+def _requests(channel: Channel) -> Iterator[Request]:
+    """The requests as they come, until the stream ends.
+
+    Received by the thread that carries them out: handing each over would cost a fifth of a
+    millisecond, since a core that wakes up is slow.
+    """
+    while not channel.ended:
+        if wait([channel], PARENT_CHECK_S):
+            yield from map(decode_request, channel.receive())
+        else:
+            fault_points.reach("idle")
 
 
 def _shorten_log() -> None:
@@ -77,43 +88,59 @@ def _shorten_log() -> None:
             log.truncate()
 
 
-def _serve(config: WorkerConfig, channel: Channel, requests: "queue.SimpleQueue[Request]") -> None:
+def _serve(config: WorkerConfig, channel: Channel) -> None:
     def send(reply: Reply) -> None:
-        # Without a reader on the other side, the reader thread is about to end this process.
+        # Without a reader on the other side, the watcher is about to end this process.
         with contextlib.suppress(EOFError):
             channel.send(encode(reply))
 
+    mirror = Mirror(config.exchange_fd) if config.mirrored else None
     fault_points.reach("start")
     device = dist.select_device(config)
     with dist.tensor_parallel_group(config) as tp_world_size:
         runner = Runner(config, device)
         send(Ready(config.rank, tp_world_size, runner.device_name(), dist.versions()))
-        while not isinstance(request := requests.get(), Close):
+        for request in _requests(channel):
+            if isinstance(request, Close):
+                break
+            if isinstance(request, Piece):
+                assert mirror is not None, "this rank shares the engine's memory"
+                mirror.put(request)
+                continue
+            if mirror is not None and isinstance(request, Denoise | Hold):
+                mirror.grow(request.exchange_bytes)
             call = request.call
 
             def report_progress(done: int, total: int, call: int = call) -> None:
                 send(Progress(call, done, total))
 
             try:
-                send(Done(call, runner.handle(request, report_progress)))
+                value = runner.handle(request, report_progress)
+                if mirror is not None and isinstance(request, Denoise):
+                    for piece in _results(config, request, mirror):
+                        send(piece)
+                send(Done(call, value))
             except tuple(REFUSALS.values()) as error:
                 send(_failed(call, True, error))
 
 
+def _results(config: WorkerConfig, request: Denoise, mirror: Mirror) -> Iterator[Piece]:
+    """What this rank has written of the request's results."""
+    if config.tp_rank == 0 and config.batch_group < len(request.evaluations):
+        yield from mirror.pieces(request.evaluations[config.batch_group].result)
+
+
 def run(config: WorkerConfig, parent_pid: int) -> None:
-    """Be the rank until its channel, or the process ``parent_pid``, ends."""
+    """Be the rank until its channel, or the process ``parent_pid``, ends; returns on ``Close``."""
     logging.basicConfig(
         level=config.log_level,
         format=f"%(asctime)s rank {config.rank} %(levelname)s %(name)s: %(message)s",
     )
     fault_points.watch(config.rank, config.fault_file)
     channel = Channel.inherited(config.control_fd)
-    requests: queue.SimpleQueue[Request] = queue.SimpleQueue()
-    threading.Thread(
-        target=_read_requests, args=(channel, parent_pid, requests), daemon=True
-    ).start()
+    threading.Thread(target=_watch, args=(channel, parent_pid), daemon=True).start()
     try:
-        _serve(config, channel, requests)
+        _serve(config, channel)
     except BaseException as error:
         failed = _failed(-1, False, error)
         logger.exception("rank %d failed", config.rank)

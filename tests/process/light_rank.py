@@ -38,6 +38,7 @@ def _load(
     rank: int,
     tp_size: int,
     report_progress: Callable[[int, int], None],
+    attention: str,
 ) -> SimpleNamespace:
     shapes = set()
 

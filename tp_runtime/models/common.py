@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..acceleration import fused, optimising
+from ..acceleration import fast_attention, fused, optimising
 from ..errors import InputError
 from ..fault_points import reach
 
@@ -22,8 +22,21 @@ def attention(
 
     ``mask``: bool or added to the scores, of a shape that broadcasts to (B, N, L, L).
     """
+    fast = fast_attention()
+    if fast is not None:
+        return fast(q, k, v, mask).flatten(2)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+def project(linear: Any, x: torch.Tensor, *, gelu: bool = False) -> torch.Tensor:
+    """A column-parallel linear of (B, L, D), and its GELU, by tanh, if that is asked for."""
+    if optimising():
+        from ..products import multiply  # here, since ComfyUI's process imports this module, too
+
+        return multiply(linear, x, linear.bias, gelu=gelu)
+    found = linear(x)
+    return F.gelu(found, approximate="tanh") if gelu else found
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float | None) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from ..acceleration import fused
 from ..errors import InputError
-from .common import Conditioning, Gather, Heads, Product, attention, rotated_heads
+from .common import Conditioning, Gather, Heads, Product, attention, project, rotated_heads
 
 NORM_EPS = 1e-6
 
@@ -50,8 +50,8 @@ def joint_attention(
 ) -> list[Product]:
     """Attention over both streams (B, L, D), text first; returns what is left to project."""
     text, image = normed[:, :num_text], normed[:, num_text:]
-    of_text = heads_of(module.to_added_qkv(text), module.norm_added_q, module.norm_added_k)
-    of_image = heads_of(module.to_qkv(image), module.norm_q, module.norm_k)
+    of_text = heads_of(project(module.to_added_qkv, text), module.norm_added_q, module.norm_added_k)
+    of_image = heads_of(project(module.to_qkv, image), module.norm_q, module.norm_k)
     q, k, v = rotated_heads([of_text, of_image], rotation, NORM_EPS)
     attended = attention(q, k, v, mask)
     return [
@@ -86,7 +86,7 @@ def dual_block(
     add_residuals(tokens, residuals, num_text)
     streams = normed[:, :num_text], normed[:, num_text:]
     products = [
-        (feed_forward.net[2], feed_forward.net[0](x))
+        (feed_forward.net[2], project(feed_forward.net[0].proj, x, gelu=True))
         for feed_forward, x in zip(feed_forwards, streams, strict=True)
     ]
     return join(products, tokens, mlp_gate, *next_norm.unbind(2), eps=NORM_EPS, limit=limit)

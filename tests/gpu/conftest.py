@@ -1,0 +1,95 @@
+"""Groups on a GPU. What is right, CPU ranks say: they are compared with ComfyUI's own models."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from support.tiny_models import write_flux, write_qwen_image, write_z_image
+from tp_runtime import GroupConfig, ModelSpec, RemoteModel, Runtime
+
+WRITERS: dict[str, Callable[..., Path]] = {
+    "z_image": write_z_image,
+    "flux": write_flux,
+    "qwen_image": write_qwen_image,
+}
+# What the order of sums may change in fp32.
+FP32_TOLERANCE = 1e-5
+# A GPU rounds exp differently, and the angles of the timestep's sinusoids go up to 1000.
+DEVICE_TOLERANCE = 1e-4
+
+Load = Callable[..., RemoteModel]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Without a GPU there is nothing to test here."""
+    if torch.cuda.is_available():
+        return
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; this machine has none"))
+
+
+@pytest.fixture(scope="module")
+def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TP_RUNTIME_HOME", str(tmp_path_factory.mktemp("home")))
+        runtime = Runtime()
+        yield runtime
+        runtime.release()
+
+
+@pytest.fixture(scope="module")
+def load(runtime: Runtime) -> Load:
+    """`load(path, dtype, optimize, device)`: the file on a group of one rank."""
+
+    def load(
+        path: Path,
+        dtype: str = "float32",
+        optimize: str = "auto",
+        device: str = "cuda",
+        weight_dtype: str | None = None,
+    ) -> RemoteModel:
+        spec = ModelSpec.of(str(path), weight_dtype or dtype, dtype, optimize)
+        model = runtime.model(spec, GroupConfig(1, device, (0,) if device == "cuda" else ()))
+        model.ensure_loaded()
+        return model
+
+    return load
+
+
+def make_inputs(family: str, height: int = 12, width: int = 8, batch: int = 2) -> dict[str, Any]:
+    """Latents, and captions of 20 tokens."""
+    generator = torch.Generator().manual_seed(height)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    frames = (1,) if family == "qwen_image" else ()
+    inputs: dict[str, Any] = {
+        "x": normal(batch, 16, *frames, height, width),
+        "timesteps": torch.tensor([0.7, 0.3])[:batch],
+        "context": normal(batch, 20, 64),
+    }
+    if family == "flux":
+        inputs |= {"y": normal(batch, 48), "guidance": torch.full((batch,), 4.0)}
+    return inputs
+
+
+def in_dtype(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The inputs rounded, but for the timesteps, which stay fp32 in ComfyUI, too."""
+    return {k: v if k == "timesteps" else v.to(dtype) for k, v in inputs.items()}
+
+
+def steps(model: RemoteModel, inputs: dict[str, Any]) -> list[torch.Tensor]:
+    """The same step three times: on a GPU as it is written, recorded, and replayed."""
+    return [model.denoise(inputs) for _ in range(3)]
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Norm of the difference over the norm of what is expected, in fp64."""
+    found, expected = found.double(), expected.double()
+    return float((found - expected).norm() / expected.norm())

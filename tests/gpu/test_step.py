@@ -1,0 +1,189 @@
+"""Steps on one GPU, fast and as written, in every way that a model can be changed meanwhile."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from gpu.conftest import (
+    DEVICE_TOLERANCE,
+    FP32_TOLERANCE,
+    WRITERS,
+    Load,
+    in_dtype,
+    make_inputs,
+    relative_error,
+    steps,
+)
+
+from support.tiny_models import Fp8Layout, write_fp8
+from tp_runtime import RemoteModel, Runtime
+from tp_runtime.acceleration import MAX_GRAPHS
+from tp_runtime.protocol import PatchedWeight, WeightPatch
+
+pytestmark = pytest.mark.gpu
+
+# Family → a weight of a fused, a row-parallel and a column-parallel layer.
+PATCHED = {
+    "z_image": ("attention.qkv", "feed_forward.w2", "feed_forward.w1"),
+    "flux": ("img_attn.qkv", "txt_mlp.2", "img_mlp.0"),
+    "qwen_image": ("attn.to_k", "img_mlp.net.2", "txt_mlp.net.0.proj"),
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {name: write(folder / f"{name}.safetensors") for name, write in WRITERS.items()}
+
+
+def on_rank(runtime: Runtime, model: RemoteModel, *, digests: bool = False) -> dict:
+    """What the GPU's rank says: of itself, and of the model under "model"."""
+    (rank,) = (
+        rank
+        for group in runtime.reports(digests=digests)
+        if group.device == "cuda"
+        for rank in group.ranks
+    )
+    return rank | {"model": rank["models"][model.name]}
+
+
+@pytest.mark.parametrize("family", WRITERS)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_fp32(load: Load, files: dict[str, Path], family: str, batch: int) -> None:
+    inputs = make_inputs(family, batch=batch)
+    expected, *_ = written = steps(load(files[family], optimize="off"), inputs)
+    on_cpu = load(files[family], device="cpu").denoise(inputs)
+    assert relative_error(expected, on_cpu) <= DEVICE_TOLERANCE
+    for found in written + steps(load(files[family]), inputs):
+        assert relative_error(found, expected) <= FP32_TOLERANCE
+
+
+@pytest.mark.parametrize("family", WRITERS)
+def test_bf16_is_as_exact_as_written(load: Load, files: dict[str, Path], family: str) -> None:
+    """As written is ComfyUI's arithmetic, operation by operation; fused, no more is lost."""
+    inputs = in_dtype(make_inputs(family), torch.bfloat16)
+    whole = {name: value.float() for name, value in inputs.items()}
+    expected = load(files[family], device="cpu").denoise(whole)
+    written, *_ = steps(load(files[family], "bfloat16", "off"), inputs)
+    allowed = relative_error(written, expected)
+    assert 1e-4 < allowed < 3e-2
+    for found in steps(load(files[family], "bfloat16"), inputs):
+        assert relative_error(found, expected) <= 1.05 * allowed
+
+
+def test_inputs_on_the_gpu(load: Load, files: dict[str, Path]) -> None:
+    """Where ComfyUI has them; conditioning is a new tensor at every step."""
+    inputs = make_inputs("flux")
+    model = load(files["flux"])
+    expected = steps(model, inputs)[-1]
+    for seed in range(3):
+        there = {name: value.cuda() for name, value in inputs.items()}
+        assert torch.equal(model.denoise(there).cpu(), expected)
+        changed = there | {"context": there["context"] + seed + 1}
+        assert not torch.equal(model.denoise(changed).cpu(), expected)
+
+
+def test_more_shapes_than_are_kept(runtime: Runtime, load: Load, files: dict[str, Path]) -> None:
+    """Each is right again after its graph was dropped, and memory does not grow with them."""
+    model, written = load(files["z_image"]), load(files["z_image"], optimize="off")
+    sizes = [2 * (index + 3) for index in range(MAX_GRAPHS + 2)]
+    allocated = []
+    for _ in range(3):
+        for height in sizes:
+            inputs = make_inputs("z_image", height)
+            expected = written.denoise(inputs)
+            for found in steps(model, inputs):
+                assert relative_error(found, expected) <= FP32_TOLERANCE
+        allocated.append(on_rank(runtime, model)["memory"]["allocated_bytes"])
+    assert allocated[2] <= 1.01 * allocated[1]
+
+
+@pytest.mark.parametrize("family", WRITERS)
+def test_sleep_and_wake(runtime: Runtime, load: Load, files: dict[str, Path], family: str) -> None:
+    model, inputs = load(files[family]), make_inputs(family)
+    expected = steps(model, inputs)[-1]
+    awake = on_rank(runtime, model, digests=True)
+    model.sleep()
+    asleep = on_rank(runtime, model, digests=True)
+    assert asleep["model"]["asleep"]
+    assert asleep["model"]["digest"] == awake["model"]["digest"]
+    freed = awake["memory"]["allocated_bytes"] - asleep["memory"]["allocated_bytes"]
+    assert freed >= awake["model"]["resident_bytes"]
+    model.ensure_loaded()
+    for found in steps(model, inputs):
+        assert relative_error(found, expected) <= FP32_TOLERANCE
+    assert on_rank(runtime, model, digests=True)["model"]["digest"] == awake["model"]["digest"]
+
+
+def patches_of(model: RemoteModel, strength: float) -> dict[str, PatchedWeight]:
+    """A LoRA of rank 4 on a few weights, by their names in the file."""
+    found = {}
+    for name, info in model.info.tensors.items():
+        if name.endswith(tuple(f"{path}.weight" for path in PATCHED[model.info.family])):
+            rows, columns = info.shape
+            generator = torch.Generator().manual_seed(rows)
+            up = torch.randn(rows, 4, generator=generator)
+            down = torch.randn(4, columns, generator=generator) / columns**0.5
+            lora = WeightPatch("lora", (up, down, None, None, None, None), strength)
+            found[name] = PatchedWeight(0, ((lora,),))
+    assert len(found) >= len(PATCHED[model.info.family])
+    return found
+
+
+@pytest.mark.parametrize("family", WRITERS)
+def test_lora(runtime: Runtime, load: Load, files: dict[str, Path], family: str) -> None:
+    """Applied, changed and removed between replays of one recorded step."""
+    inputs = make_inputs(family)
+    written, model = load(files[family], optimize="off"), load(files[family])
+    plain = steps(model, inputs)[-1]
+    before = on_rank(runtime, model, digests=True)["model"]["digest"]
+    for strength in (0.8, -0.3):
+        for one in (written, model):
+            one.patch(strength, patches_of(one, strength))
+            one.ensure_loaded()
+        expected, found = written.denoise(inputs), model.denoise(inputs)
+        assert relative_error(expected, plain) > 0.01
+        assert relative_error(found, expected) <= FP32_TOLERANCE
+    for one in (written, model):
+        one.patch(None, {})
+        one.ensure_loaded()
+    assert torch.equal(model.denoise(inputs), plain)
+    assert on_rank(runtime, model, digests=True)["model"]["digest"] == before
+
+
+@pytest.mark.parametrize("layout", ["plain", "scaled"])
+@pytest.mark.parametrize("family", WRITERS)
+def test_fp8(
+    load: Load, files: dict[str, Path], tmp_path: Path, family: str, layout: Fp8Layout
+) -> None:
+    path = write_fp8(files[family], tmp_path / "fp8.safetensors", layout)
+    weight_dtype = "float8_e4m3fn" if layout == "plain" else "float32"
+    inputs = make_inputs(family)
+    expected = load(path, optimize="off", weight_dtype=weight_dtype).denoise(inputs)
+    on_cpu = load(path, device="cpu", weight_dtype=weight_dtype).denoise(inputs)
+    assert relative_error(expected, on_cpu) <= DEVICE_TOLERANCE
+    for found in steps(load(path, weight_dtype=weight_dtype), inputs):
+        assert relative_error(found, expected) <= FP32_TOLERANCE
+
+
+class _Cancelled(BaseException):
+    pass
+
+
+def test_cancel(load: Load, files: dict[str, Path]) -> None:
+    """At every stage of a shape's first steps; what comes next is right."""
+
+    def cancel() -> None:
+        raise _Cancelled
+
+    model, written = load(files["flux"]), load(files["flux"], optimize="off")
+    for height in (20, 22):
+        inputs, others = make_inputs("flux", height), make_inputs("flux", height + 8)
+        for _ in range(3):
+            try:
+                model.denoise(inputs, poll=cancel)
+            except _Cancelled:
+                found = model.denoise(others)
+                assert relative_error(found, written.denoise(others)) <= FP32_TOLERANCE
+        found = model.denoise(inputs)
+        assert relative_error(found, written.denoise(inputs)) <= FP32_TOLERANCE

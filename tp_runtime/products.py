@@ -1,0 +1,46 @@
+"""Products with a rank's part of a weight, as few kernels as cuBLAS has them. Rank half; GPUs only.
+
+The tokens of one stream of several pictures lie apart, behind those of another stream. torch's
+linear then copies them together and adds the bias in a pass of its own; here each picture is a
+product, with the bias, and GELU, in it.
+"""
+
+import torch
+import torch.nn.functional as F
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+
+def multiply(
+    linear: LinearBase,
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    gelu: bool = False,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """This rank's ``linear(x)`` with ``bias``, (B, L, features) → (B, L, D); into ``out`` if given.
+
+    ``gelu``: GELU, by tanh, of that.
+    """
+    if type(linear.quant_method) is not UnquantizedLinearMethod:
+        found = linear.quant_method.apply(linear, x, bias)
+        if gelu:
+            found = F.gelu(found, approximate="tanh")
+        return found if out is None else out.copy_(found)
+    weight = linear.weight.t()
+    if out is None:
+        out = x.new_empty(*x.shape[:2], weight.shape[1])
+    pictures, places = x, out
+    if x.is_contiguous() and out.is_contiguous():
+        pictures, places = x.flatten(0, 1)[None], out.flatten(0, 1)[None]
+    for rows, place in zip(pictures, places, strict=True):
+        if gelu and bias is not None and x.is_cuda:  # elsewhere torch's is GELU by erf
+            torch._addmm_activation(bias, rows, weight, use_gelu=True, out=place)
+            continue
+        if bias is None:
+            torch.mm(rows, weight, out=place)
+        else:
+            torch.addmm(bias, rows, weight, out=place)
+        if gelu:
+            place.copy_(F.gelu(place, approximate="tanh"))
+    return out
