@@ -24,10 +24,9 @@ import msgspec
 from setproctitle import setproctitle
 
 from .config import WorkerConfig
-from .transport import wait
+from .transport import receive_with_fds, wait
 
 IDLE_S = 300.0
-MAX_REQUEST_BYTES = 128 * 2**10
 _MAX_FDS = 4  # of one request: for the answers, of the rank's channel, shared memory and log
 _PR_SET_PDEATHSIG = 1
 
@@ -67,9 +66,7 @@ def serve(requests: socket.socket) -> WorkerConfig | None:
             children.pop(pidfd).reap()
         if requests not in ready:
             continue
-        packet, fds, *_ = socket.recv_fds(
-            requests, MAX_REQUEST_BYTES, _MAX_FDS, socket.MSG_CMSG_CLOEXEC
-        )
+        packet, fds = receive_with_fds(requests, _MAX_FDS)
         if not packet:
             break
         config = msgspec.json.decode(packet, type=WorkerConfig | None)
