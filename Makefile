@@ -6,16 +6,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-from-requirements-dev
 MODEL ?= z_image
+WHERE ?= this machine
 export COMFYUI_PATH ?= $(CURDIR)/.comfyui
 
-.PHONY: help demo serve test soak bench check lint format venv comfyui browser clean
+.PHONY: help demo serve test soak kills bench check lint format venv comfyui browser hosts clean
 
 help:
 	@echo "make demo     start ComfyUI, compare TP Sampler with the stock sampler, stop"
 	@echo "make serve    start ComfyUI with the pack and the same model, until Ctrl-C"
 	@echo "              (both: MODEL=z_image, the default, flux or qwen_image)"
+	@echo "              (demo: WHERE=ray, on a Ray that is started for it)"
 	@echo "make test     every test that this machine can run"
 	@echo "make soak     a real ComfyUI, random prompts and faults (SOAK_MINUTES=30)"
+	@echo "make kills    kill -9 of a real ComfyUI at random moments (KILLS=50)"
 	@echo "make bench    ms per step on this machine's GPUs (BENCH='--models flux --tp 1 2 ...')"
 	@echo "make check    format, lint, types and the quick tests (what a commit must pass)"
 	@echo "make format   let ruff rewrite the code"
@@ -23,16 +26,19 @@ help:
 	@echo "make clean    remove what these targets made, .venv and .comfyui included"
 
 demo: venv comfyui
-	@$(BIN)/python scripts/demo.py --model "$(MODEL)"
+	@$(BIN)/python scripts/demo.py --model "$(MODEL)" --where "$(WHERE)"
 
 serve: venv comfyui
 	@$(BIN)/python scripts/demo.py --model "$(MODEL)" --serve
 
-test: venv comfyui browser
+test: venv comfyui browser hosts
 	$(BIN)/python -m pytest
 
 soak: venv comfyui
 	SOAK_MINUTES=$${SOAK_MINUTES:-30} $(BIN)/python -m pytest tests/faults/test_soak.py -s
+
+kills: venv comfyui
+	KILLS=$${KILLS:-50} $(BIN)/python -m pytest tests/faults/test_comfyui_killed.py -s
 
 bench: venv
 	$(BIN)/python -m bench.step $(BENCH)
@@ -70,6 +76,15 @@ browser:
 		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; \
 	else \
 		echo "No chromium here: the tests marked 'web' are left out (install it to run them)."; \
+	fi
+
+hosts:
+	@if command -v ip >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends iproute2; \
+	else \
+		echo "No 'ip' here: the tests marked 'hosts' are left out (install iproute2 to run them)."; \
 	fi
 
 clean:

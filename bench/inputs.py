@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+TEXT_TOKENS = {"z_image": 64, "flux": 512, "qwen_image": 64}
+
 
 def make_inputs(model: str, side: int, batch: int) -> dict[str, Any]:
     """Inputs for pictures of ``side`` × ``side`` pixels, in bf16 with fp32 timesteps.
@@ -21,24 +23,24 @@ def _on_cpu(model: str, side: int, batch: int) -> dict[str, Any]:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator).bfloat16()
 
-    latent = side // 8
+    if model not in TEXT_TOKENS:
+        raise ValueError(f"no inputs for the model {model!r}")
+    latent, length = side // 8, TEXT_TOKENS[model]
     inputs: dict[str, Any] = {
         "timesteps": torch.full((batch,), 0.7),
         "transformer_options": {},
     }
     if model == "z_image":
-        inputs |= {"x": normal(batch, 16, latent, latent), "context": normal(batch, 64, 2560)}
+        inputs |= {"x": normal(batch, 16, latent, latent), "context": normal(batch, length, 2560)}
         return inputs
     if model == "flux":
         return inputs | {
             "x": normal(batch, 16, latent, latent),
-            "context": normal(batch, 512, 4096),
+            "context": normal(batch, length, 4096),
             "y": normal(batch, 768),
             "guidance": torch.full((batch,), 3.5).bfloat16(),
         }
-    if model == "qwen_image":
-        return inputs | {
-            "x": normal(batch, 16, 1, latent, latent),
-            "context": normal(batch, 64, 3584),
-        }
-    raise ValueError(f"no inputs for the model {model!r}")
+    return inputs | {
+        "x": normal(batch, 16, 1, latent, latent),
+        "context": normal(batch, length, 3584),
+    }

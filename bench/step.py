@@ -25,9 +25,10 @@ from typing import Any
 import torch
 
 from bench.dummy import config_of, write_dummy
-from bench.flops import FLOPS
 from bench.inputs import make_inputs
 from tp_runtime import GroupConfig, ModelSpec, Runtime, visible_gpu_count
+from tp_runtime.models import FAMILIES, family
+from tp_runtime.stages import count_flops
 
 GIB = 2**30
 HOPS = 5
@@ -81,8 +82,8 @@ def measure(
                 }
                 if gemm_tflops:
                     text = inputs["context"].shape[1]
-                    operations = batch * FLOPS[model](config, (side // 16) ** 2, text)
-                    floor_ms = operations / gemm_tflops / 1e9 / tp_size
+                    stages = family(model).stages(config, (side // 16) ** 2, text)
+                    floor_ms = batch * count_flops(stages) / gemm_tflops / 1e9 / tp_size
                     row["floor_ratio"] = round(row["ms_median"] / floor_ms, 2)
                 rows.append(row)
                 print(json.dumps(row), flush=True)
@@ -174,7 +175,7 @@ def _of_diffusers(model: str, options: argparse.Namespace) -> list[dict[str, Any
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to measure."""
-    parser.add_argument("--models", nargs="+", choices=sorted(FLOPS), default=sorted(FLOPS))
+    parser.add_argument("--models", nargs="+", choices=sorted(FAMILIES), default=sorted(FAMILIES))
     parser.add_argument("--tp", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--sides", nargs="+", type=int, default=[1024])
     parser.add_argument("--batches", nargs="+", type=int, default=[1])

@@ -5,69 +5,116 @@ from collections.abc import Callable
 from typing import Any
 
 from ..tp_runtime import (
+    WHERE,
     CheckpointInfo,
     DeviceError,
     GroupConfig,
+    Layout,
     SizeError,
+    choose_layout,
+    cluster_gpu_count,
+    get_runtime,
     inspect_checkpoint,
+    ray_address,
     runtime_python,
     visible_gpu_count,
 )
+from .layouts import AUTO, possible_layouts
 from .schema import check_choice
-from .settings import devices_setting, python_setting
+from .settings import devices_setting, python_setting, ray_address_setting
 
-AUTO = "auto"
+HERE = WHERE[0]
 MAX_GPU_COUNT = 8
 CHOICES = (AUTO, *(str(count) for count in range(1, MAX_GPU_COUNT + 1)))
 
 
 def choose_group(
-    choice: str, info: CheckpointInfo, warn: Callable[[str], None], devices: str = ""
+    choice: str,
+    info: CheckpointInfo,
+    warn: Callable[[str], None],
+    devices: str = "",
+    layout: str = AUTO,
+    where: str = HERE,
 ) -> GroupConfig:
-    """The group for a model file. Starts nothing; warns where it will be on the CPU.
+    """The group for a model file. Starts nothing.
 
+    Warns where it will be on the CPU, and where 'auto' does not mean as many GPUs as possible.
     `devices`: the GPUs that it may be on, as a person writes them; empty: what the settings allow.
 
     Raises:
         SizeError: the model cannot be split that way.
         DeviceError: there are fewer GPUs, or `devices` names one that is not there.
-        ValueError: it is none of `CHOICES`.
+        GroupStartError: the Ray cluster cannot be asked.
+        ValueError: it is none of `CHOICES`, or `layout` none of `LAYOUTS` or for another count.
     """
     check_choice("gpu_count", choice, CHOICES)
-    gpus, where = _usable_gpus(devices)
-    if choice != AUTO:
-        size = int(choice)
-        info.check_tp_size(size)
-        _check_enough(size, gpus, where)
-    elif gpus:
-        size = max(info.valid_tp_sizes(limit=min(len(gpus), MAX_GPU_COUNT)))
-    else:
-        size = 1
-    group = GroupConfig.local(size, gpus[:size] or None)
+    check_choice("where", where, WHERE)
+    gpus, shown_by = _gpus_of(where, devices)
+    count = None if choice == AUTO else int(choice)
+    layouts = possible_layouts(layout, count, info, max(len(gpus), 1))
+    _check_enough(layouts[0].num_gpus, gpus, shown_by)
+    if where == "ray":
+        return _on_ray(layouts[0], bool(gpus), warn)
+    chosen = choose_layout(info, layouts, gpus, get_runtime().records)
+    if chosen.reason:
+        warn(chosen.reason)
+    size, batch_groups = chosen.layout.tp_size, chosen.layout.batch_groups
+    num_ranks = chosen.layout.num_gpus
+    group = GroupConfig.local(size, gpus[:num_ranks] or None, batch_groups)
     if group.device == "cpu":
-        ranks = "1 CPU process" if size == 1 else f"{size} CPU processes"
+        ranks = "1 CPU process" if num_ranks == 1 else f"{num_ranks} CPU processes"
         warn(f"No CUDA GPU is visible: the model runs on {ranks}. Results are right, but slow.")
     return dataclasses.replace(group, python=runtime_python(python_setting()))
 
 
-def refused_counts(path: str | None, devices: str = "") -> dict[str, Any]:
-    """The counts that do not work on this machine, each with why; `path` None: for any model.
+def _on_ray(layout: Layout, on_gpus: bool, warn: Callable[[str], None]) -> GroupConfig:
+    """A group on the cluster, of whose GPUs no times are known: Ray chooses them."""
+    if not on_gpus:
+        warn("Ray has no GPUs: the model runs in CPU processes. Results are right, but slow.")
+    return GroupConfig(
+        layout.tp_size,
+        "cuda" if on_gpus else "cpu",
+        batch_groups=layout.batch_groups,
+        python=runtime_python(python_setting()),
+        where="ray",
+        ray_address=ray_address(ray_address_setting()),
+    )
+
+
+def refused_counts(path: str | None, devices: str = "", where: str = HERE) -> dict[str, Any]:
+    """The counts that do not work, each with why; `path` None: for any model.
 
     Raises:
         CheckpointError: the file cannot be used.
         DeviceError: `devices`, or the setting, names a GPU that is not there.
     """
     info = None if path is None else inspect_checkpoint(path)
-    gpus, where = _usable_gpus(devices)
+    gpus, shown_by = _gpus_of(where, devices)
     refused = {}
     for count in range(1, MAX_GPU_COUNT + 1):
         try:
             if info is not None:
                 info.check_tp_size(count)
-            _check_enough(count, gpus, where)
+            _check_enough(count, gpus, shown_by)
         except (SizeError, DeviceError) as error:
             refused[str(count)] = str(error)
     return {"num_gpus": len(gpus), "refused": refused}
+
+
+def _gpus_of(where: str, devices: str) -> tuple[tuple[int, ...], str]:
+    """The GPUs to choose from, and where they are said to be. None: there are CPU processes."""
+    if where != "ray":
+        return _usable_gpus(devices)
+    if devices.strip():
+        raise DeviceError(
+            f"devices is {devices!r}, but Ray chooses the GPUs of its cluster. Clear it, or set "
+            f"where to {HERE!r}."
+        )
+    address = ray_address(ray_address_setting())
+    if not address:
+        return tuple(range(visible_gpu_count())), "Ray on this machine has"
+    num_gpus = cluster_gpu_count(address, runtime_python(python_setting()))
+    return tuple(range(num_gpus)), f"the Ray cluster at {address} has"
 
 
 def _usable_gpus(devices: str) -> tuple[tuple[int, ...], str]:
@@ -101,11 +148,11 @@ def _listed_gpus(name: str, devices: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def _check_enough(count: int, gpus: tuple[int, ...], where: str) -> None:
+def _check_enough(count: int, gpus: tuple[int, ...], shown_by: str) -> None:
     """Raises DeviceError if there are fewer GPUs. Without any, CPU processes take their place."""
     if gpus and count > len(gpus):
         shown = ", ".join(map(str, gpus))
         raise DeviceError(
-            f"{count} GPUs were asked for, but {where} {len(gpus)} ({shown}). "
+            f"{count} GPUs were asked for, but {shown_by} {len(gpus)} ({shown}). "
             f"Choose at most {len(gpus)}, or 'auto'."
         )

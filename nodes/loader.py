@@ -8,8 +8,9 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..tp_runtime import OPTIMIZE, file_version, inspect_checkpoint
-from .gpu_count import AUTO, CHOICES, choose_group
+from ..tp_runtime import OPTIMIZE, WHERE, TPRuntimeError, file_version, inspect_checkpoint
+from .gpu_count import CHOICES, HERE, choose_group
+from .layouts import AUTO, LAYOUTS
 from .model import load_model
 from .notices import warn_on_node
 from .schema import advanced, check_choice, tp_schema
@@ -91,6 +92,34 @@ class TPLoadDiffusionModel(io.ComfyNode):
                         ),
                     )
                 ),
+                advanced(
+                    io.Combo.Input(
+                        "layout",
+                        options=list(LAYOUTS),
+                        default=AUTO,
+                        optional=True,
+                        tooltip=(
+                            "How the GPUs share the work. 'tp': each holds a part of the model. "
+                            "'2x2' (TP size x batch groups): two groups of two GPUs, each with "
+                            "the whole model, which divide batches (also the two halves of CFG). "
+                            "'auto' takes what is the fastest, by the steps measured so far."
+                        ),
+                    )
+                ),
+                advanced(
+                    io.Combo.Input(
+                        "where",
+                        options=list(WHERE),
+                        default=HERE,
+                        optional=True,
+                        tooltip=(
+                            "On whose GPUs. 'ray': those of a Ray cluster, which may have several "
+                            "machines; its address is in ComfyUI's settings. The model file must "
+                            "have the same path on all of them. Needs Ray in the GPU processes' "
+                            "Python."
+                        ),
+                    )
+                ),
             ],
             outputs=[
                 io.Model.Output(tooltip="The model. Any sampler, guider or scheduler can use it.")
@@ -99,12 +128,29 @@ class TPLoadDiffusionModel(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model_name: str, **_: Any) -> str:
-        """Another value when the file has been replaced by another of the same name."""
+    def fingerprint_inputs(
+        cls,
+        model_name: str,
+        gpu_count: str,
+        devices: str = "",
+        layout: str = AUTO,
+        where: str = HERE,
+        **_: Any,
+    ) -> str:
+        """Another value when the file has been replaced by another of the same name.
+
+        And when 'auto' has come to mean another group.
+        """
         path = model_path(model_name)
         if path is None:
             return "missing"
-        return f"{path} {file_version(path)}"
+        version = f"{path} {file_version(path)}"
+        try:
+            info = inspect_checkpoint(path)
+            group = choose_group(gpu_count, info, lambda _: None, devices, layout, where)
+        except (TPRuntimeError, ValueError) as error:  # `execute` raises it
+            return f"{version} {error}"
+        return f"{version} {group}"
 
     @classmethod
     def execute(
@@ -114,6 +160,8 @@ class TPLoadDiffusionModel(io.ComfyNode):
         gpu_count: str,
         devices: str = "",
         optimize: str = "auto",
+        layout: str = AUTO,
+        where: str = HERE,
     ) -> io.NodeOutput:
         check_choice("weight_dtype", weight_dtype, _DTYPES)
         check_choice("optimize", optimize, OPTIMIZE)
@@ -125,8 +173,12 @@ class TPLoadDiffusionModel(io.ComfyNode):
             inspect_checkpoint(path),
             warn=lambda text: warn_on_node(cls.hidden.unique_id, text),
             devices=devices,
+            layout=layout,
+            where=where,
         )
-        return io.NodeOutput(load_model(path, _DTYPES[weight_dtype], group, devices, optimize))
+        dtype = _DTYPES[weight_dtype]
+        model = load_model(path, dtype, group, devices, optimize, layout, where)
+        return io.NodeOutput(model)
 
 
 def _model_names() -> list[str]:

@@ -2,8 +2,10 @@
 
 import comfy.model_management
 import torch
+from comfy.patcher_extension import WrappersMP
 
 from ..tp_runtime import GroupConfig, ModelSpec, get_runtime, inspect_checkpoint
+from .conditions import KEY, calc_cond_batch
 from .patcher import TPModelPatcher
 from .proxy import RemoteDiffusionModel
 from .skeleton import build_skeleton, compute_dtype
@@ -18,13 +20,15 @@ def load_model(
     group: GroupConfig,
     devices: str = "",
     optimize: str = "auto",
+    layout: str = "auto",
+    where: str = "this machine",
     disable_dynamic: bool = False,  # noqa: ARG001
 ) -> TPModelPatcher:
     """The MODEL of a file, to run on `group`. Reads the file's header; starts nothing.
 
-    `dtype` is what weights are held in; None: what the stock loader would choose. `devices` is kept
-    for who chooses another group. ComfyUI passes `disable_dynamic` when it loads a model anew;
-    these models are never dynamic.
+    `dtype` is what weights are held in; None: what the stock loader would choose. `devices`,
+    `layout` and `where` are kept for who chooses another group. ComfyUI passes `disable_dynamic`
+    when it loads a model anew; these models are never dynamic.
 
     Raises:
         CheckpointError, SizeError: the file cannot be used, or not on a group of that size.
@@ -34,13 +38,17 @@ def load_model(
     remote = get_runtime().model(spec, group)
     model.diffusion_model = RemoteDiffusionModel(model.diffusion_model, remote)
     model.tp_devices = devices
+    model.tp_layout = layout
+    model.tp_where = where
     model.tp_on_other_groups = {}
     patcher = TPModelPatcher(
         model,
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),
     )
-    patcher.cached_patcher_init = (load_model, (path, dtype, group, devices, optimize))
+    patcher.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, calc_cond_batch)
+    inputs = (path, dtype, group, devices, optimize, layout, where)
+    patcher.cached_patcher_init = (load_model, inputs)
     return patcher
 
 
@@ -54,9 +62,16 @@ def on_group(patcher: TPModelPatcher, group: GroupConfig) -> TPModelPatcher:
         return patcher
     others: dict[GroupConfig, TPModelPatcher] = patcher.model.tp_on_other_groups
     if group not in others:
-        spec, dtype = patcher.remote.spec, patcher.model.get_dtype()
-        devices = patcher.model.tp_devices
-        others[group] = load_model(spec.path, dtype, group, devices, spec.optimize)
+        spec, model = patcher.remote.spec, patcher.model
+        others[group] = load_model(
+            spec.path,
+            model.get_dtype(),
+            group,
+            model.tp_devices,
+            spec.optimize,
+            model.tp_layout,
+            model.tp_where,
+        )
     root = others[group]
     clone = patcher.clone()
     for name in _MODEL_STATE:

@@ -2,7 +2,8 @@
 
     GET  /tensor_parallel/groups                        what runs now
     POST /tensor_parallel/groups/{id}/{action}          sleep, wake, restart or release a group
-    GET  /tensor_parallel/gpu_counts?model_name&devices which counts do not work here, and why
+    GET  /tensor_parallel/gpu_counts?model_name&devices&where
+                                                        which counts do not work there, and why
     POST /tensor_parallel/doctor                        the checks of `python -m tp_runtime doctor`
 
 ComfyUI serves each of them below `/api` as well. The event `tensor_parallel.groups` carries what
@@ -22,7 +23,7 @@ from aiohttp import web
 from comfy.cli_args import args
 
 from ..tp_runtime import TPRuntimeError, examine, get_runtime, runtime_python
-from .gpu_count import refused_counts
+from .gpu_count import HERE, refused_counts
 from .loader import model_path
 from .settings import python_setting
 
@@ -48,9 +49,9 @@ def serve_page(server: Any) -> None:
 
     routes = server.routes
     routes.get("/tensor_parallel/groups")(_answer(groups))
-    routes.post("/tensor_parallel/groups/{group_id}/{action}")(_answer(_own_page(change_group)))
+    routes.post("/tensor_parallel/groups/{group_id}/{action}")(_answer(_asked_first(change_group)))
     routes.get("/tensor_parallel/gpu_counts")(_answer(_gpu_counts))
-    routes.post("/tensor_parallel/doctor")(_answer(_own_page(_doctor)))
+    routes.post("/tensor_parallel/doctor")(_answer(_asked_first(_doctor)))
     events = server.loop.create_task(_send_events(server, status))
     events.add_done_callback(lambda task: task.cancelled() or task.result())  # logs what it raised
     server.tensor_parallel_events = events  # asyncio itself keeps no hold of it
@@ -109,7 +110,8 @@ async def _gpu_counts(request: web.Request) -> Any:
     path = None if name is None else model_path(name)
     if name is not None and path is None:
         raise _Refusal(404, f"There is no model {name!r} in ComfyUI's folders.")
-    return await _in_thread(refused_counts, path, request.query.get("devices", ""))
+    devices, where = request.query.get("devices", ""), request.query.get("where", HERE)
+    return await _in_thread(refused_counts, path, devices, where)
 
 
 async def _doctor(_request: web.Request) -> Any:
@@ -151,6 +153,7 @@ def _answer(handler: Handler) -> Handler:
     @functools.wraps(handler)
     async def answer(request: web.Request) -> web.Response:
         try:
+            _check_origin(request)
             return web.json_response(await handler(request))
         except _Refusal as error:
             return web.json_response({"error": str(error)}, status=error.status)
@@ -160,24 +163,29 @@ def _answer(handler: Handler) -> Handler:
     return answer
 
 
-def _own_page(handler: Handler) -> Handler:
-    """Refuse requests that another site's page may have made.
+def _check_origin(request: web.Request) -> None:
+    """Refuse what another site's page has sent.
 
     ComfyUI compares Origin and Host where the host is this machine by name; here they are always
-    compared. A browser asks before it sends JSON to another origin, and ComfyUI permits that with
-    `--enable-cors-header` only, which permits it here, too.
+    compared, unless `--enable-cors-header` permits other sites to use ComfyUI.
+    """
+    origin = request.headers.get("Origin")
+    if origin is None or args.enable_cors_header:
+        return
+    if urllib.parse.urlsplit(origin).netloc.lower() != request.host.lower():
+        raise _Refusal(403, f"Requests from {origin} are refused.")
+
+
+def _asked_first(handler: Handler) -> Handler:
+    """Refuse what a browser sends to another site without asking that first: it names no JSON.
+
+    For what changes something. Where it asks, `_check_origin` sees the origin.
     """
 
     @functools.wraps(handler)
     async def checked(request: web.Request) -> Any:
         if request.content_type != "application/json":
             raise _Refusal(415, "Send this request with 'Content-Type: application/json'.")
-        origin = request.headers.get("Origin")
-        same = (
-            origin is None or urllib.parse.urlsplit(origin).netloc.lower() == request.host.lower()
-        )
-        if not same and not args.enable_cors_header:
-            raise _Refusal(403, f"Requests from {origin} are refused.")
         return await handler(request)
 
     return checked

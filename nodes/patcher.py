@@ -35,15 +35,20 @@ class TPModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def model_size(self, *_args: Any, **_kwargs: Any) -> int:
         return self.loaded_size() or self._on_device(
-            [self.remote.planned_bytes()] * self.remote.group_config.tp_size
+            [self.remote.planned_bytes()] * self.remote.group_config.num_ranks
         )
 
     def loaded_size(self, *_args: Any, **_kwargs: Any) -> int:
         return self._on_device(self.remote.loaded_bytes())
 
     def _on_device(self, rank_bytes: list[int]) -> int:
-        """Bytes where ComfyUI itself is: one rank's on a GPU, those of all ranks on the host."""
+        """Bytes where ComfyUI itself is: one rank's on a GPU, those of all ranks on the host.
+
+        None on Ray's GPUs: which of them is ComfyUI's is not known.
+        """
         group = self.remote.group_config
+        if group.where == "ray":
+            return 0
         if group.device == "cpu":
             return sum(rank_bytes)
         index = self.load_device.index or 0

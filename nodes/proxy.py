@@ -11,6 +11,7 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrapper
 from ..tp_runtime import InputError, RemoteModel
 from .arguments import remote_inputs
 from .block_patches import names_in_code
+from .together import Meeting
 from .unsupported import gradients, other_compute_dtype
 
 
@@ -61,9 +62,13 @@ class RemoteDiffusionModel(torch.nn.Module):
         inputs = remote_inputs(bound, self.native_names)
         x: torch.Tensor = inputs["x"]
         self._check(x, inputs)
-        result = self.remote.denoise(
-            inputs, poll=comfy.model_management.throw_exception_if_processing_interrupted
-        )
+        meeting = Meeting.of_this_thread()
+        if meeting is not None:
+            result = meeting.evaluate(inputs)
+        else:
+            result = self.remote.denoise(
+                inputs, poll=comfy.model_management.throw_exception_if_processing_interrupted
+            )
         return result.to(device=x.device, dtype=x.dtype)
 
     def _check(self, x: torch.Tensor, inputs: Mapping[str, Any]) -> None:

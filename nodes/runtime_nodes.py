@@ -97,8 +97,10 @@ class TPReleaseRuntime(io.ComfyNode):
 def _summary(report: GroupReport) -> str:
     """A group in a few lines, for the node: the page shows no more of a node's result."""
     kind = "GPU" if report.device == "cuda" else "CPU process"
-    plural = "" if report.tp_size == 1 else "s" if kind == "GPU" else "es"
-    lines = [f"{report.tp_size} {kind}{plural}: {report.error or report.state}"]
+    num_ranks = report.tp_size * report.batch_groups
+    plural = "" if num_ranks == 1 else "s" if kind == "GPU" else "es"
+    groups = f" in {report.batch_groups} batch groups" if report.batch_groups > 1 else ""
+    lines = [f"{num_ranks} {kind}{plural}{groups}: {report.error or report.state}"]
     for name, model in report.models.items():
         size = f"{max(model['bytes'] or [0]) / 2**30:.2f} GiB each"
         asleep = ", asleep" if model["asleep"] else ""

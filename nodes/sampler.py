@@ -148,4 +148,6 @@ class TPSampler(io.ComfyNode):
             model.remote.info,
             warn=lambda text: warn_on_node(cls.hidden.unique_id, text),
             devices=model.model.tp_devices,
+            layout=model.model.tp_layout,
+            where=model.model.tp_where,
         )

@@ -4,7 +4,7 @@ Runs the same prompt with ComfyUI's own nodes on its native model and with Load 
 and TP Sampler on process groups, compares the latents and keeps the pictures in `out`. Z-Image is
 the toy of `examples/shapes`, which draws what the prompt says; the other models have random
 weights. On a machine with no GPU the ranks compute on the CPU. `make demo` runs this; `make serve`
-adds `--serve`.
+adds `--serve`. With `--where ray`, each group's ranks are actors of a Ray that is started for them.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from support.comfy_server import ComfyServer, History  # noqa: E402
 from support.group_reports import rank_pids  # noqa: E402
 from support.leaks import nothing_left_over  # noqa: E402
 from support.paths import TEST_PACK, TOY_PACK  # noqa: E402
+from support.ray_leaks import no_ray_left_over  # noqa: E402
 from support.tiny_models import FluxSize, write_flux, write_qwen_image  # noqa: E402
 from support.tiny_vae import (  # noqa: E402
     VAE_NAME,
@@ -39,12 +40,14 @@ from support.workflows import (  # noqa: E402
     Prompt,
     Sampling,
     node,
+    on_gpus_of,
     stock_twin,
     text_to_latent,
     tp_loader,
     with_picture,
     with_report,
 )
+from tp_runtime import WHERE  # noqa: E402
 
 TOLERANCE = 1e-4
 SAMPLING = Sampling(seed=42, steps=8, cfg=2.0, width=256, height=256)
@@ -144,7 +147,7 @@ def largest_difference(latent: torch.Tensor, reference: torch.Tensor) -> float:
     return float((latent - reference).abs().max() / reference.std())
 
 
-def compare(server: ComfyServer, name: str) -> bool:
+def compare(server: ComfyServer, name: str, where: str) -> bool:
     """Run both ways, print the report, and say whether all is as it should be."""
     demo = DEMOS[name]
     good = []
@@ -152,13 +155,15 @@ def compare(server: ComfyServer, name: str) -> bool:
     for size in demo.group_sizes:
         server.run({"release": node("TPReleaseRuntime")})  # the group before
         title = f"TP Sampler, {size} rank(s), started now"
-        sharded = run(server, title, with_report(demo.prompt(size)))
+        prompt = on_gpus_of(where, demo.prompt(size))
+        sharded = run(server, title, with_report(prompt))
         tp_world_size = len(rank_pids(sharded, size))
         difference = largest_difference(server.latent(sharded), server.latent(stock))
         print(f"  {tp_world_size=}, max difference = {difference:.1e} (relative to latent's std)")
         picture = keep_picture(server, sharded, f"demo_{name}_{size}")
         good += [difference <= TOLERANCE, demo.picture_is_right(picture)]
-    run(server, "TP Sampler, same ranks, another seed", demo.prompt(size, SAMPLING.seed + 1))
+    again = on_gpus_of(where, demo.prompt(size, SAMPLING.seed + 1))
+    run(server, "TP Sampler, same ranks, another seed", again)
     return all(good)
 
 
@@ -174,21 +179,29 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="z_image", metavar="MODEL", help=", ".join(DEMOS))
     parser.add_argument("--serve", action="store_true", help="keep ComfyUI up until Ctrl-C")
+    parser.add_argument("--where", default=WHERE[0], metavar="WHERE", help=" or ".join(WHERE))
     options = parser.parse_args()
     if options.model not in DEMOS:
         print(f"MODEL={options.model}: choose one of {', '.join(DEMOS)}.", file=sys.stderr)
+        return 2
+    if options.where not in WHERE:
+        print(f"WHERE={options.where}: choose one of {', '.join(WHERE)}.", file=sys.stderr)
         return 2
     demo = DEMOS[options.model]
     # A plain `kill` stops the server and the ranks too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     device_args = () if torch.cuda.device_count() >= max(demo.group_sizes) else ("--cpu",)
-    with nothing_left_over(), ComfyServer(extra_args=device_args, pack=demo.pack) as server:
+    with (
+        nothing_left_over(),
+        no_ray_left_over(),
+        ComfyServer(extra_args=device_args, pack=demo.pack) as server,
+    ):
         demo.install(server.models)
         if options.serve:
             serve(server, demo.model_name)
             return 0
-        good = compare(server, options.model)
-    print("nothing left over: no rank process, no entry in /dev/shm")
+        good = compare(server, options.model, options.where)
+    print("nothing left over: no rank process, no entry in /dev/shm, nothing of Ray")
     return 0 if good else 1
 
 

@@ -8,9 +8,11 @@ from .checkpoint import CheckpointFile, CheckpointInfo, inspect_checkpoint
 from .config import (
     MAX_TP_SIZE,
     OPTIMIZE,
+    WHERE,
     GroupConfig,
     ModelSpec,
     file_version,
+    ray_address,
     runtime_python,
     visible_gpu_count,
 )
@@ -31,10 +33,14 @@ from .errors import (
     TPRuntimeError,
 )
 from .group import GroupReport
+from .layout import Layout
+from .layout_choice import choose_layout
 from .protocol import PatchedWeight, WeightPatch
+from .ray_cluster import cluster_gpu_count
 from .runtime import RemoteModel, Runtime, get_runtime
 from .safetensors_file import DTYPES as STORED_DTYPES
 from .safetensors_file import TensorInfo
+from .step_records import Workload
 from .weight_patches import FUNCTIONS as PATCH_FUNCTIONS
 from .weight_patches import KINDS as PATCH_KINDS
 from .weight_patches import PatchError, check_fits
@@ -45,6 +51,7 @@ __all__ = [
     "PATCH_FUNCTIONS",
     "PATCH_KINDS",
     "STORED_DTYPES",
+    "WHERE",
     "CallTimeoutError",
     "Check",
     "CheckpointError",
@@ -58,6 +65,7 @@ __all__ = [
     "GroupReport",
     "GroupStartError",
     "InputError",
+    "Layout",
     "ModelSpec",
     "PatchError",
     "PatchedWeight",
@@ -70,11 +78,15 @@ __all__ = [
     "TPRuntimeError",
     "TensorInfo",
     "WeightPatch",
+    "Workload",
     "check_fits",
+    "choose_layout",
+    "cluster_gpu_count",
     "examine",
     "file_version",
     "get_runtime",
     "inspect_checkpoint",
+    "ray_address",
     "runtime_python",
     "visible_gpu_count",
 ]

@@ -120,6 +120,13 @@ class CheckpointInfo:
     def num_parameters(self) -> int:
         return sum(info.num_elements for info in self.tensors.values())
 
+    def weight_bytes(self, itemsize: int) -> int:
+        """Bytes of the weights, if those that are not in fp8 take ``itemsize`` for each number."""
+        return sum(
+            tensor.num_elements * (1 if tensor.dtype.startswith("F8") else itemsize)
+            for tensor in self.tensors.values()
+        )
+
     def check_tp_size(self, tp_size: int) -> None:
         """Raises SizeError if the model cannot be split over ``tp_size`` ranks."""
         from .models import family

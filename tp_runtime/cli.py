@@ -1,12 +1,14 @@
 """The command line: ``python -m tp_runtime COMMAND``.
 
-``plan`` shows what tensor parallelism makes of a model file, before anything runs.
+``plan`` shows what tensor parallelism makes of a model file, before anything runs, and predicts
+how long a step takes.
 ``text-to-latents`` samples without ComfyUI and compares sizes.
 ``bench`` measures a step on this machine (``bench/step.py``).
 ``doctor`` checks that this machine can run models, and says what to do where it cannot.
 """
 
 import argparse
+import dataclasses
 import sys
 import time
 from collections.abc import Sequence
@@ -18,9 +20,10 @@ from safetensors.torch import load_file, save_file
 
 from .checkpoint import inspect_checkpoint
 from .config import GroupConfig, ModelSpec
+from .cost_model import DEVICES, LINKS, Prediction, device_of, layouts, predict
 from .doctor import examine
 from .errors import InputError, TPRuntimeError
-from .models import family
+from .models import FAMILIES, family
 from .runtime import Runtime
 from .sharding.footprint import model_footprint
 from .sharding.parts import Layer
@@ -49,13 +52,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _add_plan(commands: Any) -> None:
-    parser = commands.add_parser("plan", help="show each linear of a model file, and its shards")
-    parser.add_argument("file", help="a model file of ComfyUI's diffusion_models folder")
+    parser = commands.add_parser(
+        "plan",
+        help="show each linear of a model file, and its shards; or predict ms per step",
+        description="Shows each linear of a model file, and what each rank holds of it. With "
+        "--predict: the milliseconds of one step on N GPUs, for each way to use them "
+        "(docs/scaling.md).",
+    )
+    parser.add_argument("file", nargs="?", help="a file of ComfyUI's diffusion_models folder")
     parser.add_argument("--tp", type=int, default=2, metavar="N", help="TP size (default 2)")
+    parser.add_argument("--predict", action="store_true", help="predict ms per step on N GPUs")
+    case = parser.add_argument_group("what to predict")
+    case.add_argument("--model", choices=sorted(FAMILIES), help="a published model, without a file")
+    case.add_argument("--size", type=int, nargs=2, default=(1024, 1024), metavar=("W", "H"))
+    case.add_argument("--batch", type=int, default=1, help="of the forward: 2 with CFG (default 1)")
+    case.add_argument("--text", type=int, default=512, metavar="L", help="tokens (default 512)")
+    case.add_argument(
+        "--device", choices=sorted(DEVICES), help="(default: this machine's, or H200)"
+    )
+    case.add_argument("--link", choices=list(LINKS), default="nvlink", help="(default nvlink)")
     parser.set_defaults(run=_plan)
 
 
 def _plan(options: argparse.Namespace) -> None:
+    if options.predict:
+        _predict(options)
+        return
+    if options.file is None:
+        raise InputError("'plan' needs a model file; with --predict, --model NAME will do.")
     info = inspect_checkpoint(options.file)
     sizes = ", ".join(map(str, info.valid_tp_sizes()))
     print(f"{info.label}, {info.num_parameters / 1e9:.3f} B parameters; TP sizes: {sizes}")
@@ -72,6 +96,42 @@ def _plan(options: argparse.Namespace) -> None:
             f"rank {rank}: holds {share.held / 1e9:.3f} B parameters ({share.held / even:.3f} of "
             f"1/{options.tp}), reads {share.read / 1e9:.3f} B"
         )
+
+
+def _predict(options: argparse.Namespace) -> None:
+    if (options.file is None) == (options.model is None):
+        raise InputError("'plan --predict' needs either a model file or --model NAME.")
+    if options.tp < 1 or options.batch < 1:
+        raise InputError(f"{options.tp} GPUs and batch {options.batch}: both must be 1 or more.")
+    if options.file is not None:
+        info = inspect_checkpoint(options.file)
+        name, config = info.family, info.config
+    else:
+        from bench.dummy import config_of  # beside this package, as for the command bench
+
+        name, config = options.model, config_of(options.model)
+    if options.device is not None:
+        device = DEVICES[options.device]
+    elif torch.cuda.is_available():
+        device = device_of(torch.cuda.get_device_name())
+    else:
+        device = DEVICES["H200"]
+    link = LINKS[options.link]
+    width, height = options.size
+    shape = options.batch, *family(name).latent_shape(config, width, height)
+    print(
+        f"{family(name).LABEL}, {width} x {height}, batch {options.batch}, {options.text} text "
+        f"tokens, bf16. Predicted ms per step on {options.tp} GPUs:"
+    )
+    print(f"  GPU {device.name}: {device.source}")
+    print(f"  link {link.name}: {link.source}")
+    parts = [part.name for part in dataclasses.fields(Prediction)]
+    print(" ".join(f"{title:>11}" for title in ("TP x groups", "ms", *parts)))
+    for layout in layouts(name, config, options.tp):
+        sizes = layout.tp_size, layout.batch_groups
+        found = predict(name, config, shape, options.text, *sizes, device, link)
+        times = (found.ms, *(getattr(found, part) for part in parts))
+        print(f"{layout!s:>11}", *(f"{ms:11.1f}" for ms in times))
 
 
 def _layer_name(layer: Layer) -> str:

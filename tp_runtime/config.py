@@ -13,6 +13,8 @@ The only place where the package reads environment variables of its own:
 ``TP_RUNTIME_ATTENTION``       the ranks' attention on GPUs: auto (measured; the default), flash3,
                                cudnn, or sdpa (torch's choice)
 ``TP_RUNTIME_LOG_LEVEL``       level of the ranks' logs (default INFO)
+``TP_RUNTIME_RAY_ADDRESS``     Ray cluster, host:port, for groups that run on one (default:
+                               one that is started on this machine for each group)
 ``TP_RUNTIME_HOME``            folder for logs, rendezvous files and what ranks compile
                                (default: the user's state folder)
 =============================  ==========================================================
@@ -28,8 +30,10 @@ from typing import Literal, get_args
 import msgspec
 
 from .errors import CheckpointError, DeviceError, TPRuntimeError
+from .layout import Layout
 
 MAX_TP_SIZE = 8
+MAX_RANKS = 64
 
 
 def _number(name: str, default: float) -> float:
@@ -48,6 +52,11 @@ def _number(name: str, default: float) -> float:
 def runtime_python(preferred: str | None = None) -> str:
     """The Python that runs the ranks: the environment's, else ``preferred``, else this one."""
     return os.environ.get("TP_RUNTIME_PYTHON") or preferred or sys.executable
+
+
+def ray_address(preferred: str | None = None) -> str:
+    """The Ray cluster's address: the environment's, else ``preferred``; empty: start one here."""
+    return os.environ.get("TP_RUNTIME_RAY_ADDRESS") or preferred or ""
 
 
 def home() -> Path:
@@ -107,31 +116,54 @@ def visible_gpu_count() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
+def device_name(gpu: int | None) -> str:
+    """The product name of a visible GPU; ``"cpu"`` for None."""
+    import torch
+
+    return "cpu" if gpu is None else torch.cuda.get_device_name(gpu)
+
+
+Where = Literal["this machine", "ray"]
+WHERE: tuple[Where, ...] = get_args(Where)
+
+
 @dataclass(frozen=True)
 class GroupConfig:
     """What identifies a process group: two equal configs share one group.
 
+    Its ranks form ``batch_groups`` tensor-parallel groups of ``tp_size`` consecutive ranks. Each
+    of these holds the whole model and computes a part of a forward batch.
+
     ``devices`` are indices among the CUDA devices visible to this process, one per rank;
-    empty on CPU. Timeouts are in seconds.
+    empty on CPU, and on Ray, which chooses them. Timeouts are in seconds. ``ray_address``: the
+    cluster's, ``host:port``; empty: one is started on this machine.
     """
 
     tp_size: int
     device: Literal["cuda", "cpu"]
     devices: tuple[int, ...] = ()
+    batch_groups: int = 1
     python: str = field(default_factory=runtime_python)
     start_timeout_s: float = field(
         default_factory=lambda: _number("TP_RUNTIME_START_TIMEOUT", 300.0)
     )
     call_timeout_s: float = field(default_factory=lambda: _number("TP_RUNTIME_CALL_TIMEOUT", 600.0))
+    where: Where = "this machine"
+    ray_address: str = ""
 
     def __post_init__(self) -> None:
         if not 1 <= self.tp_size <= MAX_TP_SIZE:
-            raise DeviceError(f"A group of {self.tp_size} ranks: choose 1 to {MAX_TP_SIZE}.")
-        if self.device == "cuda" and not (
-            len(self.devices) == len(set(self.devices)) == self.tp_size
+            raise DeviceError(f"A TP size of {self.tp_size}: choose 1 to {MAX_TP_SIZE}.")
+        if not 1 <= self.num_ranks <= MAX_RANKS:
+            raise DeviceError(f"A group of {self.num_ranks} ranks: choose 1 to {MAX_RANKS}.")
+        self._check_where()
+        if (
+            self.device == "cuda"
+            and self.where == "this machine"
+            and not (len(self.devices) == len(set(self.devices)) == self.num_ranks)
         ):
             raise DeviceError(
-                f"{self.tp_size} ranks need as many different GPUs; got devices {self.devices}."
+                f"{self.num_ranks} ranks need as many different GPUs; got devices {self.devices}."
             )
         if self.device == "cpu" and self.devices:
             raise DeviceError(f"CPU ranks take no GPUs; got devices {self.devices}.")
@@ -139,25 +171,60 @@ class GroupConfig:
             if not 0 < getattr(self, name) < math.inf:
                 raise TPRuntimeError(f"{name}={getattr(self, name)}: give seconds above 0.")
 
+    def _check_where(self) -> None:
+        if self.where not in WHERE:
+            raise DeviceError(f"where={self.where!r}: use one of {', '.join(WHERE)}.")
+        if self.where == "ray" and self.devices:
+            raise DeviceError(
+                f"GPUs {self.devices} were asked for, but Ray chooses the GPUs of its cluster. "
+                "Leave 'devices' empty, or set 'where' to 'this machine'."
+            )
+        host, _, port = self.ray_address.rpartition(":")
+        if self.ray_address and not (self.where == "ray" and host and port.isdecimal()):
+            raise DeviceError(
+                f"The Ray address is {self.ray_address!r}: give host:port, such as 10.0.0.1:6379, "
+                "with where='ray' only."
+            )
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes, and on CUDA GPUs, of the group."""
+        return self.tp_size * self.batch_groups
+
+    def meets(self, other: "GroupConfig") -> bool:
+        """Whether both are on the CPU, or on a GPU that is the same."""
+        if self.device == other.device == "cpu":
+            return True
+        return not set(self.devices).isdisjoint(other.devices)
+
+    @property
+    def layout(self) -> Layout:
+        """The same as a layout."""
+        return Layout(self.tp_size, self.batch_groups)
+
     @classmethod
-    def local(cls, tp_size: int, devices: tuple[int, ...] | None = None) -> "GroupConfig":
-        """A group on this machine: on its first ``tp_size`` GPUs, or on CPU where it has none.
+    def local(
+        cls, tp_size: int, devices: tuple[int, ...] | None = None, batch_groups: int = 1
+    ) -> "GroupConfig":
+        """A group on this machine: on its first GPUs, or on CPU where it has none.
 
         Raises:
             DeviceError: more GPUs asked for than visible, or an index that does not exist.
         """
+        num_ranks = tp_size * batch_groups
         visible = visible_gpu_count()
         if visible == 0:
             if devices:
                 raise DeviceError(f"GPUs {devices} were asked for, but no CUDA GPU is visible.")
-            return cls(tp_size, "cpu")
-        chosen = tuple(range(tp_size)) if devices is None else devices
-        if tp_size > visible or any(not 0 <= index < visible for index in chosen):
+            return cls(tp_size, "cpu", batch_groups=batch_groups)
+        chosen = tuple(range(num_ranks)) if devices is None else devices
+        if num_ranks > visible or any(not 0 <= index < visible for index in chosen):
             raise DeviceError(
-                f"{tp_size} GPUs ({', '.join(map(str, chosen))}) were asked for, but this machine "
-                f"shows {visible} (0 to {visible - 1}). Choose at most {visible}, or 'auto'."
+                f"{num_ranks} GPUs ({', '.join(map(str, chosen))}) were asked for, but this "
+                f"machine shows {visible} (0 to {visible - 1}). Choose at most {visible}, or "
+                "'auto'."
             )
-        return cls(tp_size, "cuda", chosen)
+        return cls(tp_size, "cuda", chosen, batch_groups)
 
 
 def file_version(path: str) -> tuple[int, int]:
@@ -206,12 +273,15 @@ class ModelSpec(msgspec.Struct, frozen=True):
 class WorkerConfig(msgspec.Struct, frozen=True):
     """Everything that a rank is told at its start.
 
-    ``environment``: changes to the environment that it starts in; None removes a variable. The
-    file descriptors are the rank's own; it learns of them when it gets them.
+    ``local_rank``: index of its GPU among those that it sees. ``environment``: changes to the
+    environment that it starts in; None removes a variable. The file descriptors are the rank's
+    own; it learns of them when it gets them. ``mirrored``: its exchange memory is not the engine's.
     """
 
     rank: int
+    local_rank: int
     tp_size: int
+    batch_groups: int
     device: str
     rendezvous: str
     num_threads: int
@@ -221,3 +291,19 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     environment: dict[str, str | None] = {}
     control_fd: int = -1
     exchange_fd: int = -1
+    mirrored: bool = False
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes of the whole group."""
+        return self.tp_size * self.batch_groups
+
+    @property
+    def tp_rank(self) -> int:
+        """This rank's place in its tensor-parallel group."""
+        return self.rank % self.tp_size
+
+    @property
+    def batch_group(self) -> int:
+        """Which of the tensor-parallel groups it belongs to."""
+        return self.rank // self.tp_size

@@ -16,11 +16,11 @@ from .config import WorkerConfig
 
 
 def select_device(config: WorkerConfig) -> torch.device:
-    """The rank's device, made current. The launcher shows a rank its group's GPUs only."""
+    """The rank's device, made current. A rank is shown no GPUs but its group's on its host."""
     if config.device == "cpu":
         torch.set_num_threads(config.num_threads)
         return torch.device("cpu")
-    device = torch.device("cuda", config.rank)
+    device = torch.device("cuda", config.local_rank)
     torch.cuda.set_device(device)
     return device
 
@@ -29,16 +29,16 @@ def select_device(config: WorkerConfig) -> torch.device:
 def tensor_parallel_group(config: WorkerConfig) -> Iterator[int]:
     """Be a member of the group; yields the tensor-parallel size that vLLM reports.
 
-    vLLM's parallel layers read a global configuration when they are built, so it stays set for
-    as long as the group exists.
+    vLLM takes consecutive ranks for its tensor-parallel groups. Its parallel layers read a global
+    configuration when they are built, so it stays set for as long as the group exists.
     """
     vllm_config = VllmConfig(device_config=DeviceConfig(device=config.device))
     with set_current_vllm_config(vllm_config):
         parallel_state.init_distributed_environment(
-            world_size=config.tp_size,
+            world_size=config.num_ranks,
             rank=config.rank,
             distributed_init_method=config.rendezvous,
-            local_rank=config.rank,
+            local_rank=config.local_rank,
             backend="nccl" if config.device == "cuda" else "gloo",
         )
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=config.tp_size)
@@ -57,6 +57,8 @@ def all_gather_last(tensor: torch.Tensor) -> torch.Tensor:
 def peer_access() -> bool:
     """Whether all GPUs of the group can read each other's memory (over NVLink or PCIe)."""
     gpus = range(get_tensor_model_parallel_world_size())
+    if torch.cuda.device_count() < len(gpus):  # the others are on another host
+        return False
     return all(torch.cuda.can_device_access_peer(a, b) for a in gpus for b in gpus if a != b)
 
 

@@ -43,10 +43,6 @@ class GroupDiedError(TPRuntimeError):
     """A rank's process ended; the whole group was ended."""
 
 
-class GroupLostError(GroupDiedError):
-    """A rank had died before the request could be sent: another group can carry it out."""
-
-
 class RankMemoryError(RankError):
     """A rank ran out of memory; the whole group was ended, and with it all that it held."""
 
@@ -55,8 +51,12 @@ class CallTimeoutError(TPRuntimeError):
     """The group did not answer in time and was ended."""
 
 
+class GroupLostError(TPRuntimeError):
+    """The group had failed before the request was sent: another group can carry it out."""
+
+
 class GroupClosedError(TPRuntimeError):
-    """A request was made to a group that has been closed."""
+    """A request was made to a group that somebody has closed, or that was never started."""
 
 
 class ProtocolError(TPRuntimeError):

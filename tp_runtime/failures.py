@@ -9,9 +9,11 @@ from .config import GroupConfig
 from .errors import (
     CallTimeoutError,
     GroupDiedError,
+    GroupLostError,
     GroupStartError,
     RankError,
     RankMemoryError,
+    TPRuntimeError,
 )
 from .launcher import Rank
 from .protocol import Failed
@@ -36,7 +38,7 @@ def not_started(
         return GroupStartError(f"{lacking} Logs: {ranks[0].log_path.parent}")
     tail = tails[blamed.index if blamed else 0]
     return GroupStartError(
-        f"The process group of {config.tp_size} {config.device.upper()} ranks did not start: "
+        f"The process group of {config.num_ranks} {config.device.upper()} ranks did not start: "
         f"{error} Runtime Python: {config.python}. The log ends:\n{tail}"
     )
 
@@ -72,11 +74,16 @@ def silence(silent: Sequence[Rank], timeout_s: float, doing: str) -> CallTimeout
 
 def death(rank: Rank, doing: str | None) -> GroupDiedError:
     """For a rank whose process has ended."""
-    rank.ended(timeout_s=1.0)  # its stream ends a moment before the process does
     return GroupDiedError(
-        f"Rank {rank.index} (process {rank.pid}) {rank.describe_exit()}{_during(doing)}; the "
+        f"Rank {rank.index} ({rank.place}) {rank.describe_exit()}{_during(doing)}; the "
         f"group was ended. The next request starts a new one. Log: {rank.log_path}"
     )
+
+
+def lost(error: TPRuntimeError | None) -> GroupLostError:
+    """For a request that was not sent, since the group had failed; None: not known yet of what."""
+    cause = error or "a rank has ended."
+    return GroupLostError(f"The process group has failed before: {cause} Queue the prompt again.")
 
 
 def rank_error(config: GroupConfig, rank: Rank, failed: Failed, doing: str | None) -> RankError:
@@ -93,7 +100,10 @@ def rank_error(config: GroupConfig, rank: Rank, failed: Failed, doing: str | Non
 def _no_memory(
     config: GroupConfig, rank: Rank, failed: Failed, doing: str | None
 ) -> RankMemoryError:
-    place = f"GPU {config.devices[rank.index]}" if config.devices else "the host"
+    if config.devices:
+        place = f"GPU {config.devices[rank.index]}"
+    else:
+        place = "the host" if config.device == "cpu" else f"the GPU of {rank.place}"
     found = ((_ASKED, "asked for"), (_HELD, "held"))
     matches = [(pattern.search(failed.message), word) for pattern, word in found]
     amounts = ", ".join(f"{match[1]} {word}" for match, word in matches if match)

@@ -18,7 +18,7 @@ from typing import Literal
 import msgspec
 import torch
 
-# The text of torch's own, with its numbers.
+# What torch says on a GPU, with its numbers.
 OUT_OF_MEMORY = (
     "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 1 has a total capacity of 139.80 GiB of "
     "which 1.20 GiB is free. Including non-PyTorch memory, this process has 138.60 GiB memory in "
@@ -32,7 +32,7 @@ class Fault(msgspec.Struct, frozen=True):
 
     rank: int
     point: str
-    action: Literal["die", "stop", "raise", "out of memory", "delay"]
+    action: Literal["die", "stop", "raise", "allocate", "out of memory", "delay"]
     delay_s: float = 0.0
 
 
@@ -65,6 +65,9 @@ def reach(point: str) -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
         case "raise":
             raise RuntimeError(f"a fault at {point!r}, as a test asked")
+        case "allocate":  # more than any machine has
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            torch.empty(2**60, dtype=torch.uint8, device=device)
         case "out of memory":
             raise torch.OutOfMemoryError(OUT_OF_MEMORY)
         case "delay":

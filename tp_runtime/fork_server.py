@@ -107,7 +107,7 @@ def _become_rank(
         else:
             os.environ[name] = value
     folder = Path(config.rendezvous.removeprefix("file://")).parent
-    setproctitle(f"tp_runtime.worker: rank {config.rank} of {config.tp_size} in {folder}")
+    setproctitle(f"tp_runtime.worker: rank {config.rank} of {config.num_ranks} in {folder}")
     gc.enable()
     return msgspec.structs.replace(config, control_fd=control_fd, exchange_fd=exchange_fd)
 

@@ -11,15 +11,17 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 
+from . import failures
+from .calls import POLL_S, OnProgress
 from .config import GroupConfig, host_reserve
-from .engine import POLL_S, Engine, OnProgress, State
+from .engine import Engine
 from .errors import (
     CheckpointError,
     GroupClosedError,
@@ -28,7 +30,9 @@ from .errors import (
     TPRuntimeError,
 )
 from .launcher import Poll
+from .process_group import State
 from .protocol import Load, Report, Sleep, Wake
+from .sending import Wanted
 
 if TYPE_CHECKING:
     from .runtime import RemoteModel
@@ -45,13 +49,15 @@ class GroupReport:
     ``models``: name → ``bytes`` on each rank (None while it loads) and ``asleep``. ``step_ms``:
     how long the last evaluation took, as its caller saw it. ``log_tail``: the end of the log of
     the rank that failed. Of each rank:
-    ``rank``, ``tp_world_size`` (as vLLM reports it there), ``device``, ``pid``, ``versions``,
+    ``rank``, ``tp_world_size`` (as vLLM reports it there), ``device``, ``pid``, ``place`` (its
+    process and host, in words), ``mirrored`` (its tensors go by TCP), ``versions``,
     ``memory`` (bytes), ``models`` (bytes resident and read, ...), ``last_step_ms``.
     """
 
     id: str
     state: str
     tp_size: int
+    batch_groups: int
     device: str
     devices: tuple[int, ...]
     python: str
@@ -82,16 +88,18 @@ class _Resident:
 class Group:
     """A configuration, the engine that runs it now, if any, and what that holds."""
 
-    def __init__(self, config: GroupConfig) -> None:
+    def __init__(self, config: GroupConfig, make_way: Callable[[GroupConfig], None]) -> None:
+        """``make_way`` is called before ranks start."""
         self.config = config
+        self._make_way = make_way
         self.id = hashlib.blake2s(repr(config).encode(), digest_size=4).hexdigest()
         self.engine: Engine | None = None
         self.step_ms: float | None = None
+        self._num_starts = 0
         self._models: OrderedDict[str, _Resident] = OrderedDict()  # least recently used first
         self._users: weakref.WeakSet[RemoteModel] = weakref.WeakSet()
         self._users_lock = threading.Lock()
-        self._starting = threading.Lock()
-        self._changing = threading.Lock()  # held while what the group holds is changed
+        self._changing = threading.Lock()  # held while a group starts, or what it holds changes
 
     # --- the engine ------------------------------------------------------------------------------
 
@@ -106,24 +114,22 @@ class Group:
         Raises:
             GroupStartError: see ``Engine.start``.
         """
-        with _acquired(self._starting, poll):
-            engine = self.alive()
-            if engine is None:
-                self.close()
-                engine = Engine(self.config)
-                self.engine = engine
-                engine.start(poll)
-            return engine
+        with _acquired(self._changing, poll):
+            return self._start(poll)
 
     def close(self) -> bool:
-        """End the group; False if there was none."""
-        engine, self.engine = self.engine, None
+        """End the group; False if there was none. From any thread, whatever the group does."""
+        return self._replace_by(None)
+
+    def _replace_by(self, engine: Engine | None) -> bool:
+        """Have another engine, which holds no model yet, or none; end the one of before."""
+        old, self.engine = self.engine, engine
         self._models = OrderedDict()
         self.step_ms = None
-        if engine is None:
+        if old is None:
             return False
-        had_processes = engine.state not in (State.FAILED, State.CLOSED)
-        engine.close()
+        had_processes = old.state not in (State.FAILED, State.CLOSED)
+        old.close()
         return had_processes
 
     # --- models ----------------------------------------------------------------------------------
@@ -134,12 +140,18 @@ class Group:
             self._users.add(model)
         weakref.finalize(model, self._on_user_gone).atexit = False
 
+    def is_used(self) -> bool:
+        """Whether somebody holds a model that runs here."""
+        with self._users_lock:
+            return bool(self._users)
+
     def use(
         self, model: "RemoteModel", poll: Poll | None = None, on_progress: OnProgress | None = None
     ) -> None:
         """Have the model's weights on the devices, patched as it wants them; start what it needs.
 
-        If a rank had died unnoticed, all of it is done on a new group, once.
+        If the group fails before a request of this could be sent, whoever's request it failed
+        of, all of it is done on a new group, once.
 
         Raises:
             GroupStartError, CheckpointError, and what ``Engine.call`` raises.
@@ -150,70 +162,48 @@ class Group:
             self._use(model, poll, on_progress)
 
     def _use(self, model: "RemoteModel", poll: Poll | None, on_progress: OnProgress | None) -> None:
-        engine = self.start(poll)
         with _acquired(self._changing, poll):
-            models = self._models
-            resident = models.get(model.name)
-            if resident is None or resident.rank_bytes is None:
-                self._free_unused(engine, poll)
-                self._make_room(engine, model.name, model.planned_bytes(), poll)
-                resident = models.setdefault(model.name, _Resident())
-                try:
-                    values = engine.call(
-                        lambda call: Load(call, model.name, model.spec),
-                        poll=poll,
-                        on_progress=on_progress,
-                    )
-                except CheckpointError:
-                    del models[model.name]
-                    raise
-                resident.rank_bytes = [value["resident_bytes"] for value in values]
-            models.move_to_end(model.name)
-            self._be_as_wanted(engine, resident, model, poll)
+            self._engine_with(model, poll, on_progress)
+            model.used_at_start = self._num_starts
 
     def denoise(
-        self,
-        model: "RemoteModel",
-        inputs: Mapping[str, Any],
-        result_shape: tuple[int, ...],
-        poll: Poll | None = None,
-    ) -> torch.Tensor:
-        """Evaluate a model that ``use`` has loaded; see ``Engine.denoise``.
+        self, model: "RemoteModel", wanted: Sequence[Wanted], poll: Poll | None = None
+    ) -> list[torch.Tensor]:
+        """Evaluate a model; see ``Engine.denoise``. What has changed since ``use`` is made good.
 
-        If a rank had died before the request could be sent, that is done on a new group, once.
+        If the group has failed before the request could be sent, whoever's request it failed of,
+        that is done on a new group: once after each ``use``, so not again and again in a sampling.
+
+        Raises:
+            GroupClosedError: the group was released, or never started.
         """
         try:
-            return self._denoise(model, inputs, result_shape, poll)
+            return self._denoise(model, wanted, poll)
         except GroupLostError:
-            self.use(model, poll)
-            return self._denoise(model, inputs, result_shape, poll)
+            return self._denoise(model, wanted, poll)
 
     def _denoise(
-        self,
-        model: "RemoteModel",
-        inputs: Mapping[str, Any],
-        result_shape: tuple[int, ...],
-        poll: Poll | None,
-    ) -> torch.Tensor:
-        engine = self.engine
-        resident = self._models.get(model.name)
-        if engine is None or resident is None or resident.rank_bytes is None:
-            raise GroupClosedError(
-                "The process group was ended since the model was loaded. Queue the prompt again."
-            )
-        if resident.asleep or resident.version != model.version:
-            with _acquired(self._changing, poll):
-                self._be_as_wanted(engine, resident, model, poll)
+        self, model: "RemoteModel", wanted: Sequence[Wanted], poll: Poll | None
+    ) -> list[torch.Tensor]:
+        with _acquired(self._changing, poll):
+            if self.engine is None:
+                raise GroupClosedError(
+                    "No process group runs: it was released since the model was loaded, or the "
+                    "model never was. Queue the prompt again."
+                )
+            if self.alive() is None and self._num_starts > model.used_at_start:
+                raise failures.lost(self.engine.error)
+            engine = self._engine_with(model, poll)
         started = time.perf_counter()
-        result = engine.denoise(model.name, inputs, result_shape, poll)
+        results = engine.denoise(model.name, wanted, poll)
         self.step_ms = (time.perf_counter() - started) * 1000
-        return result
+        return results
 
     def bytes_on_devices(self, name: str) -> list[int]:
         """Bytes that the model takes on the device of each rank now; 0 if unknown or asleep."""
         resident = self._models.get(name)
         if resident is None or resident.rank_bytes is None or resident.asleep or not self.alive():
-            return [0] * self.config.tp_size
+            return [0] * self.config.num_ranks
         return resident.rank_bytes
 
     def sleep(self, name: str, poll: Poll | None = None) -> None:
@@ -240,6 +230,41 @@ class Group:
                 self._wake(engine, name, resident, poll)
 
     # --- to be called while holding _changing ----------------------------------------------------
+
+    def _start(self, poll: Poll | None) -> Engine:
+        engine = self.alive()
+        if engine is None:
+            self._make_way(self.config)
+            engine = Engine(self.config)
+            self._replace_by(engine)
+            self._num_starts += 1
+            engine.start(poll)
+        return engine
+
+    def _engine_with(
+        self, model: "RemoteModel", poll: Poll | None, on_progress: OnProgress | None = None
+    ) -> Engine:
+        """An engine whose ranks hold the model, as it is wanted. Sends nothing if they do."""
+        engine = self._start(poll)
+        models = self._models
+        resident = models.get(model.name)
+        if resident is None or resident.rank_bytes is None:
+            self._free_unused(engine, poll)
+            self._make_room(engine, model.name, model.planned_bytes(), poll)
+            resident = models.setdefault(model.name, _Resident())
+            try:
+                values = engine.call(
+                    lambda call: Load(call, model.name, model.spec),
+                    poll=poll,
+                    on_progress=on_progress,
+                )
+            except CheckpointError:
+                del models[model.name]
+                raise
+            resident.rank_bytes = [value["resident_bytes"] for value in values]
+        models.move_to_end(model.name)
+        self._be_as_wanted(engine, resident, model, poll)
+        return engine
 
     def _be_as_wanted(
         self, engine: Engine, resident: _Resident, model: "RemoteModel", poll: Poll | None
@@ -303,7 +328,7 @@ class Group:
     def _free_bytes(self, engine: Engine, poll: Poll | None) -> int:
         """What is free on the device of the rank that has the least."""
         if self.config.device == "cpu":
-            return psutil.virtual_memory().available // self.config.tp_size
+            return psutil.virtual_memory().available // self.config.num_ranks
         return min(value["memory"]["free_bytes"] for value in engine.call(Report, poll=poll))
 
     def _unload(self, engine: Engine, name: str, poll: Poll | None) -> None:
@@ -349,6 +374,8 @@ class Group:
                         "rank": ready.rank,
                         "tp_world_size": ready.tp_world_size,
                         "pid": rank.pid,
+                        "place": rank.place,
+                        "mirrored": rank.mirrored,
                         "versions": ready.versions,
                         **value,
                     }
@@ -358,6 +385,7 @@ class Group:
             id=self.id,
             state=engine.state.value if engine else State.CLOSED.value,
             tp_size=self.config.tp_size,
+            batch_groups=self.config.batch_groups,
             device=self.config.device,
             devices=self.config.devices,
             python=self.config.python,

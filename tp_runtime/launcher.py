@@ -1,7 +1,8 @@
 """What starts and ends the ranks of a group, as the engine sees it. Part of the engine's half.
 
 ``Launcher`` is the seam: the engine knows ranks only as ``Rank`` objects (a channel to talk to,
-a process to watch and to end). ``local_launcher`` runs them on this machine.
+a process to watch and to end). ``local_launcher`` runs them on this machine, ``ray_launcher`` on
+a Ray cluster.
 """
 
 import logging
@@ -31,13 +32,25 @@ _SIGNALS: dict[int, str] = {
 
 
 class Rank(Protocol):
-    """One running rank."""
+    """One running rank.
+
+    ``death_fd``: readable as soon as the process has ended; -1 after ``release``. ``mirrored``: its
+    exchange memory is not the engine's. ``clock_ahead_s``: of its monotonic clock before this
+    machine's.
+    """
 
     index: int
     pid: int
     channel: Channel
-    death_fd: int  # readable as soon as the process has ended; -1 after ``release``
+    death_fd: int
     log_path: Path
+    mirrored: bool
+    clock_ahead_s: float
+
+    @property
+    def place(self) -> str:
+        """Which process it is, for a message to a person."""
+        ...
 
     def ended(self, timeout_s: float) -> bool:
         """Whether the process has ended, at the latest after ``timeout_s``."""
@@ -73,7 +86,7 @@ class Launcher(Protocol):
         """
         ...
 
-    def launch(self, config: GroupConfig, exchange: Exchange) -> list[Rank]:
+    def launch(self, config: GroupConfig, exchange: Exchange) -> Sequence[Rank]:
         """Start all ranks; none may be left if one does not start.
 
         They end with this process, at the latest.
@@ -101,6 +114,15 @@ def tail_of(log: BinaryIO) -> str:
     return log.read(LOG_TAIL_BYTES).decode(errors="replace").strip()
 
 
+def tail_of_file(path: Path) -> str:
+    """The end of a log; empty if there is none."""
+    try:
+        with open(path, "rb") as log:
+            return tail_of(log)
+    except FileNotFoundError:
+        return ""
+
+
 def end_ranks(ranks: Sequence[Rank], grace_s: float) -> None:
     """Wait ``grace_s`` for the processes to end by themselves, then kill them all. Idempotent."""
     ranks = [rank for rank in ranks if rank.death_fd >= 0]
@@ -113,9 +135,9 @@ def end_ranks(ranks: Sequence[Rank], grace_s: float) -> None:
     for rank in ranks:
         if not rank.ended(max(0.0, deadline - time.monotonic())):
             logger.error(
-                "rank %d (process %d) was killed but has not ended after %g s: a driver holds it",
+                "rank %d (%s) was killed but has not ended after %g s: a driver holds it",
                 rank.index,
-                rank.pid,
+                rank.place,
                 KILL_TIMEOUT_S,
             )
         rank.release()

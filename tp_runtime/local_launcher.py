@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,23 +18,12 @@ from .config import GroupConfig, WorkerConfig, attention_kernel, fault_file, hom
 from .errors import GroupStartError
 from .forking import MAX_ANSWER_BYTES, ForkServer, ForkServerError, fork_server
 from .group_folder import GroupFolder
-from .launcher import Poll, Rank, describe_status, end_ranks, tail_of
+from .launcher import Poll, Rank, describe_status, end_ranks, tail_of_file
+from .rank_environment import inherited_environment
 from .tensors import Exchange
 from .transport import Channel, wait
 
 STATUS_TIMEOUT_S = 1.0  # it comes a moment after the end
-
-# What vLLM, NCCL and torch must know before they are imported. NVLink multicast and vLLM's use of
-# it stay off: it is a shared resource of the whole NVSwitch fabric.
-_DEFAULT_ENVIRONMENT = {
-    "NCCL_NVLS_ENABLE": "0",
-    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
-    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "PYTHONUNBUFFERED": "1",
-    "PYTHONSAFEPATH": "1",  # ComfyUI's folder has modules named utils, server, tests, ...
-}
 
 _ENVIRONMENT = {
     # The group never leaves this machine: its sockets bind to the loopback device only.
@@ -49,6 +39,9 @@ _ENVIRONMENT = {
 _COMPILE_CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 
 
+_COMPILE_CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+
+
 @dataclass
 class LocalRank:
     """One running rank of this machine: a child of the fork server, not of this process."""
@@ -60,6 +53,12 @@ class LocalRank:
     status: socket.socket  # where the fork server tells how the process has ended
     server: ForkServer
     log_path: Path
+    mirrored: bool = False
+    clock_ahead_s: float = 0.0
+
+    @property
+    def place(self) -> str:
+        return f"process {self.pid}"
 
     def ended(self, timeout_s: float) -> bool:
         return bool(wait([self.death_fd], timeout_s))
@@ -74,11 +73,7 @@ class LocalRank:
         return f"ended with {server}, which {self.server.describe_exit()}"
 
     def log_tail(self) -> str:
-        try:
-            with open(self.log_path, "rb") as log:
-                return tail_of(log)
-        except FileNotFoundError:
-            return ""
+        return tail_of_file(self.log_path)
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -112,17 +107,17 @@ class LocalLauncher:
             self.clean_up(keep_logs=False)
             raise
 
-    def launch(self, config: GroupConfig, exchange: Exchange) -> list[Rank]:
+    def launch(self, config: GroupConfig, exchange: Exchange) -> Sequence[Rank]:
         ranks: list[Rank] = []
         try:
-            for index in range(config.tp_size):
+            for index in range(config.num_ranks):
                 ranks.append(self._launch_rank(config, index, exchange))
         except BaseException as error:
             end_ranks(ranks, grace_s=0)
             self.clean_up(keep_logs=False)
             if isinstance(error, OSError | ForkServerError):
                 raise GroupStartError(
-                    f"No process could be started for a rank of {config.tp_size}: {error}."
+                    f"No process could be started for a rank of {config.num_ranks}: {error}."
                 ) from error
             raise
         return ranks
@@ -133,11 +128,13 @@ class LocalLauncher:
         folder = self._folder.path
         worker = WorkerConfig(
             rank=index,
+            local_rank=index,
             tp_size=config.tp_size,
+            batch_groups=config.batch_groups,
             device=config.device,
             # Not as_uri(): torch takes the path as it is, percent signs included.
             rendezvous=f"file://{folder / 'rendezvous'}",
-            num_threads=max(1, _usable_cores() // config.tp_size),
+            num_threads=max(1, _usable_cores() // config.num_ranks),
             log_level=log_level(),
             fault_file=fault_file(),
             attention=attention_kernel(),
@@ -184,23 +181,17 @@ def _usable_cores() -> int:
 
 
 def _environment() -> dict[str, str]:
-    """Of the fork server: this process's, and what all ranks have in common."""
-    package_root = str(Path(__file__).resolve().parent.parent)
-    inherited = os.environ.get("PYTHONPATH")
-    return {
-        **_DEFAULT_ENVIRONMENT,
-        **{variable: str(home() / "compiled" / name) for variable, name in _COMPILE_CACHES.items()},
-        **os.environ,
-        **_ENVIRONMENT,
-        "VLLM_LOGGING_LEVEL": log_level(),
-        "PYTHONPATH": package_root + os.pathsep + inherited if inherited else package_root,
-    }
+    """Of the fork server: what all ranks have in common."""
+    return inherited_environment() | _ENVIRONMENT
 
 
 def _rank_environment(config: GroupConfig) -> dict[str, str]:
     """Of a rank: it sees the GPUs of its group only."""
     environment = _environment()
     if config.device == "cuda":
+        # What a rank compiles is there at the next start; torch's own choice is below /tmp.
+        for variable, name in _COMPILE_CACHES.items():
+            environment.setdefault(variable, str(home() / "compiled" / name))
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else None
         chosen = [names[index] if names else str(index) for index in config.devices]

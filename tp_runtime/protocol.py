@@ -12,8 +12,9 @@ import msgspec
 from .config import ModelSpec
 from .errors import ProtocolError
 
-VERSION = 2
-MAX_FRAME_BYTES = 16 * 2**20  # a frame holds no tensor data, only references to it
+VERSION = 3
+MAX_FRAME_BYTES = 16 * 2**20  # a frame holds no tensor data, only references to it: but a Piece
+PIECE_BYTES = 2**20  # at most, of a Piece
 # Inputs that differ at every step; all others are constant over a generation as a rule.
 PER_STEP_INPUTS = frozenset({"x", "timesteps", "control"})
 _TENSOR_EXT = 1
@@ -81,20 +82,30 @@ class Unload(_Message, frozen=True):
     model: str
 
 
-class Denoise(_Message, frozen=True):
-    """Evaluate the transformer once. ``inputs`` are ComfyUI's forward arguments by name.
+class Evaluation(msgspec.Struct, frozen=True, array_like=True):
+    """One forward of the transformer. ``inputs`` are ComfyUI's forward arguments by name.
 
-    Tensors in ``inputs`` are ``TensorRef``; ``drop`` names held tensors that will not be used
-    again; ``exchange_bytes`` is the present size of the exchange memory; rank 0 writes the
-    result where ``result`` says, in that shape and dtype.
+    Tensors in ``inputs`` are ``TensorRef``; the first rank of the batch group that computes it
+    writes the result where ``result`` says, in that shape and dtype.
+    """
+
+    inputs: dict[str, Any]
+    result: TensorRef
+
+
+class Denoise(_Message, frozen=True):
+    """Evaluate the transformer: each batch group the evaluation of its number, if there is one.
+
+    Every rank keeps the tensors that are to be held, those of other batch groups' evaluations
+    too; ``drop`` names held tensors that will not be used again; ``exchange_bytes`` is the present
+    size of the exchange memory.
     """
 
     call: int
     model: str
-    inputs: dict[str, Any]
+    evaluations: list[Evaluation]
     drop: list[int]
     exchange_bytes: int
-    result: TensorRef
 
 
 class Hold(_Message, frozen=True):
@@ -144,7 +155,21 @@ class Close(_Message, frozen=True):
     call: int = 0
 
 
-Request = Load | Unload | Denoise | Hold | Patch | Sleep | Wake | Report | Close
+# --- both ways, for a rank on another host -----------------------------------------------------
+
+
+class Piece(_Message, frozen=True):
+    """What belongs at ``offset`` of the exchange memory, for a side that does not share it.
+
+    To a rank: part of the next request's tensors. From a rank: part of the result, before its
+    ``Done``. Not answered.
+    """
+
+    offset: int
+    data: memoryview
+
+
+Request = Load | Unload | Denoise | Hold | Patch | Sleep | Wake | Report | Close | Piece
 
 
 # --- ranks to engine ---------------------------------------------------------------------------
@@ -191,7 +216,7 @@ class Failed(_Message, frozen=True):
     time_s: float
 
 
-Reply = Ready | Progress | Done | Failed
+Reply = Ready | Progress | Done | Failed | Piece
 
 
 # --- coding ------------------------------------------------------------------------------------

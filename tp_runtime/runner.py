@@ -80,7 +80,7 @@ class Runner:
             model = load_model(
                 request.spec,
                 self._device,
-                self._config.rank,
+                self._config.tp_rank,
                 self._config.tp_size,
                 report_progress,
                 self._config.attention,
@@ -121,20 +121,26 @@ class Runner:
         reach("denoise")
         # Before anything can be refused: the engine takes it that these are held from now on.
         self._exchange.remap(request.exchange_bytes)
-        inputs = self._resolve(request.inputs)
-        conditioning_key = _conditioning_key(request.inputs)
+        resolved = [self._resolve(evaluation.inputs) for evaluation in request.evaluations]
         for key in request.drop:
             del self._held[key]
-        output = self._loaded(request.model).driver(inputs, conditioning_key)
-        if self._config.rank == 0:
-            result = self._exchange.view(request.result)
-            assert (output.shape, output.dtype) == (result.shape, result.dtype), (
-                f"{output.shape} {output.dtype}, not {result.shape} {result.dtype}"
-            )
-            result.copy_(output, non_blocking=True)
+        model = self._loaded(request.model)
+        mine = self._config.batch_group
+        if mine < len(resolved):
+            evaluation = request.evaluations[mine]
+            output = model.driver(resolved[mine], _conditioning_key(evaluation.inputs))
+            if self._config.tp_rank == 0:
+                self._give(output, evaluation.result)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self._last_step_ms = (time.perf_counter() - started) * 1000
+
+    def _give(self, output: torch.Tensor, ref: TensorRef) -> None:
+        result = self._exchange.view(ref)
+        assert (output.shape, output.dtype) == (result.shape, result.dtype), (
+            f"{output.shape} {output.dtype}, not {result.shape} {result.dtype}"
+        )
+        result.copy_(output, non_blocking=True)
 
     def _resolve(self, value: Any) -> Any:
         """``value`` with every reference replaced by its tensor, on the rank's device."""

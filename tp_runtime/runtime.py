@@ -6,21 +6,24 @@ new one when it has failed. It ends with this process or when it is released.
 
 import atexit
 import hashlib
+import itertools
 import threading
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
 
+from .batch import divide_all
+from .calls import OnProgress
 from .checkpoint import CheckpointInfo, inspect_checkpoint
-from .config import GroupConfig, ModelSpec
-from .engine import OnProgress
+from .config import GroupConfig, ModelSpec, device_name, home
 from .errors import InputError
 from .group import Group, GroupReport
 from .launcher import Poll
 from .protocol import PatchedWeight
+from .step_records import StepRecords, Workload
 from .tensors import dtype_of
 
 
@@ -31,15 +34,18 @@ class RemoteModel:
     any more.
     """
 
-    def __init__(self, spec: ModelSpec, group: Group) -> None:
+    def __init__(self, spec: ModelSpec, group: Group, records: StepRecords) -> None:
         self.spec = spec
+        self.num_evaluations = 0
         self.info: CheckpointInfo = inspect_checkpoint(spec.path)
         self.info.check_tp_size(group.config.tp_size)
         digest = hashlib.blake2s(msgspec.json.encode(spec), digest_size=6).hexdigest()
         self.name = f"{Path(spec.path).name}@{digest}"
         self.version: Hashable = None
         self.patches: Mapping[str, PatchedWeight] = {}
+        self.used_at_start = 0  # how many groups had been started when it was loaded on purpose
         self._group = group
+        self._records = records
         group.add_user(self)
 
     @property
@@ -74,14 +80,41 @@ class RemoteModel:
         self._group.use(self, poll, on_progress)
 
     def denoise(self, inputs: Mapping[str, Any], poll: Poll | None = None) -> torch.Tensor:
-        """Evaluate the model once; see ``Engine.denoise``. Call ``ensure_loaded`` before.
+        """Evaluate the model once; see ``denoise_all``."""
+        return self.denoise_all([inputs], poll)[0]
 
-        The result has the shape of ``inputs["x"]``, but for the channels of a model that takes
-        more of them (masks, control images) than it predicts.
+    def denoise_all(
+        self, wanted: Sequence[Mapping[str, Any]], poll: Poll | None = None
+    ) -> list[torch.Tensor]:
+        """Evaluate the model once for each of ``wanted``. Call ``ensure_loaded`` before.
+
+        The batch groups work on different evaluations, or on different items of a batch. Inputs
+        and results are as in ``Engine.denoise``. A result has the shape of ``inputs["x"]``, but
+        for the channels of a model that takes more of them (masks, control images) than it
+        predicts.
         """
+        self.num_evaluations += len(wanted)
+        batch_groups = self.group_config.batch_groups
+        divided = divide_all(wanted, batch_groups)
+        parts = [(part, self._result_shape(part)) for parts in divided for part in parts]
+        results: list[torch.Tensor] = []
+        for start in range(0, len(parts), batch_groups):
+            results += self._group.denoise(self, parts[start : start + batch_groups], poll)
+        remaining = iter(results)
+        together = [list(itertools.islice(remaining, len(parts))) for parts in divided]
+        return [results[0] if len(results) == 1 else torch.cat(results) for results in together]
+
+    def record_step(self, workload: Workload, ms: float) -> None:
+        """Remember, beyond this process, how long a step of a sampler took."""
+        config = self.group_config
+        if config.where == "ray":  # what is known is known of this machine
+            return
+        device = device_name(config.devices[0] if config.devices else None)
+        self._records.add(self.spec.path, device, workload, config.layout, ms)
+
+    def _result_shape(self, inputs: Mapping[str, Any]) -> tuple[int, ...]:
         batch, channels, *size = inputs["x"].shape
-        shape = (batch, self.info.config.get("out_channels", channels), *size)
-        return self._group.denoise(self, inputs, shape, poll)
+        return (batch, self.info.config.get("out_channels", channels), *size)
 
     def loaded_bytes(self) -> list[int]:
         """Bytes that the weights take on each rank's device now."""
@@ -89,12 +122,8 @@ class RemoteModel:
 
     def planned_bytes(self) -> int:
         """Bytes that the weights will take on each, to within a few percent."""
-        plain = dtype_of(self.spec.weight_dtype).itemsize
-        total = sum(
-            tensor.num_elements * (1 if tensor.dtype.startswith("F8") else plain)
-            for tensor in self.info.tensors.values()
-        )
-        return total // self.group_config.tp_size
+        itemsize = dtype_of(self.spec.weight_dtype).itemsize
+        return self.info.weight_bytes(itemsize) // self.group_config.tp_size
 
     def sleep(self, poll: Poll | None = None, *, wait: bool = True) -> None:
         """Move the weights to the host's memory, or free them if that has no room.
@@ -111,6 +140,7 @@ class Runtime:
     """All groups of this process, by configuration."""
 
     def __init__(self) -> None:
+        self.records = StepRecords(home() / "step_records.json")
         self._groups: dict[GroupConfig, Group] = {}
 
     def model(self, spec: ModelSpec, config: GroupConfig) -> RemoteModel:
@@ -120,7 +150,8 @@ class Runtime:
             CheckpointError: the file cannot be used.
             SizeError: the model cannot be split over that many ranks.
         """
-        return RemoteModel(spec, self._groups.setdefault(config, Group(config)))
+        group = self._groups.setdefault(config, Group(config, self._make_way))
+        return RemoteModel(spec, group, self.records)
 
     def groups(self) -> list[GroupReport]:
         """What is known of every group that was started and not released. Never waits."""
@@ -152,6 +183,12 @@ class Runtime:
         groups = list(self._groups.values()) if group_id is None else [self._group(group_id)]
         return sum(group.close() for group in groups)
 
+    def _make_way(self, config: GroupConfig) -> None:
+        """End the groups on the same devices that nobody has a model on, before one starts."""
+        for group in self._started():
+            if group.config != config and not group.is_used() and config.meets(group.config):
+                group.close()
+
     def _started(self) -> list[Group]:
         return [group for group in list(self._groups.values()) if group.engine]
 
@@ -172,4 +209,5 @@ def get_runtime() -> Runtime:
     if _runtime is None:
         _runtime = Runtime()
         atexit.register(_runtime.release)
+        atexit.register(_runtime.records.save)
     return _runtime

@@ -2,15 +2,17 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
 import torch
 
+from .batch import tensors_in
 from .protocol import (
     PER_STEP_INPUTS,
     Denoise,
+    Evaluation,
     Hold,
     Patch,
     PatchedWeight,
@@ -19,6 +21,10 @@ from .protocol import (
     pack_inputs,
 )
 from .tensors import Exchange, HeldTensors, Layout, dtype_name
+
+Wanted = tuple[
+    Mapping[str, Any], tuple[int, ...]
+]  # the inputs of an evaluation, its result's shape
 
 HOLD_BYTES = 64 * 2**20  # what one request brings of the factors of patches
 
@@ -40,30 +46,32 @@ class TensorSender:
     # --- evaluating ------------------------------------------------------------------------------
 
     def denoise(
-        self, call: int, model: str, inputs: Mapping[str, Any], result_shape: tuple[int, ...]
-    ) -> tuple[Denoise, torch.Tensor]:
-        """The request, and the place where rank 0 will put the result."""
-        x: torch.Tensor = inputs["x"]
+        self, call: int, model: str, wanted: Sequence[Wanted]
+    ) -> tuple[Denoise, list[torch.Tensor]]:
+        """The request, and the places where the ranks will put the results."""
         layout = Layout()
-        constant = {name: v for name, v in inputs.items() if name not in PER_STEP_INPUTS}
-        to_hold = list(_tensors_in(constant))
+        constant = [_constant(inputs) for inputs, _ in wanted]
+        to_hold = list(tensors_in(constant))
         held = {id(t): key for t, key in zip(to_hold, self._held.find(to_hold), strict=True)}
-        tree = {
-            name: self._place(value, layout, held if name in constant else None)
-            for name, value in inputs.items()
-        }
-        offset = layout.reserve(math.prod(result_shape) * x.itemsize)
-        result = TensorRef(result_shape, dtype_name(x.dtype), offset)
+        evaluations = []
+        for inputs, result_shape in wanted:
+            x: torch.Tensor = inputs["x"]
+            tree = {
+                name: self._place(value, layout, None if name in PER_STEP_INPUTS else held)
+                for name, value in inputs.items()
+            }
+            offset = layout.reserve(math.prod(result_shape) * x.itemsize)
+            result = TensorRef(result_shape, dtype_name(x.dtype), offset)
+            evaluations.append(Evaluation(pack_inputs(tree), result))
         layout.write_to(self.exchange)
         request = Denoise(
             call=call,
             model=model,
-            inputs=pack_inputs(tree),
+            evaluations=evaluations,
             drop=self._held.evict(set(held.values())),
             exchange_bytes=self.exchange.size,
-            result=result,
         )
-        return request, self.exchange.view(result)
+        return request, [self.exchange.view(evaluation.result) for evaluation in evaluations]
 
     def sent(self) -> None:
         """The request was sent: the ranks hold its tensors now."""
@@ -146,15 +154,8 @@ class TensorSender:
         return msgspec.structs.replace(patch, factors=factors)
 
 
-def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors_in(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors_in(item)
+def _constant(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if name not in PER_STEP_INPUTS}
 
 
 def _factors(weights: Mapping[str, PatchedWeight]) -> Iterator[torch.Tensor]:

@@ -65,6 +65,11 @@ def _num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return count * dtype.itemsize
 
 
+def num_bytes(ref: TensorRef) -> int:
+    """How many bytes the tensor has."""
+    return _num_bytes(ref.shape, dtype_of(ref.dtype))
+
+
 def _aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
@@ -130,6 +135,7 @@ class Exchange:
         self._map: mmap.mmap | None = None
         self._size = 0
         self._page_locked = False
+        self._written: list[tuple[int, int]] = []
 
     @classmethod
     def create(cls) -> "Exchange":
@@ -205,6 +211,24 @@ class Exchange:
             ctypes.memmove(target.data_ptr(), tensor.data_ptr(), target.nbytes)
         else:
             target.copy_(tensor, non_blocking=tensor.is_cuda)
+        self._written.append((ref.offset, target.nbytes))
+
+    def take_written(self) -> list[tuple[int, memoryview]]:
+        """What was written since the last call: offset and bytes, in place."""
+        written, self._written = self._written, []
+        return [
+            (offset, memoryview(self._map)[offset : offset + size])
+            for offset, size in written
+            if size and self._map is not None
+        ]
+
+    def put(self, offset: int, data: memoryview) -> None:
+        """Copy bytes of another side's memory to the same place here. Raises ProtocolError."""
+        if self._map is None or not 0 <= offset <= self._size - len(data):
+            raise ProtocolError(
+                f"{len(data)} bytes for {offset} of the {self._size} bytes of exchange memory."
+            )
+        memoryview(self._map)[offset : offset + len(data)] = data
 
     def _unmap(self) -> None:
         if self._page_locked:

@@ -1,11 +1,13 @@
-"""Frames between the engine and one rank, over a private socket pair. Both halves use it.
+"""Frames between the engine and one rank, over a stream of bytes. Both halves use it.
 
-The rank inherits its end as a file descriptor: there is no address that a stranger could connect
-to, and the death of either side is seen by the other at once as the end of the stream. A frame
-is preceded by its length, four bytes, the highest first.
+On one machine the stream is a private socket pair. The rank inherits its end as a file descriptor:
+there is no address that a stranger could connect to, and the death of either side is seen by the
+other at once as the end of the stream. Over a network (``handshake``) it is a TCP connection. A
+frame is preceded by its length, four bytes, the highest first.
 """
 
 import contextlib
+import errno
 import socket
 import struct
 import threading
@@ -19,10 +21,28 @@ from .protocol import MAX_FRAME_BYTES
 _LENGTH = struct.Struct(">I")
 _CHUNK_BYTES = 256 * 2**10
 
+# Over a network, the other side may go without a word: it is gone when it has not acknowledged
+# anything for so long, whether there was something to send or not.
+SILENCE_S = 6
+_UNHEARD = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
+
 
 def wait(sources: Iterable[Any], timeout_s: float | None) -> list[Any]:
     """The channels and file descriptors among ``sources`` that are ready, after a while."""
     return connection.wait(sources, timeout_s)
+
+
+def bound_silence(stream: socket.socket) -> None:
+    """Have a TCP connection end ``SILENCE_S`` after the other side was heard of last.
+
+    And have its frames sent at once.
+    """
+    stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
+    stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
+    stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, SILENCE_S)
+    stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * SILENCE_S)
+    stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 class Channel:
@@ -34,6 +54,7 @@ class Channel:
 
     def __init__(self, stream: socket.socket) -> None:
         self.ended = False  # the other side is gone and sends no more
+        self.cut_off = False  # it did so without a word, over a network
         self._stream = stream
         self._sending = threading.Lock()
         self._received = bytearray()
@@ -65,6 +86,7 @@ class Channel:
             try:
                 self._stream.sendall(_LENGTH.pack(len(frame)) + frame)
             except OSError as error:
+                self.cut_off |= error.errno in _UNHEARD
                 raise EOFError(f"the other side is gone ({error})") from error
 
     def receive(self) -> list[bytes]:
@@ -79,7 +101,8 @@ class Channel:
                 data = self._stream.recv(_CHUNK_BYTES, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 break
-            except OSError:
+            except OSError as error:
+                self.cut_off |= error.errno in _UNHEARD
                 data = b""
             self.ended = not data
             self._received += data

@@ -17,10 +17,14 @@ from collections.abc import Iterator
 from . import dist, fault_points
 from .config import WorkerConfig
 from .errors import REFUSALS
+from .mirror import Mirror
 from .protocol import (
     Close,
+    Denoise,
     Done,
     Failed,
+    Hold,
+    Piece,
     Progress,
     Ready,
     Reply,
@@ -90,6 +94,7 @@ def _serve(config: WorkerConfig, channel: Channel) -> None:
         with contextlib.suppress(EOFError):
             channel.send(encode(reply))
 
+    mirror = Mirror(config.exchange_fd) if config.mirrored else None
     fault_points.reach("start")
     device = dist.select_device(config)
     with dist.tensor_parallel_group(config) as tp_world_size:
@@ -98,19 +103,35 @@ def _serve(config: WorkerConfig, channel: Channel) -> None:
         for request in _requests(channel):
             if isinstance(request, Close):
                 break
+            if isinstance(request, Piece):
+                assert mirror is not None, "this rank shares the engine's memory"
+                mirror.put(request)
+                continue
+            if mirror is not None and isinstance(request, Denoise | Hold):
+                mirror.grow(request.exchange_bytes)
             call = request.call
 
             def report_progress(done: int, total: int, call: int = call) -> None:
                 send(Progress(call, done, total))
 
             try:
-                send(Done(call, runner.handle(request, report_progress)))
+                value = runner.handle(request, report_progress)
+                if mirror is not None and isinstance(request, Denoise):
+                    for piece in _results(config, request, mirror):
+                        send(piece)
+                send(Done(call, value))
             except tuple(REFUSALS.values()) as error:
                 send(_failed(call, True, error))
 
 
+def _results(config: WorkerConfig, request: Denoise, mirror: Mirror) -> Iterator[Piece]:
+    """What this rank has written of the request's results."""
+    if config.tp_rank == 0 and config.batch_group < len(request.evaluations):
+        yield from mirror.pieces(request.evaluations[config.batch_group].result)
+
+
 def run(config: WorkerConfig, parent_pid: int) -> None:
-    """Be the rank until its channel, or the process ``parent_pid``, ends."""
+    """Be the rank until its channel, or the process ``parent_pid``, ends; returns on ``Close``."""
     logging.basicConfig(
         level=config.log_level,
         format=f"%(asctime)s rank {config.rank} %(levelname)s %(name)s: %(message)s",

@@ -13,7 +13,7 @@ const answers = new Map(); // query → promise of the route's answer
 export function followModel(node) {
   if (node.comfyClass === LOADER) {
     widgetOf(node, "gpu_count").value = app.extensionManager.setting.get(DEFAULT_COUNT) ?? "auto";
-    for (const name of ["model_name", "devices"]) {
+    for (const name of ["model_name", "devices", "where"]) {
       chain(widgetOf(node, name), "callback", () => {
         offerCounts(node);
         nodesOfType(SAMPLER).forEach(offerCounts);
@@ -40,7 +40,7 @@ async function offerCounts(node) {
   const loader = loaderOf(node);
   if (!node.graph || !widget) return;
   const query = new URLSearchParams();
-  for (const name of ["model_name", "devices"]) {
+  for (const name of ["model_name", "devices", "where"]) {
     const value = widgetOf(loader, name)?.value;
     if (value) query.set(name, value);
   }

@@ -33,6 +33,18 @@ app.registerExtension({
       onChange: (_, before) => before !== undefined && forgetAnswers(),
     },
     {
+      id: "TensorParallel.Runtime.RayAddress",
+      category: ["Tensor Parallel", "Runtime", "RayAddress"],
+      name: "Ray cluster",
+      tooltip:
+        "Address (host:port) of the Ray cluster for loaders with where = ray. ComfyUI's machine " +
+        "must be one of its nodes. Empty: Ray is started on this machine. " +
+        "TP_RUNTIME_RAY_ADDRESS overrides it.",
+      type: "text",
+      defaultValue: "",
+      onChange: (_, before) => before !== undefined && forgetAnswers(),
+    },
+    {
       id: DEFAULT_COUNT,
       category: ["Tensor Parallel", "Nodes", "GpuCount"],
       name: "GPU count of a new loader",

@@ -2,7 +2,7 @@
 // they are updated, so that the keyboard's focus stays where it is.
 import { app } from "../../scripts/app.js";
 import { changeGroup, refreshGroups, request, showGroups, watchGroups } from "./groups.js";
-import { gibibytes, milliseconds, text } from "./texts.js";
+import { gibibytes, layoutOf, milliseconds, text } from "./texts.js";
 import { showError } from "./toast.js";
 
 let close = () => {};
@@ -68,12 +68,13 @@ function groupCard(id) {
     const onCpu = group.device === "cpu";
     const ready = group.state === "ready" || group.state === "busy";
     const held = ready ? group.models : {};
-    const many = group.tp_size > 1 ? "many" : "one";
-    heading.textContent = text(`${group.device}.${many}`, { count: group.tp_size });
+    const count = group.tp_size * group.batch_groups;
+    heading.textContent = text(`${group.device}.${count > 1 ? "many" : "one"}`, { count });
     state.textContent = text(`state.${group.state}`);
     state.dataset.state = group.state;
     facts.textContent = [
       onCpu ? "" : group.devices.map((index) => `cuda:${index}`).join(", "),
+      group.batch_groups > 1 ? layoutOf(group) : "",
       ready && group.step_ms ? text("perStep", { time: milliseconds(group.step_ms) }) : "",
     ].filter(Boolean).join(" · ");
     devices.replaceChildren(...group.ranks.map(deviceRow));

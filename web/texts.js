@@ -26,3 +26,6 @@ export function gibibytes(bytes) {
 export function milliseconds(ms) {
   return `${ms < 10 ? ms.toFixed(1) : Math.round(ms)} ms`;
 }
+
+// A group's layout, as the loader's input has it: "2x2".
+export const layoutOf = (group) => `${group.tp_size}x${group.batch_groups}`;

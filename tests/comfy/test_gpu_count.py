@@ -2,16 +2,22 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from support.pack import pack_module
-from tp_runtime import DeviceError, GroupConfig, SizeError, inspect_checkpoint
+from tp_runtime import DeviceError, GroupConfig, SizeError, inspect_checkpoint, layout_choice
+from tp_runtime.cost_model import LINKS
+from tp_runtime.layout import Layout
+from tp_runtime.step_records import MIN_TIMES, StepRecords, Workload
 
 pytestmark = pytest.mark.comfy
 
 Choose = Callable[..., GroupConfig]
+GPU = "NVIDIA H200"
+CFG = Workload((2, 16, 128, 128), 77)
+SINGLE = Workload((1, 16, 128, 128), 77)
 
 
 @pytest.fixture(scope="module")
@@ -22,17 +28,36 @@ def gpu_count() -> Iterator[ModuleType]:
 
 
 @pytest.fixture
+def records(tmp_path: Path) -> StepRecords:
+    """What the machine remembers of the steps of samplers: nothing yet."""
+    return StepRecords(tmp_path / "step_records.json")
+
+
+@pytest.fixture
 def choose(
-    gpu_count: ModuleType, tiny_z_image: Path, monkeypatch: pytest.MonkeyPatch
+    gpu_count: ModuleType,
+    tiny_z_image: Path,
+    records: StepRecords,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> tuple[Choose, list[str]]:
-    """`choose(visible, choice, devices)`: the group where so many GPUs are; and the warnings."""
+    """`choose(visible, choice, devices, layout, where)`: the group on so many GPUs; warnings."""
     info = inspect_checkpoint(str(tiny_z_image))
+    monkeypatch.setattr(gpu_count, "get_runtime", lambda: SimpleNamespace(records=records))
+    monkeypatch.setattr(layout_choice, "device_name", lambda gpu: "cpu" if gpu is None else GPU)
+    monkeypatch.setattr(layout_choice, "link_between", lambda _: LINKS["nvlink"])
+    monkeypatch.setattr(layout_choice, "_fits", lambda *_: True)
     warnings: list[str] = []
 
-    def on_machine(visible: int, choice: str, devices: str = "") -> GroupConfig:
+    def on_machine(
+        visible: int,
+        choice: str,
+        devices: str = "",
+        layout: str = "auto",
+        where: str = "this machine",
+    ) -> GroupConfig:
         monkeypatch.setattr(gpu_count, "visible_gpu_count", lambda: visible)
         monkeypatch.setattr("tp_runtime.config.visible_gpu_count", lambda: visible)
-        return gpu_count.choose_group(choice, info, warnings.append, devices)
+        return gpu_count.choose_group(choice, info, warnings.append, devices, layout, where)
 
     return on_machine, warnings
 
@@ -135,3 +160,131 @@ def test_the_python_of_the_settings(
     assert on_machine(0, "1").python == "/opt/tp/bin/python"
     monkeypatch.setenv("TP_RUNTIME_PYTHON", "/usr/bin/python3")
     assert on_machine(0, "1").python == "/usr/bin/python3"
+
+
+def measured(records: StepRecords, path: Path, workload: Workload, **times: float) -> None:
+    """So long did steps take, by layout (`tp4x1=72.0`)."""
+    for layout, ms in times.items():
+        for _ in range(MIN_TIMES):
+            records.add(str(path), GPU, workload, Layout.parse(layout.removeprefix("tp")), ms)
+
+
+def test_auto_divides_a_batch_where_that_was_measured_to_be_faster(
+    choose: tuple[Choose, list[str]], records: StepRecords, tiny_z_image: Path
+) -> None:
+    on_machine, warnings = choose
+    measured(records, tiny_z_image, CFG, tp4x1=72.0, tp2x2=60.0, tp1x4=30.0)
+    group = on_machine(4, "4")
+    assert (group.tp_size, group.batch_groups, group.devices) == (2, 2, (0, 1, 2, 3))
+    (warning,) = warnings
+    assert "layout 2x2" in warning
+    assert "60 ms measured a step, and 4x1 takes 72 ms measured" in warning
+    assert on_machine(4, "4", layout="tp").batch_groups == 1
+    assert on_machine(4, "2").num_ranks == 2
+
+
+def test_what_was_not_measured_is_predicted(
+    choose: tuple[Choose, list[str]], records: StepRecords, tiny_z_image: Path
+) -> None:
+    """Two groups of one GPU halve a batch of two, and have nothing to tell one another."""
+    on_machine, warnings = choose
+    measured(records, tiny_z_image, CFG, tp2x1=100.0)
+    group = on_machine(2, "2")
+    assert (group.tp_size, group.batch_groups) == (1, 2)
+    assert "predicted a step, and 2x1 takes 100 ms measured" in warnings[0]
+
+
+def test_one_latent_is_not_divided(
+    choose: tuple[Choose, list[str]], records: StepRecords, tiny_z_image: Path
+) -> None:
+    on_machine, _ = choose
+    measured(records, tiny_z_image, SINGLE, tp4x1=72.0, tp2x2=10.0)
+    assert on_machine(4, "4").batch_groups == 1
+
+
+def test_auto_takes_fewer_gpus_where_more_are_slower(
+    choose: tuple[Choose, list[str]], records: StepRecords, tiny_z_image: Path
+) -> None:
+    on_machine, warnings = choose
+    measured(records, tiny_z_image, SINGLE, tp2x1=50.0, tp1x1=40.0)
+    group = on_machine(2, "auto")
+    assert (group.num_ranks, group.devices) == (1, (0,))
+    assert "layout 1x1" in warnings[0]
+    assert on_machine(2, "2").num_ranks == 2
+
+
+@pytest.mark.parametrize(
+    ("choice", "layout", "size"),
+    [("auto", "2x2", (2, 2)), ("4", "2x2", (2, 2)), ("2", "1x2", (1, 2)), ("auto", "4x1", (4, 1))],
+)
+def test_an_explicit_layout(
+    choose: tuple[Choose, list[str]], choice: str, layout: str, size: tuple[int, int]
+) -> None:
+    on_machine, warnings = choose
+    group = on_machine(4, choice, layout=layout)
+    assert (group.tp_size, group.batch_groups) == size
+    assert not warnings
+
+
+def test_a_layout_that_does_not_fit(choose: tuple[Choose, list[str]]) -> None:
+    on_machine, _ = choose
+    with pytest.raises(ValueError, match=r"layout=2x2 takes 4 GPUs .*, but gpu_count is 2"):
+        on_machine(4, "2", layout="2x2")
+    with pytest.raises(DeviceError, match="4 GPUs were asked for"):
+        on_machine(2, "auto", layout="2x2")
+    with pytest.raises(SizeError):
+        on_machine(8, "auto", layout="7x1")
+    with pytest.raises(ValueError, match="layout='3x3' is not in list"):
+        on_machine(8, "auto", layout="3x3")
+
+
+@pytest.mark.parametrize(
+    ("in_cluster", "choice", "layout", "expected"),
+    [
+        (16, "auto", "auto", (8, "cuda", 1)),
+        (4, "auto", "auto", (4, "cuda", 1)),
+        (4, "4", "2x2", (2, "cuda", 2)),
+        (0, "auto", "auto", (1, "cpu", 1)),
+        (0, "2", "auto", (2, "cpu", 1)),
+    ],
+)
+def test_on_ray_the_cluster_counts(
+    gpu_count: ModuleType,
+    choose: tuple[Choose, list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    in_cluster: int,
+    choice: str,
+    layout: str,
+    expected: tuple[int, str, int],
+) -> None:
+    """Not this machine, which has one GPU here."""
+    on_machine, warnings = choose
+    monkeypatch.setenv("TP_RUNTIME_RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr(gpu_count, "cluster_gpu_count", lambda *_: in_cluster)
+    group = on_machine(1, choice, layout=layout, where="ray")
+    assert (group.tp_size, group.device, group.batch_groups) == expected
+    assert (group.where, group.ray_address, group.devices) == ("ray", "10.0.0.1:6379", ())
+    assert len(warnings) == (in_cluster == 0)
+
+
+def test_on_ray_too_many_or_chosen(
+    gpu_count: ModuleType, choose: tuple[Choose, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_machine, _ = choose
+    monkeypatch.setenv("TP_RUNTIME_RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr(gpu_count, "cluster_gpu_count", lambda *_: 2)
+    with pytest.raises(
+        DeviceError, match=r"4 GPUs were asked for, but the Ray cluster at 10\.0\.0\.1:6379 has 2"
+    ):
+        on_machine(8, "4", where="ray")
+    with pytest.raises(DeviceError, match="Ray chooses the GPUs"):
+        on_machine(8, "2", devices="0,1", where="ray")
+    refused = gpu_count.refused_counts(None, where="ray")
+    assert sorted(refused["refused"]) == ["3", "4", "5", "6", "7", "8"]
+
+
+def test_on_ray_of_this_machine(choose: tuple[Choose, list[str]]) -> None:
+    """Without an address."""
+    on_machine, _ = choose
+    group = on_machine(2, "auto", where="ray")
+    assert (group.tp_size, group.device, group.ray_address) == (2, "cuda", "")

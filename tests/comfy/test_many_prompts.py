@@ -1,14 +1,11 @@
 """Two hundred prompts that alternate models, sizes and LoRAs: nothing grows."""
 
-from dataclasses import dataclass
-from pathlib import Path
-
-import psutil
 import pytest
 
 from support.comfy_server import ComfyServer
 from support.lora_files import write_lora
 from support.tiny_models import write_z_image
+from support.usage import Usage
 from support.workflows import Prompt, Sampling, node, text_to_latent, tp_loader
 
 pytestmark = pytest.mark.comfy
@@ -21,34 +18,6 @@ COUNT = 200
 WARM_UP = 20
 # Allocators keep some of what was freed; ComfyUI's history and latents on disk grow a little.
 MAX_GROWTH = 0.05
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Of the server and each of its ranks, by process id: bytes of memory, open files; shared."""
-
-    rss: dict[int, int]
-    files: dict[int, int]
-    shared: int
-
-    @classmethod
-    def of(cls, server: ComfyServer) -> "Usage":
-        processes = [psutil.Process(server.process.pid), *server.children()]
-        return cls(
-            {process.pid: process.memory_info().rss for process in processes},
-            {process.pid: process.num_fds() for process in processes},
-            sum(_exchange_bytes(process.pid) for process in processes),
-        )
-
-
-def _exchange_bytes(pid: int) -> int:
-    """Of the anonymous shared memory that the process has open."""
-    memories = {}
-    for link in Path(f"/proc/{pid}/fd").iterdir():
-        if "memfd:tp-runtime-exchange" in str(link.readlink()):
-            stat = link.stat()
-            memories[stat.st_ino] = stat.st_size
-    return sum(memories.values())
 
 
 @pytest.fixture

@@ -97,15 +97,38 @@ def test_events_say_what_runs(comfy_server: ComfyServer) -> None:
     assert shown.data["text"].startswith("2 CPU processes: ready\ntiny_z_image.safetensors: ")
 
 
+ROUTES = [
+    ("POST", "/doctor"),
+    ("POST", "/groups/x/release"),
+    ("GET", "/groups"),
+    ("GET", f"/gpu_counts?model_name={MODEL}"),
+]
+
+
+@pytest.mark.parametrize(
+    "origin", ["http://evil.example", "https://127.0.0.1.evil.example", "null"]
+)
+@pytest.mark.parametrize(("method", "path"), ROUTES)
+def test_other_sites_are_refused(
+    comfy_server: ComfyServer, method: str, path: str, origin: str
+) -> None:
+    evil = {**JSON, "Origin": origin, "Host": "my-machine:8188"}  # not what ComfyUI itself checks
+    status, answer = ask(comfy_server, path, evil, method)
+    assert (status, answer) == (403, {"error": f"Requests from {origin} are refused."})
+
+
+def test_the_page_itself_is_not_refused(comfy_server: ComfyServer) -> None:
+    own = {**JSON, "Origin": "http://my-machine:8188", "Host": "my-machine:8188"}
+    assert ask(comfy_server, "/groups", own, "GET")[0] == 200
+    assert ask(comfy_server, "/groups/x/release", own)[1] == {"error": "There is no group 'x'."}
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "multipart/form-data", ""])
 @pytest.mark.parametrize("path", ["/doctor", "/groups/x/release"])
-def test_other_sites_are_refused(comfy_server: ComfyServer, path: str) -> None:
-    evil = {**JSON, "Origin": "http://evil.example"}
-    assert ask(comfy_server, path, evil)[0] == 403  # ComfyUI's own check: the host is local
-    status, answer = ask(comfy_server, path, {**evil, "Host": "my-machine:8188"})
-    assert (status, answer["error"]) == (403, "Requests from http://evil.example are refused.")
-    # What a page of another site may send without asking first.
-    status, answer = ask(comfy_server, path, {"Content-Type": "text/plain"})
-    assert status == 415
+def test_what_another_site_may_send_without_asking_is_refused(
+    comfy_server: ComfyServer, path: str, kind: str
+) -> None:
+    assert ask(comfy_server, path, {"Content-Type": kind})[0] == 415
 
 
 def test_a_python_setting_that_is_none(comfy_server: ComfyServer) -> None:

@@ -19,6 +19,7 @@ RUNTIME = REPOSITORY / "tp_runtime"
 COMFYUI = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "nodes", "server"}
 NODES_MAY_USE = {*sys.stdlib_module_names, *COMFYUI, "aiohttp", "safetensors", "torch"}
 RANKS_ONLY = ("vllm", "diffusers", "transformers", "torch.distributed")
+MAY_IMPORT_RAY = {"ray_driver.py", "ray_actor.py"}
 # What ComfyUI's process imports of tp_runtime; the walk below adds what these import.
 CLIENT_ROOTS = ("__init__", "models/__init__")
 
@@ -118,6 +119,17 @@ def test_the_client_half_imports_nothing_of_the_ranks() -> None:
         assert not forbidden, (path, forbidden)
 
 
+def test_ray_is_imported_by_its_driver_and_its_actors_only() -> None:
+    """Neither ComfyUI's process nor the ranks of this machine need it."""
+    importing = {
+        path.name
+        for path in RUNTIME.rglob("*.py")
+        if any(_is_under(name, ("ray",)) for name in _absolute(path, on_import_only=False))
+    }
+    assert importing == MAY_IMPORT_RAY
+    assert MAY_IMPORT_RAY.isdisjoint(path.name for path in _client_files())
+
+
 def test_the_ranks_import_nothing_of_comfyui() -> None:
     for path in RUNTIME.rglob("*.py"):
         forbidden = {
@@ -154,5 +166,6 @@ def test_using_the_client_half_loads_nothing_of_the_ranks(tiny_z_image: Path) ->
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    loaded = [name for name in json.loads(done.stdout) if _is_under(name, RANKS_ONLY)]
+    forbidden = (*RANKS_ONLY, "ray")
+    loaded = [name for name in json.loads(done.stdout) if _is_under(name, forbidden)]
     assert not loaded

@@ -41,7 +41,8 @@ def _injected(phase: str) -> list[Case]:
         Case(phase, "a rank dies", start or "GroupDiedError", DEATH_S),
         Case(phase, "a rank stops", start or "CallTimeoutError", timeout_s + SLACK_S),
         Case(phase, "a rank raises", start or "RankError", RAISED_S),
-        Case(phase, "a rank is out of memory", start or "RankMemoryError", RAISED_S),
+        Case(phase, "a rank allocates too much", start or "RankMemoryError", RAISED_S),
+        Case(phase, "a GPU is out of memory", start or "RankMemoryError", RAISED_S),
         Case(phase, "a rank is late", "works", DELAYED_S + (START_TIMEOUT_S if start else 0)),
     ]
 
@@ -54,6 +55,11 @@ OTHERS = [
     Case("load", "the file changes", "RankError", FILE_S),
     Case("load", "the file is cut short", "GroupDiedError", FILE_S),
     Case("idle", "a rank dies, and a request comes at once", "works", START_TIMEOUT_S),
+    Case("load", "a rank dies while others wait", "they work", START_TIMEOUT_S),
+    Case("denoise", "a rank dies while others wait", "they work", START_TIMEOUT_S),
+    Case("sleep", "a rank dies while others wait", "they work", START_TIMEOUT_S),
+    Case("unload", "a rank dies while others wait", "they work", START_TIMEOUT_S),
+    Case("start", "a rank dies while others wait", "they work", START_TIMEOUT_S),
     Case("denoise", "a rank's socket is lost", "GroupDiedError", 2.0),
     Case("denoise", "no shared memory is left", "TPRuntimeError; the group stays", 1.0),
     Case("denoise", "a rank sends garbage", "ProtocolError", 1.0),
@@ -63,7 +69,8 @@ OTHERS = [
     Case("denoise", "a rank receives garbage", "RankError", 1.0),
     Case("denoise", "a rank logs without end", "works", 5.0),
     Case("denoise", "the machine stands still", "works", 5.0),
-    Case("any", "ComfyUI's process is killed", "the ranks end", 5.0),
+    Case("any", "a process with a group is killed", "the ranks end", 5.0),
+    Case("any", "ComfyUI is killed", "the ranks end", 5.0),
 ]
 CASES = [*INJECTED, *OTHERS]
 

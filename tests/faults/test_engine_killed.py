@@ -1,8 +1,7 @@
 """`kill -9` of the engine's process at fifty random moments: its ranks are gone soon each time.
 
-The process stands for ComfyUI: it does with tp_runtime what ComfyUI's does, on ranks that compute
-nothing, and is forked from one that has imported everything. `tests/comfy/test_killed_comfyui.py`
-kills a real one.
+The process does with tp_runtime what ComfyUI's does, on ranks that compute nothing, and is forked
+from one that has imported everything. `test_comfyui_killed.py` kills a real ComfyUI.
 """
 
 import os
@@ -23,7 +22,7 @@ from support.paths import REPOSITORY
 pytestmark = pytest.mark.process
 
 COUNT = 50
-ROW = case("any", "ComfyUI's process is killed")
+ROW = case("any", "a process with a group is killed")
 # A life is as long as a start takes here and a little more, so that every phase is hit.
 AFTER_START_S = 0.4
 

@@ -25,7 +25,8 @@ from process.conftest import (
 
 import tp_runtime
 from tp_runtime import ModelSpec, RemoteModel, Runtime, TPRuntimeError
-from tp_runtime.engine import Engine, State
+from tp_runtime.engine import Engine
+from tp_runtime.process_group import State
 
 pytestmark = pytest.mark.process
 
@@ -33,7 +34,8 @@ ACTIONS = {
     "a rank dies": "die",
     "a rank stops": "stop",
     "a rank raises": "raise",
-    "a rank is out of memory": "out of memory",
+    "a rank allocates too much": "allocate",
+    "a GPU is out of memory": "out of memory",
     "a rank is late": "delay",
 }
 DOING = {"start": "start", "compile": "Denoise", "idle": None}
@@ -41,6 +43,8 @@ WORDS = {
     "die": r"Rank 1 \(process \d+\) was killed by signal 9",
     "stop": r"Ranks \[(0, )?1\] gave no sign of life for",
     "raise": r"Rank 1 raised RuntimeError{doing}: a fault at '{phase}', as a test asked",
+    "allocate": r"Rank 1 ran out of memory on the host{doing} "
+    r"\(1152921504606846976 bytes asked for\)\. Use more GPUs",
     "out of memory": r"Rank 1 ran out of memory on the host{doing} \(2\.50 GiB asked for, "
     r"138\.60 GiB held\)\. Use more GPUs \(gpu_count\), a smaller size or batch, or .* fp8",
 }

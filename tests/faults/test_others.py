@@ -37,7 +37,8 @@ from tp_runtime import (
     TPRuntimeError,
     step_times,
 )
-from tp_runtime.engine import Engine, State
+from tp_runtime.engine import Engine
+from tp_runtime.process_group import State
 from tp_runtime.protocol import MAX_FRAME_BYTES, VERSION, Done, encode
 from tp_runtime.worker import MAX_LOG_BYTES
 
@@ -168,7 +169,9 @@ FRAMES = {
 
 
 @pytest.mark.parametrize("fault", FRAMES)
-def test_a_rank_sends_what_it_must_not(model: RemoteModel, observe: Observe, fault: str) -> None:
+def test_a_rank_sends_what_it_must_not(
+    model: RemoteModel, observe: Observe, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
     works(model)
     engine = engine_of(model)
     frame, words = FRAMES[fault]
@@ -176,6 +179,7 @@ def test_a_rank_sends_what_it_must_not(model: RemoteModel, observe: Observe, fau
         with pytest.raises(ProtocolError, match=words):
             model.denoise(ordered(rank=1, send=frame))
     assert engine.state is State.FAILED
+    assert words in caplog.text
     works(model)
 
 
@@ -362,7 +366,7 @@ def test_memory_runs_out_in_mid_forward(faults: Path, tiny_z_image: Path) -> Non
     spec = ModelSpec.of(str(tiny_z_image), "float32", "float32")
     model = runtime.model(spec, cpu_group(2))
     model.ensure_loaded()
-    put(faults, rank=1, point="compile", action="out of memory")
+    put(faults, rank=1, point="compile", action="allocate")
     with pytest.raises(RankMemoryError, match=r"Rank 1 ran out of memory .* during 'Denoise'"):
         model.denoise(make_inputs())
     same_as_native(model)

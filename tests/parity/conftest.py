@@ -16,13 +16,15 @@ Remote = Callable[..., RemoteModel]
 
 @pytest.fixture(scope="module")
 def remote() -> Iterator[Remote]:
-    """`remote(path, tp_size, dtype)`: the file loaded on a group of that many CPU ranks."""
+    """`remote(path, tp_size, dtype, batch_groups)`: the file, loaded on such a group on the CPU."""
     runtime = Runtime()
 
-    def load(path: Path, tp_size: int, dtype: torch.dtype = torch.float32) -> RemoteModel:
+    def load(
+        path: Path, tp_size: int, dtype: torch.dtype = torch.float32, batch_groups: int = 1
+    ) -> RemoteModel:
         name = str(dtype).removeprefix("torch.")
         spec = ModelSpec.of(str(path), name, name)
-        model = runtime.model(spec, GroupConfig(tp_size, "cpu"))
+        model = runtime.model(spec, GroupConfig(tp_size, "cpu", (), batch_groups))
         model.ensure_loaded()
         return model
 

@@ -28,9 +28,11 @@ from tp_runtime import (
     RankError,
     RemoteModel,
     Runtime,
+    process_group,
 )
 from tp_runtime import engine as engine_module
-from tp_runtime.engine import Engine, State
+from tp_runtime.engine import Engine
+from tp_runtime.process_group import State
 from tp_runtime.protocol import Load, Report, Unload
 
 pytestmark = pytest.mark.process
@@ -112,8 +114,6 @@ def test_a_rank_is_killed_in_the_middle_of_a_collective(tiny_z_image: Path) -> N
     assert "during 'Denoise'" in str(error)
     assert str(engine.ranks[1].log_path) in str(error)
     assert model.loaded_bytes() == [0, 0]
-    with pytest.raises(GroupClosedError, match="Queue the prompt again"):
-        model.denoise(make_inputs())
 
     model.ensure_loaded()
     inputs = make_inputs(seed=1)
@@ -173,6 +173,24 @@ def test_a_rank_exits(light_model: LightModel) -> None:
     with ends_the_group(model, within_s=2):
         with pytest.raises(GroupDiedError, match=r"Rank 0 .* exited with status 3 during"):
             model.denoise(ordered(rank=0, exit=3))
+    assert_works(model)
+
+
+def test_the_cause_is_blamed_where_its_consequence_is_seen_first(
+    light_model: LightModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank dies, and before that is seen another one says that its collective has failed."""
+    monkeypatch.setattr(process_group, "CAUSE_S", 30.0)
+    model = light_model()
+    engine = engine_of(model)
+    order = ordered(rank=1, **{"raise": "connection closed by peer"})
+    with in_background(lambda: model.denoise(order)) as denoising:
+        wait_until(lambda: 1 in engine._last_words)
+        assert not denoising.done()
+        engine.ranks[0].kill()
+        error = denoising.exception(timeout=10)
+    assert type(error) is GroupDiedError
+    assert "Rank 0 " in str(error)
     assert_works(model)
 
 
@@ -284,7 +302,7 @@ def test_close_waits_for_an_orderly_end(
 def test_close_does_not_wait_for_a_stopped_rank(
     light_model: LightModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "CLOSE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(process_group, "CLOSE_TIMEOUT_S", 0.5)
     model = light_model()
     engine = engine_of(model)
     os.kill(engine.ranks[0].pid, signal.SIGSTOP)

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from process.conftest import PythonWith, assert_ended, cpu_group
 
-from tp_runtime import GroupClosedError, GroupStartError
-from tp_runtime.engine import Engine, State
+from tp_runtime import GroupClosedError, GroupLostError, GroupStartError
+from tp_runtime.engine import Engine
 from tp_runtime.local_launcher import LocalLauncher
+from tp_runtime.process_group import State
 from tp_runtime.protocol import Report
 
 pytestmark = pytest.mark.process
@@ -59,7 +60,7 @@ def failure_of(engine: Engine, within_s: float) -> str:
     assert time.monotonic() - began < within_s
     assert engine.state is State.FAILED
     assert_ended([rank.pid for rank in engine.ranks], within_s=0)
-    with pytest.raises(GroupClosedError, match="has failed before"):
+    with pytest.raises(GroupLostError, match="has failed before"):
         engine.call(Report)
     engine.close()
     return str(caught.value)

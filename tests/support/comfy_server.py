@@ -5,6 +5,7 @@ holds links to this checkout and to one more pack: that of the tests, unless tol
 go over HTTP and progress comes over the websocket, as with ComfyUI's page.
 """
 
+import functools
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -105,6 +106,8 @@ class ComfyServer:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                # A shell has what it runs in the background ignore the signal that stops ComfyUI.
+                preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
             )
 
     def _wait_until_up(self, timeout_s: float) -> None:
@@ -190,7 +193,7 @@ class ComfyServer:
         with urllib.request.urlopen(self.url + path, timeout=30) as reply:
             return json.load(reply)
 
-    def post(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+    def post(self, path: str, body: Mapping[str, Any] | None = None, timeout_s: float = 30) -> Any:
         """POST `body` as JSON; the decoded reply, None when it is empty.
 
         For example `post("/free", {"unload_models": True})`.
@@ -200,9 +203,21 @@ class ComfyServer:
             data=json.dumps(body or {}).encode(),
             headers={"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=30) as reply:
+        with urllib.request.urlopen(request, timeout=timeout_s) as reply:
             text = reply.read()
         return json.loads(text) if text.strip() else None
+
+    def free_until(self, condition: Callable[[], bool], within_s: float = 60) -> None:
+        """Have ComfyUI unload its models.
+
+        It is asked again and again: what it is asked while it collects garbage after a prompt, it
+        does after the next one only.
+        """
+        deadline = time.monotonic() + within_s
+        while not condition():
+            assert time.monotonic() < deadline, f"not within {within_s} s"
+            self.post("/free", {"unload_models": True})
+            time.sleep(0.2)
 
     # Prompts
 

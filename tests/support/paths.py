@@ -6,6 +6,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEST_PACK = Path(__file__).resolve().parent / "comfy_pack"
 TOY_PACK = REPOSITORY / "examples" / "shapes"
+LIGHT_SITE = Path(__file__).resolve().parent / "light_site"
 
 
 def comfyui_path() -> Path:

@@ -34,6 +34,15 @@ def tp_loader(
     )
 
 
+def on_gpus_of(where: str, prompt: Prompt) -> Prompt:
+    """The prompt, with its loaders' `where`."""
+    loaders = {name for name, of in prompt.items() if of["class_type"] == "TPLoadDiffusionModel"}
+    return {
+        name: {**of, "inputs": of["inputs"] | {"where": where}} if name in loaders else of
+        for name, of in prompt.items()
+    }
+
+
 @dataclass(frozen=True)
 class Sampling:
     """What is sampled and how; every sampler node below reads these."""

@@ -44,6 +44,9 @@ def test_plan_of_other_formats(
     ("arguments", "words"),
     [
         (["plan", "missing.safetensors"], "missing.safetensors does not exist"),
+        (["plan"], "needs a model file"),
+        (["plan", "--predict"], "either a model file or --model"),
+        (["plan", "--predict", "--model", "flux", "--batch", "0"], "must be 1 or more"),
         (["text-to-latents", "missing.safetensors", "c", "o"], "does not exist"),
     ],
 )
@@ -55,6 +58,23 @@ def test_a_mistake_is_one_line(
     assert shown.startswith("error: ")
     assert words in shown
     assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize("of", ["file", "model"])
+def test_plan_predicts_every_layout(
+    tiny_z_image: Path, of: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = [str(tiny_z_image)] if of == "file" else ["--model", "z_image"]
+    assert main(["plan", *model, "--predict", "--tp", "4", "--batch", "2", "--device", "H200"]) == 0
+    *_, heads, first, second, third = capsys.readouterr().out.splitlines()
+    assert heads.split()[3:] == ["ms", "matmul", "attention", "elementwise", "links", "fixed"]
+    layouts = [line.split() for line in (first, second, third)]
+    assert [layout for layout, *_ in layouts] == ["4x1", "2x2", "1x4"]
+    for _, total, *parts in layouts:
+        assert float(total) == pytest.approx(sum(map(float, parts)), abs=0.3)
+    links = [float(line[5]) for line in layouts]
+    assert links == sorted(links, reverse=True)
+    assert links[-1] == 0 < links[0]
 
 
 def test_a_size_that_cannot_work(tiny_z_image: Path, capsys: pytest.CaptureFixture[str]) -> None:

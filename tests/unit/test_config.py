@@ -60,7 +60,7 @@ def test_attention(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("tp_size", [-1, 0, 9])
 def test_sizes_have_a_range(monkeypatch: pytest.MonkeyPatch, tp_size: int) -> None:
     see_gpus(monkeypatch, 0)
-    with pytest.raises(DeviceError, match=f"A group of {tp_size} ranks: choose 1 to 8"):
+    with pytest.raises(DeviceError, match=f"A TP size of {tp_size}: choose 1 to 8"):
         GroupConfig.local(tp_size)
 
 
@@ -70,6 +70,18 @@ def test_without_gpus_the_ranks_are_on_the_cpu(monkeypatch: pytest.MonkeyPatch) 
     assert (group.tp_size, group.device, group.devices) == (3, "cpu", ())
     with pytest.raises(DeviceError, match="no CUDA GPU is visible"):
         GroupConfig.local(2, (0, 1))
+
+
+def test_a_group_has_its_tp_size_times_its_batch_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    see_gpus(monkeypatch, 4)
+    group = GroupConfig.local(2, batch_groups=2)
+    assert (group.num_ranks, group.devices) == (4, (0, 1, 2, 3))
+    with pytest.raises(DeviceError, match=r"6 GPUs .* were asked for, but this machine shows 4"):
+        GroupConfig.local(2, batch_groups=3)
+    with pytest.raises(DeviceError, match="4 ranks need as many different GPUs"):
+        GroupConfig(2, "cuda", (0, 1), batch_groups=2)
+    with pytest.raises(DeviceError, match="A group of 0 ranks"):
+        GroupConfig(2, "cpu", batch_groups=0)
 
 
 def test_the_first_gpus_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,6 @@
 """Messages survive the wire; whatever else arrives is a ProtocolError and costs no memory."""
 
 import contextlib
-import resource
 from typing import Any
 
 import msgspec
@@ -9,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from support.memory import at_most
 from tp_runtime.config import ModelSpec
 from tp_runtime.errors import ProtocolError
 from tp_runtime.protocol import (
@@ -17,6 +17,7 @@ from tp_runtime.protocol import (
     Close,
     Denoise,
     Done,
+    Evaluation,
     Failed,
     Load,
     Progress,
@@ -78,18 +79,18 @@ def test_replies_survive_the_wire(reply: Any) -> None:
 
 @given(st.dictionaries(st.text(), trees))
 def test_inputs_survive_the_wire(inputs: dict[str, Any]) -> None:
-    message = Denoise(7, "m", pack_inputs(inputs), [1, 2], 4096, REF)
+    message = Denoise(7, "m", [Evaluation(pack_inputs(inputs), REF)], [1, 2], 4096)
     arrived = decode_request(encode(message))
     assert isinstance(arrived, Denoise)
-    assert arrived.inputs == inputs
-    assert (arrived.drop, arrived.exchange_bytes, arrived.result) == ([1, 2], 4096, REF)
+    assert arrived.evaluations == [Evaluation(inputs, REF)]
+    assert (arrived.drop, arrived.exchange_bytes) == ([1, 2], 4096)
 
 
 def test_tuples_arrive_as_lists() -> None:
-    message = Denoise(7, "m", pack_inputs({"sizes": (1, (REF,))}), [], 0, REF)
+    message = Denoise(7, "m", [Evaluation(pack_inputs({"sizes": (1, (REF,))}), REF)], [], 0)
     arrived = decode_request(encode(message))
     assert isinstance(arrived, Denoise)
-    assert arrived.inputs == {"sizes": [1, [REF]]}
+    assert arrived.evaluations[0].inputs == {"sizes": [1, [REF]]}
 
 
 def endless() -> list[Any]:
@@ -166,9 +167,15 @@ def test_damaged_frames_decode_or_raise_a_protocol_error(message: Any, data: st.
     ids=["list", "map", "text", "extension", "nested lists", "deep"],
 )
 def test_what_a_frame_claims_to_hold_takes_no_memory(claim: bytes) -> None:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     body = msgspec.msgpack.encode(Done(1, 0))[:-1] + claim
     frame = msgspec.msgpack.encode({"version": VERSION, "body": msgspec.Raw(body)})
-    with pytest.raises(ProtocolError):
+    with at_most(2**20), pytest.raises(ProtocolError):
         decode_reply(frame)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 * 1024  # KiB
+
+
+@pytest.mark.parametrize("value", [[], {}, [[]], 0.0, ""], ids=repr)
+def test_a_frame_takes_memory_in_proportion_to_its_length(value: Any) -> None:
+    """At most so much a byte, whatever it holds; and a frame is capped."""
+    frame = encode(Done(1, [value] * 2**18))
+    with at_most(100 * len(frame)):
+        decode_reply(frame)

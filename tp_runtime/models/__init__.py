@@ -1,9 +1,9 @@
 """The model families: one file each, with everything that is particular to the family.
 
 A family's module has ``FAMILY``, ``LABEL``, ``UNUSED`` and the functions ``recognises``,
-``infer_config``, ``file_tensors``, ``sources``, ``latent_shape``, ``plan``; for diffusers folders
-``DIFFUSERS_CLASS``, ``SWAPPED_HALVES`` and ``diffusers_config`` (all that ComfyUI's process needs:
-no vLLM, no diffusers); and ``build`` and ``Driver`` (what a rank needs).
+``infer_config``, ``file_tensors``, ``sources``, ``latent_shape``, ``plan``, ``stages``; for
+diffusers folders ``DIFFUSERS_CLASS``, ``SWAPPED_HALVES`` and ``diffusers_config`` (all that
+ComfyUI's process needs: no vLLM, no diffusers); and ``build`` and ``Driver`` (what a rank needs).
 ``docs/adding_a_model.md`` is the guide.
 """
 

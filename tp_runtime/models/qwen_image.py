@@ -20,6 +20,7 @@ from ..errors import CheckpointError, InputError
 from ..safetensors_file import TensorInfo
 from ..sharding.parts import Source, Sources
 from ..sharding.plan import QKV, Column, Plan, Replicated, Row, Split
+from ..stages import Stage
 from .common import (
     Conditioning,
     DriverBase,
@@ -205,6 +206,14 @@ def plan(config: dict[str, Any]) -> Plan:
             "proj_out": Replicated(),
         }
     )
+
+
+def stages(config: dict[str, Any], image_tokens: int, text_tokens: int) -> list[Stage]:
+    """The blocks of one evaluation. ``image_tokens``: with references."""
+    dim = config["dim"]
+    heads, ffn = Split(config["num_heads"], config["head_dim"]), Split(MLP_RATIO * dim)
+    streams = text_tokens, image_tokens
+    return [Stage(config["num_blocks"], streams, dim, heads, ffn, (dim, 6 * dim))]
 
 
 def build(config: dict[str, Any]) -> nn.Module:

@@ -21,6 +21,7 @@ from ..errors import CheckpointError, InputError
 from ..safetensors_file import TensorInfo
 from ..sharding.parts import Source, Sources
 from ..sharding.plan import QKV, Column, MergedColumn, Plan, Replicated, Row, Split
+from ..stages import Stage
 from .common import (
     Conditioning,
     DriverBase,
@@ -205,6 +206,21 @@ def plan(config: dict[str, Any]) -> Plan:
             "t_embedder.mlp.2": Row(),
         }
     )
+
+
+def stages(config: dict[str, Any], image_tokens: int, text_tokens: int) -> list[Stage]:
+    """The blocks of one evaluation; the caption's own run once per generation."""
+    multiple = config["pad_tokens_multiple"] or 1
+    image, text = (-(-tokens // multiple) * multiple for tokens in (image_tokens, text_tokens))
+    dim, heads = config["dim"], Split(config["n_heads"], config["head_dim"])
+    modulation = min(dim, ADALN_DIM), 4 * dim
+    return [
+        Stage(count, (tokens,), dim, heads, Split(config["ffn_dim"]), modulation, gated=True)
+        for count, tokens in (
+            (config["n_refiner_layers"], image),
+            (config["n_layers"], text + image),
+        )
+    ]
 
 
 def build(config: dict[str, Any]) -> nn.Module:

@@ -1,0 +1,88 @@
+"""One step of a sampler, as ComfyUI's `calc_cond_batch` computes it for all conditions.
+
+It is timed, which `auto` decides by; and where there are batch groups, conditions that ComfyUI
+cannot put into one batch are evaluated at the same time instead of one after the other.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from comfy.model_management import throw_exception_if_processing_interrupted
+from comfy.patcher_extension import WrappersMP, get_all_wrappers
+
+from ..tp_runtime import RemoteModel, Workload
+from .together import Meeting
+
+Conditions = Sequence[list[dict[str, Any]] | None]
+
+KEY = "tensor_parallel"
+
+# What a condition may have that more than one of them, or ComfyUI's own models, take part in.
+_SHARED = ("hooks", "control", "default")
+
+
+def calc_cond_batch(
+    executor: Callable[..., list[torch.Tensor]],
+    model: Any,
+    conds: Conditions,
+    x_in: torch.Tensor,
+    timestep: torch.Tensor,
+    model_options: dict[str, Any],
+) -> list[torch.Tensor]:
+    """ComfyUI's wrapper `CALC_COND_BATCH`; same arguments and results as what it wraps."""
+    wrappers = get_all_wrappers(WrappersMP.CALC_COND_BATCH, model_options, is_model_options=True)
+    if len(wrappers) > 1:  # another node leaves steps out, or keeps account of conditions
+        return executor(model, conds, x_in, timestep, model_options)
+    remote: RemoteModel = model.diffusion_model.remote
+    began, evaluations = time.perf_counter(), remote.num_evaluations
+
+    def alone(index: int) -> list[torch.Tensor]:
+        only = [cond if place == index else None for place, cond in enumerate(conds)]
+        return executor(model, only, x_in, timestep, model_options)
+
+    if remote.group_config.batch_groups > 1 and _can_be_apart(conds):
+        present = [index for index, cond in enumerate(conds) if cond is not None]
+        # A result for every place, of which those of absent conditions are zero.
+        apart = Meeting().run(
+            [functools.partial(alone, index) for index in present],
+            functools.partial(remote.denoise_all, poll=throw_exception_if_processing_interrupted),
+        )
+        results = [torch.zeros_like(x_in) for _ in conds]
+        for index, of_one in zip(present, apart, strict=True):
+            results[index] = of_one[index]
+    else:
+        results = executor(model, conds, x_in, timestep, model_options)
+    if remote.num_evaluations > evaluations:
+        workload = _workload(conds, x_in)
+        remote.record_step(workload, (time.perf_counter() - began) * 1000)
+    return results
+
+
+def _can_be_apart(conds: Conditions) -> bool:
+    """Whether there are several conditions, of different sizes, with nothing in common."""
+    entries = list(_entries(conds))
+    if any(entry.get(name) is not None for entry in entries for name in _SHARED):
+        return False
+    sizes = [
+        {name: cond.size() for name, cond in entry["model_conds"].items()} for entry in entries
+    ]
+    return any(size != sizes[0] for size in sizes)
+
+
+def _workload(conds: Conditions, x_in: torch.Tensor) -> Workload:
+    entries = list(_entries(conds))
+    batch, *shape = x_in.shape
+    return Workload((batch * len(entries), *shape), max(map(_text_tokens, entries), default=0))
+
+
+def _text_tokens(entry: Mapping[str, Any]) -> int:
+    text = entry["model_conds"].get("c_crossattn")
+    return 0 if text is None else text.cond.shape[1]
+
+
+def _entries(conds: Conditions) -> Iterator[dict[str, Any]]:
+    for cond in conds:
+        yield from cond or ()

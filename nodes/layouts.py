@@ -1,0 +1,53 @@
+"""The `layout` input: how the GPUs that `gpu_count` says share the work."""
+
+from ..tp_runtime import MAX_TP_SIZE, CheckpointInfo, Layout
+from .schema import check_choice
+
+AUTO = "auto"
+PLAIN = "tp"
+_EXPLICIT = tuple(
+    str(Layout(tp_size, batch_groups))
+    for tp_size in range(1, MAX_TP_SIZE + 1)
+    for batch_groups in range(1, MAX_TP_SIZE // tp_size + 1)
+)
+LAYOUTS = (AUTO, PLAIN, *_EXPLICIT)
+
+
+def possible_layouts(
+    layout: str, gpu_count: int | None, info: CheckpointInfo, num_gpus: int
+) -> list[Layout]:
+    """What the two inputs leave to choose from, the default first.
+
+    `gpu_count`: None for 'auto', which means at most `num_gpus`.
+
+    Raises:
+        SizeError: the model cannot be split that way.
+        ValueError: it is none of `LAYOUTS`, or contradicts `gpu_count`.
+    """
+    check_choice("layout", layout, LAYOUTS)
+    if layout not in (AUTO, PLAIN):
+        return [_explicit(layout, gpu_count, info)]
+    if gpu_count is not None:
+        info.check_tp_size(gpu_count)
+    sizes = info.valid_tp_sizes(limit=min(gpu_count or num_gpus, MAX_TP_SIZE))
+    default = Layout(max(sizes))
+    most_groups = 1 if layout == PLAIN else num_gpus if gpu_count is None else gpu_count
+    every = [
+        Layout(tp_size, batch_groups)
+        for tp_size in sizes
+        for batch_groups in range(1, most_groups + 1)
+        if tp_size * batch_groups <= (gpu_count or num_gpus)
+        and (gpu_count is None or tp_size * batch_groups == gpu_count)
+    ]
+    return [default, *(found for found in every if found != default)]
+
+
+def _explicit(layout: str, gpu_count: int | None, info: CheckpointInfo) -> Layout:
+    chosen = Layout.parse(layout)
+    if gpu_count is not None and gpu_count != chosen.num_gpus:
+        raise ValueError(
+            f"layout={layout} takes {chosen.num_gpus} GPUs (TP size x batch groups), but gpu_count "
+            f"is {gpu_count}. Set gpu_count to {chosen.num_gpus} or 'auto', or layout to 'auto'."
+        )
+    info.check_tp_size(chosen.tp_size)
+    return chosen

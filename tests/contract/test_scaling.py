@@ -1,0 +1,29 @@
+"""The predictions of `docs/scaling.md` are those of the code, and near what was measured."""
+
+import pytest
+
+from bench.scaling import PAGE, Measured, measured, page
+
+TOLERANCE = 0.15
+ROWS = measured()
+
+
+def _name(row: Measured) -> str:
+    case = row.case
+    return f"{case.model}-{case.layout}-{case.side}-batch{case.batch}-{case.device}-{row.commit}"
+
+
+@pytest.mark.parametrize("row", ROWS, ids=_name)
+def test_a_measured_step_is_near_its_prediction(row: Measured) -> None:
+    assert abs(row.error) <= TOLERANCE, f"measured {row.ms}, {row.case.predict()}"
+
+
+def test_rows_of_one_and_two_gpus_and_of_two_batches_are_checked() -> None:
+    assert {row.case.layout.tp_size for row in ROWS} >= {1, 2}
+    assert {row.case.batch for row in ROWS} >= {1, 2}
+    assert {row.case.model for row in ROWS} >= {"z_image", "flux", "qwen_image"}
+
+
+def test_the_page_has_the_tables_of_today() -> None:
+    text = PAGE.read_text()
+    assert page(text) == text, "run: python -m bench.scaling"

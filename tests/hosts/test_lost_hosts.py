@@ -1,0 +1,92 @@
+"""A host that is lost in the middle of a step: a clear error in time, and the next prompt."""
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from faults.conftest import put, wait_until
+from hosts.conftest import ModelOn
+from process.conftest import assert_ended, make_inputs
+
+from support.ray_hosts import Cluster, Host
+from tp_runtime import GroupDiedError, GroupStartError, RemoteModel
+from tp_runtime.transport import SILENCE_S
+
+pytestmark = [pytest.mark.process, pytest.mark.hosts]
+
+KILLED_BOUND_S = 5.0
+CUT_OFF_BOUND_S = 10.0
+
+
+@pytest.fixture
+def whole(cluster: Cluster) -> Cluster:
+    """The cluster with both hosts, whatever happened before."""
+    cluster.hosts[1].cut_off(False)
+    cluster.start()
+    return cluster
+
+
+def lose(
+    host: Host, how: Callable[[], None], model: RemoteModel, faults: Path
+) -> tuple[str, float]:
+    """The error and the seconds after the loss of `host` while its rank is at a step."""
+    model.ensure_loaded()
+    model.denoise(make_inputs())
+    put(faults, rank=1, point="denoise", action="delay", delay_s=300.0)
+    lost_s: list[float] = []
+
+    def poll() -> None:
+        if not lost_s and not faults.exists():  # the rank has taken it
+            how()
+            lost_s.append(time.monotonic())
+
+    with pytest.raises(GroupDiedError) as caught:
+        model.denoise(make_inputs(), poll)
+    return str(caught.value), time.monotonic() - lost_s[0]
+
+
+def assert_works_on_what_is_left(cluster: Cluster, model_on: ModelOn) -> None:
+    """One rank is enough for the next prompt; two are said to be too many."""
+    one = model_on(1)
+    one.ensure_loaded()
+    one.denoise(make_inputs())
+    assert [len(host.ranks()) for host in cluster.hosts] == [1, 0]
+    one._group.close()
+    with pytest.raises(GroupStartError, match=r"2 CPU cores were asked for, .* has 1, "):
+        model_on(2, start_timeout_s=20.0).ensure_loaded()
+
+
+def test_killed(faults: Path, whole: Cluster, model_on: ModelOn) -> None:
+    far = whole.hosts[1]
+    message, seconds = lose(far, far.kill, model_on(2), faults)
+    print(f"noticed after {seconds:.2f} s: {message}")
+    assert re.search(rf"Rank 1 \(process \d+ on {far.address}\) .+ during 'Denoise'", message)
+    assert seconds <= KILLED_BOUND_S
+    assert_works_on_what_is_left(whole, model_on)
+
+
+def test_cut_off(faults: Path, whole: Cluster, model_on: ModelOn) -> None:
+    far = whole.hosts[1]
+    model = model_on(2)
+    model.ensure_loaded()
+    (rank,) = far.ranks()
+    message, seconds = lose(far, far.cut_off, model, faults)
+    print(f"noticed after {seconds:.2f} s: {message}")
+    print(Path(message.rpartition("Log: ")[2]).read_text()[-3000:])
+    assert re.search(
+        rf"Rank 1 \(process \d+ on {far.address}\) was not heard of for {SILENCE_S} s: its host is "
+        "down, or cut off from the network during 'Denoise'",
+        message,
+    )
+    assert seconds <= CUT_OFF_BOUND_S
+    assert_ended([rank.pid], within_s=CUT_OFF_BOUND_S)  # by itself: nobody can reach it
+    assert_works_on_what_is_left(whole, model_on)
+
+
+def test_a_host_comes_back(faults: Path, whole: Cluster, model_on: ModelOn) -> None:
+    model = model_on(2)
+    model.ensure_loaded()
+    model.denoise(make_inputs())
+    wait_until(lambda: [len(host.ranks()) for host in whole.hosts] == [1, 1])

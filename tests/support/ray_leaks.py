@@ -1,0 +1,37 @@
+"""Checks that nothing of a Ray that the pack has started outlives it."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+# In the command lines of what a Ray node consists of, and of our driver.
+MARKS = ("ray::", "/ray/core/src/ray/", "/ray/_private/", "/ray/dashboard/", "/ray/autoscaler/")
+DRIVER_MARK = "tp_runtime.ray_driver"
+
+
+def _now() -> set[str]:
+    """Processes and places of Ray on this machine."""
+    found = set()
+    for process in psutil.process_iter(["cmdline", "status"]):
+        command_line = " ".join(process.info["cmdline"] or ())
+        is_ray = any(mark in command_line for mark in (*MARKS, DRIVER_MARK))
+        if is_ray and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.add(f"process {process.pid}: {command_line[:100]}")
+    places = [*Path("/tmp").glob("ray*"), *Path("/tmp").glob("tp-ray-*"), Path.home() / ".ray"]
+    return found | {str(place) for place in places if place.exists()}
+
+
+@contextmanager
+def no_ray_left_over(within_s: float = 10.0) -> Iterator[None]:
+    """Whatever of Ray the body starts is gone `within_s` after it."""
+    before = _now()
+    try:
+        yield
+    finally:
+        deadline = time.monotonic() + within_s
+        while left := _now() - before:
+            assert time.monotonic() < deadline, f"left over after {within_s} s: {sorted(left)}"
+            time.sleep(0.1)

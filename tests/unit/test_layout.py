@@ -1,0 +1,42 @@
+"""Layouts as text, and the decision between them."""
+
+import pytest
+
+from tp_runtime.layout import MIN_GAIN, Estimate, Layout, estimate, fastest
+
+PLAIN, MIXED, COPIES = Layout(4), Layout(2, 2), Layout(1, 4)
+
+
+@pytest.mark.parametrize("layout", [PLAIN, MIXED, COPIES], ids=str)
+def test_text_and_back(layout: Layout) -> None:
+    assert Layout.parse(str(layout)) == layout
+    assert layout.num_gpus == 4
+
+
+@pytest.mark.parametrize("text", ["", "2", "2x", "x2", "2x2x2", "2*2", "-2x2", "tp"])
+def test_other_text_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="TP size x batch groups"):
+        Layout.parse(text)
+
+
+def test_predictions_are_scaled_to_what_was_measured() -> None:
+    predictions = {PLAIN: 10.0, MIXED: 8.0, COPIES: 6.0}
+    found = estimate(predictions, {PLAIN: 20.0}, predictions.__getitem__)
+    assert found == {
+        PLAIN: Estimate(20.0, measured=True),
+        MIXED: Estimate(16.0, measured=False),
+        COPIES: Estimate(12.0, measured=False),
+    }
+    assert fastest(PLAIN, found) == COPIES
+
+
+def test_without_predictions_only_measurements_decide() -> None:
+    layouts = (PLAIN, MIXED, COPIES)
+    assert fastest(PLAIN, estimate(layouts, {}, None)) == PLAIN
+    assert fastest(PLAIN, estimate(layouts, {MIXED: 5.0}, None)) == PLAIN
+    assert fastest(PLAIN, estimate(layouts, {PLAIN: 6.0, MIXED: 5.0}, None)) == MIXED
+
+
+def test_a_small_gain_changes_nothing() -> None:
+    small = {PLAIN: 100.0, MIXED: 100.5 * (1 - MIN_GAIN)}
+    assert fastest(PLAIN, estimate(small, small, None)) == PLAIN

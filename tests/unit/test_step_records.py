@@ -1,0 +1,89 @@
+"""The times of samplers' steps, which outlive the process."""
+
+from pathlib import Path
+
+import pytest
+
+from tp_runtime.layout import Layout
+from tp_runtime.step_records import KEPT_TIMES, MIN_TIMES, StepRecords, Workload
+
+MODEL, GPU = "/models/a.safetensors", "NVIDIA H200"
+CFG = Workload((2, 16, 128, 128), 77)
+SINGLE = Workload((1, 16, 128, 128), 77)
+PLAIN, MIXED = Layout(4), Layout(2, 2)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "new folder" / "step_records.json"
+
+
+def add(records: StepRecords, workload: Workload, layout: Layout, *times: float) -> None:
+    for ms in times:
+        records.add(MODEL, GPU, workload, layout, ms)
+
+
+def test_another_process_finds_what_was_recorded(path: Path) -> None:
+    records = StepRecords(path)
+    add(records, CFG, PLAIN, 400.0, 90.0, 72.0, 71.0)
+    add(records, CFG, MIXED, 61.0, 60.0, 62.0, 63.0)
+    records.save()
+    later = StepRecords(path)
+    assert later.last_workload(MODEL, GPU) == CFG
+    assert later.times(MODEL, GPU, CFG) == {PLAIN: 71.0, MIXED: 60.0}
+
+
+def test_models_devices_and_shapes_are_told_apart(path: Path) -> None:
+    records = StepRecords(path)
+    add(records, CFG, PLAIN, *[70.0] * MIN_TIMES)
+    assert records.times(MODEL, GPU, SINGLE) == {}
+    assert records.times(MODEL, "cpu", CFG) == {}
+    assert records.last_workload("/models/b.safetensors", GPU) is None
+
+
+def test_a_few_steps_say_nothing(path: Path) -> None:
+    """The first ones compile and record."""
+    records = StepRecords(path)
+    add(records, CFG, PLAIN, *[70.0] * (MIN_TIMES - 1))
+    assert records.times(MODEL, GPU, CFG) == {}
+
+
+def test_old_times_are_forgotten(path: Path) -> None:
+    records = StepRecords(path)
+    add(records, CFG, PLAIN, 50.0, *[70.0] * KEPT_TIMES)
+    assert records.times(MODEL, GPU, CFG) == {PLAIN: 70.0}
+
+
+def test_the_last_use_counts(path: Path) -> None:
+    records = StepRecords(path)
+    add(records, CFG, PLAIN, 70.0)
+    add(records, SINGLE, PLAIN, 40.0)
+    assert records.last_workload(MODEL, GPU) == SINGLE
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"a": {"last": 3}}'])
+def test_a_file_that_is_not_ours_is_replaced(path: Path, content: bytes) -> None:
+    path.parent.mkdir()
+    path.write_bytes(content)
+    records = StepRecords(path)
+    assert records.last_workload(MODEL, GPU) is None
+    add(records, CFG, PLAIN, 70.0)
+    records.save()
+    assert StepRecords(path).last_workload(MODEL, GPU) == CFG
+
+
+def test_two_processes_keep_each_others_models(path: Path) -> None:
+    one, other = StepRecords(path), StepRecords(path)
+    one.add(MODEL, GPU, CFG, PLAIN, 70.0)
+    other.add("/models/b.safetensors", GPU, CFG, PLAIN, 70.0)
+    one.save()
+    other.save()
+    assert StepRecords(path).last_workload(MODEL, GPU) == CFG
+
+
+def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    records = StepRecords(tmp_path / "file" / "step_records.json")
+    add(records, CFG, PLAIN, 70.0)
+    records.save()
+    assert records.last_workload(MODEL, GPU) == CFG

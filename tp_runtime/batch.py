@@ -1,0 +1,61 @@
+"""Divides forward batches over batch groups. Part of the engine's half.
+
+The items of a batch do not depend on one another, so the groups exchange nothing.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+Inputs = Mapping[str, Any]
+
+
+def divide(inputs: Inputs, num_parts: int) -> list[Inputs]:
+    """The inputs of at most ``num_parts`` evaluations, of consecutive items of the batch each.
+
+    ``inputs["x"]`` is (batch, ...). A tensor with as many rows is divided along them, one with a
+    single row serves every item, and one without axes is no item's. The first parts get one item
+    more where it does not come out even. A batch that holds anything else stays whole.
+    """
+    batch = inputs["x"].shape[0]
+    num_parts = min(num_parts, batch)
+    if num_parts <= 1 or any(_rows(tensor) not in (1, batch) for tensor in tensors_in(inputs)):
+        return [inputs]
+    sizes = [len(range(part, batch, num_parts)) for part in range(num_parts)]
+    starts = [sum(sizes[:part]) for part in range(num_parts)]
+    return [
+        _narrowed(inputs, batch, start, size) for start, size in zip(starts, sizes, strict=True)
+    ]
+
+
+def divide_all(wanted: Sequence[Inputs], batch_groups: int) -> list[list[Inputs]]:
+    """Of each wanted evaluation the parts, so that all of them together keep the groups busy."""
+    return [divide(inputs, math.ceil(batch_groups / len(wanted))) for inputs in wanted]
+
+
+def _narrowed(value: Any, batch: int, start: int, size: int) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value if _rows(value) != batch else value.narrow(0, start, size)
+    if isinstance(value, Mapping):
+        return {key: _narrowed(item, batch, start, size) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_narrowed(item, batch, start, size) for item in value]
+    return value
+
+
+def _rows(tensor: torch.Tensor) -> int:
+    return tensor.shape[0] if tensor.ndim else 1
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in a tree of plain data."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_in(item)

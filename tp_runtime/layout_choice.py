@@ -1,0 +1,102 @@
+"""Which layout `auto` takes for a model on this machine. Part of the engine's half.
+
+By what the model was used for last: steps that were measured here, and predictions
+(``cost_model``) for the layouts that were not.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from .checkpoint import CheckpointInfo
+from .config import device_name
+from .cost_model import LINKS, Link, device_of, predict
+from .group import ROOM_BYTES, ROOM_FACTOR
+from .layout import Layout, estimate, fastest
+from .step_records import StepRecords, Workload
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A layout; ``reason`` says in a sentence why it is not the default, if it is not."""
+
+    layout: Layout
+    reason: str | None = None
+
+
+def choose_layout(
+    info: CheckpointInfo, layouts: Sequence[Layout], gpus: Sequence[int], records: StepRecords
+) -> Choice:
+    """The fastest of ``layouts`` for what the model was used for last; the first is the default.
+
+    ``gpus``: those that may be used, empty on the CPU, where nothing is predicted.
+    """
+    default = layouts[0]
+    device = device_name(gpus[0] if gpus else None)
+    workload = records.last_workload(info.path, device)
+    if workload is None or len(layouts) == 1:
+        return Choice(default)
+    useful = [
+        layout
+        for layout in layouts
+        if layout == default
+        or (layout.batch_groups <= workload.batch and _fits(info, layout, gpus))
+    ]
+    measured = records.times(info.path, device, workload)
+    estimates = estimate(useful, measured, _predictor(info, workload, gpus))
+    layout = fastest(default, estimates)
+    if layout == default:
+        return Choice(default)
+    return Choice(
+        layout,
+        f"'auto' takes the layout {layout} (TP size x batch groups): {estimates[layout]} a step, "
+        f"and {default} takes {estimates[default]}, for latents of {workload.latent_shape} as in "
+        "the last prompt. Set layout or gpu_count to decide yourself.",
+    )
+
+
+def _predictor(
+    info: CheckpointInfo, workload: Workload, gpus: Sequence[int]
+) -> Callable[[Layout], float] | None:
+    if not gpus:
+        return None
+    device, link = device_of(device_name(gpus[0])), link_between(gpus)
+
+    def milliseconds(layout: Layout) -> float:
+        return predict(
+            info.family,
+            info.config,
+            workload.latent_shape,
+            workload.text_tokens,
+            layout.tp_size,
+            layout.batch_groups,
+            device,
+            link,
+        ).ms
+
+    return milliseconds
+
+
+def link_between(gpus: Sequence[int]) -> Link:
+    """What is likely to connect these GPUs: torch tells whether they reach each other's memory.
+
+    Those of data centres do it through NVLink.
+    """
+    import torch
+
+    pairs = itertools.permutations(gpus, 2)
+    if not all(torch.cuda.can_device_access_peer(one, other) for one, other in pairs):
+        return LINKS["pcie-host"]
+    known = device_of(device_name(gpus[0])).name != "other"
+    return LINKS["nvlink" if known else "pcie"]
+
+
+def _fits(info: CheckpointInfo, layout: Layout, gpus: Sequence[int]) -> bool:
+    """Whether each GPU could hold its share of the weights, if nothing else were on it."""
+    if not gpus:
+        return True
+    import torch
+
+    share = info.weight_bytes(itemsize=2) / layout.tp_size
+    smallest = min(torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus)
+    return share * ROOM_FACTOR + ROOM_BYTES <= smallest

@@ -1,0 +1,107 @@
+"""What the steps of samplers took on this machine, kept between starts. Part of the engine's half.
+
+One small JSON file in ``home()``: by model file and device, for each shape of latents and each
+layout, the latest times. ``layout`` decides by them.
+"""
+
+import contextlib
+import platform
+import tempfile
+import time
+from pathlib import Path
+
+import msgspec
+
+from .layout import Layout
+
+KEPT_TIMES = 16  # the latest ones, of which the shortest counts: first steps compile and record
+MIN_TIMES = 4
+SAVE_INTERVAL_S = 5.0
+
+
+class Workload(msgspec.Struct, frozen=True):
+    """What one step of a sampler evaluates.
+
+    ``latent_shape`` (B, C, ..., H, W), with the items of all conditions together as B;
+    ``text_tokens``: of the longest text.
+    """
+
+    latent_shape: tuple[int, ...]
+    text_tokens: int
+
+    @property
+    def batch(self) -> int:
+        return self.latent_shape[0]
+
+
+class _OfModel(msgspec.Struct):
+    """``times``: shape of the latents as text → layout as text → the latest times in ms."""
+
+    last: Workload
+    times: dict[str, dict[str, list[float]]] = {}
+
+
+_Book = dict[str, _OfModel]
+
+
+class StepRecords:
+    """The book of times. Another process's entries of the same model may replace this one's."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._saved_at = 0.0
+        self._mine: _Book = {}
+
+    def add(self, model: str, device: str, workload: Workload, layout: Layout, ms: float) -> None:
+        """A step took so long. ``model``: the file's path; ``device``: its product name."""
+        key = _key(model, device)
+        entry = self._mine.get(key) or self._read().get(key) or _OfModel(workload)
+        self._mine[key] = entry
+        entry.last = workload
+        times = entry.times.setdefault(str(workload.latent_shape), {}).setdefault(str(layout), [])
+        times.append(round(ms, 3))
+        del times[:-KEPT_TIMES]
+        if time.monotonic() - self._saved_at > SAVE_INTERVAL_S:
+            self.save()
+
+    def last_workload(self, model: str, device: str) -> Workload | None:
+        """What the model was last used for."""
+        entry = self._entry(model, device)
+        return entry.last if entry else None
+
+    def times(self, model: str, device: str, workload: Workload) -> dict[Layout, float]:
+        """The time of a step in ms, of every layout that was used often enough to say."""
+        entry = self._entry(model, device)
+        if entry is None:
+            return {}
+        by_layout = entry.times.get(str(workload.latent_shape), {})
+        return {
+            Layout.parse(layout): min(times)
+            for layout, times in by_layout.items()
+            if len(times) >= MIN_TIMES
+        }
+
+    def save(self) -> None:
+        """Write what was added. A disk that is full is no reason to stop: the file only helps."""
+        self._saved_at = time.monotonic()
+        book = self._read() | self._mine
+        with contextlib.suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            fd, name = tempfile.mkstemp(dir=self._path.parent, prefix=self._path.name)
+            with open(fd, "wb") as file:
+                file.write(msgspec.json.format(msgspec.json.encode(book)))
+            Path(name).replace(self._path)
+
+    def _entry(self, model: str, device: str) -> _OfModel | None:
+        key = _key(model, device)
+        return self._mine.get(key) or self._read().get(key)
+
+    def _read(self) -> _Book:
+        try:
+            return msgspec.json.decode(self._path.read_bytes(), type=_Book)
+        except (OSError, msgspec.MsgspecError):  # not there yet, or another release's
+            return {}
+
+
+def _key(model: str, device: str) -> str:
+    return f"{model} on {device}, {platform.node()}"
