@@ -68,7 +68,7 @@ def failure_of(engine: Engine, within_s: float) -> str:
 
 def test_ranks_that_are_not_one_group_are_refused(python_with: PythonWith) -> None:
     message = failure_of(Engine(cpu_group(2, python=python_with(LYING_RANK))), within_s=60)
-    assert "2 ranks was asked for, but the ranks see tensor-parallel sizes [2, 1]" in message
+    assert "of tensor-parallel size 2 were asked for, but they see the sizes [2, 1]" in message
 
 
 def test_a_rank_that_raises_names_itself(python_with: PythonWith) -> None:
