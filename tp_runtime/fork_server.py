@@ -17,19 +17,23 @@ import os
 import signal
 import socket
 import sys
+import threading
 import traceback
+import warnings
 from pathlib import Path
 
 import msgspec
 from setproctitle import setproctitle
 
 from .config import WorkerConfig
-from .transport import wait
+from .transport import receive_with_fds, wait
 
 IDLE_S = 300.0
-MAX_REQUEST_BYTES = 128 * 2**10
 _MAX_FDS = 4  # of one request: for the answers, of the rank's channel, shared memory and log
 _PR_SET_PDEATHSIG = 1
+# The driver's, once CUDA was asked for GPUs (there are none), and jemalloc's in pyarrow, which
+# pandas and so transformers import: a rank that was forked beside both computed on its GPU.
+_HARMLESS_THREADS = ("cuda", "jemalloc")
 
 
 class _Child:
@@ -67,9 +71,7 @@ def serve(requests: socket.socket) -> WorkerConfig | None:
             children.pop(pidfd).reap()
         if requests not in ready:
             continue
-        packet, fds, *_ = socket.recv_fds(
-            requests, MAX_REQUEST_BYTES, _MAX_FDS, socket.MSG_CMSG_CLOEXEC
-        )
+        packet, fds = receive_with_fds(requests, _MAX_FDS)
         if not packet:
             break
         config = msgspec.json.decode(packet, type=WorkerConfig | None)
@@ -78,7 +80,10 @@ def serve(requests: socket.socket) -> WorkerConfig | None:
             with answers, contextlib.suppress(OSError):
                 answers.send(b"up")
             continue
-        pid = os.fork()
+        with warnings.catch_warnings():
+            # Python 3.12 warns of every thread, those of _HARMLESS_THREADS, too.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
         if pid == 0:
             requests.close()
             answers.close()
@@ -133,9 +138,11 @@ def _check_can_fork() -> None:
             "Importing what the ranks need has initialised CUDA, so no rank can be forked from "
             "this process. A package of the runtime's Python does that."
         )
-    threads = list(Path("/proc/self/task").iterdir())
-    if len(threads) > 1:
-        names = sorted((thread / "comm").read_text().strip() for thread in threads)
+    own = threading.get_native_id()
+    threads = [task for task in Path("/proc/self/task").iterdir() if task.name != str(own)]
+    names = sorted((thread / "comm").read_text().strip() for thread in threads)
+    names = [name for name in names if not name.startswith(_HARMLESS_THREADS)]
+    if names:
         raise RuntimeError(
             f"Importing what the ranks need has started threads ({', '.join(names)}), so no rank "
             "can be forked from this process. A package of the runtime's Python does that, or a "

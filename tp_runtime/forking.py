@@ -17,7 +17,7 @@ import msgspec
 
 from .config import WorkerConfig
 from .launcher import Poll, describe_status, tail_of
-from .transport import wait
+from .transport import receive_with_fds, wait
 
 POLL_S = 0.01
 FORK_TIMEOUT_S = 30.0
@@ -120,9 +120,7 @@ class ForkServer:
             if not wait([answers], FORK_TIMEOUT_S):
                 self._process.kill()
                 raise ForkServerError(f"did not fork a rank within {FORK_TIMEOUT_S:g} s")
-            packet, pidfds, *_ = socket.recv_fds(
-                answers, MAX_ANSWER_BYTES, 1, socket.MSG_CMSG_CLOEXEC
-            )
+            packet, pidfds = receive_with_fds(answers, max_fds=1)
             if not packet:
                 raise self._gone()
             return msgspec.json.decode(packet, type=int), pidfds[0], answers

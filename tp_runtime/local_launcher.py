@@ -35,10 +35,6 @@ _ENVIRONMENT = {
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
 }
 
-# What a rank compiles is there at the next start; torch's own choice is below /tmp.
-_COMPILE_CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
-
-
 _COMPILE_CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 
 
@@ -64,7 +60,7 @@ class LocalRank:
         return bool(wait([self.death_fd], timeout_s))
 
     def describe_exit(self) -> str:
-        if not self.ended(0):
+        if not self.ended(STATUS_TIMEOUT_S):  # its stream ends a moment before the process does
             return "closed its connection"
         told = wait([self.status], STATUS_TIMEOUT_S)
         if told and (packet := self.status.recv(MAX_ANSWER_BYTES, socket.MSG_PEEK)):
@@ -161,7 +157,7 @@ def _running_server(config: GroupConfig, poll: Poll) -> ForkServer:
     """A fork server that is up: that of an earlier group, or a new one. Raises GroupStartError."""
     while True:
         try:
-            server = fork_server(config.python, _environment())
+            server = fork_server(config.python, _server_environment())
             is_new = not server.is_up
             server.wait_until_up(poll, config.start_timeout_s)
             return server
@@ -181,8 +177,17 @@ def _usable_cores() -> int:
 
 
 def _environment() -> dict[str, str]:
-    """Of the fork server: what all ranks have in common."""
+    """What the fork server and all ranks have in common."""
     return inherited_environment() | _ENVIRONMENT
+
+
+def _server_environment() -> dict[str, str]:
+    """Of the fork server: it sees no GPU, so that no import initialises one.
+
+    vLLM's does ask CUDA for them (vllm/platforms/cuda.py, 0.26). A rank that was forked after a
+    vain question can ask again.
+    """
+    return _environment() | {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def _rank_environment(config: GroupConfig) -> dict[str, str]:

@@ -76,10 +76,11 @@ class ProcessGroup:
 
     def is_up(self) -> bool:
         """Whether the group has started, and all its ranks live."""
-        return self.state in (State.READY, State.BUSY) and not self._has_dead_rank()
+        return self.state in (State.READY, State.BUSY) and not self._is_failing()
 
-    def _has_dead_rank(self) -> bool:
-        return any(rank.ended(0) for rank in self.ranks)
+    def _is_failing(self) -> bool:
+        """Whether a rank has raised or ended, so that the owner is about to end the group."""
+        return bool(self._last_words) or any(rank.ended(0) for rank in self.ranks)
 
     # --- start ---------------------------------------------------------------------------------
 
@@ -136,7 +137,7 @@ class ProcessGroup:
     # --- requests ------------------------------------------------------------------------------
 
     def _check_ready(self) -> None:
-        if self.state is State.FAILED or (self.state is State.READY and self._has_dead_rank()):
+        if self.state is State.FAILED or (self.state is State.READY and self._is_failing()):
             raise failures.lost(self.error)
         if self.state is not State.READY or self._close_asked:
             raise GroupClosedError("The process group has been closed, or was never started.")

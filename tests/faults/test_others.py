@@ -302,7 +302,9 @@ def real(faults: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rem
 
 def chosen_again(model: RemoteModel) -> RemoteModel:
     """As the loader does when the prompt is queued: the file as it is now."""
-    return RemoteModel(ModelSpec.of(model.spec.path, "float32", "float32"), model._group)
+    return RemoteModel(
+        ModelSpec.of(model.spec.path, "float32", "float32"), model._group, model._records
+    )
 
 
 def same_as_native(model: RemoteModel) -> None:

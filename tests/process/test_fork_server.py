@@ -13,7 +13,8 @@ from process.conftest import PythonWith, assert_ended, cpu_group
 
 from support.leaks import SERVER_MARK, is_marked
 from tp_runtime import GroupDiedError, GroupStartError
-from tp_runtime.engine import Engine, State
+from tp_runtime.engine import Engine
+from tp_runtime.process_group import State
 from tp_runtime.protocol import Report
 
 pytestmark = pytest.mark.process
