@@ -3,9 +3,11 @@
 This process never imports ray: the driver (``ray_driver``) does, with the runtime's Python.
 """
 
+import contextlib
 import math
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import threading
@@ -13,6 +15,7 @@ import time
 from pathlib import Path
 
 import msgspec
+import psutil
 
 from .config import GroupConfig
 from .errors import GroupStartError
@@ -113,7 +116,16 @@ class Driver:
             self.process.kill()
             self.process.wait()
         if self._ray_folder:
+            _end_session(self.process.pid)
             shutil.rmtree(self._ray_folder, ignore_errors=True)
+
+
+def _end_session(leader: int) -> None:
+    """Kill what is left of a session: agents of a Ray whose driver was killed stay for a minute."""
+    for pid in psutil.pids():
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if os.getsid(pid) == leader:
+                os.kill(pid, signal.SIGKILL)
 
 
 _gpu_counts: dict[str, int] = {}  # by the cluster's address
