@@ -32,6 +32,8 @@ def not_started(
     config: GroupConfig, ranks: Sequence[Rank], blamed: Rank | None, error: BaseException
 ) -> GroupStartError:
     """For a group whose ranks did not all become ready."""
+    if not ranks:
+        return GroupStartError(f"No rank of the process group could be started: {error}")
     tails = [rank.log_tail() for rank in ranks]
     lacking = _lacking(config, tails)
     if lacking:
@@ -40,6 +42,14 @@ def not_started(
     return GroupStartError(
         f"The process group of {config.num_ranks} {config.device.upper()} ranks did not start: "
         f"{error} Runtime Python: {config.python}. The log ends:\n{tail}"
+    )
+
+
+def no_python(config: GroupConfig, error: OSError) -> GroupStartError:
+    """For a group whose Python is no program that can be run."""
+    return GroupStartError(
+        f"The runtime's Python {config.python!r} could not be started: {error}. "
+        "Set TP_RUNTIME_PYTHON to a Python that has vllm and diffusers installed."
     )
 
 
