@@ -88,5 +88,5 @@ hosts:
 	fi
 
 clean:
-	rm -rf $(VENV) .comfyui out .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .comfyui .frontend out .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,7 +16,7 @@ from PIL import Image
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
-from support.comfy_page import ComfyPage, comfy_page  # noqa: E402
+from support.comfy_page import ComfyPage, chromium, comfy_page  # noqa: E402
 from support.comfy_server import ComfyServer  # noqa: E402
 from support.paths import TOY_PACK  # noqa: E402
 
@@ -95,7 +95,11 @@ def end_node(page: ComfyPage, node_type: str) -> None:
 def main() -> None:
     """Write them all."""
     gpu_free = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    with ComfyServer(env=gpu_free, pack=TOY_PACK) as server, comfy_page(server) as page:
+    with (
+        ComfyServer(env=gpu_free, pack=TOY_PACK) as server,
+        chromium() as browser,
+        comfy_page(browser, server) as page,
+    ):
         page.open({"Comfy.Minimap.Visible": False})
         run(page, 2)
         nodes(page, HELP / "nodes.png", "TPLoadDiffusionModel", "TPSampler")

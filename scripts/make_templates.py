@@ -20,7 +20,7 @@ from PIL import Image
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
-from support.comfy_page import ComfyPage, comfy_page  # noqa: E402
+from support.comfy_page import ComfyPage, chromium, comfy_page  # noqa: E402
 from support.comfy_server import ComfyServer  # noqa: E402
 
 FOLDER = REPOSITORY / "example_workflows"
@@ -381,7 +381,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="only these, such as z_image_lora")
     options = parser.parse_args()
     FOLDER.mkdir(exist_ok=True)
-    with ComfyServer() as server, comfy_page(server) as page:
+    with ComfyServer() as server, chromium() as browser, comfy_page(browser, server) as page:
         page.open({"Comfy.Minimap.Visible": False})
         page.run_command("Workspace.ToggleFocusMode")
         for title in titles(options.names):

@@ -3,12 +3,13 @@
 Debian's chromium, driven by playwright: playwright's own browser would be another download.
 """
 
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 from support.comfy_server import ComfyServer
 from support.paths import REPOSITORY
@@ -19,6 +20,7 @@ SIZE = {"width": 1400, "height": 880}
 SETTINGS = {
     "Comfy.TutorialCompleted": True,
     "Comfy.InstalledVersion": "1.32.9",
+    "Comfy.VueNodes.Enabled": False,  # nodes are drawn on the canvas, where the tests click
     "Comfy.Workflow.ShowMissingModelsWarning": False,
     "Comfy.NodeBadge.NodeIdBadgeMode": "None",
     "Comfy.Validation.Workflows": False,
@@ -39,6 +41,7 @@ class ComfyPage:
         self.server = server
         self.errors: list[str] = []
         page.add_init_script("localStorage.setItem('vueNodesBannerDismissed', 'true')")
+        page.set_default_timeout(30_000)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
 
     def open(self, settings: Mapping[str, Any] | None = None) -> None:
@@ -81,25 +84,42 @@ class ComfyPage:
     def open_tab(self) -> None:
         """Open the pack's sidebar tab, if it is not open."""
         if not self.page.locator(".tp-panel").is_visible():
-            self.page.locator(".tensor-parallel-tab-button").click()
+            self.page.locator("button:has(.pi-microchip)").click()
             self.page.locator(".tp-panel").wait_for()
 
-    def toasts(self) -> str:
-        """The text of the messages that are shown."""
-        return " ".join(self.page.locator(".p-toast-message").all_inner_texts())
+    def add_node(self, name: str) -> None:
+        """Look for a node in the search box, and take the first that it finds."""
+        self.page.mouse.dblclick(900, 700)
+        self.page.get_by_placeholder(re.compile("Search|Add a node")).last.fill(name)
+        found = self.page.locator(".p-autocomplete-option, [data-testid=node-preview-card] h3")
+        found.filter(has_text=name).first.wait_for()
+        self.page.keyboard.press("Enter")
+
+    def toasts(self, severity: str | None = None) -> str:
+        """The text of the messages that are shown, in frontend 1.32 and in newer ones."""
+        kinds = "" if severity is None else f"-{severity}"
+        newer = "" if severity is None else f"[data-toast-kind={severity}]"
+        shown = self.page.locator(f".p-toast-message{kinds}, [data-testid=toast]{newer}")
+        return " ".join(shown.all_inner_texts())
 
 
 @contextmanager
-def comfy_page(server: ComfyServer) -> Iterator[ComfyPage]:
-    """Chromium with one tab, on ComfyUI's page; closed at the end."""
+def chromium() -> Iterator[Browser]:
+    """A browser without a window; closed at the end."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=chromium_path(), args=["--no-sandbox", "--disable-gpu"]
         )
         try:
-            page = ComfyPage(browser.new_page(viewport=SIZE), server)
-            page.page.set_default_timeout(30_000)
-            page.open()
-            yield page
+            yield browser
         finally:
             browser.close()
+
+
+@contextmanager
+def comfy_page(browser: Browser, server: ComfyServer) -> Iterator[ComfyPage]:
+    """A tab of the browser on ComfyUI's page."""
+    with browser.new_page(viewport=SIZE) as tab:
+        page = ComfyPage(tab, server)
+        page.open()
+        yield page
