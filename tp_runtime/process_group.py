@@ -173,10 +173,10 @@ class ProcessGroup:
             if call is not None:
                 timeout_s = min(max(0.0, call.deadline - began), WATCH_S)
             ready = wait(sources, 0 if close_asked else timeout_s)
-            if call is not None:
-                late_s = time.monotonic() - began - timeout_s
-                if late_s > FROZEN_S:  # so the ranks stood still, too
-                    call.deadline += late_s
+            late_s = time.monotonic() - began - timeout_s
+            call = self._call  # which may have begun meanwhile
+            if call is not None and late_s > FROZEN_S:  # so the ranks stood still, too
+                call.deadline += late_s
             if self._wake_fd in ready:
                 os.eventfd_read(self._wake_fd)
             error = self._receive(ready)

@@ -274,7 +274,7 @@ def _decode(frame: bytes, decoder: Any) -> Any:
                 "Both sides must come from the same release."
             )
         return decoder.decode(outer.body)
-    except (msgspec.MsgspecError, RecursionError, MemoryError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, MemoryError) as error:
         raise ProtocolError(f"A malformed frame of {len(frame)} bytes: {error}") from error
 
 

@@ -146,6 +146,12 @@ def test_any_bytes_decode_or_raise_a_protocol_error(data: bytes) -> None:
     assert_only_protocol_errors(msgspec.msgpack.encode({"version": VERSION, "body": body}))
 
 
+def test_text_that_is_no_utf8_is_a_protocol_error() -> None:
+    frame = encode(Progress(1, 2, 3)).replace(b"Progress", b"\x80rogress")
+    with pytest.raises(ProtocolError):
+        decode_reply(frame)
+
+
 @given(st.sampled_from([*REQUESTS, *REPLIES]), st.data())
 def test_damaged_frames_decode_or_raise_a_protocol_error(message: Any, data: st.DataObject) -> None:
     frame = bytearray(encode(message))
