@@ -26,7 +26,7 @@ import torch
 
 from bench.dummy import config_of, write_dummy
 from bench.inputs import make_inputs
-from tp_runtime import GroupConfig, ModelSpec, Runtime, visible_gpu_count
+from tp_runtime import GroupConfig, Layout, ModelSpec, Runtime, visible_gpu_count
 from tp_runtime.models import FAMILIES, family
 from tp_runtime.stages import count_flops
 
@@ -35,6 +35,7 @@ HOPS = 5
 COLUMNS = [
     "model",
     "tp",
+    "batch_groups",
     "side",
     "batch",
     "ms_median",
@@ -51,7 +52,7 @@ COLUMNS = [
 
 
 def measure(
-    path: Path, args: argparse.Namespace, model: str, tp_size: int, gemm_tflops: float | None
+    path: Path, args: argparse.Namespace, model: str, layout: Layout, gemm_tflops: float | None
 ) -> list[dict[str, Any]]:
     """The rows of one model on one group."""
     config = config_of(model, args.small)
@@ -60,7 +61,7 @@ def measure(
     try:
         remote = runtime.model(
             ModelSpec.of(str(path), "bfloat16", "bfloat16", args.optimize),
-            GroupConfig.local(tp_size),
+            GroupConfig.local(layout.tp_size, batch_groups=layout.batch_groups),
         )
         started = time.perf_counter()
         began: list[float] = []  # to read: then the ranks were up
@@ -71,7 +72,8 @@ def measure(
                 inputs = make_inputs(model, side, batch)
                 row = {
                     "model": model,
-                    "tp": tp_size,
+                    "tp": layout.tp_size,
+                    "batch_groups": layout.batch_groups,
                     "side": side,
                     "batch": batch,
                     "optimize": args.optimize,
@@ -83,7 +85,7 @@ def measure(
                 if gemm_tflops:
                     text = inputs["context"].shape[1]
                     stages = family(model).stages(config, (side // 16) ** 2, text)
-                    floor_ms = batch * count_flops(stages) / gemm_tflops / 1e9 / tp_size
+                    floor_ms = batch * count_flops(stages) / gemm_tflops / 1e9 / layout.num_gpus
                     row["floor_ratio"] = round(row["ms_median"] / floor_ms, 2)
                 rows.append(row)
                 print(json.dumps(row), flush=True)
@@ -177,6 +179,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to measure."""
     parser.add_argument("--models", nargs="+", choices=sorted(FAMILIES), default=sorted(FAMILIES))
     parser.add_argument("--tp", nargs="+", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--layouts", nargs="+", type=Layout.parse, default=[], help="such as 2x2")
     parser.add_argument("--sides", nargs="+", type=int, default=[1024])
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
     parser.add_argument("--steps", type=int, default=10)
@@ -199,11 +202,11 @@ def run(options: argparse.Namespace) -> int:
             write_dummy(model, path, options.small)
         if options.diffusers:
             rows += [known | row for row in _of_diffusers(model, options)]
-        for tp_size in options.tp:
-            if visible_gpu_count() and tp_size > visible_gpu_count():
-                print(f"{model} on {tp_size} GPUs left out: {visible_gpu_count()} here")
+        for layout in [*map(Layout, options.tp), *options.layouts]:
+            if visible_gpu_count() and layout.num_gpus > visible_gpu_count():
+                print(f"{model} on {layout.num_gpus} GPUs left out: {visible_gpu_count()} here")
                 continue
-            rows += [known | row for row in measure(path, options, model, tp_size, rate)]
+            rows += [known | row for row in measure(path, options, model, layout, rate)]
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         name = f"{date.today()}-{known['device'].replace(' ', '-')}.json"

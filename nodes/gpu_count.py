@@ -9,6 +9,7 @@ from ..tp_runtime import (
     CheckpointInfo,
     DeviceError,
     GroupConfig,
+    Layout,
     SizeError,
     choose_layout,
     cluster_gpu_count,
@@ -48,12 +49,12 @@ def choose_group(
     """
     check_choice("gpu_count", choice, CHOICES)
     check_choice("where", where, WHERE)
-    if where == "ray":
-        return _on_ray(choice, info, warn, devices, layout)
-    gpus, shown_by = _usable_gpus(devices)
+    gpus, shown_by = _gpus_of(where, devices)
     count = None if choice == AUTO else int(choice)
     layouts = possible_layouts(layout, count, info, max(len(gpus), 1))
     _check_enough(layouts[0].num_gpus, gpus, shown_by)
+    if where == "ray":
+        return _on_ray(layouts[0], bool(gpus), warn)
     chosen = choose_layout(info, layouts, gpus, get_runtime().records)
     if chosen.reason:
         warn(chosen.reason)
@@ -66,40 +67,18 @@ def choose_group(
     return dataclasses.replace(group, python=runtime_python(python_setting()))
 
 
-def _on_ray(
-    choice: str, info: CheckpointInfo, warn: Callable[[str], None], devices: str, layout: str
-) -> GroupConfig:
-    """`choose_group` for the cluster. Ray chooses the GPUs, so no times are known of them."""
-    address = ray_address(ray_address_setting())
-    python = runtime_python(python_setting())
-    if devices.strip():
-        raise DeviceError(
-            f"devices is {devices!r}, but Ray chooses the GPUs of its cluster. Clear it, or set "
-            f"where to {HERE!r}."
-        )
-    num_gpus, cluster = _gpus_on_ray(address, python)
-    count = None if choice == AUTO else int(choice)
-    chosen = possible_layouts(layout, count, info, max(num_gpus, 1))[0]
-    _check_enough(chosen.num_gpus, tuple(range(num_gpus)), f"{cluster} has")
-    if not num_gpus:
-        warn(
-            f"{cluster} has no GPUs: the model runs in CPU processes. Results are right, but slow."
-        )
+def _on_ray(layout: Layout, on_gpus: bool, warn: Callable[[str], None]) -> GroupConfig:
+    """A group on the cluster, of whose GPUs no times are known: Ray chooses them."""
+    if not on_gpus:
+        warn("Ray has no GPUs: the model runs in CPU processes. Results are right, but slow.")
     return GroupConfig(
-        chosen.tp_size,
-        "cuda" if num_gpus else "cpu",
-        batch_groups=chosen.batch_groups,
-        python=python,
+        layout.tp_size,
+        "cuda" if on_gpus else "cpu",
+        batch_groups=layout.batch_groups,
+        python=runtime_python(python_setting()),
         where="ray",
-        ray_address=address,
+        ray_address=ray_address(ray_address_setting()),
     )
-
-
-def _gpus_on_ray(address: str, python: str) -> tuple[int, str]:
-    """How many GPUs the cluster has, and what to call it."""
-    if not address:
-        return visible_gpu_count(), "Ray on this machine"
-    return cluster_gpu_count(address, python), f"the Ray cluster at {address}"
 
 
 def refused_counts(path: str | None, devices: str = "", where: str = HERE) -> dict[str, Any]:
@@ -110,12 +89,7 @@ def refused_counts(path: str | None, devices: str = "", where: str = HERE) -> di
         DeviceError: `devices`, or the setting, names a GPU that is not there.
     """
     info = None if path is None else inspect_checkpoint(path)
-    if where == "ray":
-        address, python = ray_address(ray_address_setting()), runtime_python(python_setting())
-        num_gpus, cluster = _gpus_on_ray(address, python)
-        gpus, shown_by = tuple(range(num_gpus)), f"{cluster} has"
-    else:
-        gpus, shown_by = _usable_gpus(devices)
+    gpus, shown_by = _gpus_of(where, devices)
     refused = {}
     for count in range(1, MAX_GPU_COUNT + 1):
         try:
@@ -125,6 +99,22 @@ def refused_counts(path: str | None, devices: str = "", where: str = HERE) -> di
         except (SizeError, DeviceError) as error:
             refused[str(count)] = str(error)
     return {"num_gpus": len(gpus), "refused": refused}
+
+
+def _gpus_of(where: str, devices: str) -> tuple[tuple[int, ...], str]:
+    """The GPUs to choose from, and where they are said to be. None: there are CPU processes."""
+    if where != "ray":
+        return _usable_gpus(devices)
+    if devices.strip():
+        raise DeviceError(
+            f"devices is {devices!r}, but Ray chooses the GPUs of its cluster. Clear it, or set "
+            f"where to {HERE!r}."
+        )
+    address = ray_address(ray_address_setting())
+    if not address:
+        return tuple(range(visible_gpu_count())), "Ray on this machine has"
+    num_gpus = cluster_gpu_count(address, runtime_python(python_setting()))
+    return tuple(range(num_gpus)), f"the Ray cluster at {address} has"
 
 
 def _usable_gpus(devices: str) -> tuple[tuple[int, ...], str]:

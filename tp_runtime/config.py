@@ -192,7 +192,9 @@ class GroupConfig:
         return self.tp_size * self.batch_groups
 
     def meets(self, other: "GroupConfig") -> bool:
-        """Whether both are on the CPU, or on a GPU that is the same."""
+        """Whether both want the same place: the CPU, a Ray cluster, or a GPU."""
+        if self.where == other.where == "ray":
+            return self.ray_address == other.ray_address
         if self.device == other.device == "cpu":
             return True
         return not set(self.devices).isdisjoint(other.devices)

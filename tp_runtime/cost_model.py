@@ -61,11 +61,11 @@ class Link:
 
 
 DEVICES = {
-    "H200": Device("H200", 820e12, 520e12, 3.0e12, 132, "measured"),
+    "H200": Device("H200", 820e12, 615e12, 3.0e12, 132, "measured"),
     "H100": Device(
         "H100", 820e12, 520e12, 2.1e12, 132, "as H200, memory by the data sheets; not measured"
     ),
-    "other": Device("other", 820e12, 520e12, 2.1e12, 132, "a guess: only relations count"),
+    "other": Device("other", 820e12, 615e12, 2.1e12, 132, "a guess: only relations count"),
 }
 LINKS = {
     "nvlink": Link(
@@ -168,7 +168,7 @@ def _blocks(stage: Stage, batch: int, tp_size: int, device: Device, link: Link) 
     size = BYTES * rows * stage.width  # of all tokens
     num_streams = len(stage.streams)
     # Streams lie behind one another: from the second item on, a stream is not one stretch of
-    # memory. Its items are multiplied one by one, and the bias added in a pass of its own.
+    # memory. Its items are multiplied one by one.
     apart = num_streams > 1 and batch > 1
 
     matmul, kernels = 0.0, 0
@@ -182,7 +182,6 @@ def _blocks(stage: Stage, batch: int, tp_size: int, device: Device, link: Link) 
     # q and k (and v, to bring the streams together) are read and written; so is the MLP's middle.
     passes = heads * (4 if num_streams == 1 else 6) + ffn * (3 if stage.gated else 2)
     passes += 2 * heads if stage.parallel else 0  # attention's result goes beside the MLP's
-    passes += 2 * (3 * heads + ffn) if apart else 0
     elementwise = BYTES * rows * passes / device.memory
     kernels += 3 * num_streams + 1 + stage.joins  # modulation, rotation, activation; attention
 

@@ -32,6 +32,8 @@ def not_started(
     config: GroupConfig, ranks: Sequence[Rank], blamed: Rank | None, error: BaseException
 ) -> GroupStartError:
     """For a group whose ranks did not all become ready."""
+    if not ranks:
+        return GroupStartError(f"No rank of the process group could be started: {error}")
     tails = [rank.log_tail() for rank in ranks]
     lacking = _lacking(config, tails)
     if lacking:
@@ -40,6 +42,14 @@ def not_started(
     return GroupStartError(
         f"The process group of {config.num_ranks} {config.device.upper()} ranks did not start: "
         f"{error} Runtime Python: {config.python}. The log ends:\n{tail}"
+    )
+
+
+def no_python(config: GroupConfig, error: OSError) -> GroupStartError:
+    """For a group whose Python is no program that can be run."""
+    return GroupStartError(
+        f"The runtime's Python {config.python!r} could not be started: {error}. "
+        "Set TP_RUNTIME_PYTHON to a Python that has vllm and diffusers installed."
     )
 
 
@@ -100,7 +110,10 @@ def rank_error(config: GroupConfig, rank: Rank, failed: Failed, doing: str | Non
 def _no_memory(
     config: GroupConfig, rank: Rank, failed: Failed, doing: str | None
 ) -> RankMemoryError:
-    place = f"GPU {config.devices[rank.index]}" if config.devices else "the host"
+    if config.devices:
+        place = f"GPU {config.devices[rank.index]}"
+    else:
+        place = "the host" if config.device == "cpu" else f"the GPU of {rank.place}"
     found = ((_ASKED, "asked for"), (_HELD, "held"))
     matches = [(pattern.search(failed.message), word) for pattern, word in found]
     amounts = ", ".join(f"{match[1]} {word}" for match, word in matches if match)

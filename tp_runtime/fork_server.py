@@ -7,6 +7,9 @@ Started by ``forking``, on whose socket requests come, each with a socket for th
 ``WorkerConfig`` and file descriptors, answered with the number of the new process and later with
 how it ended; or ``null``, answered once ranks can be forked. It ends with that socket or, while it
 has no rank, after some minutes without a request.
+
+With the word ``become`` on its command line it forks nothing: it becomes the first rank that it is
+asked for.
 """
 
 import contextlib
@@ -17,7 +20,9 @@ import os
 import signal
 import socket
 import sys
+import threading
 import traceback
+import warnings
 from pathlib import Path
 
 import msgspec
@@ -26,9 +31,13 @@ from setproctitle import setproctitle
 from .config import WorkerConfig
 from .transport import receive_with_fds, wait
 
+BECOME = "become"
 IDLE_S = 300.0
 _MAX_FDS = 4  # of one request: for the answers, of the rank's channel, shared memory and log
 _PR_SET_PDEATHSIG = 1
+# The driver's, once CUDA was asked for GPUs (there are none), and jemalloc's in pyarrow, which
+# pandas and so transformers import: a rank that was forked beside both computed on its GPU.
+_HARMLESS_THREADS = ("cuda", "jemalloc")
 
 
 class _Child:
@@ -54,11 +63,11 @@ class _Child:
         self._answers.close()
 
 
-def serve(requests: socket.socket) -> WorkerConfig | None:
+def serve(requests: socket.socket, becomes_rank: bool) -> WorkerConfig | None:
     """Answer requests until there can be no more.
 
-    Returns once in every process that was forked, with what that rank is told, and at last in the
-    server itself, with None.
+    Returns once in every process that is to be a rank, with what that rank is told, and at last in
+    the server itself, with None.
     """
     children: dict[int, _Child] = {}  # by pidfd
     while ready := wait([requests, *children], None if children else IDLE_S):
@@ -75,12 +84,20 @@ def serve(requests: socket.socket) -> WorkerConfig | None:
             with answers, contextlib.suppress(OSError):
                 answers.send(b"up")
             continue
-        pid = os.fork()
+        if becomes_rank:
+            _Child(os.getpid(), answers).close()
+            return _become_rank(config, *fds[1:])
+        with warnings.catch_warnings():
+            # Python 3.12 warns of every thread, those of _HARMLESS_THREADS, too.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
         if pid == 0:
             requests.close()
             answers.close()
             for sibling in children.values():
                 sibling.close()
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            os.setsid()
             return _become_rank(config, *fds[1:])
         for fd in fds[1:]:
             os.close(fd)
@@ -92,9 +109,7 @@ def serve(requests: socket.socket) -> WorkerConfig | None:
 def _become_rank(
     config: WorkerConfig, control_fd: int, exchange_fd: int, log_fd: int
 ) -> WorkerConfig:
-    """Make this process, which was just forked, the rank's own; returns what the rank is told."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    os.setsid()
+    """Make this process the rank's own; returns what the rank is told."""
     for stream_fd in (1, 2):
         os.dup2(log_fd, stream_fd)
     os.close(log_fd)
@@ -130,9 +145,11 @@ def _check_can_fork() -> None:
             "Importing what the ranks need has initialised CUDA, so no rank can be forked from "
             "this process. A package of the runtime's Python does that."
         )
-    threads = list(Path("/proc/self/task").iterdir())
-    if len(threads) > 1:
-        names = sorted((thread / "comm").read_text().strip() for thread in threads)
+    own = threading.get_native_id()
+    threads = [task for task in Path("/proc/self/task").iterdir() if task.name != str(own)]
+    names = sorted((thread / "comm").read_text().strip() for thread in threads)
+    names = [name for name in names if not name.startswith(_HARMLESS_THREADS)]
+    if names:
         raise RuntimeError(
             f"Importing what the ranks need has started threads ({', '.join(names)}), so no rank "
             "can be forked from this process. A package of the runtime's Python does that, or a "
@@ -143,9 +160,11 @@ def _check_can_fork() -> None:
 def main() -> None:
     """Be the server of the socket on the command line; in what it forks, be a rank."""
     gc.disable()  # an eighth of the imports' time: they make hardly anything but what stays
+    becomes_rank = BECOME in sys.argv
     try:
         _import_all()
-        _check_can_fork()
+        if not becomes_rank:
+            _check_can_fork()
     except BaseException:  # noqa: BLE001  the engine shows it
         traceback.print_exc()
         # Not sys.exit: it would wait for threads that an import has started.
@@ -154,11 +173,11 @@ def main() -> None:
     server_pid = os.getpid()
     with socket.socket(fileno=int(sys.argv[1])) as requests:
         requests.set_inheritable(False)
-        config = serve(requests)
+        config = serve(requests, becomes_rank)
     if config is not None:
         from . import worker
 
-        worker.run(config, parent_pid=server_pid)
+        worker.run(config, parent_pid=os.getppid() if becomes_rank else server_pid)
 
 
 if __name__ == "__main__":

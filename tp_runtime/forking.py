@@ -1,7 +1,7 @@
 """Fork servers, seen from ComfyUI's process: starts them, asks them for ranks, ends them.
 
 Part of the engine's half; ``fork_server`` is the program. One server serves all groups of this
-process that have the same Python and the same environment.
+process that have the same Python and the same environment; but one that becomes a rank serves once.
 """
 
 import os
@@ -47,7 +47,9 @@ class ForkServerError(Exception):
 class ForkServer:
     """A fork server of this process. Thread-safe."""
 
-    def __init__(self, python: str, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, python: str, environment: Mapping[str, str], becomes_rank: bool = False
+    ) -> None:
         """Start the process, which takes a while until it is up. Raises OSError."""
         self.is_up = False
         self._is_gone = False
@@ -55,6 +57,7 @@ class ForkServer:
         self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as this object)
         command = [python, "-c", _SERVER_CODE, str(theirs.fileno())]
+        command += ["become"] if becomes_rank else []
         started: Future[subprocess.Popen[bytes]] = Future()
 
         def own() -> None:
@@ -154,6 +157,10 @@ class ForkServer:
         except subprocess.TimeoutExpired:
             self._process.kill()
             return "closed its connection and was ended"
+
+    def kill(self) -> None:
+        """End the process at once, if it has not ended; and with it what was forked from it."""
+        self._process.kill()
 
     def log_tail(self) -> str:
         """The end of what the process has printed while it imported."""

@@ -49,7 +49,8 @@ class GroupReport:
     ``models``: name → ``bytes`` on each rank (None while it loads) and ``asleep``. ``step_ms``:
     how long the last evaluation took, as its caller saw it. ``log_tail``: the end of the log of
     the rank that failed. Of each rank:
-    ``rank``, ``tp_world_size`` (as vLLM reports it there), ``device``, ``pid``, ``versions``,
+    ``rank``, ``tp_world_size`` (as vLLM reports it there), ``device``, ``pid``, ``place`` (its
+    process and host, in words), ``mirrored`` (its tensors go by TCP), ``versions``,
     ``memory`` (bytes), ``models`` (bytes resident and read, ...), ``last_step_ms``.
     """
 
@@ -373,6 +374,8 @@ class Group:
                         "rank": ready.rank,
                         "tp_world_size": ready.tp_world_size,
                         "pid": rank.pid,
+                        "place": rank.place,
+                        "mirrored": rank.mirrored,
                         "versions": ready.versions,
                         **value,
                     }

@@ -101,6 +101,7 @@ def rotated_heads(
             eps,
             HEAD_DIM=head_dim,
             HEADS=_HEADS_PER_PROGRAM,
+            num_warps=2,
         )
         start += length
     return out[0], out[1], out[2] if copies == 3 else first[:, :, 2]

@@ -1,6 +1,8 @@
 """Runs the ranks of a group as processes of this machine. Part of the engine's half.
 
-They are forked from a process that has imported what they need; ``forking`` has it.
+On the CPU they are forked from a process that has imported what they need; ``forking`` has it. For
+a GPU each is such a process itself: that a forked one can do all that a rank does on a GPU has not
+been shown.
 """
 
 import contextlib
@@ -35,13 +37,12 @@ _ENVIRONMENT = {
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
 }
 
-
 _COMPILE_CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 
 
 @dataclass
 class LocalRank:
-    """One running rank of this machine: a child of the fork server, not of this process."""
+    """One running rank of this machine: a child of its fork server, or what that has become."""
 
     index: int
     channel: Channel
@@ -61,8 +62,10 @@ class LocalRank:
         return bool(wait([self.death_fd], timeout_s))
 
     def describe_exit(self) -> str:
-        if not self.ended(0):
+        if not self.ended(STATUS_TIMEOUT_S):  # its stream ends a moment before the process does
             return "closed its connection"
+        if self.pid == self.server.pid:
+            return self.server.describe_exit()
         told = wait([self.status], STATUS_TIMEOUT_S)
         if told and (packet := self.status.recv(MAX_ANSWER_BYTES, socket.MSG_PEEK)):
             return describe_status(msgspec.json.decode(packet, type=int))
@@ -92,14 +95,17 @@ class LocalLauncher:
     """
 
     def __init__(self) -> None:
-        self._server: ForkServer | None = None
+        self._servers: list[ForkServer] = []  # of each rank
         self._folder: GroupFolder | None = None
 
     def prepare(self, config: GroupConfig, poll: Poll) -> None:
-        """Have the group's folder, and a fork server that is up."""
+        """Have the group's folder, and fork servers that are up."""
         try:
             self._folder = GroupFolder.create()
-            self._server = _running_server(config, poll)
+            if _forks(config):
+                self._servers = [_running_server(config, poll)] * config.num_ranks
+            else:
+                self._servers = _future_ranks(config, poll)
         except BaseException:
             self.clean_up(keep_logs=False)
             raise
@@ -121,8 +127,7 @@ class LocalLauncher:
 
     def _launch_rank(self, config: GroupConfig, index: int, exchange: Exchange) -> LocalRank:
         assert self._folder is not None, "prepare comes first"
-        assert self._server is not None, "prepare comes first"
-        folder = self._folder.path
+        folder, server = self._folder.path, self._servers[index]
         worker = WorkerConfig(
             rank=index,
             local_rank=index,
@@ -144,9 +149,9 @@ class LocalLauncher:
             on_error.callback(channel.close)
             with open(os.open(log_path, flags, 0o600), "ab") as log:
                 fds = (rank_end.fileno(), exchange.fd, log.fileno())
-                forked = self._server.fork(worker, _rank_environment(config), fds)
+                forked = server.fork(worker, _rank_environment(config), fds)
             on_error.pop_all()
-        return LocalRank(index, channel, *forked, self._server, log_path)
+        return LocalRank(index, channel, *forked, server, log_path)
 
     def clean_up(self, keep_logs: bool) -> None:
         if self._folder is not None:
@@ -158,19 +163,40 @@ def _running_server(config: GroupConfig, poll: Poll) -> ForkServer:
     """A fork server that is up: that of an earlier group, or a new one. Raises GroupStartError."""
     while True:
         try:
-            server = fork_server(config.python, _environment())
+            server = fork_server(config.python, _server_environment())
             is_new = not server.is_up
             server.wait_until_up(poll, config.start_timeout_s)
             return server
         except OSError as error:
-            raise GroupStartError(
-                f"The runtime's Python {config.python!r} could not be started: {error}. "
-                "Set TP_RUNTIME_PYTHON to a Python that has vllm and diffusers installed."
-            ) from error
+            raise failures.no_python(config, error) from error
         except ForkServerError as error:
             if is_new:
                 raise failures.no_fork_server(config, error, server.log_tail()) from error
             # It has ended since the last group: it had no rank for long, or was killed.
+
+
+def _future_ranks(config: GroupConfig, poll: Poll) -> list[ForkServer]:
+    """For each rank a process that is about to become it. Raises GroupStartError."""
+    with contextlib.ExitStack() as on_error:
+        servers = []
+        try:
+            for _ in range(config.num_ranks):
+                environment = _rank_environment(config)
+                servers.append(ForkServer(config.python, environment, becomes_rank=True))
+                on_error.callback(servers[-1].kill)
+        except OSError as error:
+            raise failures.no_python(config, error) from error
+        for server in servers:
+            try:
+                server.wait_until_up(poll, config.start_timeout_s)
+            except ForkServerError as error:
+                raise failures.no_fork_server(config, error, server.log_tail()) from error
+        on_error.pop_all()
+    return servers
+
+
+def _forks(config: GroupConfig) -> bool:
+    return config.device == "cpu"
 
 
 def _usable_cores() -> int:
@@ -178,8 +204,17 @@ def _usable_cores() -> int:
 
 
 def _environment() -> dict[str, str]:
-    """Of the fork server: what all ranks have in common."""
+    """What the fork server and all ranks have in common."""
     return inherited_environment() | _ENVIRONMENT
+
+
+def _server_environment() -> dict[str, str]:
+    """Of the fork server: it sees no GPU, so that no import initialises one.
+
+    vLLM's does ask CUDA for them (vllm/platforms/cuda.py, 0.26). A rank that was forked after a
+    vain question can ask again.
+    """
+    return _environment() | {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def _rank_environment(config: GroupConfig) -> dict[str, str]:

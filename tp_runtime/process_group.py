@@ -34,6 +34,7 @@ logger = logging.getLogger("tp_runtime")
 CLOSE_TIMEOUT_S = 5.0
 WATCH_S = 1.0  # the owner looks at least this often
 CAUSE_S = 0.2  # after an error of a rank, another's end may be seen that caused it
+OTHER_HOSTS_CAUSE_S = 0.5  # where it is on another host
 FROZEN_S = 2.0  # a look that is later by more: the machine, or its container, stood still
 
 
@@ -75,10 +76,11 @@ class ProcessGroup:
 
     def is_up(self) -> bool:
         """Whether the group has started, and all its ranks live."""
-        return self.state in (State.READY, State.BUSY) and not self._has_dead_rank()
+        return self.state in (State.READY, State.BUSY) and not self._is_failing()
 
-    def _has_dead_rank(self) -> bool:
-        return any(rank.ended(0) for rank in self.ranks)
+    def _is_failing(self) -> bool:
+        """Whether a rank has raised or ended, so that the owner is about to end the group."""
+        return bool(self._last_words) or any(rank.ended(0) for rank in self.ranks)
 
     # --- start ---------------------------------------------------------------------------------
 
@@ -135,7 +137,7 @@ class ProcessGroup:
     # --- requests ------------------------------------------------------------------------------
 
     def _check_ready(self) -> None:
-        if self.state is State.FAILED or (self.state is State.READY and self._has_dead_rank()):
+        if self.state is State.FAILED or (self.state is State.READY and self._is_failing()):
             raise failures.lost(self.error)
         if self.state is not State.READY or self._close_asked:
             raise GroupClosedError("The process group has been closed, or was never started.")
@@ -199,8 +201,10 @@ class ProcessGroup:
             if self._last_words and not self._gone(ready):
                 # The cause may be seen after what it caused: on a busy machine this thread has
                 # looked at one rank long before another.
-                quiet = [r.death_fd for r in self.ranks if r.index not in self._last_words]
-                ready = wait(quiet, CAUSE_S)
+                quiet = [rank for rank in self.ranks if rank.index not in self._last_words]
+                far = [rank.channel for rank in quiet if rank.mirrored]
+                timeout_s = OTHER_HOSTS_CAUSE_S if far else CAUSE_S
+                ready = wait([*(rank.death_fd for rank in quiet), *far], timeout_s)
                 self._hear()
         except TPRuntimeError as error:
             return error

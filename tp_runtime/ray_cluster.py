@@ -3,8 +3,11 @@
 This process never imports ray: the driver (``ray_driver``) does, with the runtime's Python.
 """
 
+import contextlib
+import math
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import threading
@@ -12,6 +15,7 @@ import time
 from pathlib import Path
 
 import msgspec
+import psutil
 
 from .config import GroupConfig
 from .errors import GroupStartError
@@ -112,7 +116,16 @@ class Driver:
             self.process.kill()
             self.process.wait()
         if self._ray_folder:
+            _end_session(self.process.pid)
             shutil.rmtree(self._ray_folder, ignore_errors=True)
+
+
+def _end_session(leader: int) -> None:
+    """Kill what is left of a session: agents of a Ray whose driver was killed stay for a minute."""
+    for pid in psutil.pids():
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if os.getsid(pid) == leader:
+                os.kill(pid, signal.SIGKILL)
 
 
 _gpu_counts: dict[str, int] = {}  # by the cluster's address
@@ -167,4 +180,6 @@ def _environment(config: GroupConfig) -> dict[str, str]:
     if not config.ray_address:
         # A secret of its own; Ray would leave one in the user's home.
         environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": new_token().hex()}
+        environment["RAY_raylet_start_wait_time_s"] = str(math.ceil(config.start_timeout_s))
+        environment["RAY_worker_niceness"] = "0"  # else 15: ranks would wait for everybody
     return environment

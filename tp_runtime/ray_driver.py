@@ -6,10 +6,12 @@ a Ray that was started here ends, too.
 """
 
 import contextlib
+import logging
 import os
 import re
 import select
 import shutil
+import socket
 import sys
 import threading
 import time
@@ -24,11 +26,13 @@ import msgspec
 from .ray_messages import DriverConfig, Ended, FromDriver, Placed, Refused, Run, Seat, Waiting
 from .transport import Channel, wait
 
-POLL_S = 0.2
+logger = logging.getLogger("tp_runtime.ray_driver")
+
+POLL_S = 0.1
+CONNECT_TIMEOUT_S = 5.0
 PARENT_CHECK_S = 1.0
 ROOM_S = 1.0  # how long Ray takes where there is room
-SEAT_TIMEOUT_S = 60.0
-LOGS_S = 1.0  # what the ranks wrote last takes a moment to come here
+LOGS_S = 0.7  # what the ranks wrote last takes a moment to come here
 END_TIMEOUT_S = 8.0
 # Ray takes 127.0.0.1 for a mistake and puts an address of the network in its place.
 LOOPBACK = "127.0.0.2"
@@ -56,9 +60,10 @@ class Driver:
         stream.register(self._config.control_fd, select.POLLRDHUP | select.POLLHUP)
         while not stream.poll(1000 * PARENT_CHECK_S) and os.getppid() == parent_pid:
             pass
+        logger.info("ending: nobody is left to work for")
         self.gone.set()
         time.sleep(END_TIMEOUT_S)
-        print("ending at once: Ray has not ended in time", flush=True)
+        logger.error("ending at once: Ray has taken longer than %g s", END_TIMEOUT_S)
         self._remove_folder()
         os._exit(1)  # Ray's reaper ends what was started here
 
@@ -72,6 +77,8 @@ class Driver:
         import ray
 
         config = self._config
+        if config.address:
+            _check_address(config.address)
         package = {"py_modules": [config.package]} if config.num_ranks else {}
         if config.address:
             options: dict[str, Any] = {"address": config.address}
@@ -91,6 +98,7 @@ class Driver:
         finally:
             ray.shutdown()
             self._remove_folder()
+            logger.info("Ray is left")
 
     # --- what the cluster has --------------------------------------------------------------------
 
@@ -139,9 +147,11 @@ class Driver:
         """Have the actors be ranks, until all of them have ended or nobody wants them."""
         import ray
 
-        seats: list[Seat] = ray.get(
-            [actor.seat.remote() for actor in actors], timeout=SEAT_TIMEOUT_S
-        )
+        waiting = [actor.seat.remote() for actor in actors]
+        while len(ray.wait(waiting, num_returns=len(waiting), timeout=POLL_S)[0]) < len(waiting):
+            if self.gone.is_set():
+                return
+        seats: list[Seat] = ray.get(waiting)
         ours = ray.get_runtime_context().get_node_id()
         # Those of one host together, and rank 0 on this one: it writes the result.
         ranks = sorted(
@@ -178,6 +188,7 @@ class Driver:
                 self.send(Ended(running.pop(ref), _how_it_ended(ref)))
         for actor in actors:
             ray.kill(actor)
+        logger.info("the ranks are ended")
         time.sleep(LOGS_S)
 
     def _receive_order(self) -> Run | None:
@@ -188,21 +199,34 @@ class Driver:
         return None
 
 
+def _check_address(address: str) -> None:
+    """Raises ConnectionError if nobody listens there; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ConnectionError(
+            f"There is no Ray cluster at {address} ({error}). Start one (ray start --head), or "
+            "correct the address."
+        ) from error
+
+
 def _how_it_ended(ref: Any) -> str:
     import ray
 
     try:
         ray.get(ref)
     except ray.exceptions.RayError as error:
-        print(error, flush=True)
+        logger.info("%s", error)
         found = _DEATH.findall(str(error))
-        return " ".join(found) or str(error)
+        return ": ".join(found) or str(error)
     return "ended"
 
 
 def main() -> None:
     """Serve the launcher that the command line describes."""
     config = msgspec.json.decode(sys.argv[1], type=DriverConfig)
+    logging.basicConfig(level="INFO", format="%(asctime)s driver %(message)s")
     driver = Driver(config)
     if find_spec("ray") is None:
         driver.send(
@@ -219,8 +243,10 @@ def main() -> None:
             elif actors := driver.place():
                 driver.serve(actors)
     except Exception as error:
-        driver.send(Refused(f"{type(error).__name__}: {error}"))
-        raise
+        logger.exception("the group cannot be started")
+        driver.send(Refused(f"Ray could not start the group ({type(error).__name__}): {error}"))
+    # Whoever waits for this process need not wait for the tear-down of what it has imported, too.
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,8 @@ class RayRank:
             return (
                 f"was not heard of for {SILENCE_S} s: its host is down, or cut off from the network"
             )
+        if self._driver.ended(0):
+            return "ended with the driver process of its group"
         why = self._driver.how_ended(self.index, timeout_s=1.0)
         return f"ended ({why})" if why else "closed its connection"
 
@@ -129,7 +131,8 @@ def _placed(config: GroupConfig, driver: Driver, poll: Poll) -> Placed:
         cluster = f"cluster at {config.ray_address}" if config.ray_address else "of this machine"
         if found is None:
             raise GroupStartError(
-                f"The Ray {cluster} did not answer for {timeout_s:g} s. Its log: {driver.log_path}"
+                f"The Ray {cluster} has not started the ranks' processes for {timeout_s:g} s. "
+                f"The log: {driver.log_path}"
             )
         raise GroupStartError(
             f"{config.num_ranks} {unit} were asked for, but the Ray {cluster} has {found.total}, "

@@ -25,7 +25,7 @@ MAX_PACKET_BYTES = 128 * 2**10
 
 # Over a network, the other side may go without a word: it is gone when it has not acknowledged
 # anything for so long, whether there was something to send or not.
-SILENCE_S = 8
+SILENCE_S = 6
 _UNHEARD = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
 
 
@@ -53,9 +53,9 @@ def bound_silence(stream: socket.socket) -> None:
     And have its frames sent at once.
     """
     stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 2)
-    stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 2)
-    stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, (SILENCE_S - 2) // 2)
+    stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
+    stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
+    stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, SILENCE_S)
     stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * SILENCE_S)
     stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -101,6 +101,7 @@ class Channel:
             try:
                 self._stream.sendall(_LENGTH.pack(len(frame)) + frame)
             except OSError as error:
+                self.cut_off |= error.errno in _UNHEARD
                 raise EOFError(f"the other side is gone ({error})") from error
 
     def receive(self) -> list[bytes]:
@@ -116,7 +117,7 @@ class Channel:
             except BlockingIOError:
                 break
             except OSError as error:
-                self.cut_off = error.errno in _UNHEARD
+                self.cut_off |= error.errno in _UNHEARD
                 data = b""
             self.ended = not data
             self._received += data

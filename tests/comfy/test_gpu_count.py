@@ -40,7 +40,7 @@ def choose(
     records: StepRecords,
     monkeypatch: pytest.MonkeyPatch,
 ) -> tuple[Choose, list[str]]:
-    """`choose(visible, choice, devices, layout)`: the group on so many GPUs; and the warnings."""
+    """`choose(visible, choice, devices, layout, where)`: the group on so many GPUs; warnings."""
     info = inspect_checkpoint(str(tiny_z_image))
     monkeypatch.setattr(gpu_count, "get_runtime", lambda: SimpleNamespace(records=records))
     monkeypatch.setattr(layout_choice, "device_name", lambda gpu: "cpu" if gpu is None else GPU)
@@ -49,11 +49,15 @@ def choose(
     warnings: list[str] = []
 
     def on_machine(
-        visible: int, choice: str, devices: str = "", layout: str = "auto"
+        visible: int,
+        choice: str,
+        devices: str = "",
+        layout: str = "auto",
+        where: str = "this machine",
     ) -> GroupConfig:
         monkeypatch.setattr(gpu_count, "visible_gpu_count", lambda: visible)
         monkeypatch.setattr("tp_runtime.config.visible_gpu_count", lambda: visible)
-        return gpu_count.choose_group(choice, info, warnings.append, devices, layout)
+        return gpu_count.choose_group(choice, info, warnings.append, devices, layout, where)
 
     return on_machine, warnings
 
@@ -232,3 +236,55 @@ def test_a_layout_that_does_not_fit(choose: tuple[Choose, list[str]]) -> None:
         on_machine(8, "auto", layout="7x1")
     with pytest.raises(ValueError, match="layout='3x3' is not in list"):
         on_machine(8, "auto", layout="3x3")
+
+
+@pytest.mark.parametrize(
+    ("in_cluster", "choice", "layout", "expected"),
+    [
+        (16, "auto", "auto", (8, "cuda", 1)),
+        (4, "auto", "auto", (4, "cuda", 1)),
+        (4, "4", "2x2", (2, "cuda", 2)),
+        (0, "auto", "auto", (1, "cpu", 1)),
+        (0, "2", "auto", (2, "cpu", 1)),
+    ],
+)
+def test_on_ray_the_cluster_counts(
+    gpu_count: ModuleType,
+    choose: tuple[Choose, list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    in_cluster: int,
+    choice: str,
+    layout: str,
+    expected: tuple[int, str, int],
+) -> None:
+    """Not this machine, which has one GPU here."""
+    on_machine, warnings = choose
+    monkeypatch.setenv("TP_RUNTIME_RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr(gpu_count, "cluster_gpu_count", lambda *_: in_cluster)
+    group = on_machine(1, choice, layout=layout, where="ray")
+    assert (group.tp_size, group.device, group.batch_groups) == expected
+    assert (group.where, group.ray_address, group.devices) == ("ray", "10.0.0.1:6379", ())
+    assert len(warnings) == (in_cluster == 0)
+
+
+def test_on_ray_too_many_or_chosen(
+    gpu_count: ModuleType, choose: tuple[Choose, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_machine, _ = choose
+    monkeypatch.setenv("TP_RUNTIME_RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr(gpu_count, "cluster_gpu_count", lambda *_: 2)
+    with pytest.raises(
+        DeviceError, match=r"4 GPUs were asked for, but the Ray cluster at 10\.0\.0\.1:6379 has 2"
+    ):
+        on_machine(8, "4", where="ray")
+    with pytest.raises(DeviceError, match="Ray chooses the GPUs"):
+        on_machine(8, "2", devices="0,1", where="ray")
+    refused = gpu_count.refused_counts(None, where="ray")
+    assert sorted(refused["refused"]) == ["3", "4", "5", "6", "7", "8"]
+
+
+def test_on_ray_of_this_machine(choose: tuple[Choose, list[str]]) -> None:
+    """Without an address."""
+    on_machine, _ = choose
+    group = on_machine(2, "auto", where="ray")
+    assert (group.tp_size, group.device, group.ray_address) == (2, "cuda", "")

@@ -66,7 +66,7 @@ OTHERS = [
     Case("denoise", "a rank sends a frame of another version", "ProtocolError", 1.0),
     Case("denoise", "a rank sends a frame that is too long", "ProtocolError", 1.0),
     Case("denoise", "a rank sends an answer twice", "ProtocolError", 1.0),
-    Case("denoise", "a rank receives garbage", "RankError", 1.0),
+    Case("idle", "a rank receives garbage", "RankError", 1.0),
     Case("denoise", "a rank logs without end", "works", 5.0),
     Case("denoise", "the machine stands still", "works", 5.0),
     Case("any", "a process with a group is killed", "the ranks end", 5.0),

@@ -75,7 +75,7 @@ class Bench:
 
     def load(self) -> None:
         spec = msgspec.structs.replace(self.model.spec, version=(next(self._numbers), 0))
-        RemoteModel(spec, self.model._group).ensure_loaded()
+        RemoteModel(spec, self.model._group, self.model._records).ensure_loaded()
 
     def compile(self) -> None:
         self.model.denoise(make_inputs(16 + 2 * next(self._numbers)))
@@ -94,7 +94,9 @@ class Bench:
     def idle(self) -> None:
         engine = self.engine
         wait_until(lambda: not self._faults.exists())
-        time.sleep(0.2)
+        noticed_by = time.monotonic() + 0.6
+        while engine.error is None and time.monotonic() < noticed_by:
+            time.sleep(0.01)
         if engine.error is not None:
             raise engine.error
         self.denoise()  # a rank that has stopped is not noticed before

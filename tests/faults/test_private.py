@@ -145,13 +145,12 @@ def test_a_child_of_a_rank_inherits_nothing(model: RemoteModel) -> None:
         for line in Path("/proc/net/unix").read_text().splitlines()[1:]
     }
     for rank in ranks_of(model):
-        private = [
-            fd.name
-            for fd in Path(f"/proc/{rank.pid}/fd").iterdir()
-            if str(fd.readlink()) in unix_sockets or "tp-runtime-exchange" in str(fd.readlink())
-        ]
-        assert len(private) >= 2, "its channel, and the shared memory"
-        for fd in private:
+        links = {fd.name: str(fd.readlink()) for fd in Path(f"/proc/{rank.pid}/fd").iterdir()}
+        channel = [fd for fd, link in links.items() if link in unix_sockets]
+        memory = [fd for fd, link in links.items() if "tp-runtime-exchange" in link]
+        assert len(channel) == 1
+        assert memory
+        for fd in channel + memory:
             info = Path(f"/proc/{rank.pid}/fdinfo/{fd}").read_text()
             (flags,) = (line.split()[1] for line in info.splitlines() if line[:5] == "flags")
             assert int(flags, 8) & os.O_CLOEXEC

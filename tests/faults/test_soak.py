@@ -13,13 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 
+import psutil
 import pytest
 import torch
 from faults.conftest import put, wait_until
 
 from support.comfy_history import PromptError
 from support.comfy_server import NO_GPU, ComfyServer
-from support.leaks import nothing_left_over
+from support.leaks import SERVER_MARK, is_marked, nothing_left_over
 from support.lora_files import write_lora
 from support.tiny_models import write_z_image
 from support.usage import Usage
@@ -33,6 +34,7 @@ MODELS = ("one.safetensors", "two.safetensors")
 LORA = "lora.safetensors"
 LAYERS = [("layers.0.attention.out", (480, 480)), ("layers.1.attention.qkv", (1440, 480))]
 SEEDS = (7, 8, 9)
+DEATH_S = 5.0  # of one rank, until all of them are gone
 TOLERANCE = 1e-5  # of the standard deviation
 PROMPT_S = 180.0
 CALL_TIMEOUT_S = 20
@@ -128,7 +130,9 @@ class Soak:
         if point == "sleep":
             self.server.free_until(lambda: not self.faults.exists())
         elif point == "idle":
+            ranks = self.server.ranks()
             wait_until(lambda: not self.faults.exists())
+            self.all_end(ranks)  # or the prompt may be sent to a rank that is about to fail
         # Weights of a model that no node holds any more are freed in the background, or to make
         # room for the next prompt's, which is its own request.
         prompt = self.prompt(of_other_model=point in ("load", "unload"))
@@ -140,9 +144,17 @@ class Soak:
         return f"{point}: {outcome}"
 
     def kill(self) -> None:
-        """A rank, whatever it does."""
-        if ranks := self.server.children():
-            self.random.choice(ranks).kill()
+        """A rank, or the process that they were forked from, whatever it does: all ranks end."""
+        ranks = self.server.ranks()
+        servers = [child for child in self.server.children() if is_marked(child, SERVER_MARK)]
+        if ranks:
+            self.random.choice([*ranks, *servers]).kill()
+            self.all_end(ranks)
+
+    @staticmethod
+    def all_end(ranks: list[psutil.Process]) -> None:
+        _, left = psutil.wait_procs(ranks, timeout=DEATH_S)
+        assert not left
 
     def kill_between_prompts(self) -> str:
         self.kill()

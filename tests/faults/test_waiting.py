@@ -40,7 +40,9 @@ ANSWER_S = 30.0
 def model(faults: Path, python_with: PythonWith, tiny_z_image: Path) -> Iterator[RemoteModel]:
     runtime = Runtime()
     spec = ModelSpec.of(str(tiny_z_image), "float32", "float32")
-    yield runtime.model(spec, cpu_group(2, python=python_with()))
+    model = runtime.model(spec, cpu_group(2, python=python_with()))
+    model.ensure_loaded()  # the process that ranks are forked from is up
+    yield model
     runtime.release()
 
 
@@ -81,7 +83,7 @@ def kill_unnoticed(model: RemoteModel) -> None:
 
 def load_another(model: RemoteModel) -> None:
     other = ModelSpec.of(model.spec.path, "float16", "float32")
-    RemoteModel(other, model._group).ensure_loaded()
+    RemoteModel(other, model._group, model._records).ensure_loaded()
 
 
 # The request that fails; `sleep` has nobody to tell of it.
@@ -123,7 +125,9 @@ def test_a_rank_dies_while_the_weights_of_a_dropped_model_are_freed(
 ) -> None:
     """In the background: nobody asked, and nobody hears of it."""
     model.ensure_loaded()
-    other = RemoteModel(ModelSpec.of(model.spec.path, "bfloat16", "float32"), model._group)
+    other = RemoteModel(
+        ModelSpec.of(model.spec.path, "bfloat16", "float32"), model._group, model._records
+    )
     other.ensure_loaded()
     engine = engine_of(model)
     starts.clear()

@@ -9,6 +9,7 @@ import pytest
 from faults.conftest import faults
 from process.conftest import home
 
+from support.paths import LIGHT_SITE
 from support.ray_hosts import Cluster, why_not, working_on
 from tp_runtime import GroupConfig, ModelSpec, RemoteModel, Runtime
 
@@ -18,11 +19,15 @@ ModelOn = Callable[..., RemoteModel]
 
 
 @contextlib.contextmanager
-def cluster_of(slots: tuple[int, int]) -> Iterator[Cluster]:
-    """Hosts with so much room each; the test's network is the first one's."""
+def cluster_of(slots: tuple[int, int], *, light: bool = False) -> Iterator[Cluster]:
+    """Hosts with so much room each; the test's network is the first one's.
+
+    With `light`, the ranks compute nothing (see `light_rank`).
+    """
     if reason := why_not():
         pytest.skip(reason)
-    with Cluster(slots) as cluster, pytest.MonkeyPatch.context() as patch:
+    environment = {"PYTHONPATH": str(LIGHT_SITE)} if light else {}
+    with Cluster(slots, environment) as cluster, pytest.MonkeyPatch.context() as patch:
         for name, value in cluster.environment.items():
             patch.setenv(name, value)
         with working_on(cluster.hosts[0]):

@@ -10,14 +10,16 @@ from faults.conftest import put, wait_until
 from hosts.conftest import ModelOn
 from process.conftest import assert_ended, make_inputs
 
-from support.ray_hosts import Cluster, Host
+from support.ray_hosts import Cluster
 from tp_runtime import GroupDiedError, GroupStartError, RemoteModel
 from tp_runtime.transport import SILENCE_S
 
 pytestmark = [pytest.mark.process, pytest.mark.hosts]
 
+# Until the group has failed; and until its error is raised, since Ray has to end the others.
 KILLED_BOUND_S = 5.0
-CUT_OFF_BOUND_S = SILENCE_S + 2.0
+CUT_OFF_BOUND_S = 10.0
+RAISED_BOUND_S = 10.0
 
 
 @pytest.fixture
@@ -28,23 +30,32 @@ def whole(cluster: Cluster) -> Cluster:
     return cluster
 
 
-def lose(
-    host: Host, how: Callable[[], None], model: RemoteModel, faults: Path
-) -> tuple[str, float]:
-    """The error and the seconds after the loss of `host` while its rank is at a step."""
+def lose(how: Callable[[], None], model: RemoteModel, faults: Path) -> tuple[str, float]:
+    """A host is lost while its rank is at a step: the error, and the seconds to the failure."""
     model.ensure_loaded()
     model.denoise(make_inputs())
+    engine = model._group.engine
+    assert engine is not None
     put(faults, rank=1, point="denoise", action="delay", delay_s=300.0)
     lost_s: list[float] = []
+    failed_s: list[float] = []
 
     def poll() -> None:
         if not lost_s and not faults.exists():  # the rank has taken it
             how()
             lost_s.append(time.monotonic())
+        if not failed_s and engine.error is not None:
+            failed_s.append(time.monotonic())
 
     with pytest.raises(GroupDiedError) as caught:
         model.denoise(make_inputs(), poll)
-    return str(caught.value), time.monotonic() - lost_s[0]
+    message = str(caught.value)
+    noticed_after_s = failed_s[0] - lost_s[0]
+    raised_after_s = time.monotonic() - failed_s[0]
+    print(f"noticed after {noticed_after_s:.2f} s, raised {raised_after_s:.2f} s later: {message}")
+    print(Path(message.rpartition("Log: ")[2]).read_text()[-2000:])
+    assert raised_after_s <= RAISED_BOUND_S
+    return message, noticed_after_s
 
 
 def assert_works_on_what_is_left(cluster: Cluster, model_on: ModelOn) -> None:
@@ -55,13 +66,12 @@ def assert_works_on_what_is_left(cluster: Cluster, model_on: ModelOn) -> None:
     assert [len(host.ranks()) for host in cluster.hosts] == [1, 0]
     one._group.close()
     with pytest.raises(GroupStartError, match=r"2 CPU cores were asked for, .* has 1, "):
-        model_on(2, start_timeout_s=20.0).ensure_loaded()
+        model_on(2).ensure_loaded()
 
 
 def test_killed(faults: Path, whole: Cluster, model_on: ModelOn) -> None:
     far = whole.hosts[1]
-    message, seconds = lose(far, far.kill, model_on(2), faults)
-    print(f"noticed after {seconds:.2f} s: {message}")
+    message, seconds = lose(far.kill, model_on(2), faults)
     assert re.search(rf"Rank 1 \(process \d+ on {far.address}\) .+ during 'Denoise'", message)
     assert seconds <= KILLED_BOUND_S
     assert_works_on_what_is_left(whole, model_on)
@@ -72,8 +82,7 @@ def test_cut_off(faults: Path, whole: Cluster, model_on: ModelOn) -> None:
     model = model_on(2)
     model.ensure_loaded()
     (rank,) = far.ranks()
-    message, seconds = lose(far, far.cut_off, model, faults)
-    print(f"noticed after {seconds:.2f} s: {message}")
+    message, seconds = lose(far.cut_off, model, faults)
     assert re.search(
         rf"Rank 1 \(process \d+ on {far.address}\) was not heard of for {SILENCE_S} s: its host is "
         "down, or cut off from the network during 'Denoise'",

@@ -43,7 +43,8 @@ class SharedMemoryReduction(FusedReduction):
 
 def main() -> None:
     rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    config = WorkerConfig(rank, ranks, 1, "cpu", 0, 0, f"file://{folder}/rendezvous", 1, "WARNING")
+    rendezvous = f"file://{folder}/rendezvous"
+    config = WorkerConfig(rank, rank, ranks, 1, "cpu", rendezvous, 1, "WARNING")
     device = dist.select_device(config)
     inputs: dict[str, Any] = torch.load(folder / "inputs.pt", weights_only=True)
     with dist.tensor_parallel_group(config), torch.inference_mode():

@@ -223,7 +223,7 @@ def test_a_load_that_was_given_up_is_freed_before_the_next(
     model = light_model()
     group = model._group
     bf16 = ModelSpec.of(str(tiny_z_image), "bfloat16", "float32")
-    abandoned = RemoteModel(bf16, group)
+    abandoned = RemoteModel(bf16, group, model._records)
     with pytest.raises(Interrupted):
         abandoned.ensure_loaded(poll=interrupt)
     name = abandoned.name
@@ -231,7 +231,9 @@ def test_a_load_that_was_given_up_is_freed_before_the_next(
     requests: list[Any] = []
     plain = engine_module.encode
     monkeypatch.setattr(engine_module, "encode", lambda m: requests.append(m) or plain(m))
-    other = RemoteModel(ModelSpec.of(str(tiny_z_image), "float16", "float32"), group)
+    other = RemoteModel(
+        ModelSpec.of(str(tiny_z_image), "float16", "float32"), group, model._records
+    )
     other.ensure_loaded()
     of_models = [request for request in requests if hasattr(request, "model")]
     assert [(type(request), request.model) for request in of_models] == [
@@ -245,7 +247,8 @@ def test_progress_is_summed_and_keeps_a_load_alive(
     light_model: LightModel, tiny_z_image: Path
 ) -> None:
     spec = ModelSpec.of(str(tiny_z_image), "float16", "float16")
-    model = RemoteModel(spec, light_model()._group)
+    loaded = light_model()
+    model = RemoteModel(spec, loaded._group, loaded._records)
     shown: list[tuple[int, int]] = []
     model.ensure_loaded(on_progress=lambda done, total: shown.append((done, total)))
     assert shown == sorted(shown)

@@ -12,8 +12,9 @@ import pytest
 from process.conftest import PythonWith, assert_ended, cpu_group
 
 from support.leaks import SERVER_MARK, is_marked
-from tp_runtime import GroupDiedError, GroupStartError
-from tp_runtime.engine import Engine, State
+from tp_runtime import GroupDiedError, GroupStartError, local_launcher
+from tp_runtime.engine import Engine
+from tp_runtime.process_group import State
 from tp_runtime.protocol import Report
 
 pytestmark = pytest.mark.process
@@ -169,3 +170,50 @@ def test_its_log_is_shown_when_a_rank_cannot_be_forked(
     python = python_with(while_importing="import os; os.fork = None")
     with pytest.raises(GroupStartError, match="No process could be started for a rank of 2: "):
         Engine(cpu_group(2, python=python)).start()
+
+
+def test_a_rank_for_a_gpu_is_a_process_of_its_own(
+    python_with: PythonWith, started: Groups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is forked: each process imports for itself, and becomes its rank."""
+    monkeypatch.setattr(local_launcher, "_forks", lambda _: False)
+    python = python_with()
+    engine = started(python, 2)
+    assert works(engine)
+    us = psutil.Process()
+    assert {psutil.Process(rank.pid).ppid() for rank in engine.ranks} == {us.pid}
+    first, second = engine.ranks
+    name = f"tp_runtime.worker: rank 0 of 2 in {first.log_path.parent}"
+    assert psutil.Process(first.pid).cmdline()[0] == name
+    os.kill(second.pid, signal.SIGKILL)
+    while engine.state is not State.FAILED:
+        time.sleep(0.01)
+    assert f"Rank 1 (process {second.pid}) was killed by signal 9" in str(engine.error)
+    assert_ended([first.pid, second.pid], within_s=1)
+
+    orderly = started(python, 2)
+    orderly.close()
+    assert_ended([rank.pid for rank in orderly.ranks], within_s=1)
+
+
+def test_a_start_on_gpus_that_is_given_up(
+    python_with: PythonWith, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever ends the wait for the imports, or fails them, leaves no process."""
+    monkeypatch.setattr(local_launcher, "_forks", lambda _: False)
+
+    class Interrupted(BaseException):
+        pass
+
+    def interrupt() -> None:
+        raise Interrupted
+
+    python = python_with(while_importing="import time; time.sleep(600)")
+    with pytest.raises(Interrupted):
+        Engine(cpu_group(2, python=python)).start(interrupt)
+    assert_ended([process.pid for process in servers(python)], within_s=1)
+
+    python = python_with(while_importing="import nothing_of_this_name")
+    with pytest.raises(GroupStartError, match="No module named 'nothing_of_this_name'"):
+        Engine(cpu_group(2, python=python)).start()
+    assert_ended([process.pid for process in servers(python)], within_s=1)

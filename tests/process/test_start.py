@@ -68,7 +68,7 @@ def failure_of(engine: Engine, within_s: float) -> str:
 
 def test_ranks_that_are_not_one_group_are_refused(python_with: PythonWith) -> None:
     message = failure_of(Engine(cpu_group(2, python=python_with(LYING_RANK))), within_s=60)
-    assert "2 ranks was asked for, but the ranks see tensor-parallel sizes [2, 1]" in message
+    assert "of tensor-parallel size 2 were asked for, but they see the sizes [2, 1]" in message
 
 
 def test_a_rank_that_raises_names_itself(python_with: PythonWith) -> None:
@@ -124,6 +124,33 @@ def test_an_import_that_starts_a_thread_is_refused(python_with: PythonWith) -> N
     start = "import threading, time; threading.Thread(target=time.sleep, args=[600]).start()"
     message = failure_of(Engine(cpu_group(2, python=python_with(while_importing=start))), 60)
     assert "has started threads" in message
+
+
+def test_threads_of_the_driver_and_of_an_allocator_are_let_be(python_with: PythonWith) -> None:
+    start = (
+        "import threading, time\n"
+        "named = threading.Event()\n"
+        "def run():\n"
+        "    open('/proc/thread-self/comm', 'w').write('jemalloc_bg_thd')\n"
+        "    named.set()\n"
+        "    time.sleep(600)\n"
+        "threading.Thread(target=run, daemon=True).start()\n"
+        "named.wait()"
+    )
+    engine = Engine(cpu_group(2, python=python_with(while_importing=start)))
+    engine.start()
+    try:
+        assert engine.is_up()
+    finally:
+        engine.close()
+
+
+def test_the_gpus_are_hidden_until_a_rank_starts(python_with: PythonWith) -> None:
+    """An import that asks for them would leave every rank without."""
+    look = "import os; assert os.environ['CUDA_VISIBLE_DEVICES'] == '', os.environ"
+    engine = Engine(cpu_group(1, python=python_with(while_importing=look)))
+    engine.start()
+    engine.close()
 
 
 def test_a_python_without_vllm_says_what_to_install(python_with: PythonWith) -> None:

@@ -67,11 +67,11 @@ def _marked(mark: str) -> list[psutil.Process]:
     return [
         process
         for process in psutil.process_iter()
-        if is_marked(process, mark) and not _of_another_run(process, ancestors)
+        if is_marked(process, mark) and not of_another_run(process, ancestors)
     ]
 
 
-def _of_another_run(process: psutil.Process, our_ancestors: set[int]) -> bool:
+def of_another_run(process: psutil.Process, our_ancestors: set[int]) -> bool:
     """Whether a live process that has nothing to do with this one started it.
 
     An orphan hangs from init or from what collects the orphans here: an ancestor of ours.

@@ -6,6 +6,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEST_PACK = Path(__file__).resolve().parent / "comfy_pack"
 TOY_PACK = REPOSITORY / "examples" / "shapes"
+LIGHT_SITE = Path(__file__).resolve().parent / "light_site"
 # A newer frontend than ComfyUI's own, which `make comfyui` fetches.
 NEWER_FRONTEND = REPOSITORY / ".frontend"
 

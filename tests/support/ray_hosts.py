@@ -14,8 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,19 +22,35 @@ import psutil
 
 CLONE_NEWNET = 0x40000000
 PORT = 6379
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 180.0
 OBJECT_STORE_BYTES = 80 * 2**20
 
 # Environment of every Ray process, the driver's included.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
+    "RAY_raylet_start_wait_time_s": "150",
+    "RAY_worker_niceness": "0",
     # A lost host is given up sooner than after half a minute.
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
 }
+
+COUNT_NODES = """
+import socket, sys, time
+address, wanted = sys.argv[1], int(sys.argv[2])
+host, port = address.split(":")
+while socket.socket().connect_ex((host, int(port))):
+    time.sleep(0.2)
+from ray._raylet import GcsClient
+while True:
+    nodes = GcsClient(address=address).get_all_node_info(timeout=30).values()
+    if sum(node.state == 0 for node in nodes) >= wanted:
+        break
+    time.sleep(0.5)
+"""
 
 
 def why_not() -> str:
@@ -118,13 +133,14 @@ class Host:
 class Cluster:
     """Two hosts, with room for `slots` ranks each; a context that starts and ends them.
 
-    A second host without slots has no node.
+    A second host without slots has no node. `environment` is that of all Ray processes.
     """
 
-    def __init__(self, slots: tuple[int, int]) -> None:
+    def __init__(self, slots: tuple[int, int], environment: Mapping[str, str]) -> None:
         mark = secrets.token_hex(3)
         self.folder = Path(tempfile.mkdtemp(prefix="tpr-", dir="/tmp"))
-        self.environment = ENVIRONMENT | {"RAY_AUTH_TOKEN": secrets.token_hex(16)}
+        token = {"RAY_AUTH_TOKEN": secrets.token_hex(16)}
+        self.environment = {**ENVIRONMENT, **token, **environment}
         self.hosts = [
             Host(
                 name=f"tp{mark}{index}",
@@ -167,27 +183,20 @@ class Cluster:
             self._wait_for(index + 1)
 
     def _wait_for(self, num_nodes: int) -> None:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while self._num_alive() < num_nodes:
-            assert time.monotonic() < deadline, self._logs()
-            time.sleep(0.5)
-
-    def _num_alive(self) -> int:
-        """Nodes that the first one knows to be alive."""
-        code = (
-            "from ray._raylet import GcsClient; import sys\n"
-            "nodes = GcsClient(address=sys.argv[1]).get_all_node_info(timeout=5).values()\n"
-            "print(sum(node.state == 0 for node in nodes))"
-        )
-        done = subprocess.run(
-            ["ip", "netns", "exec", self.hosts[0].name, sys.executable, "-c", code, self.address],
-            env=os.environ | self.environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        return int(done.stdout) if done.returncode == 0 else 0
+        """Until the first host knows so many nodes to be alive."""
+        command = ["ip", "netns", "exec", self.hosts[0].name, sys.executable, "-c", COUNT_NODES]
+        try:
+            subprocess.run(
+                [*command, self.address, str(num_nodes)],
+                env=os.environ | self.environment,
+                capture_output=True,
+                timeout=START_TIMEOUT_S,
+                check=True,
+            )
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            raise AssertionError(
+                f"{num_nodes} Ray nodes did not come up: {self._logs()}"
+            ) from error
 
     def _logs(self) -> str:
         return "\n".join(host.log.read_text()[-2000:] for host in self.hosts if host.log.exists())

@@ -123,3 +123,16 @@ def test_a_replaced_file_is_another_model(tmp_path: Path) -> None:
     assert ModelSpec.of(str(path), "bfloat16", "bfloat16") == before
     path.write_bytes(b"three")
     assert ModelSpec.of(str(path), "bfloat16", "bfloat16") != before
+
+
+def test_which_groups_are_in_each_others_way() -> None:
+    first, last, both = (GroupConfig(len(gpus), "cuda", gpus) for gpus in ((0,), (1,), (0, 1)))
+    assert both.meets(first)
+    assert last.meets(both)
+    assert not first.meets(last)
+    assert GroupConfig(1, "cpu").meets(GroupConfig(2, "cpu"))
+    assert not GroupConfig(1, "cpu").meets(first)
+    cluster = GroupConfig(1, "cuda", where="ray", ray_address="10.0.0.1:6379")
+    assert cluster.meets(GroupConfig(4, "cuda", where="ray", ray_address="10.0.0.1:6379"))
+    assert not cluster.meets(GroupConfig(4, "cuda", where="ray", ray_address="10.0.0.2:6379"))
+    assert not cluster.meets(first)
