@@ -118,10 +118,11 @@ class LocalLauncher:
         except BaseException as error:
             end_ranks(ranks, grace_s=0)
             self.clean_up(keep_logs=False)
-            if isinstance(error, OSError | ForkServerError):
-                raise GroupStartError(
-                    f"No process could be started for a rank of {config.num_ranks}: {error}."
-                ) from error
+            what = f"No process could be started for a rank of {config.num_ranks}:"
+            if isinstance(error, ForkServerError):
+                raise GroupStartError(f"{what} the fork server {error}.") from error
+            if isinstance(error, OSError):
+                raise GroupStartError(f"{what} {error}.") from error
             raise
         return ranks
 

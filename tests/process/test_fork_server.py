@@ -5,7 +5,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import psutil
 import pytest
@@ -164,11 +163,9 @@ def test_a_forked_process_has_none(python_with: PythonWith, started: Groups) -> 
     assert psutil.Process(rank.pid).is_running()
 
 
-def test_its_log_is_shown_when_a_rank_cannot_be_forked(
-    python_with: PythonWith, tmp_path: Path
-) -> None:
+def test_a_rank_cannot_be_forked(python_with: PythonWith) -> None:
     python = python_with(while_importing="import os; os.fork = None")
-    with pytest.raises(GroupStartError, match="No process could be started for a rank of 2: "):
+    with pytest.raises(GroupStartError, match="the fork server exited with status 1"):
         Engine(cpu_group(2, python=python)).start()
 
 

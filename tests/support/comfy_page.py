@@ -93,7 +93,11 @@ class ComfyPage:
         self.page.get_by_placeholder(re.compile("Search|Add a node")).last.fill(name)
         found = self.page.locator(".p-autocomplete-option, [data-testid=node-preview-card] h3")
         found.filter(has_text=name).first.wait_for()
+        asks_for_place = self.page.get_by_test_id("node-preview-card").is_visible()
         self.page.keyboard.press("Enter")
+        if asks_for_place:  # newer frontends do: the node follows the mouse
+            self.page.wait_for_timeout(500)
+            self.page.mouse.click(900, 700)
 
     def toasts(self, severity: str | None = None) -> str:
         """The text of the messages that are shown, in frontend 1.32 and in newer ones."""

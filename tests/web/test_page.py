@@ -86,6 +86,7 @@ def test_a_picture_from_the_search_box_to_the_end(web: ComfyPage) -> None:
                 sampler.widgets.find((widget) => widget.name === name).value = value;
             sampler.connect(0, byId('decoded'), 'samples');
             sampler.widgets.find(({name}) => name === 'control_after_generate').value = 'fixed';
+            app.canvas.deselectAll();  // or the view is fitted to the sampler alone
         }""",
         [links, values],
     )
