@@ -148,8 +148,8 @@ class TPLoadDiffusionModel(io.ComfyNode):
         try:
             info = inspect_checkpoint(path)
             group = choose_group(gpu_count, info, lambda _: None, devices, layout, where)
-        except (TPRuntimeError, ValueError) as error:  # `execute` raises it
-            return f"{version} {error}"
+        except (TPRuntimeError, ValueError):  # whatever runs with it raises it
+            return version
         return f"{version} {group}"
 
     @classmethod
