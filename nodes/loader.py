@@ -1,5 +1,6 @@
 """The node "Load Diffusion Model (TP)"."""
 
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path, PurePath
 from typing import Any
@@ -8,7 +9,14 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..tp_runtime import OPTIMIZE, WHERE, TPRuntimeError, file_version, inspect_checkpoint
+from ..tp_runtime import (
+    OPTIMIZE,
+    WHERE,
+    CheckpointInfo,
+    TPRuntimeError,
+    file_version,
+    inspect_checkpoint,
+)
 from .gpu_count import CHOICES, HERE, choose_group
 from .layouts import AUTO, LAYOUTS
 from .model import load_model
@@ -144,13 +152,13 @@ class TPLoadDiffusionModel(io.ComfyNode):
         path = model_path(model_name)
         if path is None:
             return "missing"
-        version = f"{path} {file_version(path)}"
+        version = file_version(path)
         try:
-            info = inspect_checkpoint(path)
+            info = _inspected(path, version)
             group = choose_group(gpu_count, info, lambda _: None, devices, layout, where)
         except (TPRuntimeError, ValueError):  # whatever runs with it raises it
-            return version
-        return f"{version} {group}"
+            return f"{path} {version}"
+        return f"{path} {version} {group}"
 
     @classmethod
     def execute(
@@ -179,6 +187,12 @@ class TPLoadDiffusionModel(io.ComfyNode):
         dtype = _DTYPES[weight_dtype]
         model = load_model(path, dtype, group, devices, optimize, layout, where)
         return io.NodeOutput(model)
+
+
+@lru_cache(maxsize=16)
+def _inspected(path: str, version: tuple[int, int]) -> CheckpointInfo:  # noqa: ARG001
+    """What is in a file, which is asked before every prompt."""
+    return inspect_checkpoint(path)
 
 
 def _model_names() -> list[str]:
