@@ -51,8 +51,11 @@ class Call:
             self.deadline = time.monotonic() + self.timeout_s
             return
         self.answers[rank] = reply
-        if self.complete() and len({type(answer) for answer in self.answers.values()}) != 1:
-            raise ProtocolError("Some ranks refused a request that others carried out.")
+        refused = [answer for answer in self.answers.values() if isinstance(answer, Failed)]
+        if self.complete() and len(refused) not in (0, len(self.answers)):
+            raise ProtocolError(
+                f"Some ranks refused a request that others carried out: {refused[0].message}"
+            )
 
     def complete(self) -> bool:
         """Whether every rank has answered."""

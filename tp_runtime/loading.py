@@ -124,7 +124,14 @@ def load_model(
         CheckpointError: the file is not what it was when the model was chosen.
         RuntimeError: it was changed while it was read.
     """
-    if file_version(spec.path) != spec.version:
+    try:
+        version = file_version(spec.path)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"The model file {spec.path} does not exist, or not on the host of every GPU: it must "
+            "lie under the same path on all of them."
+        ) from error
+    if version != spec.version:
         raise CheckpointError(
             f"The model file {spec.path} was replaced after the model had been chosen. Queue the "
             "prompt again."
