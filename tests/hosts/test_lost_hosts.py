@@ -25,7 +25,10 @@ RAISED_BOUND_S = 10.0
 @pytest.fixture
 def whole(cluster: Cluster) -> Cluster:
     """The cluster with both hosts, whatever happened before."""
-    cluster.hosts[1].cut_off(False)
+    far = cluster.hosts[1]
+    if far.is_cut_off:
+        far.cut_off(False)
+        far.kill()  # it ends by itself, when it hears that Ray has given it up: sometime
     cluster.start()
     return cluster
 

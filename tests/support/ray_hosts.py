@@ -75,6 +75,7 @@ class Host:
     slots: int
     log: Path
     process: subprocess.Popen[bytes] | None = field(default=None)
+    is_cut_off: bool = False
 
     def start(self, head: "Host", folder: Path, environment: dict[str, str]) -> None:
         """Start its node; those of a cluster know each other a few seconds later."""
@@ -127,6 +128,7 @@ class Host:
 
     def cut_off(self, is_off: bool = True) -> None:
         """Pull the cable, or put it in again."""
+        self.is_cut_off = is_off
         _ip("-n", self.name, "link", "set", self.device, "down" if is_off else "up")
 
 
