@@ -21,6 +21,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 import warnings
 from pathlib import Path
@@ -35,6 +36,7 @@ BECOME = "become"
 IDLE_S = 300.0
 _MAX_FDS = 4  # of one request: for the answers, of the rank's channel, shared memory and log
 _PR_SET_PDEATHSIG = 1
+_NICENESS = 5
 # The driver's, once CUDA was asked for GPUs (there are none), and jemalloc's in pyarrow, which
 # pandas and so transformers import: a rank that was forked beside both computed on its GPU.
 _HARMLESS_THREADS = ("cuda", "jemalloc")
@@ -98,6 +100,7 @@ def serve(requests: socket.socket, becomes_rank: bool) -> WorkerConfig | None:
                 sibling.close()
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             os.setsid()
+            _give_way()
             return _become_rank(config, *fds[1:])
         for fd in fds[1:]:
             os.close(fd)
@@ -122,6 +125,25 @@ def _become_rank(
     setproctitle(f"tp_runtime.worker: rank {config.rank} of {config.num_ranks} in {folder}")
     gc.enable()
     return msgspec.structs.replace(config, control_fd=control_fd, exchange_fd=exchange_fd)
+
+
+def _give_way() -> None:
+    """Let ComfyUI and its page have the cores first: a rank keeps one of them busy for minutes.
+
+    A session of its own is weighed by its own niceness (sched(7), "The autogroup feature"). With
+    equal weights Linux 6.18 let a process that was ending wait for seconds beside busy ranks, and
+    they live until that process has ended.
+    """
+    os.nice(_NICENESS)
+    while True:
+        try:
+            Path("/proc/self/autogroup").write_text(str(_NICENESS))
+        except BlockingIOError:  # it can be set ten times a second, unless one is root
+            time.sleep(0.02)
+            continue
+        except OSError:
+            pass  # this kernel has none, or this container does not let it be set
+        return
 
 
 def _import_all() -> None:

@@ -101,7 +101,7 @@ def ranks_of(home: Path) -> set[int]:
 def assert_nothing_left(home: Path, within_s: float = 5.0) -> None:
     """Soon there is no rank of a group below `home`, and nothing of ours in /dev/shm.
 
-    Nor is there a fork server, except those of this process, which wait for the next group.
+    Nor is there a fork server whose engine has ended; the others wait for the next group.
     """
     deadline = time.monotonic() + within_s
     while left := [

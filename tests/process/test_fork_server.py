@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import psutil
 import pytest
@@ -67,6 +68,14 @@ def test_ranks_are_named_for_a_person(python_with: PythonWith, started: Groups) 
         assert psutil.Process(rank.pid).cmdline()[0] == name
     (server,) = servers(python)
     assert SERVER_MARK in " ".join(server.cmdline())
+
+
+def test_ranks_give_way_to_comfyui(python_with: PythonWith, started: Groups) -> None:
+    niceness = os.getpriority(os.PRIO_PROCESS, 0) + 5
+    for rank in started(python_with(), 2).ranks:
+        assert psutil.Process(rank.pid).nice() == niceness
+        own_group = Path(f"/proc/{rank.pid}/autogroup")
+        assert not own_group.exists() or own_group.read_text().endswith("nice 5\n")
 
 
 def test_it_computes_nothing_and_holds_nothing_of_a_group(

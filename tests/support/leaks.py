@@ -2,8 +2,7 @@
 
 Ranks and the servers that they are forked from are recognised by their command line, wherever they
 were started from. Those of another test run on this machine, whose engine is alive, are its own.
-A fork server of this very process is no leak: it waits for the next group, and ends with the
-process.
+A fork server whose engine is alive is no leak: it waits for the next group, and ends with it.
 """
 
 import contextlib
@@ -50,8 +49,14 @@ def worker_processes() -> list[psutil.Process]:
 
 
 def fork_servers() -> list[psutil.Process]:
-    """Every live fork server, except this process's own and those of another run."""
-    return [server for server in _marked(SERVER_MARK) if server.ppid() != os.getpid()]
+    """Every live fork server whose engine has ended, except those of another run."""
+    ancestors = _our_ancestors()
+    servers = []
+    for server in _marked(SERVER_MARK):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if server.ppid() in ancestors:
+                servers.append(server)
+    return servers
 
 
 def is_marked(process: psutil.Process, mark: str) -> bool:
@@ -63,12 +68,17 @@ def is_marked(process: psutil.Process, mark: str) -> bool:
 
 
 def _marked(mark: str) -> list[psutil.Process]:
-    ancestors = {parent.pid for parent in psutil.Process().parents()}
+    ancestors = _our_ancestors()
     return [
         process
         for process in psutil.process_iter()
         if is_marked(process, mark) and not of_another_run(process, ancestors)
     ]
+
+
+def _our_ancestors() -> set[int]:
+    """What collects orphans is one of them."""
+    return {parent.pid for parent in psutil.Process().parents()}
 
 
 def of_another_run(process: psutil.Process, our_ancestors: set[int]) -> bool:
