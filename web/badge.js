@@ -5,36 +5,50 @@ import { watchGroups } from "./groups.js";
 import { findNode, loaderOf } from "./graph.js";
 import { gibibytes, layoutOf, milliseconds, text } from "./texts.js";
 
-// Node → what it runs on: { group, model, badge }, the first two being ids.
+// Node → what it runs on: { group, model }, both being ids.
 const marks = new Map();
+const withBadge = new WeakSet();
 let groups = [];
+let texts; // node → what its badge says, in an object that HTML nodes watch
 
-export function showBadges() {
+/** `tab` is the pack's own sidebar tab, which the page watches; nothing else here is watched. */
+export function showBadges(tab) {
+  tab.badgeTexts = new WeakMap();
+  texts = tab.badgeTexts;
   watchGroups((found) => {
     groups = found;
-    for (const [node, mark] of marks) draw(node, mark);
+    for (const [node, mark] of marks) show(node, mark);
   });
   api.addEventListener("tensor_parallel.node", ({ detail: { node: id, group, model } }) => {
     const sampler = findNode(id);
     for (const node of new Set([sampler, loaderOf(sampler)])) {
       if (!node) continue;
-      const mark = { ...marks.get(node), group, model };
-      marks.set(node, mark);
-      draw(node, mark);
+      addBadge(node);
+      marks.set(node, { group, model });
+      show(node, marks.get(node));
     }
   });
 }
 
-function draw(node, mark) {
+/** Give a new node its badge, empty as yet: an HTML node asks once which badges it has. */
+export function prepareBadge(node) {
+  const slots = [...(node.inputs ?? []), ...(node.outputs ?? [])];
+  if (slots.some(({ type }) => type === "MODEL" || type === "GUIDER")) addBadge(node);
+}
+
+
+function addBadge(node) {
+  if (withBadge.has(node)) return;
+  withBadge.add(node);
+  node.badges.push(() => new globalThis.LGraphBadge({ text: texts?.get(node) ?? "" }));
+}
+
+function show(node, mark) {
   if (!node.graph) {
     marks.delete(node);
     return;
   }
-  // A new object in the same place: frontends that draw nodes in HTML look for that.
-  const badge = new globalThis.LGraphBadge({ text: label(mark) });
-  const place = node.badges.indexOf(mark.badge);
-  node.badges.splice(place < 0 ? node.badges.length : place, 1, badge);
-  mark.badge = badge;
+  texts.set(node, label(mark));
   app.canvas.setDirty(true, true);
 }
 

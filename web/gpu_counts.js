@@ -39,17 +39,21 @@ async function offerCounts(node) {
   const widget = widgetOf(node, "gpu_count");
   const loader = loaderOf(node);
   if (!node.graph || !widget) return;
-  const query = new URLSearchParams();
+  const inputs = new URLSearchParams();
   for (const name of ["model_name", "devices", "where"]) {
     const value = widgetOf(loader, name)?.value;
-    if (value) query.set(name, value);
+    if (value) inputs.set(name, value);
   }
+  const query = String(inputs);
   widget.allCounts ??= [...widget.options.values];
+  widget.countsQuery = query;
   let answer;
   try {
-    answer = await countsFor(String(query));
+    answer = await countsFor(query);
+    if (widget.countsQuery !== query) return; // a later question was answered sooner
   } catch (error) {
-    answers.delete(String(query));
+    answers.delete(query);
+    if (widget.countsQuery !== query) return;
     widget.options.values = widget.allCounts;
     widget.tooltip = error.message;
     return;

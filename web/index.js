@@ -1,6 +1,6 @@
 // The pack in ComfyUI's page: a sidebar tab, settings, commands, and what the nodes show.
 import { app } from "../../scripts/app.js";
-import { showBadges } from "./badge.js";
+import { prepareBadge, showBadges } from "./badge.js";
 import { DEFAULT_COUNT, followModel, forgetAnswers } from "./gpu_counts.js";
 import { refreshGroups, releaseAll } from "./groups.js";
 import { closePanel, openPanel } from "./panel.js";
@@ -66,8 +66,6 @@ app.registerExtension({
   async setup() {
     await loadTexts();
     addStyle();
-    showBadges();
-    refreshGroups().catch(showError);
     app.extensionManager.registerSidebarTab({
       id: TAB,
       icon: "pi pi-microchip",
@@ -77,8 +75,13 @@ app.registerExtension({
       render: openPanel,
       destroy: closePanel,
     });
+    showBadges(app.extensionManager.getSidebarTabs().find(({ id }) => id === TAB));
+    refreshGroups().catch(showError);
   },
-  nodeCreated: followModel,
+  nodeCreated(node) {
+    followModel(node);
+    prepareBadge(node);
+  },
   refreshComboInNodes: forgetAnswers,
 });
 

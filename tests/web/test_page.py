@@ -117,6 +117,28 @@ def test_a_picture_from_the_search_box_to_the_end(web: ComfyPage) -> None:
         assert badge.endswith(" ms/step")
 
 
+@pytest.mark.parametrize("web", ["newer_page"], indirect=True)
+def test_nodes_drawn_in_html(web: ComfyPage) -> None:
+    """What newer frontends call Nodes 2.0."""
+    web.open({"Comfy.VueNodes.Enabled": True})
+    web.load_prompt(picture_prompt())
+    web.run_command("Comfy.Canvas.FitView")
+    loader, sampler = (
+        web.page.locator("[data-node-id]").filter(has_text=title).first
+        for title in ("Load Diffusion Model (TP)", "TP Sampler")
+    )
+    loader.get_by_role("combobox").nth(2).click()
+    offered = web.page.get_by_role("option").all_inner_texts()
+    assert "6" in offered
+    assert "7" not in offered
+    web.page.keyboard.press("Escape")
+    web.page.get_by_role("button", name="Run", exact=True).click()
+    for node in (loader, sampler):
+        badge = node.get_by_text("ms/step")
+        badge.wait_for(timeout=START_MS)
+        assert badge.inner_text().startswith("2× · ")
+
+
 @both_frontends
 def test_the_tab_and_its_buttons(web: ComfyPage) -> None:
     web.open_tab()
@@ -183,7 +205,8 @@ def test_a_count_that_the_model_cannot_have_is_changed(web: ComfyPage) -> None:
     web.load_prompt(picture_prompt(gpu_count=7))
     web.page.get_by_text("gpu_count 7 → 6").last.wait_for()
     assert web.widget("TPLoadDiffusionModel", "gpu_count") == "6"
-    assert "7" not in web.widget("TPLoadDiffusionModel", "gpu_count", "options.values")
+    for node_type in ("TPLoadDiffusionModel", "TPSampler"):
+        assert "7" not in web.widget(node_type, "gpu_count", "options.values")
     tooltip = web.widget("TPLoadDiffusionModel", "gpu_count", "tooltip")
     assert "7: Z-Image cannot be split over 7 GPUs" in tooltip
 
