@@ -10,6 +10,14 @@ from support.leaks import nothing_left_over
 from support.tiny_models import write_z_image
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What the groups of this run keep is not mixed with a person's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TP_RUNTIME_HOME", str(tmp_path_factory.mktemp("tp-runtime")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_z_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny fp32 Z-Image checkpoint (30 heads, width 480)."""

@@ -1,6 +1,6 @@
 """Which layout `auto` takes for a model on this machine. Part of the engine's half.
 
-By what the model was used for last: steps that were measured here, and predictions
+By what the model is used for: steps that were measured here, and predictions
 (``cost_model``) for the layouts that were not.
 """
 
@@ -27,13 +27,13 @@ class Choice:
 def choose_layout(
     info: CheckpointInfo, layouts: Sequence[Layout], gpus: Sequence[int], records: StepRecords
 ) -> Choice:
-    """The fastest of ``layouts`` for what the model was used for last; the first is the default.
+    """The fastest of ``layouts`` for what the model is used for; the first is the default.
 
     ``gpus``: those that may be used, empty on the CPU, where nothing is predicted.
     """
     default = layouts[0]
     device = device_name(gpus[0] if gpus else None)
-    workload = records.last_workload(info.path, device)
+    workload = records.usual_workload(info.path, device)
     if workload is None or len(layouts) == 1:
         return Choice(default)
     useful = [
@@ -50,8 +50,8 @@ def choose_layout(
     return Choice(
         layout,
         f"'auto' takes the layout {layout} (TP size x batch groups): {estimates[layout]} a step, "
-        f"and {default} takes {estimates[default]}, for latents of {workload.latent_shape} as in "
-        "the last prompt. Set layout or gpu_count to decide yourself.",
+        f"and {default} takes {estimates[default]}, for latents of {workload.latent_shape} as of "
+        "late. Set layout or gpu_count to decide yourself.",
     )
 
 

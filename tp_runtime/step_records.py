@@ -17,6 +17,8 @@ from .layout import Layout
 KEPT_TIMES = 16  # the latest ones, of which the shortest counts: first steps compile and record
 MIN_TIMES = 4
 SAVE_INTERVAL_S = 5.0
+# A new layout means a new group and another load, which takes as long as some hundred steps save.
+USUAL_STEPS = 40
 
 
 class Workload(msgspec.Struct, frozen=True):
@@ -35,10 +37,26 @@ class Workload(msgspec.Struct, frozen=True):
 
 
 class _OfModel(msgspec.Struct):
-    """``times``: shape of the latents as text → layout as text → the latest times in ms."""
+    """``times``: shape of the latents as text → layout as text → the latest times in ms.
 
-    last: Workload
+    ``other_steps``: how often the workload ``other`` has come since ``usual`` came last.
+    """
+
+    usual: Workload
+    other: Workload | None = None
+    other_steps: int = 0
     times: dict[str, dict[str, list[float]]] = {}
+
+    def count(self, workload: Workload) -> None:
+        """A step had this workload."""
+        if workload == self.usual:
+            self.other = None
+        elif workload != self.other:
+            self.other, self.other_steps = workload, 1
+        else:
+            self.other_steps += 1
+            if self.other_steps >= USUAL_STEPS:
+                self.usual, self.other = workload, None
 
 
 _Book = dict[str, _OfModel]
@@ -57,17 +75,21 @@ class StepRecords:
         key = _key(model, device)
         entry = self._mine.get(key) or self._read().get(key) or _OfModel(workload)
         self._mine[key] = entry
-        entry.last = workload
+        entry.count(workload)
         times = entry.times.setdefault(str(workload.latent_shape), {}).setdefault(str(layout), [])
         times.append(round(ms, 3))
         del times[:-KEPT_TIMES]
         if time.monotonic() - self._saved_at > SAVE_INTERVAL_S:
             self.save()
 
-    def last_workload(self, model: str, device: str) -> Workload | None:
-        """What the model was last used for."""
+    def usual_workload(self, model: str, device: str) -> Workload | None:
+        """What the model is used for: its first use, or what its last ``USUAL_STEPS`` steps were.
+
+        A workflow that alternates between two, such as samplers with and without CFG, changes
+        nothing.
+        """
         entry = self._entry(model, device)
-        return entry.last if entry else None
+        return entry.usual if entry else None
 
     def times(self, model: str, device: str, workload: Workload) -> dict[Layout, float]:
         """The time of a step in ms, of every layout that was used often enough to say."""

@@ -25,12 +25,13 @@ def stock_loader(model_file: str) -> dict[str, Any]:
 def tp_loader(
     model_file: str, gpu_count: GpuCount = "auto", weight_dtype: str = "default"
 ) -> dict[str, Any]:
-    """Load Diffusion Model (TP)."""
+    """Load Diffusion Model (TP): by tensor parallelism, whatever the steps before took."""
     return node(
         "TPLoadDiffusionModel",
         model_name=model_file,
         weight_dtype=weight_dtype,
         gpu_count=str(gpu_count),
+        layout="tp",
     )
 
 

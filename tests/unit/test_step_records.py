@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tp_runtime.layout import Layout
-from tp_runtime.step_records import KEPT_TIMES, MIN_TIMES, StepRecords, Workload
+from tp_runtime.step_records import KEPT_TIMES, MIN_TIMES, USUAL_STEPS, StepRecords, Workload
 
 MODEL, GPU = "/models/a.safetensors", "NVIDIA H200"
 CFG = Workload((2, 16, 128, 128), 77)
@@ -29,7 +29,7 @@ def test_another_process_finds_what_was_recorded(path: Path) -> None:
     add(records, CFG, MIXED, 61.0, 60.0, 62.0, 63.0)
     records.save()
     later = StepRecords(path)
-    assert later.last_workload(MODEL, GPU) == CFG
+    assert later.usual_workload(MODEL, GPU) == CFG
     assert later.times(MODEL, GPU, CFG) == {PLAIN: 71.0, MIXED: 60.0}
 
 
@@ -38,7 +38,7 @@ def test_models_devices_and_shapes_are_told_apart(path: Path) -> None:
     add(records, CFG, PLAIN, *[70.0] * MIN_TIMES)
     assert records.times(MODEL, GPU, SINGLE) == {}
     assert records.times(MODEL, "cpu", CFG) == {}
-    assert records.last_workload("/models/b.safetensors", GPU) is None
+    assert records.usual_workload("/models/b.safetensors", GPU) is None
 
 
 def test_a_few_steps_say_nothing(path: Path) -> None:
@@ -54,22 +54,33 @@ def test_old_times_are_forgotten(path: Path) -> None:
     assert records.times(MODEL, GPU, CFG) == {PLAIN: 70.0}
 
 
-def test_the_last_use_counts(path: Path) -> None:
+def test_what_is_usual_changes_slowly(path: Path) -> None:
     records = StepRecords(path)
     add(records, CFG, PLAIN, 70.0)
+    add(records, SINGLE, PLAIN, *[40.0] * (USUAL_STEPS - 1))
+    assert records.usual_workload(MODEL, GPU) == CFG
     add(records, SINGLE, PLAIN, 40.0)
-    assert records.last_workload(MODEL, GPU) == SINGLE
+    assert records.usual_workload(MODEL, GPU) == SINGLE
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"a": {"last": 3}}'])
+def test_alternating_workloads_change_nothing(path: Path) -> None:
+    """Each change would cost a group's start and a load."""
+    records = StepRecords(path)
+    for _ in range(10):
+        add(records, CFG, PLAIN, *[70.0] * 20)
+        add(records, SINGLE, PLAIN, *[40.0] * 20)
+        assert records.usual_workload(MODEL, GPU) == CFG
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"a": {"usual": 3}}'])
 def test_a_file_that_is_not_ours_is_replaced(path: Path, content: bytes) -> None:
     path.parent.mkdir()
     path.write_bytes(content)
     records = StepRecords(path)
-    assert records.last_workload(MODEL, GPU) is None
+    assert records.usual_workload(MODEL, GPU) is None
     add(records, CFG, PLAIN, 70.0)
     records.save()
-    assert StepRecords(path).last_workload(MODEL, GPU) == CFG
+    assert StepRecords(path).usual_workload(MODEL, GPU) == CFG
 
 
 def test_two_processes_keep_each_others_models(path: Path) -> None:
@@ -78,7 +89,7 @@ def test_two_processes_keep_each_others_models(path: Path) -> None:
     other.add("/models/b.safetensors", GPU, CFG, PLAIN, 70.0)
     one.save()
     other.save()
-    assert StepRecords(path).last_workload(MODEL, GPU) == CFG
+    assert StepRecords(path).usual_workload(MODEL, GPU) == CFG
 
 
 def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
@@ -86,4 +97,4 @@ def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
     records = StepRecords(tmp_path / "file" / "step_records.json")
     add(records, CFG, PLAIN, 70.0)
     records.save()
-    assert records.last_workload(MODEL, GPU) == CFG
+    assert records.usual_workload(MODEL, GPU) == CFG
