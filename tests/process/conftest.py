@@ -1,5 +1,7 @@
 """Groups of real rank processes, and a Python for them that a test can put a fault into."""
 
+import os
+import select
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -135,11 +137,18 @@ def make_inputs(
 
 
 def has_ended(pid: int) -> bool:
-    """Whether a process is gone, or only waits to be reaped."""
+    """Whether a process is gone, or only waits to be reaped.
+
+    With all its threads: the first may be a zombie while another still holds what all share.
+    """
     try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
         return True
+    try:
+        return bool(select.select([fd], [], [], 0)[0])
+    finally:
+        os.close(fd)
 
 
 def assert_ended(pids: list[int], within_s: float) -> None:
