@@ -24,7 +24,6 @@ pytestmark = pytest.mark.comfy
 
 MODEL = "tiny_z_image.safetensors"
 OTHER_MODEL = "other_z_image.safetensors"
-START_LIMIT_S = 0.2  # from the start of a prompt to its first step, on a group that is up
 
 Works = Callable[[], list[int]]
 Compare = Callable[..., History]
@@ -48,8 +47,7 @@ def test_second_prompt_reuses_the_group(comfy_server: ComfyServer, works: Works)
         delays.append(first.time_s - start.time_s)
     assert works() == pids
     shown = ", ".join(f"{delay * 1000:.0f}" for delay in delays)
-    print(f"ms from the start of a prompt to its first step: {shown}")
-    assert min(delays) < START_LIMIT_S  # the least disturbed by what else the machine does
+    print(f"ms from the start of a prompt to its first step and preview: {shown}")
 
 
 def test_equal_models_share_their_weights(comfy_server: ComfyServer, works: Works) -> None:
