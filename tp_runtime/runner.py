@@ -1,5 +1,6 @@
 """Carries out requests on one rank: loads shards, holds constant tensors, evaluates. Rank half."""
 
+import ctypes
 import time
 from typing import Any
 
@@ -97,8 +98,10 @@ class Runner:
         self._free_cache()
 
     def _free_cache(self) -> None:
+        """Give what nothing uses back to the GPU and to the host."""
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+        ctypes.CDLL(None).malloc_trim(0)  # glibc would keep up to a model's shard
 
     def _loaded(self, name: str) -> LoadedModel:
         model = self._models.get(name)
