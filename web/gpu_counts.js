@@ -54,18 +54,22 @@ async function offerCounts(node) {
   } catch (error) {
     answers.delete(query);
     if (widget.countsQuery !== query) return;
-    widget.options.values = widget.allCounts;
+    offer(widget, widget.allCounts);
     widget.tooltip = error.message;
     return;
   }
   const { refused } = answer;
-  widget.options.values = widget.allCounts.filter((count) => !(count in refused));
+  offer(widget, widget.allCounts.filter((count) => !(count in refused)));
   widget.tooltip = tooltip(answer);
   if (!(widget.value in refused)) return;
   const before = widget.value;
   widget.value = nearest(widget.options.values, before);
   toast("warn", text("countChanged", { node: node.title, before, after: widget.value }), refused[before]);
   app.canvas.setDirty(true, true);
+}
+
+function offer(widget, values) {
+  widget.options = { ...widget.options, values }; // a new object: HTML nodes do not look into it
 }
 
 function countsFor(query) {

@@ -127,6 +127,10 @@ def test_nodes_drawn_in_html(web: ComfyPage) -> None:
         web.page.locator("[data-node-id]").filter(has_text=title).first
         for title in ("Load Diffusion Model (TP)", "TP Sampler")
     )
+    web.page.wait_for_function(
+        "app.graph.nodes.find((node) => node.comfyClass === 'TPLoadDiffusionModel')"
+        ".widgets.find((widget) => widget.name === 'gpu_count').tooltip?.includes('7: ')"
+    )
     loader.get_by_role("combobox").nth(2).click()
     offered = web.page.get_by_role("option").all_inner_texts()
     assert "6" in offered
