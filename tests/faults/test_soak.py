@@ -232,8 +232,8 @@ def of_server(counts: dict[int, int]) -> int:
 
 
 def of_ranks(counts: dict[int, int]) -> int:
-    """Of the rank that has most."""
-    return max(list(counts.values())[1:])
+    """Of the rank that has most; the server and the fork server come first."""
+    return max(list(counts.values())[2:])
 
 
 Measure = Callable[[Usage], int]
@@ -247,7 +247,8 @@ MEASURES: dict[str, tuple[Measure, float, int]] = {
     "files of a rank": (lambda usage: of_ranks(usage.files), 0, 2),
     "threads of the server": (lambda usage: of_server(usage.threads), 0, 2),
     "threads of a rank": (lambda usage: of_ranks(usage.threads), 0, 2),
-    "shared memory": (lambda usage: usage.shared, 0, 0),
+    # It is as large as the largest request so far, and doubles to become larger.
+    "shared memory": (lambda usage: usage.shared, 1, 0),
 }
 
 
