@@ -17,7 +17,7 @@ from .layout import Layout
 KEPT_TIMES = 16  # the latest ones, of which the shortest counts: first steps compile and record
 MIN_TIMES = 4
 SAVE_INTERVAL_S = 5.0
-# A new layout means a new group and another load, which takes as long as some hundred steps save.
+# A new layout means a new group and another load: what asks for it must have come for a while.
 USUAL_STEPS = 40
 
 

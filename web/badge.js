@@ -24,8 +24,9 @@ export function showBadges(tab) {
     for (const node of new Set([sampler, loaderOf(sampler)])) {
       if (!node) continue;
       addBadge(node);
-      marks.set(node, { group, model });
-      show(node, marks.get(node));
+      const mark = { group, model };
+      marks.set(node, mark);
+      show(node, mark);
     }
   });
 }
@@ -35,7 +36,6 @@ export function prepareBadge(node) {
   const slots = [...(node.inputs ?? []), ...(node.outputs ?? [])];
   if (slots.some(({ type }) => type === "MODEL" || type === "GUIDER")) addBadge(node);
 }
-
 
 function addBadge(node) {
   if (withBadge.has(node)) return;
