@@ -36,6 +36,14 @@ def stopped(pid: int) -> Iterator[None]:
         process.resume()
 
 
+def wait_until_shown(server: ComfyServer) -> None:
+    """Until the page has been told of every change: to tell it, the server asks all ranks."""
+    with pytest.raises(TimeoutError):
+        while True:
+            server.events.clear()
+            server.events.wait_for("tensor_parallel.groups", timeout_s=2)
+
+
 def interrupt(server: ComfyServer, prompt_id: str) -> None:
     """Press cancel: the prompt ends soon, and as one that was cancelled."""
     start = time.monotonic()
@@ -81,6 +89,7 @@ def test_while_the_model_loads(comfy_server: ComfyServer, works: Works) -> None:
     prompt["later"] = node("TPSampler", **prompt["sampler"]["inputs"] | {"model": ["held", 0]})
     prompt["later"]["inputs"]["latent_image"] = ["sampler", 0]
     prompt["report"]["inputs"]["anything"] = ["later", 0]
+    wait_until_shown(comfy_server)  # or rank 0 may wait in that request, with rank 1
     comfy_server.events.clear()
     with stopped(pids[1]):
         prompt_id = comfy_server.queue(prompt)
