@@ -9,12 +9,15 @@ import platform
 import tempfile
 import time
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
 from .layout import Layout
 
 KEPT_TIMES = 16  # the latest ones, of which the shortest counts: first steps compile and record
+KEPT_SHAPES = 32  # of each model, and
+KEPT_MODELS = 100  # of all machines and devices: those that were used last
 MIN_TIMES = 4
 SAVE_INTERVAL_S = 5.0
 # A new layout means a new group and another load: what asks for it must have come for a while.
@@ -59,6 +62,7 @@ class _OfModel(msgspec.Struct):
                 self.usual, self.other = workload, None
 
 
+T = TypeVar("T")
 _Book = dict[str, _OfModel]
 
 
@@ -73,10 +77,13 @@ class StepRecords:
     def add(self, model: str, device: str, workload: Workload, layout: Layout, ms: float) -> None:
         """A step took so long. ``model``: the file's path; ``device``: its product name."""
         key = _key(model, device)
-        entry = self._mine.get(key) or self._read().get(key) or _OfModel(workload)
-        self._mine[key] = entry
+        entry = self._mine.pop(key, None) or self._read().get(key) or _OfModel(workload)
+        self._mine[key] = entry  # at the end: it was used last
         entry.count(workload)
-        times = entry.times.setdefault(str(workload.latent_shape), {}).setdefault(str(layout), [])
+        shape = str(workload.latent_shape)
+        by_layout = entry.times.pop(shape, {})
+        entry.times = _latest(entry.times | {shape: by_layout}, KEPT_SHAPES)
+        times = by_layout.setdefault(str(layout), [])
         times.append(round(ms, 3))
         del times[:-KEPT_TIMES]
         if time.monotonic() - self._saved_at > SAVE_INTERVAL_S:
@@ -106,7 +113,8 @@ class StepRecords:
     def save(self) -> None:
         """Write what was added. A disk that is full is no reason to stop: the file only helps."""
         self._saved_at = time.monotonic()
-        book = self._read() | self._mine
+        others = {key: entry for key, entry in self._read().items() if key not in self._mine}
+        book = _latest(others | self._mine, KEPT_MODELS)
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             fd, name = tempfile.mkstemp(dir=self._path.parent, prefix=self._path.name)
@@ -123,6 +131,11 @@ class StepRecords:
             return msgspec.json.decode(self._path.read_bytes(), type=_Book)
         except (OSError, msgspec.MsgspecError):  # not there yet, or another release's
             return {}
+
+
+def _latest(entries: dict[str, T], number: int) -> dict[str, T]:
+    """The last ones that were put in."""
+    return dict(list(entries.items())[-number:])
 
 
 def _key(model: str, device: str) -> str:

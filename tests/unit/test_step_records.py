@@ -5,7 +5,15 @@ from pathlib import Path
 import pytest
 
 from tp_runtime.layout import Layout
-from tp_runtime.step_records import KEPT_TIMES, MIN_TIMES, USUAL_STEPS, StepRecords, Workload
+from tp_runtime.step_records import (
+    KEPT_MODELS,
+    KEPT_SHAPES,
+    KEPT_TIMES,
+    MIN_TIMES,
+    USUAL_STEPS,
+    StepRecords,
+    Workload,
+)
 
 MODEL, GPU = "/models/a.safetensors", "NVIDIA H200"
 CFG = Workload((2, 16, 128, 128), 77)
@@ -52,6 +60,26 @@ def test_old_times_are_forgotten(path: Path) -> None:
     records = StepRecords(path)
     add(records, CFG, PLAIN, 50.0, *[70.0] * KEPT_TIMES)
     assert records.times(MODEL, GPU, CFG) == {PLAIN: 70.0}
+
+
+def test_shapes_that_were_used_long_ago_are_forgotten(path: Path) -> None:
+    records = StepRecords(path)
+    shapes = [Workload((1, 16, 128, 8 * n), 77) for n in range(1, KEPT_SHAPES + 2)]
+    for workload in shapes:
+        add(records, workload, PLAIN, *[70.0] * MIN_TIMES)
+        add(records, shapes[0], PLAIN, 70.0)  # in use
+    found = [workload for workload in shapes if records.times(MODEL, GPU, workload)]
+    assert found == [shapes[0], *shapes[2:]]
+
+
+def test_models_that_were_used_long_ago_are_forgotten(path: Path) -> None:
+    names = [f"/models/{number}.safetensors" for number in range(KEPT_MODELS + 1)]
+    for name in [*names, names[0]]:
+        records = StepRecords(path)  # each in a process of its own
+        records.add(name, GPU, CFG, PLAIN, 70.0)
+        records.save()
+    found = [name for name in names if StepRecords(path).usual_workload(name, GPU)]
+    assert found == [names[0], *names[2:]]
 
 
 def test_what_is_usual_changes_slowly(path: Path) -> None:
