@@ -72,13 +72,17 @@ class Engine(ProcessGroup):
         return [answer.value for _, answer in sorted(call.answers.items())]  # type: ignore[union-attr]
 
     def denoise(
-        self, model: str, wanted: Sequence[Wanted], poll: Poll | None = None
+        self,
+        model: str,
+        wanted: Sequence[Wanted],
+        poll: Poll | None = None,
+        on_sent: Callable[[], None] | None = None,
     ) -> list[torch.Tensor]:
         """Evaluate the transformer, once on each batch group; at most so many are ``wanted``.
 
         Of each: ComfyUI's forward arguments, a tensor ``x`` and plain data with tensors, and the
         shape of the result, which has the dtype and device of ``x``. Tensors that the ranks hold
-        from an earlier call are not sent again.
+        from an earlier call are not sent again. ``on_sent``: as of ``call``.
 
         Raises:
             As ``call`` does, and ProtocolError if ``inputs`` hold something that cannot be sent.
@@ -99,6 +103,8 @@ class Engine(ProcessGroup):
                 self._sender.roll_back()
                 raise
             self._sender.sent()
+            if on_sent is not None:
+                on_sent()
             call.wait(poll)
             call.raise_error()
             self._step_times.record(kind, call.ended - call.began)
@@ -127,10 +133,17 @@ class Engine(ProcessGroup):
         patch = functools.partial(self._sender.patch, model=model, weights=weights)
         self.call(patch, poll=poll, on_sent=on_sent)
 
-    def unload(self, model: str, poll: Poll | None = None) -> None:
-        """Free the model's shards. Raises as ``call`` does."""
-        self._sender.forget_patches(model)
-        self.call(lambda call: Unload(call, model), poll=poll)
+    def unload(
+        self, model: str, poll: Poll | None = None, on_sent: Callable[[], object] | None = None
+    ) -> None:
+        """Free the model's shards. ``on_sent``: as of ``call``, which it raises as."""
+
+        def forget() -> None:
+            self._sender.forget_patches(model)
+            if on_sent is not None:
+                on_sent()
+
+        self.call(lambda call: Unload(call, model), poll=poll, on_sent=forget)
 
     @contextlib.contextmanager
     def _turn_taken(self, poll: Poll | None) -> Iterator[None]:

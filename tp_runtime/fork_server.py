@@ -5,8 +5,8 @@ it. It has one thread, computes nothing and never touches a GPU, so that a fork 
 
 Started by ``forking``, on whose socket requests come, each with a socket for the answers: a
 ``WorkerConfig`` and file descriptors, answered with the number of the new process and later with
-how it ended; or ``null``, answered once ranks can be forked. It ends with that socket or, while it
-has no rank, after some minutes without a request.
+how it ended, or with a sentence if there can be none; or ``null``, answered once ranks can be
+forked. It ends with that socket or, while it has no rank, after some minutes without a request.
 
 With the word ``become`` on its command line it forks nothing: it becomes the first rank that it is
 asked for.
@@ -89,10 +89,14 @@ def serve(requests: socket.socket, becomes_rank: bool) -> WorkerConfig | None:
         if becomes_rank:
             _Child(os.getpid(), answers).close()
             return _become_rank(config, *fds[1:])
-        with warnings.catch_warnings():
-            # Python 3.12 warns of every thread, those of _HARMLESS_THREADS, too.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            pid = os.fork()
+        try:
+            pid = _fork()
+        except OSError as error:  # no process, or no memory: others go on
+            with answers, contextlib.suppress(OSError):
+                answers.send(msgspec.json.encode(str(error)))
+            for fd in fds[1:]:
+                os.close(fd)
+            continue
         if pid == 0:
             requests.close()
             answers.close()
@@ -107,6 +111,13 @@ def serve(requests: socket.socket, becomes_rank: bool) -> WorkerConfig | None:
         child = _Child(pid, answers)
         children[child.pidfd] = child
     return None
+
+
+def _fork() -> int:
+    with warnings.catch_warnings():
+        # Python 3.12 warns of every thread, those of _HARMLESS_THREADS, too.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
 
 
 def _become_rank(

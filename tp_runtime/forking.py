@@ -111,7 +111,7 @@ class ForkServer:
         Returns its process id, a pidfd of it, and the socket on which its exit status will come.
 
         Raises:
-            ForkServerError: as ``wait_until_up``.
+            ForkServerError: as ``wait_until_up``; or the system has no room for a process.
         """
         changes = {
             name: environment.get(name)
@@ -126,7 +126,12 @@ class ForkServer:
             packet, pidfds = receive_with_fds(answers, max_fds=1)
             if not packet:
                 raise self._gone()
-            return msgspec.json.decode(packet, type=int), pidfds[0], answers
+            answer = msgspec.json.decode(packet, type=int | str)
+            if isinstance(answer, str):
+                raise ForkServerError(
+                    f"could not fork ({answer}): free some memory, or raise the limit of processes"
+                )
+            return answer, pidfds[0], answers
         except BaseException:
             answers.close()
             raise

@@ -88,10 +88,12 @@ class _Resident:
 class Group:
     """A configuration, the engine that runs it now, if any, and what that holds."""
 
-    def __init__(self, config: GroupConfig, make_way: Callable[[GroupConfig], None]) -> None:
-        """``make_way`` is called before ranks start."""
+    def __init__(
+        self, config: GroupConfig, neighbours: Callable[[GroupConfig], Sequence["Group"]]
+    ) -> None:
+        """``neighbours``: the other groups that have an engine and share devices with this one."""
         self.config = config
-        self._make_way = make_way
+        self._neighbours = neighbours
         self.id = hashlib.blake2s(repr(config).encode(), digest_size=4).hexdigest()
         self.engine: Engine | None = None
         self.step_ms: float | None = None
@@ -185,7 +187,8 @@ class Group:
     def _denoise(
         self, model: "RemoteModel", wanted: Sequence[Wanted], poll: Poll | None
     ) -> list[torch.Tensor]:
-        with _acquired(self._changing, poll):
+        with contextlib.ExitStack() as unchanged:
+            unchanged.enter_context(_acquired(self._changing, poll))
             if self.engine is None:
                 raise GroupClosedError(
                     "No process group runs: it was released since the model was loaded, or the "
@@ -194,8 +197,9 @@ class Group:
             if self.alive() is None and self._num_starts > model.used_at_start:
                 raise failures.lost(self.engine.error)
             engine = self._engine_with(model, poll)
-        started = time.perf_counter()
-        results = engine.denoise(model.name, wanted, poll)
+            started = time.perf_counter()
+            # Until the request is sent, nobody may put the model to sleep or patch it otherwise.
+            results = engine.denoise(model.name, wanted, poll, on_sent=unchanged.close)
         self.step_ms = (time.perf_counter() - started) * 1000
         return results
 
@@ -216,6 +220,22 @@ class Group:
             if engine is not None and name in self._models:
                 self._put_to_sleep(engine, name, poll)
 
+    def give_way(self, poll: Poll | None = None) -> None:
+        """Free the devices of every model for another group.
+
+        Unless this one is changing now: it may be waiting for the other to do the same.
+        """
+        if not self._changing.acquire(blocking=False):
+            return
+        try:
+            with contextlib.suppress(TPRuntimeError):  # a group that ends meanwhile is fine
+                engine = self.alive()
+                if engine is not None:
+                    for name in self._on_devices():
+                        self._free_devices(engine, name, poll)
+        finally:
+            self._changing.release()
+
     def sleep_all(self, poll: Poll | None = None) -> None:
         """Free the devices of every model."""
         for name in list(self._models):
@@ -234,7 +254,9 @@ class Group:
     def _start(self, poll: Poll | None) -> Engine:
         engine = self.alive()
         if engine is None:
-            self._make_way(self.config)
+            for other in self._neighbours(self.config):
+                if not other.is_used():
+                    other.close()
             engine = Engine(self.config)
             self._replace_by(engine)
             self._num_starts += 1
@@ -281,8 +303,11 @@ class Group:
     def _wake(self, engine: Engine, name: str, resident: _Resident, poll: Poll | None) -> None:
         if resident.asleep:
             self._make_room(engine, name, max(resident.rank_bytes or [0]), poll)
-            engine.call(lambda call: Wake(call, name), poll=poll)
-            resident.asleep = False
+
+            def on_sent() -> None:
+                resident.asleep = False
+
+            engine.call(lambda call: Wake(call, name), poll=poll, on_sent=on_sent)
 
     def _put_to_sleep(self, engine: Engine, name: str, poll: Poll | None) -> None:
         resident = self._models[name]
@@ -314,16 +339,34 @@ class Group:
         return psutil.virtual_memory().available - needed >= reserve
 
     def _make_room(self, engine: Engine, name: str, needed: int, poll: Poll | None) -> None:
-        """Free the devices of other models, as far as that helps, until ``needed`` bytes fit."""
-        on_cpu = self.config.device == "cpu"
-        others = [n for n, r in self._models.items() if n != name and (on_cpu or not r.asleep)]
-        for other in others:
-            if self._free_bytes(engine, poll) >= needed * ROOM_FACTOR + ROOM_BYTES:
-                break
-            if on_cpu:
-                self._unload(engine, other, poll)
-            else:
-                self._put_to_sleep(engine, other, poll)
+        """Free the devices of other models, as far as that helps, until ``needed`` bytes fit.
+
+        First of this group's, then of those that share devices with it.
+        """
+
+        def fits() -> bool:
+            return self._free_bytes(engine, poll) >= needed * ROOM_FACTOR + ROOM_BYTES
+
+        for other in self._on_devices():
+            if other != name:
+                if fits():
+                    return
+                self._free_devices(engine, other, poll)
+        for group in self._neighbours(self.config):
+            if fits():
+                return
+            group.give_way(poll)
+
+    def _on_devices(self) -> list[str]:
+        """The models whose weights take room on the devices, least recently used first."""
+        on_cpu = self.config.device == "cpu"  # where sleeping ones do, too
+        return [name for name, resident in self._models.items() if on_cpu or not resident.asleep]
+
+    def _free_devices(self, engine: Engine, name: str, poll: Poll | None) -> None:
+        if self.config.device == "cpu":
+            self._unload(engine, name, poll)
+        else:
+            self._put_to_sleep(engine, name, poll)
 
     def _free_bytes(self, engine: Engine, poll: Poll | None) -> int:
         """What is free on the device of the rank that has the least."""
@@ -333,8 +376,7 @@ class Group:
 
     def _unload(self, engine: Engine, name: str, poll: Poll | None) -> None:
         models = self._models
-        engine.unload(name, poll)
-        models.pop(name, None)
+        engine.unload(name, poll, on_sent=lambda: models.pop(name, None))
 
     def _free_unused(self, engine: Engine, poll: Poll | None) -> None:
         """Free the shards of models that nobody holds."""

@@ -86,10 +86,11 @@ class Launcher(Protocol):
         """
         ...
 
-    def launch(self, config: GroupConfig, exchange: Exchange) -> Sequence[Rank]:
+    def launch(self, config: GroupConfig, exchange: Exchange, poll: Poll) -> Sequence[Rank]:
         """Start all ranks; none may be left if one does not start.
 
-        They end with this process, at the latest.
+        They end with this process, at the latest. ``poll`` is called while waiting, as by
+        ``prepare``, or between ranks.
 
         Raises:
             GroupStartError: one does not start.

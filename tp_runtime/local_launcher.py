@@ -110,10 +110,11 @@ class LocalLauncher:
             self.clean_up(keep_logs=False)
             raise
 
-    def launch(self, config: GroupConfig, exchange: Exchange) -> Sequence[Rank]:
+    def launch(self, config: GroupConfig, exchange: Exchange, poll: Poll) -> Sequence[Rank]:
         ranks: list[Rank] = []
         try:
             for index in range(config.num_ranks):
+                poll()
                 ranks.append(self._launch_rank(config, index, exchange))
         except BaseException as error:
             end_ranks(ranks, grace_s=0)

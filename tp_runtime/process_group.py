@@ -70,6 +70,7 @@ class ProcessGroup:
         self._call: Call | None = None
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._close_asked = False
+        self._preparing: threading.Event | None = None  # set when there is an owner, or the end
         self._owner: threading.Thread | None = None
         self._last_words: dict[int, Failed] = {}  # of the ranks that have raised
         self._blamed: Rank | None = None
@@ -95,14 +96,13 @@ class ProcessGroup:
         call = Call(START, self.config.num_ranks, self.config.start_timeout_s, "start")
         with self._lock:
             self._check_not_closed()
-            assert self._call is None, "a group is started once"
+            assert self._preparing is None, "a group is started once"
+            self._preparing = threading.Event()
             self._call = call
-        self._prepare(poll)
-        with self._lock:
-            self._check_not_closed()
-            call.deadline = time.monotonic() + call.timeout_s
-            self._owner = threading.Thread(target=self._own, name="tp-runtime-group", daemon=True)
-            self._owner.start()
+        try:
+            self._prepare(call, poll)
+        finally:
+            self._preparing.set()
         try:
             call.wait(poll)
         except BaseException:  # poll raised it
@@ -113,8 +113,8 @@ class ProcessGroup:
         if call.error is not None:
             raise failures.not_started(self.config, self.ranks, self._blamed, call.error)
 
-    def _prepare(self, poll: Poll | None) -> None:
-        """Have what the launcher needs for the ranks, or end the group."""
+    def _prepare(self, call: Call, poll: Poll | None) -> None:
+        """Have what the launcher needs for the ranks, and the owner; or end the group."""
 
         def poll_start() -> None:
             self._check_not_closed()
@@ -123,11 +123,17 @@ class ProcessGroup:
 
         try:
             self._launcher.prepare(self.config, poll_start)
+            with self._lock:
+                self._check_not_closed()
+                call.deadline = time.monotonic() + call.timeout_s
+                owner = threading.Thread(target=self._own, name="tp-runtime-group", daemon=True)
+                owner.start()
+                self._owner = owner
         except GroupStartError as error:
             self._end(State.FAILED, error)
             raise
         except BaseException:  # poll raised it, or the group was closed
-            self.close()
+            self._end(State.CLOSED, None)
             raise
 
     def _check_not_closed(self) -> None:
@@ -153,8 +159,10 @@ class ProcessGroup:
 
     def _own(self) -> None:
         try:
-            self.ranks = self._launcher.launch(self.config, self._exchange)
+            self.ranks = self._launcher.launch(self.config, self._exchange, self._check_not_closed)
             self._watch()
+        except GroupClosedError:
+            self._end(State.CLOSED, None)
         except TPRuntimeError as error:
             self._end(State.FAILED, error)
         except BaseException as error:
@@ -288,13 +296,14 @@ class ProcessGroup:
         """End the group in an orderly way: ask, wait, kill. Idempotent; from any thread."""
         with self._lock:
             self._close_asked = True  # from here on no request is taken
-            owner = self._owner
-            if owner is not None and self._wake_fd >= 0:
+            if self._wake_fd >= 0:
                 os.eventfd_write(self._wake_fd, 1)
-        if owner is None:
+        if self._preparing is None:
             self._end(State.CLOSED, None)
-        else:
-            owner.join()
+            return
+        self._preparing.wait()  # where the starting thread sees it, and ends what there is
+        if self._owner is not None:
+            self._owner.join()
 
     def _close_now(self) -> None:
         if self.state is not State.READY:  # it would not listen

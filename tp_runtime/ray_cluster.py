@@ -35,6 +35,7 @@ class Driver:
     """The driver process of one group, seen from the engine. It ends when ``close`` is called."""
 
     def __init__(self, config: GroupConfig, num_ranks: int, folder: Path) -> None:
+        """Start it, with its log in ``folder``. Raises GroupStartError: there is no such Python."""
         self.log_path = folder / "driver.log"
         self.ended_ranks: dict[int, str] = {}  # rank → how, as Ray puts it
         self._channel, theirs = Channel.pair()
@@ -53,17 +54,25 @@ class Driver:
             )
             arguments = ["-m", f"{_PACKAGE.name}.ray_driver", msgspec.json.encode(driver).decode()]
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-            with open(os.open(self.log_path, flags, 0o600), "ab") as log:
-                self.process = subprocess.Popen(
-                    [config.python, *arguments],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env=_environment(config),
-                    cwd=folder,
-                    pass_fds=(theirs.fileno(),),
-                    start_new_session=True,
-                )
+            try:
+                with open(os.open(self.log_path, flags, 0o600), "ab") as log:
+                    self.process = subprocess.Popen(
+                        [config.python, *arguments],
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        env=_environment(config),
+                        cwd=folder,
+                        pass_fds=(theirs.fileno(),),
+                        start_new_session=True,
+                    )
+            except OSError as error:
+                self._channel.close()
+                self._remove_ray_folder()
+                raise GroupStartError(
+                    f"The runtime's Python {config.python!r} could not be started: {error}. "
+                    "Set TP_RUNTIME_PYTHON to a Python that has ray, vllm and diffusers installed."
+                ) from error
 
     def receive(self, timeout_s: float) -> list[FromDriver]:
         """What the driver has said, after at most so long.
@@ -117,6 +126,10 @@ class Driver:
             self.process.wait()
         if self._ray_folder:
             _end_session(self.process.pid)
+        self._remove_ray_folder()
+
+    def _remove_ray_folder(self) -> None:
+        if self._ray_folder:
             shutil.rmtree(self._ray_folder, ignore_errors=True)
 
 
@@ -152,17 +165,16 @@ def forget_count(address: str) -> None:
 def _ask(address: str, python: str) -> int:
     folder = GroupFolder.create()
     config = GroupConfig(1, "cuda", python=python, where="ray", ray_address=address)
-    driver = Driver(config, 0, folder.path)
     answer: Waiting | None = None
-    try:
+    with contextlib.ExitStack() as at_end:
+        at_end.callback(lambda: folder.release(keep=answer is None))
+        driver = Driver(config, 0, folder.path)
+        at_end.callback(driver.kill)
         deadline = time.monotonic() + ASK_TIMEOUT_S
         while answer is None and time.monotonic() < deadline:
             for message in driver.receive(1.0):
                 if isinstance(message, Waiting):
                     answer = message
-    finally:
-        driver.kill()
-        folder.release(keep=answer is None)
     if answer is None:
         raise GroupStartError(
             f"The Ray cluster at {address} did not answer for {ASK_TIMEOUT_S:g} s. "

@@ -84,19 +84,13 @@ class RayLauncher:
     def prepare(self, config: GroupConfig, poll: Poll) -> None:
         self._address = config.ray_address
         self._folder = GroupFolder.create()
-        try:
-            self._driver = Driver(config, config.num_ranks, self._folder.path)
-        except OSError as error:
-            raise GroupStartError(
-                f"The runtime's Python {config.python!r} could not be started: {error}. "
-                "Set TP_RUNTIME_PYTHON to a Python that has ray, vllm and diffusers installed."
-            ) from error
+        self._driver = Driver(config, config.num_ranks, self._folder.path)
         self._placed = _placed(config, self._driver, poll)
 
-    def launch(self, config: GroupConfig, exchange: Exchange) -> Sequence[RayRank]:
+    def launch(self, config: GroupConfig, exchange: Exchange, poll: Poll) -> Sequence[RayRank]:
         assert self._driver is not None, "not prepared"
         assert self._placed is not None, "not prepared"
-        return _connected(config, self._driver, self._placed, exchange)
+        return _connected(config, self._driver, self._placed, exchange, poll)
 
     def clean_up(self, keep_logs: bool) -> None:
         forget_count(self._address)
@@ -142,7 +136,7 @@ def _placed(config: GroupConfig, driver: Driver, poll: Poll) -> Placed:
 
 
 def _connected(
-    config: GroupConfig, driver: Driver, placed: Placed, exchange: Exchange
+    config: GroupConfig, driver: Driver, placed: Placed, exchange: Exchange, poll: Poll
 ) -> Sequence[RayRank]:
     """The ranks, each with a stream to it."""
     token = new_token()
@@ -150,6 +144,7 @@ def _connected(
     with Reception(placed.address, token, config.num_ranks) as reception:
         driver.send(_order(config, reception.address, token, exchange))
         while not reception.complete():
+            poll()
             reception.receive(POLL_S)
             driver.receive(0)
             missing = set(range(config.num_ranks)) - set(reception.members)

@@ -150,7 +150,7 @@ class Runtime:
             CheckpointError: the file cannot be used.
             SizeError: the model cannot be split over that many ranks.
         """
-        group = self._groups.setdefault(config, Group(config, self._make_way))
+        group = self._groups.setdefault(config, Group(config, self._neighbours))
         return RemoteModel(spec, group, self.records)
 
     def groups(self) -> list[GroupReport]:
@@ -183,11 +183,13 @@ class Runtime:
         groups = list(self._groups.values()) if group_id is None else [self._group(group_id)]
         return sum(group.close() for group in groups)
 
-    def _make_way(self, config: GroupConfig) -> None:
-        """End the groups on the same devices that nobody has a model on, before one starts."""
-        for group in self._started():
-            if group.config != config and not group.is_used() and config.meets(group.config):
-                group.close()
+    def _neighbours(self, config: GroupConfig) -> list[Group]:
+        """The groups that share devices with the one of this configuration."""
+        return [
+            group
+            for group in self._started()
+            if group.config != config and config.meets(group.config)
+        ]
 
     def _started(self) -> list[Group]:
         return [group for group in list(self._groups.values()) if group.engine]

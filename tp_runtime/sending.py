@@ -120,12 +120,10 @@ class TensorSender:
     def hold(self, call: int, factors: list[torch.Tensor]) -> Hold:
         """The request that gives the ranks these tensors."""
         layout = Layout()
-        refs = []
-        for factor in factors:
-            ref = layout.place(factor, next(self._keys))
-            self._factors[id(factor)] = (ref, factor)
-            refs.append(ref)
+        refs = [layout.place(factor, next(self._keys)) for factor in factors]
         layout.write_to(self.exchange)
+        for ref, factor in zip(refs, factors, strict=True):
+            self._factors[id(factor)] = (ref, factor)
         return Hold(call, refs, self.exchange.size)
 
     def patch(self, call: int, model: str, weights: Mapping[str, PatchedWeight]) -> Patch:

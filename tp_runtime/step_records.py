@@ -118,9 +118,12 @@ class StepRecords:
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             fd, name = tempfile.mkstemp(dir=self._path.parent, prefix=self._path.name)
-            with open(fd, "wb") as file:
-                file.write(msgspec.json.format(msgspec.json.encode(book)))
-            Path(name).replace(self._path)
+            try:
+                with open(fd, "wb") as file:
+                    file.write(msgspec.json.format(msgspec.json.encode(book)))
+                Path(name).replace(self._path)
+            except OSError:
+                Path(name).unlink()
 
     def _entry(self, model: str, device: str) -> _OfModel | None:
         key = _key(model, device)
@@ -129,7 +132,8 @@ class StepRecords:
     def _read(self) -> _Book:
         try:
             return msgspec.json.decode(self._path.read_bytes(), type=_Book)
-        except (OSError, msgspec.MsgspecError):  # not there yet, or another release's
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+            # Not there yet, or another release's, or damaged.
             return {}
 
 

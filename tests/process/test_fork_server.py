@@ -178,6 +178,30 @@ def test_a_rank_cannot_be_forked(python_with: PythonWith) -> None:
         Engine(cpu_group(2, python=python)).start()
 
 
+def test_there_is_no_room_for_another_process(python_with: PythonWith, started: Groups) -> None:
+    """The groups that run are as before."""
+    python = python_with(
+        while_importing="""
+import errno, os
+
+room, fork = iter([True, False, True]), os.fork
+
+def fork_if_there_is_room():
+    if next(room):
+        return fork()
+    raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+os.fork = fork_if_there_is_room
+"""
+    )
+    first = started(python)
+    with pytest.raises(GroupStartError, match=r"could not fork \(.*temporarily unavailable\)"):
+        started(python)
+    assert works(first)
+    assert works(started(python))
+    assert len(servers(python)) == 1
+
+
 def test_a_rank_for_a_gpu_is_a_process_of_its_own(
     python_with: PythonWith, started: Groups, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,10 +1,14 @@
 """Where models are: awake, asleep or freed; and what a page can ask of a group."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from process.conftest import assert_ended, cpu_group, make_inputs
@@ -14,7 +18,8 @@ from tp_runtime import GroupReport, InputError, ModelSpec, RemoteModel, Runtime
 from tp_runtime import group as group_module
 from tp_runtime.engine import Engine
 from tp_runtime.host_memory import HostCopy
-from tp_runtime.protocol import Load, Request, Sleep, Unload, Wake
+from tp_runtime.process_group import State
+from tp_runtime.protocol import Denoise, Load, Request, Sleep, Unload, Wake
 
 pytestmark = pytest.mark.process
 
@@ -35,6 +40,14 @@ def models(runtime: Runtime, tmp_path: Path) -> list[RemoteModel]:
         spec = ModelSpec.of(str(path), "float32", "float32")
         found.append(runtime.model(spec, cpu_group()))
     return found
+
+
+@pytest.fixture
+def elsewhere(runtime: Runtime, models: list[RemoteModel]) -> Iterator[RemoteModel]:
+    """The first file on another group with the same devices, which ends after the test."""
+    model = runtime.model(models[0].spec, cpu_group(1))
+    yield model
+    runtime.release(model.group_id)
 
 
 @pytest.fixture
@@ -126,15 +139,138 @@ def test_a_model_makes_room_for_another(
     ]
 
 
+def test_a_group_makes_room_on_another(
+    models: list[RemoteModel],
+    elsewhere: RemoteModel,
+    sent: list[tuple[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which has the same devices, and whose model is still held."""
+    first, second = models[0], elsewhere
+    first.ensure_loaded()
+    monkeypatch.setattr(group_module, "ROOM_BYTES", 2**60)
+    sent.clear()
+    second.ensure_loaded()
+    assert sent == [("Unload", first.name), ("Load", second.name)]
+    assert first.loaded_bytes() == [0, 0]
+    second.denoise(make_inputs())
+    first.ensure_loaded()
+    first.denoise(make_inputs())
+    assert sent[2:] == [("Unload", second.name), ("Load", first.name)]
+
+
+def test_a_group_that_is_changing_is_not_waited_for(
+    models: list[RemoteModel], elsewhere: RemoteModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be waiting for this one."""
+    first, second = models[0], elsewhere
+    first.ensure_loaded()
+    monkeypatch.setattr(group_module, "ROOM_BYTES", 2**60)
+    with first._group._changing:
+        second.ensure_loaded()
+    assert min(first.loaded_bytes()) > 0
+
+
+class Interrupted(BaseException):
+    """As ComfyUI's InterruptProcessingException is none of Exception's."""
+
+
+def interrupt() -> None:
+    raise Interrupted
+
+
+@contextmanager
+def stopped_rank(runtime: Runtime) -> Iterator[None]:
+    """A rank of the only group stands still."""
+    (report,) = runtime.reports()
+    rank = psutil.Process(report.ranks[1]["pid"])
+    rank.suspend()
+    try:
+        yield
+    finally:
+        rank.resume()
+
+
+def test_a_sleep_and_a_wake_that_were_given_up(
+    runtime: Runtime, models: list[RemoteModel], sent: list[tuple[str, str]]
+) -> None:
+    """They happen all the same, and the engine knows."""
+    model, _ = models
+    model.ensure_loaded()
+    expected = model.denoise(make_inputs())
+    sent.clear()
+    with stopped_rank(runtime), pytest.raises(Interrupted):
+        model.sleep(interrupt)
+    assert the_group(runtime).models[model.name]["asleep"]
+    with stopped_rank(runtime), pytest.raises(Interrupted):
+        model.ensure_loaded(interrupt)
+    assert not the_group(runtime).models[model.name]["asleep"]
+    model.sleep()
+    assert model.loaded_bytes() == [0, 0]
+    assert torch.equal(model.denoise(make_inputs()), expected)
+    assert sent == [(kind, model.name) for kind in ("Sleep", "Wake", "Sleep", "Wake")]
+
+
+def test_an_unload_that_was_given_up(
+    runtime: Runtime,
+    models: list[RemoteModel],
+    sent: list[tuple[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The model is loaded anew when it is used next."""
+    model, _ = models
+    model.ensure_loaded()
+    expected = model.denoise(make_inputs())
+    sent.clear()
+    monkeypatch.setattr(model._group, "_host_has_room", lambda *_: False)
+    with stopped_rank(runtime), pytest.raises(Interrupted):
+        model.sleep(interrupt)
+    assert the_group(runtime).models == {}
+    model.ensure_loaded()
+    assert torch.equal(model.denoise(make_inputs()), expected)
+    assert sent == [("Unload", model.name), ("Load", model.name)]
+
+
+def test_a_sleep_does_not_come_before_a_step_that_waits_for_its_turn(
+    runtime: Runtime, models: list[RemoteModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step has made sure already that the model is awake."""
+    model, _ = models
+    model.ensure_loaded()
+    requests: list[str] = []
+    begin = Engine._begin
+
+    def spy(self: Engine, call: Any) -> None:
+        requests.append(call.what)
+        begin(self, call)
+
+    monkeypatch.setattr(Engine, "_begin", spy)
+    with ThreadPoolExecutor(3) as pool:
+        with stopped_rank(runtime):
+            requests.clear()
+            began = threading.Barrier(2)
+
+            def step() -> torch.Tensor:
+                began.wait()
+                return model.denoise(make_inputs())
+
+            report = pool.submit(runtime.reports)
+            while the_group(runtime).state != State.BUSY.value:
+                time.sleep(0.01)
+            result = pool.submit(step)
+            began.wait()
+            while not model._group._changing.locked():
+                time.sleep(0.01)
+            asleep = pool.submit(model.sleep)
+            time.sleep(0.2)
+        for future in (report, result, asleep):
+            future.result(timeout=30)
+    assert requests == ["Report", Denoise.__name__, Sleep.__name__]
+
+
 def test_a_load_that_was_given_up_can_be_put_to_sleep(
     runtime: Runtime, models: list[RemoteModel]
 ) -> None:
-    class Interrupted(BaseException):
-        pass
-
-    def interrupt() -> None:
-        raise Interrupted
-
     models[0].ensure_loaded()
     with pytest.raises(Interrupted):
         models[1].ensure_loaded(poll=interrupt)

@@ -7,15 +7,17 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from process.conftest import PythonWith, assert_ended, cpu_group
 
-from tp_runtime import GroupClosedError, GroupLostError, GroupStartError
+from tp_runtime import GroupClosedError, GroupLostError, GroupStartError, ray_launcher
 from tp_runtime.engine import Engine
 from tp_runtime.local_launcher import LocalLauncher
 from tp_runtime.process_group import State
 from tp_runtime.protocol import Report
+from tp_runtime.ray_messages import Placed
 
 pytestmark = pytest.mark.process
 
@@ -240,6 +242,57 @@ def test_close_from_another_thread_ends_a_start(python_with: PythonWith, when: s
     closer.join()
     assert engine.state is State.CLOSED
     assert_ended([rank.pid for rank in engine.ranks], within_s=0)
+
+
+def test_who_starts_a_group_cleans_up_after_it(python_with: PythonWith, home: Path) -> None:
+    """Whoever closes it meanwhile only waits: two would close the same file descriptor."""
+    cleaners: list[threading.Thread] = []
+
+    class Watched(LocalLauncher):
+        def clean_up(self, keep_logs: bool) -> None:
+            cleaners.append(threading.current_thread())
+            super().clean_up(keep_logs)
+
+    before = set((home / "groups").glob("*"))
+    engine = Engine(cpu_group(2, python=python_with(while_importing=ASLEEP)), Watched())
+    closer = in_thread(lambda: (time.sleep(0.3), engine.close()))
+    with pytest.raises(GroupClosedError):
+        engine.start()
+    closer.join()
+    assert set(cleaners) == {threading.current_thread()}
+    assert engine.state is State.CLOSED
+    assert set((home / "groups").glob("*")) == before
+
+
+def test_a_start_is_cancelled_while_its_ranks_on_ray_connect(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Silent:
+        """Stands in for a driver process whose ranks cannot reach this host."""
+
+        log_path = tmp_path / "driver.log"
+        ended_ranks: ClassVar[dict[int, str]] = {}
+
+        def __init__(self, *_: object) -> None: ...
+        def receive(self, _: float) -> list[Placed]:
+            return [Placed("127.0.0.1", ["10.9.9.9"])]
+
+        def send(self, _: object) -> None: ...
+        def kill(self) -> None: ...
+
+    monkeypatch.setattr(ray_launcher, "Driver", Silent)
+    config = cpu_group(1, where="ray", ray_address="127.0.0.1:1", python=sys.executable)
+    engine = Engine(config)
+    ends = time.monotonic() + 0.5
+
+    def poll() -> None:
+        if time.monotonic() > ends:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        engine.start(poll)
+    assert time.monotonic() < ends + 2
+    assert engine.state is State.CLOSED
 
 
 def in_thread(work: Callable[[], None]) -> threading.Thread:

@@ -1,5 +1,6 @@
 """The times of samplers' steps, which outlive the process."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,30 @@ def test_models_that_were_used_long_ago_are_forgotten(path: Path) -> None:
         records.save()
     found = [name for name in names if StepRecords(path).usual_workload(name, GPU)]
     assert found == [names[0], *names[2:]]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b'{"\xff": {}}', b"[]"])
+def test_a_damaged_file_is_as_good_as_none(path: Path, content: bytes) -> None:
+    path.parent.mkdir()
+    path.write_bytes(content)
+    records = StepRecords(path)
+    assert records.usual_workload(MODEL, GPU) is None
+    add(records, CFG, PLAIN, 70.0)
+    records.save()
+    assert StepRecords(path).usual_workload(MODEL, GPU) == CFG
+
+
+def test_a_full_disk_leaves_no_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    records = StepRecords(path)
+    add(records, CFG, PLAIN, 70.0)
+    kept = path.read_bytes()
+    monkeypatch.setattr(Path, "replace", full)
+    records.save()
+    assert path.read_bytes() == kept
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_what_is_usual_changes_slowly(path: Path) -> None:
