@@ -19,6 +19,9 @@ from torch.utils import _pytree as pytree
 F = TypeVar("F", bound=Callable[..., Any])
 
 MAX_GRAPHS = 8  # a graph keeps its activations: a bounded number of shapes
+# Each number of tokens is compiled for itself, kept on disk too. Beyond dynamo's own limits (8 and
+# 256) a function would run as it is written from then on, and be recorded so.
+MAX_COMPILATIONS = 2**16
 
 # q, k, v (B, L, N, K) and a mask or None → (B, L, N, K)
 Attention = Callable[..., torch.Tensor]
@@ -35,6 +38,8 @@ def fused(function: F) -> F:
 
     @functools.cache  # not at import: ComfyUI's process imports this and never compiles
     def compiled() -> Any:
+        config = torch._dynamo.config
+        config.recompile_limit = config.accumulated_recompile_limit = MAX_COMPILATIONS
         return torch.compile(function, dynamic=False)
 
     @functools.wraps(function)

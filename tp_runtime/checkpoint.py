@@ -121,10 +121,10 @@ class CheckpointInfo:
         return sum(info.num_elements for info in self.tensors.values())
 
     def weight_bytes(self, itemsize: int) -> int:
-        """Bytes of the weights, if those that are not in fp8 take ``itemsize`` for each number."""
+        """Bytes of the weights in a dtype of ``itemsize`` bytes; those with a scale stay in fp8."""
         return sum(
-            tensor.num_elements * (1 if tensor.dtype.startswith("F8") else itemsize)
-            for tensor in self.tensors.values()
+            tensor.num_elements * (1 if name in self.scales else itemsize)
+            for name, tensor in self.tensors.items()
         )
 
     def check_tp_size(self, tp_size: int) -> None:
@@ -168,11 +168,19 @@ def inspect_checkpoint(path: str) -> CheckpointInfo:
         )
     try:
         config = module.infer_config(tensors)
+        expected = module.file_tensors(config)
+    except CheckpointError:
+        raise
     except KeyError as error:
         raise CheckpointError(
             f"The {module.LABEL} file {path} lacks the tensor {error}. Download it again."
         ) from error
-    _check_tensors(path, module.LABEL, tensors, module.file_tensors(config), module.UNUSED)
+    except (IndexError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            f"The {module.LABEL} file {path} has tensors of impossible shapes ({error}). "
+            "Download it again."
+        ) from error
+    _check_tensors(path, module.LABEL, tensors, expected, module.UNUSED)
     return CheckpointInfo(path, module.FAMILY, module.LABEL, config, tensors, metadata, scales)
 
 

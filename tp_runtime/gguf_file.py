@@ -7,6 +7,8 @@ everywhere in GGUF, and ``comfy.gguf.orig_shape.NAME`` for a tensor whose rows n
 
 import functools
 import math
+import struct
+import sys
 import warnings
 from types import TracebackType
 from typing import Any
@@ -23,6 +25,9 @@ _FLOATS = {
     gguf.GGMLQuantizationType.F16: "F16",
     gguf.GGMLQuantizationType.BF16: "BF16",
 }
+_LONG_LIST = 16  # no shape is longer
+_MAX_WORDS = 2**22  # in a list
+_MAX_ITEMS = 2**16  # fields, elements of their lists, and tensors
 _ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 # ggml drops leading axes of length one. Of the tensors here only Z-Image's pad tokens have one.
 _ONE_ROW = "_pad_token"
@@ -42,7 +47,7 @@ class GGUFFile:
         self._stored: dict[str, gguf.ReaderTensor] = {}
         try:
             reader = _CheckedReader(path)
-        except (ValueError, LookupError, TypeError, ArithmeticError) as error:
+        except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
             raise FormatError(str(error)) from error
         if reader.byte_order == "S":
             raise FormatError("it is of the other byte order than this machine")
@@ -118,7 +123,53 @@ class GGUFFile:
 
 
 class _CheckedReader(gguf.GGUFReader):
-    """A reader that stops where a file ends: gguf's own would go on with nothing."""
+    """A reader that stops where a file ends: gguf's own would go on with nothing.
+
+    And that takes no time and memory for what is of no use here, such as a text encoder's words:
+    gguf's own makes an array of each.
+    """
+
+    _num_items = 0
+
+    def _build_fields(self, offs: int, count: Any) -> int:
+        return int(super()._build_fields(offs, self._checked(count)))
+
+    def _build_tensor_info(self, offs: int, count: Any) -> Any:
+        return super()._build_tensor_info(offs, self._checked(count))
+
+    def _checked(self, count: Any) -> Any:
+        self._num_items += int(count)
+        if self._num_items > _MAX_ITEMS:
+            raise FormatError(f"it is cut short, or no model: {self._num_items} things are listed")
+        return count
+
+    def _get_field_parts(self, orig_offs: int, raw_type: Any) -> Any:
+        if raw_type == gguf.GGUFValueType.ARRAY:
+            kind, length = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+            if kind[0] == gguf.GGUFValueType.ARRAY:
+                raise FormatError("its header has a list of lists")
+            if length[0] > _LONG_LIST:
+                size = 12 + self._size_of_items(orig_offs + 12, kind[0], int(length[0]))
+                return size, [kind, length], [], [gguf.GGUFValueType.ARRAY]
+            self._checked(length[0])
+        return super()._get_field_parts(orig_offs, raw_type)
+
+    def _size_of_items(self, offs: int, kind: int, length: int) -> int:
+        """The bytes that a list takes. Raises FormatError."""
+        dtype = self.gguf_scalar_to_np.get(gguf.GGUFValueType(kind))
+        if dtype is not None:
+            return int(self._get(offs, dtype, length).nbytes)
+        if length > _MAX_WORDS:
+            raise FormatError(f"its header has a list of {length} texts, more than {_MAX_WORDS}")
+        end, order = offs, ">" if (self.byte_order == "S") is (sys.byteorder == "little") else "<"
+        data: Any = memoryview(self.data)  # type: ignore[arg-type]  # numpy's stubs, on 3.11
+        for _ in range(length):
+            try:
+                (num_bytes,) = struct.unpack_from(f"{order}Q", data, end)
+            except struct.error as error:
+                raise FormatError(f"it is cut short ({error})") from error
+            end += 8 + num_bytes
+        return end - offs
 
     def _get(self, offset: int, dtype: Any, count: Any = 1, *args: Any, **kwargs: Any) -> Any:
         end = int(offset) + int(count) * np.dtype(dtype).itemsize

@@ -24,6 +24,7 @@ METADATA = "_quantization_metadata"
 _SCALED = ("scale_weight", "scale_input")
 _MIXED = ("weight_scale", "input_scale", "comfy_quant")
 _FORMATS = ("float8_e4m3fn", "float8_e5m2")
+_MAX_DESCRIPTION = 2**16  # bytes
 
 
 def find_scales(
@@ -71,9 +72,11 @@ def _formats(
     try:
         if METADATA in metadata:
             described |= json.loads(metadata[METADATA])["layers"]
-        for name in tensors:
+        for name, tensor in tensors.items():
             if name.endswith(".comfy_quant"):
-                text = bytes(read(name).tolist())
+                if tensor.dtype != "U8" or tensor.num_elements > _MAX_DESCRIPTION:
+                    raise ValueError(f"{name} has {tensor.num_elements} {tensor.dtype}")
+                text = read(name).numpy().tobytes()
                 described[name.removesuffix(".comfy_quant")] = json.loads(text)
         names = {layer: _without_prefix(layer) for layer in described}
         # A full checkpoint's metadata also describes its text encoders.
@@ -82,7 +85,7 @@ def _formats(
             for layer, description in described.items()
             if f"{names[layer]}.weight" in tensors
         }
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"The model file {path} does not say in a readable way how it is quantised "
             f"({type(error).__name__}: {error}). Download it again."

@@ -1,5 +1,6 @@
 """Model files that cannot be used: each is refused from its header, with a message that helps."""
 
+import dataclasses
 import json
 import struct
 from collections.abc import Callable
@@ -11,9 +12,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from support.tiny_models import ZImageSize, write_z_image
+from support.tiny_models import (
+    FluxSize,
+    QwenImageSize,
+    ZImageSize,
+    flux_shapes,
+    qwen_image_shapes,
+    write_z_image,
+    z_image_shapes,
+)
 from tp_runtime import CheckpointError, SizeError, inspect_checkpoint
 from tp_runtime.checkpoint import CheckpointFile
+from tp_runtime.models import FAMILIES
 
 Tensors = dict[str, torch.Tensor]
 
@@ -190,6 +200,46 @@ def test_the_list_of_names_is_bounded(changed: Changed) -> None:
 def test_a_tensor_of_another_shape(changed: Changed) -> None:
     message = changed(lambda t: t.update({"x_pad_token": torch.zeros(2, 480)}))
     assert "1 of another shape (x_pad_token is [2, 480], not [1, 480])" in message
+
+
+SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
+    "z_image": z_image_shapes(ZImageSize()),
+    "flux": flux_shapes(FluxSize()),
+    "qwen_image": qwen_image_shapes(QwenImageSize()),
+}
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (0, 0), (1, 2, 3), (0, 5), (5, 0)], ids=str)
+@pytest.mark.parametrize("family", SHAPES)
+def test_shapes_that_no_model_has(tmp_path: Path, family: str, shape: tuple[int, ...]) -> None:
+    path = tmp_path / "model.safetensors"
+    for name in SHAPES[family].keys() - FAMILIES[family].UNUSED:
+        shapes = SHAPES[family] | {name: shape}
+        save_file({n: torch.empty(s, dtype=torch.float8_e4m3fn) for n, s in shapes.items()}, path)
+        assert message_for(path), name
+
+
+@pytest.mark.parametrize(
+    "description",
+    [torch.tensor(2**40), torch.zeros(2**17, dtype=torch.uint8), torch.zeros(3), b"[" * 60_000],
+    ids=["a number", "long", "floats", "deep"],
+)
+def test_a_description_of_fp8_that_is_none(
+    changed: Changed, description: torch.Tensor | bytes
+) -> None:
+    if isinstance(description, bytes):
+        description = torch.frombuffer(bytearray(description), dtype=torch.uint8)
+    message = changed(lambda tensors: tensors.update({"layers.0.x.comfy_quant": description}))
+    assert "does not say in a readable way how it is quantised" in message
+
+
+def test_the_size_of_fp8_follows_the_dtype_that_is_asked_for(tmp_path: Path) -> None:
+    """Without a scale it is held in that; with one it stays in fp8."""
+    path = write_z_image(tmp_path / "plain.safetensors", dtype=torch.float8_e4m3fn)
+    info = inspect_checkpoint(str(path))
+    assert [info.weight_bytes(n) for n in (1, 2, 4)] == [n * info.num_parameters for n in (1, 2, 4)]
+    scaled = dataclasses.replace(info, scales=dict.fromkeys(info.tensors, "scale"))
+    assert scaled.weight_bytes(2) == info.num_parameters
 
 
 def test_a_width_that_heads_do_not_divide(changed: Changed) -> None:

@@ -77,9 +77,15 @@ def test_plan_predicts_every_layout(
     assert links[-1] == 0 < links[0]
 
 
-def test_a_size_that_cannot_work(tiny_z_image: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", str(tiny_z_image), "--tp", "7"]) == 1
-    assert "num_heads=30" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [("7", "num_heads=30"), ("0", "size of 0 was asked for"), ("-1", "size of -1 was asked for")],
+)
+def test_a_size_that_cannot_work(
+    tiny_z_image: Path, capsys: pytest.CaptureFixture[str], size: str, words: str
+) -> None:
+    assert main(["plan", str(tiny_z_image), "--tp", size]) == 1
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.process

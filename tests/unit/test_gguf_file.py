@@ -3,6 +3,7 @@
 import math
 import struct
 import sys
+import tracemalloc
 from pathlib import Path
 
 import gguf
@@ -223,6 +224,53 @@ def test_a_text_encoder(tmp_path: Path) -> None:
     path = tmp_path / "llama.gguf"
     write_one(path, "Q4_0", (24, 256))
     assert "an architecture that cannot be split yet" in message_for(path)
+
+
+def header(fields: int, *entries: bytes, tensors: int = 0) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, fields) + b"".join(entries)
+
+
+def text_of(content: bytes) -> bytes:
+    return struct.pack("<Q", len(content)) + content
+
+
+def list_of(kind: gguf.GGUFValueType, length: int, items: bytes, name: bytes = b"a") -> bytes:
+    """A field that is a list of this kind."""
+    return text_of(name) + struct.pack("<IIQ", gguf.GGUFValueType.ARRAY, kind, length) + items
+
+
+KIND = gguf.GGUFValueType
+SHORT_LISTS = [list_of(KIND.UINT8, 16, bytes(16), b"%d" % number) for number in range(5000)]
+WORDS = b"".join(text_of(b"word %d" % number) for number in range(200_000))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (header(1, list_of(KIND.UINT8, 10**7, bytes(10**7))), "cannot be split yet"),
+        (header(1, list_of(KIND.STRING, 200_000, WORDS)), "cannot be split yet"),
+        (header(1, list_of(KIND.STRING, 300_000, WORDS)), "cut short"),
+        (header(1, list_of(KIND.UINT64, 2**61, b"")), "cut short"),
+        (
+            header(1, list_of(KIND.STRING, 2**61, bytes(10**6))),
+            "a list of 2305843009213693952 texts",
+        ),
+        (header(1, list_of(KIND.ARRAY, 1, struct.pack("<IQ", 9, 1) * 5000)), "a list of lists"),
+        (header(2**40), "1099511627776 things are listed"),
+        (header(0, tensors=2**40), "1099511627776 things are listed"),
+        (header(5000, *SHORT_LISTS), "things are listed"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_header_costs_little_time_and_memory(tmp_path: Path, content: bytes, words: str) -> None:
+    """Lists of millions, as a text encoder's words, are passed over; nothing is made of them."""
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content + bytes(64))
+    tracemalloc.start()
+    assert words in message_for(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**20 + 1000 * 2**16  # a field or an item of a short list takes a kilobyte
 
 
 def test_without_the_package(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -169,6 +169,8 @@ class Plan:
 
     def check_tp_size(self, tp_size: int, label: str) -> None:
         """Raises SizeError, naming the dimension in the way and the sizes that work."""
+        if tp_size < 1:
+            raise SizeError(f"A tensor-parallel size of {tp_size} was asked for. Choose 1 or more.")
         for obstacle in self._obstacles(tp_size):
             sizes = ", ".join(map(str, self.valid_tp_sizes(8)))
             raise SizeError(

@@ -1,0 +1,39 @@
+"""Compiled chains of operations. What compiles them for a GPU is not here: it is counted."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tp_runtime import acceleration
+from tp_runtime.models import common
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """The graphs that are compiled; they run as they are written."""
+    found: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        found.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    torch._dynamo.reset()
+    yield found
+    torch._dynamo.reset()
+
+
+def test_every_number_of_tokens_is_compiled(
+    compiled: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not eight of a function and 256 of all together, which are torch's own limits."""
+    monkeypatch.setattr(torch._dynamo.config, "accumulated_recompile_limit", 16)
+    silu_gate = acceleration.fused(common.silu_gate.__wrapped__)
+    count = 20
+    with acceleration._optimised():
+        for length in range(1, count + 1):
+            silu_gate(torch.randn(1, length, 4))
+    assert len(compiled) == count
