@@ -138,21 +138,25 @@ class TPLoadDiffusionModel(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(
         cls,
-        model_name: str,
-        gpu_count: str,
-        devices: str = "",
-        layout: str = AUTO,
-        where: str = HERE,
+        model_name: str | None,
+        gpu_count: str | None,
+        devices: str | None = "",
+        layout: str | None = AUTO,
+        where: str | None = HERE,
         **_: Any,
     ) -> str:
         """Another value when the file has been replaced by another of the same name.
 
-        And when 'auto' has come to mean another group.
+        And when 'auto' has come to mean another group. What comes from another node is None.
         """
+        if model_name is None:
+            return "linked"
         path = model_path(model_name)
         if path is None:
             return "missing"
         version = file_version(path)
+        if gpu_count is None or devices is None or layout is None or where is None:
+            return f"{path} {version}"
         try:
             info = _inspected(path, version)
             group = choose_group(gpu_count, info, lambda _: None, devices, layout, where)

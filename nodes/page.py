@@ -167,13 +167,24 @@ def _check_origin(request: web.Request) -> None:
     """Refuse what another site's page has sent.
 
     ComfyUI compares Origin and Host where the host is this machine by name; here they are always
-    compared, unless `--enable-cors-header` permits other sites to use ComfyUI.
+    compared, unless `--enable-cors-header` permits other sites to use ComfyUI. As there, a port
+    counts only where both have one: behind a proxy, one of them may not.
     """
     origin = request.headers.get("Origin")
     if origin is None or args.enable_cors_header:
         return
-    if urllib.parse.urlsplit(origin).netloc.lower() != request.host.lower():
-        raise _Refusal(403, f"Requests from {origin} are refused.")
+    theirs, ours = urllib.parse.urlsplit(origin), urllib.parse.urlsplit(f"//{request.host}")
+    same = theirs.hostname == ours.hostname
+    try:
+        same = same and (None in (theirs.port, ours.port) or theirs.port == ours.port)
+    except ValueError:  # no number
+        same = False
+    if not same:
+        raise _Refusal(
+            403,
+            f"Requests from {origin} are refused: this server was asked as {request.host}. A "
+            "proxy has to pass the header Host on; --enable-cors-header lets other sites in.",
+        )
 
 
 def _asked_first(handler: Handler) -> Handler:

@@ -15,8 +15,10 @@ from comfy_execution.utils import get_executing_context
 
 from ..tp_runtime import RemoteModel
 from .notices import show_group_on_node
-from .unsupported import cfg_split, reading_weights, weight_functions
+from .unsupported import cfg_split, code_in_model, reading_weights, weight_functions
 from .weights import patched_weights
+
+_INSIDE = "diffusion_model."
 
 
 class TPModelPatcher(comfy.model_patcher.ModelPatcher):
@@ -33,13 +35,28 @@ class TPModelPatcher(comfy.model_patcher.ModelPatcher):
     # room on the GPU that ComfyUI uses, and ComfyUI decides by it whether the two halves of a CFG
     # step share a batch, which should not depend on where the model runs.
 
+    # A model that is only on other GPUs needs no room before it is loaded, but has a size
+    # afterwards: ComfyUI would put one of size 0 to sleep first, and gain nothing by it.
+
     def model_size(self, *_args: Any, **_kwargs: Any) -> int:
         return self.loaded_size() or self._on_device(
             [self.remote.planned_bytes()] * self.remote.group_config.num_ranks
         )
 
     def loaded_size(self, *_args: Any, **_kwargs: Any) -> int:
-        return self._on_device(self.remote.loaded_bytes())
+        rank_bytes = self.remote.loaded_bytes()
+        return self._on_device(rank_bytes) or sum(rank_bytes)
+
+    def current_loaded_device(self, *_args: Any, **_kwargs: Any) -> Any:
+        # Also where another MODEL of the same file has had the weights loaded.
+        return self.load_device if self.loaded_size() else super().current_loaded_device()
+
+    def partially_unload(
+        self, _device_to: Any = None, memory_to_free: int = 0, *_args: Any, **_kwargs: Any
+    ) -> int:
+        # Shards leave together: where that helps, ComfyUI then detaches the whole model. Where it
+        # would not, this answer makes it go on with the next.
+        return 0 if self._on_device(self.remote.loaded_bytes()) else memory_to_free
 
     def _on_device(self, rank_bytes: list[int]) -> int:
         """Bytes where ComfyUI itself is: one rank's on a GPU, those of all ranks on the host.
@@ -55,6 +72,16 @@ class TPModelPatcher(comfy.model_patcher.ModelPatcher):
         return sum(n for n, gpu in zip(rank_bytes, group.devices, strict=True) if gpu == index)
 
     # --- loading and freeing ---------------------------------------------------------------------
+
+    def partially_load(self, *args: Any, **kwargs: Any) -> int:
+        try:
+            return int(super().partially_load(*args, **kwargs))
+        except BaseException as error:
+            # ComfyUI detaches what it could not load, but not after a cancel where that is no
+            # Exception (newer releases), and then it does not know of the weights any more.
+            if not isinstance(error, Exception):
+                self.detach()
+            raise
 
     def load(
         self,
@@ -90,6 +117,7 @@ class TPModelPatcher(comfy.model_patcher.ModelPatcher):
             self.apply_hooks(self.forced_hooks, force_apply=True)
 
     def pre_run(self, *args: Any, **kwargs: Any) -> None:
+        self._check_code()
         # ComfyUI skips load when it is short of memory and this model is loaded already.
         super().pre_run(*args, **kwargs)
         show_group_on_node(self.remote)
@@ -123,11 +151,18 @@ class TPModelPatcher(comfy.model_patcher.ModelPatcher):
             self.model.model_lowvram = False  # or every module would be searched for patches
         return super().unpatch_model(device_to, unpatch_weights, *args, **kwargs)
 
-    def partially_unload(self, *_args: Any, **_kwargs: Any) -> int:
-        return 0  # shards leave together: ComfyUI then detaches the whole model
-
     def _load_list(self, *_args: Any, **_kwargs: Any) -> list[Any]:
         return []
+
+    def _check_code(self) -> None:
+        """Raises UnsupportedFeatureError if a node has changed the inside of the native model.
+
+        As object patches, or as injections (`LoraLoaderBypass`): nothing would come of it.
+        """
+        for name in self.object_patches:
+            if name.startswith(_INSIDE) and name != f"{_INSIDE}forward":
+                raise code_in_model(name)
+        self.model.diffusion_model.check_code()
 
     # --- weights ---------------------------------------------------------------------------------
 

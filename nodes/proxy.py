@@ -12,7 +12,7 @@ from ..tp_runtime import InputError, RemoteModel
 from .arguments import remote_inputs
 from .block_patches import names_in_code
 from .together import Meeting
-from .unsupported import gradients, other_compute_dtype
+from .unsupported import code_in_model, gradients, other_compute_dtype
 
 
 class RemoteDiffusionModel(torch.nn.Module):
@@ -30,6 +30,8 @@ class RemoteDiffusionModel(torch.nn.Module):
         self.remote = remote
         self.native_signature = inspect.signature(skeleton.forward)
         self.native_names = names_in_code(skeleton)
+        native = type(skeleton)
+        self._native_methods = {name for name in dir(native) if callable(getattr(native, name))}
         self.eval()
 
     def __getattr__(self, name: str) -> Any:
@@ -57,7 +59,22 @@ class RemoteDiffusionModel(torch.nn.Module):
             self._forward_on_ranks, self, get_all_wrappers(WrappersMP.DIFFUSION_MODEL, options)
         ).execute(*bound.args, **bound.kwargs)
 
+    def check_code(self) -> None:
+        """Raises UnsupportedFeatureError if code was put into the skeleton, which nobody runs."""
+        self._check_methods()
+        for name, module in self.skeleton.named_modules():
+            replaced = _is_foreign(vars(module).get("forward"), type(module).forward)
+            if replaced or module._forward_hooks or module._forward_pre_hooks:
+                raise code_in_model(name)
+
+    def _check_methods(self) -> None:
+        # `forward` itself is called, and hooks on this module are.
+        for name in self._native_methods & vars(self).keys() - {"forward"}:
+            if _is_foreign(vars(self)[name], getattr(type(self.skeleton), name)):
+                raise code_in_model(name)
+
     def _forward_on_ranks(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._check_methods()  # some nodes replace them during an evaluation
         bound = self.native_signature.bind(*args, **kwargs)
         inputs = remote_inputs(bound, self.native_names)
         x: torch.Tensor = inputs["x"]
@@ -86,3 +103,11 @@ class RemoteDiffusionModel(torch.nn.Module):
                 "sampler is broken; at a later one the model overflowed: set weight_dtype to bf16 "
                 "or fp32."
             )
+
+
+def _is_foreign(found: Any, own: Any) -> bool:
+    """Whether an object has something in the place of its class's method.
+
+    ComfyUI takes an object patch back by setting the method itself.
+    """
+    return found is not None and getattr(found, "__func__", None) is not own

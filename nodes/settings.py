@@ -5,6 +5,7 @@ they are not read, and the environment alone decides. The environment overrides 
 """
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..tp_runtime import GroupStartError
 _PYTHON = "TensorParallel.Runtime.Python"
 _DEVICES = "TensorParallel.Runtime.Devices"
 _RAY_ADDRESS = "TensorParallel.Runtime.RayAddress"
+_TRIES, _WRITING_S = 3, 0.05
 
 
 def python_setting() -> str | None:
@@ -52,5 +54,15 @@ def _stored() -> dict[str, Any]:
     file = Path(folder_paths.get_user_directory()) / "default" / "comfy.settings.json"
     if args.multi_user or not file.is_file():
         return {}
-    settings: dict[str, Any] = json.loads(file.read_text())
-    return settings
+    for _ in range(_TRIES):
+        try:
+            settings: dict[str, Any] = json.loads(file.read_text())
+        except ValueError as error:
+            problem = error
+            time.sleep(_WRITING_S)  # ComfyUI may be writing it, in place
+        else:
+            return settings
+    raise GroupStartError(
+        f"ComfyUI's settings {file} cannot be read ({problem}). Repair the file, or remove it and "
+        "set what you need again."
+    )

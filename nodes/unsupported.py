@@ -36,6 +36,15 @@ def python_code_in_options(where: str) -> UnsupportedFeatureError:
     )
 
 
+def code_in_model(where: str) -> UnsupportedFeatureError:
+    """For a function or module at `where` in the native model, in the place of its own."""
+    return UnsupportedFeatureError(
+        f"A node has replaced '{where}' in the model by code of its own, as LoraLoaderBypass and "
+        "some caching nodes do. A tensor-parallel model computes in other processes, where that "
+        f"code cannot be called. Load a LoRA without bypass. {_INSTEAD}"
+    )
+
+
 def unknown_argument(where: str, value: object) -> UnsupportedFeatureError:
     """For an argument of the model's forward that is neither a tensor nor plain data."""
     return UnsupportedFeatureError(

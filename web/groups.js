@@ -5,7 +5,6 @@ const watchers = new Set();
 let groups = [];
 
 api.addEventListener("tensor_parallel.groups", ({ detail }) => showGroups(detail));
-api.addEventListener("reconnected", refreshGroups);
 
 /** Call `watcher(groups)` now and after every change. Returns what ends that. */
 export function watchGroups(watcher) {

@@ -1,8 +1,9 @@
 // The pack in ComfyUI's page: a sidebar tab, settings, commands, and what the nodes show.
+import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { prepareBadge, showBadges } from "./badge.js";
 import { DEFAULT_COUNT, followModel, forgetAnswers } from "./gpu_counts.js";
-import { refreshGroups, releaseAll } from "./groups.js";
+import { refreshGroups, releaseAll, showGroups } from "./groups.js";
 import { closePanel, openPanel } from "./panel.js";
 import { loadTexts, text } from "./texts.js";
 import { showError } from "./toast.js";
@@ -30,7 +31,7 @@ app.registerExtension({
       tooltip: "Their numbers in this order, such as 0,1. Empty: all that ComfyUI sees.",
       type: "text",
       defaultValue: "",
-      onChange: (_, before) => before !== undefined && forgetAnswers(),
+      onChange: (now, before) => devicesChanged("TensorParallel.Runtime.Devices", now, before),
     },
     {
       id: "TensorParallel.Runtime.RayAddress",
@@ -42,7 +43,7 @@ app.registerExtension({
         "TP_RUNTIME_RAY_ADDRESS overrides it.",
       type: "text",
       defaultValue: "",
-      onChange: (_, before) => before !== undefined && forgetAnswers(),
+      onChange: (now, before) => devicesChanged("TensorParallel.Runtime.RayAddress", now, before),
     },
     {
       id: DEFAULT_COUNT,
@@ -77,6 +78,10 @@ app.registerExtension({
     });
     showBadges(app.extensionManager.getSidebarTabs().find(({ id }) => id === TAB));
     refreshGroups().catch(showError);
+    api.addEventListener("reconnected", () => {
+      forgetAnswers(); // it may be another server now
+      refreshGroups().catch(() => showGroups({ groups: [] }));
+    });
   },
   nodeCreated(node) {
     followModel(node);
@@ -84,6 +89,13 @@ app.registerExtension({
   },
   refreshComboInNodes: forgetAnswers,
 });
+
+/** Ask anew which counts work. The server reads the stored value, so that is stored first. */
+async function devicesChanged(id, now, before) {
+  if (before === undefined) return; // the page is being loaded
+  await api.storeSetting(id, now);
+  forgetAnswers();
+}
 
 function addStyle() {
   const href = new URL("panel.css", import.meta.url).href;

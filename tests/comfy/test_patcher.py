@@ -1,0 +1,252 @@
+"""What ComfyUI's own code does with our MODEL where this machine or this release cannot show it.
+
+GPUs that are not ComfyUI's, a cancel that is no Exception, and nodes of newer releases. ComfyUI's
+code is real; the ranks are not started.
+"""
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from support.pack import pack_module
+from tp_runtime import GroupConfig, RemoteModel
+
+pytestmark = pytest.mark.comfy
+
+GIB = 2**30
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def models() -> Iterator[ModuleType]:
+    """The pack's module `nodes.model`."""
+    with pack_module("nodes.model") as module:
+        yield module
+
+
+@pytest.fixture
+def patcher(models: ModuleType, tiny_z_image: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A MODEL on two ranks that need not be started."""
+    patcher = models.load_model(str(tiny_z_image), torch.float32, GroupConfig(2, "cpu"))
+    monkeypatch.setattr(patcher.remote, "ensure_loaded", lambda **_: None)
+    return patcher
+
+
+# --- code that nodes put into the model ----------------------------------------------------------
+
+
+def inside(*_: Any, **__: Any) -> None:
+    """What a node puts there."""
+
+
+def by_object_patch(patcher: Any) -> None:
+    patcher.add_object_patch("diffusion_model.layers.0.attention.forward", inside)
+
+
+def by_replacing_a_module(patcher: Any) -> None:
+    patcher.add_object_patch("diffusion_model.layers.0", torch.nn.Identity())
+
+
+def by_injection(patcher: Any) -> None:
+    """As comfy/weight_adapter/bypass.py of newer releases does for LoraLoaderBypass."""
+    from comfy.patcher_extension import PatcherInjection
+
+    linear = patcher.model.diffusion_model.layers[0].attention.qkv
+
+    def inject(_: Any) -> None:
+        linear.forward = inside
+
+    def eject(_: Any) -> None:
+        del linear.forward
+
+    patcher.set_injections("bypass_lora", [PatcherInjection(inject=inject, eject=eject)])
+
+
+@pytest.mark.parametrize("change", [by_object_patch, by_replacing_a_module, by_injection])
+def test_code_in_the_model_is_refused(patcher: Any, change: Callable[[Any], None]) -> None:
+    changed = patcher.clone()
+    change(changed)
+    changed.partially_load(CPU, 1e32)
+    with pytest.raises(ValueError, match=r"replaced '.*layers\.0.*Load a LoRA without bypass"):
+        changed.pre_run()
+    changed.detach(unpatch_all=False)  # what ComfyUI does when another clone is to run
+    patcher.partially_load(CPU, 1e32)
+    patcher.pre_run()
+
+
+def test_hooks_and_methods_are_refused(patcher: Any) -> None:
+    model = patcher.model.diffusion_model
+    hook = model.layers[0].register_forward_hook(inside)
+    with pytest.raises(ValueError, match=r"replaced 'layers\.0'"):
+        patcher.pre_run()
+    hook.remove()
+    model.patchify_and_embed = inside
+    with pytest.raises(ValueError, match="replaced 'patchify_and_embed'"):
+        patcher.pre_run()
+    with pytest.raises(ValueError, match="replaced 'patchify_and_embed'"):  # meanwhile, too
+        model(torch.zeros(1, 16, 8, 8), torch.ones(1), torch.zeros(1, 4, 64), 4)
+    del model.patchify_and_embed
+    patcher.pre_run()
+
+
+def test_forward_may_be_replaced(patcher: Any) -> None:
+    """It is what ComfyUI calls."""
+    patcher.add_object_patch("diffusion_model.forward", lambda x, *_, **__: 2 * x)
+    patcher.partially_load(CPU, 1e32)
+    patcher.pre_run()
+    assert patcher.model.diffusion_model(torch.ones(1)) == 2
+
+
+# --- cancelling ----------------------------------------------------------------------------------
+
+
+class NewCancel(BaseException):
+    """ComfyUI's InterruptProcessingException is an Exception in 0.3.75, but not in all releases."""
+
+
+class OldCancel(Exception):
+    """As it is in 0.3.75."""
+
+
+@pytest.mark.parametrize("cancel", [NewCancel, OldCancel])
+def test_a_load_that_is_cancelled_leaves_no_weights_behind(
+    patcher: Any, monkeypatch: pytest.MonkeyPatch, cancel: type[BaseException]
+) -> None:
+    """ComfyUI does not know of them, so that it could not free them later."""
+
+    def interrupted(**_: Any) -> None:
+        raise cancel
+
+    waits = []
+    monkeypatch.setattr(patcher.remote, "ensure_loaded", interrupted)
+    monkeypatch.setattr(patcher.remote, "sleep", lambda *_, wait: waits.append(wait))
+    with pytest.raises(cancel):
+        patcher.partially_load(CPU, 1e32)
+    assert waits == [False]
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+class Machine:
+    """ComfyUI's books of its GPU, cuda:0, as its memory management keeps them."""
+
+    def __init__(self, free: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        import comfy.model_management
+
+        self.management = comfy.model_management
+        self.device = torch.device("cuda:0")
+        self.free = free
+        self.freed: list[str] = []
+
+        def free_memory(_: Any = None, torch_free_too: bool = False) -> Any:
+            return (self.free, 0) if torch_free_too else self.free
+
+        monkeypatch.setattr(self.management, "get_free_memory", free_memory)
+        monkeypatch.setattr(self.management, "soft_empty_cache", lambda *_: None)
+        monkeypatch.setattr(self.management, "current_loaded_models", [])
+
+    def take(self, patcher: Any) -> None:
+        """The model has been loaded."""
+        loaded = self.management.LoadedModel(patcher)
+        loaded.real_model = weakref.ref(patcher.model)
+        loaded.model_finalizer = weakref.finalize(patcher.model, lambda: None)
+        self.management.current_loaded_models.append(loaded)
+
+    def stock_model(self, size: int) -> Any:
+        """One of ComfyUI's own, of so many bytes."""
+        import comfy.model_patcher
+
+        model = torch.nn.Module()
+        model.device = self.device
+        patcher = comfy.model_patcher.ModelPatcher(model, self.device, CPU)
+        patcher.model_size = patcher.loaded_size = lambda *_: size
+
+        def detach(*_: Any, **__: Any) -> None:
+            self.freed.append("stock")
+            self.free += size
+
+        patcher.detach = detach
+        return patcher
+
+
+def on_gpus(
+    patcher: Any, devices: tuple[int, ...], rank_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> RemoteModel:
+    """As if the MODEL were on these GPUs, with so many bytes loaded on each."""
+    remote: RemoteModel = patcher.remote
+    config = dataclasses.replace(remote.group_config, device="cuda", devices=devices)
+    monkeypatch.setattr(remote._group, "config", config)
+    monkeypatch.setattr(remote, "loaded_bytes", lambda: [rank_bytes] * len(devices))
+    monkeypatch.setattr(patcher, "load_device", torch.device("cuda:0"))
+    monkeypatch.setattr(patcher.model, "device", torch.device("cuda:0"))
+    monkeypatch.setattr(patcher.model, "to", lambda *_, **__: None)
+    return remote
+
+
+def test_comfyui_does_not_free_what_is_on_other_gpus(
+    patcher: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would move tens of GiB for nothing; 'Unload models' still reaches them."""
+    machine = Machine(2 * GIB, monkeypatch)
+    remote = on_gpus(patcher, (1, 2), 20 * GIB, monkeypatch)
+    monkeypatch.setattr(remote, "sleep", lambda *_, **__: machine.freed.append("ours"))
+    stock = machine.stock_model(10 * GIB)
+    _held = [stock] * 100  # ComfyUI begins with what is referred to least
+    for one in (patcher, stock):
+        machine.take(one)
+    machine.management.free_memory(6 * GIB, machine.device)
+    assert machine.freed == ["stock"]
+    machine.management.free_memory(8 * GIB, machine.device)
+    assert machine.freed == ["stock"]
+    machine.management.free_memory(1e30, machine.device)
+    assert machine.freed == ["stock", "ours"]
+
+
+def test_comfyui_frees_what_is_on_its_gpu(patcher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(2 * GIB, monkeypatch)
+    remote = on_gpus(patcher, (1, 0), 20 * GIB, monkeypatch)
+    assert patcher.loaded_size() == 20 * GIB
+    monkeypatch.setattr(remote, "sleep", lambda *_, **__: machine.freed.append("ours"))
+    machine.take(patcher)
+    machine.management.free_memory(6 * GIB, machine.device)
+    assert machine.freed == ["ours"]
+
+
+@pytest.mark.parametrize(("devices", "needed"), [((1, 2), False), ((0, 1), True)])
+def test_room_is_made_for_what_comes_to_comfyuis_gpu(
+    patcher: Any, monkeypatch: pytest.MonkeyPatch, devices: tuple[int, ...], needed: bool
+) -> None:
+    Machine(2 * GIB, monkeypatch)
+    remote = on_gpus(patcher, devices, 0, monkeypatch)
+    monkeypatch.setattr(patcher.model, "device", CPU)
+    import comfy.model_management
+
+    loaded = comfy.model_management.LoadedModel(patcher)
+    assert loaded.model_memory_required(patcher.load_device) == needed * remote.planned_bytes()
+    # Another MODEL of the file has had the weights loaded: nothing more is needed.
+    monkeypatch.setattr(remote, "loaded_bytes", lambda: [GIB, GIB])
+    assert loaded.model_memory_required(patcher.load_device) == 0
+
+
+# --- what ComfyUI asks before it runs a loader ---------------------------------------------------
+
+
+@pytest.mark.parametrize("linked", ["model_name", "gpu_count", "devices", "layout", "where"])
+def test_a_linked_input_does_not_make_the_loader_run_again(
+    tiny_z_image: Path, monkeypatch: pytest.MonkeyPatch, linked: str
+) -> None:
+    """ComfyUI gives None for it; what raises would be another value each time."""
+    with pack_module("nodes.loader") as loader:
+        monkeypatch.setattr(loader, "model_path", lambda _: str(tiny_z_image))
+        inputs: dict[str, Any] = {"model_name": "x", "gpu_count": "2", "weight_dtype": "default"}
+        fingerprint = loader.TPLoadDiffusionModel.fingerprint_inputs
+        first = fingerprint(**inputs | {linked: None})
+        assert fingerprint(**inputs | {linked: None}) == first
+        assert isinstance(first, str)
