@@ -174,12 +174,8 @@ def _check_origin(request: web.Request) -> None:
     if origin is None or args.enable_cors_header:
         return
     theirs, ours = urllib.parse.urlsplit(origin), urllib.parse.urlsplit(f"//{request.host}")
-    same = theirs.hostname == ours.hostname
-    try:
-        same = same and (None in (theirs.port, ours.port) or theirs.port == ours.port)
-    except ValueError:  # no number
-        same = False
-    if not same:
+    same_port = None in (theirs.port, ours.port) or theirs.port == ours.port
+    if theirs.hostname != ours.hostname or not same_port:
         raise _Refusal(
             403,
             f"Requests from {origin} are refused: this server was asked as {request.host}. A "

@@ -111,7 +111,6 @@ ROUTES = [
         "http://evil.example",
         "https://127.0.0.1.evil.example",
         "http://my-machine:3000",
-        "http://my-machine:x",
         "null",
     ],
 )
