@@ -308,26 +308,28 @@ def test_in_chinese(web: ComfyPage) -> None:
 def test_the_devices_of_the_settings_are_heeded_at_once(web: ComfyPage) -> None:
     """What the counts are asked for after a change is what was changed to, not what was before."""
     name = "TensorParallel.Runtime.Devices"
-    tooltip = "app.graph._nodes[0].widgets.find((w) => w.name === 'gpu_count').tooltip"
-    web.open()
-    web.page.evaluate("app.graph.add(LiteGraph.createNode('TPLoadDiffusionModel'))")
+    tooltip = (
+        "app.graph.nodes.find(({ comfyClass }) => comfyClass === 'TPLoadDiffusionModel')"
+        ".widgets.find(({ name }) => name === 'gpu_count').tooltip"
+    )
+    web.load_prompt({"model": tp_loader(MODEL)})
     try:
         for devices in ("7", "5"):
             web.page.evaluate(f"app.extensionManager.setting.set('{name}', '{devices}')")
-            web.page.wait_for_function(f"{tooltip}.includes('GPU {devices}')")
+            web.page.wait_for_function(f"{tooltip}.includes(\"is '{devices}'\")")
         web.page.evaluate(f"app.extensionManager.setting.set('{name}', '')")
-        web.page.wait_for_function(f"!{tooltip}.includes('GPU 5')")
+        web.page.wait_for_function(f'!{tooltip}.includes("is \'")')
     finally:
         web.server.post("/settings", {name: ""})
 
 
 def test_another_server_is_asked_which_counts_it_has(web: ComfyPage) -> None:
-    web.open()
-    web.page.evaluate("app.graph.add(LiteGraph.createNode('TPLoadDiffusionModel'))")
-    with web.page.expect_request("**/tensor_parallel/gpu_counts*"):
-        pass_event = "window.comfyAPI.api.api.dispatchCustomEvent('reconnected')"
-        with web.page.expect_request("**/tensor_parallel/groups"):
-            web.page.evaluate(pass_event)
+    web.load_prompt({"model": tp_loader(MODEL)})
+    with (
+        web.page.expect_request("**/tensor_parallel/gpu_counts*"),
+        web.page.expect_request("**/tensor_parallel/groups"),
+    ):
+        web.page.evaluate("window.comfyAPI.api.api.dispatchCustomEvent('reconnected')")
 
 
 def test_a_new_loader_has_the_count_of_the_settings(web: ComfyPage) -> None:
