@@ -9,6 +9,11 @@ venv=$2
 if [ -x "$venv/bin/pip" ]; then
     exit 0
 fi
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    echo "vLLM and diffusers need Python 3.11 or newer; $("$python" --version) is older." \
+        "Set PYTHON, such as: make PYTHON=python3.12 ..." >&2
+    exit 1
+fi
 if "$python" -c 'import ensurepip' 2>/dev/null; then
     "$python" -m venv "$venv"
 else

@@ -119,13 +119,15 @@ def _flash3(like: torch.Tensor) -> Kernel:
 
 
 def _why_no_flash3() -> str | None:
+    if torch.cuda.get_device_capability()[0] != 9:  # vLLM would ask the machine's first GPU
+        return "this GPU is not of the Hopper generation"
     try:
         from vllm.vllm_flash_attn import fa_version_unsupported_reason, is_fa_version_supported
     except ImportError as error:  # a vLLM that was built without it
         return str(error)
     if is_fa_version_supported(3):
         return None
-    return fa_version_unsupported_reason(3) or "this GPU is not of the Hopper generation"
+    return fa_version_unsupported_reason(3) or "vLLM does not say why"
 
 
 def _milliseconds(kernel: Kernel, *inputs: torch.Tensor) -> float:

@@ -49,8 +49,8 @@ class Link:
     """What connects the GPUs of a tensor-parallel group, at its slowest place.
 
     ``rate``: bytes/s that a GPU sends while it receives as much. ``hop_s``: from one GPU to the
-    next in NCCL's ring. ``fused``: GPUs read each other's memory, so that a sum, the residual and
-    the norm are one kernel.
+    next in NCCL's ring. ``fused``: GPUs work in each other's memory, so that a sum, the residual
+    and the norm are one kernel.
     """
 
     name: str
@@ -72,7 +72,7 @@ LINKS = {
         "nvlink", 320e9, 3.4e-6, True, "measured on 2 and 4 H200s (18 links of NVLink 4)"
     ),
     "pcie": Link(
-        "pcie", 25e9, 5.7e-6, True, "PCIe 4.0 x16: four fifths of its 31.5 GB/s; not measured"
+        "pcie", 25e9, 5.7e-6, False, "PCIe 4.0 x16: four fifths of its 31.5 GB/s; not measured"
     ),
     "pcie-host": Link(
         "pcie-host", 12e9, 5.7e-6, False, "through the host's memory: half of pcie; a guess"

@@ -11,6 +11,7 @@ from vllm.distributed import (
     get_tensor_model_parallel_world_size,
     parallel_state,
 )
+from vllm.platforms import current_platform
 
 from .config import WorkerConfig
 
@@ -41,6 +42,9 @@ def tensor_parallel_group(config: WorkerConfig) -> Iterator[int]:
             local_rank=config.local_rank,
             backend="nccl" if config.device == "cuda" else "gloo",
         )
+        # It would serve a few small sums of a step, and ends the process where a CUDA graph's
+        # memory is not of CUDA's plainest allocator (csrc/custom_all_reduce.cuh, 0.32).
+        parallel_state.set_custom_all_reduce(False)
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=config.tp_size)
         # vLLM's message queue is a named file in /dev/shm; requests come over our own channel.
         parallel_state.get_tp_group().mq_broadcaster = None
@@ -54,12 +58,33 @@ def all_gather_last(tensor: torch.Tensor) -> torch.Tensor:
     return parallel_state.get_tp_group().all_gather(tensor, -1)
 
 
+def _gpus() -> range:
+    """Those of this rank's tensor-parallel group; of another host's, this process sees none."""
+    size = get_tensor_model_parallel_world_size()
+    first = torch.cuda.current_device() // size * size
+    return range(first, first + size)
+
+
 def peer_access() -> bool:
     """Whether all GPUs of the group can read each other's memory (over NVLink or PCIe)."""
-    gpus = range(get_tensor_model_parallel_world_size())
-    if torch.cuda.device_count() < len(gpus):  # the others are on another host
+    gpus = _gpus()
+    if torch.cuda.device_count() < gpus.stop:
         return False
     return all(torch.cuda.can_device_access_peer(a, b) for a in gpus for b in gpus if a != b)
+
+
+def nvlink() -> bool:
+    """Whether NVLink connects all GPUs of the group. One alone needs none.
+
+    Where GPUs read each other's memory over PCIe, they need not be able to change it atomically;
+    torch's barriers between them would then wait for ever (torch/csrc/distributed/c10d/
+    symm_mem/CUDASymmetricMemory-inl.h, 2.11).
+    """
+    gpus = _gpus()
+    if len(gpus) == 1:
+        return True
+    physical = [current_platform.device_id_to_physical_device_id(gpu) for gpu in gpus]
+    return peer_access() and current_platform.is_fully_connected(physical)
 
 
 @contextlib.contextmanager

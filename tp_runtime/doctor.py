@@ -16,7 +16,7 @@ from .config import home, runtime_python
 
 # Versions that the ranks work with; the extra `runtime` of pyproject.toml has the same.
 REQUIREMENTS = {"vllm": ">=0.26,<=0.32.0", "diffusers": ">=0.42,<0.43"}
-OLDEST_PYTHON = (3, 10)
+OLDEST_PYTHON = (3, 11)  # of vLLM and diffusers; ComfyUI's own may be older
 SHARED_MEMORY_BYTES = 2**30  # NCCL's buffers between GPUs that cannot reach each other directly
 TIMEOUT_S = 180.0
 

@@ -18,13 +18,18 @@ RANK_ENVIRONMENT = {
 }
 
 
+# ComfyUI sets its own choice (cuda_malloc.py, 0.3.75). In the memory of `cudaMallocAsync`, no step
+# can be recorded that other GPUs take part in.
+_OF_COMFYUI = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+
+
 def inherited_environment() -> dict[str, str]:
     """This process's environment, made fit for one that runs this package."""
     package_root = str(Path(__file__).resolve().parent.parent)
     inherited = os.environ.get("PYTHONPATH")
     return {
         **RANK_ENVIRONMENT,
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if name not in _OF_COMFYUI},
         "VLLM_LOGGING_LEVEL": log_level(),
         "PYTHONPATH": package_root + os.pathsep + inherited if inherited else package_root,
     }

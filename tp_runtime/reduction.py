@@ -24,10 +24,10 @@ logger = logging.getLogger("tp_runtime.reduction")
 
 @functools.cache
 def fused_reduction(device: torch.device) -> "FusedReduction | None":
-    """That of this process's group; None where GPUs cannot read each other's memory."""
-    if dist.peer_access():
+    """That of this process's group; None where no NVLink connects the GPUs."""
+    if dist.nvlink():
         return FusedReduction(device)
-    logger.warning("the GPUs cannot read each other's memory: sums go through NCCL, and slower")
+    logger.warning("no NVLink connects the GPUs: sums go through NCCL, and slower")
     return None
 
 

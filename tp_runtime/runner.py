@@ -172,7 +172,10 @@ class Runner:
             memory = {
                 "allocated_bytes": allocated,
                 "peak_bytes": torch.cuda.max_memory_allocated(self._device),
-                "free_bytes": free + torch.cuda.memory_reserved(self._device) - allocated,
+                "free_bytes": free
+                + torch.cuda.memory_reserved(self._device)
+                - allocated
+                - _kept_for_graphs(),
                 "total_bytes": total,
             }
         return {
@@ -191,6 +194,15 @@ class Runner:
             },
             "last_step_ms": self._last_step_ms,
         }
+
+
+def _kept_for_graphs() -> int:
+    """Bytes of this process's GPU that nothing but recorded steps can take, and that lie idle."""
+    return sum(
+        segment["total_size"] - segment["allocated_size"]
+        for segment in torch.cuda.memory_snapshot()
+        if tuple(segment["segment_pool_id"]) != (0, 0)
+    )
 
 
 def _conditioning_key(inputs: dict[str, Any]) -> bytes:

@@ -64,7 +64,7 @@ def main() -> None:
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
     parallel_state.set_custom_all_reduce(False)
-    dist.peer_access = lambda: True  # a GPU can read its own memory
+    dist.nvlink = lambda: True  # a GPU can read its own memory
     with set_current_vllm_config(VllmConfig(device_config=DeviceConfig("cuda"))):
         rendezvous = f"file://{folder}/rendezvous"
         parallel_state.init_distributed_environment(ranks, rank, rendezvous, 0, "gloo")

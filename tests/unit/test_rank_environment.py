@@ -1,0 +1,40 @@
+"""What the processes of a group are told by their environment."""
+
+import subprocess
+import sys
+
+import pytest
+
+from support.paths import comfyui_path
+from tp_runtime.config import GroupConfig
+from tp_runtime.local_launcher import _rank_environment, _server_environment
+from tp_runtime.rank_environment import inherited_environment
+
+ALLOCATORS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+
+
+def test_comfyuis_allocator_is_not_for_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They could not record a step that several GPUs take part in."""
+    for name in ALLOCATORS:
+        monkeypatch.setenv(name, "backend:cudaMallocAsync")
+    for environment in (
+        inherited_environment(),
+        _server_environment(),
+        _rank_environment(GroupConfig(2, "cuda", (0, 1))),
+    ):
+        assert not set(ALLOCATORS) & environment.keys()
+
+
+def test_comfyui_does_choose_an_allocator() -> None:
+    """If it sets another variable than those one day, that must not reach the ranks either."""
+    program = (
+        "import os; before = set(os.environ); import cuda_malloc; print(*set(os.environ) - before)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=comfyui_path(),
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert set(found) <= set(ALLOCATORS)
