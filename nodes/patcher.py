@@ -15,6 +15,7 @@ from comfy_execution.utils import get_executing_context
 
 from ..tp_runtime import RemoteModel
 from .notices import show_group_on_node
+from .proxy import is_compiled
 from .unsupported import cfg_split, code_in_model, reading_weights, weight_functions
 from .weights import patched_weights
 
@@ -54,9 +55,10 @@ class TPModelPatcher(comfy.model_patcher.ModelPatcher):
     def partially_unload(
         self, _device_to: Any = None, memory_to_free: int = 0, *_args: Any, **_kwargs: Any
     ) -> int:
-        # Shards leave together: where that helps, ComfyUI then detaches the whole model. Where it
-        # would not, this answer makes it go on with the next.
-        return 0 if self._on_device(self.remote.loaded_bytes()) else memory_to_free
+        # Shards leave together: where that helps, or may help, ComfyUI then detaches the whole
+        # model. Where it would not, this answer makes it go on with the next.
+        may_help = self.remote.group_config.where == "ray"
+        return 0 if may_help or self._on_device(self.remote.loaded_bytes()) else memory_to_free
 
     def _on_device(self, rank_bytes: list[int]) -> int:
         """Bytes where ComfyUI itself is: one rank's on a GPU, those of all ranks on the host.
@@ -159,8 +161,9 @@ class TPModelPatcher(comfy.model_patcher.ModelPatcher):
 
         As object patches, or as injections (`LoraLoaderBypass`): nothing would come of it.
         """
-        for name in self.object_patches:
-            if name.startswith(_INSIDE) and name != f"{_INSIDE}forward":
+        for name, value in self.object_patches.items():
+            inside = name.startswith(_INSIDE) and name != f"{_INSIDE}forward"
+            if inside and not is_compiled(value):
                 raise code_in_model(name)
         self.model.diffusion_model.check_code()
 

@@ -63,6 +63,8 @@ class RemoteDiffusionModel(torch.nn.Module):
         """Raises UnsupportedFeatureError if code was put into the skeleton, which nobody runs."""
         self._check_methods()
         for name, module in self.skeleton.named_modules():
+            if is_compiled(module):
+                continue
             replaced = _is_foreign(vars(module).get("forward"), type(module).forward)
             if replaced or module._forward_hooks or module._forward_pre_hooks:
                 raise code_in_model(name)
@@ -103,6 +105,11 @@ class RemoteDiffusionModel(torch.nn.Module):
                 "sampler is broken; at a later one the model overflowed: set weight_dtype to bf16 "
                 "or fp32."
             )
+
+
+def is_compiled(value: Any) -> bool:
+    """Whether that is what `torch.compile` makes of a module: it computes what the module does."""
+    return hasattr(value, "_orig_mod")
 
 
 def _is_foreign(found: Any, own: Any) -> bool:

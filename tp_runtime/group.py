@@ -352,6 +352,8 @@ class Group:
                 if fits():
                     return
                 self._free_devices(engine, other, poll)
+        if self.config.ray_address:
+            return  # Ray gives a GPU to one group only
         for group in self._neighbours(self.config):
             if fits():
                 return

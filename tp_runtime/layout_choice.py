@@ -97,7 +97,7 @@ def _fits(info: CheckpointInfo, layout: Layout, gpus: Sequence[int]) -> bool:
         return True
     import torch
 
-    in_fp8 = any(tensor.dtype.startswith("F8") for tensor in info.tensors.values())
-    share = info.weight_bytes(itemsize=1 if in_fp8 else 2) / layout.tp_size
+    plain_fp8 = not info.scales and any(t.dtype.startswith("F8") for t in info.tensors.values())
+    share = info.weight_bytes(itemsize=1 if plain_fp8 else 2) / layout.tp_size
     smallest = min(torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus)
     return share * ROOM_FACTOR + ROOM_BYTES <= smallest

@@ -118,6 +118,9 @@ class LocalLauncher:
                 ranks.append(self._launch_rank(config, index, exchange))
         except BaseException as error:
             end_ranks(ranks, grace_s=0)
+            if not _forks(config):
+                for server in self._servers:  # those that have not become ranks
+                    server.kill()
             self.clean_up(keep_logs=False)
             what = f"No process could be started for a rank of {config.num_ranks}:"
             if isinstance(error, ForkServerError):

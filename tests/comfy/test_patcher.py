@@ -95,6 +95,16 @@ def test_hooks_and_methods_are_refused(patcher: Any) -> None:
     patcher.pre_run()
 
 
+def test_modules_may_be_compiled(patcher: Any) -> None:
+    """It is of no use, and does no harm."""
+    layers = patcher.model.diffusion_model.layers
+    patcher.add_object_patch("diffusion_model.layers.0", torch.compile(layers[0]))
+    patcher.partially_load(CPU, 1e32)
+    patcher.pre_run()
+    layers[1] = torch.compile(layers[1])
+    patcher.pre_run()
+
+
 def test_forward_may_be_replaced(patcher: Any) -> None:
     """It is what ComfyUI calls."""
     patcher.add_object_patch("diffusion_model.forward", lambda x, *_, **__: 2 * x)
@@ -177,13 +187,17 @@ class Machine:
 
 
 def on_gpus(
-    patcher: Any, devices: tuple[int, ...], rank_bytes: int, monkeypatch: pytest.MonkeyPatch
+    patcher: Any,
+    devices: tuple[int, ...],
+    rank_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str = "this machine",
 ) -> RemoteModel:
-    """As if the MODEL were on these GPUs, with so many bytes loaded on each."""
+    """As if the MODEL were on these two GPUs, with so many bytes loaded on each."""
     remote: RemoteModel = patcher.remote
-    config = dataclasses.replace(remote.group_config, device="cuda", devices=devices)
+    config = dataclasses.replace(remote.group_config, device="cuda", devices=devices, where=where)
     monkeypatch.setattr(remote._group, "config", config)
-    monkeypatch.setattr(remote, "loaded_bytes", lambda: [rank_bytes] * len(devices))
+    monkeypatch.setattr(remote, "loaded_bytes", lambda: [rank_bytes] * 2)
     monkeypatch.setattr(patcher, "load_device", torch.device("cuda:0"))
     monkeypatch.setattr(patcher.model, "device", torch.device("cuda:0"))
     monkeypatch.setattr(patcher.model, "to", lambda *_, **__: None)
@@ -213,6 +227,18 @@ def test_comfyui_frees_what_is_on_its_gpu(patcher: Any, monkeypatch: pytest.Monk
     machine = Machine(2 * GIB, monkeypatch)
     remote = on_gpus(patcher, (1, 0), 20 * GIB, monkeypatch)
     assert patcher.loaded_size() == 20 * GIB
+    monkeypatch.setattr(remote, "sleep", lambda *_, **__: machine.freed.append("ours"))
+    machine.take(patcher)
+    machine.management.free_memory(6 * GIB, machine.device)
+    assert machine.freed == ["ours"]
+
+
+def test_comfyui_frees_what_may_be_on_its_gpu(
+    patcher: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which GPUs Ray has chosen is not known here."""
+    machine = Machine(2 * GIB, monkeypatch)
+    remote = on_gpus(patcher, (), 20 * GIB, monkeypatch, where="ray")
     monkeypatch.setattr(remote, "sleep", lambda *_, **__: machine.freed.append("ours"))
     machine.take(patcher)
     machine.management.free_memory(6 * GIB, machine.device)

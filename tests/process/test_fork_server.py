@@ -14,8 +14,10 @@ from process.conftest import PythonWith, assert_ended, cpu_group
 from support.leaks import SERVER_MARK, is_marked
 from tp_runtime import GroupDiedError, GroupStartError, local_launcher
 from tp_runtime.engine import Engine
+from tp_runtime.local_launcher import LocalLauncher
 from tp_runtime.process_group import State
 from tp_runtime.protocol import Report
+from tp_runtime.tensors import Exchange
 
 pytestmark = pytest.mark.process
 
@@ -224,6 +226,24 @@ def test_a_rank_for_a_gpu_is_a_process_of_its_own(
     orderly = started(python, 2)
     orderly.close()
     assert_ended([rank.pid for rank in orderly.ranks], within_s=1)
+
+
+def test_a_start_on_gpus_that_is_closed_between_two_ranks(
+    python_with: PythonWith, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_launcher, "_forks", lambda _: False)
+    python = python_with()
+    config = cpu_group(3, python=python)
+    launcher = LocalLauncher()
+    launcher.prepare(config, lambda: None)
+    processes = [process.pid for process in servers(python)]
+    assert len(processes) == 3
+    polls = iter([None, None])
+    exchange = Exchange.create()
+    with pytest.raises(StopIteration):
+        launcher.launch(config, exchange, lambda: next(polls))
+    exchange.close()
+    assert_ended(processes, within_s=1)
 
 
 def test_a_start_on_gpus_that_is_given_up(
