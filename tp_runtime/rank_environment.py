@@ -5,12 +5,13 @@ from pathlib import Path
 
 from .config import log_level
 
-# What vLLM, NCCL and torch must know before they are imported. NVLink multicast and vLLM's use of
-# it stay off: it is a shared resource of the whole NVSwitch fabric.
+# What vLLM, NCCL and torch must know before they are imported. NVLink multicast and vLLM's two uses
+# of it stay off: it is a shared resource of the whole NVSwitch fabric.
 RANK_ENVIRONMENT = {
     "NCCL_NVLS_ENABLE": "0",
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
     "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+    "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
     "PYTHONUNBUFFERED": "1",

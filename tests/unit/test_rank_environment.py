@@ -2,13 +2,16 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
+import vllm.envs
 
 from support.paths import comfyui_path
 from tp_runtime.config import GroupConfig
 from tp_runtime.local_launcher import _rank_environment, _server_environment
-from tp_runtime.rank_environment import inherited_environment
+from tp_runtime.rank_environment import RANK_ENVIRONMENT, inherited_environment
 
 ALLOCATORS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
@@ -23,6 +26,24 @@ def test_comfyuis_allocator_is_not_for_the_ranks(monkeypatch: pytest.MonkeyPatch
         _rank_environment(GroupConfig(2, "cuda", (0, 1))),
     ):
         assert not set(ALLOCATORS) & environment.keys()
+
+
+def test_vllm_sums_by_nccl_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What else it has is off, or uses NVLink multicast. The fused sums are our own."""
+    switches = {name: switch() for name, switch in _vllm_switches(monkeypatch).items()}
+    assert switches
+    assert not {name for name, on in switches.items() if on}
+
+
+def _vllm_switches(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[], Any]]:
+    """vLLM's, of how it sums, as a rank sees them."""
+    for name, value in RANK_ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    return {
+        name: switch
+        for name, switch in vllm.envs.environment_variables.items()
+        if name.startswith("VLLM_ALLREDUCE_USE_")
+    }
 
 
 def test_comfyui_does_choose_an_allocator() -> None:
