@@ -127,15 +127,18 @@ class Runner:
         resolved = [self._resolve(evaluation.inputs) for evaluation in request.evaluations]
         for key in request.drop:
             del self._held[key]
-        model = self._loaded(request.model)
-        mine = self._config.batch_group
-        if mine < len(resolved):
-            evaluation = request.evaluations[mine]
-            output = model.driver(resolved[mine], _conditioning_key(evaluation.inputs))
-            if self._config.tp_rank == 0:
-                self._give(output, evaluation.result)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        try:
+            model = self._loaded(request.model)
+            mine = self._config.batch_group
+            if mine < len(resolved):
+                evaluation = request.evaluations[mine]
+                output = model.driver(resolved[mine], _conditioning_key(evaluation.inputs))
+                if self._config.tp_rank == 0:
+                    self._give(output, evaluation.result)
+        finally:
+            # Of a refused request, too, the inputs must have left the exchange memory.
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
         self._last_step_ms = (time.perf_counter() - started) * 1000
 
     def _give(self, output: torch.Tensor, ref: TensorRef) -> None:
