@@ -6,10 +6,11 @@ Debian's chromium, driven by playwright: playwright's own browser would be anoth
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import TimeoutError as PageTimeoutError
 
 from support.comfy_server import ComfyServer
 from support.paths import REPOSITORY
@@ -89,8 +90,13 @@ class ComfyPage:
 
     def add_node(self, name: str) -> None:
         """Look for a node in the search box, and take the first that it finds."""
-        self.page.mouse.dblclick(900, 700)
-        self.page.get_by_placeholder(re.compile("Search|Add a node")).last.fill(name)
+        box = self.page.get_by_placeholder(re.compile("Search|Add a node")).last
+        for _ in range(6):  # a page that is busy with a new workflow may miss a double click
+            self.page.mouse.dblclick(900, 700)
+            with suppress(PageTimeoutError):
+                box.wait_for(timeout=10_000)
+                break
+        box.fill(name)
         found = self.page.locator(".p-autocomplete-option, [data-testid=node-preview-card] h3")
         found.filter(has_text=name).first.wait_for()
         asks_for_place = self.page.get_by_test_id("node-preview-card").is_visible()
