@@ -47,9 +47,10 @@ def not_started(
 
 def no_python(config: GroupConfig, error: OSError) -> GroupStartError:
     """For a group whose Python is no program that can be run."""
+    packages = "ray, vllm" if config.where == "ray" else "vllm"
     return GroupStartError(
         f"The runtime's Python {config.python!r} could not be started: {error}. "
-        "Set TP_RUNTIME_PYTHON to a Python that has vllm and diffusers installed."
+        f"Set TP_RUNTIME_PYTHON to a Python that has {packages} and diffusers installed."
     )
 
 

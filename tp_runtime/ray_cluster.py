@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 import psutil
 
+from . import failures
 from .config import GroupConfig
 from .errors import GroupStartError
 from .group_folder import GroupFolder
@@ -69,10 +70,7 @@ class Driver:
             except OSError as error:
                 self._channel.close()
                 self._remove_ray_folder()
-                raise GroupStartError(
-                    f"The runtime's Python {config.python!r} could not be started: {error}. "
-                    "Set TP_RUNTIME_PYTHON to a Python that has ray, vllm and diffusers installed."
-                ) from error
+                raise failures.no_python(config, error) from error
 
     def receive(self, timeout_s: float) -> list[FromDriver]:
         """What the driver has said, after at most so long.

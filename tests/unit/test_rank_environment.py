@@ -46,7 +46,7 @@ def _vllm_switches(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[[], An
     }
 
 
-def test_comfyui_does_choose_an_allocator() -> None:
+def test_comfyui_sets_no_other_variable() -> None:
     """If it sets another variable than those one day, that must not reach the ranks either."""
     program = (
         "import os; before = set(os.environ); import cuda_malloc; print(*set(os.environ) - before)"

@@ -19,6 +19,8 @@ def test_a_python_that_does_not_exist(tmp_path: Path, monkeypatch: pytest.Monkey
     for _ in range(3):
         with pytest.raises(GroupStartError, match="TP_RUNTIME_PYTHON"):
             cluster_gpu_count("127.0.0.1:1", "/no/such/python")
-        with pytest.raises(GroupStartError, match="TP_RUNTIME_PYTHON"):
+        with pytest.raises(
+            GroupStartError, match="TP_RUNTIME_PYTHON to a Python that has ray, vllm"
+        ):
             Driver(GroupConfig(1, "cpu", python="/no/such/python", where="ray"), 1, tmp_path)
     assert left() == before

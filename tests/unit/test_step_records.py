@@ -83,17 +83,6 @@ def test_models_that_were_used_long_ago_are_forgotten(path: Path) -> None:
     assert found == [names[0], *names[2:]]
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b'{"\xff": {}}', b"[]"])
-def test_a_damaged_file_is_as_good_as_none(path: Path, content: bytes) -> None:
-    path.parent.mkdir()
-    path.write_bytes(content)
-    records = StepRecords(path)
-    assert records.usual_workload(MODEL, GPU) is None
-    add(records, CFG, PLAIN, 70.0)
-    records.save()
-    assert StepRecords(path).usual_workload(MODEL, GPU) == CFG
-
-
 def test_a_full_disk_leaves_no_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "no space")
@@ -125,7 +114,10 @@ def test_alternating_workloads_change_nothing(path: Path) -> None:
         assert records.usual_workload(MODEL, GPU) == CFG
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"a": {"usual": 3}}'])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"[1]", b'{"a": {"usual": 3}}', b"\xff", b'{"\xff": {}}'],
+)
 def test_a_file_that_is_not_ours_is_replaced(path: Path, content: bytes) -> None:
     path.parent.mkdir()
     path.write_bytes(content)
