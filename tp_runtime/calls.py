@@ -1,5 +1,6 @@
 """One request under way: who has answered it, until when, what it ends in. Engine's half."""
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -69,8 +70,16 @@ class Call:
 
     # --- the caller's --------------------------------------------------------------------------
 
-    def wait(self, poll: Poll | None = None, on_progress: OnProgress | None = None) -> None:
-        """Return when the call has finished; what ``poll`` raises ends the wait."""
+    def wait(
+        self,
+        poll: Poll | None = None,
+        on_progress: OnProgress | None = None,
+        until: float = math.inf,
+    ) -> None:
+        """Return when the call has finished, or ``time.monotonic()`` has reached ``until``.
+
+        What ``poll`` raises ends the wait.
+        """
         shown = (0, 0)
 
         def show_progress() -> None:
@@ -82,7 +91,9 @@ class Call:
                     on_progress(*now)
                     shown = now
 
-        while not self.finished.wait(POLL_S):
+        while not self.finished.wait(max(0.0, min(POLL_S, until - time.monotonic()))):
+            if time.monotonic() >= until:
+                return
             if poll is not None:
                 poll()
             show_progress()

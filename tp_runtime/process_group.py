@@ -1,8 +1,8 @@
 """The processes of a group: their start, watching over them, their end. Part of the engine's half.
 
-One thread owns them: it starts them, is the only one that listens to them and the only one that
-decides that a group has failed (on a rank's death, on an error of a rank, or when a request has
-taken too long), and ends them.
+One thread owns them: it starts them, listens to them, is the only one that decides that a group has
+failed (on a rank's death, on an error of a rank, or when a request has taken too long), and ends
+them. A caller who does not want to be woken up may listen, too (``_listen``).
 
 ::
 
@@ -27,7 +27,7 @@ from .errors import GroupClosedError, GroupStartError, ProtocolError, TPRuntimeE
 from .launcher import Launcher, Poll, Rank, end_ranks
 from .protocol import Close, Failed, Piece, Ready, Reply, decode_reply, encode
 from .tensors import Exchange
-from .transport import wait
+from .transport import Readiness, wait
 
 logger = logging.getLogger("tp_runtime")
 
@@ -67,12 +67,16 @@ class ProcessGroup:
         self._exchange = exchange
         self._exchange_in_use = threading.Lock()  # held while it is written, or given back
         self._lock = threading.Lock()  # guards state, error, _call, _close_asked and _wake_fd
+        self._hearing = threading.Lock()  # held by who takes what the ranks have sent; before _lock
+        # Of the ranks' ends; and of these, of their channels and of the owner's wake-up.
+        self._deaths = self._events = Readiness(())
         self._call: Call | None = None
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._close_asked = False
         self._preparing: threading.Event | None = None  # set when there is an owner, or the end
         self._owner: threading.Thread | None = None
         self._last_words: dict[int, Failed] = {}  # of the ranks that have raised
+        self._fault: TPRuntimeError | None = None  # of what a rank has sent
         self._blamed: Rank | None = None
 
     def is_up(self) -> bool:
@@ -81,7 +85,8 @@ class ProcessGroup:
 
     def _is_failing(self) -> bool:
         """Whether a rank has raised or ended, so that the owner is about to end the group."""
-        return bool(self._last_words) or any(rank.ended(0) for rank in self.ranks)
+        noted = self._fault is not None or bool(self._last_words)
+        return noted or bool(self._deaths.wait(0))
 
     # --- start ---------------------------------------------------------------------------------
 
@@ -155,11 +160,36 @@ class ProcessGroup:
             self.state = State.BUSY
             self._call = call  # the owner sees its deadline within WATCH_S
 
+    def _listen(self, call: Call, until: float) -> None:
+        """Take the answers to a call as they come, until it has ended, or until that time.
+
+        For its caller, shortly before they are due, without sleeping: a core that was asleep wakes
+        up slowly, and is slow at everything that comes next.
+        """
+        channels = [rank.channel for rank in self.ranks]
+        self._events.mute(channels, True)  # or the owner would wake up, too, and be in the way
+        try:
+            while not call.finished.is_set() and time.monotonic() < until:
+                self._hear()
+        finally:
+            self._events.mute(channels, False)
+        if self._fault is not None or self._last_words:
+            self._wake_owner()
+
+    def _wake_owner(self) -> None:
+        with self._lock:
+            if self._wake_fd >= 0:
+                os.eventfd_write(self._wake_fd, 1)
+
     # --- the owner's thread --------------------------------------------------------------------
 
     def _own(self) -> None:
         try:
             self.ranks = self._launcher.launch(self.config, self._exchange, self._check_not_closed)
+            channels = [rank.channel for rank in self.ranks]
+            deaths = [rank.death_fd for rank in self.ranks]
+            self._deaths = Readiness(deaths)
+            self._events = Readiness([self._wake_fd, *channels, *deaths])
             self._watch()
         except GroupClosedError:
             self._end(State.CLOSED, None)
@@ -170,8 +200,6 @@ class ProcessGroup:
             self._end(State.FAILED, TPRuntimeError(f"A fault of the engine: {error!r}"))
 
     def _watch(self) -> None:
-        channels = [rank.channel for rank in self.ranks]
-        sources = [self._wake_fd, *channels, *(rank.death_fd for rank in self.ranks)]
         while self.state not in _FINAL:
             # Looked up before what the ranks have done: a death that came first is a failure.
             close_asked = self._close_asked
@@ -180,7 +208,7 @@ class ProcessGroup:
             timeout_s = WATCH_S
             if call is not None:
                 timeout_s = min(max(0.0, call.deadline - began), WATCH_S)
-            ready = wait(sources, 0 if close_asked else timeout_s)
+            ready = self._events.wait(0 if close_asked else timeout_s)
             late_s = time.monotonic() - began - timeout_s
             call = self._call  # which may have begun meanwhile
             if call is not None and late_s > FROZEN_S:  # so the ranks stood still, too
@@ -204,18 +232,17 @@ class ProcessGroup:
         Where a rank ends, the others' collectives fail a moment later. So a rank that ended
         without a word is the cause; otherwise, the one that raised first.
         """
-        try:
+        self._hear()
+        if self._last_words and self._fault is None and not self._gone(ready):
+            # The cause may be seen after what it caused: on a busy machine this thread has
+            # looked at one rank long before another.
+            quiet = [rank for rank in self.ranks if rank.index not in self._last_words]
+            far = [rank.channel for rank in quiet if rank.mirrored]
+            timeout_s = OTHER_HOSTS_CAUSE_S if far else CAUSE_S
+            ready = wait([*(rank.death_fd for rank in quiet), *far], timeout_s)
             self._hear()
-            if self._last_words and not self._gone(ready):
-                # The cause may be seen after what it caused: on a busy machine this thread has
-                # looked at one rank long before another.
-                quiet = [rank for rank in self.ranks if rank.index not in self._last_words]
-                far = [rank.channel for rank in quiet if rank.mirrored]
-                timeout_s = OTHER_HOSTS_CAUSE_S if far else CAUSE_S
-                ready = wait([*(rank.death_fd for rank in quiet), *far], timeout_s)
-                self._hear()
-        except TPRuntimeError as error:
-            return error
+        if self._fault is not None:
+            return self._fault
         doing = self._call.what if self._call else None
         if gone := self._gone(ready):
             self._blamed = gone[0]
@@ -238,18 +265,21 @@ class ProcessGroup:
         ]
 
     def _hear(self) -> None:
-        """Take what has arrived from the ranks. Raises as ``_take``, and for malformed frames."""
-        for rank in self.ranks:
-            try:
-                for frame in rank.channel.receive():
-                    reply = decode_reply(frame)
-                    if isinstance(reply, Failed) and not reply.recoverable:
-                        self._last_words[rank.index] = reply
-                    else:
-                        self._take(rank, reply)
-            except TPRuntimeError:
-                self._blamed = rank
-                raise
+        """Take what has arrived from the ranks, by any thread; note what is wrong with it."""
+        with self._hearing:
+            if self.state in _FINAL or self._fault is not None:
+                return
+            for rank in self.ranks:
+                try:
+                    for frame in rank.channel.receive():
+                        reply = decode_reply(frame)
+                        if isinstance(reply, Failed) and not reply.recoverable:
+                            self._last_words[rank.index] = reply
+                        else:
+                            self._take(rank, reply)
+                except TPRuntimeError as error:
+                    self._blamed, self._fault = rank, error
+                    return
 
     def _take(self, rank: Rank, reply: Reply) -> None:
         """Note an answer, and finish the call that it completes.
@@ -296,8 +326,7 @@ class ProcessGroup:
         """End the group in an orderly way: ask, wait, kill. Idempotent; from any thread."""
         with self._lock:
             self._close_asked = True  # from here on no request is taken
-            if self._wake_fd >= 0:
-                os.eventfd_write(self._wake_fd, 1)
+        self._wake_owner()
         if self._preparing is None:
             self._end(State.CLOSED, None)
             return
@@ -324,6 +353,8 @@ class ProcessGroup:
             call, self._call = self._call, None
             os.close(self._wake_fd)
             self._wake_fd = -1
+        with self._hearing:
+            pass  # who is listening has stopped, and nobody begins
         if error is not None:
             logger.error("%s", error)
         try:

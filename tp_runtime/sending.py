@@ -49,21 +49,28 @@ class TensorSender:
         self, call: int, model: str, wanted: Sequence[Wanted]
     ) -> tuple[Denoise, list[torch.Tensor]]:
         """The request, and the places where the ranks will put the results."""
+        self.exchange.wait_until_read()
         layout = Layout()
-        constant = [_constant(inputs) for inputs, _ in wanted]
-        to_hold = list(tensors_in(constant))
-        held = {id(t): key for t, key in zip(to_hold, self._held.find(to_hold), strict=True)}
-        evaluations = []
+        trees, results = [], []
         for inputs, result_shape in wanted:
             x: torch.Tensor = inputs["x"]
-            tree = {
-                name: self._place(value, layout, None if name in PER_STEP_INPUTS else held)
-                for name, value in inputs.items()
-            }
+            trees.append(self._place(_part(inputs, per_step=True), layout, None))
             offset = layout.reserve(math.prod(result_shape) * x.itemsize)
-            result = TensorRef(result_shape, dtype_name(x.dtype), offset)
-            evaluations.append(Evaluation(pack_inputs(tree), result))
+            results.append(TensorRef(result_shape, dtype_name(x.dtype), offset))
+        layout.write_to(self.exchange)  # a GPU does so while it compares the rest
+        constant = [_part(inputs, per_step=False) for inputs, _ in wanted]
+        to_hold = {id(tensor): tensor for tensor in tensors_in(constant)}
+        held = {identity: self._held.find(tensor) for identity, tensor in to_hold.items()}
+        trees = [
+            tree | self._place(inputs, layout, held)
+            for tree, inputs in zip(trees, constant, strict=True)
+        ]
         layout.write_to(self.exchange)
+        layout.wait()
+        evaluations = [
+            Evaluation(pack_inputs(tree), result)
+            for tree, result in zip(trees, results, strict=True)
+        ]
         request = Denoise(
             call=call,
             model=model,
@@ -119,9 +126,11 @@ class TensorSender:
 
     def hold(self, call: int, factors: list[torch.Tensor]) -> Hold:
         """The request that gives the ranks these tensors."""
+        self.exchange.wait_until_read()
         layout = Layout()
         refs = [layout.place(factor, next(self._keys)) for factor in factors]
         layout.write_to(self.exchange)
+        layout.wait()
         for ref, factor in zip(refs, factors, strict=True):
             self._factors[id(factor)] = (ref, factor)
         return Hold(call, refs, self.exchange.size)
@@ -152,8 +161,9 @@ class TensorSender:
         return msgspec.structs.replace(patch, factors=factors)
 
 
-def _constant(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in inputs.items() if name not in PER_STEP_INPUTS}
+def _part(inputs: Mapping[str, Any], *, per_step: bool) -> dict[str, Any]:
+    """Those of the inputs that change at every step, or those that do not."""
+    return {name: value for name, value in inputs.items() if (name in PER_STEP_INPUTS) == per_step}
 
 
 def _factors(weights: Mapping[str, PatchedWeight]) -> Iterator[torch.Tensor]:

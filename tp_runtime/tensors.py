@@ -7,11 +7,11 @@ engine's side, which constant tensors the ranks hold already, so that conditioni
 per generation and not once per step.
 """
 
+import contextlib
 import ctypes
 import mmap
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
 
 import psutil
 import torch
@@ -21,7 +21,7 @@ from .protocol import TensorRef
 
 ALIGNMENT = 256
 HELD_BYTES = 512 * 2**20
-_LIKELY = 2  # tensors of a shape in turn: of the positive and of the negative prompt
+MAX_VIEWS = 64
 
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -85,36 +85,17 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     return tensor.is_cpu and tensor.is_contiguous()
 
 
-def copied_to(device: torch.device, source: torch.Tensor) -> torch.Tensor:
-    """A copy of a contiguous CPU tensor on a device."""
-    if device.type != "cpu":
-        return source.to(device)
-    copy = torch.empty_like(source)
-    ctypes.memmove(copy.data_ptr(), source.data_ptr(), source.nbytes)
-    return copy
-
-
 def _comparable(one: torch.Tensor, other: torch.Tensor) -> bool:
     return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
 
 
-def _equal(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[bool]:
-    """Whether the two tensors of each pair, which are comparable, have the same content."""
-    found = [False] * len(pairs)
-    waiting: dict[int, torch.Tensor] = {}
-    for index, (one, other) in enumerate(pairs):
-        if _is_plain(one) and _is_plain(other):
-            found[index] = _memcmp(one.data_ptr(), other.data_ptr(), one.nbytes) == 0
-        elif one.is_cpu:
-            found[index] = torch.equal(one, other)
-        else:
-            if one.dtype.itemsize == 1:  # fp8 cannot be compared
-                one, other = one.view(torch.uint8), other.view(torch.uint8)
-            waiting[index] = (one == other).all()
-    if waiting:
-        for index, same in zip(waiting, torch.stack(list(waiting.values())).tolist(), strict=True):
-            found[index] = same
-    return found
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors, which are comparable, have the same content."""
+    if _is_plain(one) and _is_plain(other):
+        return _memcmp(one.data_ptr(), other.data_ptr(), one.nbytes) == 0
+    if one.dtype.itemsize == 1:  # a GPU cannot compare fp8
+        one, other = one.view(torch.uint8), other.view(torch.uint8)
+    return torch.equal(one, other)
 
 
 def _lacking(size: int, reason: str) -> TPRuntimeError:
@@ -136,6 +117,8 @@ class Exchange:
         self._size = 0
         self._page_locked = False
         self._written: list[tuple[int, int]] = []
+        self._reading: list[torch.cuda.Event] = []
+        self._views: dict[TensorRef, torch.Tensor] = {}  # each step has the same
 
     @classmethod
     def create(cls) -> "Exchange":
@@ -192,6 +175,14 @@ class Exchange:
 
     def view(self, ref: TensorRef) -> torch.Tensor:
         """The tensor that ``ref`` describes, in place. Valid until the next call rewrites it."""
+        if ref not in self._views:
+            if len(self._views) == MAX_VIEWS:
+                self._views.clear()
+            with torch.inference_mode(False):  # a view serves both modes
+                self._views[ref] = self._new_view(ref)
+        return self._views[ref]
+
+    def _new_view(self, ref: TensorRef) -> torch.Tensor:
         dtype = dtype_of(ref.dtype)
         length = _num_bytes(ref.shape, dtype)
         if length == 0:
@@ -213,6 +204,22 @@ class Exchange:
             target.copy_(tensor, non_blocking=tensor.is_cuda)
         self._written.append((ref.offset, target.nbytes))
 
+    def copied_to(self, device: torch.device, view: torch.Tensor) -> torch.Tensor:
+        """A copy on a device of a tensor that lies here. To a GPU: only begun, in its stream."""
+        if device.type == "cpu":
+            copy = torch.empty_like(view)
+            ctypes.memmove(copy.data_ptr(), view.data_ptr(), view.nbytes)
+            return copy
+        copy = view.to(device, non_blocking=True)
+        self._reading.append(torch.cuda.current_stream(device).record_event())
+        return copy
+
+    def wait_until_read(self) -> None:
+        """Return when every copy has been made; before that, nothing here may be written over."""
+        for event in self._reading:
+            event.synchronize()
+        self._reading.clear()
+
     def take_written(self) -> list[tuple[int, memoryview]]:
         """What was written since the last call: offset and bytes, in place."""
         written, self._written = self._written, []
@@ -231,8 +238,11 @@ class Exchange:
         memoryview(self._map)[offset : offset + len(data)] = data
 
     def _unmap(self) -> None:
+        self._views.clear()
         if self._page_locked:
-            # Fails only where the GPU's context is lost, and the lock with it.
+            # Both fail only where the GPU's context is lost, and with it the copies and the lock.
+            with contextlib.suppress(RuntimeError):
+                self.wait_until_read()
             torch.cuda.cudart().cudaHostUnregister(self.address)
             self._page_locked = False
         if self._map is not None:
@@ -254,6 +264,7 @@ class Layout:
     def __init__(self) -> None:
         self.size = 0
         self._placed: list[tuple[TensorRef, torch.Tensor]] = []
+        self._copying: set[torch.device] = set()
 
     def place(self, tensor: torch.Tensor, key: int = 0) -> TensorRef:
         """Reserve room for ``tensor``; it is copied by ``write_to``."""
@@ -270,12 +281,21 @@ class Layout:
         return offset
 
     def write_to(self, exchange: Exchange) -> None:
-        """Grow ``exchange`` as needed and copy every tensor that was placed."""
-        exchange.reserve(self.size)
+        """Grow ``exchange`` as needed and begin to copy what was placed since the last time."""
+        if self.size > exchange.size:
+            self.wait()  # its memory will be mapped elsewhere
+            exchange.reserve(self.size)
         for ref, tensor in self._placed:
             exchange.write(ref, tensor)
-        for device in {tensor.device for _, tensor in self._placed if tensor.is_cuda}:
+            if tensor.is_cuda:
+                self._copying.add(tensor.device)
+        self._placed.clear()
+
+    def wait(self) -> None:
+        """Return when everything is copied."""
+        for device in self._copying:
             torch.cuda.current_stream(device).synchronize()
+        self._copying.clear()
 
 
 class HeldTensors:
@@ -296,30 +316,13 @@ class HeldTensors:
         self._first_unsent = 1
         self._to_drop: list[int] = []
 
-    def find(self, tensors: Sequence[torch.Tensor]) -> list[int]:
-        """For each tensor, the key under which the ranks hold an equal one, or 0.
-
-        On a GPU every answer is waited for; so the likely ones, used last, are asked for at once.
-        """
-        alike = [
-            [key for key, held in reversed(self._held.items()) if _comparable(held, tensor)]
-            for tensor in tensors
-        ]
-        found = [0] * len(tensors)
-        for asked in (slice(0, _LIKELY), slice(_LIKELY, None)):
-            pairs = [
-                (index, key)
-                for index, keys in enumerate(alike)
-                if not found[index]
-                for key in keys[asked]
-            ]
-            equal = _equal([(self._held[key], tensors[index]) for index, key in pairs])
-            for (index, key), same in zip(pairs, equal, strict=True):
-                if same and not found[index]:
-                    found[index] = key
-        for key in filter(None, found):
-            self._held.move_to_end(key)
-        return found
+    def find(self, tensor: torch.Tensor) -> int:
+        """The key under which the ranks hold an equal tensor, or 0."""
+        for key, held in reversed(self._held.items()):
+            if _comparable(held, tensor) and _equal(held, tensor):
+                self._held.move_to_end(key)
+                return key
+        return 0
 
     def add(self, tensor: torch.Tensor) -> int:
         """Remember ``tensor`` (a copy of it) under a new key, which is returned."""

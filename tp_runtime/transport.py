@@ -9,6 +9,7 @@ frame is preceded by its length, four bytes, the highest first.
 import array
 import contextlib
 import errno
+import select
 import socket
 import struct
 import threading
@@ -20,7 +21,7 @@ from .errors import ProtocolError
 from .protocol import MAX_FRAME_BYTES
 
 _LENGTH = struct.Struct(">I")
-_CHUNK_BYTES = 256 * 2**10
+_CHUNK_BYTES = 64 * 2**10  # more than that, and each look for frames maps fresh memory
 MAX_PACKET_BYTES = 128 * 2**10
 
 # Over a network, the other side may go without a word: it is gone when it has not acknowledged
@@ -32,6 +33,31 @@ _UNHEARD = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
 def wait(sources: Iterable[Any], timeout_s: float | None) -> list[Any]:
     """The channels and file descriptors among ``sources`` that are ready, after a while."""
     return connection.wait(sources, timeout_s)
+
+
+class Readiness:
+    """Which of a fixed set of channels and file descriptors are ready; for whoever asks often.
+
+    Any thread may ask. What is closed is not asked about any more.
+    """
+
+    def __init__(self, sources: Iterable["Channel | int"]) -> None:
+        self._epoll = select.epoll()
+        self._sources = {
+            source if isinstance(source, int) else source.fileno(): source for source in sources
+        }
+        for fd in self._sources:
+            self._epoll.register(fd, select.EPOLLIN)
+
+    def wait(self, timeout_s: float) -> list["Channel | int"]:
+        """Those that are ready, after a while; also channels whose other side is gone."""
+        return [self._sources[fd] for fd, _ in self._epoll.poll(timeout_s)]
+
+    def mute(self, channels: Iterable["Channel"], muted: bool) -> None:
+        """From now on, frames that arrive do, or do not, make these channels ready."""
+        for channel in channels:
+            with contextlib.suppress(OSError, ValueError):  # closed meanwhile
+                self._epoll.modify(channel.fileno(), 0 if muted else select.EPOLLIN)
 
 
 def receive_with_fds(stream: socket.socket, max_fds: int) -> tuple[bytes, list[int]]:

@@ -27,3 +27,20 @@ def test_a_row_for_every_model(tmp_path: Path) -> None:
         assert (row["side"], row["batch"]) == (64, 2)
         assert row["ms_median"] >= row["ms_min"] > row["ms_hop"]
         assert row["weights_gib"] > 0
+
+
+def test_every_way_gives_the_same(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench.compare", "--small", "--models", "z_image", "flux"]
+    command += ["--tp", "1", "2", "--side", "64", "--folder", str(tmp_path)]
+    found = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+    assert found.returncode == 0, found.stderr
+    lines = found.stdout.splitlines()
+    assert [line.partition(" errors=")[0] for line in lines] == [
+        f"{model} tp={tp} optimize={optimize}"
+        for tp in (1, 2)
+        for model in ("z_image", "flux")
+        for optimize in ("off", "auto")
+    ]
+    command[command.index("--side") :] = ["--side", "64", "--tolerance", "1e-9"]
+    command += ["--folder", str(tmp_path)]
+    assert subprocess.run(command, cwd=REPOSITORY, capture_output=True, timeout=600).returncode == 1

@@ -40,10 +40,18 @@ pytestmark = pytest.mark.process
 LightModel = Callable[..., RemoteModel]
 
 
-@pytest.fixture(scope="module")
-def light_model(python_with: PythonWith, tiny_z_image: Path) -> Iterator[LightModel]:
-    """`light_model(**settings)`: a model on 2 ranks that compute nothing; one group a settings."""
+@pytest.fixture(scope="module", params=["woken up", "listening"])
+def light_model(
+    request: pytest.FixtureRequest, python_with: PythonWith, tiny_z_image: Path
+) -> Iterator[LightModel]:
+    """`light_model(**settings)`: a model on 2 ranks that compute nothing; one group a settings.
+
+    Who evaluates it is woken up by the answer, or listens for it as for one from a GPU.
+    """
     runtime, python = Runtime(), python_with()
+    patch = pytest.MonkeyPatch()
+    if request.param == "listening":
+        patch.setattr(Engine, "_due_s", lambda *_: (0.01, 1.0))
 
     def make(**settings: Any) -> RemoteModel:
         spec = ModelSpec.of(str(tiny_z_image), "float32", "float32")
@@ -53,6 +61,7 @@ def light_model(python_with: PythonWith, tiny_z_image: Path) -> Iterator[LightMo
 
     yield make
     runtime.release()
+    patch.undo()
 
 
 def engine_of(model: RemoteModel) -> Engine:
@@ -123,6 +132,27 @@ def test_a_rank_is_killed_in_the_middle_of_a_collective(tiny_z_image: Path) -> N
         )
     assert (model.denoise(inputs) - expected).norm() / expected.norm() < 2e-6
     assert runtime.release() == 1
+
+
+def test_who_takes_the_answer(light_model: LightModel, request: pytest.FixtureRequest) -> None:
+    """A caller who listens does so itself; one that comes later than expected, the owner."""
+    model, takers = light_model(), []
+    take = process_group.Call.take
+
+    def noting(*args: Any) -> None:
+        takers.append(threading.current_thread())
+        take(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process_group.Call, "take", noting)
+        for sleep_s in (0.2, 1.3, 0.2):
+            model.denoise(ordered(sleep_s=sleep_s))
+    caller, owner = threading.current_thread(), engine_of(model)._owner
+    listening = "listening" in request.node.name
+    assert (
+        takers
+        == [caller if listening else owner] * 2 + [owner] * 2 + [caller if listening else owner] * 2
+    )
 
 
 @pytest.mark.parametrize("rank", [0, 1])

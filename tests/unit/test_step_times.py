@@ -1,8 +1,17 @@
-"""How long a rank may be silent: what steps like this one took, many times over."""
+"""When a step is due, and how long a rank may be silent: by what steps like this one took."""
 
+import pytest
 import torch
 
-from tp_runtime.step_times import FACTOR, FIRST_STEPS, FLOOR_S, StepTimes, shapes_of
+from tp_runtime.step_times import (
+    EXPECTED_S,
+    FACTOR,
+    FIRST_STEPS,
+    FLOOR_S,
+    MAX_EXPECTED_S,
+    StepTimes,
+    shapes_of,
+)
 
 
 def after(*seconds: float) -> StepTimes:
@@ -28,6 +37,16 @@ def test_there_is_a_floor_and_a_limit() -> None:
     assert after(*first, 0.001).timeout_s("kind", 600) == FLOOR_S
     assert after(*first, 0.001).timeout_s("kind", 10) == 10
     assert after(*first, 500.0).timeout_s("kind", 600) == 600
+
+
+def test_the_next_step_is_due_when_the_last_one_was() -> None:
+    assert after(*[1.0] * FIRST_STEPS).due_s("kind") is None
+    assert after(*[1.0] * FIRST_STEPS, 0.2, 0.1).due_s("kind") == pytest.approx(
+        (0.1 - EXPECTED_S - 0.005, 0.1 + EXPECTED_S + 0.005)
+    )
+    assert after(*[1.0] * FIRST_STEPS, 5.0).due_s("kind") == pytest.approx(
+        (5 - MAX_EXPECTED_S, 5 + MAX_EXPECTED_S)
+    )
 
 
 def test_steps_are_alike_if_their_shapes_are() -> None:

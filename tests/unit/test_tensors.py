@@ -83,6 +83,22 @@ def test_every_layout_arrives(exchange: Exchange, reader: Exchange) -> None:
         assert torch.equal(arrived.nan_to_num(9.0), given.nan_to_num(9.0))
 
 
+def test_a_view_serves_every_step(exchange: Exchange) -> None:
+    """Made once, also for a caller who is in inference mode at times."""
+    exchange.reserve(64)
+    ref = TensorRef((4,), "float32", 0)
+    with torch.inference_mode():
+        view = exchange.view(ref)
+        exchange.write(ref, torch.arange(8.0)[::2])
+    exchange.write(ref, torch.arange(4.0))
+    exchange.view(ref).mul_(2)
+    assert exchange.view(ref) is view
+    assert view.tolist() == [0, 2, 4, 6]
+    exchange.reserve(2**20)
+    assert exchange.view(ref) is not view
+    assert exchange.view(ref).tolist() == [0, 2, 4, 6]
+
+
 def test_places_do_not_overlap() -> None:
     layout = Layout()
     refs = [layout.place(torch.zeros(size, dtype=torch.uint8)) for size in (1, 300, 0, 256)]
@@ -167,36 +183,25 @@ class TestHeldTensors:
         tensor = torch.arange(6.0).view(2, 3)
         key = held.add(tensor)
         assert key > 0
-        assert held.find([tensor.clone()]) == [key]
-        assert held.find([tensor.T.contiguous().T]) == [key]
+        assert held.find(tensor.clone()) == key
+        assert held.find(tensor.T.contiguous().T) == key
         for other in (tensor + 1, tensor.view(3, 2), tensor.double(), tensor[:1]):
-            assert held.find([other]) == [0]
-
-    def test_several_at_once(self) -> None:
-        """More of a shape than are asked for at first; each stays in use."""
-        held = HeldTensors(limit_bytes=5 * 12)
-        tensors = [torch.full((3,), float(i)) for i in range(5)]
-        keys = [held.add(tensor) for tensor in tensors]
-        held.commit()
-        wanted = [tensors[0], torch.full((3,), 9.0), tensors[4], tensors[0].clone()]
-        assert held.find(wanted) == [keys[0], 0, keys[4], keys[0]]
-        held.add(torch.ones(6))
-        assert held.evict(set()) == keys[1:3]
+            assert held.find(other) == 0
 
     def test_it_is_a_copy(self) -> None:
         held = HeldTensors()
         tensor = torch.zeros(3)
         held.add(tensor)
         tensor += 1
-        assert held.find([tensor]) == [0]
-        assert held.find([torch.zeros(3)]) != [0]
+        assert held.find(tensor) == 0
+        assert held.find(torch.zeros(3)) != 0
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
     def test_every_dtype_can_be_compared(self, dtype: torch.dtype) -> None:
         held = HeldTensors()
         key = held.add(torch.ones(3).to(dtype))
-        assert held.find([torch.ones(3).to(dtype)]) == [key]
-        assert held.find([torch.zeros(3).to(dtype)]) == [0]
+        assert held.find(torch.ones(3).to(dtype)) == key
+        assert held.find(torch.zeros(3).to(dtype)) == 0
 
     def test_an_expanded_tensor_counts_in_full(self) -> None:
         held = HeldTensors(limit_bytes=100)
@@ -207,9 +212,9 @@ class TestHeldTensors:
         held = HeldTensors(limit_bytes=24)
         first, second, third = (held.add(torch.full((3,), float(i))) for i in range(3))
         held.commit()
-        assert held.find([torch.full((3,), 0.0)]) == [first]
+        assert held.find(torch.full((3,), 0.0)) == first
         assert held.evict({third}) == [second]
-        assert held.find([torch.full((3,), 1.0)]) == [0]
+        assert held.find(torch.full((3,), 1.0)) == 0
 
     def test_what_is_in_use_stays(self) -> None:
         held = HeldTensors(limit_bytes=0)
@@ -233,11 +238,11 @@ class TestHeldTensors:
         new = held.add(torch.ones(3))
         assert held.evict({new}) == [old]
         held.roll_back()
-        assert held.find([torch.ones(3)]) == [0], "the ranks never got it"
+        assert held.find(torch.ones(3)) == 0, "the ranks never got it"
 
         newer = held.add(torch.ones(3))
         assert held.evict({newer}) == [old], "the ranks still hold it"
         held.commit()
         assert held.evict({newer}) == []
         held.roll_back()
-        assert held.find([torch.ones(3)]) == [newer]
+        assert held.find(torch.ones(3)) == newer

@@ -1,5 +1,6 @@
 """Frames over a socket pair: whole, in order, and never waiting for a side that has stopped."""
 
+import os
 import socket
 import struct
 import threading
@@ -9,7 +10,7 @@ import pytest
 
 from tp_runtime.errors import ProtocolError
 from tp_runtime.protocol import MAX_FRAME_BYTES
-from tp_runtime.transport import Channel, wait
+from tp_runtime.transport import Channel, Readiness, wait
 
 
 @pytest.fixture
@@ -39,6 +40,30 @@ def test_frames_arrive_whole_and_in_order(pair: tuple[Channel, Channel]) -> None
     assert theirs.receive() == frames
     assert theirs.receive() == []
     assert wait([theirs], 0.0) == []
+
+
+def test_readiness(pair: tuple[Channel, Channel]) -> None:
+    """Of channels and file descriptors; frames for a muted channel wait, its end does not."""
+    ours, theirs = pair
+    wake_fd = os.eventfd(0)
+    ready = Readiness([theirs, wake_fd])
+    assert ready.wait(0) == []
+    os.eventfd_write(wake_fd, 1)
+    assert ready.wait(1.0) == [wake_fd]
+    os.eventfd_read(wake_fd)
+    ready.mute([theirs], True)
+    ours.send(b"frame")
+    assert ready.wait(0) == []
+    ready.mute([theirs], False)
+    assert ready.wait(1.0) == [theirs]
+    assert theirs.receive() == [b"frame"]
+    os.close(wake_fd)
+    ready.mute([theirs], True)
+    ours.close()
+    assert ready.wait(1.0) == [theirs]
+    theirs.close()
+    ready.mute([theirs], False)  # of what is gone, nothing is known
+    assert ready.wait(0) == []
 
 
 def test_both_directions_are_independent(pair: tuple[Channel, Channel]) -> None:
