@@ -18,8 +18,27 @@ def test_a_measured_step_is_near_its_prediction(row: Measured) -> None:
     assert abs(row.error) <= TOLERANCE, f"measured {row.ms}, {row.case.predict()}"
 
 
-def test_rows_of_one_and_two_gpus_and_of_two_batches_are_checked() -> None:
-    assert {row.case.layout.tp_size for row in ROWS} >= {1, 2}
+def test_the_layout_said_to_be_the_fastest_was() -> None:
+    """For every model, size and batch of which several layouts of as many GPUs were measured."""
+    rivals: dict[object, list[Measured]] = {}
+    for row in ROWS:
+        if row.case.link.fused:
+            case = row.case
+            rivals.setdefault((case.model, case.side, case.batch, case.layout.num_gpus), []).append(
+                row
+            )
+    compared = [rows for rows in rivals.values() if len(rows) > 1]
+    assert {(rows[0].case.model, rows[0].case.batch) for rows in compared} >= {
+        ("z_image", 2),
+        ("qwen_image", 2),
+    }
+    for rows in compared:
+        fastest = min(rows, key=lambda row: row.ms)
+        assert fastest == min(rows, key=lambda row: row.case.predict().ms)
+
+
+def test_rows_of_one_to_four_gpus_and_of_two_batches_are_checked() -> None:
+    assert {row.case.layout.tp_size for row in ROWS} >= {1, 2, 4}
     assert {row.case.batch for row in ROWS} >= {1, 2}
     assert {row.case.model for row in ROWS} >= {"z_image", "flux", "qwen_image"}
 
