@@ -17,7 +17,7 @@ OnProgress = Callable[[int, int], None]
 
 
 class Call:
-    """What each rank has answered so far. The owner's thread fills it in; its caller waits."""
+    """What each rank has answered so far. Who hears the ranks fills it in; its caller waits."""
 
     def __init__(self, number: int, num_ranks: int, timeout_s: float, what: str) -> None:
         self.number = number
@@ -32,7 +32,7 @@ class Call:
         self._num_ranks = num_ranks
         self._progress: dict[int, tuple[int, int]] = {}
 
-    # --- the owner's ---------------------------------------------------------------------------
+    # --- of who hears the ranks ----------------------------------------------------------------
 
     def take(self, rank: int, reply: Ready | Done | Failed | Progress) -> None:
         """Note what a rank says. A sign of life counts from now on.

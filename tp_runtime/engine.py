@@ -81,7 +81,8 @@ class Engine(ProcessGroup):
 
         Of each: ComfyUI's forward arguments, a tensor ``x`` and plain data with tensors, and the
         shape of the result, which has the dtype and device of ``x``. Tensors that the ranks hold
-        from an earlier call are not sent again. ``on_sent``: as of ``call``.
+        from an earlier call are not sent again. ``on_sent``: as of ``call``. A result on a GPU is
+        good in this thread's current stream.
 
         Raises:
             As ``call`` does, and ProtocolError if ``inputs`` hold something that cannot be sent.

@@ -69,7 +69,8 @@ class ProcessGroup:
         self._lock = threading.Lock()  # guards state, error, _call, _close_asked and _wake_fd
         self._hearing = threading.Lock()  # held by who takes what the ranks have sent; before _lock
         # Of the ranks' ends; and of these, of their channels and of the owner's wake-up.
-        self._deaths = self._events = Readiness(())
+        self._deaths: Readiness | None = None
+        self._events: Readiness | None = None
         self._call: Call | None = None
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC)
         self._close_asked = False
@@ -85,8 +86,11 @@ class ProcessGroup:
 
     def _is_failing(self) -> bool:
         """Whether a rank has raised or ended, so that the owner is about to end the group."""
-        noted = self._fault is not None or bool(self._last_words)
-        return noted or bool(self._deaths.wait(0))
+        return self._is_accused() or (self._deaths is not None and bool(self._deaths.wait(0)))
+
+    def _is_accused(self) -> bool:
+        """Whether a rank has raised, or sent what it should not have."""
+        return self._fault is not None or bool(self._last_words)
 
     # --- start ---------------------------------------------------------------------------------
 
@@ -166,15 +170,16 @@ class ProcessGroup:
         For its caller, shortly before they are due, without sleeping: a core that was asleep wakes
         up slowly, and is slow at everything that comes next.
         """
+        assert self._events is not None, "a call is under way, so the group has started"
         channels = [rank.channel for rank in self.ranks]
-        self._events.mute(channels, True)  # or the owner would wake up, too, and be in the way
         try:
-            while not call.finished.is_set() and time.monotonic() < until:
+            self._events.mute(channels, True)  # or the owner would wake up, too, and be in the way
+            while not (call.finished.is_set() or self._is_accused() or time.monotonic() >= until):
                 self._hear()
         finally:
             self._events.mute(channels, False)
-        if self._fault is not None or self._last_words:
-            self._wake_owner()
+            if self._is_accused():
+                self._wake_owner()
 
     def _wake_owner(self) -> None:
         with self._lock:
@@ -190,7 +195,7 @@ class ProcessGroup:
             deaths = [rank.death_fd for rank in self.ranks]
             self._deaths = Readiness(deaths)
             self._events = Readiness([self._wake_fd, *channels, *deaths])
-            self._watch()
+            self._watch(self._events)
         except GroupClosedError:
             self._end(State.CLOSED, None)
         except TPRuntimeError as error:
@@ -199,7 +204,7 @@ class ProcessGroup:
             logger.exception("a fault of the engine")
             self._end(State.FAILED, TPRuntimeError(f"A fault of the engine: {error!r}"))
 
-    def _watch(self) -> None:
+    def _watch(self, events: Readiness) -> None:
         while self.state not in _FINAL:
             # Looked up before what the ranks have done: a death that came first is a failure.
             close_asked = self._close_asked
@@ -208,7 +213,7 @@ class ProcessGroup:
             timeout_s = WATCH_S
             if call is not None:
                 timeout_s = min(max(0.0, call.deadline - began), WATCH_S)
-            ready = self._events.wait(0 if close_asked else timeout_s)
+            ready = events.wait(0 if close_asked else timeout_s)
             late_s = time.monotonic() - began - timeout_s
             call = self._call  # which may have begun meanwhile
             if call is not None and late_s > FROZEN_S:  # so the ranks stood still, too
@@ -219,8 +224,9 @@ class ProcessGroup:
             call = self._call
             if error is None and call is not None and time.monotonic() >= call.deadline:
                 silent = [rank for rank in self.ranks if rank.index not in call.answers]
-                self._blamed = silent[0]
-                error = failures.silence(silent, call.timeout_s, call.what)
+                if silent:  # or a caller has taken the last answer meanwhile
+                    self._blamed = silent[0]
+                    error = failures.silence(silent, call.timeout_s, call.what)
             if error is not None:
                 self._end(State.FAILED, error)
             elif close_asked:
@@ -258,11 +264,13 @@ class ProcessGroup:
 
     def _gone(self, ready: list[Any]) -> list[Rank]:
         """The ranks that have ended without a word."""
-        return [
-            rank
-            for rank in self.ranks
-            if rank.index not in self._last_words and (rank.channel.ended or rank.death_fd in ready)
-        ]
+        with self._hearing:  # a caller may have seen an end, and not yet have noted the last words
+            return [
+                rank
+                for rank in self.ranks
+                if rank.index not in self._last_words
+                and (rank.channel.ended or rank.death_fd in ready)
+            ]
 
     def _hear(self) -> None:
         """Take what has arrived from the ranks, by any thread; note what is wrong with it."""
@@ -280,6 +288,10 @@ class ProcessGroup:
                 except TPRuntimeError as error:
                     self._blamed, self._fault = rank, error
                     return
+                except BaseException as error:  # a caller's Ctrl-C, too: frames may be lost
+                    self._blamed = rank
+                    self._fault = TPRuntimeError(f"A fault of the engine: {error!r}")
+                    raise
 
     def _take(self, rank: Rank, reply: Reply) -> None:
         """Note an answer, and finish the call that it completes.
@@ -345,7 +357,7 @@ class ProcessGroup:
 
     def _end(self, state: State, error: TPRuntimeError | None, grace_s: float = 0.0) -> None:
         """Leave nothing of the group. Done by the owner, if there is one."""
-        with self._lock:
+        with self._hearing, self._lock:  # who is listening has stopped, and nobody begins
             if self.state in _FINAL:
                 return
             self.error = error
@@ -353,12 +365,13 @@ class ProcessGroup:
             call, self._call = self._call, None
             os.close(self._wake_fd)
             self._wake_fd = -1
-        with self._hearing:
-            pass  # who is listening has stopped, and nobody begins
         if error is not None:
             logger.error("%s", error)
         try:
             end_ranks(self.ranks, grace_s)
+            for readiness in (self._deaths, self._events):
+                if readiness is not None:
+                    readiness.close()
             with self._exchange_in_use:
                 self._exchange.close()
             self._launcher.clean_up(keep_logs=error is not None)

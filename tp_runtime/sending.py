@@ -49,7 +49,7 @@ class TensorSender:
         self, call: int, model: str, wanted: Sequence[Wanted]
     ) -> tuple[Denoise, list[torch.Tensor]]:
         """The request, and the places where the ranks will put the results."""
-        self.exchange.wait_until_read()
+        self.exchange.wait()
         layout = Layout()
         trees, results = [], []
         for inputs, result_shape in wanted:
@@ -57,16 +57,16 @@ class TensorSender:
             trees.append(self._place(_part(inputs, per_step=True), layout, None))
             offset = layout.reserve(math.prod(result_shape) * x.itemsize)
             results.append(TensorRef(result_shape, dtype_name(x.dtype), offset))
-        layout.write_to(self.exchange)  # a GPU does so while it compares the rest
+        layout.write_to(self.exchange)  # begun first: comparing the rest waits for the GPU anyway
         constant = [_part(inputs, per_step=False) for inputs, _ in wanted]
         to_hold = {id(tensor): tensor for tensor in tensors_in(constant)}
-        held = {identity: self._held.find(tensor) for identity, tensor in to_hold.items()}
+        held = dict(zip(to_hold, self._held.find(list(to_hold.values())), strict=True))
         trees = [
             tree | self._place(inputs, layout, held)
             for tree, inputs in zip(trees, constant, strict=True)
         ]
         layout.write_to(self.exchange)
-        layout.wait()
+        self.exchange.wait()
         evaluations = [
             Evaluation(pack_inputs(tree), result)
             for tree, result in zip(trees, results, strict=True)
@@ -126,11 +126,11 @@ class TensorSender:
 
     def hold(self, call: int, factors: list[torch.Tensor]) -> Hold:
         """The request that gives the ranks these tensors."""
-        self.exchange.wait_until_read()
+        self.exchange.wait()
         layout = Layout()
         refs = [layout.place(factor, next(self._keys)) for factor in factors]
         layout.write_to(self.exchange)
-        layout.wait()
+        self.exchange.wait()
         for ref, factor in zip(refs, factors, strict=True):
             self._factors[id(factor)] = (ref, factor)
         return Hold(call, refs, self.exchange.size)

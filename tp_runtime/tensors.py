@@ -12,6 +12,7 @@ import ctypes
 import mmap
 import os
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import psutil
 import torch
@@ -117,7 +118,9 @@ class Exchange:
         self._size = 0
         self._page_locked = False
         self._written: list[tuple[int, int]] = []
+        # Of GPUs: what reads the memory, and in which streams it is written.
         self._reading: list[torch.cuda.Event] = []
+        self._writing: set[torch.cuda.Stream] = set()
         self._views: dict[TensorRef, torch.Tensor] = {}  # each step has the same
 
     @classmethod
@@ -201,7 +204,9 @@ class Exchange:
         if _is_plain(tensor):
             ctypes.memmove(target.data_ptr(), tensor.data_ptr(), target.nbytes)
         else:
-            target.copy_(tensor, non_blocking=tensor.is_cuda)
+            target.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+            if tensor.is_cuda:
+                self._writing.add(torch.cuda.current_stream(tensor.device))
         self._written.append((ref.offset, target.nbytes))
 
     def copied_to(self, device: torch.device, view: torch.Tensor) -> torch.Tensor:
@@ -210,15 +215,20 @@ class Exchange:
             copy = torch.empty_like(view)
             ctypes.memmove(copy.data_ptr(), view.data_ptr(), view.nbytes)
             return copy
+        if device.type != "cuda":
+            return view.to(device)
         copy = view.to(device, non_blocking=True)
         self._reading.append(torch.cuda.current_stream(device).record_event())
         return copy
 
-    def wait_until_read(self) -> None:
-        """Return when every copy has been made; before that, nothing here may be written over."""
+    def wait(self) -> None:
+        """Return when all copies that were begun, to here and from here, have been made."""
         for event in self._reading:
             event.synchronize()
+        for stream in self._writing:
+            stream.synchronize()
         self._reading.clear()
+        self._writing.clear()
 
     def take_written(self) -> list[tuple[int, memoryview]]:
         """What was written since the last call: offset and bytes, in place."""
@@ -239,10 +249,10 @@ class Exchange:
 
     def _unmap(self) -> None:
         self._views.clear()
+        # This and giving the lock back fail only where the GPU's context is lost, and both with it.
+        with contextlib.suppress(RuntimeError):
+            self.wait()
         if self._page_locked:
-            # Both fail only where the GPU's context is lost, and with it the copies and the lock.
-            with contextlib.suppress(RuntimeError):
-                self.wait_until_read()
             torch.cuda.cudart().cudaHostUnregister(self.address)
             self._page_locked = False
         if self._map is not None:
@@ -264,7 +274,6 @@ class Layout:
     def __init__(self) -> None:
         self.size = 0
         self._placed: list[tuple[TensorRef, torch.Tensor]] = []
-        self._copying: set[torch.device] = set()
 
     def place(self, tensor: torch.Tensor, key: int = 0) -> TensorRef:
         """Reserve room for ``tensor``; it is copied by ``write_to``."""
@@ -282,20 +291,10 @@ class Layout:
 
     def write_to(self, exchange: Exchange) -> None:
         """Grow ``exchange`` as needed and begin to copy what was placed since the last time."""
-        if self.size > exchange.size:
-            self.wait()  # its memory will be mapped elsewhere
-            exchange.reserve(self.size)
+        exchange.reserve(self.size)
         for ref, tensor in self._placed:
             exchange.write(ref, tensor)
-            if tensor.is_cuda:
-                self._copying.add(tensor.device)
         self._placed.clear()
-
-    def wait(self) -> None:
-        """Return when everything is copied."""
-        for device in self._copying:
-            torch.cuda.current_stream(device).synchronize()
-        self._copying.clear()
 
 
 class HeldTensors:
@@ -316,13 +315,27 @@ class HeldTensors:
         self._first_unsent = 1
         self._to_drop: list[int] = []
 
-    def find(self, tensor: torch.Tensor) -> int:
-        """The key under which the ranks hold an equal tensor, or 0."""
-        for key, held in reversed(self._held.items()):
-            if _comparable(held, tensor) and _equal(held, tensor):
-                self._held.move_to_end(key)
-                return key
-        return 0
+    def find(self, tensors: Sequence[torch.Tensor]) -> list[int]:
+        """For each tensor, the key under which the ranks hold an equal one, or 0.
+
+        On a GPU every comparison is waited for. Requests are alike, so the tensors of the last one
+        are tried in the order in which they came, each for one.
+        """
+        keys = list(reversed(self._held))
+        found = []
+        for tensor in tensors:
+            key = next((key for key in keys if self._holds(key, tensor)), 0)
+            if key:
+                keys.remove(key)
+                keys.append(key)
+            found.append(key)
+        for key in filter(None, reversed(found)):
+            self._held.move_to_end(key)
+        return found
+
+    def _holds(self, key: int, tensor: torch.Tensor) -> bool:
+        held = self._held[key]
+        return _comparable(held, tensor) and _equal(held, tensor)
 
     def add(self, tensor: torch.Tensor) -> int:
         """Remember ``tensor`` (a copy of it) under a new key, which is returned."""

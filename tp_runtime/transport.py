@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from multiprocessing import connection
 from typing import Any
 
-from .errors import ProtocolError
+from .errors import ProtocolError, TPRuntimeError
 from .protocol import MAX_FRAME_BYTES
 
 _LENGTH = struct.Struct(">I")
@@ -38,11 +38,18 @@ def wait(sources: Iterable[Any], timeout_s: float | None) -> list[Any]:
 class Readiness:
     """Which of a fixed set of channels and file descriptors are ready; for whoever asks often.
 
-    Any thread may ask. What is closed is not asked about any more.
+    Any thread may ask. What is closed is not asked about any more. Call ``close`` in the end.
     """
 
     def __init__(self, sources: Iterable["Channel | int"]) -> None:
-        self._epoll = select.epoll()
+        """Raises TPRuntimeError if this process may open no more files."""
+        try:
+            self._epoll = select.epoll()
+        except OSError as error:
+            raise TPRuntimeError(
+                f"A process group cannot be watched ({error.strerror}). "
+                "Restart ComfyUI, or raise its limit of open files (ulimit -n)."
+            ) from error
         self._sources = {
             source if isinstance(source, int) else source.fileno(): source for source in sources
         }
@@ -51,13 +58,22 @@ class Readiness:
 
     def wait(self, timeout_s: float) -> list["Channel | int"]:
         """Those that are ready, after a while; also channels whose other side is gone."""
-        return [self._sources[fd] for fd, _ in self._epoll.poll(timeout_s)]
+        try:
+            return [self._sources[fd] for fd, _ in self._epoll.poll(timeout_s)]
+        except ValueError:  # closed
+            return []
 
     def mute(self, channels: Iterable["Channel"], muted: bool) -> None:
         """From now on, frames that arrive do, or do not, make these channels ready."""
         for channel in channels:
             with contextlib.suppress(OSError, ValueError):  # closed meanwhile
-                self._epoll.modify(channel.fileno(), 0 if muted else select.EPOLLIN)
+                # Not 0: the end of a TCP stream would wait, too.
+                events = select.EPOLLRDHUP if muted else select.EPOLLIN
+                self._epoll.modify(channel.fileno(), events)
+
+    def close(self) -> None:
+        """Idempotent. From then on nothing is ready."""
+        self._epoll.close()
 
 
 def receive_with_fds(stream: socket.socket, max_fds: int) -> tuple[bytes, list[int]]:
@@ -87,7 +103,7 @@ def bound_silence(stream: socket.socket) -> None:
 
 
 class Channel:
-    """One end of a stream of frames. Any thread may send; one thread receives.
+    """One end of a stream of frames. Any thread may send; one at a time receives.
 
     Receiving never waits, not even for the rest of a frame: a side that stops in the middle of
     one cannot stop the other.

@@ -46,12 +46,14 @@ def light_model(
 ) -> Iterator[LightModel]:
     """`light_model(**settings)`: a model on 2 ranks that compute nothing; one group a settings.
 
-    Who evaluates it is woken up by the answer, or listens for it as for one from a GPU.
+    Who evaluates it is woken up by the answer, or listens for it as for one from a GPU; such ranks
+    stay awake after an evaluation.
     """
-    runtime, python = Runtime(), python_with()
-    patch = pytest.MonkeyPatch()
+    patch, code = pytest.MonkeyPatch(), ""
     if request.param == "listening":
         patch.setattr(Engine, "_due_s", lambda *_: (0.01, 1.0))
+        code = "requests = worker._requests; worker._requests = lambda one, _: requests(one, 0.3)"
+    runtime, python = Runtime(), python_with(code)
 
     def make(**settings: Any) -> RemoteModel:
         spec = ModelSpec.of(str(tiny_z_image), "float32", "float32")
@@ -153,6 +155,59 @@ def test_who_takes_the_answer(light_model: LightModel, request: pytest.FixtureRe
         takers
         == [caller if listening else owner] * 2 + [owner] * 2 + [caller if listening else owner] * 2
     )
+
+
+@pytest.mark.parametrize("light_model", ["listening"], indirect=True)
+def test_closed_while_a_caller_takes_the_last_answer(
+    light_model: LightModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = light_model()
+    engine = engine_of(model)
+    taking = threading.Event()
+    take, close_now = process_group.Call.take, engine._close_now
+
+    def slowly(call: process_group.Call, *answer: Any) -> None:
+        take(call, *answer)
+        if call.complete():
+            taking.set()
+            time.sleep(0.3)
+
+    def close_then() -> None:
+        assert taking.wait(10)
+        close_now()
+
+    monkeypatch.setattr(process_group.Call, "take", slowly)
+    monkeypatch.setattr(engine, "_close_now", close_then)
+    inputs = ordered(sleep_s=0.3)
+    with in_background(lambda: model.denoise(inputs)) as denoising:
+        wait_until(lambda: engine.state is State.BUSY)
+        engine.close()
+        expected = inputs["x"] * 2 + inputs["context"].sum()
+        assert torch.equal(denoising.result(timeout=10), expected)
+    assert engine.state is State.CLOSED
+    assert engine.error is None
+    assert_ended([rank.pid for rank in engine.ranks], within_s=0)
+    monkeypatch.undo()
+    assert_works(model)
+
+
+@pytest.mark.parametrize("light_model", ["listening"], indirect=True)
+def test_a_caller_is_interrupted_while_it_takes_an_answer(light_model: LightModel) -> None:
+    """What it has received is lost, so nobody waits for it."""
+    model = light_model()
+    engine = engine_of(model)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with ends_the_group(model, within_s=2):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(process_group.Call, "take", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                model.denoise(ordered(sleep_s=0.2))
+        wait_until(lambda: engine._owner is not None and not engine._owner.is_alive())
+    assert "A fault of the engine: KeyboardInterrupt" in str(engine.error)
+    assert_works(model)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

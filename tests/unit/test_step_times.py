@@ -1,8 +1,12 @@
 """When a step is due, and how long a rank may be silent: by what steps like this one took."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
+from tp_runtime.engine import Engine
 from tp_runtime.step_times import (
     EXPECTED_S,
     FACTOR,
@@ -47,6 +51,13 @@ def test_the_next_step_is_due_when_the_last_one_was() -> None:
     assert after(*[1.0] * FIRST_STEPS, 5.0).due_s("kind") == pytest.approx(
         (5 - MAX_EXPECTED_S, 5 + MAX_EXPECTED_S)
     )
+
+
+def test_only_steps_on_gpus_are_listened_for() -> None:
+    times = after(*[1.0] * FIRST_STEPS, 0.1)
+    for device, expected in (("cpu", None), ("cuda", times.due_s("kind"))):
+        engine: Any = SimpleNamespace(config=SimpleNamespace(device=device), _step_times=times)
+        assert Engine._due_s(engine, "kind") == expected
 
 
 def test_steps_are_alike_if_their_shapes_are() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tp_runtime import tensors as tensors_module
 from tp_runtime.errors import InputError, ProtocolError, TPRuntimeError
 from tp_runtime.protocol import TensorRef
 from tp_runtime.tensors import ALIGNMENT, Exchange, HeldTensors, Layout, dtype_name, dtype_of
@@ -99,6 +100,43 @@ def test_a_view_serves_every_step(exchange: Exchange) -> None:
     assert exchange.view(ref).tolist() == [0, 2, 4, 6]
 
 
+def test_a_tensor_with_a_gradient_leaves_none_behind(exchange: Exchange) -> None:
+    exchange.reserve(64)
+    ref = TensorRef((4,), "float32", 0)
+    exchange.write(ref, torch.arange(8.0).requires_grad_()[::2])
+    assert not exchange.view(ref).requires_grad
+    assert exchange.view(ref).tolist() == [0, 2, 4, 6]
+
+
+class UnderWay:
+    """A copy from or to a GPU, as an event or a stream says when it has been made."""
+
+    def __init__(self, exchange: Exchange, noted: list[bytes]) -> None:
+        self._exchange, self._noted = exchange, noted
+
+    def synchronize(self) -> None:
+        ref = TensorRef((4,), "uint8", 0)
+        self._noted.append(bytes(self._exchange.view(ref).tolist()))
+
+
+@pytest.mark.parametrize("copies", ["_reading", "_writing"])
+@pytest.mark.parametrize("what", ["wait", "reserve", "close"])
+def test_copies_under_way_are_waited_for(exchange: Exchange, what: str, copies: str) -> None:
+    """Once, and before the memory goes."""
+    exchange.reserve(64)
+    exchange.write(TensorRef((4,), "uint8", 0), torch.tensor([1, 2, 3, 4], dtype=torch.uint8))
+    noted: list[bytes] = []
+    under_way = UnderWay(exchange, noted)
+    setattr(exchange, copies, type(getattr(exchange, copies))([under_way]))
+    for _ in range(2):
+        {
+            "wait": exchange.wait,
+            "reserve": lambda: exchange.reserve(2**20),
+            "close": exchange.close,
+        }[what]()
+        assert noted == [b"\1\2\3\4"]
+
+
 def test_places_do_not_overlap() -> None:
     layout = Layout()
     refs = [layout.place(torch.zeros(size, dtype=torch.uint8)) for size in (1, 300, 0, 256)]
@@ -183,25 +221,44 @@ class TestHeldTensors:
         tensor = torch.arange(6.0).view(2, 3)
         key = held.add(tensor)
         assert key > 0
-        assert held.find(tensor.clone()) == key
-        assert held.find(tensor.T.contiguous().T) == key
+        assert held.find([tensor.clone()]) == [key]
+        assert held.find([tensor.T.contiguous().T]) == [key]
         for other in (tensor + 1, tensor.view(3, 2), tensor.double(), tensor[:1]):
-            assert held.find(other) == 0
+            assert held.find([other]) == [0]
+
+    def test_several_at_once(self) -> None:
+        """Each is found, stays in use, and is compared with few where requests are alike."""
+        held = HeldTensors(limit_bytes=5 * 12)
+        tensors = [torch.full((3,), float(i)) for i in range(5)]
+        keys = [held.add(tensor) for tensor in tensors]
+        held.commit()
+        wanted = [tensors[0], torch.full((3,), 9.0), tensors[4], tensors[0].clone()]
+        assert held.find(wanted) == [keys[0], 0, keys[4], keys[0]]
+        with pytest.MonkeyPatch.context() as patch:
+            pairs: list[object] = []
+            equal = tensors_module._equal
+            patch.setattr(
+                tensors_module, "_equal", lambda *pair: pairs.append(pair) or equal(*pair)
+            )
+            assert held.find([tensors[0], tensors[4]]) == [keys[0], keys[4]]
+        assert len(pairs) == 2
+        held.add(torch.ones(6))
+        assert held.evict(set()) == keys[1:3]
 
     def test_it_is_a_copy(self) -> None:
         held = HeldTensors()
         tensor = torch.zeros(3)
         held.add(tensor)
         tensor += 1
-        assert held.find(tensor) == 0
-        assert held.find(torch.zeros(3)) != 0
+        assert held.find([tensor]) == [0]
+        assert held.find([torch.zeros(3)]) != [0]
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
     def test_every_dtype_can_be_compared(self, dtype: torch.dtype) -> None:
         held = HeldTensors()
         key = held.add(torch.ones(3).to(dtype))
-        assert held.find(torch.ones(3).to(dtype)) == key
-        assert held.find(torch.zeros(3).to(dtype)) == 0
+        assert held.find([torch.ones(3).to(dtype)]) == [key]
+        assert held.find([torch.zeros(3).to(dtype)]) == [0]
 
     def test_an_expanded_tensor_counts_in_full(self) -> None:
         held = HeldTensors(limit_bytes=100)
@@ -212,9 +269,9 @@ class TestHeldTensors:
         held = HeldTensors(limit_bytes=24)
         first, second, third = (held.add(torch.full((3,), float(i))) for i in range(3))
         held.commit()
-        assert held.find(torch.full((3,), 0.0)) == first
+        assert held.find([torch.full((3,), 0.0)]) == [first]
         assert held.evict({third}) == [second]
-        assert held.find(torch.full((3,), 1.0)) == 0
+        assert held.find([torch.full((3,), 1.0)]) == [0]
 
     def test_what_is_in_use_stays(self) -> None:
         held = HeldTensors(limit_bytes=0)
@@ -238,11 +295,11 @@ class TestHeldTensors:
         new = held.add(torch.ones(3))
         assert held.evict({new}) == [old]
         held.roll_back()
-        assert held.find(torch.ones(3)) == 0, "the ranks never got it"
+        assert held.find([torch.ones(3)]) == [0], "the ranks never got it"
 
         newer = held.add(torch.ones(3))
         assert held.evict({newer}) == [old], "the ranks still hold it"
         held.commit()
         assert held.evict({newer}) == []
         held.roll_back()
-        assert held.find(torch.ones(3)) == newer
+        assert held.find([torch.ones(3)]) == [newer]

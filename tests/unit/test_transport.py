@@ -64,6 +64,25 @@ def test_readiness(pair: tuple[Channel, Channel]) -> None:
     theirs.close()
     ready.mute([theirs], False)  # of what is gone, nothing is known
     assert ready.wait(0) == []
+    for _ in range(2):
+        ready.close()
+    ready.mute([theirs], True)
+    assert ready.wait(0) == []
+
+
+def test_the_end_of_a_tcp_stream_cannot_be_muted() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        ours = Channel(socket.create_connection(server.getsockname()))
+        theirs = Channel(server.accept()[0])
+    ready = Readiness([theirs])
+    ready.mute([theirs], True)
+    ours.send(b"frame")
+    assert ready.wait(0.05) == []
+    ours.close()
+    assert ready.wait(1.0) == [theirs]
+    assert theirs.receive() == [b"frame"]
+    theirs.close()
+    ready.close()
 
 
 def test_both_directions_are_independent(pair: tuple[Channel, Channel]) -> None:
