@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from bench.dummy import write_dummy
+from bench.dummy import dummy_file
 from bench.inputs import make_inputs
 from tp_runtime import GroupConfig, ModelSpec, Runtime
 from tp_runtime.models import FAMILIES
@@ -35,9 +35,7 @@ def main() -> int:
         runtime = Runtime()
         try:
             for model in args.models:
-                path = args.folder / f"dummy_{'small_' * args.small}{model}.safetensors"
-                if not path.exists():
-                    write_dummy(model, path, args.small)
+                path = dummy_file(model, args.folder, args.small)
                 inputs = make_inputs(model, args.side, 1)
                 for optimize in ("off", "auto"):
                     spec = ModelSpec.of(str(path), "bfloat16", "bfloat16", optimize)

@@ -84,6 +84,14 @@ def config_of(name: str, small: bool = False) -> dict[str, Any]:
     return config
 
 
+def dummy_file(name: str, folder: Path, small: bool = False) -> Path:
+    """The file of ``write_dummy`` in a folder, which is written if it is not there."""
+    path = folder / f"dummy_{'small_' * small}{name}.safetensors"
+    if not path.exists():
+        write_dummy(name, path, small)
+    return path
+
+
 def write_dummy(name: str, path: Path, small: bool = False) -> int:
     """Write a bf16 file of ``config_of``'s size; returns its bytes of tensor data.
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from bench.dummy import config_of, write_dummy
+from bench.dummy import config_of, dummy_file
 from bench.inputs import make_inputs
 from tp_runtime import GroupConfig, Layout, ModelSpec, Runtime, visible_gpu_count
 from tp_runtime.models import FAMILIES, family
@@ -199,9 +199,7 @@ def run(options: argparse.Namespace) -> int:
     rate = known["gemm_tflops"]
     rows: list[dict[str, Any]] = []
     for model in options.models:
-        path = options.folder / f"dummy_{'small_' * options.small}{model}.safetensors"
-        if not path.exists():
-            write_dummy(model, path, options.small)
+        path = dummy_file(model, options.folder, options.small)
         if options.diffusers:
             rows += [known | row for row in _of_diffusers(model, options)]
         for layout in [*map(Layout, options.tp), *options.layouts]:
