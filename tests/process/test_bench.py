@@ -30,9 +30,7 @@ def test_a_row_for_every_model(tmp_path: Path) -> None:
 
 
 def test_every_way_gives_the_same(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "bench.compare", "--small", "--models", "z_image", "flux"]
-    command += ["--tp", "1", "2", "--side", "64", "--folder", str(tmp_path)]
-    found = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+    found = compare(tmp_path, "--models", "z_image", "flux", "--tp", "1", "2")
     assert found.returncode == 0, found.stderr
     lines = found.stdout.splitlines()
     assert [line.partition(" errors=")[0] for line in lines] == [
@@ -41,6 +39,12 @@ def test_every_way_gives_the_same(tmp_path: Path) -> None:
         for model in ("z_image", "flux")
         for optimize in ("off", "auto")
     ]
-    command[command.index("--side") :] = ["--side", "64", "--tolerance", "1e-9"]
-    command += ["--folder", str(tmp_path)]
-    assert subprocess.run(command, cwd=REPOSITORY, capture_output=True, timeout=600).returncode == 1
+    found = compare(tmp_path, "--models", "z_image", "--tp", "1", "2", "--tolerance", "1e-9")
+    assert found.returncode == 1, "two ranks add up in another order"
+    assert len(found.stdout.splitlines()) == 4
+
+
+def compare(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bench.compare", "--small", "--side", "64"]
+    command += [*arguments, "--folder", str(folder)]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)

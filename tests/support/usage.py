@@ -12,7 +12,8 @@ from support.comfy_server import ComfyServer
 class Usage:
     """By process id, the server's first: bytes of memory, open files, threads. `shared`: bytes.
 
-    Files are all file descriptors but network connections, which come and go with requests.
+    Files are all file descriptors but network connections, which come and go with requests; also
+    between two looks at the process, so what are none is counted, not the difference.
     """
 
     rss: dict[int, int]
@@ -32,14 +33,24 @@ class Usage:
 
 
 def _num_files(process: psutil.Process) -> int:
-    return process.num_fds() - len(process.net_connections("inet"))
+    links = [_target(link) for link in Path(f"/proc/{process.pid}/fd").iterdir()]
+    no_sockets = [target for target in links if target and not target.startswith("socket:")]
+    return len(no_sockets) + len(process.net_connections("unix"))
+
+
+def _target(link: Path) -> str | None:
+    """What a file descriptor is of; None if it has been closed meanwhile."""
+    try:
+        return str(link.readlink())
+    except FileNotFoundError:
+        return None
 
 
 def _exchange_bytes(pid: int) -> int:
     """Of the anonymous shared memory that the process has open."""
     memories = {}
     for link in Path(f"/proc/{pid}/fd").iterdir():
-        if "memfd:tp-runtime-exchange" in str(link.readlink()):
+        if "memfd:tp-runtime-exchange" in (_target(link) or ""):
             stat = link.stat()
             memories[stat.st_ino] = stat.st_size
     return sum(memories.values())
