@@ -15,7 +15,7 @@ import torch
 
 from bench.dummy import dummy_file
 from bench.inputs import make_inputs
-from tp_runtime import GroupConfig, ModelSpec, Runtime
+from tp_runtime.client import GroupConfig, ModelSpec, Runtime
 from tp_runtime.models import FAMILIES
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from tp_runtime.files.safetensors_file import TensorInfo
 from tp_runtime.models import family
-from tp_runtime.safetensors_file import TensorInfo
 
 # Real sizes: what `infer_config` reads from the published files.
 _FULL_SIZE = {

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from bench.dummy import config_of
 from bench.inputs import TEXT_TOKENS
-from tp_runtime.cost_model import DEVICES, LINKS, Link, Prediction, device_of, predict
-from tp_runtime.layout import Layout
+from tp_runtime.config import Layout
+from tp_runtime.layouts.cost_model import DEVICES, LINKS, Link, Prediction, device_of, predict
 from tp_runtime.models import FAMILIES, family
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"

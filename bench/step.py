@@ -26,9 +26,9 @@ import torch
 
 from bench.dummy import config_of, dummy_file
 from bench.inputs import make_inputs
-from tp_runtime import GroupConfig, Layout, ModelSpec, Runtime, visible_gpu_count
+from tp_runtime.client import GroupConfig, Layout, ModelSpec, Runtime, visible_gpu_count
 from tp_runtime.models import FAMILIES, family
-from tp_runtime.stages import count_flops
+from tp_runtime.sharding.block_costs import count_flops
 
 GIB = 2**30
 HOPS = 5

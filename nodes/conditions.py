@@ -13,7 +13,7 @@ import torch
 from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy.patcher_extension import WrappersMP, get_all_wrappers
 
-from ..tp_runtime import RemoteModel, Workload
+from ..tp_runtime.client import RemoteModel, Workload
 from .together import Meeting
 
 Conditions = Sequence[list[dict[str, Any]] | None]

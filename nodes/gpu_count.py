@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from ..tp_runtime import (
+from ..tp_runtime.client import (
     WHERE,
     CheckpointInfo,
     DeviceError,

@@ -1,6 +1,6 @@
 """The `layout` input: how the GPUs that `gpu_count` says share the work."""
 
-from ..tp_runtime import MAX_TP_SIZE, CheckpointInfo, Layout
+from ..tp_runtime.client import MAX_TP_SIZE, CheckpointInfo, Layout
 from .schema import check_choice
 
 AUTO = "auto"

@@ -9,7 +9,7 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..tp_runtime import (
+from ..tp_runtime.client import (
     OPTIMIZE,
     WHERE,
     CheckpointInfo,

@@ -4,7 +4,7 @@ import comfy.model_management
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from ..tp_runtime import GroupConfig, ModelSpec, get_runtime, inspect_checkpoint
+from ..tp_runtime.client import GroupConfig, ModelSpec, get_runtime, inspect_checkpoint
 from .conditions import KEY, calc_cond_batch
 from .patcher import TPModelPatcher
 from .proxy import RemoteDiffusionModel

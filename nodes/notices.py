@@ -4,7 +4,7 @@ import logging
 import sys
 from typing import Any
 
-from ..tp_runtime import RemoteModel
+from ..tp_runtime.client import RemoteModel
 
 logger = logging.getLogger("tensor_parallel")
 

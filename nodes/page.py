@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from aiohttp import web
 from comfy.cli_args import args
 
-from ..tp_runtime import TPRuntimeError, examine, get_runtime, runtime_python
+from ..tp_runtime.client import TPRuntimeError, examine, get_runtime, runtime_python
 from .gpu_count import HERE, refused_counts
 from .loader import model_path
 from .settings import python_setting

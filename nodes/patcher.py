@@ -13,7 +13,7 @@ import comfy.utils
 from comfy.patcher_extension import CallbacksMP
 from comfy_execution.utils import get_executing_context
 
-from ..tp_runtime import RemoteModel
+from ..tp_runtime.client import RemoteModel
 from .notices import show_group_on_node
 from .proxy import is_compiled
 from .unsupported import cfg_split, code_in_model, reading_weights, weight_functions

@@ -8,7 +8,7 @@ import comfy.model_management
 import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 
-from ..tp_runtime import InputError, RemoteModel
+from ..tp_runtime.client import InputError, RemoteModel
 from .arguments import remote_inputs
 from .block_patches import names_in_code
 from .together import Meeting

@@ -6,7 +6,7 @@ from typing import Any
 import comfy.model_management
 from comfy_api.latest import io, ui
 
-from ..tp_runtime import GroupReport, get_runtime
+from ..tp_runtime.client import GroupReport, get_runtime
 from .notices import show_on_node
 from .schema import tp_schema
 

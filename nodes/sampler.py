@@ -5,7 +5,7 @@ from typing import Any
 import comfy.samplers
 from comfy_api.latest import io
 
-from ..tp_runtime import GroupConfig
+from ..tp_runtime.client import GroupConfig
 from .gpu_count import CHOICES, choose_group
 from .model import on_group
 from .notices import warn_on_node

@@ -12,7 +12,7 @@ from typing import Any
 import folder_paths
 from comfy.cli_args import args
 
-from ..tp_runtime import GroupStartError
+from ..tp_runtime.client import GroupStartError
 
 _PYTHON = "TensorParallel.Runtime.Python"
 _DEVICES = "TensorParallel.Runtime.Devices"

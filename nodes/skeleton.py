@@ -15,7 +15,7 @@ import comfy.supported_models
 import comfy.utils
 import torch
 
-from ..tp_runtime import STORED_DTYPES, CheckpointError, CheckpointFile, CheckpointInfo
+from ..tp_runtime.client import STORED_DTYPES, CheckpointError, CheckpointFile, CheckpointInfo
 from .native_sizes import NATIVE_SIZES
 from .unsupported import reading_weights
 

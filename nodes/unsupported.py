@@ -3,7 +3,7 @@
 A refusal names the node's feature that causes it and what to do. Nothing is computed.
 """
 
-from ..tp_runtime import TPRuntimeError
+from ..tp_runtime.client import TPRuntimeError
 
 
 class UnsupportedFeatureError(TPRuntimeError, ValueError):

@@ -12,7 +12,7 @@ from typing import Any
 import comfy.utils
 import comfy.weight_adapter
 
-from ..tp_runtime import (
+from ..tp_runtime.client import (
     PATCH_FUNCTIONS,
     PATCH_KINDS,
     CheckpointInfo,

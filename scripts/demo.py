@@ -47,7 +47,7 @@ from support.workflows import (  # noqa: E402
     with_picture,
     with_report,
 )
-from tp_runtime import WHERE  # noqa: E402
+from tp_runtime.client import WHERE  # noqa: E402
 
 TOLERANCE = 1e-4
 SAMPLING = Sampling(seed=42, steps=8, cfg=2.0, width=256, height=256)

@@ -30,10 +30,13 @@ from typing import Literal, get_args
 import msgspec
 
 from .errors import CheckpointError, DeviceError, TPRuntimeError
-from .layout import Layout
 
+PACKAGE = Path(__file__).resolve().parent  # the folder of this package
 MAX_TP_SIZE = 8
 MAX_RANKS = 64
+# Room to be left beside a model on every device, as ComfyUI leaves it (model_management.py).
+ROOM_FACTOR = 1.1
+ROOM_BYTES = 2**30
 
 
 def _number(name: str, default: float) -> float:
@@ -121,6 +124,29 @@ def device_name(gpu: int | None) -> str:
     import torch
 
     return "cpu" if gpu is None else torch.cuda.get_device_name(gpu)
+
+
+@dataclass(frozen=True, order=True)
+class Layout:
+    """``tp_size`` GPUs for each of ``batch_groups`` copies of the model."""
+
+    tp_size: int
+    batch_groups: int = 1
+
+    @property
+    def num_gpus(self) -> int:
+        return self.tp_size * self.batch_groups
+
+    def __str__(self) -> str:
+        return f"{self.tp_size}x{self.batch_groups}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Layout":
+        """The layout that ``str`` gave. Raises ValueError."""
+        tp_size, separator, batch_groups = text.partition("x")
+        if not (separator and tp_size.isdecimal() and batch_groups.isdecimal()):
+            raise ValueError(f"layout={text!r}: write TP size x batch groups, such as 2x2.")
+        return cls(int(tp_size), int(batch_groups))
 
 
 Where = Literal["this machine", "ray"]

@@ -7,10 +7,11 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from support.pack import pack_module
-from tp_runtime import DeviceError, GroupConfig, SizeError, inspect_checkpoint, layout_choice
-from tp_runtime.cost_model import LINKS
-from tp_runtime.layout import Layout
-from tp_runtime.step_records import MIN_TIMES, StepRecords, Workload
+from tp_runtime.client import DeviceError, GroupConfig, SizeError, inspect_checkpoint
+from tp_runtime.config import Layout
+from tp_runtime.layouts import choice
+from tp_runtime.layouts.cost_model import LINKS
+from tp_runtime.layouts.step_history import MIN_TIMES, StepRecords, Workload
 
 pytestmark = pytest.mark.comfy
 
@@ -43,9 +44,9 @@ def choose(
     """`choose(visible, choice, devices, layout, where)`: the group on so many GPUs; warnings."""
     info = inspect_checkpoint(str(tiny_z_image))
     monkeypatch.setattr(gpu_count, "get_runtime", lambda: SimpleNamespace(records=records))
-    monkeypatch.setattr(layout_choice, "device_name", lambda gpu: "cpu" if gpu is None else GPU)
-    monkeypatch.setattr(layout_choice, "link_between", lambda _: LINKS["nvlink"])
-    monkeypatch.setattr(layout_choice, "_fits", lambda *_: True)
+    monkeypatch.setattr(choice, "device_name", lambda gpu: "cpu" if gpu is None else GPU)
+    monkeypatch.setattr(choice, "link_between", lambda _: LINKS["nvlink"])
+    monkeypatch.setattr(choice, "_fits", lambda *_: True)
     warnings: list[str] = []
 
     def on_machine(

@@ -12,8 +12,8 @@ from support.group_reports import groups
 from support.leaks import nothing_left_over
 from support.tiny_models import write_z_image
 from support.workflows import Prompt, Sampling, node, tp_text_to_latent
-from tp_runtime.layout import Layout
-from tp_runtime.step_records import MIN_TIMES, USUAL_STEPS, StepRecords, Workload
+from tp_runtime.config import Layout
+from tp_runtime.layouts.step_history import MIN_TIMES, USUAL_STEPS, StepRecords, Workload
 
 pytestmark = pytest.mark.comfy
 

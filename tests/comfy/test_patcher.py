@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from support.pack import pack_module
-from tp_runtime import GroupConfig, RemoteModel
+from tp_runtime.client import GroupConfig, RemoteModel
 
 pytestmark = pytest.mark.comfy
 

@@ -21,7 +21,7 @@ from faults.conftest import Observe, put, wait_until
 from support.comfy_server import NO_GPU, ComfyServer
 from support.leaks import Footprint, assert_nothing_added
 from support.workflows import Sampling, tp_text_to_latent
-from tp_runtime.group_folder import KEPT_FOLDERS
+from tp_runtime.client.launch.group_folder import KEPT_FOLDERS
 
 PHASES = ("start", "load", "denoise", "idle", "sleep", "unload")
 KILLS = int(os.environ.get("KILLS", len(PHASES)))

@@ -30,7 +30,7 @@ ENGINES = """
 import os, sys
 sys.path[:0] = {paths!r}
 from process.conftest import cpu_group, make_inputs
-from tp_runtime import ModelSpec, Runtime
+from tp_runtime.client import ModelSpec, Runtime
 
 def live():
     model = Runtime().model(ModelSpec.of({file!r}, "float32", "float32"), config)

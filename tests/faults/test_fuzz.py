@@ -13,10 +13,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-import tp_runtime.gguf_file  # noqa: F401  what its import takes does not count
+import tp_runtime.files.gguf_file  # noqa: F401  what its import takes does not count
 from support.memory import at_most
-from tp_runtime import CheckpointError, inspect_checkpoint
-from tp_runtime.safetensors_file import DTYPES, MAX_HEADER_BYTES
+from tp_runtime.client import CheckpointError, inspect_checkpoint
+from tp_runtime.files.safetensors_file import DTYPES, MAX_HEADER_BYTES
 
 MAX_BYTES = 32 * 2**20  # whatever a small file claims
 

@@ -24,9 +24,9 @@ from process.conftest import (
 )
 
 import tp_runtime
-from tp_runtime import ModelSpec, RemoteModel, Runtime, TPRuntimeError
-from tp_runtime.engine import Engine
-from tp_runtime.process_group import State
+from tp_runtime.client import ModelSpec, RemoteModel, Runtime, TPRuntimeError
+from tp_runtime.client.engine import Engine
+from tp_runtime.client.rank_processes import State
 
 pytestmark = pytest.mark.process
 

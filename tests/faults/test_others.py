@@ -24,7 +24,7 @@ from process.conftest import TESTS, PythonWith, cpu_group, make_inputs
 from support.native import native_z_image
 from support.paths import REPOSITORY
 from support.tiny_models import write_z_image
-from tp_runtime import (
+from tp_runtime.client import (
     CallTimeoutError,
     CheckpointError,
     GroupDiedError,
@@ -35,12 +35,12 @@ from tp_runtime import (
     RemoteModel,
     Runtime,
     TPRuntimeError,
-    step_times,
 )
-from tp_runtime.engine import Engine
-from tp_runtime.process_group import State
-from tp_runtime.protocol import MAX_FRAME_BYTES, VERSION, Done, encode
-from tp_runtime.worker import MAX_LOG_BYTES
+from tp_runtime.client import step_deadlines as step_times
+from tp_runtime.client.engine import Engine
+from tp_runtime.client.rank_processes import State
+from tp_runtime.rank.worker import MAX_LOG_BYTES
+from tp_runtime.wire.protocol import MAX_FRAME_BYTES, VERSION, Done, encode
 
 pytestmark = pytest.mark.process
 
@@ -255,7 +255,7 @@ CLIENT = """
 import sys
 sys.path[:0] = {paths!r}
 from process.conftest import cpu_group, make_inputs
-from tp_runtime import ModelSpec, Runtime
+from tp_runtime.client import ModelSpec, Runtime
 
 config = cpu_group(2, python={python!r}, call_timeout_s=4.0)
 model = Runtime().model(ModelSpec.of({file!r}, "float32", "float32"), config)

@@ -16,9 +16,9 @@ import torch
 from faults.conftest import wait_until
 from process.conftest import PythonWith, cpu_group, make_inputs
 
-from tp_runtime import ModelSpec, RankError, RemoteModel, Runtime
+from tp_runtime.client import ModelSpec, RankError, RemoteModel, Runtime
+from tp_runtime.client.rank_processes import State
 from tp_runtime.config import log_level
-from tp_runtime.process_group import State
 
 pytestmark = pytest.mark.process
 

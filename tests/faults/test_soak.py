@@ -26,7 +26,7 @@ from support.lora_files import write_lora
 from support.tiny_models import write_z_image
 from support.usage import Usage
 from support.workflows import Prompt, Sampling, node, stock_twin, text_to_latent, tp_loader
-from tp_runtime.group_folder import KEPT_FOLDERS
+from tp_runtime.client.launch.group_folder import KEPT_FOLDERS
 
 MINUTES = float(os.environ.get("SOAK_MINUTES", "2"))
 pytestmark = [pytest.mark.comfy, pytest.mark.timeout(MINUTES * 60 + 900)]

@@ -18,7 +18,7 @@ from faults.cases import case
 from faults.conftest import Observe, put, wait_until
 from process.conftest import PythonWith, cpu_group, make_inputs
 
-from tp_runtime import (
+from tp_runtime.client import (
     GroupClosedError,
     GroupDiedError,
     GroupLostError,
@@ -27,8 +27,8 @@ from tp_runtime import (
     RemoteModel,
     Runtime,
 )
-from tp_runtime.engine import Engine
-from tp_runtime.process_group import State
+from tp_runtime.client.engine import Engine
+from tp_runtime.client.rank_processes import State
 
 pytestmark = pytest.mark.process
 

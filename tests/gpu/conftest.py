@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from support.tiny_models import write_flux, write_qwen_image, write_z_image
-from tp_runtime import GroupConfig, ModelSpec, RemoteModel, Runtime
+from tp_runtime.client import GroupConfig, ModelSpec, RemoteModel, Runtime
 
 WRITERS: dict[str, Callable[..., Path]] = {
     "z_image": write_z_image,

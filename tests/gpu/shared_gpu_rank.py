@@ -16,8 +16,9 @@ import torch.distributed._symmetric_memory as symm_mem
 from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed import parallel_state
 
-from tp_runtime import ModelSpec, dist
-from tp_runtime.loading import load_model
+from tp_runtime.client import ModelSpec
+from tp_runtime.gpu import collectives
+from tp_runtime.rank.loading import load_model
 
 BYTES = 2**24
 
@@ -64,14 +65,14 @@ def main() -> None:
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
     parallel_state.set_custom_all_reduce(False)
-    dist.nvlink = lambda: True  # a GPU can read its own memory
+    collectives.nvlink = lambda: True  # a GPU can read its own memory
     with set_current_vllm_config(VllmConfig(device_config=DeviceConfig("cuda"))):
         rendezvous = f"file://{folder}/rendezvous"
         parallel_state.init_distributed_environment(ranks, rank, rendezvous, 0, "gloo")
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=ranks)
         group = parallel_state.get_tp_group()
-        collectives = Collectives(group)
-        group.all_gather, group.all_reduce = collectives.all_gather, collectives.all_reduce
+        shared = Collectives(group)
+        group.all_gather, group.all_reduce = shared.all_gather, shared.all_reduce
         with torch.inference_mode():
             results = {
                 dtype: steps(folder / "model.safetensors", dtype, inputs, device, rank, ranks)

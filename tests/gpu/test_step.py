@@ -16,9 +16,9 @@ from gpu.conftest import (
 )
 
 from support.tiny_models import Fp8Layout, write_fp8
-from tp_runtime import RemoteModel, Runtime
-from tp_runtime.acceleration import MAX_GRAPHS
-from tp_runtime.protocol import PatchedWeight, WeightPatch
+from tp_runtime.client import RemoteModel, Runtime
+from tp_runtime.gpu.graphs import MAX_GRAPHS
+from tp_runtime.wire.protocol import PatchedWeight, WeightPatch
 
 pytestmark = pytest.mark.gpu
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tp_runtime.uploading import BUFFER_BYTES, Uploads
+from tp_runtime.rank.uploading import BUFFER_BYTES, Uploads
 
 pytestmark = pytest.mark.gpu
 

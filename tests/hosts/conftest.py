@@ -11,7 +11,7 @@ from process.conftest import home
 
 from support.paths import LIGHT_SITE
 from support.ray_hosts import Cluster, why_not, working_on
-from tp_runtime import GroupConfig, ModelSpec, RemoteModel, Runtime
+from tp_runtime.client import GroupConfig, ModelSpec, RemoteModel, Runtime
 
 __all__ = ["faults", "home"]
 

@@ -11,8 +11,8 @@ from hosts.conftest import ModelOn
 from process.conftest import assert_ended, make_inputs
 
 from support.ray_hosts import Cluster
-from tp_runtime import GroupDiedError, GroupStartError, RemoteModel
-from tp_runtime.transport import SILENCE_S
+from tp_runtime.client import GroupDiedError, GroupStartError, RemoteModel
+from tp_runtime.wire.transport import SILENCE_S
 
 pytestmark = [pytest.mark.process, pytest.mark.hosts]
 

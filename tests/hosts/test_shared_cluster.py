@@ -15,8 +15,9 @@ from hosts.conftest import cluster_of, ray_group
 from process.conftest import make_inputs
 
 from support.ray_hosts import Cluster
-from tp_runtime import GroupStartError, ModelSpec, RankError, RemoteModel, Runtime, ray_launcher
-from tp_runtime.handshake import Reception
+from tp_runtime.client import GroupStartError, ModelSpec, RankError, RemoteModel, Runtime
+from tp_runtime.client.launch import ray as ray_launcher
+from tp_runtime.wire.handshake import Reception
 
 pytestmark = [pytest.mark.process, pytest.mark.hosts]
 

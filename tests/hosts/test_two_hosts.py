@@ -12,7 +12,7 @@ from process.conftest import make_inputs
 
 from support.native import native_z_image
 from support.ray_hosts import Cluster
-from tp_runtime import Runtime
+from tp_runtime.client import Runtime
 
 pytestmark = [pytest.mark.process, pytest.mark.hosts]
 

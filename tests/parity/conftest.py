@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tp_runtime import GroupConfig, ModelSpec, RemoteModel, Runtime
+from tp_runtime.client import GroupConfig, ModelSpec, RemoteModel, Runtime
 
 # What sharding may change at most: the order in which fp32 products are summed.
 FP32_TOLERANCE = 2e-6

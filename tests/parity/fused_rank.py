@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from vllm.distributed import parallel_state
 
-from tp_runtime import ModelSpec, acceleration, dist
+from tp_runtime.client import ModelSpec
 from tp_runtime.config import WorkerConfig
-from tp_runtime.loading import load_model
-from tp_runtime.reduction import FusedReduction, _Buffers
+from tp_runtime.gpu import graphs
+from tp_runtime.gpu.reduction import FusedReduction, _Buffers
+from tp_runtime.rank import membership
+from tp_runtime.rank.loading import load_model
 
 
 class SharedMemoryReduction(FusedReduction):
@@ -45,16 +47,16 @@ def main() -> None:
     rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     rendezvous = f"file://{folder}/rendezvous"
     config = WorkerConfig(rank, rank, ranks, 1, "cpu", rendezvous, 1, "WARNING")
-    device = dist.select_device(config)
+    device = membership.select_device(config)
     inputs: dict[str, Any] = torch.load(folder / "inputs.pt", weights_only=True)
-    with dist.tensor_parallel_group(config), torch.inference_mode():
+    with membership.tensor_parallel_group(config), torch.inference_mode():
         parallel_state.get_tp_group().barrier()
         spec = ModelSpec.of(str(folder / "model.safetensors"), "float32", "float32")
         driver = load_model(spec, device, rank, ranks, lambda *_: None).driver
         results = {"written": driver(dict(inputs), "written").clone()}
         SharedMemoryReduction.folder = folder
         driver._reduction = SharedMemoryReduction(torch.device("cpu"))
-        with acceleration._optimised():
+        with graphs._optimised():
             results["fused"] = driver(dict(inputs), "fused").clone()
         assert driver._reduction._buffers, "the fused kernels were not used"
         if rank == 0:

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from support.native import native_flux
 from support.tiny_models import FluxSize, write_flux
-from tp_runtime import InputError, SizeError, inspect_checkpoint
+from tp_runtime.client import InputError, SizeError, inspect_checkpoint
 
 pytestmark = pytest.mark.process
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from support.native import native_fp8
 from support.tiny_models import Fp8Layout, write_flux, write_fp8, write_qwen_image, write_z_image
-from tp_runtime import CheckpointError, GroupConfig, ModelSpec, Runtime, inspect_checkpoint
+from tp_runtime.client import CheckpointError, GroupConfig, ModelSpec, Runtime, inspect_checkpoint
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tp_runtime import SizeError
+from tp_runtime.client import SizeError
 from tp_runtime.sharding.parts import Layer, Part, Source, layer_of, layer_parts
 from tp_runtime.sharding.plan import QKV, Plan, Row
 

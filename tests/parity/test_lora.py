@@ -13,9 +13,9 @@ from parity.conftest import FP32_TOLERANCE, relative_error
 from support.native import import_comfy, native_patcher
 from support.pack import pack_module
 from support.tiny_models import Fp8Layout, write_flux, write_fp8, write_qwen_image, write_z_image
-from tp_runtime import GroupConfig, ModelSpec, RemoteModel, Runtime, inspect_checkpoint
-from tp_runtime.engine import Engine
-from tp_runtime.protocol import Request
+from tp_runtime.client import GroupConfig, ModelSpec, RemoteModel, Runtime, inspect_checkpoint
+from tp_runtime.client.engine import Engine
+from tp_runtime.wire.protocol import Request
 
 pytestmark = pytest.mark.process
 

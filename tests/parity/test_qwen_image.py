@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from support.native import native_qwen_image
 from support.tiny_models import QwenImageSize, qwen_image_shapes, write, write_qwen_image
-from tp_runtime import CheckpointError, InputError, SizeError, inspect_checkpoint
+from tp_runtime.client import CheckpointError, InputError, SizeError, inspect_checkpoint
 
 pytestmark = pytest.mark.process
 

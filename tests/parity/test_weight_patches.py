@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from support.native import import_comfy
-from tp_runtime.protocol import WeightPatch
-from tp_runtime.weight_patches import PatchError, check_fits, patched, rounded
+from tp_runtime.wire.protocol import WeightPatch
+from tp_runtime.wire.weight_patches import PatchError, check_fits, patched, rounded
 
 ROWS, COLUMNS, RANK = 48, 32, 4
 

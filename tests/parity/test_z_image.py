@@ -11,7 +11,7 @@ from support.native import import_comfy, native_z_image
 from support.paths import TOY_PACK
 from support.tiny_models import write_z_image
 from support.toy import MODEL as TOY_MODEL
-from tp_runtime import InputError
+from tp_runtime.client import InputError
 
 pytestmark = pytest.mark.process
 

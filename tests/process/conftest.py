@@ -43,14 +43,14 @@ sys.argv = sys.argv[2:]
 exec(sys.argv[0].rpartition("\\n")[0])  # all but running the server
 
 from process import light_rank
-from tp_runtime import fork_server
+from tp_runtime.rank import fork_server
 
 import_all = fork_server._import_all
 
 def import_some():
 {while_importing}
     light_rank.be_light() if {light} else import_all()
-    from tp_runtime import worker
+    from tp_runtime.rank import worker
 
     be_rank = worker.run
 

@@ -7,6 +7,7 @@ can put a fault at a known place: `{"rank": 1, "sleep_s": 5}`, `{"rank": 0, "rai
 """
 
 import contextlib
+import importlib
 import os
 import sys
 import time
@@ -17,7 +18,6 @@ from typing import Any
 
 import torch
 
-import tp_runtime
 from tp_runtime.config import ModelSpec, WorkerConfig
 from tp_runtime.errors import InputError
 from tp_runtime.fault_points import reach
@@ -80,13 +80,16 @@ def _load(
 
 def be_light() -> None:
     """Have this process, and the ranks forked from it, import and compute nothing."""
-    dist = types.ModuleType("tp_runtime.dist")
-    dist.select_device = lambda _: torch.device("cpu")  # type: ignore[attr-defined]
-    dist.tensor_parallel_group = _group  # type: ignore[attr-defined]
-    dist.versions = dict  # type: ignore[attr-defined]
-    loading = types.ModuleType("tp_runtime.loading")
+    membership = types.ModuleType("tp_runtime.rank.membership")
+    membership.select_device = lambda _: torch.device("cpu")  # type: ignore[attr-defined]
+    membership.tensor_parallel_group = _group  # type: ignore[attr-defined]
+    membership.versions = dict  # type: ignore[attr-defined]
+    loading = types.ModuleType("tp_runtime.rank.loading")
     loading.load_model = _load  # type: ignore[attr-defined]
     loading.LoadedModel = SimpleNamespace  # type: ignore[attr-defined]
     loading.ReportProgress = object  # type: ignore[attr-defined]
-    sys.modules |= {"tp_runtime.dist": dist, "tp_runtime.loading": loading}
-    tp_runtime.dist = dist  # type: ignore[attr-defined]
+    collectives = types.ModuleType("tp_runtime.gpu.collectives")
+    for module in (membership, loading, collectives):
+        sys.modules[module.__name__] = module
+        room, _, name = module.__name__.rpartition(".")
+        setattr(importlib.import_module(room), name, module)

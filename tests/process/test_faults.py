@@ -18,7 +18,7 @@ import torch
 from process.conftest import PythonWith, assert_ended, cpu_group, make_inputs
 
 from support.native import native_z_image
-from tp_runtime import (
+from tp_runtime.client import (
     CallTimeoutError,
     GroupClosedError,
     GroupDiedError,
@@ -28,12 +28,12 @@ from tp_runtime import (
     RankError,
     RemoteModel,
     Runtime,
-    process_group,
+    rank_processes,
 )
-from tp_runtime import engine as engine_module
-from tp_runtime.engine import Engine
-from tp_runtime.process_group import State
-from tp_runtime.protocol import Load, Report, Unload
+from tp_runtime.client import engine as engine_module
+from tp_runtime.client.engine import Engine
+from tp_runtime.client.rank_processes import State
+from tp_runtime.wire.protocol import Load, Report, Unload
 
 pytestmark = pytest.mark.process
 
@@ -139,14 +139,14 @@ def test_a_rank_is_killed_in_the_middle_of_a_collective(tiny_z_image: Path) -> N
 def test_who_takes_the_answer(light_model: LightModel, request: pytest.FixtureRequest) -> None:
     """A caller who listens does so itself; one that comes later than expected, the owner."""
     model, takers = light_model(), []
-    take = process_group.Call.take
+    take = rank_processes.Call.take
 
     def noting(*args: Any) -> None:
         takers.append(threading.current_thread())
         take(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(process_group.Call, "take", noting)
+        patch.setattr(rank_processes.Call, "take", noting)
         for sleep_s in (0.2, 1.3, 0.2):
             model.denoise(ordered(sleep_s=sleep_s))
     caller, owner = threading.current_thread(), engine_of(model)._owner
@@ -164,9 +164,9 @@ def test_closed_while_a_caller_takes_the_last_answer(
     model = light_model()
     engine = engine_of(model)
     taking = threading.Event()
-    take, close_now = process_group.Call.take, engine._close_now
+    take, close_now = rank_processes.Call.take, engine._close_now
 
-    def slowly(call: process_group.Call, *answer: Any) -> None:
+    def slowly(call: rank_processes.Call, *answer: Any) -> None:
         take(call, *answer)
         if call.complete():
             taking.set()
@@ -176,7 +176,7 @@ def test_closed_while_a_caller_takes_the_last_answer(
         assert taking.wait(10)
         close_now()
 
-    monkeypatch.setattr(process_group.Call, "take", slowly)
+    monkeypatch.setattr(rank_processes.Call, "take", slowly)
     monkeypatch.setattr(engine, "_close_now", close_then)
     inputs = ordered(sleep_s=0.3)
     with in_background(lambda: model.denoise(inputs)) as denoising:
@@ -202,7 +202,7 @@ def test_a_caller_is_interrupted_while_it_takes_an_answer(light_model: LightMode
 
     with ends_the_group(model, within_s=2):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(process_group.Call, "take", interrupted)
+            patch.setattr(rank_processes.Call, "take", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 model.denoise(ordered(sleep_s=0.2))
         wait_until(lambda: engine._owner is not None and not engine._owner.is_alive())
@@ -265,7 +265,7 @@ def test_the_cause_is_blamed_where_its_consequence_is_seen_first(
     light_model: LightModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A rank dies, and before that is seen another one says that its collective has failed."""
-    monkeypatch.setattr(process_group, "CAUSE_S", 30.0)
+    monkeypatch.setattr(rank_processes, "CAUSE_S", 30.0)
     model = light_model()
     engine = engine_of(model)
     order = ordered(rank=1, **{"raise": "connection closed by peer"})
@@ -390,7 +390,7 @@ def test_close_waits_for_an_orderly_end(
 def test_close_does_not_wait_for_a_stopped_rank(
     light_model: LightModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(process_group, "CLOSE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(rank_processes, "CLOSE_TIMEOUT_S", 0.5)
     model = light_model()
     engine = engine_of(model)
     os.kill(engine.ranks[0].pid, signal.SIGSTOP)

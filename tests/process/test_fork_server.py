@@ -12,12 +12,13 @@ import pytest
 from process.conftest import PythonWith, assert_ended, cpu_group
 
 from support.leaks import SERVER_MARK, is_marked
-from tp_runtime import GroupDiedError, GroupStartError, local_launcher
-from tp_runtime.engine import Engine
-from tp_runtime.local_launcher import LocalLauncher
-from tp_runtime.process_group import State
-from tp_runtime.protocol import Report
-from tp_runtime.tensors import Exchange
+from tp_runtime.client import GroupDiedError, GroupStartError
+from tp_runtime.client.engine import Engine
+from tp_runtime.client.launch import local as local_launcher
+from tp_runtime.client.launch.local import LocalLauncher
+from tp_runtime.client.rank_processes import State
+from tp_runtime.wire.exchange import Exchange
+from tp_runtime.wire.protocol import Report
 
 pytestmark = pytest.mark.process
 
@@ -66,7 +67,7 @@ def test_ranks_are_named_for_a_person(python_with: PythonWith, started: Groups) 
     python = python_with()
     engine = started(python, 2)
     for rank in engine.ranks:
-        name = f"tp_runtime.worker: rank {rank.index} of 2 in {rank.log_path.parent}"
+        name = f"tp_runtime.rank.worker: rank {rank.index} of 2 in {rank.log_path.parent}"
         assert psutil.Process(rank.pid).cmdline()[0] == name
     (server,) = servers(python)
     assert SERVER_MARK in " ".join(server.cmdline())
@@ -215,7 +216,7 @@ def test_a_rank_for_a_gpu_is_a_process_of_its_own(
     us = psutil.Process()
     assert {psutil.Process(rank.pid).ppid() for rank in engine.ranks} == {us.pid}
     first, second = engine.ranks
-    name = f"tp_runtime.worker: rank 0 of 2 in {first.log_path.parent}"
+    name = f"tp_runtime.rank.worker: rank 0 of 2 in {first.log_path.parent}"
     assert psutil.Process(first.pid).cmdline()[0] == name
     os.kill(second.pid, signal.SIGKILL)
     while engine.state is not State.FAILED:

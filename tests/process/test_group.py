@@ -12,17 +12,11 @@ from process.conftest import cpu_group, make_inputs
 
 from support.native import native_z_image
 from support.tiny_models import ZImageSize, write_z_image
-from tp_runtime import (
-    InputError,
-    ModelSpec,
-    RemoteModel,
-    Runtime,
-    inspect_checkpoint,
-)
-from tp_runtime import engine as engine_module
-from tp_runtime.engine import Engine
-from tp_runtime.launcher import Poll
-from tp_runtime.protocol import Denoise, Load, Request, TensorRef, decode_request
+from tp_runtime.client import InputError, ModelSpec, RemoteModel, Runtime, inspect_checkpoint
+from tp_runtime.client import engine as engine_module
+from tp_runtime.client.engine import Engine
+from tp_runtime.client.launch.launcher import Poll
+from tp_runtime.wire.protocol import Denoise, Load, Request, TensorRef, decode_request
 
 pytestmark = pytest.mark.process
 

@@ -16,7 +16,7 @@ from process.conftest import TESTS, make_inputs
 from support.native import native_z_image
 from support.paths import LIGHT_SITE, REPOSITORY
 from support.ray_leaks import DRIVER_MARK, MARKS, no_ray_left_over
-from tp_runtime import (
+from tp_runtime.client import (
     CheckpointError,
     GroupConfig,
     GroupStartError,
@@ -86,7 +86,7 @@ ENGINE = """
 import sys, time
 sys.path[:0] = {paths!r}
 from process.test_local_ray import on_ray
-from tp_runtime import ModelSpec, Runtime
+from tp_runtime.client import ModelSpec, Runtime
 model = Runtime().model(ModelSpec.of({file!r}, "float32", "float32"), on_ray(1))
 model.ensure_loaded()
 print("up", flush=True)

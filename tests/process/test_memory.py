@@ -14,12 +14,12 @@ import torch
 from process.conftest import assert_ended, cpu_group, make_inputs
 
 from support.tiny_models import write_z_image
-from tp_runtime import GroupReport, InputError, ModelSpec, RemoteModel, Runtime
-from tp_runtime import group as group_module
-from tp_runtime.engine import Engine
-from tp_runtime.host_memory import HostCopy
-from tp_runtime.process_group import State
-from tp_runtime.protocol import Denoise, Load, Request, Sleep, Unload, Wake
+from tp_runtime.client import GroupReport, InputError, ModelSpec, RemoteModel, Runtime
+from tp_runtime.client import group as group_module
+from tp_runtime.client.engine import Engine
+from tp_runtime.client.rank_processes import State
+from tp_runtime.rank.host_copy import HostCopy
+from tp_runtime.wire.protocol import Denoise, Load, Request, Sleep, Unload, Wake
 
 pytestmark = pytest.mark.process
 

@@ -21,7 +21,7 @@ PARENT = """
 import os, sys, threading, time
 sys.path[:0] = {paths!r}
 from process.conftest import cpu_group, make_inputs
-from tp_runtime import ModelSpec, Runtime
+from tp_runtime.client import ModelSpec, Runtime
 
 model = Runtime().model(ModelSpec.of({file!r}, "float32", "float32"), cpu_group(2{python}))
 

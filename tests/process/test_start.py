@@ -12,34 +12,35 @@ from typing import ClassVar
 import pytest
 from process.conftest import PythonWith, assert_ended, cpu_group
 
-from tp_runtime import GroupClosedError, GroupLostError, GroupStartError, ray_launcher
-from tp_runtime.engine import Engine
-from tp_runtime.local_launcher import LocalLauncher
-from tp_runtime.process_group import State
-from tp_runtime.protocol import Report
-from tp_runtime.ray_messages import Placed
+from tp_runtime.client import GroupClosedError, GroupLostError, GroupStartError
+from tp_runtime.client.engine import Engine
+from tp_runtime.client.launch import ray as ray_launcher
+from tp_runtime.client.launch.local import LocalLauncher
+from tp_runtime.client.rank_processes import State
+from tp_runtime.wire.protocol import Report
+from tp_runtime.wire.ray_messages import Placed
 
 pytestmark = pytest.mark.process
 
 LYING_RANK = """
 import contextlib
-from tp_runtime import dist
+from tp_runtime.rank import membership
 
 @contextlib.contextmanager
 def lie(worker):
     yield worker.tp_size - worker.rank
 
-dist.tensor_parallel_group = lie
+membership.tensor_parallel_group = lie
 """
 
 RAISING_RANK = """
-from tp_runtime import dist
+from tp_runtime.rank import membership
 
 def refuse(worker):
     raise ValueError("no such device: text of the rank")
 
 if config.rank == 1:
-    dist.tensor_parallel_group = refuse
+    membership.tensor_parallel_group = refuse
 """
 
 ASLEEP = "import time; time.sleep(600)"

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import psutil
 
-WORKER_MARK = "tp_runtime.worker"
-SERVER_MARK = "tp_runtime.fork_server"
+WORKER_MARK = "tp_runtime.rank.worker"
+SERVER_MARK = "tp_runtime.rank.fork_server"
 SHARED_MEMORY = Path("/dev/shm")
 
 

@@ -11,7 +11,7 @@ from support.leaks import of_another_run
 
 # In the command lines of what a Ray node consists of, and of our driver.
 MARKS = ("ray::", "/ray/core/src/ray/", "/ray/_private/", "/ray/dashboard/", "/ray/autoscaler/")
-DRIVER_MARK = "tp_runtime.ray_driver"
+DRIVER_MARK = "tp_runtime.ray_driver.driver"
 
 
 def _now() -> set[str]:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tp_runtime import acceleration
-from tp_runtime.models import common
+from tp_runtime.gpu import graphs
+from tp_runtime.models import layers
 
 
 @pytest.fixture
@@ -31,9 +31,9 @@ def test_every_number_of_tokens_is_compiled(
 ) -> None:
     """Not eight of a function and 256 of all together, which are torch's own limits."""
     monkeypatch.setattr(torch._dynamo.config, "accumulated_recompile_limit", 16)
-    silu_gate = acceleration.fused(common.silu_gate.__wrapped__)
+    silu_gate = graphs.fused(layers.silu_gate.__wrapped__)
     count = 20
-    with acceleration._optimised():
+    with graphs._optimised():
         for length in range(1, count + 1):
             silu_gate(torch.randn(1, length, 4))
     assert len(compiled) == count

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tp_runtime.batch import divide, divide_all
+from tp_runtime.client.batch_split import divide, divide_all
 
 
 def inputs_of(batch: int, **more: Any) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from support.tiny_models import (
     write_z_image,
     z_image_shapes,
 )
-from tp_runtime import CheckpointError, SizeError, inspect_checkpoint
-from tp_runtime.checkpoint import CheckpointFile
+from tp_runtime.client import CheckpointError, SizeError, inspect_checkpoint
+from tp_runtime.files.checkpoint import CheckpointFile
 from tp_runtime.models import FAMILIES
 
 Tensors = dict[str, torch.Tensor]

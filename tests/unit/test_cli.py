@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from support.diffusers_folders import write_folder
 from support.gguf_files import write_gguf
-from tp_runtime.cli import main
+from tp_runtime.tools.cli import main
 
 
 def test_plan_shows_every_linear(tiny_z_image: Path, capsys: pytest.CaptureFixture[str]) -> None:

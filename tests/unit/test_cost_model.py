@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from bench.dummy import config_of
-from tp_runtime.cost_model import (
+from tp_runtime.layouts.cost_model import (
     DEVICES,
     LINKS,
     REQUEST_S,
@@ -17,7 +17,7 @@ from tp_runtime.cost_model import (
     predict,
 )
 from tp_runtime.models import FAMILIES, family
-from tp_runtime.stages import Stage, count_flops
+from tp_runtime.sharding.block_costs import Stage, count_flops
 
 MODELS = sorted(FAMILIES)
 

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from support.diffusers_folders import FAMILIES, INDEX, WEIGHTS, write_folder
-from tp_runtime import CheckpointError, ModelSpec, inspect_checkpoint
-from tp_runtime.checkpoint import CheckpointFile
+from tp_runtime.client import CheckpointError, ModelSpec, inspect_checkpoint
+from tp_runtime.files.checkpoint import CheckpointFile
 
 
 def message_for(path: Path) -> str:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from support.paths import REPOSITORY
-from tp_runtime import examine
-from tp_runtime.cli import main
-from tp_runtime.doctor import REQUIREMENTS
+from tp_runtime.client import examine
+from tp_runtime.tools.cli import main
+from tp_runtime.tools.doctor import REQUIREMENTS
 
 
 def python_that(folder: Path, script: str) -> str:

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from support.diffusers_folders import FAMILIES
 from support.gguf_files import ARCHITECTURES, K_TYPES, WRITTEN, dequantised, quantise, write_gguf
 from support.tiny_models import write_z_image
-from tp_runtime import CheckpointError, inspect_checkpoint
-from tp_runtime.checkpoint import CheckpointFile
+from tp_runtime.client import CheckpointError, inspect_checkpoint
+from tp_runtime.files.checkpoint import CheckpointFile
 from tp_runtime.models import family
 from tp_runtime.sharding.parts import layer_parts, plan_layers, whole_parameters, whole_parts
 
@@ -274,7 +274,7 @@ def test_a_header_costs_little_time_and_memory(tmp_path: Path, content: bytes, w
 
 
 def test_without_the_package(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "tp_runtime.gguf_file", raising=False)
+    monkeypatch.delitem(sys.modules, "tp_runtime.files.gguf_file", raising=False)
     monkeypatch.setitem(sys.modules, "gguf", None)
     message = message_for(tiny_gguf)
     assert f"'gguf', which is not installed in {sys.executable}" in message

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from support.paths import REPOSITORY
-from tp_runtime import GroupStartError
-from tp_runtime.group_folder import KEPT_FOLDERS, GroupFolder
+from tp_runtime.client import GroupStartError
+from tp_runtime.client.launch.group_folder import KEPT_FOLDERS, GroupFolder
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +68,7 @@ def test_a_live_groups_folder_stays(groups: Path) -> None:
 
 def test_another_process_keeps_its_folder_until_it_is_killed(groups: Path) -> None:
     code = (
-        "import sys, time; from tp_runtime.group_folder import GroupFolder; "
+        "import sys, time; from tp_runtime.client.launch.group_folder import GroupFolder; "
         "folder = GroupFolder.create(); print(folder.path, flush=True); time.sleep(600)"
     )
     command = [sys.executable, "-c", code]

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from tp_runtime import handshake
-from tp_runtime.handshake import Member, Reception, join, new_token
-from tp_runtime.transport import Channel, wait
+from tp_runtime.wire import handshake
+from tp_runtime.wire.handshake import Member, Reception, join, new_token
+from tp_runtime.wire.transport import Channel, wait
 
 NUM_RANKS = 2
 

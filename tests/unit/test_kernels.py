@@ -10,8 +10,8 @@ from support.paths import REPOSITORY
 
 _COMPARISON = """
 import torch
-from tp_runtime import kernels
-from tp_runtime.models.common import rotated_heads
+from tp_runtime.gpu import kernels
+from tp_runtime.models.layers import rotated_heads
 
 def heads(length, num_heads, dtype, extra=0):
     rows = torch.randn(2, length, 3 * num_heads * 16 + extra).to(dtype)
@@ -37,8 +37,8 @@ print("equal")
 # Two ranks' updates and targets in one process; rows that do not divide; one and two streams.
 _REDUCTION = """
 import torch
-from tp_runtime import kernels
-from tp_runtime.models.common import residual_norm
+from tp_runtime.gpu import kernels
+from tp_runtime.models.layers import residual_norm
 
 def addresses(tensors):
     return torch.tensor([tensor.data_ptr() for tensor in tensors])
@@ -101,7 +101,7 @@ print("equal")
 _GELU = """
 import torch
 import torch.nn.functional as F
-from tp_runtime import kernels
+from tp_runtime.gpu import kernels
 
 for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 2**-7)):
     for widths in ((48, 1100), (1030, 96)):

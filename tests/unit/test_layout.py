@@ -2,7 +2,8 @@
 
 import pytest
 
-from tp_runtime.layout import MIN_GAIN, Estimate, Layout, estimate, fastest
+from tp_runtime.config import Layout
+from tp_runtime.layouts.choice import MIN_GAIN, Estimate, estimate, fastest
 
 PLAIN, MIXED, COPIES = Layout(4), Layout(2, 2), Layout(1, 4)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.memory import at_most
 from tp_runtime.config import ModelSpec
 from tp_runtime.errors import ProtocolError
-from tp_runtime.protocol import (
+from tp_runtime.wire.protocol import (
     MAX_FRAME_BYTES,
     VERSION,
     Close,

@@ -9,9 +9,9 @@ import pytest
 import vllm.envs
 
 from support.paths import comfyui_path
+from tp_runtime.client.launch.environment import RANK_ENVIRONMENT, inherited_environment
+from tp_runtime.client.launch.local import _rank_environment, _server_environment
 from tp_runtime.config import GroupConfig
-from tp_runtime.local_launcher import _rank_environment, _server_environment
-from tp_runtime.rank_environment import RANK_ENVIRONMENT, inherited_environment
 
 ALLOCATORS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from tp_runtime.client.launch.ray_driver_client import Driver, cluster_gpu_count
 from tp_runtime.config import GroupConfig
 from tp_runtime.errors import GroupStartError
-from tp_runtime.ray_cluster import Driver, cluster_gpu_count
 
 
 def test_a_python_that_does_not_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

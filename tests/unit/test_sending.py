@@ -4,9 +4,9 @@ import psutil
 import pytest
 import torch
 
+from tp_runtime.client.tensor_sender import TensorSender
 from tp_runtime.errors import InputError, TPRuntimeError
-from tp_runtime.protocol import PatchedWeight, WeightPatch
-from tp_runtime.sending import TensorSender
+from tp_runtime.wire.protocol import PatchedWeight, WeightPatch
 
 
 def patched_by(*factors: torch.Tensor) -> dict[str, PatchedWeight]:

@@ -18,7 +18,7 @@ from examples.shapes.train import (
     train_transformer,
     write,
 )
-from tp_runtime import inspect_checkpoint
+from tp_runtime.client import inspect_checkpoint
 
 SCENES = all_scenes()[:3]
 OPTIONS = argparse.Namespace(

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tp_runtime.layout import Layout
-from tp_runtime.step_records import (
+from tp_runtime.config import Layout
+from tp_runtime.layouts.step_history import (
     KEPT_MODELS,
     KEPT_SHAPES,
     KEPT_TIMES,

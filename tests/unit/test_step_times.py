@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from tp_runtime.engine import Engine
-from tp_runtime.step_times import (
+from tp_runtime.client.engine import Engine
+from tp_runtime.client.step_deadlines import (
     EXPECTED_S,
     FACTOR,
     FIRST_STEPS,

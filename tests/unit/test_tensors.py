@@ -6,10 +6,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tp_runtime import tensors as tensors_module
+from tp_runtime.client.held_tensors import HeldTensors
 from tp_runtime.errors import InputError, ProtocolError, TPRuntimeError
-from tp_runtime.protocol import TensorRef
-from tp_runtime.tensors import ALIGNMENT, Exchange, HeldTensors, Layout, dtype_name, dtype_of
+from tp_runtime.wire import exchange as exchange_module
+from tp_runtime.wire.exchange import ALIGNMENT, Exchange, TensorPlaces, dtype_name, dtype_of
+from tp_runtime.wire.protocol import TensorRef
 
 DTYPES = (
     torch.float32,
@@ -43,9 +44,9 @@ def reader(exchange: Exchange) -> Iterator[Exchange]:
 
 
 def sent(exchange: Exchange, reader: Exchange, *tensors: torch.Tensor) -> list[torch.Tensor]:
-    layout = Layout()
-    refs = [layout.place(tensor) for tensor in tensors]
-    layout.write_to(exchange)
+    places = TensorPlaces()
+    refs = [places.place(tensor) for tensor in tensors]
+    places.write_to(exchange)
     reader.remap(exchange.size)
     return [reader.view(ref) for ref in refs]
 
@@ -138,17 +139,17 @@ def test_copies_under_way_are_waited_for(exchange: Exchange, what: str, copies: 
 
 
 def test_places_do_not_overlap() -> None:
-    layout = Layout()
-    refs = [layout.place(torch.zeros(size, dtype=torch.uint8)) for size in (1, 300, 0, 256)]
+    places = TensorPlaces()
+    refs = [places.place(torch.zeros(size, dtype=torch.uint8)) for size in (1, 300, 0, 256)]
     assert [ref.offset for ref in refs] == [0, 256, 768, 768]
-    assert layout.reserve(10) == 1024
-    assert layout.size == 1024 + ALIGNMENT
+    assert places.reserve(10) == 1024
+    assert places.size == 1024 + ALIGNMENT
 
 
 def test_a_rank_writes_where_the_engine_reads(exchange: Exchange, reader: Exchange) -> None:
-    layout = Layout()
-    ref = TensorRef((2, 3), "float32", layout.reserve(24))
-    layout.write_to(exchange)
+    places = TensorPlaces()
+    ref = TensorRef((2, 3), "float32", places.reserve(24))
+    places.write_to(exchange)
     reader.remap(exchange.size)
     reader.write(ref, torch.ones(3, 2).T)
     assert torch.equal(exchange.view(ref), torch.ones(2, 3))
@@ -208,7 +209,7 @@ def test_closing_gives_the_memory_back() -> None:
 
 def test_unknown_dtypes() -> None:
     with pytest.raises(InputError, match="complex64 cannot be sent"):
-        Layout().place(torch.zeros(1, dtype=torch.complex64))
+        TensorPlaces().place(torch.zeros(1, dtype=torch.complex64))
     with pytest.raises(ProtocolError, match="'float3'"):
         dtype_of("float3")
 
@@ -236,9 +237,9 @@ class TestHeldTensors:
         assert held.find(wanted) == [keys[0], 0, keys[4], keys[0]]
         with pytest.MonkeyPatch.context() as patch:
             pairs: list[object] = []
-            equal = tensors_module._equal
+            equal = exchange_module._equal
             patch.setattr(
-                tensors_module, "_equal", lambda *pair: pairs.append(pair) or equal(*pair)
+                exchange_module, "_equal", lambda *pair: pairs.append(pair) or equal(*pair)
             )
             assert held.find([tensors[0], tensors[4]]) == [keys[0], keys[4]]
         assert len(pairs) == 2

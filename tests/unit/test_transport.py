@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from tp_runtime.errors import ProtocolError
-from tp_runtime.protocol import MAX_FRAME_BYTES
-from tp_runtime.transport import Channel, Readiness, wait
+from tp_runtime.wire.protocol import MAX_FRAME_BYTES
+from tp_runtime.wire.transport import Channel, Readiness, wait
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..acceleration import fused
 from ..errors import InputError
-from .common import Conditioning, Gather, Heads, Product, attention, project, rotated_heads
+from ..gpu.graphs import fused
+from .layers import Conditioning, Gather, Heads, Product, attention, project, rotated_heads
 
 NORM_EPS = 1e-6
 

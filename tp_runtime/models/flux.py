@@ -15,23 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..acceleration import optimising
 from ..errors import CheckpointError, InputError
-from ..safetensors_file import TensorInfo
+from ..files.safetensors_file import TensorInfo
+from ..gpu.graphs import optimising
+from ..sharding.block_costs import Stage
 from ..sharding.parts import Source, Sources
 from ..sharding.plan import QKV, Column, MergedColumn, Plan, Replicated, Row, Split
-from ..stages import Stage
-from .common import (
-    Conditioning,
-    DriverBase,
-    Product,
-    attention,
-    check_context,
-    count_blocks,
-    rope_rotation,
-    rotated_heads,
-    timestep_embedding,
-)
 from .dual_stream import (
     NORM_EPS,
     Block,
@@ -47,6 +36,17 @@ from .dual_stream import (
     residuals_between,
     skipped_blocks,
     unpack_patches,
+)
+from .layers import (
+    Conditioning,
+    DriverBase,
+    Product,
+    attention,
+    check_context,
+    count_blocks,
+    rope_rotation,
+    rotated_heads,
+    timestep_embedding,
 )
 
 FAMILY = "flux"
@@ -315,7 +315,7 @@ def build(config: dict[str, Any]) -> nn.Module:
 
 def _attended_and_gelu(attended: torch.Tensor, mlp: torch.Tensor) -> torch.Tensor:
     if optimising():
-        from .. import kernels  # here, since ComfyUI's process imports this module, too
+        from ..gpu import kernels  # here, since ComfyUI's process imports this module, too
 
         return kernels.attended_and_gelu(attended, mlp)
     return torch.cat((attended, F.gelu(mlp, approximate="tanh")), dim=-1)

@@ -17,19 +17,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import CheckpointError, InputError
-from ..safetensors_file import TensorInfo
+from ..files.safetensors_file import TensorInfo
+from ..sharding.block_costs import Stage
 from ..sharding.parts import Source, Sources
 from ..sharding.plan import QKV, Column, Plan, Replicated, Row, Split
-from ..stages import Stage
-from .common import (
-    Conditioning,
-    DriverBase,
-    check_context,
-    count_blocks,
-    rms_norm,
-    rope_rotation,
-    timestep_embedding,
-)
 from .dual_stream import (
     NORM_EPS,
     Block,
@@ -44,6 +35,15 @@ from .dual_stream import (
     residuals_between,
     skipped_blocks,
     unpack_patches,
+)
+from .layers import (
+    Conditioning,
+    DriverBase,
+    check_context,
+    count_blocks,
+    rms_norm,
+    rope_rotation,
+    timestep_embedding,
 )
 
 FAMILY = "qwen_image"

@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..acceleration import fused
 from ..errors import CheckpointError, InputError
-from ..safetensors_file import TensorInfo
+from ..files.safetensors_file import TensorInfo
+from ..gpu.graphs import fused
+from ..sharding.block_costs import Stage
 from ..sharding.parts import Source, Sources
 from ..sharding.plan import QKV, Column, MergedColumn, Plan, Replicated, Row, Split
-from ..stages import Stage
-from .common import (
+from .layers import (
     Conditioning,
     DriverBase,
     Product,

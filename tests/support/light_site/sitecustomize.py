@@ -14,9 +14,12 @@ from types import ModuleType
 TESTS = str(Path(__file__).resolve().parents[2])
 
 
+_REPLACED = ("tp_runtime.rank.membership", "tp_runtime.gpu.collectives")
+
+
 class _Light(MetaPathFinder, Loader):
     def find_spec(self, name: str, *_: Sequence[str] | ModuleType | None) -> ModuleSpec | None:
-        return ModuleSpec(name, self) if name == "tp_runtime.dist" else None
+        return ModuleSpec(name, self) if name in _REPLACED else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         sys.path.append(TESTS)

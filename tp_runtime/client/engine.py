@@ -1,0 +1,193 @@
+"""A process group as one may ask things of it, from ComfyUI's process. Part of the engine's half.
+
+Callers take turns. They wait on the request they made and may abandon it at any time; the ranks
+then finish it for themselves and the next request waits for that.
+"""
+
+import contextlib
+import functools
+import itertools
+import threading
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..config import GroupConfig
+from ..wire.mirror import pieces
+from ..wire.protocol import PatchedWeight, Request, Unload, encode
+from .call import POLL_S, Call, OnProgress
+from .launch.launcher import Launcher, Poll
+from .launch.local import LocalLauncher
+from .launch.ray import RayLauncher
+from .rank_processes import ProcessGroup
+from .step_deadlines import StepTimes, shapes_of
+from .tensor_sender import TensorSender, Wanted
+
+
+def launcher_of(config: GroupConfig) -> Launcher:
+    """What starts the ranks of such a group."""
+    return RayLauncher() if config.where == "ray" else LocalLauncher()
+
+
+class Engine(ProcessGroup):
+    """A process group that serves requests, one at a time. Thread-safe."""
+
+    def __init__(self, config: GroupConfig, launcher: Launcher | None = None) -> None:
+        self._sender = TensorSender()
+        super().__init__(config, launcher or launcher_of(config), self._sender.exchange)
+        self._step_times = StepTimes()
+        self._numbers = itertools.count(1)
+        self._turn = threading.Lock()  # held by the caller whose request is under way
+
+    def call(
+        self,
+        make: Callable[[int], Request],
+        *,
+        poll: Poll | None = None,
+        on_progress: OnProgress | None = None,
+        on_sent: Callable[[], None] | None = None,
+    ) -> list[Any]:
+        """Send one request to every rank; return each rank's ``Done.value``, in rank order.
+
+        ``make`` gets the request's number. ``poll`` is called every 10 ms or so while waiting; if
+        it raises, the request is abandoned and what it raised goes on to the caller. After
+        ``on_sent`` was called, the ranks carry the request out even then.
+
+        Raises:
+            InputError: the ranks refused the request; the group is as before.
+            RankError, GroupDiedError, CallTimeoutError, ProtocolError: the group has failed, and
+                been ended.
+            GroupLostError: it had failed before the request was sent, whatever of; a new group
+                can carry the request out.
+            GroupClosedError: it was closed.
+        """
+        with self._turn_taken(poll):
+            call = self._send(make)
+            if on_sent is not None:
+                on_sent()
+            call.wait(poll, on_progress)
+        call.raise_error()
+        return [answer.value for _, answer in sorted(call.answers.items())]  # type: ignore[union-attr]
+
+    def denoise(
+        self,
+        model: str,
+        wanted: Sequence[Wanted],
+        poll: Poll | None = None,
+        on_sent: Callable[[], None] | None = None,
+    ) -> list[torch.Tensor]:
+        """Evaluate the transformer, once on each batch group; at most so many are ``wanted``.
+
+        Of each: ComfyUI's forward arguments, a tensor ``x`` and plain data with tensors, and the
+        shape of the result, which has the dtype and device of ``x``. Tensors that the ranks hold
+        from an earlier call are not sent again. ``on_sent``: as of ``call``. A result on a GPU is
+        good in this thread's current stream.
+
+        Raises:
+            As ``call`` does, and ProtocolError if ``inputs`` hold something that cannot be sent.
+        """
+        results: list[torch.Tensor] = []
+
+        def make(number: int) -> Request:
+            request, places = self._sender.denoise(number, model, wanted)
+            # Looked up now, since the group may end between its answer and our reading it.
+            results.extend(places)
+            return request
+
+        def copied() -> list[torch.Tensor]:
+            with self._exchange_in_use:
+                return [
+                    self._sender.exchange.copied_to(inputs["x"].device, result)
+                    for (inputs, _), result in zip(wanted, results, strict=True)
+                ]
+
+        with self._turn_taken(poll):
+            kind = model, shapes_of(wanted)
+            try:
+                call = self._send(make, kind)
+            except BaseException:
+                self._sender.roll_back()
+                raise
+            self._sender.sent()
+            if on_sent is not None:
+                on_sent()
+            if (due := self._due_s(kind)) is not None:
+                call.wait(poll, until=call.began + due[0])
+                if not call.finished.is_set():
+                    copied()  # a rehearsal: the processor's caches have forgotten how to do it
+                self._listen(call, call.began + due[1])
+            call.wait(poll)
+            call.raise_error()
+            self._step_times.record(kind, call.ended - call.began)
+            return copied()
+
+    def patch(
+        self,
+        model: str,
+        weights: Mapping[str, PatchedWeight],
+        poll: Poll | None = None,
+        on_sent: Callable[[], None] | None = None,
+    ) -> None:
+        """Change the model's weights to those of the file but for ``weights``.
+
+        ``weights``: name in the file → changes, whose factors are tensors or numbers. Tensors
+        that the ranks hold, for this or another model, are not sent again.
+
+        Raises:
+            As ``call`` does.
+        """
+        for portion in self._sender.not_held(weights):
+            self.call(functools.partial(self._sender.hold, factors=portion), poll=poll)
+        patch = functools.partial(self._sender.patch, model=model, weights=weights)
+        self.call(patch, poll=poll, on_sent=on_sent)
+
+    def unload(
+        self, model: str, poll: Poll | None = None, on_sent: Callable[[], object] | None = None
+    ) -> None:
+        """Free the model's shards. ``on_sent``: as of ``call``, which it raises as."""
+
+        def forget() -> None:
+            self._sender.forget_patches(model)
+            if on_sent is not None:
+                on_sent()
+
+        self.call(lambda call: Unload(call, model), poll=poll, on_sent=forget)
+
+    def _due_s(self, kind: Hashable) -> tuple[float, float] | None:
+        """From when to when to listen for an evaluation's answer; None: be woken up by it."""
+        if self.config.device == "cpu":  # whose ranks need all cores
+            return None
+        return self._step_times.due_s(kind)
+
+    @contextlib.contextmanager
+    def _turn_taken(self, poll: Poll | None) -> Iterator[None]:
+        """Be the only caller, once no request is under way (an abandoned one may still be)."""
+        while not self._turn.acquire(timeout=POLL_S):
+            if poll is not None:
+                poll()
+        try:
+            if (call := self._call) is not None:
+                call.wait(poll)
+            yield
+        finally:
+            self._turn.release()
+
+    def _send(self, make: Callable[[int], Request], kind: Hashable = None) -> Call:
+        number = next(self._numbers)
+        with self._exchange_in_use:
+            self._check_ready()
+            request = make(number)
+            written = self._sender.exchange.take_written()
+        frame = encode(request)
+        timeout_s = self._step_times.timeout_s(kind, self.config.call_timeout_s)
+        call = Call(number, len(self.ranks), timeout_s, type(request).__name__)
+        self._begin(call)
+        try:
+            for rank in self.ranks:
+                for piece in pieces(written) if rank.mirrored else ():
+                    rank.channel.send(encode(piece))
+                rank.channel.send(frame)
+        except EOFError:
+            call.sent = False  # the owner sees the same end of the stream and fails the group
+        return call

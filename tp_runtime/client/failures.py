@@ -1,0 +1,130 @@
+"""How a group failed, as the error that a person sees. Part of the engine's half."""
+
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..config import GroupConfig
+from ..errors import (
+    CallTimeoutError,
+    GroupDiedError,
+    GroupLostError,
+    GroupStartError,
+    RankError,
+    RankMemoryError,
+    TPRuntimeError,
+)
+from ..wire.protocol import Failed
+from .launch.launcher import Rank
+
+logger = logging.getLogger("tp_runtime")
+
+_IMPORT_ERROR = re.compile(r"^(?:ModuleNotFoundError|ImportError): .*$", re.MULTILINE)
+# torch's words, on a GPU and on a CPU.
+_NO_MEMORY = re.compile(r"out of memory|can't allocate memory|^MemoryError", re.IGNORECASE)
+_ASKED = re.compile(r"[Tt]ried to allocate (\d[\d.]* \w+)")
+_HELD = re.compile(r"this process has (\d[\d.]* \w+) memory in use")
+_PACK = Path(__file__).resolve().parent.parent
+
+
+def not_started(
+    config: GroupConfig, ranks: Sequence[Rank], blamed: Rank | None, error: BaseException
+) -> GroupStartError:
+    """For a group whose ranks did not all become ready."""
+    if not ranks:
+        return GroupStartError(f"No rank of the process group could be started: {error}")
+    tails = [rank.log_tail() for rank in ranks]
+    lacking = _lacking(config, tails)
+    if lacking:
+        return GroupStartError(f"{lacking} Logs: {ranks[0].log_path.parent}")
+    tail = tails[blamed.index if blamed else 0]
+    return GroupStartError(
+        f"The process group of {config.num_ranks} {config.device.upper()} ranks did not start: "
+        f"{error} Runtime Python: {config.python}. The log ends:\n{tail}"
+    )
+
+
+def no_python(config: GroupConfig, error: OSError) -> GroupStartError:
+    """For a group whose Python is no program that can be run."""
+    packages = "ray, vllm" if config.where == "ray" else "vllm"
+    return GroupStartError(
+        f"The runtime's Python {config.python!r} could not be started: {error}. "
+        f"Set TP_RUNTIME_PYTHON to a Python that has {packages} and diffusers installed."
+    )
+
+
+def no_fork_server(config: GroupConfig, error: BaseException, log: str) -> GroupStartError:
+    """For a group whose ranks have no process to be forked from; ``log``: what that printed."""
+    logger.error("the fork server:\n%s", log)
+    return GroupStartError(
+        _lacking(config, [log])
+        or f"The process that imports what the ranks need {error}. Runtime Python: "
+        f"{config.python}. The log ends:\n{log}"
+    )
+
+
+def _lacking(config: GroupConfig, logs: Sequence[str]) -> str | None:
+    """What to install, if one of the logs says that something cannot be imported."""
+    found = next(filter(None, map(_IMPORT_ERROR.search, logs)), None)
+    return found and (
+        f"The runtime's Python {config.python} cannot import what the ranks need ({found[0]}). "
+        f"Install it with: {config.python} -m pip install '{_PACK}[runtime]', or set "
+        "TP_RUNTIME_PYTHON to a Python that has vllm and diffusers."
+    )
+
+
+def silence(silent: Sequence[Rank], timeout_s: float, doing: str) -> CallTimeoutError:
+    """For ranks that have not answered in time."""
+    return CallTimeoutError(
+        f"Ranks {[rank.index for rank in silent]} gave no sign of life for {timeout_s:g} s "
+        f"during '{doing}'; the group was ended. The next request starts a new one. "
+        f"Logs: {silent[0].log_path.parent}"
+    )
+
+
+def death(rank: Rank, doing: str | None) -> GroupDiedError:
+    """For a rank whose process has ended."""
+    return GroupDiedError(
+        f"Rank {rank.index} ({rank.place}) {rank.describe_exit()}{_during(doing)}; the "
+        f"group was ended. The next request starts a new one. Log: {rank.log_path}"
+    )
+
+
+def lost(error: TPRuntimeError | None) -> GroupLostError:
+    """For a request that was not sent, since the group had failed; None: not known yet of what."""
+    cause = error or "a rank has ended."
+    return GroupLostError(f"The process group has failed before: {cause} Queue the prompt again.")
+
+
+def rank_error(config: GroupConfig, rank: Rank, failed: Failed, doing: str | None) -> RankError:
+    """For a rank that raised."""
+    logger.error("rank %d:\n%s", rank.index, failed.traceback)
+    if _NO_MEMORY.search(f"{failed.kind}: {failed.message}"):
+        return _no_memory(config, rank, failed, doing)
+    return RankError(
+        f"Rank {rank.index} raised {failed.kind}{_during(doing)}: {failed.message} The group "
+        f"was ended; the next request starts a new one. Log: {rank.log_path}"
+    )
+
+
+def _no_memory(
+    config: GroupConfig, rank: Rank, failed: Failed, doing: str | None
+) -> RankMemoryError:
+    if config.devices:
+        place = f"GPU {config.devices[rank.index]}"
+    else:
+        place = "the host" if config.device == "cpu" else f"the GPU of {rank.place}"
+    found = ((_ASKED, "asked for"), (_HELD, "held"))
+    matches = [(pattern.search(failed.message), word) for pattern, word in found]
+    amounts = ", ".join(f"{match[1]} {word}" for match, word in matches if match)
+    return RankMemoryError(
+        f"Rank {rank.index} ran out of memory on {place}{_during(doing)} "
+        f"({amounts or failed.message}). Use more GPUs (gpu_count), a smaller size or batch, or a "
+        "model file in fp8. The group was ended, which freed what it held; the next request "
+        f"starts a new one. Log: {rank.log_path}"
+    )
+
+
+def _during(doing: str | None) -> str:
+    return "" if doing is None else f" during '{doing}'"

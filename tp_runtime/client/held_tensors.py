@@ -1,0 +1,102 @@
+"""Remembers which constant tensors the ranks hold already, so that each crosses once.
+
+Conditioning then crosses once per generation and not once per evaluation.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+
+from ..wire.exchange import is_plain, memcmp
+
+HELD_BYTES = 512 * 2**20
+
+
+def _comparable(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors, which are comparable, have the same content."""
+    if is_plain(one) and is_plain(other):
+        return memcmp(one.data_ptr(), other.data_ptr(), one.nbytes) == 0
+    if one.dtype.itemsize == 1:  # a GPU cannot compare fp8
+        one, other = one.view(torch.uint8), other.view(torch.uint8)
+    return torch.equal(one, other)
+
+
+class HeldTensors:
+    """Which constant tensors the ranks hold, compared by content, least recently used first out.
+
+    Samplers build new tensor objects for the same conditioning at every step (``torch.cat``,
+    ``.to``), so identity does not tell; comparing the content is exact and cheaper than hashing.
+
+    What ``add`` and ``evict`` change is known to the ranks only once a request has told them:
+    ``commit`` after sending it, or ``roll_back`` if it was not sent.
+    """
+
+    def __init__(self, limit_bytes: int = HELD_BYTES) -> None:
+        self._limit_bytes = limit_bytes
+        self._held: OrderedDict[int, torch.Tensor] = OrderedDict()
+        self._bytes = 0
+        self._next_key = 1
+        self._first_unsent = 1
+        self._to_drop: list[int] = []
+
+    def find(self, tensors: Sequence[torch.Tensor]) -> list[int]:
+        """For each tensor, the key under which the ranks hold an equal one, or 0.
+
+        On a GPU every comparison is waited for. Requests are alike, so the tensors of the last one
+        are tried in the order in which they came, each for one.
+        """
+        keys = list(reversed(self._held))
+        found = []
+        for tensor in tensors:
+            key = next((key for key in keys if self._holds(key, tensor)), 0)
+            if key:
+                keys.remove(key)
+                keys.append(key)
+            found.append(key)
+        for key in filter(None, reversed(found)):
+            self._held.move_to_end(key)
+        return found
+
+    def _holds(self, key: int, tensor: torch.Tensor) -> bool:
+        held = self._held[key]
+        return _comparable(held, tensor) and _equal(held, tensor)
+
+    def add(self, tensor: torch.Tensor) -> int:
+        """Remember ``tensor`` (a copy of it) under a new key, which is returned."""
+        copy = tensor.detach().clone(memory_format=torch.contiguous_format)
+        key = self._next_key
+        self._next_key += 1
+        self._held[key] = copy
+        self._bytes += copy.nbytes
+        return key
+
+    def evict(self, in_use: set[int]) -> list[int]:
+        """Forget the oldest tensors beyond the limit, except those in use.
+
+        Returns the keys that the ranks are to drop with the next request.
+        """
+        for key in list(self._held):
+            if self._bytes <= self._limit_bytes:
+                break
+            if key not in in_use:
+                self._forget(key)
+                self._to_drop.append(key)
+        return list(self._to_drop)
+
+    def commit(self) -> None:
+        """The ranks have been told everything."""
+        self._first_unsent = self._next_key
+        self._to_drop.clear()
+
+    def roll_back(self) -> None:
+        """The request was not sent: the ranks have none of its tensors and dropped nothing."""
+        for key in [key for key in self._held if key >= self._first_unsent]:
+            self._forget(key)
+
+    def _forget(self, key: int) -> None:
+        self._bytes -= self._held.pop(key).nbytes

@@ -1,0 +1,35 @@
+"""The environment of processes that run ranks. Part of the engine's half."""
+
+import os
+
+from ...config import PACKAGE, log_level
+
+# What vLLM, NCCL and torch must know before they are imported. NVLink multicast and vLLM's two uses
+# of it stay off: it is a shared resource of the whole NVSwitch fabric.
+RANK_ENVIRONMENT = {
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+    "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONSAFEPATH": "1",  # ComfyUI's folder has modules named utils, server, tests, ...
+}
+
+
+# ComfyUI sets its own choice (cuda_malloc.py, 0.3.75). In the memory of `cudaMallocAsync`, no step
+# can be recorded that other GPUs take part in.
+_OF_COMFYUI = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+
+
+def inherited_environment() -> dict[str, str]:
+    """This process's environment, made fit for one that runs this package."""
+    package_root = str(PACKAGE.parent)
+    inherited = os.environ.get("PYTHONPATH")
+    return {
+        **RANK_ENVIRONMENT,
+        **{name: value for name, value in os.environ.items() if name not in _OF_COMFYUI},
+        "VLLM_LOGGING_LEVEL": log_level(),
+        "PYTHONPATH": package_root + os.pathsep + inherited if inherited else package_root,
+    }

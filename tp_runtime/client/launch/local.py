@@ -1,0 +1,236 @@
+"""Runs the ranks of a group as processes of this machine. Part of the engine's half.
+
+On the CPU they are forked from a process that has imported what they need; ``forking`` has it. For
+a GPU each is such a process itself: that a forked one can do all that a rank does on a GPU has not
+been shown.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from ...config import GroupConfig, WorkerConfig, attention_kernel, fault_file, home, log_level
+from ...errors import GroupStartError
+from ...wire.exchange import Exchange
+from ...wire.transport import Channel, wait
+from .. import failures
+from .environment import inherited_environment
+from .fork_client import MAX_ANSWER_BYTES, ForkServer, ForkServerError, fork_server
+from .group_folder import GroupFolder
+from .launcher import Poll, Rank, describe_status, end_ranks, tail_of_file
+
+STATUS_TIMEOUT_S = 1.0  # it comes a moment after the end
+
+_ENVIRONMENT = {
+    # The group never leaves this machine: its sockets bind to the loopback device only.
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+    # For the fork server: numpy's import starts no threads, and whether there is a GPU is asked
+    # of the driver's management library, which leaves CUDA as it is.
+    "OPENBLAS_NUM_THREADS": "1",
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+}
+
+_COMPILE_CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+
+
+@dataclass
+class LocalRank:
+    """One running rank of this machine: a child of its fork server, or what that has become."""
+
+    index: int
+    channel: Channel
+    pid: int
+    death_fd: int  # a pidfd
+    status: socket.socket  # where the fork server tells how the process has ended
+    server: ForkServer
+    log_path: Path
+    mirrored: bool = False
+    clock_ahead_s: float = 0.0
+
+    @property
+    def place(self) -> str:
+        return f"process {self.pid}"
+
+    def ended(self, timeout_s: float) -> bool:
+        return bool(wait([self.death_fd], timeout_s))
+
+    def describe_exit(self) -> str:
+        if not self.ended(STATUS_TIMEOUT_S):  # its stream ends a moment before the process does
+            return "closed its connection"
+        if self.pid == self.server.pid:
+            return self.server.describe_exit()
+        told = wait([self.status], STATUS_TIMEOUT_S)
+        if told and (packet := self.status.recv(MAX_ANSWER_BYTES, socket.MSG_PEEK)):
+            return describe_status(msgspec.json.decode(packet, type=int))
+        server = f"its fork server (process {self.server.pid})"
+        return f"ended with {server}, which {self.server.describe_exit()}"
+
+    def log_tail(self) -> str:
+        return tail_of_file(self.log_path)
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.death_fd, signal.SIGKILL)
+
+    def release(self) -> None:
+        self.channel.close()
+        self.status.close()
+        if self.death_fd >= 0:
+            os.close(self.death_fd)
+            self.death_fd = -1
+
+
+class LocalLauncher:
+    """Ranks as processes of this machine, in sessions of their own.
+
+    A session of its own keeps a Ctrl-C in ComfyUI's terminal from reaching the rank in the
+    middle of a collective; the rank ends when its control stream does.
+    """
+
+    def __init__(self) -> None:
+        self._servers: list[ForkServer] = []  # of each rank
+        self._folder: GroupFolder | None = None
+
+    def prepare(self, config: GroupConfig, poll: Poll) -> None:
+        """Have the group's folder, and fork servers that are up."""
+        try:
+            self._folder = GroupFolder.create()
+            if _forks(config):
+                self._servers = [_running_server(config, poll)] * config.num_ranks
+            else:
+                self._servers = _future_ranks(config, poll)
+        except BaseException:
+            self.clean_up(keep_logs=False)
+            raise
+
+    def launch(self, config: GroupConfig, exchange: Exchange, poll: Poll) -> Sequence[Rank]:
+        ranks: list[Rank] = []
+        try:
+            for index in range(config.num_ranks):
+                poll()
+                ranks.append(self._launch_rank(config, index, exchange))
+        except BaseException as error:
+            end_ranks(ranks, grace_s=0)
+            if not _forks(config):
+                for server in self._servers:  # those that have not become ranks
+                    server.kill()
+            self.clean_up(keep_logs=False)
+            what = f"No process could be started for a rank of {config.num_ranks}:"
+            if isinstance(error, ForkServerError):
+                raise GroupStartError(f"{what} the fork server {error}.") from error
+            if isinstance(error, OSError):
+                raise GroupStartError(f"{what} {error}.") from error
+            raise
+        return ranks
+
+    def _launch_rank(self, config: GroupConfig, index: int, exchange: Exchange) -> LocalRank:
+        assert self._folder is not None, "prepare comes first"
+        folder, server = self._folder.path, self._servers[index]
+        worker = WorkerConfig(
+            rank=index,
+            local_rank=index,
+            tp_size=config.tp_size,
+            batch_groups=config.batch_groups,
+            device=config.device,
+            # Not as_uri(): torch takes the path as it is, percent signs included.
+            rendezvous=f"file://{folder / 'rendezvous'}",
+            num_threads=max(1, _usable_cores() // config.num_ranks),
+            log_level=log_level(),
+            fault_file=fault_file(),
+            attention=attention_kernel(),
+        )
+        log_path = folder / f"rank{index}.log"
+        # For appending, so that the rank can shorten it; readable by its owner only.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        channel, rank_end = Channel.pair()
+        with contextlib.ExitStack() as on_error, rank_end:
+            on_error.callback(channel.close)
+            with open(os.open(log_path, flags, 0o600), "ab") as log:
+                fds = (rank_end.fileno(), exchange.fd, log.fileno())
+                forked = server.fork(worker, _rank_environment(config), fds)
+            on_error.pop_all()
+        return LocalRank(index, channel, *forked, server, log_path)
+
+    def clean_up(self, keep_logs: bool) -> None:
+        if self._folder is not None:
+            self._folder.release(keep_logs)
+            self._folder = None
+
+
+def _running_server(config: GroupConfig, poll: Poll) -> ForkServer:
+    """A fork server that is up: that of an earlier group, or a new one. Raises GroupStartError."""
+    while True:
+        try:
+            server = fork_server(config.python, _server_environment())
+            is_new = not server.is_up
+            server.wait_until_up(poll, config.start_timeout_s)
+            return server
+        except OSError as error:
+            raise failures.no_python(config, error) from error
+        except ForkServerError as error:
+            if is_new:
+                raise failures.no_fork_server(config, error, server.log_tail()) from error
+            # It has ended since the last group: it had no rank for long, or was killed.
+
+
+def _future_ranks(config: GroupConfig, poll: Poll) -> list[ForkServer]:
+    """For each rank a process that is about to become it. Raises GroupStartError."""
+    with contextlib.ExitStack() as on_error:
+        servers = []
+        try:
+            for _ in range(config.num_ranks):
+                environment = _rank_environment(config)
+                servers.append(ForkServer(config.python, environment, becomes_rank=True))
+                on_error.callback(servers[-1].kill)
+        except OSError as error:
+            raise failures.no_python(config, error) from error
+        for server in servers:
+            try:
+                server.wait_until_up(poll, config.start_timeout_s)
+            except ForkServerError as error:
+                raise failures.no_fork_server(config, error, server.log_tail()) from error
+        on_error.pop_all()
+    return servers
+
+
+def _forks(config: GroupConfig) -> bool:
+    return config.device == "cpu"
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _environment() -> dict[str, str]:
+    """What the fork server and all ranks have in common."""
+    return inherited_environment() | _ENVIRONMENT
+
+
+def _server_environment() -> dict[str, str]:
+    """Of the fork server: it sees no GPU, so that no import initialises one.
+
+    vLLM's does ask CUDA for them (vllm/platforms/cuda.py, 0.26). A rank that was forked after a
+    vain question can ask again.
+    """
+    return _environment() | {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def _rank_environment(config: GroupConfig) -> dict[str, str]:
+    """Of a rank: it sees the GPUs of its group only."""
+    environment = _environment()
+    if config.device == "cuda":
+        # What a rank compiles is there at the next start; torch's own choice is below /tmp.
+        for variable, name in _COMPILE_CACHES.items():
+            environment.setdefault(variable, str(home() / "compiled" / name))
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else None
+        chosen = [names[index] if names else str(index) for index in config.devices]
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
+    return environment

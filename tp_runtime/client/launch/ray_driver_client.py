@@ -1,0 +1,197 @@
+"""The driver process of a group on Ray, seen from the engine's half; and what a cluster has.
+
+This process never imports ray: the driver (``ray_driver``) does, with the runtime's Python.
+"""
+
+import contextlib
+import math
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import msgspec
+import psutil
+
+from ...config import PACKAGE, GroupConfig
+from ...errors import GroupStartError
+from ...wire.handshake import new_token
+from ...wire.ray_messages import DriverConfig, Ended, FromDriver, Refused, Run, Waiting
+from ...wire.transport import Channel, wait
+from .. import failures
+from .environment import inherited_environment
+from .group_folder import GroupFolder
+
+END_TIMEOUT_S = 15.0
+ASK_TIMEOUT_S = 60.0
+
+
+class Driver:
+    """The driver process of one group, seen from the engine. It ends when ``close`` is called."""
+
+    def __init__(self, config: GroupConfig, num_ranks: int, folder: Path) -> None:
+        """Start it, with its log in ``folder``. Raises GroupStartError: there is no such Python."""
+        self.log_path = folder / "driver.log"
+        self.ended_ranks: dict[int, str] = {}  # rank → how, as Ray puts it
+        self._channel, theirs = Channel.pair()
+        # Not in the group's folder: the path of a socket has at most 107 characters.
+        self._ray_folder = (
+            "" if config.ray_address else tempfile.mkdtemp(prefix="tp-ray-", dir="/tmp")
+        )
+        with theirs:
+            driver = DriverConfig(
+                control_fd=theirs.fileno(),
+                address=config.ray_address,
+                ray_folder=self._ray_folder,
+                package=str(PACKAGE),
+                num_ranks=num_ranks,
+                device=config.device,
+            )
+            arguments = [
+                "-m",
+                f"{PACKAGE.name}.ray_driver.driver",
+                msgspec.json.encode(driver).decode(),
+            ]
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            try:
+                with open(os.open(self.log_path, flags, 0o600), "ab") as log:
+                    self.process = subprocess.Popen(
+                        [config.python, *arguments],
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        env=_environment(config),
+                        cwd=folder,
+                        pass_fds=(theirs.fileno(),),
+                        start_new_session=True,
+                    )
+            except OSError as error:
+                self._channel.close()
+                self._remove_ray_folder()
+                raise failures.no_python(config, error) from error
+
+    def receive(self, timeout_s: float) -> list[FromDriver]:
+        """What the driver has said, after at most so long.
+
+        Raises:
+            GroupStartError: it has ended, or says why it does.
+        """
+        wait([self._channel], timeout_s)
+        messages: list[FromDriver] = [
+            msgspec.msgpack.decode(frame, type=FromDriver) for frame in self._channel.receive()
+        ]
+        for message in messages:
+            if isinstance(message, Refused):
+                raise GroupStartError(message.message)
+            if isinstance(message, Ended):
+                self.ended_ranks[message.rank] = message.why
+        if self._channel.ended:
+            raise GroupStartError(f"The driver process for Ray has ended. Its log: {self.log_path}")
+        return messages
+
+    def send(self, order: Run) -> None:
+        self._channel.send(msgspec.msgpack.encode(order))
+
+    def how_ended(self, rank: int, timeout_s: float) -> str:
+        """How a rank ended; empty if the driver does not know after so long."""
+        deadline = time.monotonic() + timeout_s
+        while rank not in self.ended_ranks and (left := deadline - time.monotonic()) > 0:
+            try:
+                self.receive(left)
+            except GroupStartError:
+                break
+        return self.ended_ranks.get(rank, "")
+
+    def ended(self, timeout_s: float) -> bool:
+        """Whether it has ended, after at most so long. All ranks have, then."""
+        try:
+            self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def close(self) -> None:
+        """Have the driver end its job. Does not wait. Idempotent."""
+        self._channel.close()
+
+    def kill(self) -> None:
+        """Leave nothing of it, after it was given its time. Idempotent."""
+        self.close()
+        if not self.ended(END_TIMEOUT_S):
+            self.process.kill()
+            self.process.wait()
+        if self._ray_folder:
+            _end_session(self.process.pid)
+        self._remove_ray_folder()
+
+    def _remove_ray_folder(self) -> None:
+        if self._ray_folder:
+            shutil.rmtree(self._ray_folder, ignore_errors=True)
+
+
+def _end_session(leader: int) -> None:
+    """Kill what is left of a session: agents of a Ray whose driver was killed stay for a minute."""
+    for pid in psutil.pids():
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if os.getsid(pid) == leader:
+                os.kill(pid, signal.SIGKILL)
+
+
+_gpu_counts: dict[str, int] = {}  # by the cluster's address
+_asking = threading.Lock()
+
+
+def cluster_gpu_count(address: str, python: str) -> int:
+    """GPUs of the Ray cluster at ``address``. It is asked once, until ``forget_count``.
+
+    Raises:
+        GroupStartError: the cluster cannot be reached, or the Python has no ray.
+    """
+    with _asking:
+        if address not in _gpu_counts:
+            _gpu_counts[address] = _ask(address, python)
+        return _gpu_counts[address]
+
+
+def forget_count(address: str) -> None:
+    """Ask the cluster the next time: it may have changed."""
+    _gpu_counts.pop(address, None)
+
+
+def _ask(address: str, python: str) -> int:
+    folder = GroupFolder.create()
+    config = GroupConfig(1, "cuda", python=python, where="ray", ray_address=address)
+    answer: Waiting | None = None
+    with contextlib.ExitStack() as at_end:
+        at_end.callback(lambda: folder.release(keep=answer is None))
+        driver = Driver(config, 0, folder.path)
+        at_end.callback(driver.kill)
+        deadline = time.monotonic() + ASK_TIMEOUT_S
+        while answer is None and time.monotonic() < deadline:
+            for message in driver.receive(1.0):
+                if isinstance(message, Waiting):
+                    answer = message
+    if answer is None:
+        raise GroupStartError(
+            f"The Ray cluster at {address} did not answer for {ASK_TIMEOUT_S:g} s. "
+            f"Its log: {driver.log_path}"
+        )
+    return answer.total
+
+
+def _environment(config: GroupConfig) -> dict[str, str]:
+    environment = inherited_environment() | {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_COLOR_PREFIX": "0",
+    }
+    if not config.ray_address:
+        # A secret of its own; Ray would leave one in the user's home.
+        environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": new_token().hex()}
+        environment["RAY_raylet_start_wait_time_s"] = str(math.ceil(config.start_timeout_s))
+        environment["RAY_worker_niceness"] = "0"  # else 15: ranks would wait for everybody
+    return environment

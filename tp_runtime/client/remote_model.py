@@ -1,0 +1,130 @@
+"""A model on a group, as the nodes hold it."""
+
+import hashlib
+import itertools
+import threading
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from ..config import GroupConfig, ModelSpec, device_name
+from ..layouts.step_history import StepRecords, Workload
+from ..models.recognise import CheckpointInfo, inspect_checkpoint
+from ..wire.exchange import dtype_of
+from ..wire.protocol import PatchedWeight
+from .batch_split import divide_all
+from .call import OnProgress
+from .group import Group
+from .launch.launcher import Poll
+
+
+class RemoteModel:
+    """A model on a group, as the nodes hold it. Cheap: nothing is started before it is needed.
+
+    Equal specs on one group share their shards, which are freed when nobody holds such a model
+    any more.
+    """
+
+    def __init__(self, spec: ModelSpec, group: Group, records: StepRecords) -> None:
+        self.spec = spec
+        self.num_evaluations = 0
+        self.info: CheckpointInfo = inspect_checkpoint(spec.path)
+        self.info.check_tp_size(group.config.tp_size)
+        digest = hashlib.blake2s(msgspec.json.encode(spec), digest_size=6).hexdigest()
+        self.name = f"{Path(spec.path).name}@{digest}"
+        self.version: Hashable = None
+        self.patches: Mapping[str, PatchedWeight] = {}
+        self.used_at_start = 0  # how many groups had been started when it was loaded on purpose
+        self._group = group
+        self._records = records
+        group.add_user(self)
+
+    @property
+    def group_config(self) -> GroupConfig:
+        return self._group.config
+
+    @property
+    def group_id(self) -> str:
+        return self._group.id
+
+    def patch(self, version: Hashable, patches: Mapping[str, PatchedWeight]) -> None:
+        """From now on, evaluate the model with these changes of the file's weights.
+
+        ``patches``: name of a tensor in the file → what changes it, with tensors as factors. The
+        ranks are told when the model is used next. Equal versions mean equal patches; None, none.
+        """
+        self.version = version
+        self.patches = patches
+
+    def ensure_loaded(
+        self, poll: Poll | None = None, on_progress: OnProgress | None = None
+    ) -> None:
+        """Have the group running and the weights on its devices. Returns at once if they are.
+
+        ``poll`` is called every 10 ms or so while waiting; what it raises ends the wait (the
+        ranks go on loading for themselves). ``on_progress(done, total)`` gets bytes, summed over
+        the ranks.
+
+        Raises:
+            GroupStartError, CheckpointError, and what ``Engine.call`` raises.
+        """
+        self._group.use(self, poll, on_progress)
+
+    def denoise(self, inputs: Mapping[str, Any], poll: Poll | None = None) -> torch.Tensor:
+        """Evaluate the model once; see ``denoise_all``."""
+        return self.denoise_all([inputs], poll)[0]
+
+    def denoise_all(
+        self, wanted: Sequence[Mapping[str, Any]], poll: Poll | None = None
+    ) -> list[torch.Tensor]:
+        """Evaluate the model once for each of ``wanted``. Call ``ensure_loaded`` before.
+
+        The batch groups work on different evaluations, or on different items of a batch. Inputs
+        and results are as in ``Engine.denoise``. A result has the shape of ``inputs["x"]``, but
+        for the channels of a model that takes more of them (masks, control images) than it
+        predicts.
+        """
+        self.num_evaluations += len(wanted)
+        batch_groups = self.group_config.batch_groups
+        divided = divide_all(wanted, batch_groups)
+        parts = [(part, self._result_shape(part)) for parts in divided for part in parts]
+        results: list[torch.Tensor] = []
+        for start in range(0, len(parts), batch_groups):
+            results += self._group.denoise(self, parts[start : start + batch_groups], poll)
+        remaining = iter(results)
+        together = [list(itertools.islice(remaining, len(parts))) for parts in divided]
+        return [results[0] if len(results) == 1 else torch.cat(results) for results in together]
+
+    def record_step(self, workload: Workload, ms: float) -> None:
+        """Remember, beyond this process, how long a step of a sampler took."""
+        config = self.group_config
+        if config.where == "ray":  # what is known is known of this machine
+            return
+        device = device_name(config.devices[0] if config.devices else None)
+        self._records.add(self.spec.path, device, workload, config.layout, ms)
+
+    def _result_shape(self, inputs: Mapping[str, Any]) -> tuple[int, ...]:
+        batch, channels, *size = inputs["x"].shape
+        return (batch, self.info.config.get("out_channels", channels), *size)
+
+    def loaded_bytes(self) -> list[int]:
+        """Bytes that the weights take on each rank's device now."""
+        return self._group.bytes_on_devices(self.name)
+
+    def planned_bytes(self) -> int:
+        """Bytes that the weights will take on each, to within a few percent."""
+        itemsize = dtype_of(self.spec.weight_dtype).itemsize
+        return self.info.weight_bytes(itemsize) // self.group_config.tp_size
+
+    def sleep(self, poll: Poll | None = None, *, wait: bool = True) -> None:
+        """Move the weights to the host's memory, or free them if that has no room.
+
+        ``wait`` False: in the background, as soon as the ranks have done what they are at.
+        """
+        if wait:
+            self._group.sleep(self.name, poll)
+        else:
+            threading.Thread(target=self._group.sleep, args=(self.name,), daemon=True).start()

@@ -1,0 +1,261 @@
+"""Presents a diffusers folder as one file with ComfyUI's names and layout. Both halves.
+
+A folder has ``config.json`` and ``diffusion_pytorch_model.safetensors``, or several such files and
+an index that says which tensor is where. Which rows of which ComfyUI tensor a diffusers tensor
+makes up is the family's ``sources``, read backwards; so nothing that reads model files needs to
+know of folders.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError
+from .safetensors_file import FormatError, SafetensorsFile, TensorInfo
+
+CONFIG = "config.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows [start, stop) of a diffusers tensor. A ComfyUI tensor is several, one on another."""
+
+    name: str
+    start: int
+    stop: int
+
+
+class DiffusersFolder:
+    """An open folder, with what ``SafetensorsFile`` has."""
+
+    FORMAT = SafetensorsFile.FORMAT
+
+    def __init__(self, path: str) -> None:
+        """Raises CheckpointError, OSError."""
+        self.path = path
+        self.metadata: dict[str, str] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        self._pieces: dict[str, list[_Piece]] = {}
+        family, settings = self._read_config()
+        with ExitStack() as stack:
+            self._files = dict(self._open_files(stack))
+            self._combine(family, self._sizes(family, settings))
+            self._open = stack.pop_all()
+
+    def __enter__(self) -> "DiffusersFolder":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._open.close()
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensor data that were read."""
+        return sum(file.bytes_read for file in {id(f): f for f in self._files.values()}.values())
+
+    def read(
+        self,
+        name: str,
+        rows: tuple[int, int] | None = None,
+        columns: tuple[int, int] | None = None,
+    ) -> torch.Tensor:
+        """A tensor, or ranges of its first and second axes; to be copied at once.
+
+        Raises:
+            FormatError: the tensor's dtype is not supported.
+        """
+        pieces = self._pieces[name]
+        if not self.tensors[name].shape:
+            return self._files[pieces[0].name].read(pieces[0].name)
+        low, high = rows or (0, self.tensors[name].shape[0])
+        found, base = [], 0
+        for piece in pieces:
+            length = piece.stop - piece.start
+            first, last = max(low, base), min(high, base + length)
+            if first < last:
+                here = (piece.start + first - base, piece.start + last - base)
+                found.append(self._files[piece.name].read(piece.name, here, columns))
+            base += length
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _read_config(self) -> tuple[ModuleType, dict[str, Any]]:
+        """The family that ``config.json`` names, and the file's content."""
+        from ..models import FAMILIES
+
+        if not (Path(self.path) / CONFIG).is_file():
+            raise CheckpointError(
+                f"The file {CONFIG} of the folder {self.path} does not exist. Choose a model file, "
+                f"or a diffusers folder with {CONFIG} and {WEIGHTS}."
+            )
+        settings = self._read_json(CONFIG)
+        name = settings.get("_class_name")
+        families = {module.DIFFUSERS_CLASS: module for module in FAMILIES.values()}
+        if not isinstance(name, str) or name not in families:
+            raise CheckpointError(
+                f"The folder {self.path} holds a model of the class {name!r}, which cannot be "
+                f"split yet. Supported: {', '.join(families)}."
+            )
+        if "quantization_config" in settings:
+            raise CheckpointError(
+                f"The folder {self.path} is quantised ({settings['quantization_config']!r:.80}), "
+                "which is only read from single files. Choose a bf16 or fp16 folder, or an fp8 or "
+                "GGUF file of this model."
+            )
+        return families[name], settings
+
+    def _sizes(self, family: ModuleType, settings: dict[str, Any]) -> dict[str, Any]:
+        """What ``config.json`` says of the model's sizes."""
+        for name, value in settings.items():
+            if name.endswith("layers") and isinstance(value, int) and value > len(self._files):
+                raise CheckpointError(
+                    f"{CONFIG} of the folder {self.path} says {name}={value}, but the folder has "
+                    f"{len(self._files)} tensors in all. Download it again."
+                )
+        try:
+            config: dict[str, Any] = family.diffusers_config(settings)
+            family.file_tensors(config)  # fails here if a size is none
+        except KeyError as error:
+            raise CheckpointError(
+                f"{CONFIG} of the folder {self.path} lacks the setting {error}. Download it again."
+            ) from error
+        except (TypeError, ArithmeticError) as error:
+            raise CheckpointError(
+                f"{CONFIG} of the folder {self.path} has a setting that is no size ({error}). "
+                "Download it again."
+            ) from error
+        return config
+
+    def _open_files(self, stack: ExitStack) -> Iterator[tuple[str, SafetensorsFile]]:
+        """Every diffusers tensor, and the open file that it is in."""
+        folder = Path(self.path)
+        if (folder / INDEX).is_file():
+            places = self._read_json(INDEX).get("weight_map")
+            if not isinstance(places, dict) or not all(isinstance(f, str) for f in places.values()):
+                raise CheckpointError(
+                    f"{INDEX} of the folder {self.path} does not say which tensor is in which file."
+                    " Download it again."
+                )
+        elif (folder / WEIGHTS).is_file():
+            places = None
+        else:
+            raise CheckpointError(
+                f"The folder {self.path} has neither {WEIGHTS} nor {INDEX}. Download it again."
+            )
+        names = sorted(set(places.values())) if places is not None else [WEIGHTS]
+        files = {name: stack.enter_context(self._open_file(name)) for name in names}
+        if places is None:
+            places = dict.fromkeys(files[WEIGHTS].tensors, WEIGHTS)
+        for tensor, name in places.items():
+            if tensor not in files[name].tensors:
+                raise CheckpointError(
+                    f"{INDEX} of the folder {self.path} says that {tensor} is in {name}, but it is "
+                    "not. Download the folder again."
+                )
+            yield tensor, files[name]
+
+    def _open_file(self, name: str) -> SafetensorsFile:
+        path = Path(self.path) / name
+        if Path(name).name != name or not path.is_file():
+            raise CheckpointError(
+                f"The folder {self.path} lacks the file {name}. Download it again."
+            )
+        try:
+            return SafetensorsFile(str(path))
+        except FormatError as error:
+            raise CheckpointError(
+                f"The model file {path} is not a whole safetensors file: {error}. Download it "
+                "again."
+            ) from error
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        path = Path(self.path) / name
+        try:
+            content = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path} is no JSON: {error}. Download it again.") from error
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{path} holds no JSON object. Download it again.")
+        return content
+
+    def _combine(self, family: ModuleType, config: dict[str, Any]) -> None:
+        """Say of every ComfyUI tensor which diffusers tensors it consists of."""
+        sources = family.sources(config)
+        expected = family.file_tensors(config)
+        stacks: dict[str, list[tuple[int, int, str]]] = {}
+        unknown = []
+        for name in self._files:
+            try:
+                found = sources(name)
+            except KeyError:
+                unknown.append(name)
+                continue
+            (source,) = found
+            stacks.setdefault(source.name, []).append((source.start, source.stop, name))
+        if unknown:
+            raise CheckpointError(
+                f"The folder {self.path} has {len(unknown)} tensors that {family.LABEL} has not, "
+                f"such as {unknown[0]}. It is quantised with scales, or of a variant, and cannot "
+                "be split yet. Choose a bf16 folder or a single file of this model."
+            )
+        for name, stack in stacks.items():
+            self._add(name, sorted(stack), expected[name], family.SWAPPED_HALVES)
+
+    def _add(
+        self,
+        name: str,
+        stack: list[tuple[int, int, str]],
+        expected: tuple[int, ...],
+        swapped: frozenset[str],
+    ) -> None:
+        infos = [self._files[part].tensors[part] for _, _, part in stack]
+        lengths = [info.shape[0] if info.shape else 0 for info in infos]
+        if stack[0][:2] != (0, expected[0]):  # a real stack, of which a part may be missing
+            self._check_stack(name, stack, lengths, infos, expected[0])
+        self.tensors[name] = TensorInfo((sum(lengths), *infos[0].shape[1:]), infos[0].dtype)
+        pieces = self._pieces[name] = []
+        for (_, _, part), length in zip(stack, lengths, strict=True):
+            cuts = [0, length]
+            if part.rpartition(".")[0] in swapped:
+                cuts.insert(1, length // 2)
+            ranges = list(pairwise(cuts))
+            pieces += [_Piece(part, start, stop) for start, stop in reversed(ranges)]
+
+    def _check_stack(
+        self,
+        name: str,
+        stack: list[tuple[int, int, str]],
+        lengths: list[int],
+        infos: list[TensorInfo],
+        total: int,
+    ) -> None:
+        present = ", ".join(part for _, _, part in stack)
+        ends = [0] + [stop for _, stop, _ in stack]
+        if [start for start, _, _ in stack] + [total] != ends:
+            raise CheckpointError(
+                f"The folder {self.path} lacks a tensor: of those that make up {name} it has only "
+                f"{present}. Download it again."
+            )
+        if lengths != [stop - start for start, stop, _ in stack]:
+            raise CheckpointError(
+                f"The tensors {present} of the folder {self.path} have {lengths} rows, which is "
+                f"not what {CONFIG} says. Download it again."
+            )
+        if len({(info.shape[1:], info.dtype) for info in infos}) > 1:
+            raise CheckpointError(
+                f"The tensors {present} of the folder {self.path} are of different dtypes or "
+                "widths, but must be stacked. Choose a folder in one dtype."
+            )

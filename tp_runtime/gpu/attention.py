@@ -1,0 +1,143 @@
+"""Attention of an optimised step: the fastest kernel that this GPU has. Rank half; GPUs only.
+
+Which one that is depends on the device and on the shape, so it is measured, once a shape, in the
+step before the one that is recorded. ``TP_RUNTIME_ATTENTION`` names one instead.
+"""
+
+import logging
+import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..config import AttentionKernel
+from ..errors import InputError
+
+logger = logging.getLogger("tp_runtime.gpu.attention")
+
+# q, k, v (B, L, N, K) → (B, L, N, K)
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+_WARM_UPS, _RUNS = 2, 5
+
+# What torch can be asked for, best first for a Hopper GPU; the later take what the earlier refuse.
+_TORCH_ORDER = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+class FastAttention:
+    """Attention over this rank's heads: three (B, L, N, K) of one length → (B, L, N, K)."""
+
+    def __init__(self, wanted: AttentionKernel) -> None:
+        """Raises InputError if the kernel that is wanted is not to be had here."""
+        self._wanted = wanted
+        self._chosen: dict[tuple[torch.Size, torch.dtype], Kernel] = {}
+        if wanted == "flash3":
+            reason = _why_no_flash3()
+            if reason is not None:
+                raise InputError(
+                    f"TP_RUNTIME_ATTENTION=flash3, but FlashAttention 3 cannot be used: {reason}. "
+                    "Set it to auto, cudnn or sdpa."
+                )
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """``mask`` as ``models.layers.attention`` takes it."""
+        if mask is not None:
+            return _of_torch(_TORCH_ORDER, q, k, v, mask)
+        key = q.shape, q.dtype
+        if key not in self._chosen:
+            self._chosen[key] = self._choose(q, k, v)
+        return self._chosen[key](q, k, v)
+
+    def _choose(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Kernel:
+        candidates = self._candidates(q)
+        if len(candidates) == 1:
+            return next(iter(candidates.values()))
+        taken = {name: _milliseconds(kernel, q, k, v) for name, kernel in candidates.items()}
+        best = min(taken, key=taken.__getitem__)
+        logger.info("attention of %s %s: %s (ms: %s)", tuple(q.shape), q.dtype, best, taken)
+        return candidates[best]
+
+    def _candidates(self, q: torch.Tensor) -> dict[str, Kernel]:
+        """What may compute this shape, by name."""
+        half = q.dtype in (torch.float16, torch.bfloat16)
+        if self._wanted == "sdpa" or (self._wanted == "cudnn" and not half):
+            return {"sdpa": partial(_of_torch, None)}
+        found: dict[str, Kernel] = {}
+        if self._wanted in ("auto", "cudnn"):
+            found["cudnn"] = partial(_of_torch, _TORCH_ORDER)
+        if self._wanted in ("auto", "flash3") and half and _why_no_flash3() is None:
+            found["flash3"] = _flash3(q)
+        return found or {"sdpa": partial(_of_torch, None)}
+
+
+def _of_torch(
+    order: Sequence[SDPBackend] | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """torch's, of the first kernel in ``order`` that takes the shape; None: of its own choice."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if order is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    with sdpa_kernel(list(order), set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def _flash3(like: torch.Tensor) -> Kernel:
+    """FlashAttention 3, which vLLM brings along, for tensors of this shape."""
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    batch, length = like.shape[:2]
+    # Where each picture's tokens begin. Recorded steps read it: it lives as long as the kernel.
+    starts = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=like.device)
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        rows = (part.flatten(0, 1) for part in (q, k, v))
+        found = flash_attn_varlen_func(
+            *rows,
+            max_seqlen_q=length,
+            cu_seqlens_q=starts,
+            max_seqlen_k=length,
+            cu_seqlens_k=starts,
+            fa_version=3,
+        )
+        return found.view_as(q)
+
+    return run
+
+
+def _why_no_flash3() -> str | None:
+    if torch.cuda.get_device_capability()[0] != 9:  # vLLM would ask the machine's first GPU
+        return "this GPU is not of the Hopper generation"
+    try:
+        from vllm.vllm_flash_attn import fa_version_unsupported_reason, is_fa_version_supported
+    except ImportError as error:  # a vLLM that was built without it
+        return str(error)
+    if is_fa_version_supported(3):
+        return None
+    return fa_version_unsupported_reason(3) or "vLLM does not say why"
+
+
+def _milliseconds(kernel: Kernel, *inputs: torch.Tensor) -> float:
+    """The median time of a few runs."""
+    times = []
+    for _ in range(_WARM_UPS + _RUNS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        kernel(*inputs)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return round(statistics.median(times[_WARM_UPS:]), 4)

@@ -1,0 +1,60 @@
+"""Joins a rank to its group with vLLM's own initialisation. Rank half; imports vLLM."""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import torch
+from vllm.distributed import (
+    get_tensor_model_parallel_world_size,
+    parallel_state,
+)
+from vllm.platforms import current_platform
+
+
+def all_gather_last(tensor: torch.Tensor) -> torch.Tensor:
+    """Put the ranks' parts of the last axis together; equal on every rank."""
+    return parallel_state.get_tp_group().all_gather(tensor, -1)
+
+
+def _gpus() -> range:
+    """Those of this rank's tensor-parallel group; of another host's, this process sees none."""
+    size = get_tensor_model_parallel_world_size()
+    first = torch.cuda.current_device() // size * size
+    return range(first, first + size)
+
+
+def peer_access() -> bool:
+    """Whether all GPUs of the group can read each other's memory (over NVLink or PCIe)."""
+    gpus = _gpus()
+    if torch.cuda.device_count() < gpus.stop:
+        return False
+    return all(torch.cuda.can_device_access_peer(a, b) for a in gpus for b in gpus if a != b)
+
+
+def nvlink() -> bool:
+    """Whether NVLink connects all GPUs of the group. One alone needs none.
+
+    Where GPUs read each other's memory over PCIe, they need not be able to change it atomically;
+    torch's barriers between them would then wait for ever (torch/csrc/distributed/c10d/
+    symm_mem/CUDASymmetricMemory-inl.h, 2.11).
+    """
+    gpus = _gpus()
+    if len(gpus) == 1:
+        return True
+    physical = [current_platform.device_id_to_physical_device_id(gpu) for gpu in gpus]
+    return peer_access() and current_platform.is_fully_connected(physical)
+
+
+@contextlib.contextmanager
+def graph_capture(device: torch.device) -> Iterator[torch.cuda.Stream]:
+    """vLLM's context in which collectives may be recorded into a CUDA graph; yields its stream."""
+    context = parallel_state.GraphCaptureContext(_capture_stream(device))
+    with parallel_state.get_tp_group().graph_capture(context):
+        yield context.stream
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    # One for all graphs: cuBLAS keeps a workspace of 32 MiB for every stream that it has seen.
+    return torch.cuda.Stream(device)

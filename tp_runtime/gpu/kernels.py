@@ -1,0 +1,291 @@
+"""The GPU kernels of our own. Rank half.
+
+``rotated_heads``: norm and rotary embedding of query and key heads. Of this the compiler makes a
+reduction that reads at a quarter of the memory's speed.
+
+``attended_and_gelu``: what the last linear of FLUX.1's single block takes. The compiler's kernel is
+bound by its tanh, not by memory.
+
+``residual_norm``: the sum of the ranks' parts of a row-parallel linear, read from each other's
+memory, with the residual and the norm that follow it. It takes as long as the sum alone.
+
+Both measured on H200s, see ``bench/RESULTS.md``. ``models/layers.py`` has the same in plain torch,
+which is what these must equal.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+_HEADS_PER_PROGRAM = 8
+
+
+@triton.jit
+def _norm_rotate(
+    qkv,
+    norm_q,
+    norm_k,
+    rotation,
+    out,
+    num_tokens,
+    num_heads,
+    first_token,
+    qkv_batch_stride,
+    qkv_token_stride,
+    out_stride,
+    out_batch_stride,
+    eps,
+    HEAD_DIM: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """One program: ``HEADS`` heads of one token of q (axis 2: 0), k (1) or v (2, copied)."""
+    token = tl.program_id(0) % num_tokens
+    batch = tl.program_id(0) // num_tokens
+    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    which = tl.program_id(2)
+    features = tl.arange(0, HEAD_DIM)
+    places = heads[:, None] * HEAD_DIM + features[None, :]
+    exists = (heads < num_heads)[:, None]
+    width = num_heads * HEAD_DIM
+
+    source = qkv + batch.to(tl.int64) * qkv_batch_stride + token.to(tl.int64) * qkv_token_stride
+    loaded = tl.load(source + which * width + places, mask=exists, other=0.0)
+    position = (first_token + token).to(tl.int64)
+    target = out + which * out_stride + batch.to(tl.int64) * out_batch_stride + position * width
+    if which == 2:
+        tl.store(target + places, loaded, mask=exists)
+        return
+    x = loaded.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, axis=1) / HEAD_DIM + eps)
+    weight = tl.load((norm_q if which == 0 else norm_k) + features).to(tl.float32)
+    normed = (x * scale[:, None] * weight[None, :]).to(loaded.dtype).to(tl.float32)
+    even, odd = tl.split(tl.reshape(normed, (HEADS, HEAD_DIM // 2, 2)))
+    angles = tl.load(rotation + position * HEAD_DIM + features)
+    cos, sin = tl.split(tl.reshape(angles, (HEAD_DIM // 2, 2)))
+    rotated = tl.join(even * cos - odd * sin, even * sin + odd * cos)
+    rotated = tl.reshape(rotated, (HEADS, HEAD_DIM))
+    tl.store(target + places, rotated.to(loaded.dtype), mask=exists)
+
+
+def rotated_heads(
+    parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    rotation: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See ``models.layers.rotated_heads``. CUDA tensors; head widths that are powers of two."""
+    batch, _, _, num_heads, head_dim = parts[0][0].shape
+    total = sum(part[0].shape[1] for part in parts)
+    # A single part's v needs no copy: attention reads it where it is.
+    copies = 2 if len(parts) == 1 else 3
+    first = parts[0][0]
+    out = first.new_empty(copies, batch, total, num_heads, head_dim)
+    start = 0
+    for qkv, norm_q, norm_k in parts:
+        length = qkv.shape[1]
+        grid: Any = (batch * length, triton.cdiv(num_heads, _HEADS_PER_PROGRAM), copies)
+        _norm_rotate[grid](
+            qkv,
+            norm_q,
+            norm_k,
+            rotation,
+            out,
+            length,
+            num_heads,
+            start,
+            qkv.stride(0),
+            qkv.stride(1),
+            out.stride(0),
+            out.stride(1),
+            eps,
+            HEAD_DIM=head_dim,
+            HEADS=_HEADS_PER_PROGRAM,
+            num_warps=2,
+        )
+        start += length
+    return out[0], out[1], out[2] if copies == 3 else first[:, :, 2]
+
+
+_COLUMNS_PER_PROGRAM = 1024
+
+
+@triton.jit
+def _attended_and_gelu(
+    attended,
+    mlp,
+    out,
+    attended_width,
+    mlp_width,
+    mlp_stride,
+    COLUMNS: tl.constexpr,
+):
+    """One program: ``COLUMNS`` columns of one row, either of ``attended`` or of ``mlp``."""
+    row = tl.program_id(0).to(tl.int64)
+    width = attended_width + mlp_width
+    first_of_mlp = tl.cdiv(attended_width, COLUMNS)
+    if tl.program_id(1) < first_of_mlp:
+        columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        exists = columns < attended_width
+        copied = tl.load(attended + row * attended_width + columns, mask=exists)
+        tl.store(out + row * width + columns, copied, mask=exists)
+    else:
+        columns = (tl.program_id(1) - first_of_mlp) * COLUMNS + tl.arange(0, COLUMNS)
+        exists = columns < mlp_width
+        loaded = tl.load(mlp + row * mlp_stride + columns, mask=exists, other=0.0)
+        x = loaded.to(tl.float32)
+        # 0.5 (1 + tanh z) is the sigmoid of 2 z.
+        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        place = out + row * width + attended_width + columns
+        tl.store(place, x.to(loaded.dtype), mask=exists)
+
+
+def attended_and_gelu(attended: torch.Tensor, mlp: torch.Tensor) -> torch.Tensor:
+    """(B, L, n) beside GELU, by tanh, of (B, L, m), whose rows may lie apart: (B, L, n + m)."""
+    batch, length, attended_width = attended.shape
+    mlp_width = mlp.shape[-1]
+    assert attended.is_contiguous()
+    assert mlp.stride(0) == length * mlp.stride(1)
+    out = attended.new_empty(batch, length, attended_width + mlp_width)
+    blocks = [triton.cdiv(width, _COLUMNS_PER_PROGRAM) for width in (attended_width, mlp_width)]
+    _attended_and_gelu[(batch * length, sum(blocks))](
+        attended,
+        mlp,
+        out,
+        attended_width,
+        mlp_width,
+        mlp.stride(1),
+        COLUMNS=_COLUMNS_PER_PROGRAM,
+    )
+    return out
+
+
+NO_NORM, LAYER_NORM, RMS_NORM = 0, 1, 2
+
+
+@triton.jit
+def _residual_norm(
+    updates,
+    targets,
+    tokens,
+    gate,
+    shift,
+    scale,
+    update_weight,
+    norm_weight,
+    first_row,
+    num_tokens,
+    num_text,
+    width,
+    gate_stream_stride,
+    gate_batch_stride,
+    norm_stream_stride,
+    norm_batch_stride,
+    eps,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    NORM_UPDATE: tl.constexpr,
+    NORM: tl.constexpr,
+    LIMIT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """One program: one row. ``updates`` and ``targets``: the addresses of every rank's buffer."""
+    features = tl.arange(0, WIDTH)
+    exists = features < width
+    row = first_row + tl.program_id(0)
+    place = row.to(tl.int64) * width + features
+    dtype = tokens.dtype.element_ty
+
+    update = tl.zeros((WIDTH,), tl.float32)
+    for rank in tl.static_range(RANKS):
+        address = tl.load(updates + rank).to(tl.pointer_type(dtype))
+        part = tl.load(tl.multiple_of(address, 16) + place, mask=exists, other=0.0)
+        update += part.to(tl.float32)
+
+    batch = row // num_tokens
+    stream = (row % num_tokens >= num_text).to(tl.int32)
+    of_gate = stream * gate_stream_stride + batch * gate_batch_stride + features
+    factor = tl.load(gate + of_gate, mask=exists, other=0.0).to(tl.float32)
+    if NORM_UPDATE:
+        mean_square = tl.sum(update * update, axis=0) / width
+        weight = tl.load(update_weight + features, mask=exists, other=0.0).to(tl.float32)
+        update = update * tl.rsqrt(mean_square + eps) * weight
+        # tanh, which Triton has under one name for all devices only by way of exp.
+        factor = 1 - 2 / (tl.exp(2 * factor) + 1)
+    x = tl.load(tokens + place, mask=exists, other=0.0).to(tl.float32) + update * factor
+    if LIMIT:
+        x = tl.where(x == x, tl.minimum(tl.maximum(x, -65504.0), 65504.0), 0.0)
+    tl.store(tokens + place, x.to(dtype), mask=exists)
+
+    of_norm = stream * norm_stream_stride + batch * norm_batch_stride + features
+    if NORM == 1:
+        centred = tl.where(exists, x - tl.sum(x, axis=0) / width, 0.0)
+        inverse = tl.rsqrt(tl.sum(centred * centred, axis=0) / width + eps)
+        move = tl.load(shift + of_norm, mask=exists, other=0.0).to(tl.float32)
+        stretch = tl.load(scale + of_norm, mask=exists, other=0.0).to(tl.float32)
+        x = centred * inverse * (1 + stretch) + move
+    if NORM == 2:
+        inverse = tl.rsqrt(tl.sum(x * x, axis=0) / width + eps)
+        weight = tl.load(norm_weight + features, mask=exists, other=0.0).to(tl.float32)
+        stretch = tl.load(scale + of_norm, mask=exists, other=0.0).to(tl.float32)
+        x = x * inverse * weight * (1 + stretch)
+    for distance in tl.static_range(RANKS):
+        address = tl.load(targets + (RANK + distance) % RANKS).to(tl.pointer_type(dtype))
+        tl.store(tl.multiple_of(address, 16) + place, x.to(dtype), mask=exists)
+
+
+def residual_norm(
+    updates: torch.Tensor,
+    targets: torch.Tensor,
+    tokens: torch.Tensor,
+    gate: torch.Tensor,
+    shift: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    update_weight: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    eps: float,
+    limit: bool,
+    num_text: int,
+    rank: int,
+    num_ranks: int,
+) -> None:
+    """This rank's share of the rows of ``models.layers.residual_norm``, to every rank.
+
+    ``updates``, ``targets`` (num_ranks,) int64: addresses of buffers as large as ``tokens``; all
+    ranks' updates are summed, and the result goes to all targets. ``tokens`` (B, L, D) changes in
+    the rows of this rank only. ``gate``, ``shift``, ``scale`` (S, B, D), the last two with equal
+    strides: for the first ``num_text`` tokens stream 0, for the others stream 1.
+    """
+    batch, num_tokens, width = tokens.shape
+    rows = batch * num_tokens
+    share = -(-rows // num_ranks)
+    num_rows = min(share, rows - rank * share)
+    if num_rows <= 0:
+        return
+    norm_strides = (0, 0) if scale is None else scale.stride()[:2]
+    assert shift is None or shift.stride()[:2] == norm_strides
+    norm = NO_NORM if scale is None else LAYER_NORM if norm_weight is None else RMS_NORM
+    _residual_norm[(num_rows,)](
+        updates,
+        targets,
+        tokens,
+        gate,
+        shift,
+        scale,
+        update_weight,
+        norm_weight,
+        rank * share,
+        num_tokens,
+        num_text,
+        width,
+        *gate.stride()[:2],
+        *norm_strides,
+        eps,
+        RANK=rank,
+        RANKS=num_ranks,
+        NORM_UPDATE=update_weight is not None,
+        NORM=norm,
+        LIMIT=limit,
+        WIDTH=triton.next_power_of_2(width),
+        num_warps=8,
+    )

@@ -1,0 +1,146 @@
+"""What the steps of samplers took on this machine, kept between starts. Part of the engine's half.
+
+One small JSON file in ``home()``: by model file and device, for each shape of latents and each
+layout, the latest times. ``layout`` decides by them.
+"""
+
+import contextlib
+import platform
+import tempfile
+import time
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from ..config import Layout
+
+KEPT_TIMES = 16  # the latest ones, of which the shortest counts: first steps compile and record
+KEPT_SHAPES = 32  # of each model, and
+KEPT_MODELS = 100  # of all machines and devices: those that were used last
+MIN_TIMES = 4
+SAVE_INTERVAL_S = 5.0
+# A new layout means a new group and another load: what asks for it must have come for a while.
+USUAL_STEPS = 40
+
+
+class Workload(msgspec.Struct, frozen=True):
+    """What one step of a sampler evaluates.
+
+    ``latent_shape`` (B, C, ..., H, W), with the items of all conditions together as B;
+    ``text_tokens``: of the longest text.
+    """
+
+    latent_shape: tuple[int, ...]
+    text_tokens: int
+
+    @property
+    def batch(self) -> int:
+        return self.latent_shape[0]
+
+
+class _OfModel(msgspec.Struct):
+    """``times``: shape of the latents as text → layout as text → the latest times in ms.
+
+    ``other_steps``: how often the workload ``other`` has come since ``usual`` came last.
+    """
+
+    usual: Workload
+    other: Workload | None = None
+    other_steps: int = 0
+    times: dict[str, dict[str, list[float]]] = {}
+
+    def count(self, workload: Workload) -> None:
+        """A step had this workload."""
+        if workload == self.usual:
+            self.other = None
+        elif workload != self.other:
+            self.other, self.other_steps = workload, 1
+        else:
+            self.other_steps += 1
+            if self.other_steps >= USUAL_STEPS:
+                self.usual, self.other = workload, None
+
+
+T = TypeVar("T")
+_Book = dict[str, _OfModel]
+
+
+class StepRecords:
+    """The book of times. Another process's entries of the same model may replace this one's."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._saved_at = 0.0
+        self._mine: _Book = {}
+
+    def add(self, model: str, device: str, workload: Workload, layout: Layout, ms: float) -> None:
+        """A step took so long. ``model``: the file's path; ``device``: its product name."""
+        key = _key(model, device)
+        entry = self._mine.pop(key, None) or self._read().get(key) or _OfModel(workload)
+        self._mine[key] = entry  # at the end: it was used last
+        entry.count(workload)
+        shape = str(workload.latent_shape)
+        by_layout = entry.times.pop(shape, {})
+        entry.times = _latest(entry.times | {shape: by_layout}, KEPT_SHAPES)
+        times = by_layout.setdefault(str(layout), [])
+        times.append(round(ms, 3))
+        del times[:-KEPT_TIMES]
+        if time.monotonic() - self._saved_at > SAVE_INTERVAL_S:
+            self.save()
+
+    def usual_workload(self, model: str, device: str) -> Workload | None:
+        """What the model is used for: its first use, or what its last ``USUAL_STEPS`` steps were.
+
+        A workflow that alternates between two, such as samplers with and without CFG, changes
+        nothing.
+        """
+        entry = self._entry(model, device)
+        return entry.usual if entry else None
+
+    def times(self, model: str, device: str, workload: Workload) -> dict[Layout, float]:
+        """The time of a step in ms, of every layout that was used often enough to say."""
+        entry = self._entry(model, device)
+        if entry is None:
+            return {}
+        by_layout = entry.times.get(str(workload.latent_shape), {})
+        return {
+            Layout.parse(layout): min(times)
+            for layout, times in by_layout.items()
+            if len(times) >= MIN_TIMES
+        }
+
+    def save(self) -> None:
+        """Write what was added. A disk that is full is no reason to stop: the file only helps."""
+        self._saved_at = time.monotonic()
+        others = {key: entry for key, entry in self._read().items() if key not in self._mine}
+        book = _latest(others | self._mine, KEPT_MODELS)
+        with contextlib.suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            fd, name = tempfile.mkstemp(dir=self._path.parent, prefix=self._path.name)
+            try:
+                with open(fd, "wb") as file:
+                    file.write(msgspec.json.format(msgspec.json.encode(book)))
+                Path(name).replace(self._path)
+            except OSError:
+                Path(name).unlink()
+
+    def _entry(self, model: str, device: str) -> _OfModel | None:
+        key = _key(model, device)
+        return self._mine.get(key) or self._read().get(key)
+
+    def _read(self) -> _Book:
+        try:
+            return msgspec.json.decode(self._path.read_bytes(), type=_Book)
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+            # Not there yet, or another release's, or damaged.
+            return {}
+
+
+def _latest(entries: dict[str, T], number: int) -> dict[str, T]:
+    """The last ones that were put in."""
+    return dict(list(entries.items())[-number:])
+
+
+def _key(model: str, device: str) -> str:
+    return f"{model} on {device}, {platform.node()}"

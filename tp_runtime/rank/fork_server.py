@@ -1,0 +1,217 @@
+"""The process that ranks are forked from. A program of the rank half.
+
+It imports once what every rank needs, which takes ten seconds, and the ranks share the memory of
+it. It has one thread, computes nothing and never touches a GPU, so that a fork of it is sound.
+
+Started by ``forking``, on whose socket requests come, each with a socket for the answers: a
+``WorkerConfig`` and file descriptors, answered with the number of the new process and later with
+how it ended, or with a sentence if there can be none; or ``null``, answered once ranks can be
+forked. It ends with that socket or, while it has no rank, after some minutes without a request.
+
+With the word ``become`` on its command line it forks nothing: it becomes the first rank that it is
+asked for.
+"""
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+import warnings
+from pathlib import Path
+
+import msgspec
+from setproctitle import setproctitle
+
+from ..config import WorkerConfig
+from ..wire.transport import receive_with_fds, wait
+
+BECOME = "become"
+IDLE_S = 300.0
+_MAX_FDS = 4  # of one request: for the answers, of the rank's channel, shared memory and log
+_PR_SET_PDEATHSIG = 1
+_NICENESS = 5
+# The driver's, once CUDA was asked for GPUs (there are none), and jemalloc's in pyarrow, which
+# pandas and so transformers import: a rank that was forked beside both computed on its GPU.
+_HARMLESS_THREADS = ("cuda", "jemalloc")
+
+
+class _Child:
+    """A rank that was forked, and the socket on which its engine waits for news of it."""
+
+    def __init__(self, pid: int, answers: socket.socket) -> None:
+        self.pid = pid
+        self.pidfd = os.pidfd_open(pid)
+        self._answers = answers
+        # The engine is not the parent: it watches and ends the process by its pidfd.
+        with contextlib.suppress(OSError):  # the engine is gone
+            socket.send_fds(answers, [msgspec.json.encode(pid)], [self.pidfd])
+
+    def reap(self) -> None:
+        """The process has ended: tell how."""
+        _, status = os.waitpid(self.pid, 0)
+        with contextlib.suppress(OSError):
+            self._answers.send(msgspec.json.encode(os.waitstatus_to_exitcode(status)))
+        self.close()
+
+    def close(self) -> None:
+        os.close(self.pidfd)
+        self._answers.close()
+
+
+def serve(requests: socket.socket, becomes_rank: bool) -> WorkerConfig | None:
+    """Answer requests until there can be no more.
+
+    Returns once in every process that is to be a rank, with what that rank is told, and at last in
+    the server itself, with None.
+    """
+    children: dict[int, _Child] = {}  # by pidfd
+    while ready := wait([requests, *children], None if children else IDLE_S):
+        for pidfd in children.keys() & set(ready):
+            children.pop(pidfd).reap()
+        if requests not in ready:
+            continue
+        packet, fds = receive_with_fds(requests, _MAX_FDS)
+        if not packet:
+            break
+        config = msgspec.json.decode(packet, type=WorkerConfig | None)
+        answers = socket.socket(fileno=fds[0])
+        if config is None:
+            with answers, contextlib.suppress(OSError):
+                answers.send(b"up")
+            continue
+        if becomes_rank:
+            _Child(os.getpid(), answers).close()
+            return _become_rank(config, *fds[1:])
+        try:
+            pid = _fork()
+        except OSError as error:  # no process, or no memory: others go on
+            with answers, contextlib.suppress(OSError):
+                answers.send(msgspec.json.encode(str(error)))
+            for fd in fds[1:]:
+                os.close(fd)
+            continue
+        if pid == 0:
+            requests.close()
+            answers.close()
+            for sibling in children.values():
+                sibling.close()
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            os.setsid()
+            _give_way()
+            return _become_rank(config, *fds[1:])
+        for fd in fds[1:]:
+            os.close(fd)
+        child = _Child(pid, answers)
+        children[child.pidfd] = child
+    return None
+
+
+def _fork() -> int:
+    with warnings.catch_warnings():
+        # Python 3.12 warns of every thread, those of _HARMLESS_THREADS, too.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
+
+
+def _become_rank(
+    config: WorkerConfig, control_fd: int, exchange_fd: int, log_fd: int
+) -> WorkerConfig:
+    """Make this process the rank's own; returns what the rank is told."""
+    for stream_fd in (1, 2):
+        os.dup2(log_fd, stream_fd)
+    os.close(log_fd)
+    for name, value in config.environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    folder = Path(config.rendezvous.removeprefix("file://")).parent
+    setproctitle(f"tp_runtime.rank.worker: rank {config.rank} of {config.num_ranks} in {folder}")
+    gc.enable()
+    return msgspec.structs.replace(config, control_fd=control_fd, exchange_fd=exchange_fd)
+
+
+def _give_way() -> None:
+    """Let ComfyUI and its page have the cores first: a rank keeps one of them busy for minutes.
+
+    A session of its own is weighed by its own niceness (sched(7), "The autogroup feature"). With
+    equal weights Linux 6.18 let a process that was ending wait for seconds beside busy ranks, and
+    they live until that process has ended.
+    """
+    os.nice(_NICENESS)
+    while True:
+        try:
+            Path("/proc/self/autogroup").write_text(str(_NICENESS))
+        except BlockingIOError:  # it can be set ten times a second, unless one is root
+            time.sleep(0.02)
+            continue
+        except OSError:
+            pass  # this kernel has none, or this container does not let it be set
+        return
+
+
+def _import_all() -> None:
+    """Everything that ranks import, sooner or later."""
+    importlib.import_module("tp_runtime.rank.worker")
+    # diffusers imports flashinfer if there is one (quantizers/bfl/utils.py, 0.42), which asks each
+    # GPU for its capability (compilation_context.py, 0.6) and thereby initialises CUDA. No driver
+    # uses it.
+    sys.modules["flashinfer"] = None  # type: ignore[assignment]
+    importlib.import_module("diffusers.utils.import_utils")  # which looks what there is
+    del sys.modules["flashinfer"]
+    importlib.import_module("diffusers.models.transformers")
+
+
+def _check_can_fork() -> None:
+    """Raises RuntimeError if what is forked from this process could not compute."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        raise RuntimeError(
+            "Importing what the ranks need has initialised CUDA, so no rank can be forked from "
+            "this process. A package of the runtime's Python does that."
+        )
+    own = threading.get_native_id()
+    threads = [task for task in Path("/proc/self/task").iterdir() if task.name != str(own)]
+    names = sorted((thread / "comm").read_text().strip() for thread in threads)
+    names = [name for name in names if not name.startswith(_HARMLESS_THREADS)]
+    if names:
+        raise RuntimeError(
+            f"Importing what the ranks need has started threads ({', '.join(names)}), so no rank "
+            "can be forked from this process. A package of the runtime's Python does that, or a "
+            "variable of the environment makes one do it."
+        )
+
+
+def main() -> None:
+    """Be the server of the socket on the command line; in what it forks, be a rank."""
+    gc.disable()  # an eighth of the imports' time: they make hardly anything but what stays
+    becomes_rank = BECOME in sys.argv
+    try:
+        _import_all()
+        if not becomes_rank:
+            _check_can_fork()
+    except BaseException:  # noqa: BLE001  the engine shows it
+        traceback.print_exc()
+        # Not sys.exit: it would wait for threads that an import has started.
+        os._exit(1)
+    gc.freeze()  # so that no rank's collection touches, and thereby copies, what all share
+    server_pid = os.getpid()
+    with socket.socket(fileno=int(sys.argv[1])) as requests:
+        requests.set_inheritable(False)
+        config = serve(requests, becomes_rank)
+    if config is not None:
+        from . import worker
+
+        worker.run(config, parent_pid=os.getppid() if becomes_rank else server_pid)
+
+
+if __name__ == "__main__":
+    main()

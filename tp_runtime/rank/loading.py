@@ -1,0 +1,289 @@
+"""Builds a rank's shard of a model: module tree, parallel layers, weights from the file."""
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import nn
+
+from ..config import AttentionKernel, ModelSpec, file_version
+from ..errors import CheckpointError
+from ..fault_points import reach
+from ..files.checkpoint import CheckpointFile
+from ..gpu import collectives
+from ..gpu.graphs import GraphedStep
+from ..models import family
+from ..models.layers import DriverBase, Memo
+from ..models.recognise import CheckpointInfo, inspect_checkpoint
+from ..sharding.parts import (
+    SCALE,
+    Layer,
+    Part,
+    Sources,
+    layer_parts,
+    plan_layers,
+    whole_parameters,
+    whole_parts,
+)
+from ..wire.exchange import dtype_of
+from ..wire.protocol import PatchedWeight
+from .host_copy import HostCopy
+from .parallel_layers import replace_linears
+from .patched_weights import PatchedWeights, StoredWeight
+from .uploading import Uploads
+
+PROGRESS_INTERVAL_S = 0.05
+FP8_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+
+ReportProgress = Callable[[int, int], None]
+Copy = Callable[[torch.Tensor, torch.Tensor], object]  # source on the CPU, place on the device
+
+
+class LoadedModel:
+    """A rank's shard of a model: evaluated by ``driver``, changed through ``weights``."""
+
+    def __init__(
+        self,
+        driver: DriverBase,
+        weights: PatchedWeights,
+        device: torch.device,
+        new_step: Callable[[], Callable[..., torch.Tensor]],
+        bytes_read: int,
+    ) -> None:
+        self.driver = driver
+        self.weights = weights
+        self.bytes_read = bytes_read
+        self._device = device
+        self._new_step = new_step
+        self._copy: HostCopy | None = None
+        self.asleep = False
+        self._parameters = dict(driver.model.named_parameters())
+        self.resident_bytes = sum(parameter.nbytes for parameter in self._parameters.values())
+        driver.run_step = new_step()
+
+    def patch(self, wanted: Mapping[str, PatchedWeight], held: Mapping[int, torch.Tensor]) -> None:
+        """Change the weights; see ``PatchedWeights.apply``."""
+        self.weights.apply(wanted, held)
+        self.driver.memo = Memo()  # computed with the weights of before
+
+    def sleep(self) -> None:
+        """Move the weights to the host's memory, and drop what was computed and recorded of them.
+
+        On a CPU they are there already and stay in their place.
+        """
+        if self.asleep:
+            return
+        self.asleep = True
+        self.driver.memo = Memo()
+        self.driver.run_step = self._new_step()
+        if self._device.type == "cuda":
+            self._copy = HostCopy({name: p.data for name, p in self._parameters.items()})
+            for parameter in self._parameters.values():
+                parameter.data = torch.empty(0, dtype=parameter.dtype, device=self._device)
+
+    def wake(self) -> None:
+        """Move the weights back to the device."""
+        self.asleep = False
+        if self._copy is not None:
+            for name, copy in self._copy.tensors.items():
+                self._parameters[name].data = copy.to(self._device, non_blocking=True)
+            self._copy.close()
+            self._copy = None
+
+    def close(self) -> None:
+        """Give back the host's memory that the model takes. It cannot be used any more."""
+        self.weights.close()
+        if self._copy is not None:
+            self._copy.close()
+
+    def digest(self) -> str:
+        """A hash of the weights as they are now, padding included."""
+        found = hashlib.blake2s()
+        for name, parameter in sorted(self._parameters.items()):
+            copy = self._copy.tensors[name] if self._copy else parameter.data.cpu()
+            found.update(name.encode())
+            found.update(copy.contiguous().flatten().view(torch.uint8).numpy().data)
+        return found.hexdigest()
+
+
+def load_model(
+    spec: ModelSpec,
+    device: torch.device,
+    rank: int,
+    tp_size: int,
+    report_progress: ReportProgress,
+    attention: AttentionKernel = "auto",
+) -> LoadedModel:
+    """Read the slices of the file that this rank holds, and nothing else of it.
+
+    ``report_progress(done, total)`` is called with bytes now and then. ``attention``: of optimised
+    steps.
+
+    Raises:
+        CheckpointError: the file is not what it was when the model was chosen.
+        RuntimeError: it was changed while it was read.
+    """
+    try:
+        version = file_version(spec.path)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"The model file {spec.path} does not exist, or not on the host of every GPU: it must "
+            "lie under the same path on all of them."
+        ) from error
+    if version != spec.version:
+        raise CheckpointError(
+            f"The model file {spec.path} was replaced after the model had been chosen. Queue the "
+            "prompt again."
+        )
+    info = inspect_checkpoint(spec.path)
+    module = family(info.family)
+    compute_dtype, weight_dtype = dtype_of(spec.compute_dtype), dtype_of(spec.weight_dtype)
+    with torch.device("meta"):
+        model = nn.Module.to(module.build(info.config), compute_dtype)
+    model.requires_grad_(False)
+    layers = plan_layers(model, module.plan(info.config))
+    whole = whole_parameters(model, layers)
+    sources = module.sources(info.config)
+    scaled = _scaled_layers(layers, sources, info)
+    replace_linears(model, layers, tp_size, weight_dtype, compute_dtype, scaled)
+
+    def parts_of(rank: int) -> list[Part]:
+        parts = [part for layer in layers for part in layer_parts(layer, rank, tp_size, sources)]
+        return parts + [part for name in whole for part in whole_parts(name, sources)]
+
+    model.to_empty(device=device)
+    with CheckpointFile.open(spec.path) as file:
+        reach("load")
+        reader = _Reader(file, info.scales, weight_dtype)
+        with _copier(device, tp_size) as copy:
+            _fill(model, parts_of(rank), reader, copy, report_progress)
+        stored = {
+            name: StoredWeight(tensor.shape, weight_dtype) for name, tensor in info.tensors.items()
+        }
+        for layer in layers:
+            if layer.path in scaled:
+                for name in _stored_weights(layer, sources):
+                    stored[name] = StoredWeight(
+                        info.tensors[name].shape,
+                        scaled[layer.path],
+                        scale=reader.scale(name),
+                        rescaled=info.scales[name].endswith(".weight_scale"),
+                    )
+        bytes_read = file.bytes_read
+    if file_version(spec.path) != spec.version:
+        raise RuntimeError(f"The model file {spec.path} was changed while it was read.")
+    weights = PatchedWeights(model, stored, parts_of, rank, tp_size, collectives.all_gather_last)
+    fast = device.type == "cuda" and spec.optimize == "auto"
+    reduction = None
+    if fast:
+        # Here, since without a GPU there may be no Triton.
+        from ..gpu.attention import FastAttention
+        from ..gpu.reduction import fused_reduction
+
+        reduction = fused_reduction(device)
+        fast_attention = FastAttention(attention)
+    driver = module.Driver(model.eval(), info.config, collectives.all_gather_last, reduction)
+
+    def new_step() -> Callable[..., torch.Tensor]:
+        if fast:
+            return GraphedStep(
+                driver.step, lambda: collectives.graph_capture(device), fast_attention
+            )
+        return driver.step
+
+    return LoadedModel(driver, weights, device, new_step, bytes_read)
+
+
+def _scaled_layers(
+    layers: list[Layer], sources: Sources, info: CheckpointInfo
+) -> dict[str, torch.dtype]:
+    """Layers all of whose weights are stored in one fp8 dtype with a scale, and that dtype."""
+    found = {}
+    for layer in layers:
+        stored = _stored_weights(layer, sources)
+        dtypes = {info.tensors[name].dtype for name in stored}
+        if stored <= info.scales.keys() and len(dtypes) == 1 and dtypes <= FP8_DTYPES.keys():
+            found[layer.path] = FP8_DTYPES[dtypes.pop()]
+    return found
+
+
+def _stored_weights(layer: Layer, sources: Sources) -> set[str]:
+    """The names in the file of what the layer's weight is made of."""
+    return {source.name for path in layer.replaced for source in sources(f"{path}.weight")}
+
+
+class _Reader:
+    """Reads parts as a parameter holds them: rounded to the weights' dtype, or with a scale."""
+
+    def __init__(
+        self, file: CheckpointFile, scales: Mapping[str, str], weight_dtype: torch.dtype
+    ) -> None:
+        self._file = file
+        self._scales = scales
+        self._weight_dtype = weight_dtype
+
+    def scale(self, weight: str) -> float:
+        """The number that the stored values are to be multiplied by."""
+        name = self._scales.get(weight)
+        return 1.0 if name is None else self._file.read(name, None, None).float().item()
+
+    def read(self, part: Part, with_scale: bool) -> torch.Tensor:
+        """The part's values; ``with_scale``: multiplied, and rounded as all weights are.
+
+        ComfyUI rounds everything to the weights' dtype, also what it computes with in another.
+        """
+        data = self._file.read(part.source, part.rows, part.columns)
+        if not with_scale:
+            return data
+        if part.source in self._scales:
+            data = data.float() * self.scale(part.source)
+        return data.to(self._weight_dtype)
+
+
+@contextlib.contextmanager
+def _copier(device: torch.device, num_ranks: int) -> Iterator[Copy]:
+    """What copies a tensor of the file to its place; all have arrived when this ends."""
+    if device.type == "cuda":
+        with Uploads(device, num_ranks) as uploads:
+            yield uploads.copy
+    else:
+        yield lambda source, place: place.copy_(source)
+
+
+def _fill(
+    model: nn.Module,
+    parts: list[Part],
+    reader: _Reader,
+    copy: Copy,
+    report_progress: ReportProgress,
+) -> None:
+    """Copy every part to its place; what no part covers is padding and becomes zero."""
+    parameters = dict(model.named_parameters())
+    total = sum(parameter.nbytes for parameter in parameters.values())
+    scales = {name: value for name, value in parameters.items() if name.endswith(f".{SCALE}")}
+    by_target: dict[str, list[Part]] = {}
+    for part in parts:
+        by_target.setdefault(part.target, []).append(part)
+    expected = parameters.keys() - scales.keys()
+    assert by_target.keys() == expected, by_target.keys() ^ expected
+    done, reported = 0, 0.0
+    for name, here in by_target.items():
+        parameter = parameters[name]
+        if sum(part.length for part in here) < parameter.shape[here[0].axis]:
+            parameter.data.zero_()
+        scale = scales.get(f"{name}_scale")
+        if scale is not None:
+            scale.data.fill_(1.0)
+        for part in here:
+            place = parameter.data.narrow(part.axis, part.target_start, part.length)
+            copy(reader.read(part, with_scale=scale is None), place)
+            if scale is not None:
+                rows = scale if part.axis else scale.narrow(0, part.target_start, part.length)
+                rows.data.fill_(reader.scale(part.source))
+        done += parameter.nbytes
+        if time.monotonic() - reported > PROGRESS_INTERVAL_S:
+            report_progress(done, total)
+            reported = time.monotonic()
+    report_progress(total, total)

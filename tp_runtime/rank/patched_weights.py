@@ -1,0 +1,208 @@
+"""The weights of a rank's shard that patches have changed, and how they were before. Rank half.
+
+A patched weight is computed whole on every rank, as ComfyUI computes it, and each rank keeps its
+slices: norms over rows, rotations of rows and the random numbers of fp8's rounding are then those
+of the whole weight. The ranks put it together from their shards, so nothing is read from the file.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import msgspec
+import torch
+from torch import nn
+
+from ..sharding.parts import SCALE, Part
+from ..wire.protocol import PatchedWeight, TensorRef, WeightPatch
+from ..wire.weight_patches import patched, rounded
+from .host_copy import HostCopy
+
+# Puts the ranks' equally long vectors one after another: (n,) on each rank → (n · tp_size,).
+Gather = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """How a shard holds a tensor of the file.
+
+    ``shape`` is the whole tensor's; ``dtype`` what its values are rounded to, which the parameter
+    may exceed. ``scale``: what the values are multiplied by, None for a weight without;
+    ``rescaled``: a change of the values changes it, as ComfyUI does in one of its two formats.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    scale: float | None = None
+    rescaled: bool = False
+
+
+class PatchedWeights:
+    """Changes weights in place, and back: a captured graph that reads them stays valid.
+
+    ``parts_of(rank)``: the slices that a rank holds, and their places. How the own slices were
+    before is kept in the host's memory for as long as any weight is patched.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stored: Mapping[str, StoredWeight],
+        parts_of: Callable[[int], list[Part]],
+        rank: int,
+        tp_size: int,
+        gather: Gather,
+    ) -> None:
+        self._parameters = dict(model.named_parameters())
+        self._stored = stored
+        self._parts_of = parts_of
+        self._rank = rank
+        self._tp_size = tp_size
+        self._gather = gather
+        self._applied: dict[str, PatchedWeight] = {}
+        self._before: dict[str, list[torch.Tensor]] = {}
+        self._copies: list[HostCopy] = []
+
+    def __len__(self) -> int:
+        """How many weights are patched."""
+        return len(self._applied)
+
+    def apply(self, wanted: Mapping[str, PatchedWeight], held: Mapping[int, torch.Tensor]) -> None:
+        """Make the weights those of the file, but for the changes of ``wanted``.
+
+        ``wanted``: name in the file → changes, whose factors refer to tensors of ``held``. What is
+        patched in that way already is left alone. Every rank has to be told the same.
+        """
+        wanted = {name: change for name, change in wanted.items() if name in self._parts}
+        changed = [name for name, change in wanted.items() if self._applied.get(name) != change]
+        for name in self._applied:
+            if name in changed or name not in wanted:
+                self._restore(name)
+        self._back_up([name for name in changed if name not in self._before])
+        for name in changed:
+            self._patch(name, wanted[name], held)
+        self._applied = wanted
+        if not wanted:
+            self.close()
+
+    def close(self) -> None:
+        """Give back the host's memory. What is patched stays so."""
+        self._before.clear()
+        for copy in self._copies:
+            copy.close()
+        self._copies.clear()
+
+    def _patch(self, name: str, change: PatchedWeight, held: Mapping[int, torch.Tensor]) -> None:
+        stored = self._stored[name]
+        values = self._whole(name)
+        scale = None if stored.scale is None else torch.tensor(stored.scale, device=values.device)
+        for stage in change.stages:
+            weight = values.to(torch.float32, copy=True)
+            if scale is not None:
+                weight *= scale
+            weight = patched(weight, [_with_factors(patch, held) for patch in stage])
+            if scale is not None and stored.rescaled:
+                scale = weight.abs().amax() / torch.finfo(stored.dtype).max
+                weight *= 1.0 / scale
+            elif scale is not None:
+                weight /= scale
+            values = rounded(weight, stored.dtype, change.seed)
+        for part, place in self._places(name):
+            place.copy_(_slice(values, part))
+        if scale is not None:
+            for rows in self._scale_places(name):
+                rows.copy_(scale)
+
+    # --- before ----------------------------------------------------------------------------------
+
+    def _back_up(self, names: list[str]) -> None:
+        slices = {
+            f"{name} {index}": tensor
+            for name in names
+            for index, tensor in enumerate(self._slices(name))
+        }
+        copy = HostCopy(slices)
+        self._copies.append(copy)
+        for name in names:
+            count = len(self._slices(name))
+            self._before[name] = [copy.tensors[f"{name} {index}"] for index in range(count)]
+
+    def _restore(self, name: str) -> None:
+        for tensor, before in zip(self._slices(name), self._before[name], strict=True):
+            tensor.copy_(before, non_blocking=True)
+
+    # --- where a stored tensor's values are ------------------------------------------------------
+
+    @functools.cached_property
+    def _parts(self) -> dict[str, list[list[Part]]]:
+        """Name in the file → the parts of it that each rank holds."""
+        parts: dict[str, list[list[Part]]] = {}
+        for rank in range(self._tp_size):
+            for part in self._parts_of(rank):
+                parts.setdefault(part.source, [[] for _ in range(self._tp_size)])[rank].append(part)
+        return parts
+
+    def _places(self, name: str) -> Iterator[tuple[Part, torch.Tensor]]:
+        for part in self._parts[name][self._rank]:
+            parameter = self._parameters[part.target].data
+            yield part, parameter.narrow(part.axis, part.target_start, part.length)
+
+    def _scale_places(self, name: str) -> Iterator[torch.Tensor]:
+        for part in self._parts[name][self._rank]:
+            layer, _, _ = part.target.rpartition(".")
+            if self._stored[name].scale is not None:
+                scale = self._parameters[f"{layer}.{SCALE}"].data
+                yield scale if part.axis else scale.narrow(0, part.target_start, part.length)
+
+    def _slices(self, name: str) -> list[torch.Tensor]:
+        return [*(place for _, place in self._places(name)), *self._scale_places(name)]
+
+    def _whole(self, name: str) -> torch.Tensor:
+        """All of a stored tensor, as the shards hold it, put together from every rank's."""
+        shape = self._stored[name].shape
+        of_ranks = self._parts[name]
+        sizes = [sum(math.prod(_shape(part, shape)) for part in parts) for parts in of_ranks]
+        mine = [place for _, place in self._places(name)]
+        target = next(part.target for parts in of_ranks for part in parts)
+        parameter = self._parameters[target]
+        whole = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
+        vector = torch.empty(max(sizes), dtype=parameter.dtype, device=parameter.device)
+        if mine:
+            torch.cat([place.flatten() for place in mine], out=vector[: sizes[self._rank]])
+        if min(sizes) == whole.numel():  # everybody has all of it
+            _fill(whole, of_ranks[self._rank], vector)
+            return whole
+        gathered = self._gather(vector.view(torch.uint8)).view(self._tp_size, -1)
+        for parts, values in zip(of_ranks, gathered.unbind(), strict=True):
+            _fill(whole, parts, values.view(parameter.dtype))
+        return whole
+
+
+def _fill(whole: torch.Tensor, parts: list[Part], values: torch.Tensor) -> None:
+    """Put the parts of a rank, which lie in ``values`` one after another, to their places."""
+    start = 0
+    for part in parts:
+        place = _slice(whole, part)
+        place.copy_(values[start : start + place.numel()].view(place.shape))
+        start += place.numel()
+
+
+def _slice(whole: torch.Tensor, part: Part) -> torch.Tensor:
+    rows = whole[slice(*part.rows)]
+    return rows if part.columns is None else rows[:, slice(*part.columns)]
+
+
+def _shape(part: Part, whole: tuple[int, ...]) -> tuple[int, ...]:
+    rows = part.rows[1] - part.rows[0]
+    if part.columns is None:
+        return (rows, *whole[1:])
+    return (rows, part.columns[1] - part.columns[0])
+
+
+def _with_factors(patch: WeightPatch, held: Mapping[int, torch.Tensor]) -> WeightPatch:
+    """The patch with tensors in the place of references."""
+    factors = tuple(
+        held[factor.key] if isinstance(factor, TensorRef) else factor for factor in patch.factors
+    )
+    return msgspec.structs.replace(patch, factors=factors)

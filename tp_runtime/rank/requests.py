@@ -1,0 +1,224 @@
+"""Carries out requests on one rank: loads shards, holds constant tensors, evaluates. Rank half."""
+
+import ctypes
+import time
+from typing import Any
+
+import msgspec
+import torch
+
+from ..config import WorkerConfig
+from ..errors import InputError
+from ..fault_points import reach
+from ..gpu import collectives
+from ..wire.exchange import Exchange
+from ..wire.protocol import (
+    PER_STEP_INPUTS,
+    Denoise,
+    Hold,
+    Load,
+    Patch,
+    Report,
+    Request,
+    Sleep,
+    TensorRef,
+    Unload,
+    Wake,
+)
+from .loading import LoadedModel, ReportProgress, load_model
+
+
+class Runner:
+    """The state of a rank between requests."""
+
+    def __init__(self, config: WorkerConfig, device: torch.device) -> None:
+        self._config = config
+        self._device = device
+        self._exchange = Exchange(config.exchange_fd)
+        self._models: dict[str, LoadedModel] = {}
+        self._held: dict[int, torch.Tensor] = {}
+        self._factors: dict[int, torch.Tensor] = {}  # of patches, in the host's memory
+        self._last_step_ms: float | None = None
+
+    def device_name(self) -> str:
+        """``"cpu"``, or the GPU's index and product name."""
+        if self._device.type == "cpu":
+            return "cpu"
+        return f"{self._device} {torch.cuda.get_device_name(self._device)}"
+
+    @torch.inference_mode()
+    def handle(self, request: Request, report_progress: ReportProgress) -> Any:
+        """Carry out one request; the result is the ``value`` of its ``Done``.
+
+        Raises:
+            InputError, CheckpointError: refused before any collective; nothing has changed.
+        """
+        match request:
+            case Load():
+                return self._load(request, report_progress)
+            case Unload():
+                self._unload(request.model)
+                return None
+            case Denoise():
+                return self._denoise(request)
+            case Hold():
+                return self._hold(request)
+            case Patch():
+                return self._patch(request)
+            case Sleep():
+                reach("sleep")
+                self._loaded(request.model).sleep()
+                return self._free_cache()
+            case Wake():
+                return self._loaded(request.model).wake()
+            case Report():
+                return self._report(request.digests)
+        raise AssertionError(f"unknown request {request}")
+
+    def _load(self, request: Load, report_progress: ReportProgress) -> dict[str, Any]:
+        model = self._models.get(request.model)
+        if model is None:
+            model = load_model(
+                request.spec,
+                self._device,
+                self._config.tp_rank,
+                self._config.tp_size,
+                report_progress,
+                self._config.attention,
+            )
+            self._models[request.model] = model
+        return {"resident_bytes": model.resident_bytes, "bytes_read": model.bytes_read}
+
+    def _unload(self, name: str) -> None:
+        reach("unload")
+        model = self._models.pop(name, None)
+        if model is not None:
+            model.close()
+        del model
+        self._free_cache()
+
+    def _free_cache(self) -> None:
+        """Give what nothing uses back to the GPU and to the host."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        ctypes.CDLL(None).malloc_trim(0)  # glibc would keep up to a model's shard
+
+    def _loaded(self, name: str) -> LoadedModel:
+        model = self._models.get(name)
+        if model is None:
+            raise InputError(f"The model {name} is not loaded on the process group.")
+        return model
+
+    def _hold(self, request: Hold) -> None:
+        self._exchange.remap(request.exchange_bytes)
+        for ref in request.tensors:
+            self._factors[ref.key] = self._exchange.view(ref).clone()
+
+    def _patch(self, request: Patch) -> None:
+        self._loaded(request.model).patch(request.weights, self._factors)
+        for key in request.drop:
+            del self._factors[key]
+
+    def _denoise(self, request: Denoise) -> None:
+        started = time.perf_counter()
+        reach("denoise")
+        # Before anything can be refused: the engine takes it that these are held from now on.
+        self._exchange.remap(request.exchange_bytes)
+        resolved = [self._resolve(evaluation.inputs) for evaluation in request.evaluations]
+        for key in request.drop:
+            del self._held[key]
+        try:
+            model = self._loaded(request.model)
+            mine = self._config.batch_group
+            if mine < len(resolved):
+                evaluation = request.evaluations[mine]
+                output = model.driver(resolved[mine], _conditioning_key(evaluation.inputs))
+                if self._config.tp_rank == 0:
+                    self._give(output, evaluation.result)
+        finally:
+            # Of a refused request, too, the inputs must have left the exchange memory.
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+        self._last_step_ms = (time.perf_counter() - started) * 1000
+
+    def _give(self, output: torch.Tensor, ref: TensorRef) -> None:
+        result = self._exchange.view(ref)
+        assert (output.shape, output.dtype) == (result.shape, result.dtype), (
+            f"{output.shape} {output.dtype}, not {result.shape} {result.dtype}"
+        )
+        result.copy_(output, non_blocking=True)
+
+    def _resolve(self, value: Any) -> Any:
+        """``value`` with every reference replaced by its tensor, on the rank's device."""
+        if isinstance(value, TensorRef):
+            return self._tensor(value)
+        if isinstance(value, dict):
+            return {key: self._resolve(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._resolve(item) for item in value]
+        return value
+
+    def _tensor(self, ref: TensorRef) -> torch.Tensor:
+        if ref.offset < 0:
+            return self._held[ref.key]
+        # A copy, also on the CPU: held tensors outlive the exchange memory's content.
+        tensor = self._exchange.view(ref).to(self._device, non_blocking=True, copy=True)
+        if ref.key:
+            self._held[ref.key] = tensor
+        return tensor
+
+    def _report(self, digests: bool) -> dict[str, Any]:
+        memory: dict[str, int] = {}
+        if self._device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self._device)
+            allocated = torch.cuda.memory_allocated(self._device)
+            memory = {
+                "allocated_bytes": allocated,
+                "peak_bytes": torch.cuda.max_memory_allocated(self._device),
+                "free_bytes": free
+                + torch.cuda.memory_reserved(self._device)
+                - allocated
+                - _kept_for_graphs(),
+                "total_bytes": total,
+            }
+        return {
+            "device": self.device_name(),
+            "memory": memory,
+            "peer_access": collectives.peer_access() if self._device.type == "cuda" else None,
+            "models": {
+                name: {
+                    "resident_bytes": model.resident_bytes,
+                    "bytes_read": model.bytes_read,
+                    "asleep": model.asleep,
+                    "patched_weights": len(model.weights),
+                    **({"digest": model.digest()} if digests else {}),
+                }
+                for name, model in self._models.items()
+            },
+            "last_step_ms": self._last_step_ms,
+        }
+
+
+def _kept_for_graphs() -> int:
+    """Bytes of this process's GPU that nothing but recorded steps can take, and that lie idle."""
+    return sum(
+        segment["total_size"] - segment["allocated_size"]
+        for segment in torch.cuda.memory_snapshot()
+        if tuple(segment["segment_pool_id"]) != (0, 0)
+    )
+
+
+def _conditioning_key(inputs: dict[str, Any]) -> bytes:
+    """Equal for requests that differ in nothing but what changes at every step."""
+
+    def by_name(value: Any) -> Any:
+        if isinstance(value, TensorRef):
+            return ["tensor", value.key]
+        if isinstance(value, dict):
+            return {name: by_name(item) for name, item in value.items()}
+        if isinstance(value, list):
+            return [by_name(item) for item in value]
+        return value
+
+    constant = {k: by_name(v) for k, v in inputs.items() if k not in PER_STEP_INPUTS}
+    return msgspec.msgpack.encode(constant)

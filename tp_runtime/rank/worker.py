@@ -1,0 +1,168 @@
+"""The process of one rank: joins the group, then serves requests until its channel ends.
+
+Forked by ``fork_server``, which has imported this module. Two threads: the main one receives
+requests and computes; the watcher only ends the process, whatever it is doing, when the engine's
+process is gone.
+"""
+
+import contextlib
+import logging
+import os
+import select
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+
+from .. import fault_points
+from ..config import WorkerConfig
+from ..errors import REFUSALS
+from ..wire.mirror import Mirror
+from ..wire.protocol import (
+    Close,
+    Denoise,
+    Done,
+    Failed,
+    Hold,
+    Piece,
+    Progress,
+    Ready,
+    Reply,
+    Request,
+    decode_request,
+    encode,
+)
+from ..wire.transport import Channel, wait
+from . import membership
+from .requests import Runner
+
+logger = logging.getLogger("tp_runtime.rank.worker")
+
+PARENT_CHECK_S = 1.0
+AWAKE_S = 0.02  # on a GPU: after an evaluation, the next may come as soon as this
+MAX_LOG_BYTES = 8 * 2**20
+KEPT_LOG_BYTES = 2**20
+
+
+def _watch(channel: Channel, parent_pid: int) -> None:
+    """Thread: end the process at once when nobody is left to answer to."""
+    status = 1
+    try:
+        stream = select.poll()
+        stream.register(channel, select.POLLRDHUP)
+        # A process that ComfyUI has forked may hold the stream open after ComfyUI's death.
+        while os.getppid() == parent_pid and not stream.poll(1000 * PARENT_CHECK_S):
+            _shorten_log()
+        logger.info("ending: nobody is left to answer to")
+        status = 0
+    except BaseException:
+        logger.exception("ending: the watcher failed")
+    finally:
+        # Not sys.exit: the main thread may be inside a collective that will never return.
+        os._exit(status)
+
+
+def _requests(channel: Channel, awake_s: float) -> Iterator[Request]:
+    """The requests as they come, until the stream ends.
+
+    Received by the thread that carries them out: handing each over would cost a fifth of a
+    millisecond, since a core that wakes up is slow. For the same reason it does not sleep in the
+    ``awake_s`` after an evaluation, when the next one is likely.
+    """
+    awake_until = 0.0
+    while not channel.ended:
+        if time.monotonic() < awake_until or wait([channel], PARENT_CHECK_S):
+            for frame in channel.receive():
+                request = decode_request(frame)
+                yield request
+                if awake_s and isinstance(request, Denoise):
+                    decode_request(frame)  # a rehearsal: the caches have forgotten how to do it
+                    awake_until = time.monotonic() + awake_s
+        else:
+            fault_points.reach("idle")
+
+
+def _shorten_log() -> None:
+    """Keep only the end of a log that has grown too long, whoever writes to it.
+
+    It is the standard output, and opened for appending.
+    """
+    size = os.fstat(1).st_size
+    if size > MAX_LOG_BYTES:
+        with open("/proc/self/fd/1", "r+b") as log:
+            log.seek(size - KEPT_LOG_BYTES)
+            end = log.read()
+            log.seek(0)
+            log.write(b"(what came before was too long)\n" + end)
+            log.truncate()
+
+
+def _serve(config: WorkerConfig, channel: Channel) -> None:
+    def send(reply: Reply) -> None:
+        # Without a reader on the other side, the watcher is about to end this process.
+        with contextlib.suppress(EOFError):
+            channel.send(encode(reply))
+
+    mirror = Mirror(config.exchange_fd) if config.mirrored else None
+    fault_points.reach("start")
+    device = membership.select_device(config)
+    with membership.tensor_parallel_group(config) as tp_world_size:
+        runner = Runner(config, device)
+        send(Ready(config.rank, tp_world_size, runner.device_name(), membership.versions()))
+        for request in _requests(channel, AWAKE_S if device.type == "cuda" else 0.0):
+            if isinstance(request, Close):
+                break
+            if isinstance(request, Piece):
+                assert mirror is not None, "this rank shares the engine's memory"
+                mirror.put(request)
+                continue
+            if mirror is not None and isinstance(request, Denoise | Hold):
+                mirror.grow(request.exchange_bytes)
+            call = request.call
+
+            def report_progress(done: int, total: int, call: int = call) -> None:
+                send(Progress(call, done, total))
+
+            try:
+                value = runner.handle(request, report_progress)
+                if mirror is not None and isinstance(request, Denoise):
+                    for piece in _results(config, request, mirror):
+                        send(piece)
+                send(Done(call, value))
+            except tuple(REFUSALS.values()) as error:
+                send(_failed(call, True, error))
+
+
+def _results(config: WorkerConfig, request: Denoise, mirror: Mirror) -> Iterator[Piece]:
+    """What this rank has written of the request's results."""
+    if config.tp_rank == 0 and config.batch_group < len(request.evaluations):
+        yield from mirror.pieces(request.evaluations[config.batch_group].result)
+
+
+def run(config: WorkerConfig, parent_pid: int) -> None:
+    """Be the rank until its channel, or the process ``parent_pid``, ends; returns on ``Close``."""
+    logging.basicConfig(
+        level=config.log_level,
+        format=f"%(asctime)s rank {config.rank} %(levelname)s %(name)s: %(message)s",
+    )
+    fault_points.watch(config.rank, config.fault_file)
+    channel = Channel.inherited(config.control_fd)
+    threading.Thread(target=_watch, args=(channel, parent_pid), daemon=True).start()
+    try:
+        _serve(config, channel)
+    except BaseException as error:
+        failed = _failed(-1, False, error)
+        logger.exception("rank %d failed", config.rank)
+        try:
+            channel.send(encode(failed))
+        except EOFError:
+            pass  # nobody is left to tell
+        finally:
+            # The other ranks may be inside a collective: the engine ends us all.
+            os._exit(1)
+
+
+def _failed(call: int, recoverable: bool, error: BaseException) -> Failed:
+    """The message about the error that is being handled."""
+    kind, trace = type(error).__name__, traceback.format_exc()
+    return Failed(call, recoverable, kind, str(error), trace, time.monotonic())

@@ -1,0 +1,185 @@
+"""``python -m tp_runtime doctor``: whether this machine can run models, and what to do if not.
+
+Looks at the Python that runs the ranks through ``probe``, which runs there, and at this machine.
+Starts no group and changes nothing.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..config import PACKAGE, home, runtime_python
+
+# Versions that the ranks work with; the extra `runtime` of pyproject.toml has the same.
+REQUIREMENTS = {"vllm": ">=0.26,<=0.32.0", "diffusers": ">=0.42,<0.43"}
+OLDEST_PYTHON = (3, 11)  # of vLLM and diffusers; ComfyUI's own may be older
+SHARED_MEMORY_BYTES = 2**30  # NCCL's buffers between GPUs that cannot reach each other directly
+TIMEOUT_S = 180.0
+
+_PROBE = Path(__file__).with_name("probe.py")
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding. ``failed``: nothing runs; ``missing``: runs, but not well, or on the CPU only.
+
+    ``advice`` says what to do; it is empty where all is well.
+    """
+
+    name: str
+    status: Literal["ok", "missing", "failed"]
+    text: str
+    advice: str = ""
+
+    def as_dict(self) -> dict[str, str]:
+        """The finding as plain data."""
+        return asdict(self)
+
+
+def examine(python: str | None = None) -> list[Check]:
+    """Every check; takes some seconds. ``python``: of the ranks, by default the configured one.
+
+    Where that Python does not start, this is the only finding.
+    """
+    python = python or runtime_python()
+    try:
+        found = _probe(python)
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        return [
+            Check(
+                "Runtime Python",
+                "failed",
+                f"{python} does not run: {_one_line(error)}",
+                "Set TP_RUNTIME_PYTHON to a Python that has vllm and diffusers.",
+            )
+        ]
+    checks = [_python(python, found["python"])]
+    checks += [_package(python, name, package) for name, package in found["packages"].items()]
+    checks += _gpus(found)
+    checks += [_shared_memory(len(found.get("gpus", []))), _log_folder()]
+    return checks
+
+
+def _probe(python: str) -> dict[str, Any]:
+    """What ``probe`` finds. Raises OSError, SubprocessError, or ValueError for a strange answer."""
+    done = subprocess.run(
+        [python, "-"],
+        input=f"{_PROBE.read_text()}\nmain({REQUIREMENTS!r})\n",
+        capture_output=True,
+        text=True,
+        cwd="/",  # the first place that Python looks for modules in
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    if done.returncode:
+        last = done.stderr.strip().rpartition("\n")[2]
+        raise subprocess.SubprocessError(f"it ended with status {done.returncode}. {last}")
+    found: dict[str, Any] = json.loads(done.stdout.strip().rpartition("\n")[2])
+    return found
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, subprocess.TimeoutExpired):
+        return f"no answer in {TIMEOUT_S:g} s."
+    if isinstance(error, ValueError):
+        return "it does not behave like a Python."
+    if isinstance(error, OSError):
+        return f"{error.strerror}."
+    return " ".join(str(error).split())
+
+
+def _python(python: str, version: str) -> Check:
+    oldest = ".".join(map(str, OLDEST_PYTHON))
+    if tuple(map(int, version.split(".")[:2])) < OLDEST_PYTHON:
+        advice = f"Set TP_RUNTIME_PYTHON to Python {oldest} or newer."
+        return Check("Runtime Python", "failed", f"{python} is Python {version}.", advice)
+    return Check("Runtime Python", "ok", f"{python}, Python {version}")
+
+
+def _package(python: str, name: str, found: dict[str, Any]) -> Check:
+    install = f"Run: {python} -m pip install '{PACKAGE.parent}[runtime]'"
+    if found["error"]:
+        return Check(name, "failed", f"cannot be imported ({found['error']}).", install)
+    if not found["fits"]:
+        text = f"{found['version']} is outside {REQUIREMENTS[name]}."
+        return Check(name, "failed", text, install)
+    return Check(name, "ok", found["version"])
+
+
+def _gpus(found: dict[str, Any]) -> list[Check]:
+    if "gpus" not in found:  # there is no torch to ask
+        return []
+    gpus = found["gpus"]
+    if not gpus:
+        build = f"for CUDA {found['cuda_build']}" if found["cuda_build"] else "without CUDA"
+        return [
+            Check(
+                "GPUs",
+                "missing",
+                f"none visible to torch (built {build}): models run on the CPU, slowly.",
+                "For GPU use: install NVIDIA's driver, see that `nvidia-smi` lists the GPUs and "
+                "that CUDA_VISIBLE_DEVICES does not hide them, and use a CUDA build of torch.",
+            ),
+            Check("P2P and NCCL", "missing", "not checked: they need a GPU."),
+        ]
+    names = ", ".join(f"{gpu['name']} {gpu['total_bytes'] / _GIB:.0f} GiB" for gpu in gpus)
+    return [Check("GPUs", "ok", f"{len(gpus)}: {names}"), _p2p(found), _nccl(found)]
+
+
+def _p2p(found: dict[str, Any]) -> Check:
+    if len(found["gpus"]) == 1:
+        return Check("P2P", "ok", "not needed with one GPU")
+    if found["apart"]:
+        pairs = ", ".join(f"{first} and {second}" for first, second in found["apart"])
+        return Check(
+            "P2P",
+            "missing",
+            f"GPUs {pairs} do not reach each other directly: NCCL goes through the host's memory.",
+            "Right, but slower. In a virtual machine pass NVLink or peer access on; on bare metal "
+            "see whether the IOMMU or ACS is in the way.",
+        )
+    return Check("P2P", "ok", "every GPU reaches every other one")
+
+
+def _nccl(found: dict[str, Any]) -> Check:
+    if "nccl_error" in found:
+        return Check(
+            "NCCL",
+            "failed",
+            f"a sum over all GPUs failed ({found['nccl_error']}).",
+            "Run again with NCCL_DEBUG=INFO to see why; in a container, see that it has all GPUs "
+            "and a large /dev/shm.",
+        )
+    return Check("NCCL", "ok", f"{found['nccl']}, a sum over {len(found['gpus'])} GPUs is right")
+
+
+def _shared_memory(num_gpus: int) -> Check:
+    try:
+        free = shutil.disk_usage("/dev/shm").free
+    except OSError:
+        free = 0
+    text = f"{free / _GIB:.1f} GiB free in /dev/shm"
+    if free >= SHARED_MEMORY_BYTES:
+        return Check("Shared memory", "ok", text)
+    needed = "NCCL needs about 1 GiB there where GPUs do not reach each other directly"
+    advice = "In Docker: --shm-size=2g or --ipc=host; in Kubernetes: an emptyDir of medium Memory."
+    status: Literal["ok", "missing"] = "missing" if num_gpus != 1 else "ok"
+    return Check("Shared memory", status, f"{text}; {needed}.", advice)
+
+
+def _log_folder() -> Check:
+    folder = home()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    if writable:
+        return Check("Log folder", "ok", str(folder))
+    advice = "Set TP_RUNTIME_HOME to a folder of yours."
+    return Check("Log folder", "failed", f"{folder} cannot be written.", advice)
