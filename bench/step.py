@@ -1,8 +1,8 @@
-"""Measures one denoise step through the runtime; prints a table and writes its rows as JSON.
+"""Measures one evaluation through the runtime; prints a table and writes its rows as JSON.
 
     python -m bench.step --models z_image --tp 1 2 --sides 1024 --out bench/results
 
-Each row: the wall-clock time of `RemoteModel.denoise`, as ComfyUI sees it (request, transfer of
+Each row: the wall-clock time of `RemoteModel.evaluate`, as ComfyUI sees it (request, transfer of
 the latent from its device and back, step); `ms_hop`, what of it lies outside the slower rank, the
 median of a few more steps; `floor_ratio`, the time over the least that the model's products and
 attention take at the measured rate of a large matrix product, evenly split; `start_s` until the
@@ -101,7 +101,7 @@ def _time_steps(
     def milliseconds() -> float:
         fresh = _like_a_sampler(inputs)
         started = time.perf_counter()
-        result = remote.denoise(fresh)
+        result = remote.evaluate(fresh)
         if result.is_cuda:
             torch.cuda.synchronize()  # its way back is part of the step
         elapsed = 1000 * (time.perf_counter() - started)
@@ -117,7 +117,7 @@ def _time_steps(
     for _ in range(HOPS):  # apart, since asking the ranks wakes everybody up
         elapsed = milliseconds()
         ranks = runtime.reports()[0].ranks
-        hops.append(elapsed - max(rank["last_step_ms"] for rank in ranks))
+        hops.append(elapsed - max(rank["last_evaluation_ms"] for rank in ranks))
     return {
         "ms_median": round(statistics.median(times), 2),
         "ms_min": round(times[0], 2),

@@ -48,7 +48,7 @@ def calc_cond_batch(
         # A result for every place, of which those of absent conditions are zero.
         apart = Meeting().run(
             [functools.partial(alone, index) for index in present],
-            functools.partial(remote.denoise_all, poll=throw_exception_if_processing_interrupted),
+            functools.partial(remote.evaluate_all, poll=throw_exception_if_processing_interrupted),
         )
         results = [torch.zeros_like(x_in) for _ in conds]
         for index, of_one in zip(present, apart, strict=True):

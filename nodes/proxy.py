@@ -85,7 +85,7 @@ class RemoteDiffusionModel(torch.nn.Module):
         if meeting is not None:
             result = meeting.evaluate(inputs)
         else:
-            result = self.remote.denoise(
+            result = self.remote.evaluate(
                 inputs, poll=comfy.model_management.throw_exception_if_processing_interrupted
             )
         return result.to(device=x.device, dtype=x.dtype)

@@ -7,7 +7,7 @@ The only place where the package reads environment variables of its own:
 ``TP_RUNTIME_START_TIMEOUT``   seconds until a starting group, or before it the imports that it
                                waits for, is given up (default 300)
 ``TP_RUNTIME_CALL_TIMEOUT``    seconds until a computing group is given up (default 600);
-                               less in steps whose time is known (``step_times``)
+                               less in steps whose time is known (``evaluation_times``)
 ``TP_RUNTIME_HOST_RESERVE``    share of the host's memory that sleeping models leave free
                                (default 0.125)
 ``TP_RUNTIME_ATTENTION``       the ranks' attention on GPUs: auto (measured; the default), flash3,

@@ -6,7 +6,7 @@ once, leaves the moment (of the machine's monotonic clock, in seconds) in a file
 ends in ``.at``, and does what the fault says.
 
 Points: ``start`` (before the rank joins its group), ``load`` (the file is open), ``compile``
-(conditioning is new), ``denoise``, ``sleep``, ``unload``, ``idle`` (no request for a second).
+(conditioning is new), ``evaluate``, ``sleep``, ``unload``, ``idle`` (no request for a second).
 """
 
 import os

@@ -12,7 +12,7 @@ from support.paths import REPOSITORY
 PAGE = REPOSITORY / "docs/reliability.md"
 BEGIN, END = "<!-- faults -->\n", "<!-- end of faults -->\n"
 
-PHASES = ("start", "load", "compile", "denoise", "idle", "sleep", "unload")
+PHASES = ("start", "load", "compile", "evaluate", "idle", "sleep", "unload")
 CALL_TIMEOUT_S = 5.0  # in these tests
 START_TIMEOUT_S = 25.0
 
@@ -56,19 +56,19 @@ OTHERS = [
     Case("load", "the file is cut short", "GroupDiedError", FILE_S),
     Case("idle", "a rank dies, and a request comes at once", "works", START_TIMEOUT_S),
     Case("load", "a rank dies while others wait", "they work", START_TIMEOUT_S),
-    Case("denoise", "a rank dies while others wait", "they work", START_TIMEOUT_S),
+    Case("evaluate", "a rank dies while others wait", "they work", START_TIMEOUT_S),
     Case("sleep", "a rank dies while others wait", "they work", START_TIMEOUT_S),
     Case("unload", "a rank dies while others wait", "they work", START_TIMEOUT_S),
     Case("start", "a rank dies while others wait", "they work", START_TIMEOUT_S),
-    Case("denoise", "a rank's socket is lost", "GroupDiedError", 2.0),
-    Case("denoise", "no shared memory is left", "TPRuntimeError; the group stays", 1.0),
-    Case("denoise", "a rank sends garbage", "ProtocolError", 1.0),
-    Case("denoise", "a rank sends a frame of another version", "ProtocolError", 1.0),
-    Case("denoise", "a rank sends a frame that is too long", "ProtocolError", 1.0),
-    Case("denoise", "a rank sends an answer twice", "ProtocolError", 1.0),
+    Case("evaluate", "a rank's socket is lost", "GroupDiedError", 2.0),
+    Case("evaluate", "no shared memory is left", "TPRuntimeError; the group stays", 1.0),
+    Case("evaluate", "a rank sends garbage", "ProtocolError", 1.0),
+    Case("evaluate", "a rank sends a frame of another version", "ProtocolError", 1.0),
+    Case("evaluate", "a rank sends a frame that is too long", "ProtocolError", 1.0),
+    Case("evaluate", "a rank sends an answer twice", "ProtocolError", 1.0),
     Case("idle", "a rank receives garbage", "RankError", 1.0),
-    Case("denoise", "a rank logs without end", "works", 5.0),
-    Case("denoise", "the machine stands still", "works", 5.0),
+    Case("evaluate", "a rank logs without end", "works", 5.0),
+    Case("evaluate", "the machine stands still", "works", 5.0),
     Case("any", "a process with a group is killed", "the ranks end", 5.0),
     Case("any", "ComfyUI is killed", "the ranks end", 5.0),
 ]

@@ -23,7 +23,7 @@ from support.leaks import Footprint, assert_nothing_added
 from support.workflows import Sampling, tp_text_to_latent
 from tp_runtime.client.launch.group_folder import KEPT_FOLDERS
 
-PHASES = ("start", "load", "denoise", "idle", "sleep", "unload")
+PHASES = ("start", "load", "evaluate", "idle", "sleep", "unload")
 KILLS = int(os.environ.get("KILLS", len(PHASES)))
 pytestmark = [pytest.mark.comfy, pytest.mark.timeout(600 + 120 * KILLS)]
 
@@ -54,7 +54,7 @@ class Life:
             server.queue(tp_text_to_latent(MODELS[0]))
             wait_until(lambda: bool(server.children()), within_s=READY_S)
             time.sleep(random.uniform(0, START_S))
-        elif phase == "denoise":
+        elif phase == "evaluate":
             server.queue(tp_text_to_latent(MODELS[0], sampling=Sampling(steps=5000)))
             server.events.wait_for(
                 "progress", lambda event: event.data["max"] == 5000, timeout_s=READY_S

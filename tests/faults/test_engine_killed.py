@@ -37,7 +37,7 @@ def live():
     model.ensure_loaded()
     print("up", flush=True)
     while True:
-        model.denoise(make_inputs())
+        model.evaluate(make_inputs())
         model.sleep()
         model.ensure_loaded()
 

@@ -38,7 +38,7 @@ ACTIONS = {
     "a GPU is out of memory": "out of memory",
     "a rank is late": "delay",
 }
-DOING = {"start": "start", "compile": "Denoise", "idle": None}
+DOING = {"start": "start", "compile": "Evaluate", "idle": None}
 WORDS = {
     "die": r"Rank 1 \(process \d+\) was killed by signal 9",
     "stop": r"Ranks \[(0, )?1\] gave no sign of life for",
@@ -67,7 +67,7 @@ class Bench:
     def works(self) -> None:
         self.model.ensure_loaded()
         inputs = make_inputs(seed=5)
-        assert torch.equal(self.model.denoise(inputs), inputs["x"] * 2 + inputs["context"].sum())
+        assert torch.equal(self.model.evaluate(inputs), inputs["x"] * 2 + inputs["context"].sum())
 
     def start(self) -> None:
         self.model._group.close()
@@ -78,10 +78,10 @@ class Bench:
         RemoteModel(spec, self.model._group, self.model._records).ensure_loaded()
 
     def compile(self) -> None:
-        self.model.denoise(make_inputs(16 + 2 * next(self._numbers)))
+        self.model.evaluate(make_inputs(16 + 2 * next(self._numbers)))
 
-    def denoise(self) -> None:
-        self.model.denoise(make_inputs())
+    def evaluate(self) -> None:
+        self.model.evaluate(make_inputs())
 
     def sleep(self) -> None:
         self.model.sleep()  # which has nobody to tell of an error
@@ -99,7 +99,7 @@ class Bench:
             time.sleep(0.01)
         if engine.error is not None:
             raise engine.error
-        self.denoise()  # a rank that has stopped is not noticed before
+        self.evaluate()  # a rank that has stopped is not noticed before
 
 
 @pytest.fixture(scope="module")

@@ -35,8 +35,8 @@ from tp_runtime.client import (
     RemoteModel,
     Runtime,
     TPRuntimeError,
+    evaluation_times,
 )
-from tp_runtime.client import step_deadlines as step_times
 from tp_runtime.client.engine import Engine
 from tp_runtime.client.rank_processes import State
 from tp_runtime.rank.worker import MAX_LOG_BYTES
@@ -72,7 +72,7 @@ def ordered(**order: Any) -> dict[str, Any]:
 def works(model: RemoteModel) -> None:
     model.ensure_loaded()
     inputs = make_inputs(seed=5)
-    assert torch.equal(model.denoise(inputs), inputs["x"] * 2 + inputs["context"].sum())
+    assert torch.equal(model.evaluate(inputs), inputs["x"] * 2 + inputs["context"].sum())
 
 
 @contextmanager
@@ -109,10 +109,10 @@ def test_no_shared_memory_is_left(model: RemoteModel, observe: Observe) -> None:
     """The group is as before: nothing was sent."""
     works(model)
     engine = engine_of(model)
-    with timed(observe, case("denoise", "no shared memory is left")):
+    with timed(observe, case("evaluate", "no shared memory is left")):
         with limited(resource.RLIMIT_FSIZE, engine._sender.exchange.size):
             with pytest.raises(TPRuntimeError, match="bytes of shared memory are not to be had"):
-                model.denoise(make_inputs(512))
+                model.evaluate(make_inputs(512))
     works(model)
     assert engine_of(model) is engine
 
@@ -136,10 +136,10 @@ def test_a_rank_logs_without_end(model: RemoteModel, observe: Observe) -> None:
     works(model)
     log = engine_of(model).ranks[0].log_path
     text = "x" * (MAX_LOG_BYTES + 2**20)
-    with timed(observe, case("denoise", "a rank logs without end")):
+    with timed(observe, case("evaluate", "a rank logs without end")):
         for part in range(0, len(text), 4 * 2**20):
-            model.denoise(ordered(rank=0, print=text[part : part + 4 * 2**20]))
-        model.denoise(ordered(rank=0, print="the end"))
+            model.evaluate(ordered(rank=0, print=text[part : part + 4 * 2**20]))
+        model.evaluate(ordered(rank=0, print="the end"))
         wait_until(lambda: log.stat().st_size < MAX_LOG_BYTES // 2, within_s=5)
     assert log.read_text().startswith("(what came before was too long)")
     assert "the end" in engine_of(model).ranks[0].log_tail()
@@ -175,9 +175,9 @@ def test_a_rank_sends_what_it_must_not(
     works(model)
     engine = engine_of(model)
     frame, words = FRAMES[fault]
-    with timed(observe, case("denoise", fault)):
+    with timed(observe, case("evaluate", fault)):
         with pytest.raises(ProtocolError, match=words):
-            model.denoise(ordered(rank=1, send=frame))
+            model.evaluate(ordered(rank=1, send=frame))
     assert engine.state is State.FAILED
     assert words in caplog.text
     works(model)
@@ -197,12 +197,12 @@ def test_a_rank_receives_garbage(model: RemoteModel, observe: Observe) -> None:
 def test_a_socket_is_lost(model: RemoteModel, observe: Observe) -> None:
     works(model)
     engine = engine_of(model)
-    with ThreadPoolExecutor(1) as pool, timed(observe, case("denoise", "a rank's socket is lost")):
-        denoising = pool.submit(model.denoise, ordered(sleep_s=20))
+    with ThreadPoolExecutor(1) as pool, timed(observe, case("evaluate", "a rank's socket is lost")):
+        evaluating = pool.submit(model.evaluate, ordered(sleep_s=20))
         wait_until(lambda: engine.state is State.BUSY)
         time.sleep(0.2)  # what has not reached every rank would be done on a new group
         engine.ranks[1].channel._stream.shutdown(socket.SHUT_RDWR)
-        error = denoising.exception(timeout=10)
+        error = evaluating.exception(timeout=10)
     assert type(error) is GroupDiedError
     assert "Rank 1 " in str(error)
     works(model)
@@ -211,7 +211,7 @@ def test_a_socket_is_lost(model: RemoteModel, observe: Observe) -> None:
 # --- deaths that nobody has seen yet -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", ["ensure_loaded", "denoise"])
+@pytest.mark.parametrize("what", ["ensure_loaded", "evaluate"])
 def test_a_request_comes_right_after_a_death(
     model: RemoteModel, observe: Observe, what: str
 ) -> None:
@@ -224,10 +224,10 @@ def test_a_request_comes_right_after_a_death(
         assert rank.ended(timeout_s=5.0)
         assert engine.state is State.READY
     with timed(observe, case("idle", "a rank dies, and a request comes at once")):
-        if what == "denoise":
+        if what == "evaluate":
             inputs = make_inputs(seed=6)
             expected = inputs["x"] * 2 + inputs["context"].sum()
-            assert torch.equal(model.denoise(inputs), expected)
+            assert torch.equal(model.evaluate(inputs), expected)
         else:
             works(model)
     assert engine_of(model) is not engine
@@ -237,14 +237,14 @@ def test_a_hang_is_noticed_by_the_models_own_step_time(
     model: RemoteModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Long before the time-out of a request, which is 60 s here."""
-    monkeypatch.setattr(step_times, "FLOOR_S", 1.0)
+    monkeypatch.setattr(evaluation_times, "FLOOR_S", 1.0)
     works(model)
-    for _ in range(step_times.FIRST_STEPS + 1):
-        model.denoise(make_inputs())
+    for _ in range(evaluation_times.FIRST_EVALUATIONS + 1):
+        model.evaluate(make_inputs())
     os.kill(engine_of(model).ranks[1].pid, SIGSTOP)
     began = time.monotonic()
     with pytest.raises(CallTimeoutError, match=r"Ranks \[1\] gave no sign of life"):
-        model.denoise(make_inputs())
+        model.evaluate(make_inputs())
     assert time.monotonic() - began < 30
     works(model)
 
@@ -262,7 +262,7 @@ model = Runtime().model(ModelSpec.of({file!r}, "float32", "float32"), config)
 model.ensure_loaded()
 print(*[rank.pid for rank in model._group.engine.ranks], flush=True)
 inputs = make_inputs() | {{"transformer_options": {{"sleep_s": 2.0}}}}
-result = model.denoise(inputs)
+result = model.evaluate(inputs)
 print((result == inputs["x"] * 2 + inputs["context"].sum()).all().item(), flush=True)
 """
 
@@ -280,7 +280,7 @@ def test_the_machine_stands_still(python: str, tiny_z_image: Path, observe: Obse
         for pid in pids:
             os.kill(pid, SIGSTOP)
         time.sleep(8.0)
-        with timed(observe, case("denoise", "the machine stands still")):
+        with timed(observe, case("evaluate", "the machine stands still")):
             for pid in pids:
                 os.kill(pid, SIGCONT)
                 time.sleep(0.5)
@@ -313,7 +313,7 @@ def same_as_native(model: RemoteModel) -> None:
             inputs["x"], inputs["timesteps"], inputs["context"], num_tokens=20
         )
     model.ensure_loaded()
-    assert (model.denoise(inputs) - expected).norm() / expected.norm() < 2e-6
+    assert (model.evaluate(inputs) - expected).norm() / expected.norm() < 2e-6
 
 
 @contextmanager
@@ -368,7 +368,7 @@ def test_memory_runs_out_in_mid_forward(faults: Path, tiny_z_image: Path) -> Non
     model = runtime.model(spec, cpu_group(2))
     model.ensure_loaded()
     put(faults, rank=1, point="compile", action="allocate")
-    with pytest.raises(RankMemoryError, match=r"Rank 1 ran out of memory .* during 'Denoise'"):
-        model.denoise(make_inputs())
+    with pytest.raises(RankMemoryError, match=r"Rank 1 ran out of memory .* during 'Evaluate'"):
+        model.evaluate(make_inputs())
     same_as_native(model)
     runtime.release()

@@ -37,7 +37,7 @@ def model(runtime: Runtime, tiny_z_image: Path) -> RemoteModel:
     """On two real ranks; evaluated once."""
     model = runtime.model(ModelSpec.of(str(tiny_z_image), "float32", "float32"), cpu_group(2))
     model.ensure_loaded()
-    model.denoise(make_inputs())
+    model.evaluate(make_inputs())
     return model
 
 
@@ -80,7 +80,7 @@ def listening(model: RemoteModel) -> list[tuple[str, int]]:
 def test_a_stranger_who_calls_the_collectives_does_no_harm(model: RemoteModel) -> None:
     """Whatever it sends there, while they work and afterwards; the numbers are as before."""
     inputs = make_inputs(seed=4)
-    expected = model.denoise(inputs)
+    expected = model.evaluate(inputs)
     ranks = ranks_of(model)
     addresses = listening(model)
     assert addresses
@@ -91,10 +91,10 @@ def test_a_stranger_who_calls_the_collectives_does_no_harm(model: RemoteModel) -
         strangers.append(stranger)
         with contextlib.suppress(ConnectionError):
             stranger.sendall(data)
-        assert torch.equal(model.denoise(inputs), expected)
+        assert torch.equal(model.evaluate(inputs), expected)
     for stranger in strangers:
         stranger.close()
-    assert torch.equal(model.denoise(inputs), expected)
+    assert torch.equal(model.evaluate(inputs), expected)
     assert ranks_of(model) is ranks
 
 
@@ -169,10 +169,10 @@ def test_logs_hold_no_prompt(
     model.ensure_loaded()
     ranks = ranks_of(model)
     inputs = make_inputs() | {"transformer_options": {"text": SECRET}}
-    model.denoise(inputs)
+    model.evaluate(inputs)
     inputs["transformer_options"] |= {"rank": 1, "raise": "an error"}
     with pytest.raises(RankError):
-        model.denoise(inputs)
+        model.evaluate(inputs)
     text = caplog.text + "".join(rank.log_path.read_text() for rank in ranks)
     assert "an error" in text
     assert SECRET not in text

@@ -116,7 +116,7 @@ class Soak:
 
     def fault_in_a_step(self) -> str:
         action = self.random.choices(list(ERRORS), [1, 1, 1, 0.5])[0]
-        put(self.faults, rank=self.random.randrange(2), point="denoise", action=action)
+        put(self.faults, rank=self.random.randrange(2), point="evaluate", action=action)
         assert self.check(self.prompt(), ERRORS[action]) == ERRORS[action]
         assert not self.faults.exists()
         return action

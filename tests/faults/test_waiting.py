@@ -69,7 +69,7 @@ def engine_of(model: RemoteModel) -> Engine:
 def right(model: RemoteModel) -> bool:
     """Whether an evaluation, of what may have been loaded long ago, is right."""
     inputs = make_inputs(seed=6)
-    return torch.equal(model.denoise(inputs), inputs["x"] * 2 + inputs["context"].sum())
+    return torch.equal(model.evaluate(inputs), inputs["x"] * 2 + inputs["context"].sum())
 
 
 def kill_unnoticed(model: RemoteModel) -> None:
@@ -89,7 +89,7 @@ def load_another(model: RemoteModel) -> None:
 # The request that fails; `sleep` has nobody to tell of it.
 REQUESTS: dict[str, Callable[[RemoteModel], object]] = {
     "load": load_another,
-    "denoise": lambda model: model.denoise(make_inputs()),
+    "evaluate": lambda model: model.evaluate(make_inputs()),
     "sleep": lambda model: model.sleep(),
     "unload": lambda model: engine_of(model).unload(model.name),
 }
@@ -176,14 +176,14 @@ def test_a_rank_dies_in_a_request_that_was_given_up(
     starts.clear()
     os.kill(engine.ranks[1].pid, SIGSTOP)
     with pytest.raises(Interrupted):
-        model.denoise(make_inputs(), interrupt)
+        model.evaluate(make_inputs(), interrupt)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(right, model)
         time.sleep(0.2)
         assert not waiting.done()
         engine.ranks[1].kill()
         assert waiting.result(ANSWER_S)
-    assert "during 'Denoise'" in str(engine.error)
+    assert "during 'Evaluate'" in str(engine.error)
     assert starts == [engine_of(model)]
 
 

@@ -55,9 +55,9 @@ def test_ranks_on_one_gpu(load: Load, tmp_path: Path, family: str, ranks: int) -
     torch.save({"float32": inputs, "bfloat16": rounded}, tmp_path / "inputs.pt")
     found = results_of(tmp_path, ranks)
     reference = load(path, device="cpu")
-    written = load(path, optimize="off").denoise(inputs)
+    written = load(path, optimize="off").evaluate(inputs)
     assert max(relative_error(one, written) for one in found["float32"]) <= FP32_TOLERANCE
-    expected = reference.denoise({name: value.float() for name, value in rounded.items()})
-    allowed = relative_error(load(path, "bfloat16", "off").denoise(rounded), expected)
+    expected = reference.evaluate({name: value.float() for name, value in rounded.items()})
+    allowed = relative_error(load(path, "bfloat16", "off").evaluate(rounded), expected)
     # Each rank's part of a sum is rounded for itself, as it is with any all-reduce.
     assert max(relative_error(one, expected) for one in found["bfloat16"]) <= 1.25 * allowed

@@ -52,7 +52,7 @@ def on_rank(runtime: Runtime, model: RemoteModel, *, digests: bool = False) -> d
 def test_fp32(load: Load, files: dict[str, Path], family: str, batch: int) -> None:
     inputs = make_inputs(family, batch=batch)
     expected, *_ = written = steps(load(files[family], optimize="off"), inputs)
-    on_cpu = load(files[family], device="cpu").denoise(inputs)
+    on_cpu = load(files[family], device="cpu").evaluate(inputs)
     assert relative_error(expected, on_cpu) <= DEVICE_TOLERANCE
     for found in written + steps(load(files[family]), inputs):
         assert relative_error(found, expected) <= FP32_TOLERANCE
@@ -63,7 +63,7 @@ def test_bf16_is_as_exact_as_written(load: Load, files: dict[str, Path], family:
     """As written is ComfyUI's arithmetic, operation by operation; fused, no more is lost."""
     inputs = in_dtype(make_inputs(family), torch.bfloat16)
     whole = {name: value.float() for name, value in inputs.items()}
-    expected = load(files[family], device="cpu").denoise(whole)
+    expected = load(files[family], device="cpu").evaluate(whole)
     written, *_ = steps(load(files[family], "bfloat16", "off"), inputs)
     allowed = relative_error(written, expected)
     assert 1e-4 < allowed < 3e-2
@@ -78,9 +78,9 @@ def test_inputs_on_the_gpu(load: Load, files: dict[str, Path]) -> None:
     expected = steps(model, inputs)[-1]
     for seed in range(3):
         there = {name: value.cuda() for name, value in inputs.items()}
-        assert torch.equal(model.denoise(there).cpu(), expected)
+        assert torch.equal(model.evaluate(there).cpu(), expected)
         changed = there | {"context": there["context"] + seed + 1}
-        assert not torch.equal(model.denoise(changed).cpu(), expected)
+        assert not torch.equal(model.evaluate(changed).cpu(), expected)
 
 
 def test_more_shapes_than_are_kept(runtime: Runtime, load: Load, files: dict[str, Path]) -> None:
@@ -91,7 +91,7 @@ def test_more_shapes_than_are_kept(runtime: Runtime, load: Load, files: dict[str
     for _ in range(3):
         for height in sizes:
             inputs = make_inputs("z_image", height)
-            expected = written.denoise(inputs)
+            expected = written.evaluate(inputs)
             for found in steps(model, inputs):
                 assert relative_error(found, expected) <= FP32_TOLERANCE
         allocated.append(on_rank(runtime, model)["memory"]["allocated_bytes"])
@@ -141,13 +141,13 @@ def test_lora(runtime: Runtime, load: Load, files: dict[str, Path], family: str)
         for one in (written, model):
             one.patch(strength, patches_of(one, strength))
             one.ensure_loaded()
-        expected, found = written.denoise(inputs), model.denoise(inputs)
+        expected, found = written.evaluate(inputs), model.evaluate(inputs)
         assert relative_error(expected, plain) > 0.01
         assert relative_error(found, expected) <= FP32_TOLERANCE
     for one in (written, model):
         one.patch(None, {})
         one.ensure_loaded()
-    assert torch.equal(model.denoise(inputs), plain)
+    assert torch.equal(model.evaluate(inputs), plain)
     assert on_rank(runtime, model, digests=True)["model"]["digest"] == before
 
 
@@ -159,8 +159,8 @@ def test_fp8(
     path = write_fp8(files[family], tmp_path / "fp8.safetensors", layout)
     weight_dtype = "float8_e4m3fn" if layout == "plain" else "float32"
     inputs = make_inputs(family)
-    expected = load(path, optimize="off", weight_dtype=weight_dtype).denoise(inputs)
-    on_cpu = load(path, device="cpu", weight_dtype=weight_dtype).denoise(inputs)
+    expected = load(path, optimize="off", weight_dtype=weight_dtype).evaluate(inputs)
+    on_cpu = load(path, device="cpu", weight_dtype=weight_dtype).evaluate(inputs)
     assert relative_error(expected, on_cpu) <= DEVICE_TOLERANCE
     for found in steps(load(path, weight_dtype=weight_dtype), inputs):
         assert relative_error(found, expected) <= FP32_TOLERANCE
@@ -181,9 +181,9 @@ def test_cancel(load: Load, files: dict[str, Path]) -> None:
         inputs, others = make_inputs("flux", height), make_inputs("flux", height + 8)
         for _ in range(3):
             try:
-                model.denoise(inputs, poll=cancel)
+                model.evaluate(inputs, poll=cancel)
             except _Cancelled:
-                found = model.denoise(others)
-                assert relative_error(found, written.denoise(others)) <= FP32_TOLERANCE
-        found = model.denoise(inputs)
-        assert relative_error(found, written.denoise(inputs)) <= FP32_TOLERANCE
+                found = model.evaluate(others)
+                assert relative_error(found, written.evaluate(others)) <= FP32_TOLERANCE
+        found = model.evaluate(inputs)
+        assert relative_error(found, written.evaluate(inputs)) <= FP32_TOLERANCE

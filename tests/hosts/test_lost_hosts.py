@@ -36,10 +36,10 @@ def whole(cluster: Cluster) -> Cluster:
 def lose(how: Callable[[], None], model: RemoteModel, faults: Path) -> tuple[str, float]:
     """A host is lost while its rank is at a step: the error, and the seconds to the failure."""
     model.ensure_loaded()
-    model.denoise(make_inputs())
+    model.evaluate(make_inputs())
     engine = model._group.engine
     assert engine is not None
-    put(faults, rank=1, point="denoise", action="delay", delay_s=300.0)
+    put(faults, rank=1, point="evaluate", action="delay", delay_s=300.0)
     lost_s: list[float] = []
     failed_s: list[float] = []
 
@@ -51,7 +51,7 @@ def lose(how: Callable[[], None], model: RemoteModel, faults: Path) -> tuple[str
             failed_s.append(time.monotonic())
 
     with pytest.raises(GroupDiedError) as caught:
-        model.denoise(make_inputs(), poll)
+        model.evaluate(make_inputs(), poll)
     message = str(caught.value)
     noticed_after_s = failed_s[0] - lost_s[0]
     raised_after_s = time.monotonic() - failed_s[0]
@@ -65,7 +65,7 @@ def assert_works_on_what_is_left(cluster: Cluster, model_on: ModelOn) -> None:
     """One rank is enough for the next prompt; two are said to be too many."""
     one = model_on(1)
     one.ensure_loaded()
-    one.denoise(make_inputs())
+    one.evaluate(make_inputs())
     assert [len(host.ranks()) for host in cluster.hosts] == [1, 0]
     one._group.close()
     with pytest.raises(GroupStartError, match=r"2 CPU cores were asked for, .* has 1, "):
@@ -75,7 +75,7 @@ def assert_works_on_what_is_left(cluster: Cluster, model_on: ModelOn) -> None:
 def test_killed(faults: Path, whole: Cluster, model_on: ModelOn) -> None:
     far = whole.hosts[1]
     message, seconds = lose(far.kill, model_on(2), faults)
-    assert re.search(rf"Rank 1 \(process \d+ on {far.address}\) .+ during 'Denoise'", message)
+    assert re.search(rf"Rank 1 \(process \d+ on {far.address}\) .+ during 'Evaluate'", message)
     assert seconds <= KILLED_BOUND_S
     assert_works_on_what_is_left(whole, model_on)
 
@@ -88,7 +88,7 @@ def test_cut_off(faults: Path, whole: Cluster, model_on: ModelOn) -> None:
     message, seconds = lose(far.cut_off, model, faults)
     assert re.search(
         rf"Rank 1 \(process \d+ on {far.address}\) was not heard of for {SILENCE_S} s: its host is "
-        "down, or cut off from the network during 'Denoise'",
+        "down, or cut off from the network during 'Evaluate'",
         message,
     )
     assert seconds <= CUT_OFF_BOUND_S
@@ -99,5 +99,5 @@ def test_cut_off(faults: Path, whole: Cluster, model_on: ModelOn) -> None:
 def test_a_host_comes_back(faults: Path, whole: Cluster, model_on: ModelOn) -> None:
     model = model_on(2)
     model.ensure_loaded()
-    model.denoise(make_inputs())
+    model.evaluate(make_inputs())
     wait_until(lambda: [len(host.ranks()) for host in whole.hosts] == [1, 1])

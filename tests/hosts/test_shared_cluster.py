@@ -73,7 +73,7 @@ def test_strangers_while_a_group_starts(
     monkeypatch.setattr(ray_launcher, "Reception", Beset)
     model = model_of(servers[0], cluster, tiny_z_image)
     model.ensure_loaded()
-    model.denoise(make_inputs())
+    model.evaluate(make_inputs())
     assert len(strangers) == 3
     assert caplog.text.count("refused a connection from 10.77.0.1") == 3
     listening = [
@@ -97,8 +97,8 @@ def test_two_servers_and_no_room_for_a_third(
     for model in (one, other):
         model.ensure_loaded()
     assert len({*ranks_of(one), *ranks_of(other)}) == 4
-    first = one.denoise(make_inputs(seed=1))
-    assert first.equal(other.denoise(make_inputs(seed=1)))
+    first = one.evaluate(make_inputs(seed=1))
+    assert first.equal(other.evaluate(make_inputs(seed=1)))
 
     third = Runtime()
     with pytest.raises(
@@ -120,8 +120,8 @@ def test_two_servers_and_no_room_for_a_third(
     thread.start()
     waiting.ensure_loaded()
     thread.join()
-    assert first.equal(waiting.denoise(make_inputs(seed=1)))
-    assert first.equal(one.denoise(make_inputs(seed=1)))
+    assert first.equal(waiting.evaluate(make_inputs(seed=1)))
+    assert first.equal(one.evaluate(make_inputs(seed=1)))
     third.release()
 
 
@@ -157,15 +157,15 @@ def test_a_rank_that_raises(
     one, other = (model_of(runtime, cluster, tiny_z_image) for runtime in servers)
     one.ensure_loaded()
     other.ensure_loaded()
-    put(faults, rank=1, point="denoise", action="raise")
-    with pytest.raises(RankError, match=r"Rank 1 raised RuntimeError during 'Denoise'") as caught:
-        one.denoise(make_inputs())
+    put(faults, rank=1, point="evaluate", action="raise")
+    with pytest.raises(RankError, match=r"Rank 1 raised RuntimeError during 'Evaluate'") as caught:
+        one.evaluate(make_inputs())
     log = Path(str(caught.value).rpartition("Log: ")[2])
-    assert "RuntimeError: a fault at 'denoise', as a test asked" in log.read_text()
+    assert "RuntimeError: a fault at 'evaluate', as a test asked" in log.read_text()
     assert log.stat().st_mode & 0o777 == 0o600
-    other.denoise(make_inputs())
+    other.evaluate(make_inputs())
     one.ensure_loaded()
-    one.denoise(make_inputs())
+    one.evaluate(make_inputs())
 
 
 def test_a_rank_that_is_killed(
@@ -178,5 +178,5 @@ def test_a_rank_that_is_killed(
     os.kill(before[1], 9)
     wait_until(lambda: engine is not None and not engine.is_up())
     model.ensure_loaded()
-    model.denoise(make_inputs())
+    model.evaluate(make_inputs())
     assert set(ranks_of(model)).isdisjoint(before)

@@ -34,7 +34,7 @@ def test_the_numbers_are_comfyuis(
         inputs = make_inputs(height, seed=seed)
         with torch.inference_mode():
             expected = native(inputs["x"], inputs["timesteps"], inputs["context"], num_tokens=20)
-        assert relative_error(model.denoise(inputs), expected) <= FP32_TOLERANCE
+        assert relative_error(model.evaluate(inputs), expected) <= FP32_TOLERANCE
     (report,) = runtime.reports()
     assert [rank["tp_world_size"] for rank in report.ranks] == [2, 2]
 

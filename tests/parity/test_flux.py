@@ -104,7 +104,7 @@ def in_fp32(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def assert_equal_to_native(path: Path, remote: Remote, tp_size: int, inputs: Any) -> None:
-    found = remote(path, tp_size).denoise(inputs)
+    found = remote(path, tp_size).evaluate(inputs)
     assert relative_error(found, native(path, inputs)) <= FP32_TOLERANCE
 
 
@@ -127,7 +127,7 @@ def test_bf16_is_as_close_as_comfyui(checkpoint: Path, remote: Remote, tp_size: 
     for case in CASES.values():
         inputs = make_inputs(**case, dtype=torch.bfloat16)
         comfy = native(checkpoint, inputs, torch.bfloat16)
-        found = remote(checkpoint, tp_size, torch.bfloat16).denoise(inputs)
+        found = remote(checkpoint, tp_size, torch.bfloat16).evaluate(inputs)
         assert found.dtype == torch.bfloat16
         ours += relative_error(found, comfy) ** 2
         theirs += relative_error(comfy, native(checkpoint, in_fp32(inputs))) ** 2
@@ -155,8 +155,8 @@ def test_schnell_has_no_use_for_guidance(tmp_path: Path, remote: Remote) -> None
     path = write_flux(tmp_path / "schnell.safetensors", FluxSize(guidance=False))
     inputs = make_inputs()
     assert_equal_to_native(path, remote, 2, inputs)
-    guided = remote(path, 2).denoise(inputs)
-    assert torch.equal(guided, remote(path, 2).denoise(make_inputs(without=("guidance",))))
+    guided = remote(path, 2).evaluate(inputs)
+    assert torch.equal(guided, remote(path, 2).evaluate(make_inputs(without=("guidance",))))
 
 
 @pytest.mark.parametrize("channels", [32, 96], ids=["canny and depth", "fill"])
@@ -170,7 +170,7 @@ def test_models_with_concatenated_latents(tmp_path: Path, remote: Remote, channe
 def test_todays_names_of_the_norms(checkpoint: Path, tmp_path: Path, remote: Remote) -> None:
     renamed = write_flux(tmp_path / "renamed.safetensors", FluxSize(norm_name="weight"))
     inputs = make_inputs()
-    found = remote(renamed, 2).denoise(inputs)
+    found = remote(renamed, 2).evaluate(inputs)
     assert relative_error(found, native(checkpoint, inputs)) <= FP32_TOLERANCE
 
 
@@ -207,5 +207,5 @@ def test_inputs_that_do_not_fit_are_refused(
 ) -> None:
     inputs = make_inputs()
     with pytest.raises(InputError, match=words):
-        remote(checkpoint, 2).denoise(inputs | change)
+        remote(checkpoint, 2).evaluate(inputs | change)
     assert_equal_to_native(checkpoint, remote, 2, inputs)

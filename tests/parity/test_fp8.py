@@ -56,7 +56,7 @@ def test_plain(runtime: Runtime, tmp_path: Path, family: str, dtype: torch.dtype
     whole = write(tmp_path / "whole.safetensors")
     path = write_fp8(whole, tmp_path / "plain.safetensors", "plain", dtype)
     model = remote(runtime, path, dtype)
-    assert relative_error(model.denoise(inputs), native(native_fp8(path, dtype), inputs)) <= (
+    assert relative_error(model.evaluate(inputs), native(native_fp8(path, dtype), inputs)) <= (
         FP32_TOLERANCE
     )
     assert max(model.loaded_bytes()) < 0.6 * path.stat().st_size  # one byte an element
@@ -70,7 +70,9 @@ def test_with_scales(runtime: Runtime, tmp_path: Path, family: str, layout: Fp8L
     whole = write(tmp_path / "whole.safetensors")
     path = write_fp8(whole, tmp_path / "quantised.safetensors", layout)
     model = remote(runtime, path)
-    assert relative_error(model.denoise(inputs), native(native_fp8(path), inputs)) <= FP32_TOLERANCE
+    assert (
+        relative_error(model.evaluate(inputs), native(native_fp8(path), inputs)) <= FP32_TOLERANCE
+    )
     assert max(model.loaded_bytes()) < 0.6 * path.stat().st_size
 
 
@@ -81,8 +83,8 @@ def test_todays_layers_say_their_own_format(runtime: Runtime, tmp_path: Path) ->
     whole = write(tmp_path / "whole.safetensors")
     older = write_fp8(whole, tmp_path / "mixed.safetensors", "mixed")
     newer = write_fp8(whole, tmp_path / "newer.safetensors", "comfy_quant")
-    expected = remote(runtime, older).denoise(inputs)
-    assert torch.equal(remote(runtime, newer).denoise(inputs), expected)
+    expected = remote(runtime, older).evaluate(inputs)
+    assert torch.equal(remote(runtime, newer).evaluate(inputs), expected)
 
 
 @pytest.mark.process
@@ -91,7 +93,7 @@ def test_a_fused_layer_of_which_a_part_is_not_quantised(runtime: Runtime, tmp_pa
     whole = write(tmp_path / "whole.safetensors")
     keep = {"transformer_blocks.0.attn.to_k", "transformer_blocks.1.img_mlp.net.2", "img_in"}
     path = write_fp8(whole, tmp_path / "mixed.safetensors", "mixed", keep=keep)
-    found = remote(runtime, path).denoise(inputs)
+    found = remote(runtime, path).evaluate(inputs)
     assert relative_error(found, native(native_fp8(path), inputs)) <= FP32_TOLERANCE
 
 
@@ -99,7 +101,7 @@ def test_a_fused_layer_of_which_a_part_is_not_quantised(runtime: Runtime, tmp_pa
 def test_padded_heads(runtime: Runtime, tmp_path: Path) -> None:
     write, inputs = FAMILIES["flux"]
     path = write_fp8(write(tmp_path / "a.safetensors"), tmp_path / "b.safetensors", "scaled")
-    found = remote(runtime, path, tp_size=5).denoise(inputs)
+    found = remote(runtime, path, tp_size=5).evaluate(inputs)
     assert relative_error(found, native(native_fp8(path), inputs)) <= FP32_TOLERANCE
 
 

@@ -60,7 +60,7 @@ def test_fp32(tmp_path: Path, remote: Remote, family: str, kind: str) -> None:
     inputs = FAMILIES[family][2]()
     expected = native(family, values, inputs)
     assert expected.std() > 0.1
-    assert relative_error(remote(path, 2).denoise(inputs), expected) <= FP32_TOLERANCE
+    assert relative_error(remote(path, 2).evaluate(inputs), expected) <= FP32_TOLERANCE
 
 
 @pytest.mark.parametrize("family", ["flux", "qwen_image"])
@@ -68,7 +68,7 @@ def test_padded_heads(tmp_path: Path, remote: Remote, family: str) -> None:
     """On five ranks, whose columns begin within a block."""
     path, values = write_both(tmp_path, family, "Q5_K")
     inputs = FAMILIES[family][2]()
-    found = remote(path, 5).denoise(inputs)
+    found = remote(path, 5).evaluate(inputs)
     assert relative_error(found, native(family, values, inputs)) <= FP32_TOLERANCE
 
 
@@ -77,5 +77,5 @@ def test_bf16(tmp_path: Path, remote: Remote, family: str) -> None:
     """The weights are rounded once, from what the blocks hold."""
     path, values = write_both(tmp_path, family, "Q5_1", prefix="model.diffusion_model.")
     inputs = FAMILIES[family][2](dtype=torch.bfloat16)
-    found, expected = (remote(p, 2, torch.bfloat16).denoise(inputs) for p in (path, values))
+    found, expected = (remote(p, 2, torch.bfloat16).evaluate(inputs) for p in (path, values))
     assert torch.equal(found, expected)

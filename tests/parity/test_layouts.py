@@ -31,7 +31,7 @@ def test_batches(
     checkpoint: Path, remote: Remote, tp_size: int, batch_groups: int, batch: int
 ) -> None:
     inputs = make_inputs(batch, 9, 8, 20)
-    found = remote(checkpoint, tp_size, batch_groups=batch_groups).denoise(inputs)
+    found = remote(checkpoint, tp_size, batch_groups=batch_groups).evaluate(inputs)
     assert_right(checkpoint, inputs, found)
 
 
@@ -40,7 +40,7 @@ def test_texts_of_different_lengths_at_once(
     checkpoint: Path, remote: Remote, tp_size: int, batch_groups: int
 ) -> None:
     wanted = [make_inputs(1, 9, 8, length) for length in (20, 33, 5)]
-    results = remote(checkpoint, tp_size, batch_groups=batch_groups).denoise_all(wanted)
+    results = remote(checkpoint, tp_size, batch_groups=batch_groups).evaluate_all(wanted)
     for inputs, found in zip(wanted, results, strict=True):
         assert_right(checkpoint, inputs, found)
 
@@ -50,7 +50,7 @@ def test_a_conditioning_may_change_groups(checkpoint: Path, remote: Remote) -> N
     model = remote(checkpoint, 1, batch_groups=2)
     first, second = make_inputs(1, 9, 8, 20), make_inputs(1, 9, 8, 33)
     for wanted in ([first, second], [second, first], [second]):
-        for inputs, found in zip(wanted, model.denoise_all(wanted), strict=True):
+        for inputs, found in zip(wanted, model.evaluate_all(wanted), strict=True):
             assert_right(checkpoint, inputs, found)
 
 

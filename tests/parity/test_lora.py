@@ -161,18 +161,18 @@ def test_apply_change_remove(
         tp_size = 5  # which pads its 24 heads
     remote = on_ranks(runtime, path, tp_size)
     before = digests(runtime, remote)
-    plain = remote.denoise(inputs)
+    plain = remote.evaluate(inputs)
     sets = make_patches(patcher, family)
 
     for first_strength in (0.8, -0.3):
         apply(patcher, remote, weights, [(sets[0][0], first_strength), sets[1]])
         expected = native(patcher, inputs)
         assert relative_error(expected, plain) > 0.01
-        assert relative_error(remote.denoise(inputs), expected) <= FP32_TOLERANCE
+        assert relative_error(remote.evaluate(inputs), expected) <= FP32_TOLERANCE
 
     assert digests(runtime, remote) != before
     remote.patch(None, {})
-    assert torch.equal(remote.denoise(inputs), plain)
+    assert torch.equal(remote.evaluate(inputs), plain)
     assert digests(runtime, remote) == before
 
 
@@ -185,14 +185,14 @@ def test_fp8(runtime: Runtime, weights: ModuleType, tmp_path: Path, layout: Fp8L
     patcher = native_patcher(path, plain_dtype)
     remote = on_ranks(runtime, path, 2, "float8_e4m3fn" if plain_dtype else "float32")
     before = digests(runtime, remote)
-    plain = remote.denoise(inputs)
+    plain = remote.evaluate(inputs)
     sets = make_patches(patcher, "flux")
     if layout == "scaled":  # ComfyUI holds the biases of such a file in fp8; we as they are stored
         sets[0] = ({k: v for k, v in sets[0][0].items() if k.endswith(".weight")}, 0.8)
     apply(patcher, remote, weights, sets)
     expected = native(patcher, inputs)
     assert relative_error(expected, plain) > 0.01
-    assert relative_error(remote.denoise(inputs), expected) <= FP32_TOLERANCE
+    assert relative_error(remote.evaluate(inputs), expected) <= FP32_TOLERANCE
     remote.patch(None, {})
     remote.ensure_loaded()
     assert digests(runtime, remote) == before
@@ -207,7 +207,7 @@ def test_a_change_of_strength_reads_and_sends_nothing(
     inputs = FAMILIES["z_image"][1]
     first, _ = make_patches(patcher, "z_image")
     apply(patcher, remote, weights, [first])
-    remote.denoise(inputs)
+    remote.evaluate(inputs)
     sent: list[str] = []
     send = Engine._send
 
@@ -222,8 +222,8 @@ def test_a_change_of_strength_reads_and_sends_nothing(
     monkeypatch.setattr(Engine, "_send", spy)
     path.unlink()  # the ranks must not read it
     apply(patcher, remote, weights, [(first[0], 0.1)])
-    assert relative_error(remote.denoise(inputs), native(patcher, inputs)) <= FP32_TOLERANCE
-    assert sent == ["Patch", "Denoise"]
+    assert relative_error(remote.evaluate(inputs), native(patcher, inputs)) <= FP32_TOLERANCE
+    assert sent == ["Patch", "Evaluate"]
 
 
 def test_patches_of_two_models_on_one_group(
@@ -239,12 +239,12 @@ def test_patches_of_two_models_on_one_group(
     sets = make_patches(found[0][0], "z_image")
     for patcher, remote in found:
         apply(patcher, remote, weights, sets)
-        assert relative_error(remote.denoise(inputs), native(patcher, inputs)) <= FP32_TOLERANCE
+        assert relative_error(remote.evaluate(inputs), native(patcher, inputs)) <= FP32_TOLERANCE
     found[0][1].patch(None, {})
-    found[0][1].denoise(inputs)
+    found[0][1].evaluate(inputs)
     patcher, remote = found[1]
     apply(patcher, remote, weights, [(sets[0][0], 0.2)])
-    assert relative_error(remote.denoise(inputs), native(patcher, inputs)) <= FP32_TOLERANCE
+    assert relative_error(remote.evaluate(inputs), native(patcher, inputs)) <= FP32_TOLERANCE
 
 
 def test_sleep_keeps_the_patches(runtime: Runtime, weights: ModuleType, tmp_path: Path) -> None:
@@ -252,11 +252,11 @@ def test_sleep_keeps_the_patches(runtime: Runtime, weights: ModuleType, tmp_path
     patcher, remote = native_patcher(path), on_ranks(runtime, path, 2)
     inputs = FAMILIES["z_image"][1]
     apply(patcher, remote, weights, make_patches(patcher, "z_image"))
-    expected = remote.denoise(inputs)
+    expected = remote.evaluate(inputs)
     remote.sleep()
     assert remote.loaded_bytes() == [0, 0]
     path.unlink()
-    assert torch.equal(remote.denoise(inputs), expected)
+    assert torch.equal(remote.evaluate(inputs), expected)
     assert min(remote.loaded_bytes()) > 0
 
 

@@ -89,7 +89,7 @@ def in_fp32(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def assert_equal_to_native(path: Path, remote: Remote, tp_size: int, inputs: Any) -> None:
-    found = remote(path, tp_size).denoise(inputs)
+    found = remote(path, tp_size).evaluate(inputs)
     assert relative_error(found, native(path, inputs)) <= FP32_TOLERANCE
 
 
@@ -112,7 +112,7 @@ def test_bf16_is_as_close_as_comfyui(checkpoint: Path, remote: Remote, tp_size: 
     for case in CASES.values():
         inputs = make_inputs(**case, dtype=torch.bfloat16)
         comfy = native(checkpoint, inputs, torch.bfloat16)
-        found = remote(checkpoint, tp_size, torch.bfloat16).denoise(inputs)
+        found = remote(checkpoint, tp_size, torch.bfloat16).evaluate(inputs)
         assert found.dtype == torch.bfloat16
         ours += relative_error(found, comfy) ** 2
         theirs += relative_error(comfy, native(checkpoint, in_fp32(inputs))) ** 2
@@ -137,8 +137,8 @@ def test_negative_index_puts_references_before_the_image(checkpoint: Path, remot
     """ComfyUI 0.3.75 does not know it: compared with what index gives."""
     inputs = make_inputs(**REFERENCES)
     model = remote(checkpoint, 2)
-    behind = model.denoise(inputs)
-    before = model.denoise(inputs | {"ref_latents_method": "negative_index"})
+    behind = model.evaluate(inputs)
+    before = model.evaluate(inputs | {"ref_latents_method": "negative_index"})
     assert relative_error(before, behind) > 1e-3
 
 
@@ -188,5 +188,5 @@ def test_inputs_that_do_not_fit_are_refused(
 ) -> None:
     inputs = make_inputs()
     with pytest.raises(InputError, match=words):
-        remote(checkpoint, 2).denoise(inputs | change)
+        remote(checkpoint, 2).evaluate(inputs | change)
     assert_equal_to_native(checkpoint, remote, 2, inputs)

@@ -56,7 +56,7 @@ def native(path: Path, inputs: dict[str, Any], dtype: torch.dtype) -> torch.Tens
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
 def test_fp32(checkpoint: Path, remote: Remote, tp_size: int, case: tuple[int, ...]) -> None:
     inputs = make_inputs(*case)
-    found = remote(checkpoint, tp_size).denoise(inputs)
+    found = remote(checkpoint, tp_size).evaluate(inputs)
     assert relative_error(found, native(checkpoint, inputs, torch.float32)) <= FP32_TOLERANCE
 
 
@@ -72,7 +72,7 @@ def test_bf16_is_as_close_as_comfyui(
         torch.float32,
     )
     comfy = native(checkpoint, inputs, torch.bfloat16)
-    found = remote(checkpoint, tp_size, torch.bfloat16).denoise(inputs)
+    found = remote(checkpoint, tp_size, torch.bfloat16).evaluate(inputs)
     assert found.dtype == torch.bfloat16
     assert relative_error(found, comfy) <= relative_error(comfy, exact)
 
@@ -80,7 +80,7 @@ def test_bf16_is_as_close_as_comfyui(
 def test_rope_options(checkpoint: Path, remote: Remote) -> None:
     options = {"scale_x": 1.5, "scale_y": 0.75, "shift_x": 2.0, "shift_y": -1.0}
     inputs = make_inputs(1, 8, 12, 20) | {"transformer_options": {"rope_options": options}}
-    found = remote(checkpoint, 2).denoise(inputs)
+    found = remote(checkpoint, 2).evaluate(inputs)
     assert relative_error(found, native(checkpoint, inputs, torch.float32)) <= FP32_TOLERANCE
 
 
@@ -89,14 +89,14 @@ def test_the_caption_may_change_between_steps(checkpoint: Path, remote: Remote) 
     first, second = make_inputs(1, 8, 8, 20), make_inputs(1, 8, 8, 21)
     for inputs in (first, second, first):
         expected = native(checkpoint, inputs, torch.float32)
-        assert relative_error(model.denoise(inputs), expected) <= FP32_TOLERANCE
+        assert relative_error(model.evaluate(inputs), expected) <= FP32_TOLERANCE
 
 
 def test_a_file_with_the_prefix_of_full_checkpoints(tmp_path: Path, remote: Remote) -> None:
     plain = write_z_image(tmp_path / "plain.safetensors")
     prefixed = write_z_image(tmp_path / "full.safetensors", prefix="model.diffusion_model.")
     inputs = make_inputs(1, 8, 8, 20)
-    found = remote(prefixed, 2).denoise(inputs)
+    found = remote(prefixed, 2).evaluate(inputs)
     assert relative_error(found, native(plain, inputs, torch.float32)) <= FP32_TOLERANCE
 
 
@@ -115,8 +115,8 @@ def test_inputs_that_do_not_fit_are_refused(
     model = remote(checkpoint, 2)
     inputs = make_inputs(1, 8, 8, 20)
     with pytest.raises(InputError, match=words):
-        model.denoise(inputs | {name: value})
-    assert torch.equal(model.denoise(inputs), model.denoise(inputs))
+        model.evaluate(inputs | {name: value})
+    assert torch.equal(model.evaluate(inputs), model.evaluate(inputs))
 
 
 @pytest.fixture(scope="module")
@@ -148,5 +148,5 @@ def test_the_trained_toy(native_toy: Any, remote: Remote, tp_size: int, timestep
     }
     with torch.inference_mode():
         expected = native_toy(**inputs)
-    found = remote(TOY, tp_size).denoise(inputs)
+    found = remote(TOY, tp_size).evaluate(inputs)
     assert relative_error(found, expected) <= FP32_TOLERANCE

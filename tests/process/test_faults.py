@@ -80,7 +80,7 @@ def assert_works(model: RemoteModel) -> None:
     """The next request works, on a new group if the last one has ended."""
     model.ensure_loaded()
     inputs = make_inputs(seed=5)
-    assert torch.equal(model.denoise(inputs), inputs["x"] * 2 + inputs["context"].sum())
+    assert torch.equal(model.evaluate(inputs), inputs["x"] * 2 + inputs["context"].sum())
 
 
 @contextmanager
@@ -114,15 +114,15 @@ def test_a_rank_is_killed_in_the_middle_of_a_collective(tiny_z_image: Path) -> N
     model = runtime.model(spec, cpu_group())
     model.ensure_loaded()
     engine = engine_of(model)
-    with in_background(lambda: model.denoise(make_inputs(256))) as denoising:
+    with in_background(lambda: model.evaluate(make_inputs(256))) as evaluating:
         time.sleep(1)
-        assert not denoising.done()
+        assert not evaluating.done()
         with ends_the_group(model, within_s=1):
             os.kill(engine.ranks[1].pid, signal.SIGKILL)
-            error = denoising.exception(timeout=10)
+            error = evaluating.exception(timeout=10)
     assert isinstance(error, GroupDiedError)
     assert f"Rank 1 (process {engine.ranks[1].pid}) was killed by signal 9" in str(error)
-    assert "during 'Denoise'" in str(error)
+    assert "during 'Evaluate'" in str(error)
     assert str(engine.ranks[1].log_path) in str(error)
     assert model.loaded_bytes() == [0, 0]
 
@@ -132,7 +132,7 @@ def test_a_rank_is_killed_in_the_middle_of_a_collective(tiny_z_image: Path) -> N
         expected = native_z_image(tiny_z_image)(
             inputs["x"], inputs["timesteps"], inputs["context"], num_tokens=20
         )
-    assert (model.denoise(inputs) - expected).norm() / expected.norm() < 2e-6
+    assert (model.evaluate(inputs) - expected).norm() / expected.norm() < 2e-6
     assert runtime.release() == 1
 
 
@@ -148,7 +148,7 @@ def test_who_takes_the_answer(light_model: LightModel, request: pytest.FixtureRe
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rank_processes.Call, "take", noting)
         for sleep_s in (0.2, 1.3, 0.2):
-            model.denoise(ordered(sleep_s=sleep_s))
+            model.evaluate(ordered(sleep_s=sleep_s))
     caller, owner = threading.current_thread(), engine_of(model)._owner
     listening = "listening" in request.node.name
     assert (
@@ -179,11 +179,11 @@ def test_closed_while_a_caller_takes_the_last_answer(
     monkeypatch.setattr(rank_processes.Call, "take", slowly)
     monkeypatch.setattr(engine, "_close_now", close_then)
     inputs = ordered(sleep_s=0.3)
-    with in_background(lambda: model.denoise(inputs)) as denoising:
+    with in_background(lambda: model.evaluate(inputs)) as evaluating:
         wait_until(lambda: engine.state is State.BUSY)
         engine.close()
         expected = inputs["x"] * 2 + inputs["context"].sum()
-        assert torch.equal(denoising.result(timeout=10), expected)
+        assert torch.equal(evaluating.result(timeout=10), expected)
     assert engine.state is State.CLOSED
     assert engine.error is None
     assert_ended([rank.pid for rank in engine.ranks], within_s=0)
@@ -204,7 +204,7 @@ def test_a_caller_is_interrupted_while_it_takes_an_answer(light_model: LightMode
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(rank_processes.Call, "take", interrupted)
             with pytest.raises(KeyboardInterrupt):
-                model.denoise(ordered(sleep_s=0.2))
+                model.evaluate(ordered(sleep_s=0.2))
         wait_until(lambda: engine._owner is not None and not engine._owner.is_alive())
     assert "A fault of the engine: KeyboardInterrupt" in str(engine.error)
     assert_works(model)
@@ -228,7 +228,7 @@ def test_a_stopped_rank_is_given_up(light_model: LightModel) -> None:
     os.kill(engine_of(model).ranks[1].pid, signal.SIGSTOP)
     with ends_the_group(model, within_s=3):
         with pytest.raises(CallTimeoutError, match=r"Ranks \[1\] gave no sign of life for 2 s"):
-            model.denoise(make_inputs())
+            model.evaluate(make_inputs())
     assert_works(model)
 
 
@@ -237,7 +237,7 @@ def test_a_stopped_rank_cannot_block_a_long_message(light_model: LightModel) -> 
     os.kill(engine_of(model).ranks[0].pid, signal.SIGSTOP)
     with ends_the_group(model, within_s=3):
         with pytest.raises(CallTimeoutError):
-            model.denoise(ordered(text="x" * 4 * 2**20))
+            model.evaluate(ordered(text="x" * 4 * 2**20))
     assert_works(model)
 
 
@@ -246,9 +246,9 @@ def test_a_rank_raises(light_model: LightModel) -> None:
     engine = engine_of(model)
     with ends_the_group(model, within_s=2):
         with pytest.raises(
-            RankError, match="Rank 1 raised RuntimeError during 'Denoise': the text"
+            RankError, match="Rank 1 raised RuntimeError during 'Evaluate': the text"
         ):
-            model.denoise(ordered(rank=1, **{"raise": "the text"}))
+            model.evaluate(ordered(rank=1, **{"raise": "the text"}))
     assert "RuntimeError: the text" in engine.ranks[1].log_path.read_text()
     assert_works(model)
 
@@ -257,7 +257,7 @@ def test_a_rank_exits(light_model: LightModel) -> None:
     model = light_model()
     with ends_the_group(model, within_s=2):
         with pytest.raises(GroupDiedError, match=r"Rank 0 .* exited with status 3 during"):
-            model.denoise(ordered(rank=0, exit=3))
+            model.evaluate(ordered(rank=0, exit=3))
     assert_works(model)
 
 
@@ -269,11 +269,11 @@ def test_the_cause_is_blamed_where_its_consequence_is_seen_first(
     model = light_model()
     engine = engine_of(model)
     order = ordered(rank=1, **{"raise": "connection closed by peer"})
-    with in_background(lambda: model.denoise(order)) as denoising:
+    with in_background(lambda: model.evaluate(order)) as evaluating:
         wait_until(lambda: 1 in engine._last_words)
-        assert not denoising.done()
+        assert not evaluating.done()
         engine.ranks[0].kill()
-        error = denoising.exception(timeout=10)
+        error = evaluating.exception(timeout=10)
     assert type(error) is GroupDiedError
     assert "Rank 0 " in str(error)
     assert_works(model)
@@ -283,7 +283,7 @@ def test_one_rank_refuses_what_another_does(light_model: LightModel) -> None:
     model = light_model()
     with ends_the_group(model, within_s=2):
         with pytest.raises(ProtocolError, match="Some ranks refused"):
-            model.denoise(ordered(rank=0, refuse="only I"))
+            model.evaluate(ordered(rank=0, refuse="only I"))
     assert_works(model)
 
 
@@ -291,7 +291,7 @@ def test_all_ranks_refuse(light_model: LightModel) -> None:
     model = light_model()
     engine = engine_of(model)
     with pytest.raises(InputError, match=r"^no$"):
-        model.denoise(ordered(refuse="no"))
+        model.evaluate(ordered(refuse="no"))
     assert_works(model)
     assert engine_of(model) is engine
 
@@ -344,7 +344,7 @@ def test_threads_take_turns(light_model: LightModel) -> None:
     model = light_model()
     with ThreadPoolExecutor(4) as pool:
         inputs = [make_inputs(seed=seed) for seed in range(12)]
-        outputs = list(pool.map(model.denoise, inputs))
+        outputs = list(pool.map(model.evaluate, inputs))
     for given, found in zip(inputs, outputs, strict=True):
         assert torch.equal(found, given["x"] * 2 + given["context"].sum())
 
@@ -353,13 +353,13 @@ def test_close_from_another_thread_ends_a_call(light_model: LightModel, home: Pa
     model = light_model()
     engine = engine_of(model)
     folder = engine.ranks[0].log_path.parent
-    with in_background(lambda: model.denoise(ordered(sleep_s=30))) as denoising:
+    with in_background(lambda: model.evaluate(ordered(sleep_s=30))) as evaluating:
         wait_until(lambda: engine.state is State.BUSY)
         began = time.monotonic()
         closers = [threading.Thread(target=engine.close) for _ in range(3)]
         for closer in closers:
             closer.start()
-        error = denoising.exception(timeout=10)
+        error = evaluating.exception(timeout=10)
         for closer in closers:
             closer.join()
         assert time.monotonic() - began < 1

@@ -16,7 +16,7 @@ from tp_runtime.client import InputError, ModelSpec, RemoteModel, Runtime, inspe
 from tp_runtime.client import engine as engine_module
 from tp_runtime.client.engine import Engine
 from tp_runtime.client.launch.launcher import Poll
-from tp_runtime.wire.protocol import Denoise, Load, Request, TensorRef, decode_request
+from tp_runtime.wire.protocol import Evaluate, Load, Request, TensorRef, decode_request
 
 pytestmark = pytest.mark.process
 
@@ -86,7 +86,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
 def assert_right(model: RemoteModel, native: Any, inputs: dict[str, Any]) -> None:
     with torch.inference_mode():
         expected = native(inputs["x"], inputs["timesteps"], inputs["context"], num_tokens=20)
-    found = model.denoise(inputs)
+    found = model.evaluate(inputs)
     assert (found - expected).norm() / expected.norm() < 2e-6
 
 
@@ -136,23 +136,23 @@ def test_second_prompt_finds_the_model_loaded(
     model: RemoteModel, engine: Engine, sent: list[Request]
 ) -> None:
     model.ensure_loaded()
-    model.denoise(make_inputs())
+    model.evaluate(make_inputs())
     assert model._group.engine is engine
     assert not [request for request in sent if isinstance(request, Load)]
 
 
 def references(request: Request) -> dict[str, TensorRef]:
-    assert isinstance(request, Denoise)
+    assert isinstance(request, Evaluate)
     (evaluation,) = request.evaluations
     return {name: ref for name, ref in evaluation.inputs.items() if isinstance(ref, TensorRef)}
 
 
 def test_conditioning_crosses_once(model: RemoteModel, sent: list[Request]) -> None:
     inputs = make_inputs(seed=11)
-    first = model.denoise(inputs)
+    first = model.evaluate(inputs)
     # As samplers do: new objects of the same content.
     again = inputs | {"context": inputs["context"].clone()}
-    assert torch.equal(model.denoise(again), first)
+    assert torch.equal(model.evaluate(again), first)
     before, after = map(references, sent)
     assert before["context"].offset >= 0
     assert after["context"].offset == -1
@@ -171,7 +171,7 @@ def test_old_conditioning_is_dropped(
     monkeypatch.setattr(engine._sender._held, "_limit_bytes", first["context"].nbytes)
     for inputs in (first, second, first):
         assert_right(model, native, inputs)
-    requests = [request for request in sent if isinstance(request, Denoise)]
+    requests = [request for request in sent if isinstance(request, Evaluate)]
     keys = [references(request)["context"].key for request in requests]
     assert requests[1].drop == [keys[0]]
     assert requests[2].drop == [keys[1]]
@@ -185,9 +185,9 @@ def test_a_refused_request_leaves_the_group_as_it_was(
     wrong = make_inputs(seed=31, caption_width=48)
     for _ in range(2):  # the second time the ranks hold the conditioning
         with pytest.raises(InputError, match=r"width 64; got shape \(1, 20, 48\)"):
-            model.denoise(wrong)
+            model.evaluate(wrong)
     with pytest.raises(InputError, match="does not support the model input strange"):
-        model.denoise(make_inputs(seed=31) | {"strange": 1})
+        model.evaluate(make_inputs(seed=31) | {"strange": 1})
     assert_right(model, native, make_inputs(seed=31))
     assert model._group.engine is engine
     assert [rank.pid for rank in engine.ranks] == pids
@@ -198,17 +198,17 @@ def test_a_request_that_cannot_be_sent_leaves_the_group_as_it_was(
 ) -> None:
     inputs = make_inputs(seed=41)
     with pytest.raises(Exception, match="cannot be encoded"):
-        model.denoise(inputs | {"transformer_options": {"callback": print}})
+        model.evaluate(inputs | {"transformer_options": {"callback": print}})
     meta = torch.empty(1, 20, 64, device="meta")
     with pytest.raises(NotImplementedError):
-        model.denoise(inputs | {"other": meta})
+        model.evaluate(inputs | {"other": meta})
     assert_right(model, native, inputs)
 
 
 def test_a_cancelled_step_does_not_disturb_the_next(
     model: RemoteModel, engine: Engine, native: Any
 ) -> None:
-    assert_cancelled(engine, lambda poll: model.denoise(make_inputs(64, seed=51), poll))
+    assert_cancelled(engine, lambda poll: model.evaluate(make_inputs(64, seed=51), poll))
     assert_right(model, native, make_inputs(seed=52))
     assert model._group.engine is engine
 

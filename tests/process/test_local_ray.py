@@ -58,7 +58,7 @@ def test_a_group_and_what_it_leaves(home: Path, tiny_z_image: Path, tmp_path: Pa
         spec = ModelSpec.of(str(tiny_z_image), "float32", "float32")
         model = runtime.model(spec, on_ray())
         model.ensure_loaded()
-        found = model.denoise(inputs)
+        found = model.evaluate(inputs)
         assert (found - expected).norm() / expected.norm() < 2e-6
         (report,) = runtime.reports()
         assert [rank["tp_world_size"] for rank in report.ranks] == [2, 2]
@@ -77,7 +77,7 @@ def test_a_group_and_what_it_leaves(home: Path, tiny_z_image: Path, tmp_path: Pa
         gone.unlink()
         with pytest.raises(CheckpointError, match=r"gone\.safetensors"):
             lost.ensure_loaded()
-        assert torch.equal(model.denoise(inputs), found)
+        assert torch.equal(model.evaluate(inputs), found)
         runtime.release()
     assert not list((home / "groups").iterdir())
 
@@ -126,7 +126,7 @@ def test_the_driver_is_killed(tiny_z_image: Path) -> None:
         (driver,) = [one for one in ray_processes() if DRIVER_MARK in " ".join(one.cmdline())]
         driver.kill()
         model.ensure_loaded()  # on a new group
-        model.denoise(make_inputs())
+        model.evaluate(make_inputs())
         runtime.release()
 
 

@@ -19,7 +19,7 @@ from tp_runtime.client import group as group_module
 from tp_runtime.client.engine import Engine
 from tp_runtime.client.rank_processes import State
 from tp_runtime.rank.host_copy import HostCopy
-from tp_runtime.wire.protocol import Denoise, Load, Request, Sleep, Unload, Wake
+from tp_runtime.wire.protocol import Evaluate, Load, Request, Sleep, Unload, Wake
 
 pytestmark = pytest.mark.process
 
@@ -81,14 +81,14 @@ def test_sleep_and_wake(
     model, _ = models
     model.ensure_loaded()
     inputs = make_inputs(seed=3)
-    expected = model.denoise(inputs)
+    expected = model.evaluate(inputs)
     assert min(model.loaded_bytes()) > 0
     sent.clear()
     model.sleep()
     model.sleep()
     assert model.loaded_bytes() == [0, 0]
     assert the_group(runtime).models[model.name]["asleep"]
-    assert torch.equal(model.denoise(inputs), expected)
+    assert torch.equal(model.evaluate(inputs), expected)
     model.sleep()
     model.ensure_loaded()
     model.ensure_loaded()
@@ -111,7 +111,7 @@ def test_what_a_page_asks_of_a_group(runtime: Runtime, models: list[RemoteModel]
     assert_ended(pids, within_s=5)
     assert the_group(runtime).models == {}
     first.ensure_loaded()
-    first.denoise(make_inputs())
+    first.evaluate(make_inputs())
     assert runtime.release(group.id) == 1
     assert runtime.groups() == []
     with pytest.raises(InputError, match="no group 'other'"):
@@ -153,9 +153,9 @@ def test_a_group_makes_room_on_another(
     second.ensure_loaded()
     assert sent == [("Unload", first.name), ("Load", second.name)]
     assert first.loaded_bytes() == [0, 0]
-    second.denoise(make_inputs())
+    second.evaluate(make_inputs())
     first.ensure_loaded()
-    first.denoise(make_inputs())
+    first.evaluate(make_inputs())
     assert sent[2:] == [("Unload", second.name), ("Load", first.name)]
 
 
@@ -197,7 +197,7 @@ def test_a_sleep_and_a_wake_that_were_given_up(
     """They happen all the same, and the engine knows."""
     model, _ = models
     model.ensure_loaded()
-    expected = model.denoise(make_inputs())
+    expected = model.evaluate(make_inputs())
     sent.clear()
     with stopped_rank(runtime), pytest.raises(Interrupted):
         model.sleep(interrupt)
@@ -207,7 +207,7 @@ def test_a_sleep_and_a_wake_that_were_given_up(
     assert not the_group(runtime).models[model.name]["asleep"]
     model.sleep()
     assert model.loaded_bytes() == [0, 0]
-    assert torch.equal(model.denoise(make_inputs()), expected)
+    assert torch.equal(model.evaluate(make_inputs()), expected)
     assert sent == [(kind, model.name) for kind in ("Sleep", "Wake", "Sleep", "Wake")]
 
 
@@ -220,14 +220,14 @@ def test_an_unload_that_was_given_up(
     """The model is loaded anew when it is used next."""
     model, _ = models
     model.ensure_loaded()
-    expected = model.denoise(make_inputs())
+    expected = model.evaluate(make_inputs())
     sent.clear()
     monkeypatch.setattr(model._group, "_host_has_room", lambda *_: False)
     with stopped_rank(runtime), pytest.raises(Interrupted):
         model.sleep(interrupt)
     assert the_group(runtime).models == {}
     model.ensure_loaded()
-    assert torch.equal(model.denoise(make_inputs()), expected)
+    assert torch.equal(model.evaluate(make_inputs()), expected)
     assert sent == [("Unload", model.name), ("Load", model.name)]
 
 
@@ -252,7 +252,7 @@ def test_a_sleep_does_not_come_before_a_step_that_waits_for_its_turn(
 
             def step() -> torch.Tensor:
                 began.wait()
-                return model.denoise(make_inputs())
+                return model.evaluate(make_inputs())
 
             report = pool.submit(runtime.reports)
             while the_group(runtime).state != State.BUSY.value:
@@ -265,7 +265,7 @@ def test_a_sleep_does_not_come_before_a_step_that_waits_for_its_turn(
             time.sleep(0.2)
         for future in (report, result, asleep):
             future.result(timeout=30)
-    assert requests == ["Report", Denoise.__name__, Sleep.__name__]
+    assert requests == ["Report", Evaluate.__name__, Sleep.__name__]
 
 
 def test_a_load_that_was_given_up_can_be_put_to_sleep(
@@ -280,7 +280,7 @@ def test_a_load_that_was_given_up_can_be_put_to_sleep(
         assert time.monotonic() < deadline
         time.sleep(0.05)
     models[1].ensure_loaded()
-    models[1].denoise(make_inputs())
+    models[1].evaluate(make_inputs())
 
 
 def test_copies_in_one_piece() -> None:

@@ -75,7 +75,7 @@ def test_in_a_long_forward(home: Path, tiny_z_image: Path) -> None:
         home,
         tiny_z_image,
         "model.ensure_loaded()\n"
-        "threading.Thread(target=model.denoise, args=[make_inputs(256)]).start()\n"
+        "threading.Thread(target=model.evaluate, args=[make_inputs(256)]).start()\n"
         "time.sleep(1)\n"
         "tell()",
     )

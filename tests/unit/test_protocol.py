@@ -15,8 +15,8 @@ from tp_runtime.wire.protocol import (
     MAX_FRAME_BYTES,
     VERSION,
     Close,
-    Denoise,
     Done,
+    Evaluate,
     Evaluation,
     Failed,
     Load,
@@ -79,17 +79,17 @@ def test_replies_survive_the_wire(reply: Any) -> None:
 
 @given(st.dictionaries(st.text(), trees))
 def test_inputs_survive_the_wire(inputs: dict[str, Any]) -> None:
-    message = Denoise(7, "m", [Evaluation(pack_inputs(inputs), REF)], [1, 2], 4096)
+    message = Evaluate(7, "m", [Evaluation(pack_inputs(inputs), REF)], [1, 2], 4096)
     arrived = decode_request(encode(message))
-    assert isinstance(arrived, Denoise)
+    assert isinstance(arrived, Evaluate)
     assert arrived.evaluations == [Evaluation(inputs, REF)]
     assert (arrived.drop, arrived.exchange_bytes) == ([1, 2], 4096)
 
 
 def test_tuples_arrive_as_lists() -> None:
-    message = Denoise(7, "m", [Evaluation(pack_inputs({"sizes": (1, (REF,))}), REF)], [], 0)
+    message = Evaluate(7, "m", [Evaluation(pack_inputs({"sizes": (1, (REF,))}), REF)], [], 0)
     arrived = decode_request(encode(message))
-    assert isinstance(arrived, Denoise)
+    assert isinstance(arrived, Evaluate)
     assert arrived.evaluations[0].inputs == {"sizes": [1, [REF]]}
 
 

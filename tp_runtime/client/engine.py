@@ -17,11 +17,11 @@ from ..config import GroupConfig
 from ..wire.mirror import pieces
 from ..wire.protocol import PatchedWeight, Request, Unload, encode
 from .call import POLL_S, Call, OnProgress
+from .evaluation_times import EvaluationTimes, shapes_of
 from .launch.launcher import Launcher, Poll
 from .launch.local import LocalLauncher
 from .launch.ray import RayLauncher
 from .rank_processes import ProcessGroup
-from .step_deadlines import StepTimes, shapes_of
 from .tensor_sender import TensorSender, Wanted
 
 
@@ -36,7 +36,7 @@ class Engine(ProcessGroup):
     def __init__(self, config: GroupConfig, launcher: Launcher | None = None) -> None:
         self._sender = TensorSender()
         super().__init__(config, launcher or launcher_of(config), self._sender.exchange)
-        self._step_times = StepTimes()
+        self._evaluation_times = EvaluationTimes()
         self._numbers = itertools.count(1)
         self._turn = threading.Lock()  # held by the caller whose request is under way
 
@@ -70,7 +70,7 @@ class Engine(ProcessGroup):
         call.raise_error()
         return [answer.value for _, answer in sorted(call.answers.items())]  # type: ignore[union-attr]
 
-    def denoise(
+    def evaluate(
         self,
         model: str,
         wanted: Sequence[Wanted],
@@ -90,7 +90,7 @@ class Engine(ProcessGroup):
         results: list[torch.Tensor] = []
 
         def make(number: int) -> Request:
-            request, places = self._sender.denoise(number, model, wanted)
+            request, places = self._sender.place_evaluations(number, model, wanted)
             # Looked up now, since the group may end between its answer and our reading it.
             results.extend(places)
             return request
@@ -119,7 +119,7 @@ class Engine(ProcessGroup):
                 self._listen(call, call.began + due[1])
             call.wait(poll)
             call.raise_error()
-            self._step_times.record(kind, call.ended - call.began)
+            self._evaluation_times.record(kind, call.ended - call.began)
             return copied()
 
     def patch(
@@ -158,7 +158,7 @@ class Engine(ProcessGroup):
         """From when to when to listen for an evaluation's answer; None: be woken up by it."""
         if self.config.device == "cpu":  # whose ranks need all cores
             return None
-        return self._step_times.due_s(kind)
+        return self._evaluation_times.due_s(kind)
 
     @contextlib.contextmanager
     def _turn_taken(self, poll: Poll | None) -> Iterator[None]:
@@ -180,7 +180,7 @@ class Engine(ProcessGroup):
             request = make(number)
             written = self._sender.exchange.take_written()
         frame = encode(request)
-        timeout_s = self._step_times.timeout_s(kind, self.config.call_timeout_s)
+        timeout_s = self._evaluation_times.timeout_s(kind, self.config.call_timeout_s)
         call = Call(number, len(self.ranks), timeout_s, type(request).__name__)
         self._begin(call)
         try:

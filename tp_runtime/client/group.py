@@ -41,7 +41,7 @@ class GroupReport:
     the caller's device. ``log_tail``: the end of the log of the rank that failed. Of each rank:
     ``rank``, ``tp_world_size`` (as vLLM reports it there), ``device``, ``pid``, ``place`` (its
     process and host, in words), ``mirrored`` (its tensors go by TCP), ``versions``,
-    ``memory`` (bytes), ``models`` (bytes resident and read, ...), ``last_step_ms``.
+    ``memory`` (bytes), ``models`` (bytes resident and read, ...), ``last_evaluation_ms``.
     """
 
     id: str
@@ -158,10 +158,10 @@ class Group:
             self._engine_with(model, poll, on_progress)
             model.used_at_start = self._num_starts
 
-    def denoise(
+    def evaluate(
         self, model: "RemoteModel", wanted: Sequence[Wanted], poll: Poll | None = None
     ) -> list[torch.Tensor]:
-        """Evaluate a model; see ``Engine.denoise``. What has changed since ``use`` is made good.
+        """Evaluate a model; see ``Engine.evaluate``. What has changed since ``use`` is made good.
 
         If the group has failed before the request could be sent, whoever's request it failed of,
         that is done on a new group: once after each ``use``, so not again and again in a sampling.
@@ -170,11 +170,11 @@ class Group:
             GroupClosedError: the group was released, or never started.
         """
         try:
-            return self._denoise(model, wanted, poll)
+            return self._evaluate(model, wanted, poll)
         except GroupLostError:
-            return self._denoise(model, wanted, poll)
+            return self._evaluate(model, wanted, poll)
 
-    def _denoise(
+    def _evaluate(
         self, model: "RemoteModel", wanted: Sequence[Wanted], poll: Poll | None
     ) -> list[torch.Tensor]:
         with contextlib.ExitStack() as unchanged:
@@ -189,7 +189,7 @@ class Group:
             engine = self._engine_with(model, poll)
             started = time.perf_counter()
             # Until the request is sent, nobody may put the model to sleep or patch it otherwise.
-            results = engine.denoise(model.name, wanted, poll, on_sent=unchanged.close)
+            results = engine.evaluate(model.name, wanted, poll, on_sent=unchanged.close)
         self.step_ms = (time.perf_counter() - started) * 1000
         return results
 

@@ -73,17 +73,17 @@ class RemoteModel:
         """
         self._group.use(self, poll, on_progress)
 
-    def denoise(self, inputs: Mapping[str, Any], poll: Poll | None = None) -> torch.Tensor:
-        """Evaluate the model once; see ``denoise_all``."""
-        return self.denoise_all([inputs], poll)[0]
+    def evaluate(self, inputs: Mapping[str, Any], poll: Poll | None = None) -> torch.Tensor:
+        """Evaluate the model once; see ``evaluate_all``."""
+        return self.evaluate_all([inputs], poll)[0]
 
-    def denoise_all(
+    def evaluate_all(
         self, wanted: Sequence[Mapping[str, Any]], poll: Poll | None = None
     ) -> list[torch.Tensor]:
         """Evaluate the model once for each of ``wanted``. Call ``ensure_loaded`` before.
 
         The batch groups work on different evaluations, or on different items of a batch. Inputs
-        and results are as in ``Engine.denoise``. A result has the shape of ``inputs["x"]``, but
+        and results are as in ``Engine.evaluate``. A result has the shape of ``inputs["x"]``, but
         for the channels of a model that takes more of them (masks, control images) than it
         predicts.
         """
@@ -93,7 +93,7 @@ class RemoteModel:
         parts = [(part, self._result_shape(part)) for parts in divided for part in parts]
         results: list[torch.Tensor] = []
         for start in range(0, len(parts), batch_groups):
-            results += self._group.denoise(self, parts[start : start + batch_groups], poll)
+            results += self._group.evaluate(self, parts[start : start + batch_groups], poll)
         remaining = iter(results)
         together = [list(itertools.islice(remaining, len(parts))) for parts in divided]
         return [results[0] if len(results) == 1 else torch.cat(results) for results in together]

@@ -10,8 +10,8 @@ import torch
 
 from ..wire.exchange import Exchange, TensorPlaces, dtype_name
 from ..wire.protocol import (
-    PER_STEP_INPUTS,
-    Denoise,
+    PER_EVALUATION_INPUTS,
+    Evaluate,
     Evaluation,
     Hold,
     Patch,
@@ -46,20 +46,20 @@ class TensorSender:
 
     # --- evaluating ------------------------------------------------------------------------------
 
-    def denoise(
+    def place_evaluations(
         self, call: int, model: str, wanted: Sequence[Wanted]
-    ) -> tuple[Denoise, list[torch.Tensor]]:
+    ) -> tuple[Evaluate, list[torch.Tensor]]:
         """The request, and the places where the ranks will put the results."""
         self.exchange.wait()
         places = TensorPlaces()
         trees, results = [], []
         for inputs, result_shape in wanted:
             x: torch.Tensor = inputs["x"]
-            trees.append(self._place(_part(inputs, per_step=True), places, None))
+            trees.append(self._place(_part(inputs, per_evaluation=True), places, None))
             offset = places.reserve(math.prod(result_shape) * x.itemsize)
             results.append(TensorRef(result_shape, dtype_name(x.dtype), offset))
         places.write_to(self.exchange)  # begun first: comparing the rest waits for the GPU anyway
-        constant = [_part(inputs, per_step=False) for inputs, _ in wanted]
+        constant = [_part(inputs, per_evaluation=False) for inputs, _ in wanted]
         to_hold = {id(tensor): tensor for tensor in tensors_in(constant)}
         held = dict(zip(to_hold, self._held.find(list(to_hold.values())), strict=True))
         trees = [
@@ -72,7 +72,7 @@ class TensorSender:
             Evaluation(pack_inputs(tree), result)
             for tree, result in zip(trees, results, strict=True)
         ]
-        request = Denoise(
+        request = Evaluate(
             call=call,
             model=model,
             evaluations=evaluations,
@@ -162,9 +162,13 @@ class TensorSender:
         return msgspec.structs.replace(patch, factors=factors)
 
 
-def _part(inputs: Mapping[str, Any], *, per_step: bool) -> dict[str, Any]:
+def _part(inputs: Mapping[str, Any], *, per_evaluation: bool) -> dict[str, Any]:
     """Those of the inputs that change at every step, or those that do not."""
-    return {name: value for name, value in inputs.items() if (name in PER_STEP_INPUTS) == per_step}
+    return {
+        name: value
+        for name, value in inputs.items()
+        if (name in PER_EVALUATION_INPUTS) == per_evaluation
+    }
 
 
 def _factors(weights: Mapping[str, PatchedWeight]) -> Iterator[torch.Tensor]:

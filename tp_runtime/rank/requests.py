@@ -13,8 +13,8 @@ from ..fault_points import reach
 from ..gpu import collectives
 from ..wire.exchange import Exchange
 from ..wire.protocol import (
-    PER_STEP_INPUTS,
-    Denoise,
+    PER_EVALUATION_INPUTS,
+    Evaluate,
     Hold,
     Load,
     Patch,
@@ -38,7 +38,7 @@ class Runner:
         self._models: dict[str, LoadedModel] = {}
         self._held: dict[int, torch.Tensor] = {}
         self._factors: dict[int, torch.Tensor] = {}  # of patches, in the host's memory
-        self._last_step_ms: float | None = None
+        self._last_evaluation_ms: float | None = None
 
     def device_name(self) -> str:
         """``"cpu"``, or the GPU's index and product name."""
@@ -59,8 +59,8 @@ class Runner:
             case Unload():
                 self._unload(request.model)
                 return None
-            case Denoise():
-                return self._denoise(request)
+            case Evaluate():
+                return self._evaluate(request)
             case Hold():
                 return self._hold(request)
             case Patch():
@@ -119,9 +119,9 @@ class Runner:
         for key in request.drop:
             del self._factors[key]
 
-    def _denoise(self, request: Denoise) -> None:
+    def _evaluate(self, request: Evaluate) -> None:
         started = time.perf_counter()
-        reach("denoise")
+        reach("evaluate")
         # Before anything can be refused: the engine takes it that these are held from now on.
         self._exchange.remap(request.exchange_bytes)
         resolved = [self._resolve(evaluation.inputs) for evaluation in request.evaluations]
@@ -139,7 +139,7 @@ class Runner:
             # Of a refused request, too, the inputs must have left the exchange memory.
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
-        self._last_step_ms = (time.perf_counter() - started) * 1000
+        self._last_evaluation_ms = (time.perf_counter() - started) * 1000
 
     def _give(self, output: torch.Tensor, ref: TensorRef) -> None:
         result = self._exchange.view(ref)
@@ -195,7 +195,7 @@ class Runner:
                 }
                 for name, model in self._models.items()
             },
-            "last_step_ms": self._last_step_ms,
+            "last_evaluation_ms": self._last_evaluation_ms,
         }
 
 
@@ -220,5 +220,5 @@ def _conditioning_key(inputs: dict[str, Any]) -> bytes:
             return [by_name(item) for item in value]
         return value
 
-    constant = {k: by_name(v) for k, v in inputs.items() if k not in PER_STEP_INPUTS}
+    constant = {k: by_name(v) for k, v in inputs.items() if k not in PER_EVALUATION_INPUTS}
     return msgspec.msgpack.encode(constant)

@@ -20,8 +20,8 @@ from ..errors import REFUSALS
 from ..wire.mirror import Mirror
 from ..wire.protocol import (
     Close,
-    Denoise,
     Done,
+    Evaluate,
     Failed,
     Hold,
     Piece,
@@ -75,7 +75,7 @@ def _requests(channel: Channel, awake_s: float) -> Iterator[Request]:
             for frame in channel.receive():
                 request = decode_request(frame)
                 yield request
-                if awake_s and isinstance(request, Denoise):
+                if awake_s and isinstance(request, Evaluate):
                     decode_request(frame)  # a rehearsal: the caches have forgotten how to do it
                     awake_until = time.monotonic() + awake_s
         else:
@@ -116,7 +116,7 @@ def _serve(config: WorkerConfig, channel: Channel) -> None:
                 assert mirror is not None, "this rank shares the engine's memory"
                 mirror.put(request)
                 continue
-            if mirror is not None and isinstance(request, Denoise | Hold):
+            if mirror is not None and isinstance(request, Evaluate | Hold):
                 mirror.grow(request.exchange_bytes)
             call = request.call
 
@@ -125,7 +125,7 @@ def _serve(config: WorkerConfig, channel: Channel) -> None:
 
             try:
                 value = runner.handle(request, report_progress)
-                if mirror is not None and isinstance(request, Denoise):
+                if mirror is not None and isinstance(request, Evaluate):
                     for piece in _results(config, request, mirror):
                         send(piece)
                 send(Done(call, value))
@@ -133,7 +133,7 @@ def _serve(config: WorkerConfig, channel: Channel) -> None:
                 send(_failed(call, True, error))
 
 
-def _results(config: WorkerConfig, request: Denoise, mirror: Mirror) -> Iterator[Piece]:
+def _results(config: WorkerConfig, request: Evaluate, mirror: Mirror) -> Iterator[Piece]:
     """What this rank has written of the request's results."""
     if config.tp_rank == 0 and config.batch_group < len(request.evaluations):
         yield from mirror.pieces(request.evaluations[config.batch_group].result)

@@ -196,7 +196,7 @@ def _sample(options: argparse.Namespace, tp_size: int) -> torch.Tensor:
         for sigma, following in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
             timesteps = torch.full((batch,), sigma)
             inputs = {"x": x.to(dtype), "timesteps": timesteps, **conditioning}
-            velocity = model.denoise(inputs).float()
+            velocity = model.evaluate(inputs).float()
             x = x + (following - sigma) * velocity
         e2e_time_ms = 1000 * (time.perf_counter() - started)
         print(
@@ -254,6 +254,6 @@ def _doctor(options: argparse.Namespace) -> int:
 def _add_bench(commands: Any) -> None:
     from bench import step  # beside this package; imports what this module imports, too
 
-    parser = commands.add_parser("bench", help="measure a denoise step, with random weights")
+    parser = commands.add_parser("bench", help="measure an evaluation, with random weights")
     step.add_arguments(parser)
     parser.set_defaults(run=step.run)

@@ -12,11 +12,11 @@ import msgspec
 from ..config import ModelSpec
 from ..errors import ProtocolError
 
-VERSION = 3
+VERSION = 4
 MAX_FRAME_BYTES = 16 * 2**20  # a frame holds no tensor data, only references to it: but a Piece
 PIECE_BYTES = 2**20  # at most, of a Piece
 # Inputs that differ at every step; all others are constant over a generation as a rule.
-PER_STEP_INPUTS = frozenset({"x", "timesteps", "control"})
+PER_EVALUATION_INPUTS = frozenset({"x", "timesteps", "control"})
 _TENSOR_EXT = 1
 
 
@@ -93,7 +93,7 @@ class Evaluation(msgspec.Struct, frozen=True, array_like=True):
     result: TensorRef
 
 
-class Denoise(_Message, frozen=True):
+class Evaluate(_Message, frozen=True):
     """Evaluate the transformer: each batch group the evaluation of its number, if there is one.
 
     Every rank keeps the tensors that are to be held, those of other batch groups' evaluations
@@ -169,7 +169,7 @@ class Piece(_Message, frozen=True):
     data: memoryview
 
 
-Request = Load | Unload | Denoise | Hold | Patch | Sleep | Wake | Report | Close | Piece
+Request = Load | Unload | Evaluate | Hold | Patch | Sleep | Wake | Report | Close | Piece
 
 
 # --- ranks to engine ---------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-FIRST_STEPS = 2  # one compiles, one records
+FIRST_EVALUATIONS = 2  # one compiles, one records
 FACTOR = 20.0
 FLOOR_S = 60.0  # conditioning that is new, patched weights and a busy machine take longer
 # How much sooner or later than the last one the next may end, and still be expected.
@@ -30,7 +30,7 @@ def shapes_of(value: Any) -> Hashable:
     return None
 
 
-class StepTimes:
+class EvaluationTimes:
     """What evaluations took, by their kind."""
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class StepTimes:
     def record(self, kind: Hashable, seconds: float) -> None:
         """An evaluation of this kind took so long."""
         self._seen[kind] = self._seen.get(kind, 0) + 1
-        if self._seen[kind] > FIRST_STEPS:
+        if self._seen[kind] > FIRST_EVALUATIONS:
             self._slowest_s[kind] = max(seconds, self._slowest_s.get(kind, 0.0))
             self._last_s[kind] = seconds
 

@@ -7,19 +7,19 @@ import pytest
 import torch
 
 from tp_runtime.client.engine import Engine
-from tp_runtime.client.step_deadlines import (
+from tp_runtime.client.evaluation_times import (
     EXPECTED_S,
     FACTOR,
-    FIRST_STEPS,
+    FIRST_EVALUATIONS,
     FLOOR_S,
     MAX_EXPECTED_S,
-    StepTimes,
+    EvaluationTimes,
     shapes_of,
 )
 
 
-def after(*seconds: float) -> StepTimes:
-    times = StepTimes()
+def after(*seconds: float) -> EvaluationTimes:
+    times = EvaluationTimes()
     for took in seconds:
         times.record("kind", took)
     return times
@@ -27,36 +27,38 @@ def after(*seconds: float) -> StepTimes:
 
 def test_steps_that_compile_have_the_whole_allowance() -> None:
     assert after().timeout_s("kind", 600) == 600
-    assert after(*[100.0] * FIRST_STEPS).timeout_s("kind", 600) == 600
+    assert after(*[100.0] * FIRST_EVALUATIONS).timeout_s("kind", 600) == 600
 
 
 def test_the_slowest_step_counts() -> None:
-    times = after(*[100.0] * FIRST_STEPS, 5.0, 6.0, 4.0)
+    times = after(*[100.0] * FIRST_EVALUATIONS, 5.0, 6.0, 4.0)
     assert times.timeout_s("kind", 600) == FACTOR * 6
     assert times.timeout_s("another kind", 600) == 600
 
 
 def test_there_is_a_floor_and_a_limit() -> None:
-    first = [1.0] * FIRST_STEPS
+    first = [1.0] * FIRST_EVALUATIONS
     assert after(*first, 0.001).timeout_s("kind", 600) == FLOOR_S
     assert after(*first, 0.001).timeout_s("kind", 10) == 10
     assert after(*first, 500.0).timeout_s("kind", 600) == 600
 
 
 def test_the_next_step_is_due_when_the_last_one_was() -> None:
-    assert after(*[1.0] * FIRST_STEPS).due_s("kind") is None
-    assert after(*[1.0] * FIRST_STEPS, 0.2, 0.1).due_s("kind") == pytest.approx(
+    assert after(*[1.0] * FIRST_EVALUATIONS).due_s("kind") is None
+    assert after(*[1.0] * FIRST_EVALUATIONS, 0.2, 0.1).due_s("kind") == pytest.approx(
         (0.1 - EXPECTED_S - 0.005, 0.1 + EXPECTED_S + 0.005)
     )
-    assert after(*[1.0] * FIRST_STEPS, 5.0).due_s("kind") == pytest.approx(
+    assert after(*[1.0] * FIRST_EVALUATIONS, 5.0).due_s("kind") == pytest.approx(
         (5 - MAX_EXPECTED_S, 5 + MAX_EXPECTED_S)
     )
 
 
 def test_only_steps_on_gpus_are_listened_for() -> None:
-    times = after(*[1.0] * FIRST_STEPS, 0.1)
+    times = after(*[1.0] * FIRST_EVALUATIONS, 0.1)
     for device, expected in (("cpu", None), ("cuda", times.due_s("kind"))):
-        engine: Any = SimpleNamespace(config=SimpleNamespace(device=device), _step_times=times)
+        engine: Any = SimpleNamespace(
+            config=SimpleNamespace(device=device), _evaluation_times=times
+        )
         assert Engine._due_s(engine, "kind") == expected
 
 
