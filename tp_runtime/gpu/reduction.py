@@ -47,7 +47,9 @@ class FusedReduction:
 
     def __init__(self, device: torch.device) -> None:
         group = parallel_state.get_tp_group()
-        self._group, self._rank, self._num_ranks = group.device_group, group.rank, group.world_size
+        self._group = group.device_group
+        # Not ``group.rank``, which counts the ranks of all batch groups.
+        self._rank, self._num_ranks = group.rank_in_group, group.world_size
         self._device = device
         # Recorded graphs keep the addresses of the buffers that were current: none is ever freed.
         self._buffers: list[_Buffers] = []
