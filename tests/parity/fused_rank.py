@@ -1,9 +1,10 @@
 """One CPU rank that computes a step twice: as written, and as on a GPU with fused kernels.
 
-    TRITON_INTERPRET=1 python fused_rank.py RANK RANKS FOLDER
+    TRITON_INTERPRET=1 python fused_rank.py RANK LAYOUT FOLDER
 
-The kernels run in Triton's interpreter, on buffers in memory that the ranks share, at another
-address in each. Rank 0 saves both results. Reads `model.safetensors` and `inputs.pt` in FOLDER.
+The kernels run in Triton's interpreter, on buffers in memory that the ranks of a batch group share,
+at another address in each. The first rank of batch group N saves both results of the N-th inputs.
+Reads `model.safetensors` and `inputs.pt` (a list) in FOLDER.
 """
 
 import sys
@@ -14,7 +15,7 @@ import torch
 from vllm.distributed import parallel_state
 
 from tp_runtime.client import ModelSpec
-from tp_runtime.config import WorkerConfig
+from tp_runtime.config import Layout, WorkerConfig
 from tp_runtime.gpu import graphs
 from tp_runtime.gpu.reduction import FusedReduction, _Buffers
 from tp_runtime.rank import membership
@@ -31,36 +32,39 @@ class SharedMemoryReduction(FusedReduction):
             path = str(self.folder / f"{name}{size}-{rank}")
             return torch.from_file(path, shared=True, size=size, dtype=torch.uint8)
 
-        ranks = range(self._num_ranks)
+        ranks = parallel_state.get_tp_group().ranks
         self._maps = {
             name: [of_rank(name, rank) for rank in ranks] for name in ("updates", "targets")
         }
         updates, targets = self._maps["updates"], self._maps["targets"]
         addresses = [torch.tensor([m.data_ptr() for m in maps]) for maps in (updates, targets)]
-        return _Buffers(updates[self._rank], targets[self._rank], *addresses, handle=None)
+        own = ranks.index(torch.distributed.get_rank())
+        return _Buffers(updates[own], targets[own], *addresses, handle=None)
 
     def _wait(self, _buffers: _Buffers) -> None:
         torch.distributed.barrier(self._group)
 
 
 def main() -> None:
-    rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    rank, layout, folder = int(sys.argv[1]), Layout.parse(sys.argv[2]), Path(sys.argv[3])
     rendezvous = f"file://{folder}/rendezvous"
-    config = WorkerConfig(rank, rank, ranks, 1, "cpu", rendezvous, 1, "WARNING")
+    sizes = layout.tp_size, layout.batch_groups
+    config = WorkerConfig(rank, rank, *sizes, "cpu", rendezvous, 1, "WARNING")
     device = membership.select_device(config)
-    inputs: dict[str, Any] = torch.load(folder / "inputs.pt", weights_only=True)
+    every_input: list[dict[str, Any]] = torch.load(folder / "inputs.pt", weights_only=True)
+    inputs = every_input[config.batch_group]
     with membership.tensor_parallel_group(config), torch.inference_mode():
         parallel_state.get_tp_group().barrier()
         spec = ModelSpec.of(str(folder / "model.safetensors"), "float32", "float32")
-        driver = load_model(spec, device, rank, ranks, lambda *_: None).driver
+        driver = load_model(spec, device, config.tp_rank, config.tp_size, lambda *_: None).driver
         results = {"written": driver(dict(inputs), "written").clone()}
         SharedMemoryReduction.folder = folder
         driver._reduction = SharedMemoryReduction(torch.device("cpu"))
         with graphs._optimised():
             results["fused"] = driver(dict(inputs), "fused").clone()
         assert driver._reduction._buffers, "the fused kernels were not used"
-        if rank == 0:
-            torch.save(results, folder / "results.pt")
+        if config.tp_rank == 0:
+            torch.save(results, folder / f"results-{config.batch_group}.pt")
 
 
 if __name__ == "__main__":

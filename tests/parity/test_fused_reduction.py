@@ -1,5 +1,6 @@
 """A whole step of every family through the GPU's fused kernels, on ranks without a GPU."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -12,17 +13,18 @@ from parity.conftest import FP32_TOLERANCE, relative_error
 
 from support.paths import REPOSITORY
 from support.tiny_models import FluxSize, write_flux, write_qwen_image, write_z_image
+from tp_runtime.config import Layout
 
 pytestmark = pytest.mark.process
 
 WRITERS = {"z_image": write_z_image, "flux": write_flux, "qwen_image": write_qwen_image}
 
 
-def _inputs(family: str) -> dict[str, Any]:
+def _inputs(family: str, seed: int) -> dict[str, Any]:
     """Two latents and captions of 9 and 7 tokens; a ControlNet's residuals where they fit."""
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
     inputs: dict[str, Any] = {
         "x": normal(2, 16, 1, 6, 6) if family == "qwen_image" else normal(2, 16, 6, 6),
@@ -35,10 +37,21 @@ def _inputs(family: str) -> dict[str, Any]:
     return inputs
 
 
-@pytest.mark.parametrize(("family", "size"), [("z_image", 2), ("flux", 3), ("qwen_image", 2)])
-def test_equals_the_step_as_written(tmp_path: Path, family: str, size: int) -> None:
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [
+        ("z_image", Layout(2)),
+        ("flux", Layout(3)),
+        ("qwen_image", Layout(2)),
+        ("z_image", Layout(2, 2)),
+    ],
+    ids=str,
+)
+def test_equals_the_step_as_written(tmp_path: Path, family: str, layout: Layout) -> None:
+    """In every batch group, each of which has inputs of its own."""
     WRITERS[family](tmp_path / "model.safetensors")
-    torch.save(_inputs(family), tmp_path / "inputs.pt")
+    inputs = [_inputs(family, 100 * group) for group in range(layout.batch_groups)]
+    torch.save(inputs, tmp_path / "inputs.pt")
     environment = os.environ | {
         "TRITON_INTERPRET": "1",
         "TORCHDYNAMO_DISABLE": "1",
@@ -47,13 +60,21 @@ def test_equals_the_step_as_written(tmp_path: Path, family: str, size: int) -> N
     }
     program = Path(__file__).with_name("fused_rank.py")
     ranks = [
-        subprocess.Popen([sys.executable, program, str(rank), str(size), tmp_path], env=environment)
-        for rank in range(size)
+        subprocess.Popen(
+            [sys.executable, program, str(rank), str(layout), tmp_path], env=environment
+        )
+        for rank in range(layout.num_gpus)
     ]
     try:
-        assert [rank.wait(timeout=400) for rank in ranks] == [0] * size
+        assert [rank.wait(timeout=400) for rank in ranks] == [0] * layout.num_gpus
     finally:
         for rank in ranks:
             rank.kill()
-    results = torch.load(tmp_path / "results.pt", weights_only=True)
-    assert relative_error(results["fused"], results["written"]) <= FP32_TOLERANCE
+    results = [
+        torch.load(tmp_path / f"results-{group}.pt", weights_only=True)
+        for group in range(layout.batch_groups)
+    ]
+    errors = [relative_error(result["fused"], result["written"]) for result in results]
+    assert max(errors) <= FP32_TOLERANCE, errors
+    different = [result["written"] for result in results]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(different, 2))
