@@ -1,14 +1,11 @@
-"""Joins a rank to its group with vLLM's own initialisation. Rank half; imports vLLM."""
+"""What a step asks of its tensor-parallel group beside sums, and how its GPUs are connected."""
 
 import contextlib
 import functools
 from collections.abc import Iterator
 
 import torch
-from vllm.distributed import (
-    get_tensor_model_parallel_world_size,
-    parallel_state,
-)
+from vllm.distributed import parallel_state
 from vllm.platforms import current_platform
 
 
@@ -17,17 +14,22 @@ def all_gather_last(tensor: torch.Tensor) -> torch.Tensor:
     return parallel_state.get_tp_group().all_gather(tensor, -1)
 
 
-def _gpus() -> range:
-    """Those of this rank's tensor-parallel group; of another host's, this process sees none."""
-    size = get_tensor_model_parallel_world_size()
-    first = torch.cuda.current_device() // size * size
-    return range(first, first + size)
+def _gpus() -> range | None:
+    """Those of the tensor-parallel group, by this process's numbers; None if not all are here.
+
+    A rank sees the group's GPUs on its host in the order of the ranks, so fewer than these if the
+    group spans hosts.
+    """
+    group = parallel_state.get_tp_group()
+    first = torch.cuda.current_device() - group.rank_in_group
+    gpus = range(first, first + group.world_size)
+    return gpus if first >= 0 and gpus.stop <= torch.cuda.device_count() else None
 
 
 def peer_access() -> bool:
     """Whether all GPUs of the group can read each other's memory (over NVLink or PCIe)."""
     gpus = _gpus()
-    if torch.cuda.device_count() < gpus.stop:
+    if gpus is None:
         return False
     return all(torch.cuda.can_device_access_peer(a, b) for a in gpus for b in gpus if a != b)
 
@@ -40,6 +42,8 @@ def nvlink() -> bool:
     symm_mem/CUDASymmetricMemory-inl.h, 2.11).
     """
     gpus = _gpus()
+    if gpus is None:
+        return False
     if len(gpus) == 1:
         return True
     physical = [current_platform.device_id_to_physical_device_id(gpu) for gpu in gpus]
