@@ -1,4 +1,4 @@
-"""Attention of an optimised step: the fastest kernel that this GPU has. Rank half; GPUs only.
+"""Attention of an optimised step: the fastest kernel that this GPU has. GPUs only.
 
 Which one that is depends on the device and on the shape, so it is measured, once a shape, in the
 step before the one that is recorded. ``TP_RUNTIME_ATTENTION`` names one instead.

@@ -1,4 +1,4 @@
-"""Makes a driver's step fast on a GPU: fused element-wise kernels and CUDA graphs. Rank half.
+"""Makes a driver's step fast on a GPU: fused element-wise kernels and CUDA graphs.
 
 A step is hundreds of small kernels beside its matrix products. ``fused`` compiles chains of
 element-wise operations into one kernel each; ``GraphedStep`` records a whole step, collectives

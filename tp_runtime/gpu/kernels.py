@@ -1,4 +1,4 @@
-"""The GPU kernels of our own. Rank half.
+"""The GPU kernels of our own.
 
 ``rotated_heads``: norm and rotary embedding of query and key heads. Of this the compiler makes a
 reduction that reads at a quarter of the memory's speed.

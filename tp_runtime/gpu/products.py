@@ -1,4 +1,4 @@
-"""Products with a rank's part of a weight, as few kernels as cuBLAS has them. Rank half; GPUs only.
+"""Products with a rank's part of a weight, as few kernels as cuBLAS has them. GPUs only.
 
 The tokens of one stream of several pictures lie apart, behind those of another stream. torch's
 linear then copies them together and adds the bias in a pass of its own; here each picture is a

@@ -1,4 +1,4 @@
-"""Sums a row-parallel linear over the ranks together with what follows it. Rank half; GPUs only.
+"""Sums a row-parallel linear over the ranks together with what follows it. GPUs only.
 
 Every rank multiplies into a buffer that the others can read (torch's symmetric memory). One kernel
 then sums a share of the rows from all ranks, adds the residual, takes the norm, and writes the
