@@ -1,6 +1,6 @@
 """Settings of a process group and of a model on it. Read by both halves; changed by neither.
 
-The only place where the package reads environment variables of its own:
+With ``settings``, the only place where the package reads environment variables of its own:
 
 =============================  ==========================================================
 ``TP_RUNTIME_PYTHON``          Python that runs the ranks (default: the running one)
@@ -22,7 +22,6 @@ The only place where the package reads environment variables of its own:
 
 import math
 import os
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -30,8 +29,10 @@ from typing import Literal, get_args
 import msgspec
 
 from .errors import CheckpointError, DeviceError, TPRuntimeError
+from .settings import PACKAGE as PACKAGE
+from .settings import home as home
+from .settings import runtime_python as runtime_python
 
-PACKAGE = Path(__file__).resolve().parent  # the folder of this package
 MAX_TP_SIZE = 8
 MAX_RANKS = 64
 # Room to be left beside a model on every device, as ComfyUI leaves it (model_management.py).
@@ -52,24 +53,9 @@ def _number(name: str, default: float) -> float:
     return value
 
 
-def runtime_python(preferred: str | None = None) -> str:
-    """The Python that runs the ranks: the environment's, else ``preferred``, else this one."""
-    return os.environ.get("TP_RUNTIME_PYTHON") or preferred or sys.executable
-
-
 def ray_address(preferred: str | None = None) -> str:
     """The Ray cluster's address: the environment's, else ``preferred``; empty: start one here."""
     return os.environ.get("TP_RUNTIME_RAY_ADDRESS") or preferred or ""
-
-
-def home() -> Path:
-    """Folder that holds one private folder per live group (logs, rendezvous file)."""
-    configured = os.environ.get("TP_RUNTIME_HOME")
-    if configured:
-        return Path(configured)
-    import platformdirs  # here, since a rank's Python need not have it
-
-    return Path(platformdirs.user_state_dir("tp-runtime"))
 
 
 def log_level() -> str:
