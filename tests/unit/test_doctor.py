@@ -1,15 +1,19 @@
 """`python -m tp_runtime doctor`: a machine that works, and Pythons that do not."""
 
+import os
+import re
+import subprocess
 import sys
 import tomllib
+import venv
 from pathlib import Path
 
 import pytest
 
 from support.paths import REPOSITORY
 from tp_runtime.client import examine
-from tp_runtime.tools.cli import main
-from tp_runtime.tools.doctor import REQUIREMENTS
+from tp_runtime.tools.cli import COMMANDS, main
+from tp_runtime.tools.doctor import DEPENDENCIES, REQUIREMENTS
 
 
 def python_that(folder: Path, script: str) -> str:
@@ -26,7 +30,7 @@ def test_this_machine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
     status = {line[9:].split("  ")[0]: line.split()[0] for line in lines}
-    for name in ("Runtime Python", "torch", "vllm", "diffusers"):
+    for name in ("This Python", "Runtime Python", "torch", "vllm", "diffusers"):
         assert status[name] == "ok"
     assert status["GPUs"] == "missing"
     assert "For GPU use: " in next(line for line in lines if "GPUs" in line)
@@ -62,6 +66,68 @@ def test_a_python_without_the_packages(tmp_path: Path) -> None:
     found = {check.name: check for check in examine(bare)}
     assert found["vllm"].status == "failed"
     assert f"{bare} -m pip install" in found["vllm"].advice
+
+
+@pytest.fixture(scope="module")
+def empty_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Python with the standard library and nothing else."""
+    folder = tmp_path_factory.mktemp("empty")
+    venv.create(folder, with_pip=False, symlinks=True)
+    return folder / "bin" / "python"
+
+
+def in_python(python: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python -m tp_runtime` with these arguments, in the checkout."""
+    ours = ("PYTHON", "TP_RUNTIME")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    return subprocess.run(
+        [python, "-m", "tp_runtime", *arguments],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_it_needs_no_package(empty_python: Path) -> None:
+    done = in_python(empty_python, "doctor")
+    assert done.returncode == 1
+    assert done.stderr == ""
+    lines = {re.split("  +", line[9:])[0]: line for line in done.stdout.splitlines()}
+    failed = {name for name, line in lines.items() if line.startswith("failed")}
+    packages = {"torch", "vllm", "diffusers", "msgspec", "safetensors"}
+    assert failed == {"This Python", "Log folder", *packages}
+    assert "lacks msgspec, platformdirs, psutil, safetensors, torch." in lines["This Python"]
+    install = f"Run: {empty_python} -m pip install {REPOSITORY}"
+    assert lines["This Python"].endswith(install)
+    assert "Use ComfyUI's Python, which has torch." in lines["This Python"]
+    assert lines["msgspec"].endswith(install.replace(str(REPOSITORY), f"'{REPOSITORY}[runtime]'"))
+    assert "not known without platformdirs" in lines["Log folder"]
+
+
+@pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"doctor"}))
+def test_other_commands_say_which_package_is_missing(empty_python: Path, command: str) -> None:
+    done = in_python(empty_python, command, "--help")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: '{command}' needs the package ")
+    assert "python -m tp_runtime doctor" in line
+
+
+def test_the_commands_are_listed_without_any_package(empty_python: Path) -> None:
+    done = in_python(empty_python, "--help")
+    assert done.returncode == 0, done.stderr
+    for command in COMMANDS:
+        assert command in done.stdout
+
+
+def test_dependencies_are_those_of_the_package() -> None:
+    """And torch, which comes with ComfyUI."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    declared = [re.split("[<>=]", requirement)[0] for requirement in project["dependencies"]]
+    assert sorted([*declared, "torch"]) == sorted(DEPENDENCIES)
 
 
 def test_versions_are_those_of_the_runtime_extra() -> None:

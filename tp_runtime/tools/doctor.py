@@ -1,21 +1,29 @@
 """``python -m tp_runtime doctor``: whether this machine can run models, and what to do if not.
 
-Looks at the Python that runs the ranks through ``probe``, which runs there, and at this machine.
-Starts no group and changes nothing.
+Looks at this Python, at the one that runs the ranks through ``probe``, which runs there, and at
+this machine. Starts no group and changes nothing. Needs the standard library only.
 """
 
+import argparse
+import importlib.metadata
+import importlib.util
 import json
 import os
+import shlex
 import shutil
 import subprocess
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..config import PACKAGE, home, runtime_python
+from ..settings import PACKAGE, home, runtime_python
 
 # Versions that the ranks work with; the extra `runtime` of pyproject.toml has the same.
 REQUIREMENTS = {"vllm": ">=0.26,<=0.32.0", "diffusers": ">=0.42,<0.43"}
+# What this Python must have: the dependencies of pyproject.toml, and ComfyUI's torch.
+DEPENDENCIES = ("msgspec", "platformdirs", "psutil", "safetensors", "torch")
+DISTRIBUTION = "tensor-parallel"  # its name in pyproject.toml
 OLDEST_PYTHON = (3, 11)  # of vLLM and diffusers; ComfyUI's own may be older
 SHARED_MEMORY_BYTES = 2**30  # NCCL's buffers between GPUs that cannot reach each other directly
 TIMEOUT_S = 180.0
@@ -41,6 +49,23 @@ class Check:
         return asdict(self)
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which Python."""
+    parser.add_argument(
+        "--python", help="the Python of the ranks (default: TP_RUNTIME_PYTHON, else this one)"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the findings; 1 if one of them is in the way."""
+    checks = examine(options.python)
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        line = f"{check.status:8} {check.name:{width}}  {check.text}"
+        print(f"{line} {check.advice}" if check.advice else line)
+    return int(any(check.status == "failed" for check in checks))
+
+
 def examine(python: str | None = None) -> list[Check]:
     """Every check; takes some seconds. ``python``: of the ranks, by default the configured one.
 
@@ -58,7 +83,7 @@ def examine(python: str | None = None) -> list[Check]:
                 "Set TP_RUNTIME_PYTHON to a Python that has vllm and diffusers.",
             )
         ]
-    checks = [_python(python, found["python"])]
+    checks = [_this_python(), _python(python, found["python"])]
     checks += [_package(python, name, package) for name, package in found["packages"].items()]
     checks += _gpus(found)
     checks += [_shared_memory(len(found.get("gpus", []))), _log_folder()]
@@ -93,6 +118,29 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+def _this_python() -> Check:
+    missing = [name for name in DEPENDENCIES if importlib.util.find_spec(name) is None]
+    if not missing:
+        return Check("This Python", "ok", f"{sys.executable}, with {', '.join(DEPENDENCIES)}")
+    advice = _install(sys.executable)
+    if "torch" in missing:
+        advice = f"Use ComfyUI's Python, which has torch. {advice}"
+    text = f"{sys.executable} lacks {', '.join(missing)}."
+    return Check("This Python", "failed", text, advice)
+
+
+def _install(python: str, extra: str = "") -> str:
+    """How to install what the package, or an extra of it, needs."""
+    checkout = PACKAGE.parent
+    if (checkout / "pyproject.toml").is_file():
+        needed = [f"{checkout}[{extra}]" if extra else str(checkout)]
+    else:  # installed from a wheel
+        declared = [one.partition(";") for one in importlib.metadata.requires(DISTRIBUTION) or []]
+        wanted = f'extra == "{extra}"' if extra else ""
+        needed = [needed.strip() for needed, _, when in declared if when.strip() in ("", wanted)]
+    return f"Run: {python} -m pip install {' '.join(map(shlex.quote, needed))}"
+
+
 def _python(python: str, version: str) -> Check:
     oldest = ".".join(map(str, OLDEST_PYTHON))
     if tuple(map(int, version.split(".")[:2])) < OLDEST_PYTHON:
@@ -102,7 +150,7 @@ def _python(python: str, version: str) -> Check:
 
 
 def _package(python: str, name: str, found: dict[str, Any]) -> Check:
-    install = f"Run: {python} -m pip install '{PACKAGE.parent}[runtime]'"
+    install = _install(python, "runtime")
     if found["error"]:
         return Check(name, "failed", f"cannot be imported ({found['error']}).", install)
     if not found["fits"]:
@@ -173,7 +221,12 @@ def _shared_memory(num_gpus: int) -> Check:
 
 
 def _log_folder() -> Check:
-    folder = home()
+    own = "Set TP_RUNTIME_HOME to a folder of yours."
+    try:
+        folder = home()
+    except ModuleNotFoundError as error:
+        text = f"not known without {error.name}."
+        return Check("Log folder", "failed", text, f"{_install(sys.executable)}, or: {own}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         writable = os.access(folder, os.W_OK)
@@ -181,5 +234,4 @@ def _log_folder() -> Check:
         writable = False
     if writable:
         return Check("Log folder", "ok", str(folder))
-    advice = "Set TP_RUNTIME_HOME to a folder of yours."
-    return Check("Log folder", "failed", f"{folder} cannot be written.", advice)
+    return Check("Log folder", "failed", f"{folder} cannot be written.", own)

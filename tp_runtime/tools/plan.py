@@ -1,0 +1,100 @@
+"""``python -m tp_runtime plan``: what tensor parallelism makes of a model, before anything runs."""
+
+import argparse
+import dataclasses
+
+import torch
+
+from ..errors import InputError
+from ..layouts.cost_model import DEVICES, LINKS, Prediction, device_of, layouts, predict
+from ..models import FAMILIES, family
+from ..models.recognise import inspect_checkpoint
+from ..sharding.parts import Layer
+from .footprint import model_footprint
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A file, or what to predict."""
+    parser.description = (
+        "Shows each linear of a model file, and what each rank holds of it. With --predict: the "
+        "milliseconds of one step on N GPUs, for each way to use them (docs/scaling.md)."
+    )
+    parser.add_argument("file", nargs="?", help="a file of ComfyUI's diffusion_models folder")
+    parser.add_argument("--tp", type=int, default=2, metavar="N", help="TP size (default 2)")
+    parser.add_argument("--predict", action="store_true", help="predict ms per step on N GPUs")
+    case = parser.add_argument_group("what to predict")
+    case.add_argument("--model", choices=sorted(FAMILIES), help="a published model, without a file")
+    case.add_argument("--size", type=int, nargs=2, default=(1024, 1024), metavar=("W", "H"))
+    case.add_argument("--batch", type=int, default=1, help="of the forward: 2 with CFG (default 1)")
+    case.add_argument("--text", type=int, default=512, metavar="L", help="tokens (default 512)")
+    case.add_argument(
+        "--device", choices=sorted(DEVICES), help="(default: this machine's, or H200)"
+    )
+    case.add_argument("--link", choices=list(LINKS), default="nvlink", help="(default nvlink)")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Show the layers, or predict."""
+    if options.predict:
+        _predict(options)
+        return
+    if options.file is None:
+        raise InputError("'plan' needs a model file; with --predict, --model NAME will do.")
+    info = inspect_checkpoint(options.file)
+    sizes = ", ".join(map(str, info.valid_tp_sizes()))
+    print(f"{info.label}, {info.num_parameters / 1e9:.3f} B parameters; TP sizes: {sizes}")
+    info.check_tp_size(options.tp)
+    layers, shares = model_footprint(info, options.tp)
+    print(f"{'layer':58} {'style':12} {'full (in, out)':>16} {'local':>16}")
+    for layer in layers:
+        style, local = type(layer.match.style).__name__, layer.local(options.tp)
+        print(f"{_layer_name(layer):58} {style:12} {layer.full!s:>16} {local!s:>16}")
+    print(f"{len(layers)} layers stand for {sum(len(x.replaced) for x in layers)} linears.")
+    even = info.num_parameters / options.tp
+    for rank, share in enumerate(shares):
+        print(
+            f"rank {rank}: holds {share.held / 1e9:.3f} B parameters ({share.held / even:.3f} of "
+            f"1/{options.tp}), reads {share.read / 1e9:.3f} B"
+        )
+
+
+def _predict(options: argparse.Namespace) -> None:
+    if (options.file is None) == (options.model is None):
+        raise InputError("'plan --predict' needs either a model file or --model NAME.")
+    if options.tp < 1 or options.batch < 1:
+        raise InputError(f"{options.tp} GPUs and batch {options.batch}: both must be 1 or more.")
+    if options.file is not None:
+        info = inspect_checkpoint(options.file)
+        name, config = info.family, info.config
+    else:
+        from bench.dummy import config_of  # beside this package, in a checkout
+
+        name, config = options.model, config_of(options.model)
+    if options.device is not None:
+        device = DEVICES[options.device]
+    elif torch.cuda.is_available():
+        device = device_of(torch.cuda.get_device_name())
+    else:
+        device = DEVICES["H200"]
+    link = LINKS[options.link]
+    width, height = options.size
+    shape = options.batch, *family(name).latent_shape(config, width, height)
+    print(
+        f"{family(name).LABEL}, {width} x {height}, batch {options.batch}, {options.text} text "
+        f"tokens, bf16. Predicted ms per step on {options.tp} GPUs:"
+    )
+    print(f"  GPU {device.name}: {device.source}")
+    print(f"  link {link.name}: {link.source}")
+    parts = [part.name for part in dataclasses.fields(Prediction)]
+    print(" ".join(f"{title:>11}" for title in ("TP x groups", "ms", *parts)))
+    for layout in layouts(name, config, options.tp):
+        sizes = layout.tp_size, layout.batch_groups
+        found = predict(name, config, shape, options.text, *sizes, device, link)
+        times = (found.ms, *(getattr(found, part) for part in parts))
+        print(f"{layout!s:>11}", *(f"{ms:11.1f}" for ms in times))
+
+
+def _layer_name(layer: Layer) -> str:
+    if layer.replaced == (layer.path,):
+        return layer.path
+    return f"{layer.path} <- {', '.join(layer.match.names)}"
