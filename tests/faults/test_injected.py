@@ -26,7 +26,7 @@ from process.conftest import (
 import tp_runtime
 from tp_runtime.client import ModelSpec, RemoteModel, Runtime, TPRuntimeError
 from tp_runtime.client.engine import Engine
-from tp_runtime.client.rank_processes import State
+from tp_runtime.client.group_state import State
 
 pytestmark = pytest.mark.process
 

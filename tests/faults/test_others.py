@@ -38,7 +38,7 @@ from tp_runtime.client import (
     evaluation_times,
 )
 from tp_runtime.client.engine import Engine
-from tp_runtime.client.rank_processes import State
+from tp_runtime.client.group_state import State
 from tp_runtime.rank.worker import MAX_LOG_BYTES
 from tp_runtime.wire.protocol import MAX_FRAME_BYTES, VERSION, Done, encode
 
@@ -219,7 +219,7 @@ def test_a_request_comes_right_after_a_death(
     works(model)
     engine = engine_of(model)
     rank = engine.ranks[1]
-    with engine._lock:  # the owner cannot tell anybody
+    with engine.processes._state._lock:  # the owner cannot tell anybody
         rank.kill()
         assert rank.ended(timeout_s=5.0)
         assert engine.state is State.READY
@@ -331,7 +331,9 @@ def test_files_that_change(real: RemoteModel, faults: Path, observe: Observe) ->
     path = Path(real.spec.path)
     same_as_native(real)
     group = engine_of(real)
-    real._group._models.clear()
+    residency = real._group._residency
+    assert residency is not None
+    residency._models.clear()
     group.unload(real.name)
 
     write_z_image(path.with_suffix(".new"), seed=1).rename(path)

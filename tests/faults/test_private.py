@@ -17,7 +17,7 @@ from faults.conftest import wait_until
 from process.conftest import PythonWith, cpu_group, make_inputs
 
 from tp_runtime.client import ModelSpec, RankError, RemoteModel, Runtime
-from tp_runtime.client.rank_processes import State
+from tp_runtime.client.group_state import State
 from tp_runtime.config import log_level
 
 pytestmark = pytest.mark.process

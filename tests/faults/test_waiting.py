@@ -28,7 +28,7 @@ from tp_runtime.client import (
     Runtime,
 )
 from tp_runtime.client.engine import Engine
-from tp_runtime.client.rank_processes import State
+from tp_runtime.client.group_state import State
 
 pytestmark = pytest.mark.process
 
@@ -75,7 +75,7 @@ def right(model: RemoteModel) -> bool:
 def kill_unnoticed(model: RemoteModel) -> None:
     """A rank is gone, and the next request comes before anybody knows."""
     engine = engine_of(model)
-    with engine._lock:  # the engine's thread cannot tell anybody
+    with engine.processes._state._lock:  # the engine's thread cannot tell anybody
         engine.ranks[1].kill()
         assert engine.ranks[1].ended(timeout_s=5.0)
         assert engine.state is State.READY

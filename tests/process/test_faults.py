@@ -28,11 +28,13 @@ from tp_runtime.client import (
     RankError,
     RemoteModel,
     Runtime,
+    hearing,
     rank_processes,
 )
 from tp_runtime.client import engine as engine_module
+from tp_runtime.client.call import Call
 from tp_runtime.client.engine import Engine
-from tp_runtime.client.rank_processes import State
+from tp_runtime.client.group_state import State
 from tp_runtime.wire.protocol import Load, Report, Unload
 
 pytestmark = pytest.mark.process
@@ -96,6 +98,12 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+def has_ended(engine: Engine) -> bool:
+    """Whether the thread that owns the ranks has seen to their end."""
+    owner = engine.processes._owner
+    return owner is not None and not owner.is_alive()
+
+
 @contextmanager
 def ends_the_group(model: RemoteModel, within_s: float) -> Iterator[None]:
     """The body brings all ranks down in time; their logs stay."""
@@ -139,14 +147,14 @@ def test_a_rank_is_killed_in_the_middle_of_a_collective(tiny_z_image: Path) -> N
 def test_who_takes_the_answer(light_model: LightModel, request: pytest.FixtureRequest) -> None:
     """A caller who listens does so itself; one that comes later than expected, the owner."""
     model, takers = light_model(), []
-    take = rank_processes.Call.take
+    take = Call.take
 
     def noting(*args: Any) -> None:
         takers.append(threading.current_thread())
         take(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rank_processes.Call, "take", noting)
+        patch.setattr(Call, "take", noting)
         for sleep_s in (0.2, 1.3, 0.2):
             model.evaluate(ordered(sleep_s=sleep_s))
     caller, owner = threading.current_thread(), engine_of(model)._owner
@@ -164,9 +172,9 @@ def test_closed_while_a_caller_takes_the_last_answer(
     model = light_model()
     engine = engine_of(model)
     taking = threading.Event()
-    take, close_now = rank_processes.Call.take, engine._close_now
+    take, close_now = Call.take, engine.processes._close_now
 
-    def slowly(call: rank_processes.Call, *answer: Any) -> None:
+    def slowly(call: Call, *answer: Any) -> None:
         take(call, *answer)
         if call.complete():
             taking.set()
@@ -176,8 +184,8 @@ def test_closed_while_a_caller_takes_the_last_answer(
         assert taking.wait(10)
         close_now()
 
-    monkeypatch.setattr(rank_processes.Call, "take", slowly)
-    monkeypatch.setattr(engine, "_close_now", close_then)
+    monkeypatch.setattr(Call, "take", slowly)
+    monkeypatch.setattr(engine.processes, "_close_now", close_then)
     inputs = ordered(sleep_s=0.3)
     with in_background(lambda: model.evaluate(inputs)) as evaluating:
         wait_until(lambda: engine.state is State.BUSY)
@@ -202,10 +210,10 @@ def test_a_caller_is_interrupted_while_it_takes_an_answer(light_model: LightMode
 
     with ends_the_group(model, within_s=2):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(rank_processes.Call, "take", interrupted)
+            patch.setattr(Call, "take", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 model.evaluate(ordered(sleep_s=0.2))
-        wait_until(lambda: engine._owner is not None and not engine._owner.is_alive())
+        wait_until(lambda: has_ended(engine))
     assert "A fault of the engine: KeyboardInterrupt" in str(engine.error)
     assert_works(model)
 
@@ -216,7 +224,7 @@ def test_a_rank_is_killed_while_idle(light_model: LightModel, rank: int) -> None
     engine = engine_of(model)
     with ends_the_group(model, within_s=1):
         os.kill(engine.ranks[rank].pid, signal.SIGKILL)
-        wait_until(lambda: engine._owner is not None and not engine._owner.is_alive())
+        wait_until(lambda: has_ended(engine))
     assert isinstance(engine.error, GroupDiedError)
     assert f"Rank {rank} " in str(engine.error)
     assert "during" not in str(engine.error)
@@ -265,12 +273,12 @@ def test_the_cause_is_blamed_where_its_consequence_is_seen_first(
     light_model: LightModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A rank dies, and before that is seen another one says that its collective has failed."""
-    monkeypatch.setattr(rank_processes, "CAUSE_S", 30.0)
+    monkeypatch.setattr(hearing, "CAUSE_S", 30.0)
     model = light_model()
     engine = engine_of(model)
     order = ordered(rank=1, **{"raise": "connection closed by peer"})
     with in_background(lambda: model.evaluate(order)) as evaluating:
-        wait_until(lambda: 1 in engine._last_words)
+        wait_until(lambda: 1 in engine.processes._hearing.evidence.last_words)
         assert not evaluating.done()
         engine.ranks[0].kill()
         error = evaluating.exception(timeout=10)

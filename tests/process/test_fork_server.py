@@ -14,9 +14,9 @@ from process.conftest import PythonWith, assert_ended, cpu_group
 from support.leaks import SERVER_MARK, is_marked
 from tp_runtime.client import GroupDiedError, GroupStartError
 from tp_runtime.client.engine import Engine
+from tp_runtime.client.group_state import State
 from tp_runtime.client.launch import local as local_launcher
 from tp_runtime.client.launch.local import LocalLauncher
-from tp_runtime.client.rank_processes import State
 from tp_runtime.wire.exchange import Exchange
 from tp_runtime.wire.protocol import Report
 

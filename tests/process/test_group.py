@@ -15,7 +15,7 @@ from support.tiny_models import ZImageSize, write_z_image
 from tp_runtime.client import InputError, ModelSpec, RemoteModel, Runtime, inspect_checkpoint
 from tp_runtime.client import engine as engine_module
 from tp_runtime.client.engine import Engine
-from tp_runtime.client.launch.launcher import Poll
+from tp_runtime.client.poll import Poll
 from tp_runtime.wire.protocol import Evaluate, Load, Request, TensorRef, decode_request
 
 pytestmark = pytest.mark.process

@@ -14,10 +14,10 @@ import torch
 from process.conftest import assert_ended, cpu_group, make_inputs
 
 from support.tiny_models import write_z_image
-from tp_runtime.client import GroupReport, InputError, ModelSpec, RemoteModel, Runtime
-from tp_runtime.client import group as group_module
+from tp_runtime.client import GroupReport, InputError, ModelSpec, RemoteModel, Runtime, residency
 from tp_runtime.client.engine import Engine
-from tp_runtime.client.rank_processes import State
+from tp_runtime.client.group_state import State
+from tp_runtime.client.rank_processes import RankProcesses
 from tp_runtime.rank.host_copy import HostCopy
 from tp_runtime.wire.protocol import Evaluate, Load, Request, Sleep, Unload, Wake
 
@@ -128,7 +128,7 @@ def test_a_model_makes_room_for_another(
     first, second = models
     first.ensure_loaded()
     sent.clear()
-    monkeypatch.setattr(group_module, "ROOM_BYTES", 2**60)
+    monkeypatch.setattr(residency, "ROOM_BYTES", 2**60)
     second.ensure_loaded()
     first.ensure_loaded()
     assert sent == [
@@ -148,7 +148,7 @@ def test_a_group_makes_room_on_another(
     """Which has the same devices, and whose model is still held."""
     first, second = models[0], elsewhere
     first.ensure_loaded()
-    monkeypatch.setattr(group_module, "ROOM_BYTES", 2**60)
+    monkeypatch.setattr(residency, "ROOM_BYTES", 2**60)
     sent.clear()
     second.ensure_loaded()
     assert sent == [("Unload", first.name), ("Load", second.name)]
@@ -165,7 +165,7 @@ def test_a_group_that_is_changing_is_not_waited_for(
     """It may be waiting for this one."""
     first, second = models[0], elsewhere
     first.ensure_loaded()
-    monkeypatch.setattr(group_module, "ROOM_BYTES", 2**60)
+    monkeypatch.setattr(residency, "ROOM_BYTES", 2**60)
     with first._group._changing:
         second.ensure_loaded()
     assert min(first.loaded_bytes()) > 0
@@ -222,7 +222,7 @@ def test_an_unload_that_was_given_up(
     model.ensure_loaded()
     expected = model.evaluate(make_inputs())
     sent.clear()
-    monkeypatch.setattr(model._group, "_host_has_room", lambda *_: False)
+    monkeypatch.setattr(residency.Residency, "_host_has_room", lambda *_: False)
     with stopped_rank(runtime), pytest.raises(Interrupted):
         model.sleep(interrupt)
     assert the_group(runtime).models == {}
@@ -238,13 +238,13 @@ def test_a_sleep_does_not_come_before_a_step_that_waits_for_its_turn(
     model, _ = models
     model.ensure_loaded()
     requests: list[str] = []
-    begin = Engine._begin
+    send = RankProcesses.send
 
-    def spy(self: Engine, call: Any) -> None:
+    def spy(self: RankProcesses, call: Any, *args: Any) -> None:
         requests.append(call.what)
-        begin(self, call)
+        send(self, call, *args)
 
-    monkeypatch.setattr(Engine, "_begin", spy)
+    monkeypatch.setattr(RankProcesses, "send", spy)
     with ThreadPoolExecutor(3) as pool:
         with stopped_rank(runtime):
             requests.clear()

@@ -14,9 +14,9 @@ from process.conftest import PythonWith, assert_ended, cpu_group
 
 from tp_runtime.client import GroupClosedError, GroupLostError, GroupStartError
 from tp_runtime.client.engine import Engine
+from tp_runtime.client.group_state import State
 from tp_runtime.client.launch import ray as ray_launcher
 from tp_runtime.client.launch.local import LocalLauncher
-from tp_runtime.client.rank_processes import State
 from tp_runtime.wire.protocol import Report
 from tp_runtime.wire.ray_messages import Placed
 

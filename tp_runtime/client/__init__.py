@@ -2,6 +2,27 @@
 
 The nodes import these names and no others. Nothing here imports vLLM, diffusers or
 torch.distributed.
+
+::
+
+    Runtime ─ Group ─ Residency ─ Engine ─ RankProcesses ─┬─ GroupState   what the group is now
+       └─ RemoteModel                 └─ TensorSender     ├─ Hearing      what the ranks say
+                                                          └─ RankEvents   what the owner waits on
+
+**Locks**, in the order in which a thread may take them. Who holds one may take those further down,
+and none further up:
+
+1. ``Group._changing``: while a group starts, or what it holds changes; an evaluation holds it until
+   its request is sent, so that its model is not put to sleep before. Whoever holds it only tries
+   another group's (``Group.give_way``), and does not wait for it.
+2. ``Engine._turn``: the caller whose request is under way, until it has the answers or gives up.
+3. ``RankProcesses.exchange_in_use``: while the shared memory is written, read or given back.
+4. ``Hearing.lock``: while somebody takes what the ranks have sent, and while the group ends.
+5. ``GroupState._lock``: while the state changes.
+
+``Users._lock``, ``RankEvents._lock`` and ``Channel._sending`` may be taken at any time, and no
+other while one of them is held. ``Group.close`` takes none of the first two: it ends a group
+whatever that does, and waits for the owner's thread, which takes only those from the third on.
 """
 
 from ..config import (
@@ -42,7 +63,8 @@ from ..wire.protocol import PatchedWeight, WeightPatch
 from ..wire.weight_patches import FUNCTIONS as PATCH_FUNCTIONS
 from ..wire.weight_patches import KINDS as PATCH_KINDS
 from ..wire.weight_patches import PatchError, check_fits
-from .group import GroupReport
+from .group_report import GroupReport
+from .inspection import checkpoint_info
 from .launch.ray_driver_client import cluster_gpu_count
 from .remote_model import RemoteModel
 from .runtime import Runtime, get_runtime
@@ -82,6 +104,7 @@ __all__ = [
     "WeightPatch",
     "Workload",
     "check_fits",
+    "checkpoint_info",
     "choose_layout",
     "cluster_gpu_count",
     "examine",

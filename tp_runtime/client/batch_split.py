@@ -1,4 +1,4 @@
-"""Divides forward batches over batch groups. Part of the engine's half.
+"""Divides the batches of evaluations over batch groups.
 
 The items of a batch do not depend on one another, so the groups exchange nothing.
 """
@@ -30,9 +30,11 @@ def divide(inputs: Inputs, num_parts: int) -> list[Inputs]:
     ]
 
 
-def divide_all(wanted: Sequence[Inputs], batch_groups: int) -> list[list[Inputs]]:
-    """Of each wanted evaluation the parts, so that all of them together keep the groups busy."""
-    return [divide(inputs, math.ceil(batch_groups / len(wanted))) for inputs in wanted]
+def divide_all(inputs_of_each: Sequence[Inputs], batch_groups: int) -> list[list[Inputs]]:
+    """The parts of each evaluation, so that all parts together keep the batch groups busy."""
+    return [
+        divide(inputs, math.ceil(batch_groups / len(inputs_of_each))) for inputs in inputs_of_each
+    ]
 
 
 def _narrowed(value: Any, batch: int, start: int, size: int) -> Any:

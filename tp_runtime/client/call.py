@@ -1,4 +1,4 @@
-"""One request under way: who has answered it, until when, what it ends in. Engine's half."""
+"""One request under way: who has answered it, until when, what it ends in."""
 
 import math
 import threading
@@ -8,16 +8,15 @@ from collections.abc import Callable
 from ..errors import REFUSALS, GroupDiedError, ProtocolError, TPRuntimeError
 from ..wire.protocol import Done, Failed, Progress, Ready
 from . import failures
-from .launch.launcher import Poll
+from .poll import POLL_S, Poll
 
-POLL_S = 0.01
 START = 0  # number of the call that the ranks' ready messages answer
 
 OnProgress = Callable[[int, int], None]
 
 
 class Call:
-    """What each rank has answered so far. Who hears the ranks fills it in; its caller waits."""
+    """What each rank has answered so far. ``Hearing`` fills it in, and its caller waits for it."""
 
     def __init__(self, number: int, num_ranks: int, timeout_s: float, what: str) -> None:
         self.number = number
@@ -32,7 +31,7 @@ class Call:
         self._num_ranks = num_ranks
         self._progress: dict[int, tuple[int, int]] = {}
 
-    # --- of who hears the ranks ----------------------------------------------------------------
+    # --- for the thread that hears the ranks ---------------------------------------------------
 
     def take(self, rank: int, reply: Ready | Done | Failed | Progress) -> None:
         """Note what a rank says. A sign of life counts from now on.
@@ -68,7 +67,7 @@ class Call:
         self.ended = time.monotonic()
         self.finished.set()
 
-    # --- the caller's --------------------------------------------------------------------------
+    # --- for the caller ------------------------------------------------------------------------
 
     def wait(
         self,

@@ -1,4 +1,4 @@
-"""A process group as one may ask things of it, from ComfyUI's process. Part of the engine's half.
+"""What one may ask of a process group, from ComfyUI's process.
 
 Callers take turns. They wait on the request they made and may abandon it at any time; the ranks
 then finish it for themselves and the next request waits for that.
@@ -14,15 +14,17 @@ from typing import Any
 import torch
 
 from ..config import GroupConfig
-from ..wire.mirror import pieces
+from ..errors import TPRuntimeError
 from ..wire.protocol import PatchedWeight, Request, Unload, encode
-from .call import POLL_S, Call, OnProgress
+from .call import Call, OnProgress
 from .evaluation_times import EvaluationTimes, shapes_of
-from .launch.launcher import Launcher, Poll
+from .group_state import State
+from .launch.launcher import Launcher, Rank
 from .launch.local import LocalLauncher
 from .launch.ray import RayLauncher
-from .rank_processes import ProcessGroup
-from .tensor_sender import TensorSender, Wanted
+from .poll import Poll, acquired
+from .rank_processes import RankProcesses
+from .tensor_sender import Asked, TensorSender
 
 
 def launcher_of(config: GroupConfig) -> Launcher:
@@ -30,15 +32,46 @@ def launcher_of(config: GroupConfig) -> Launcher:
     return RayLauncher() if config.where == "ray" else LocalLauncher()
 
 
-class Engine(ProcessGroup):
-    """A process group that serves requests, one at a time. Thread-safe."""
+class Engine:
+    """Has a group of processes serve requests, one at a time. Thread-safe.
+
+    ``processes``: that group, for what its caller wants to know beyond how it stands.
+    """
 
     def __init__(self, config: GroupConfig, launcher: Launcher | None = None) -> None:
+        self.config = config
         self._sender = TensorSender()
-        super().__init__(config, launcher or launcher_of(config), self._sender.exchange)
+        self.processes = RankProcesses(
+            config, launcher or launcher_of(config), self._sender.exchange
+        )
         self._evaluation_times = EvaluationTimes()
         self._numbers = itertools.count(1)
         self._turn = threading.Lock()  # held by the caller whose request is under way
+
+    def start(self, poll: Poll | None = None) -> None:
+        """Start the ranks; see ``RankProcesses.start``."""
+        self.processes.start(poll)
+
+    def close(self) -> None:
+        """End the group; see ``RankProcesses.close``."""
+        self.processes.close()
+
+    def is_up(self) -> bool:
+        """Whether the group has started, and all its ranks live."""
+        return self.processes.is_up()
+
+    @property
+    def state(self) -> State:
+        return self.processes.state
+
+    @property
+    def error(self) -> TPRuntimeError | None:
+        """What the group has failed of."""
+        return self.processes.error
+
+    @property
+    def ranks(self) -> Sequence[Rank]:
+        return self.processes.ranks
 
     def call(
         self,
@@ -73,37 +106,36 @@ class Engine(ProcessGroup):
     def evaluate(
         self,
         model: str,
-        wanted: Sequence[Wanted],
+        asked: Sequence[Asked],
         poll: Poll | None = None,
         on_sent: Callable[[], None] | None = None,
     ) -> list[torch.Tensor]:
-        """Evaluate the transformer, once on each batch group; at most so many are ``wanted``.
+        """Make the evaluations that are ``asked``, at most one for each batch group.
 
-        Of each: ComfyUI's forward arguments, a tensor ``x`` and plain data with tensors, and the
-        shape of the result, which has the dtype and device of ``x``. Tensors that the ranks hold
-        from an earlier call are not sent again. ``on_sent``: as of ``call``. A result on a GPU is
-        good in this thread's current stream.
+        A result has the dtype and device of its ``x``; one on a GPU is good in this thread's
+        current stream. Tensors that the ranks hold from an earlier call are not sent again.
+        ``on_sent``: as of ``call``.
 
         Raises:
-            As ``call`` does, and ProtocolError if ``inputs`` hold something that cannot be sent.
+            As ``call`` does, and ProtocolError if the inputs hold something that cannot be sent.
         """
         results: list[torch.Tensor] = []
 
         def make(number: int) -> Request:
-            request, places = self._sender.place_evaluations(number, model, wanted)
+            request, places = self._sender.place_evaluations(number, model, asked)
             # Looked up now, since the group may end between its answer and our reading it.
             results.extend(places)
             return request
 
         def copied() -> list[torch.Tensor]:
-            with self._exchange_in_use:
+            with self.processes.exchange_in_use:
                 return [
-                    self._sender.exchange.copied_to(inputs["x"].device, result)
-                    for (inputs, _), result in zip(wanted, results, strict=True)
+                    self._sender.exchange.copied_to(one.inputs["x"].device, result)
+                    for one, result in zip(asked, results, strict=True)
                 ]
 
         with self._turn_taken(poll):
-            kind = model, shapes_of(wanted)
+            kind = model, shapes_of(asked)
             try:
                 call = self._send(make, kind)
             except BaseException:
@@ -116,7 +148,7 @@ class Engine(ProcessGroup):
                 call.wait(poll, until=call.began + due[0])
                 if not call.finished.is_set():
                     copied()  # a rehearsal: the processor's caches have forgotten how to do it
-                self._listen(call, call.began + due[1])
+                self.processes.listen(call, call.began + due[1])
             call.wait(poll)
             call.raise_error()
             self._evaluation_times.record(kind, call.ended - call.began)
@@ -163,31 +195,19 @@ class Engine(ProcessGroup):
     @contextlib.contextmanager
     def _turn_taken(self, poll: Poll | None) -> Iterator[None]:
         """Be the only caller, once no request is under way (an abandoned one may still be)."""
-        while not self._turn.acquire(timeout=POLL_S):
-            if poll is not None:
-                poll()
-        try:
-            if (call := self._call) is not None:
+        with acquired(self._turn, poll):
+            if (call := self.processes.call_under_way) is not None:
                 call.wait(poll)
             yield
-        finally:
-            self._turn.release()
 
     def _send(self, make: Callable[[int], Request], kind: Hashable = None) -> Call:
         number = next(self._numbers)
-        with self._exchange_in_use:
-            self._check_ready()
+        with self.processes.exchange_in_use:
+            self.processes.check_ready()
             request = make(number)
             written = self._sender.exchange.take_written()
         frame = encode(request)
         timeout_s = self._evaluation_times.timeout_s(kind, self.config.call_timeout_s)
-        call = Call(number, len(self.ranks), timeout_s, type(request).__name__)
-        self._begin(call)
-        try:
-            for rank in self.ranks:
-                for piece in pieces(written) if rank.mirrored else ():
-                    rank.channel.send(encode(piece))
-                rank.channel.send(frame)
-        except EOFError:
-            call.sent = False  # the owner sees the same end of the stream and fails the group
+        call = Call(number, self.config.num_ranks, timeout_s, type(request).__name__)
+        self.processes.send(call, frame, written)
         return call

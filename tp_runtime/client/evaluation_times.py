@@ -1,9 +1,8 @@
 """How long evaluations take: when the next is due, and when a rank has been silent for too long.
 
-Part of the engine's half. Evaluations are alike if the model and the shapes of all inputs are.
-The first ones compile and record, so they get the allowance for everything else
-(``TP_RUNTIME_CALL_TIMEOUT``), which no evaluation ever gets more than; later ones many times what
-the slowest took.
+Evaluations are alike if the model and the shapes of all inputs are. The first ones of a kind
+compile and record, so they get the time of every other request (``TP_RUNTIME_CALL_TIMEOUT``), and
+no evaluation ever gets more; later ones get many times what the slowest took.
 """
 
 from collections.abc import Hashable, Mapping

@@ -1,11 +1,10 @@
-"""How a group failed, as the error that a person sees. Part of the engine's half."""
+"""How a group failed, as the error that a person sees."""
 
 import logging
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
-from ..config import GroupConfig
+from ..config import PACKAGE, GroupConfig
 from ..errors import (
     CallTimeoutError,
     GroupDiedError,
@@ -25,7 +24,6 @@ _IMPORT_ERROR = re.compile(r"^(?:ModuleNotFoundError|ImportError): .*$", re.MULT
 _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|^MemoryError", re.IGNORECASE)
 _ASKED = re.compile(r"[Tt]ried to allocate (\d[\d.]* \w+)")
 _HELD = re.compile(r"this process has (\d[\d.]* \w+) memory in use")
-_PACK = Path(__file__).resolve().parent.parent
 
 
 def not_started(
@@ -69,7 +67,7 @@ def _lacking(config: GroupConfig, logs: Sequence[str]) -> str | None:
     found = next(filter(None, map(_IMPORT_ERROR.search, logs)), None)
     return found and (
         f"The runtime's Python {config.python} cannot import what the ranks need ({found[0]}). "
-        f"Install it with: {config.python} -m pip install '{_PACK}[runtime]', or set "
+        f"Install it with: {config.python} -m pip install '{PACKAGE.parent}[runtime]', or set "
         "TP_RUNTIME_PYTHON to a Python that has vllm and diffusers."
     )
 

@@ -1,84 +1,77 @@
-"""The processes of a group: their start, watching over them, their end. Part of the engine's half.
+"""The processes of a group: their start, watching over them, their end.
 
 One thread owns them: it starts them, listens to them, is the only one that decides that a group has
 failed (on a rank's death, on an error of a rank, or when a request has taken too long), and ends
-them. A caller who does not want to be woken up may listen, too (``_listen``).
-
-::
-
-    STARTING ──► READY ◄──► BUSY
-        │          │          │
-        └──────────┴──────────┴──► FAILED or CLOSED   (no process of the group is left)
+them. A caller that does not want to be woken up by its answer may take it itself (``listen``).
 """
 
 import contextlib
-import enum
 import logging
-import os
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from ..config import GroupConfig
-from ..errors import GroupClosedError, GroupStartError, ProtocolError, TPRuntimeError
+from ..errors import GroupClosedError, GroupStartError, TPRuntimeError
 from ..wire.exchange import Exchange
-from ..wire.protocol import Close, Failed, Piece, Ready, Reply, decode_reply, encode
-from ..wire.transport import Readiness, wait
+from ..wire.mirror import pieces
+from ..wire.protocol import Close, Ready, encode
 from . import failures
-from .call import START, Call, unasked
-from .launch.launcher import Launcher, Poll, Rank, end_ranks
+from .call import START, Call
+from .group_state import GroupState, State
+from .hearing import Hearing
+from .launch.launcher import Launcher, Rank, end_ranks
+from .poll import Poll
+from .rank_events import RankEvents
 
 logger = logging.getLogger("tp_runtime")
 
 CLOSE_TIMEOUT_S = 5.0
 WATCH_S = 1.0  # the owner looks at least this often
-CAUSE_S = 0.2  # after an error of a rank, another's end may be seen that caused it
-OTHER_HOSTS_CAUSE_S = 0.5  # where it is on another host
 FROZEN_S = 2.0  # a look that is later by more: the machine, or its container, stood still
 
 
-class State(enum.Enum):
-    """What a group can be. FAILED and CLOSED are final."""
-
-    STARTING = "starting"
-    READY = "ready"
-    BUSY = "busy"
-    FAILED = "failed"
-    CLOSED = "closed"
-
-
-_FINAL = (State.FAILED, State.CLOSED)
-
-
-class ProcessGroup:
-    """The ranks, and the call that is under way. Thread-safe.
+class RankProcesses:
+    """The ranks of a group, and the call that is under way. Thread-safe.
 
     A new object has no processes; ``start`` makes them and ``close`` ends them, once each.
+    ``exchange_in_use``: to be held while ``exchange`` is written or read, which is given back
+    with the group.
     """
 
     def __init__(self, config: GroupConfig, launcher: Launcher, exchange: Exchange) -> None:
         self.config = config
-        self.state = State.STARTING
-        self.error: TPRuntimeError | None = None
-        self.ranks: Sequence[Rank] = ()
-        self.ready: list[Ready] = []
+        self.exchange_in_use = threading.Lock()
         self._launcher = launcher
         self._exchange = exchange
-        self._exchange_in_use = threading.Lock()  # held while it is written, or given back
-        self._lock = threading.Lock()  # guards state, error, _call, _close_asked and _wake_fd
-        self._hearing = threading.Lock()  # held by who takes what the ranks have sent; before _lock
-        # Of the ranks' ends; and of these, of their channels and of the owner's wake-up.
-        self._deaths: Readiness | None = None
-        self._events: Readiness | None = None
-        self._call: Call | None = None
-        self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC)
-        self._close_asked = False
-        self._preparing: threading.Event | None = None  # set when there is an owner, or the end
+        self._events = RankEvents()
+        self._state = GroupState(self._is_failing)
+        self._hearing = Hearing(config, exchange, self._state)
+        self._prepared = threading.Event()  # once started: there is an owner, or nothing is left
         self._owner: threading.Thread | None = None
-        self._last_words: dict[int, Failed] = {}  # of the ranks that have raised
-        self._fault: TPRuntimeError | None = None  # of what a rank has sent
-        self._blamed: Rank | None = None
+
+    @property
+    def state(self) -> State:
+        return self._state.now
+
+    @property
+    def error(self) -> TPRuntimeError | None:
+        """What the group has failed of."""
+        return self._state.error
+
+    @property
+    def call_under_way(self) -> Call | None:
+        """What the ranks have not all answered yet."""
+        return self._state.call
+
+    @property
+    def ranks(self) -> Sequence[Rank]:
+        return self._hearing.ranks
+
+    @property
+    def ready(self) -> Sequence[Ready]:
+        """What each rank said when it was ready."""
+        return self._hearing.ready
 
     def is_up(self) -> bool:
         """Whether the group has started, and all its ranks live."""
@@ -86,11 +79,11 @@ class ProcessGroup:
 
     def _is_failing(self) -> bool:
         """Whether a rank has raised or ended, so that the owner is about to end the group."""
-        return self._is_accused() or (self._deaths is not None and bool(self._deaths.wait(0)))
+        return bool(self._hearing.evidence) or self._events.has_end()
 
-    def _is_accused(self) -> bool:
-        """Whether a rank has raised, or sent what it should not have."""
-        return self._fault is not None or bool(self._last_words)
+    def log_tail(self) -> str:
+        """The end of the log of the rank that failed; empty while none has."""
+        return self._hearing.evidence.log_tail()
 
     # --- start ---------------------------------------------------------------------------------
 
@@ -103,15 +96,11 @@ class ProcessGroup:
                 group, too.
         """
         call = Call(START, self.config.num_ranks, self.config.start_timeout_s, "start")
-        with self._lock:
-            self._check_not_closed()
-            assert self._preparing is None, "a group is started once"
-            self._preparing = threading.Event()
-            self._call = call
+        self._state.begin_start(call)
         try:
             self._prepare(call, poll)
         finally:
-            self._preparing.set()
+            self._prepared.set()
         try:
             call.wait(poll)
         except BaseException:  # poll raised it
@@ -120,24 +109,24 @@ class ProcessGroup:
         if isinstance(call.error, GroupStartError | GroupClosedError):
             call.raise_error()
         if call.error is not None:
-            raise failures.not_started(self.config, self.ranks, self._blamed, call.error)
+            blamed = self._hearing.evidence.blamed
+            raise failures.not_started(self.config, self.ranks, blamed, call.error)
 
     def _prepare(self, call: Call, poll: Poll | None) -> None:
         """Have what the launcher needs for the ranks, and the owner; or end the group."""
 
         def poll_start() -> None:
-            self._check_not_closed()
+            self._state.check_not_closed()
             if poll is not None:
                 poll()
 
         try:
             self._launcher.prepare(self.config, poll_start)
-            with self._lock:
-                self._check_not_closed()
-                call.deadline = time.monotonic() + call.timeout_s
-                owner = threading.Thread(target=self._own, name="tp-runtime-group", daemon=True)
-                owner.start()
-                self._owner = owner
+            self._state.check_not_closed()
+            call.deadline = time.monotonic() + call.timeout_s
+            owner = threading.Thread(target=self._own, name="tp-runtime-group", daemon=True)
+            owner.start()
+            self._owner = owner
         except GroupStartError as error:
             self._end(State.FAILED, error)
             raise
@@ -145,57 +134,51 @@ class ProcessGroup:
             self._end(State.CLOSED, None)
             raise
 
-    def _check_not_closed(self) -> None:
-        if self._close_asked:
-            raise GroupClosedError("The process group was closed before it had started.")
-
     # --- requests ------------------------------------------------------------------------------
 
-    def _check_ready(self) -> None:
-        if self.state is State.FAILED or (self.state is State.READY and self._is_failing()):
-            raise failures.lost(self.error)
-        if self.state is not State.READY or self._close_asked:
-            raise GroupClosedError("The process group has been closed, or was never started.")
+    def check_ready(self) -> None:
+        """Raises GroupLostError or GroupClosedError unless the group takes a request now."""
+        self._state.check_ready()
 
-    def _begin(self, call: Call) -> None:
-        """From now on this is the call under way: its deadline counts. Raises as _check_ready."""
-        with self._lock:
-            self._check_ready()
-            self.state = State.BUSY
-            self._call = call  # the owner sees its deadline within WATCH_S
+    def send(self, call: Call, frame: bytes, written: Sequence[tuple[int, memoryview]]) -> None:
+        """Send a request to every rank; from now on it is under way, and its deadline counts.
 
-    def _listen(self, call: Call, until: float) -> None:
+        ``written``: what belongs to it in the exchange memory (offset and bytes), for ranks that
+        do not share that. Raises as ``check_ready``.
+        """
+        self._state.begin(call)  # the owner sees its deadline within WATCH_S
+        try:
+            for rank in self.ranks:
+                for piece in pieces(written) if rank.mirrored else ():
+                    rank.channel.send(encode(piece))
+                rank.channel.send(frame)
+        except EOFError:
+            call.sent = False  # the owner sees the same end of the stream and fails the group
+
+    def listen(self, call: Call, until: float) -> None:
         """Take the answers to a call as they come, until it has ended, or until that time.
 
         For its caller, shortly before they are due, without sleeping: a core that was asleep wakes
         up slowly, and is slow at everything that comes next.
         """
-        assert self._events is not None, "a call is under way, so the group has started"
-        channels = [rank.channel for rank in self.ranks]
+        hearing = self._hearing
         try:
-            self._events.mute(channels, True)  # or the owner would wake up, too, and be in the way
-            while not (call.finished.is_set() or self._is_accused() or time.monotonic() >= until):
-                self._hear()
+            with self._events.frames_muted():  # or the owner would wake up, too, and be in the way
+                while not (call.finished.is_set() or hearing.evidence or time.monotonic() >= until):
+                    hearing.hear()
         finally:
-            self._events.mute(channels, False)
-            if self._is_accused():
-                self._wake_owner()
-
-    def _wake_owner(self) -> None:
-        with self._lock:
-            if self._wake_fd >= 0:
-                os.eventfd_write(self._wake_fd, 1)
+            if hearing.evidence:
+                self._events.call_owner()
 
     # --- the owner's thread --------------------------------------------------------------------
 
     def _own(self) -> None:
         try:
-            self.ranks = self._launcher.launch(self.config, self._exchange, self._check_not_closed)
-            channels = [rank.channel for rank in self.ranks]
-            deaths = [rank.death_fd for rank in self.ranks]
-            self._deaths = Readiness(deaths)
-            self._events = Readiness([self._wake_fd, *channels, *deaths])
-            self._watch(self._events)
+            self._hearing.ranks = self._launcher.launch(
+                self.config, self._exchange, self._state.check_not_closed
+            )
+            self._events.watch(self.ranks)
+            self._watch()
         except GroupClosedError:
             self._end(State.CLOSED, None)
         except TPRuntimeError as error:
@@ -204,145 +187,41 @@ class ProcessGroup:
             logger.exception("a fault of the engine")
             self._end(State.FAILED, TPRuntimeError(f"A fault of the engine: {error!r}"))
 
-    def _watch(self, events: Readiness) -> None:
-        while self.state not in _FINAL:
+    def _watch(self) -> None:
+        while not self._state.is_final:
             # Looked up before what the ranks have done: a death that came first is a failure.
-            close_asked = self._close_asked
-            call = self._call
+            close_asked = self._state.close_asked
+            call = self.call_under_way
             began = time.monotonic()
             timeout_s = WATCH_S
             if call is not None:
                 timeout_s = min(max(0.0, call.deadline - began), WATCH_S)
-            ready = events.wait(0 if close_asked else timeout_s)
+            happened = self._events.wait(0 if close_asked else timeout_s)
             late_s = time.monotonic() - began - timeout_s
-            call = self._call  # which may have begun meanwhile
+            call = self.call_under_way  # which may have begun meanwhile
             if call is not None and late_s > FROZEN_S:  # so the ranks stood still, too
                 call.deadline += late_s
-            if self._wake_fd in ready:
-                os.eventfd_read(self._wake_fd)
-            error = self._receive(ready)
-            call = self._call
+            error = self._hearing.failure(happened)
+            call = self.call_under_way
             if error is None and call is not None and time.monotonic() >= call.deadline:
                 silent = [rank for rank in self.ranks if rank.index not in call.answers]
                 if silent:  # or a caller has taken the last answer meanwhile
-                    self._blamed = silent[0]
-                    error = failures.silence(silent, call.timeout_s, call.what)
+                    error = self._hearing.evidence.silence(silent, call.timeout_s, call.what)
             if error is not None:
                 self._end(State.FAILED, error)
             elif close_asked:
                 self._close_now()
 
-    def _receive(self, ready: list[Any]) -> TPRuntimeError | None:
-        """Take what the ranks have sent; returns what ends the group, if something does.
-
-        Where a rank ends, the others' collectives fail a moment later. So a rank that ended
-        without a word is the cause; otherwise, the one that raised first.
-        """
-        self._hear()
-        if self._last_words and self._fault is None and not self._gone(ready):
-            # The cause may be seen after what it caused: on a busy machine this thread has
-            # looked at one rank long before another.
-            quiet = [rank for rank in self.ranks if rank.index not in self._last_words]
-            far = [rank.channel for rank in quiet if rank.mirrored]
-            timeout_s = OTHER_HOSTS_CAUSE_S if far else CAUSE_S
-            ready = wait([*(rank.death_fd for rank in quiet), *far], timeout_s)
-            self._hear()
-        if self._fault is not None:
-            return self._fault
-        doing = self._call.what if self._call else None
-        if gone := self._gone(ready):
-            self._blamed = gone[0]
-            return failures.death(self._blamed, doing)
-        if self._last_words:
-            self._blamed = min(
-                (rank for rank in self.ranks if rank.index in self._last_words),
-                key=lambda rank: self._last_words[rank.index].time_s - rank.clock_ahead_s,
-            )
-            last_words = self._last_words[self._blamed.index]
-            return failures.rank_error(self.config, self._blamed, last_words, doing)
-        return None
-
-    def _gone(self, ready: list[Any]) -> list[Rank]:
-        """The ranks that have ended without a word."""
-        with self._hearing:  # a caller may have seen an end, and not yet have noted the last words
-            return [
-                rank
-                for rank in self.ranks
-                if rank.index not in self._last_words
-                and (rank.channel.ended or rank.death_fd in ready)
-            ]
-
-    def _hear(self) -> None:
-        """Take what has arrived from the ranks, by any thread; note what is wrong with it."""
-        with self._hearing:
-            if self.state in _FINAL or self._fault is not None:
-                return
-            for rank in self.ranks:
-                try:
-                    for frame in rank.channel.receive():
-                        reply = decode_reply(frame)
-                        if isinstance(reply, Failed) and not reply.recoverable:
-                            self._last_words[rank.index] = reply
-                        else:
-                            self._take(rank, reply)
-                except TPRuntimeError as error:
-                    self._blamed, self._fault = rank, error
-                    return
-                except BaseException as error:  # a caller's Ctrl-C, too: frames may be lost
-                    self._blamed = rank
-                    self._fault = TPRuntimeError(f"A fault of the engine: {error!r}")
-                    raise
-
-    def _take(self, rank: Rank, reply: Reply) -> None:
-        """Note an answer, and finish the call that it completes.
-
-        Raises:
-            ProtocolError: the answer fits no request, or not the other ranks' answers.
-            GroupStartError: the ranks are ready, but not as one group.
-        """
-        call = self._call
-        if isinstance(reply, Piece):
-            if call is None or not rank.mirrored:
-                raise ProtocolError(f"Rank {rank.index} sent bytes that nothing had asked for.")
-            self._exchange.put(reply.offset, reply.data)
-            return
-        if call is None:
-            raise unasked(rank.index)
-        call.take(rank.index, reply)
-        if not call.complete():
-            return
-        if call.number == START:
-            self.ready = [answer for _, answer in sorted(call.answers.items())]  # type: ignore[misc]
-            self._check_sizes()
-        with self._lock:
-            self.state = State.READY
-            self._call = None
-        call.finish()
-
-    def _check_sizes(self) -> None:
-        seen = [ready.tp_world_size for ready in self.ready]
-        if seen != [self.config.tp_size] * self.config.num_ranks:
-            raise GroupStartError(
-                f"{self.config.num_ranks} ranks of tensor-parallel size {self.config.tp_size} were "
-                f"asked for, but they see the sizes {seen}. This is a fault of the installation of "
-                f"vLLM in the runtime's Python {self.config.python}."
-            )
-
-    def log_tail(self) -> str:
-        """The end of the log of the rank that failed; empty while none has."""
-        return self._blamed.log_tail() if self._blamed else ""
-
     # --- the end -------------------------------------------------------------------------------
 
     def close(self) -> None:
         """End the group in an orderly way: ask, wait, kill. Idempotent; from any thread."""
-        with self._lock:
-            self._close_asked = True  # from here on no request is taken
-        self._wake_owner()
-        if self._preparing is None:
+        is_begun = self._state.ask_to_close()
+        self._events.call_owner()
+        if not is_begun:
             self._end(State.CLOSED, None)
             return
-        self._preparing.wait()  # where the starting thread sees it, and ends what there is
+        self._prepared.wait()  # where the starting thread sees it, and ends what there is
         if self._owner is not None:
             self._owner.join()
 
@@ -355,26 +234,20 @@ class ProcessGroup:
                 rank.channel.send(encode(Close()))
         self._end(State.CLOSED, None, grace_s=CLOSE_TIMEOUT_S)
 
-    def _end(self, state: State, error: TPRuntimeError | None, grace_s: float = 0.0) -> None:
+    def _end(self, final: State, error: TPRuntimeError | None, grace_s: float = 0.0) -> None:
         """Leave nothing of the group. Done by the owner, if there is one."""
-        with self._hearing, self._lock:  # who is listening has stopped, and nobody begins
-            if self.state in _FINAL:
-                return
-            self.error = error
-            self.state = state
-            call, self._call = self._call, None
-            os.close(self._wake_fd)
-            self._wake_fd = -1
+        with self._hearing.lock:  # who is listening has stopped
+            to_finish = self._state.end(final, error)
+        if to_finish is None:
+            return
         if error is not None:
             logger.error("%s", error)
         try:
             end_ranks(self.ranks, grace_s)
-            for readiness in (self._deaths, self._events):
-                if readiness is not None:
-                    readiness.close()
-            with self._exchange_in_use:
+            self._events.close()
+            with self.exchange_in_use:
                 self._exchange.close()
             self._launcher.clean_up(keep_logs=error is not None)
         finally:
-            if call is not None:
+            for call in to_finish:
                 call.finish(error or GroupClosedError("The process group was closed meanwhile."))

@@ -5,20 +5,21 @@ import itertools
 import threading
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
 
 from ..config import GroupConfig, ModelSpec, device_name
 from ..layouts.step_history import StepRecords, Workload
-from ..models.recognise import CheckpointInfo, inspect_checkpoint
+from ..models.recognise import CheckpointInfo
 from ..wire.exchange import dtype_of
 from ..wire.protocol import PatchedWeight
-from .batch_split import divide_all
+from .batch_split import Inputs, divide_all
 from .call import OnProgress
 from .group import Group
-from .launch.launcher import Poll
+from .inspection import checkpoint_info
+from .poll import Poll
+from .tensor_sender import Asked
 
 
 class RemoteModel:
@@ -31,7 +32,7 @@ class RemoteModel:
     def __init__(self, spec: ModelSpec, group: Group, records: StepRecords) -> None:
         self.spec = spec
         self.num_evaluations = 0
-        self.info: CheckpointInfo = inspect_checkpoint(spec.path)
+        self.info: CheckpointInfo = checkpoint_info(spec.path)
         self.info.check_tp_size(group.config.tp_size)
         digest = hashlib.blake2s(msgspec.json.encode(spec), digest_size=6).hexdigest()
         self.name = f"{Path(spec.path).name}@{digest}"
@@ -73,27 +74,27 @@ class RemoteModel:
         """
         self._group.use(self, poll, on_progress)
 
-    def evaluate(self, inputs: Mapping[str, Any], poll: Poll | None = None) -> torch.Tensor:
+    def evaluate(self, inputs: Inputs, poll: Poll | None = None) -> torch.Tensor:
         """Evaluate the model once; see ``evaluate_all``."""
         return self.evaluate_all([inputs], poll)[0]
 
     def evaluate_all(
-        self, wanted: Sequence[Mapping[str, Any]], poll: Poll | None = None
+        self, inputs_of_each: Sequence[Inputs], poll: Poll | None = None
     ) -> list[torch.Tensor]:
-        """Evaluate the model once for each of ``wanted``. Call ``ensure_loaded`` before.
+        """Evaluate the model once with each of the inputs. Call ``ensure_loaded`` before.
 
         The batch groups work on different evaluations, or on different items of a batch. Inputs
-        and results are as in ``Engine.evaluate``. A result has the shape of ``inputs["x"]``, but
-        for the channels of a model that takes more of them (masks, control images) than it
-        predicts.
+        are as in ``Asked``, results as in ``Engine.evaluate``. A result has the shape of
+        ``inputs["x"]``, but for the channels of a model that takes more of them (masks, control
+        images) than it predicts.
         """
-        self.num_evaluations += len(wanted)
+        self.num_evaluations += len(inputs_of_each)
         batch_groups = self.group_config.batch_groups
-        divided = divide_all(wanted, batch_groups)
-        parts = [(part, self._result_shape(part)) for parts in divided for part in parts]
+        divided = divide_all(inputs_of_each, batch_groups)
+        asked = [Asked(part, self._result_shape(part)) for parts in divided for part in parts]
         results: list[torch.Tensor] = []
-        for start in range(0, len(parts), batch_groups):
-            results += self._group.evaluate(self, parts[start : start + batch_groups], poll)
+        for start in range(0, len(asked), batch_groups):
+            results += self._group.evaluate(self, asked[start : start + batch_groups], poll)
         remaining = iter(results)
         together = [list(itertools.islice(remaining, len(parts))) for parts in divided]
         return [results[0] if len(results) == 1 else torch.cat(results) for results in together]
@@ -106,7 +107,7 @@ class RemoteModel:
         device = device_name(config.devices[0] if config.devices else None)
         self._records.add(self.spec.path, device, workload, config.layout, ms)
 
-    def _result_shape(self, inputs: Mapping[str, Any]) -> tuple[int, ...]:
+    def _result_shape(self, inputs: Inputs) -> tuple[int, ...]:
         batch, channels, *size = inputs["x"].shape
         return (batch, self.info.config.get("out_channels", channels), *size)
 
@@ -115,7 +116,7 @@ class RemoteModel:
         return self._group.bytes_on_devices(self.name)
 
     def planned_bytes(self) -> int:
-        """Bytes that the weights will take on each, to within a few percent."""
+        """Bytes that the weights will take on each rank's device, to within a few percent."""
         itemsize = dtype_of(self.spec.weight_dtype).itemsize
         return self.info.weight_bytes(itemsize) // self.group_config.tp_size
 

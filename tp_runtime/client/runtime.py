@@ -1,4 +1,4 @@
-"""The groups and models of this process: what the nodes talk to. Part of the engine's half.
+"""The groups and models of this process: what the nodes talk to.
 
 A group is started when a model on it is first needed, kept between prompts, and replaced by a
 new one when it has failed. It ends with this process or when it is released.
@@ -9,8 +9,9 @@ import atexit
 from ..config import GroupConfig, ModelSpec, home
 from ..errors import InputError
 from ..layouts.step_history import StepRecords
-from .group import Group, GroupReport
-from .launch.launcher import Poll
+from .group import Group
+from .group_report import GroupReport
+from .poll import Poll
 from .remote_model import RemoteModel
 
 

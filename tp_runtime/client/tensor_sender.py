@@ -1,9 +1,9 @@
-"""Puts the tensors of requests where the ranks find them. Part of the engine's half."""
+"""Puts the tensors of requests where the ranks find them."""
 
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -23,11 +23,17 @@ from ..wire.protocol import (
 from .batch_split import tensors_in
 from .held_tensors import HeldTensors
 
-Wanted = tuple[
-    Mapping[str, Any], tuple[int, ...]
-]  # the inputs of an evaluation, its result's shape
-
 HOLD_BYTES = 64 * 2**20  # what one request brings of the factors of patches
+
+
+class Asked(NamedTuple):
+    """An evaluation that somebody asks for.
+
+    ``inputs``: ComfyUI's forward arguments, a tensor ``x`` and plain data with tensors.
+    """
+
+    inputs: Mapping[str, Any]
+    result_shape: tuple[int, ...]
 
 
 class TensorSender:
@@ -47,19 +53,19 @@ class TensorSender:
     # --- evaluating ------------------------------------------------------------------------------
 
     def place_evaluations(
-        self, call: int, model: str, wanted: Sequence[Wanted]
+        self, call: int, model: str, asked: Sequence[Asked]
     ) -> tuple[Evaluate, list[torch.Tensor]]:
         """The request, and the places where the ranks will put the results."""
         self.exchange.wait()
         places = TensorPlaces()
         trees, results = [], []
-        for inputs, result_shape in wanted:
+        for inputs, result_shape in asked:
             x: torch.Tensor = inputs["x"]
             trees.append(self._place(_part(inputs, per_evaluation=True), places, None))
             offset = places.reserve(math.prod(result_shape) * x.itemsize)
             results.append(TensorRef(result_shape, dtype_name(x.dtype), offset))
         places.write_to(self.exchange)  # begun first: comparing the rest waits for the GPU anyway
-        constant = [_part(inputs, per_evaluation=False) for inputs, _ in wanted]
+        constant = [_part(inputs, per_evaluation=False) for inputs, _ in asked]
         to_hold = {id(tensor): tensor for tensor in tensors_in(constant)}
         held = dict(zip(to_hold, self._held.find(list(to_hold.values())), strict=True))
         trees = [
@@ -163,7 +169,7 @@ class TensorSender:
 
 
 def _part(inputs: Mapping[str, Any], *, per_evaluation: bool) -> dict[str, Any]:
-    """Those of the inputs that change at every step, or those that do not."""
+    """Those of the inputs that change at every evaluation, or those that do not."""
     return {
         name: value
         for name, value in inputs.items()

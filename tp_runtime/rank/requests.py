@@ -1,4 +1,4 @@
-"""Carries out requests on one rank: loads shards, holds constant tensors, evaluates. Rank half."""
+"""Carries out requests on one rank: loads shards, holds constant tensors, evaluates."""
 
 import ctypes
 import time
@@ -200,7 +200,7 @@ class Runner:
 
 
 def _kept_for_graphs() -> int:
-    """Bytes of this process's GPU that nothing but recorded steps can take, and that lie idle."""
+    """Bytes of this process's GPU that lie idle, and only recorded evaluations can take."""
     return sum(
         segment["total_size"] - segment["allocated_size"]
         for segment in torch.cuda.memory_snapshot()
@@ -209,7 +209,7 @@ def _kept_for_graphs() -> int:
 
 
 def _conditioning_key(inputs: dict[str, Any]) -> bytes:
-    """Equal for requests that differ in nothing but what changes at every step."""
+    """Equal for requests that differ in nothing but what changes at every evaluation."""
 
     def by_name(value: Any) -> Any:
         if isinstance(value, TensorRef):

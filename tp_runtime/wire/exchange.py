@@ -2,9 +2,7 @@
 
 The memory is a ``memfd`` that the ranks inherit as a file descriptor. It has no name, so no other
 process can open it, nothing can be left over in ``/dev/shm``, and a container's small ``/dev/shm``
-does not limit it. ``Exchange`` is one process's view of it; ``HeldTensors`` remembers, on the
-engine's side, which constant tensors the ranks hold already, so that conditioning crosses once
-per generation and not once per step.
+does not limit it. ``Exchange`` is one process's view of it.
 """
 
 import contextlib
@@ -73,7 +71,7 @@ def _aligned(size: int) -> int:
 
 
 # torch copies and compares a megabyte on the CPU with all cores, which have fallen asleep between
-# two steps; for so little, one core that is awake is enough.
+# two evaluations; for so little, one core that is awake is enough.
 memcmp = ctypes.CDLL(None).memcmp
 memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
@@ -102,10 +100,9 @@ class Exchange:
         self._size = 0
         self._page_locked = False
         self._written: list[tuple[int, int]] = []
-        # Of GPUs: what reads the memory, and in which streams it is written.
-        self._reading: list[torch.cuda.Event] = []
-        self._writing: set[torch.cuda.Stream] = set()
-        self._views: dict[TensorRef, torch.Tensor] = {}  # each step has the same
+        self._reading: list[torch.cuda.Event] = []  # of copies from here to a GPU
+        self._writing: set[torch.cuda.Stream] = set()  # in which GPUs copy to here
+        self._views: dict[TensorRef, torch.Tensor] = {}  # each evaluation has the same
 
     @classmethod
     def create(cls) -> "Exchange":

@@ -1,4 +1,4 @@
-"""Who may be a rank of a group over a network: whoever knows its token. Both halves use it.
+"""Who may be a rank of a group over a network: whoever knows its token.
 
 Three messages of fixed lengths; a connection that does otherwise is closed before a frame is read::
 

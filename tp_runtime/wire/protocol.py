@@ -1,4 +1,4 @@
-"""The messages between the engine and the ranks, as plain data. Both halves use it.
+"""The messages between the engine and the ranks, as plain data.
 
 A frame is one msgpack map with the protocol's version. The engine sends every request to every
 rank; every rank answers each request with exactly one ``Done`` or ``Failed``, after any number
@@ -15,7 +15,7 @@ from ..errors import ProtocolError
 VERSION = 4
 MAX_FRAME_BYTES = 16 * 2**20  # a frame holds no tensor data, only references to it: but a Piece
 PIECE_BYTES = 2**20  # at most, of a Piece
-# Inputs that differ at every step; all others are constant over a generation as a rule.
+# Inputs that differ at every evaluation; all others are constant over a generation as a rule.
 PER_EVALUATION_INPUTS = frozenset({"x", "timesteps", "control"})
 _TENSOR_EXT = 1
 
@@ -83,7 +83,7 @@ class Unload(_Message, frozen=True):
 
 
 class Evaluation(msgspec.Struct, frozen=True, array_like=True):
-    """One forward of the transformer. ``inputs`` are ComfyUI's forward arguments by name.
+    """One evaluation of the transformer. ``inputs`` are ComfyUI's forward arguments by name.
 
     Tensors in ``inputs`` are ``TensorRef``; the first rank of the batch group that computes it
     writes the result where ``result`` says, in that shape and dtype.

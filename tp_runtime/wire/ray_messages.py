@@ -11,7 +11,8 @@
        │◄─ Ended (each rank) ─────────┤
        │── end of the stream ────────►│── end of the job ─────────────────►│
 
-The launcher's half is ``ray_launcher``; the others are ``ray_driver`` and ``ray_actor``.
+The launcher is ``client/launch/ray.py``, the driver ``ray_driver/driver.py`` and an actor
+``rank/ray_actor.py``.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Frames between the engine and one rank, over a stream of bytes. Both halves use it.
+"""Frames between the engine and one rank, over a stream of bytes.
 
 On one machine the stream is a private socket pair. The rank inherits its end as a file descriptor:
 there is no address that a stranger could connect to, and the death of either side is seen by the

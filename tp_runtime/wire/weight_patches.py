@@ -1,4 +1,4 @@
-"""What a patch makes of a weight: the arithmetic of ComfyUI's LoRA loading. Both halves.
+"""What a patch makes of a weight: the arithmetic of ComfyUI's LoRA loading.
 
 Follows ``comfy.lora.calculate_weight``, ``comfy.weight_adapter`` and ``comfy.float`` of ComfyUI
 0.3.75, operation by operation, on whole weights in fp32: the same patch gives the same numbers.

@@ -1,4 +1,4 @@
-"""The environment of processes that run ranks. Part of the engine's half."""
+"""The environment of processes that run ranks."""
 
 import os
 
@@ -18,8 +18,8 @@ RANK_ENVIRONMENT = {
 }
 
 
-# ComfyUI sets its own choice (cuda_malloc.py, 0.3.75). In the memory of `cudaMallocAsync`, no step
-# can be recorded that other GPUs take part in.
+# ComfyUI sets its own choice (cuda_malloc.py, 0.3.75). In the memory of `cudaMallocAsync`, no
+# evaluation can be recorded that other GPUs take part in.
 _OF_COMFYUI = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 

@@ -1,6 +1,6 @@
 """Fork servers, seen from ComfyUI's process: starts them, asks them for ranks, ends them.
 
-Part of the engine's half; ``fork_server`` is the program. One server serves all groups of this
+``rank/fork_server.py`` is the program. One server serves all groups of this
 process that have the same Python and the same environment; but one that becomes a rank serves once.
 """
 
@@ -17,11 +17,11 @@ import msgspec
 
 from ...config import WorkerConfig
 from ...wire.transport import receive_with_fds, wait
-from .launcher import Poll, describe_status, tail_of
+from ..poll import POLL_S, Poll
+from .launcher import describe_status, tail_of
 
-POLL_S = 0.01
 FORK_TIMEOUT_S = 30.0
-EXIT_TIMEOUT_S = 1.0  # it comes a moment after the end of the connection
+EXIT_TIMEOUT_S = 1.0  # the process ends a moment after its connection
 MAX_ANSWER_BYTES = 64
 
 # PR_SET_PDEATHSIG: the kernel ends the server together with the thread that started it, whatever

@@ -1,4 +1,4 @@
-"""The folder of a group on disk: logs and rendezvous file. Part of the engine's half."""
+"""The folder of a group on disk: logs and rendezvous file."""
 
 import contextlib
 import fcntl

@@ -1,28 +1,27 @@
-"""What starts and ends the ranks of a group, as the engine sees it. Part of the engine's half.
+"""What starts and ends the ranks of a group, as the engine sees it.
 
 ``Launcher`` is the seam: the engine knows ranks only as ``Rank`` objects (a channel to talk to,
-a process to watch and to end). ``local_launcher`` runs them on this machine, ``ray_launcher`` on
-a Ray cluster.
+a process to watch and to end). ``LocalLauncher`` runs them on this machine, ``RayLauncher`` on a
+Ray cluster.
 """
 
 import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from ...config import GroupConfig
 from ...wire.exchange import Exchange
 from ...wire.transport import Channel
+from ..poll import Poll
 
 logger = logging.getLogger("tp_runtime")
 
 KILL_TIMEOUT_S = 10.0
 LOG_TAIL_BYTES = 4000
-
-Poll = Callable[[], None]
 
 # Signals that say what has happened.
 _SIGNALS: dict[int, str] = {
@@ -35,8 +34,8 @@ class Rank(Protocol):
     """One running rank.
 
     ``death_fd``: readable as soon as the process has ended; -1 after ``release``. ``mirrored``: its
-    exchange memory is not the engine's. ``clock_ahead_s``: of its monotonic clock before this
-    machine's.
+    exchange memory is not the engine's. ``clock_ahead_s``: by how much its monotonic clock is ahead
+    of this machine's.
     """
 
     index: int
@@ -74,7 +73,7 @@ class Rank(Protocol):
 
 
 class Launcher(Protocol):
-    """Starts the ranks of a group and cleans up after them. Of one group, started once."""
+    """Starts the ranks of one group, once, and cleans up after them."""
 
     def prepare(self, config: GroupConfig, poll: Poll) -> None:
         """Have all there that ``launch`` needs; what takes long is done here.

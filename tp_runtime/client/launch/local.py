@@ -1,7 +1,7 @@
-"""Runs the ranks of a group as processes of this machine. Part of the engine's half.
+"""Runs the ranks of a group as processes of this machine.
 
-On the CPU they are forked from a process that has imported what they need; ``forking`` has it. For
-a GPU each is such a process itself: that a forked one can do all that a rank does on a GPU has not
+On the CPU they are forked from a process that has imported what they need (``fork_client``). For a
+GPU each is such a process itself: that a forked one can do all that a rank does on a GPU has not
 been shown.
 """
 
@@ -20,19 +20,20 @@ from ...errors import GroupStartError
 from ...wire.exchange import Exchange
 from ...wire.transport import Channel, wait
 from .. import failures
+from ..poll import Poll
 from .environment import inherited_environment
 from .fork_client import MAX_ANSWER_BYTES, ForkServer, ForkServerError, fork_server
 from .group_folder import GroupFolder
-from .launcher import Poll, Rank, describe_status, end_ranks, tail_of_file
+from .launcher import Rank, describe_status, end_ranks, tail_of_file
 
-STATUS_TIMEOUT_S = 1.0  # it comes a moment after the end
+STATUS_TIMEOUT_S = 1.0  # a rank's exit status comes a moment after its end
 
 _ENVIRONMENT = {
     # The group never leaves this machine: its sockets bind to the loopback device only.
     "GLOO_SOCKET_IFNAME": "lo",
     "NCCL_SOCKET_IFNAME": "lo",
-    # For the fork server: numpy's import starts no threads, and whether there is a GPU is asked
-    # of the driver's management library, which leaves CUDA as it is.
+    # These two are for the fork server: numpy's import starts no threads, and whether there is a
+    # GPU is asked of the driver's management library, which leaves CUDA as it is.
     "OPENBLAS_NUM_THREADS": "1",
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
 }
@@ -95,7 +96,7 @@ class LocalLauncher:
     """
 
     def __init__(self) -> None:
-        self._servers: list[ForkServer] = []  # of each rank
+        self._servers: list[ForkServer] = []  # each rank's, by its index
         self._folder: GroupFolder | None = None
 
     def prepare(self, config: GroupConfig, poll: Poll) -> None:
@@ -209,12 +210,12 @@ def _usable_cores() -> int:
 
 
 def _environment() -> dict[str, str]:
-    """What the fork server and all ranks have in common."""
+    """What the environments of the fork server and of all ranks have in common."""
     return inherited_environment() | _ENVIRONMENT
 
 
 def _server_environment() -> dict[str, str]:
-    """Of the fork server: it sees no GPU, so that no import initialises one.
+    """The environment of the fork server: it sees no GPU, so that no import initialises one.
 
     vLLM's does ask CUDA for them (vllm/platforms/cuda.py, 0.26). A rank that was forked after a
     vain question can ask again.
@@ -223,7 +224,7 @@ def _server_environment() -> dict[str, str]:
 
 
 def _rank_environment(config: GroupConfig) -> dict[str, str]:
-    """Of a rank: it sees the GPUs of its group only."""
+    """The environment of a rank: it sees the GPUs of its group only."""
     environment = _environment()
     if config.device == "cuda":
         # What a rank compiles is there at the next start; torch's own choice is below /tmp.

@@ -1,7 +1,7 @@
-"""Ranks as actors of a Ray cluster: the second ``Launcher``. Part of the engine's half.
+"""Ranks as actors of a Ray cluster: the second ``Launcher``.
 
-This process never imports ray. It starts a driver process (``ray_driver``), listens until every
-rank has connected and shown that it knows the group's token, and then listens no longer.
+ComfyUI's process never imports ray. It starts a driver process (``ray_driver/driver.py``), listens
+until every rank has connected and shown that it knows the group's token, and then no longer.
 """
 
 import logging
@@ -16,14 +16,14 @@ from ...wire.exchange import Exchange
 from ...wire.handshake import Member, Reception, new_token
 from ...wire.ray_messages import Placed, Run, Waiting
 from ...wire.transport import SILENCE_S, Channel
+from ..poll import POLL_S, Poll
 from .environment import RANK_ENVIRONMENT
 from .group_folder import GroupFolder
-from .launcher import Poll, tail_of_file
+from .launcher import tail_of_file
 from .ray_driver_client import Driver, forget_count
 
 logger = logging.getLogger("tp_runtime")
 
-POLL_S = 0.01
 CONNECT_TIMEOUT_S = 60.0
 # A cluster with too few GPUs in all is given so long for a host to join, or to come back.
 JOIN_TIMEOUT_S = 30.0

@@ -1,6 +1,7 @@
-"""The driver process of a group on Ray, seen from the engine's half; and what a cluster has.
+"""The driver process of a group on Ray, seen from ComfyUI's process; and what a cluster has.
 
-This process never imports ray: the driver (``ray_driver``) does, with the runtime's Python.
+ComfyUI's process never imports ray: the driver (``ray_driver/driver.py``) does, with the runtime's
+Python.
 """
 
 import contextlib
