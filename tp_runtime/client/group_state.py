@@ -1,0 +1,106 @@
+"""What a process group is at the moment, and how it gets from one state to the next.
+
+::
+
+    STARTING ──► READY ◄──► BUSY
+        │          │          │
+        └──────────┴──────────┴──► FAILED or CLOSED   (no process of the group is left)
+"""
+
+import enum
+import threading
+from collections.abc import Callable
+
+from ..errors import GroupClosedError, TPRuntimeError
+from . import failures
+from .call import Call
+
+
+class State(enum.Enum):
+    """What a group can be. FAILED and CLOSED are final."""
+
+    STARTING = "starting"
+    READY = "ready"
+    BUSY = "busy"
+    FAILED = "failed"
+    CLOSED = "closed"
+
+
+class GroupState:
+    """The state of a group, and the call that is under way. Thread-safe.
+
+    ``call``: what the ranks have not all answered yet. ``error``: what the group has failed of.
+    ``close_asked``: it is to end, and takes no request any more.
+    """
+
+    def __init__(self, is_failing: Callable[[], bool]) -> None:
+        """``is_failing``: whether a rank has raised or ended, which the owner has yet to see."""
+        self.now = State.STARTING
+        self.error: TPRuntimeError | None = None
+        self.call: Call | None = None
+        self.close_asked = False
+        self._is_failing = is_failing
+        self._is_begun = False
+        self._lock = threading.Lock()  # guards all attributes
+
+    @property
+    def is_final(self) -> bool:
+        return self.now in (State.FAILED, State.CLOSED)
+
+    def begin_start(self, call: Call) -> None:
+        """The ranks are about to be started, which ``call`` waits for. Once.
+
+        Raises:
+            GroupClosedError: the group was closed before.
+        """
+        with self._lock:
+            self.check_not_closed()
+            assert not self._is_begun, "a group is started once"
+            self._is_begun = True
+            self.call = call
+
+    def check_not_closed(self) -> None:
+        """Raises GroupClosedError if the group is to end before it has started."""
+        if self.close_asked:
+            raise GroupClosedError("The process group was closed before it had started.")
+
+    def begin(self, call: Call) -> None:
+        """From now on this is the call under way. Raises as ``check_ready``."""
+        with self._lock:
+            self.check_ready()
+            self.now = State.BUSY
+            self.call = call
+
+    def check_ready(self) -> None:
+        """Raise unless the group takes a request now.
+
+        Raises:
+            GroupLostError: the group has failed before.
+            GroupClosedError: it was closed, or never started.
+        """
+        if self.now is State.FAILED or (self.now is State.READY and self._is_failing()):
+            raise failures.lost(self.error)
+        if self.now is not State.READY or self.close_asked:
+            raise GroupClosedError("The process group has been closed, or was never started.")
+
+    def become_ready(self) -> None:
+        """Every rank has answered the call."""
+        with self._lock:
+            self.now = State.READY
+            self.call = None
+
+    def ask_to_close(self) -> bool:
+        """From here on no request is taken. Returns whether the ranks were ever to be started."""
+        with self._lock:
+            self.close_asked = True
+            return self._is_begun
+
+    def end(self, final: State, error: TPRuntimeError | None) -> list[Call] | None:
+        """The group ends now. Returns the call that is to be told, if any; None: it had ended."""
+        with self._lock:
+            if self.is_final:
+                return None
+            self.error = error
+            self.now = final
+            call, self.call = self.call, None
+            return [] if call is None else [call]

@@ -1,0 +1,115 @@
+"""What the ranks of a group say: taken as it arrives, and weighed when a rank has failed."""
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from ..config import GroupConfig
+from ..errors import GroupStartError, ProtocolError, TPRuntimeError
+from ..wire.exchange import Exchange
+from ..wire.protocol import Failed, Piece, Ready, Reply, decode_reply
+from ..wire.transport import wait
+from .call import START, unasked
+from .evidence import Evidence
+from .group_state import GroupState
+from .launch.launcher import Rank
+
+CAUSE_S = 0.2  # after an error of a rank, another's end may be seen that caused it
+OTHER_HOSTS_CAUSE_S = 0.5  # where it is on another host
+
+
+class Hearing:
+    """Takes the ranks' messages, in the owner's thread or in that of a caller. Thread-safe.
+
+    ``ready``: what the ranks said when they were. ``evidence``: what speaks against them.
+    """
+
+    def __init__(self, config: GroupConfig, exchange: Exchange, state: GroupState) -> None:
+        self.ranks: Sequence[Rank] = ()
+        self.ready: list[Ready] = []
+        self.evidence = Evidence(config)
+        self.lock = threading.Lock()  # held by the thread that takes what the ranks have sent
+        self._config = config
+        self._exchange = exchange
+        self._state = state
+
+    def hear(self) -> None:
+        """Take what has arrived from the ranks; note what is wrong with it."""
+        with self.lock:
+            if self._state.is_final or self.evidence.fault is not None:
+                return
+            for rank in self.ranks:
+                try:
+                    for frame in rank.channel.receive():
+                        self._take(rank, decode_reply(frame))
+                except TPRuntimeError as error:
+                    self.evidence.note_fault(rank, error)
+                    return
+                except BaseException as error:  # a caller's Ctrl-C, too: frames may be lost
+                    fault = TPRuntimeError(f"A fault of the engine: {error!r}")
+                    self.evidence.note_fault(rank, fault)
+                    raise
+
+    def failure(self, happened: Sequence[Any]) -> TPRuntimeError | None:
+        """Take what the ranks have sent; returns what ends the group, if something does.
+
+        ``happened``: what ``RankEvents.wait`` returned.
+        """
+        self.hear()
+        evidence = self.evidence
+        if evidence.last_words and evidence.fault is None and not self._gone(happened):
+            # The cause may be seen after what it caused: on a busy machine this thread has
+            # looked at one rank long before another.
+            quiet = [rank for rank in self.ranks if rank.index not in evidence.last_words]
+            far = [rank.channel for rank in quiet if rank.mirrored]
+            timeout_s = OTHER_HOSTS_CAUSE_S if far else CAUSE_S
+            happened = wait([*(rank.death_fd for rank in quiet), *far], timeout_s)
+            self.hear()
+        call = self._state.call
+        return evidence.verdict(self.ranks, self._gone(happened), call.what if call else None)
+
+    def _gone(self, happened: Sequence[Any]) -> list[Rank]:
+        """The ranks that have ended without a word."""
+        with self.lock:  # a caller may have seen an end, and not yet have noted the last words
+            return [
+                rank
+                for rank in self.ranks
+                if rank.index not in self.evidence.last_words
+                and (rank.channel.ended or rank.death_fd in happened)
+            ]
+
+    def _take(self, rank: Rank, reply: Reply) -> None:
+        """Note what a rank says, and finish the call if that completes it.
+
+        Raises:
+            ProtocolError: the answer fits no request, or not the other ranks' answers.
+            GroupStartError: the ranks are ready, but not as one group.
+        """
+        if isinstance(reply, Failed) and not reply.recoverable:
+            self.evidence.last_words[rank.index] = reply
+            return
+        call = self._state.call
+        if isinstance(reply, Piece):
+            if call is None or not rank.mirrored:
+                raise ProtocolError(f"Rank {rank.index} sent bytes that nothing had asked for.")
+            self._exchange.put(reply.offset, reply.data)
+            return
+        if call is None:
+            raise unasked(rank.index)
+        call.take(rank.index, reply)
+        if not call.complete():
+            return
+        if call.number == START:
+            self.ready = [answer for _, answer in sorted(call.answers.items())]  # type: ignore[misc]
+            self._check_sizes()
+        self._state.become_ready()
+        call.finish()
+
+    def _check_sizes(self) -> None:
+        seen = [ready.tp_world_size for ready in self.ready]
+        if seen != [self._config.tp_size] * self._config.num_ranks:
+            raise GroupStartError(
+                f"{self._config.num_ranks} ranks of tensor-parallel size {self._config.tp_size} "
+                f"were asked for, but they see the sizes {seen}. This is a fault of the "
+                f"installation of vLLM in the runtime's Python {self._config.python}."
+            )

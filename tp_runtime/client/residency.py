@@ -1,0 +1,226 @@
+"""Where the models of one engine are: on its devices, in the host's memory, or nowhere.
+
+A model is awake (its shards are on the devices) or asleep (in the host's memory). Models go to
+sleep, least recently used first, when another one needs their room on the devices; and are freed
+when there is no room for them in the host's memory, or nobody holds them any more.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import psutil
+
+from ..config import ROOM_BYTES, ROOM_FACTOR, host_reserve
+from ..errors import CheckpointError, InputError
+from ..wire.protocol import Load, Report, Sleep, Wake
+from .call import OnProgress
+from .engine import Engine
+from .poll import Poll
+
+if TYPE_CHECKING:
+    from .remote_model import RemoteModel
+
+
+class Neighbour(Protocol):
+    """Another group on some of the same devices."""
+
+    def give_way(self, poll: Poll | None = None) -> None:
+        """Free the devices of its models, unless it is changing now."""
+        ...
+
+
+@dataclass
+class _Resident:
+    """A model that the ranks hold.
+
+    ``rank_bytes`` is None while that is not known (being loaded, or the wait was given up).
+    ``version`` is that of the patches; what was asked for, even if the wait was given up.
+    """
+
+    rank_bytes: list[int] | None = None
+    asleep: bool = False
+    version: Hashable = None
+
+
+class Residency:
+    """The models that an engine's ranks hold, each awake or asleep, and how patched.
+
+    What changes that is called by one thread at a time: the one that holds its group's lock. It
+    raises as ``Engine.call`` does, and what ``poll`` raises.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        users: Callable[[], Collection[str]],
+        neighbours: Callable[[], Sequence[Neighbour]],
+    ) -> None:
+        """``users``: the names of the models that somebody holds.
+
+        ``neighbours``: the groups that are asked for room, after the models here.
+        """
+        self.engine = engine
+        self._users = users
+        self._neighbours = neighbours
+        self._on_cpu = engine.config.device == "cpu"
+        self._models: OrderedDict[str, _Resident] = OrderedDict()  # least recently used first
+
+    # --- what is known, without asking the ranks --------------------------------------------------
+
+    def report(self) -> dict[str, dict[str, Any]]:
+        """Name of each model → ``bytes`` on each rank (None while it loads) and ``asleep``."""
+        return {
+            name: {"bytes": resident.rank_bytes, "asleep": resident.asleep}
+            for name, resident in list(self._models.items())
+        }
+
+    def bytes_on_devices(self, name: str) -> list[int]:
+        """Bytes that the model takes on the device of each rank; 0 if unknown or asleep."""
+        resident = self._models.get(name)
+        if resident is None or resident.rank_bytes is None or resident.asleep:
+            return [0] * self.engine.config.num_ranks
+        return resident.rank_bytes
+
+    # --- one model --------------------------------------------------------------------------------
+
+    def have(
+        self, model: "RemoteModel", poll: Poll | None, on_progress: OnProgress | None = None
+    ) -> None:
+        """Have the ranks hold the model, awake and patched. Sends nothing if they do.
+
+        Raises:
+            CheckpointError: the ranks refuse the file.
+        """
+        models = self._models
+        resident = models.get(model.name)
+        if resident is None or resident.rank_bytes is None:
+            self.unload_unused(poll)
+            self._make_room(model.name, model.planned_bytes(), poll)
+            resident = models.setdefault(model.name, _Resident())
+            try:
+                values = self.engine.call(
+                    lambda call: Load(call, model.name, model.spec),
+                    poll=poll,
+                    on_progress=on_progress,
+                )
+            except CheckpointError:
+                del models[model.name]
+                raise
+            resident.rank_bytes = [value["resident_bytes"] for value in values]
+        models.move_to_end(model.name)
+        self._wake(model.name, resident, poll)
+        self._patch(model, resident, poll)
+
+    def sleep(self, name: str, poll: Poll | None) -> None:
+        """Move a model to the host's memory, or free it; nothing happens if it is not there."""
+        resident = self._models.get(name)
+        if resident is None or resident.asleep:
+            return
+        if not self._host_has_room(resident, poll):
+            self._unload(name, poll)
+            return
+
+        def on_sent() -> None:
+            resident.asleep = True
+
+        try:
+            self.engine.call(lambda call: Sleep(call, name), poll=poll, on_sent=on_sent)
+        except InputError:  # its load, which nobody waited for, was refused
+            del self._models[name]
+
+    def _wake(self, name: str, resident: _Resident, poll: Poll | None) -> None:
+        if resident.asleep:
+            self._make_room(name, max(resident.rank_bytes or [0]), poll)
+
+            def on_sent() -> None:
+                resident.asleep = False
+
+            self.engine.call(lambda call: Wake(call, name), poll=poll, on_sent=on_sent)
+
+    def _patch(self, model: "RemoteModel", resident: _Resident, poll: Poll | None) -> None:
+        version = model.version
+        if resident.version != version:
+
+            def on_sent() -> None:
+                resident.version = version
+
+            self.engine.patch(model.name, model.patches, poll, on_sent)
+
+    def _unload(self, name: str, poll: Poll | None) -> None:
+        self.engine.unload(name, poll, on_sent=lambda: self._models.pop(name, None))
+
+    # --- all models -------------------------------------------------------------------------------
+
+    def names(self) -> list[str]:
+        """Of the models that the ranks hold, least recently used first."""
+        return list(self._models)
+
+    def wake_last_used(self, poll: Poll | None) -> None:
+        """Have the model that was used last on the devices again."""
+        if self._models:
+            name, resident = next(reversed(self._models.items()))
+            self._wake(name, resident, poll)
+
+    def free_devices(self, poll: Poll | None) -> None:
+        """Have every model leave the devices."""
+        for name in self._on_devices():
+            self._leave_devices(name, poll)
+
+    def unload_unused(self, poll: Poll | None) -> None:
+        """Free the shards of models that nobody holds."""
+        for name in self._models.keys() - self._users():
+            self._unload(name, poll)
+
+    # --- room -------------------------------------------------------------------------------------
+
+    def _make_room(self, name: str, needed: int, poll: Poll | None) -> None:
+        """Free the devices of other models, as far as that helps, until ``needed`` bytes fit.
+
+        First of this engine's, then of those that share devices with it.
+        """
+
+        def fits() -> bool:
+            return self._free_bytes(poll) >= needed * ROOM_FACTOR + ROOM_BYTES
+
+        for other in self._on_devices():
+            if other != name:
+                if fits():
+                    return
+                self._leave_devices(other, poll)
+        if self.engine.config.ray_address:
+            return  # Ray gives a GPU to one group only
+        for group in self._neighbours():
+            if fits():
+                return
+            group.give_way(poll)
+
+    def _free_bytes(self, poll: Poll | None) -> int:
+        """What is free on the device of the rank that has the least."""
+        if self._on_cpu:
+            return psutil.virtual_memory().available // self.engine.config.num_ranks
+        return min(value["memory"]["free_bytes"] for value in self.engine.call(Report, poll=poll))
+
+    def _on_devices(self) -> list[str]:
+        """The models whose weights take room on the devices, least recently used first."""
+        # On CPU ranks, those of sleeping models do, too.
+        return [n for n, resident in self._models.items() if self._on_cpu or not resident.asleep]
+
+    def _leave_devices(self, name: str, poll: Poll | None) -> None:
+        if self._on_cpu:
+            self._unload(name, poll)
+        else:
+            self.sleep(name, poll)
+
+    def _host_has_room(self, resident: _Resident, poll: Poll | None) -> bool:
+        """Whether the host can take the model; frees models that have slept longer for it."""
+        if self._on_cpu:
+            return True  # where it is already
+        needed = sum(resident.rank_bytes or [])
+        reserve = host_reserve() * psutil.virtual_memory().total
+        for other in [n for n, resident in self._models.items() if resident.asleep]:
+            if psutil.virtual_memory().available - needed >= reserve:
+                break
+            self._unload(other, poll)
+        return psutil.virtual_memory().available - needed >= reserve
