@@ -1,4 +1,4 @@
-"""Settings of a process group and of a model on it. Read by both halves; changed by neither.
+"""Settings of a process group and of a model on it. Every process reads them; none changes them.
 
 With ``settings``, the only place where the package reads environment variables of its own:
 
@@ -7,7 +7,7 @@ With ``settings``, the only place where the package reads environment variables 
 ``TP_RUNTIME_START_TIMEOUT``   seconds until a starting group, or before it the imports that it
                                waits for, is given up (default 300)
 ``TP_RUNTIME_CALL_TIMEOUT``    seconds until a computing group is given up (default 600);
-                               less in steps whose time is known (``evaluation_times``)
+                               less in evaluations whose time is known (``evaluation_times``)
 ``TP_RUNTIME_HOST_RESERVE``    share of the host's memory that sleeping models leave free
                                (default 0.125)
 ``TP_RUNTIME_ATTENTION``       the ranks' attention on GPUs: auto (measured; the default), flash3,
@@ -71,7 +71,7 @@ AttentionKernel = Literal["auto", "flash3", "cudnn", "sdpa"]
 
 
 def attention_kernel() -> AttentionKernel:
-    """The kernel that optimised steps use for attention."""
+    """The kernel that optimised evaluations use for attention."""
     name = os.environ.get("TP_RUNTIME_ATTENTION", "auto").lower()
     for allowed in get_args(AttentionKernel):
         if name == allowed:
@@ -259,7 +259,7 @@ class ModelSpec(msgspec.Struct, frozen=True):
     ``weight_dtype`` is what linear weights are held in, ``compute_dtype`` what activations are;
     both are torch names such as ``"bfloat16"``. ``version`` tells a replaced file from the one
     that was loaded (size and modification time in ns). ``optimize``: ``"auto"`` compiles and
-    records a step once its shapes repeat (GPU only); ``"off"`` runs it as it is written.
+    records an evaluation once its shapes repeat (GPU only); ``"off"`` runs it as it is written.
     """
 
     path: str
