@@ -4,12 +4,14 @@ Runs in ComfyUI's process. Sees ComfyUI's modules and the public names of `tp_ru
 vLLM or diffusers. The rank processes are started when a sampler first runs, not on import.
 
     loader.py, sampler.py, runtime_nodes.py   the nodes
-    gpu_count.py                              their `gpu_count` input and what it means here
+    placement.py, gpu_count.py, layouts.py    what a person asks about GPUs, and what it means here
     model.py                                  makes MODELs, out of:
       skeleton.py, native_sizes.py              ComfyUI's own model of a file, without its weights
       proxy.py, arguments.py                    the module whose forward runs on the ranks
       patcher.py                                what ComfyUI loads, frees, clones and patches
     unsupported.py                            the refusals
+    conditions.py, together.py                a sampler's step: timed, its evaluations made at once
+    weights.py, block_patches.py              what LoRA nodes and others change, to plain data
     schema.py, notices.py                     node declarations, messages on a node
     page.py, settings.py                      what `web/` asks the server; the settings it stores
 """

@@ -11,49 +11,44 @@ from ..tp_runtime.client import (
     GroupConfig,
     Layout,
     SizeError,
+    checkpoint_info,
     choose_layout,
     cluster_gpu_count,
     get_runtime,
-    inspect_checkpoint,
     ray_address,
     runtime_python,
     visible_gpu_count,
 )
-from .layouts import AUTO, possible_layouts
+from .layouts import possible_layouts
+from .placement import AUTO, HERE, Placement
 from .schema import check_choice
 from .settings import devices_setting, python_setting, ray_address_setting
 
-HERE = WHERE[0]
 MAX_GPU_COUNT = 8
 CHOICES = (AUTO, *(str(count) for count in range(1, MAX_GPU_COUNT + 1)))
 
 
 def choose_group(
-    choice: str,
-    info: CheckpointInfo,
-    warn: Callable[[str], None],
-    devices: str = "",
-    layout: str = AUTO,
-    where: str = HERE,
+    placement: Placement, info: CheckpointInfo, warn: Callable[[str], None]
 ) -> GroupConfig:
     """The group for a model file. Starts nothing.
 
     Warns where it will be on the CPU, and where 'auto' does not mean as many GPUs as possible.
-    `devices`: the GPUs that it may be on, as a person writes them; empty: what the settings allow.
 
     Raises:
         SizeError: the model cannot be split that way.
         DeviceError: there are fewer GPUs, or `devices` names one that is not there.
         GroupStartError: the Ray cluster cannot be asked.
-        ValueError: it is none of `CHOICES`, or `layout` none of `LAYOUTS` or for another count.
+        ValueError: `gpu_count` is none of `CHOICES`, `where` none of `WHERE`, or `layout` none of
+            `LAYOUTS` or for another count.
     """
-    check_choice("gpu_count", choice, CHOICES)
-    check_choice("where", where, WHERE)
-    gpus, shown_by = _gpus_of(where, devices)
-    count = None if choice == AUTO else int(choice)
-    layouts = possible_layouts(layout, count, info, max(len(gpus), 1))
+    check_choice("gpu_count", placement.gpu_count, CHOICES)
+    check_choice("where", placement.where, WHERE)
+    gpus, shown_by = _gpus_for(placement)
+    count = None if placement.gpu_count == AUTO else int(placement.gpu_count)
+    layouts = possible_layouts(placement.layout, count, info, max(len(gpus), 1))
     _check_enough(layouts[0].num_gpus, gpus, shown_by)
-    if where == "ray":
+    if placement.where == "ray":
         return _on_ray(layouts[0], bool(gpus), warn)
     chosen = choose_layout(info, layouts, gpus, get_runtime().records)
     if chosen.reason:
@@ -81,15 +76,15 @@ def _on_ray(layout: Layout, on_gpus: bool, warn: Callable[[str], None]) -> Group
     )
 
 
-def refused_counts(path: str | None, devices: str = "", where: str = HERE) -> dict[str, Any]:
-    """The counts that do not work, each with why; `path` None: for any model.
+def refused_counts(path: str | None, placement: Placement) -> dict[str, Any]:
+    """The counts that do not work there, each with why; `path` None: for any model.
 
     Raises:
         CheckpointError: the file cannot be used.
         DeviceError: `devices`, or the setting, names a GPU that is not there.
     """
-    info = None if path is None else inspect_checkpoint(path)
-    gpus, shown_by = _gpus_of(where, devices)
+    info = None if path is None else checkpoint_info(path)
+    gpus, shown_by = _gpus_for(placement)
     refused = {}
     for count in range(1, MAX_GPU_COUNT + 1):
         try:
@@ -101,14 +96,17 @@ def refused_counts(path: str | None, devices: str = "", where: str = HERE) -> di
     return {"num_gpus": len(gpus), "refused": refused}
 
 
-def _gpus_of(where: str, devices: str) -> tuple[tuple[int, ...], str]:
-    """The GPUs to choose from, and where they are said to be. None: there are CPU processes."""
-    if where != "ray":
-        return _usable_gpus(devices)
-    if devices.strip():
+def _gpus_for(placement: Placement) -> tuple[tuple[int, ...], str]:
+    """The GPUs to choose from, and who says that there are these.
+
+    Without any, the model runs in CPU processes.
+    """
+    if placement.where != "ray":
+        return _usable_gpus(placement.devices)
+    if placement.devices.strip():
         raise DeviceError(
-            f"devices is {devices!r}, but Ray chooses the GPUs of its cluster. Clear it, or set "
-            f"where to {HERE!r}."
+            f"devices is {placement.devices!r}, but Ray chooses the GPUs of its cluster. Clear it, "
+            f"or set where to {HERE!r}."
         )
     address = ray_address(ray_address_setting())
     if not address:
@@ -118,10 +116,7 @@ def _gpus_of(where: str, devices: str) -> tuple[tuple[int, ...], str]:
 
 
 def _usable_gpus(devices: str) -> tuple[tuple[int, ...], str]:
-    """The GPUs of `devices`, else of the settings, else all; and where they are said to be.
-
-    None on a machine without GPUs.
-    """
+    """The GPUs of `devices`, else of the settings, else all; and who says that there are these."""
     for name, text in (("devices", devices), ("the setting 'GPUs to use'", devices_setting())):
         if text.strip():
             return _listed_gpus(name, text), f"{name} lists"

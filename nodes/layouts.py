@@ -1,9 +1,9 @@
 """The `layout` input: how the GPUs that `gpu_count` says share the work."""
 
 from ..tp_runtime.client import MAX_TP_SIZE, CheckpointInfo, Layout
+from .placement import AUTO
 from .schema import check_choice
 
-AUTO = "auto"
 PLAIN = "tp"
 _EXPLICIT = tuple(
     str(Layout(tp_size, batch_groups))

@@ -1,6 +1,5 @@
 """The node "Load Diffusion Model (TP)"."""
 
-from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path, PurePath
 from typing import Any
@@ -12,15 +11,15 @@ from comfy_api.latest import io
 from ..tp_runtime.client import (
     OPTIMIZE,
     WHERE,
-    CheckpointInfo,
     TPRuntimeError,
+    checkpoint_info,
     file_version,
-    inspect_checkpoint,
 )
-from .gpu_count import CHOICES, HERE, choose_group
-from .layouts import AUTO, LAYOUTS
+from .gpu_count import CHOICES, choose_group
+from .layouts import LAYOUTS
 from .model import load_model
 from .notices import warn_on_node
+from .placement import AUTO, HERE, Placement
 from .schema import advanced, check_choice, tp_schema
 
 _FOLDER = "diffusion_models"
@@ -147,7 +146,7 @@ class TPLoadDiffusionModel(io.ComfyNode):
     ) -> str:
         """Another value when the file has been replaced by another of the same name.
 
-        And when 'auto' has come to mean another group. What comes from another node is None.
+        And when 'auto' has come to mean another group. An input that another node gives is None.
         """
         if model_name is None:
             return "linked"
@@ -157,9 +156,9 @@ class TPLoadDiffusionModel(io.ComfyNode):
         version = file_version(path)
         if gpu_count is None or devices is None or layout is None or where is None:
             return f"{path} {version}"
+        placement = Placement(gpu_count, devices, layout, where)
         try:
-            info = _inspected(path, version)
-            group = choose_group(gpu_count, info, lambda _: None, devices, layout, where)
+            group = choose_group(placement, checkpoint_info(path), warn=lambda _: None)
         except (TPRuntimeError, ValueError):  # whatever runs with it raises it
             return f"{path} {version}"
         return f"{path} {version} {group}"
@@ -180,23 +179,13 @@ class TPLoadDiffusionModel(io.ComfyNode):
         path = model_path(model_name)
         if path is None:
             path = folder_paths.get_full_path_or_raise(_FOLDER, model_name)
+        placement = Placement(gpu_count, devices, layout, where)
         group = choose_group(
-            gpu_count,
-            inspect_checkpoint(path),
+            placement,
+            checkpoint_info(path),
             warn=lambda text: warn_on_node(cls.hidden.unique_id, text),
-            devices=devices,
-            layout=layout,
-            where=where,
         )
-        dtype = _DTYPES[weight_dtype]
-        model = load_model(path, dtype, group, devices, optimize, layout, where)
-        return io.NodeOutput(model)
-
-
-@lru_cache(maxsize=16)
-def _inspected(path: str, version: tuple[int, int]) -> CheckpointInfo:  # noqa: ARG001
-    """What is in a file, which is asked before every prompt."""
-    return inspect_checkpoint(path)
+        return io.NodeOutput(load_model(path, _DTYPES[weight_dtype], group, placement, optimize))
 
 
 def _model_names() -> list[str]:

@@ -4,9 +4,10 @@ import comfy.model_management
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from ..tp_runtime.client import GroupConfig, ModelSpec, get_runtime, inspect_checkpoint
+from ..tp_runtime.client import GroupConfig, ModelSpec, checkpoint_info, get_runtime
 from .conditions import KEY, calc_cond_batch
 from .patcher import TPModelPatcher
+from .placement import Placement
 from .proxy import RemoteDiffusionModel
 from .skeleton import build_skeleton, compute_dtype
 
@@ -18,28 +19,24 @@ def load_model(
     path: str,
     dtype: torch.dtype | None,
     group: GroupConfig,
-    devices: str = "",
-    optimize: str = "auto",
-    layout: str = "auto",
-    where: str = "this machine",
+    placement: Placement,
+    optimize: str,
     disable_dynamic: bool = False,  # noqa: ARG001
 ) -> TPModelPatcher:
     """The MODEL of a file, to run on `group`. Reads the file's header; starts nothing.
 
-    `dtype` is what weights are held in; None: what the stock loader would choose. `devices`,
-    `layout` and `where` are kept for who chooses another group. ComfyUI passes `disable_dynamic`
-    when it loads a model anew; these models are never dynamic.
+    `dtype` is what weights are held in; None: what the stock loader would choose. `placement` is
+    what `group` was chosen by: kept for a sampler that asks for another count. ComfyUI passes
+    `disable_dynamic` when it loads a model anew; these models are never dynamic.
 
     Raises:
         CheckpointError, SizeError: the file cannot be used, or not on a group of that size.
     """
-    model = build_skeleton(inspect_checkpoint(path), dtype)
+    model = build_skeleton(checkpoint_info(path), dtype)
     spec = ModelSpec.of(path, _name(model.get_dtype()), _name(compute_dtype(model)), optimize)
     remote = get_runtime().model(spec, group)
     model.diffusion_model = RemoteDiffusionModel(model.diffusion_model, remote)
-    model.tp_devices = devices
-    model.tp_layout = layout
-    model.tp_where = where
+    model.tp_placement = placement
     model.tp_on_other_groups = {}
     patcher = TPModelPatcher(
         model,
@@ -47,8 +44,7 @@ def load_model(
         offload_device=comfy.model_management.unet_offload_device(),
     )
     patcher.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, calc_cond_batch)
-    inputs = (path, dtype, group, devices, optimize, layout, where)
-    patcher.cached_patcher_init = (load_model, inputs)
+    patcher.cached_patcher_init = (load_model, (path, dtype, group, placement, optimize))
     return patcher
 
 
@@ -64,13 +60,7 @@ def on_group(patcher: TPModelPatcher, group: GroupConfig) -> TPModelPatcher:
     if group not in others:
         spec, model = patcher.remote.spec, patcher.model
         others[group] = load_model(
-            spec.path,
-            model.get_dtype(),
-            group,
-            model.tp_devices,
-            spec.optimize,
-            model.tp_layout,
-            model.tp_where,
+            spec.path, model.get_dtype(), group, model.tp_placement, spec.optimize
         )
     root = others[group]
     clone = patcher.clone()

@@ -23,8 +23,9 @@ from aiohttp import web
 from comfy.cli_args import args
 
 from ..tp_runtime.client import TPRuntimeError, examine, get_runtime, runtime_python
-from .gpu_count import HERE, refused_counts
+from .gpu_count import refused_counts
 from .loader import model_path
+from .placement import Placement
 from .settings import python_setting
 
 GROUPS_EVENT = "tensor_parallel.groups"
@@ -110,8 +111,8 @@ async def _gpu_counts(request: web.Request) -> Any:
     path = None if name is None else model_path(name)
     if name is not None and path is None:
         raise _Refusal(404, f"There is no model {name!r} in ComfyUI's folders.")
-    devices, where = request.query.get("devices", ""), request.query.get("where", HERE)
-    return await _in_thread(refused_counts, path, devices, where)
+    inputs = {key: request.query[key] for key in ("devices", "where") if key in request.query}
+    return await _in_thread(refused_counts, path, Placement(**inputs))
 
 
 async def _doctor(_request: web.Request) -> Any:

@@ -1,5 +1,6 @@
 """The node "TP Sampler": KSampler with a GPU count."""
 
+import dataclasses
 from typing import Any
 
 import comfy.samplers
@@ -144,10 +145,7 @@ class TPSampler(io.ComfyNode):
         if gpu_count == _FROM_MODEL:
             return model.remote.group_config
         return choose_group(
-            gpu_count,
+            dataclasses.replace(model.model.tp_placement, gpu_count=gpu_count),
             model.remote.info,
             warn=lambda text: warn_on_node(cls.hidden.unique_id, text),
-            devices=model.model.tp_devices,
-            layout=model.model.tp_layout,
-            where=model.model.tp_where,
         )

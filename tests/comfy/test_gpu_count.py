@@ -58,7 +58,8 @@ def choose(
     ) -> GroupConfig:
         monkeypatch.setattr(gpu_count, "visible_gpu_count", lambda: visible)
         monkeypatch.setattr("tp_runtime.config.visible_gpu_count", lambda: visible)
-        return gpu_count.choose_group(choice, info, warnings.append, devices, layout, where)
+        placement = gpu_count.Placement(choice, devices, layout, where)
+        return gpu_count.choose_group(placement, info, warnings.append)
 
     return on_machine, warnings
 
@@ -146,7 +147,7 @@ def test_the_gpus_of_the_settings(
     assert on_machine(4, "auto").devices == (3, 1)
     with pytest.raises(DeviceError, match=r"the setting 'GPUs to use' lists 2 \(3, 1\)"):
         on_machine(4, "4")
-    refused = gpu_count.refused_counts(str(tiny_z_image))["refused"]
+    refused = gpu_count.refused_counts(str(tiny_z_image), gpu_count.Placement())["refused"]
     assert refused.keys() == {"3", "4", "5", "6", "7", "8"}
     monkeypatch.setattr(gpu_count, "devices_setting", lambda: "all")
     with pytest.raises(DeviceError, match=r"the setting 'GPUs to use' is 'all'"):
@@ -280,7 +281,7 @@ def test_on_ray_too_many_or_chosen(
         on_machine(8, "4", where="ray")
     with pytest.raises(DeviceError, match="Ray chooses the GPUs"):
         on_machine(8, "2", devices="0,1", where="ray")
-    refused = gpu_count.refused_counts(None, where="ray")
+    refused = gpu_count.refused_counts(None, gpu_count.Placement(where="ray"))
     assert sorted(refused["refused"]) == ["3", "4", "5", "6", "7", "8"]
 
 

@@ -33,7 +33,8 @@ def models() -> Iterator[ModuleType]:
 @pytest.fixture
 def patcher(models: ModuleType, tiny_z_image: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A MODEL on two ranks that need not be started."""
-    patcher = models.load_model(str(tiny_z_image), torch.float32, GroupConfig(2, "cpu"))
+    group, placement = GroupConfig(2, "cpu"), models.Placement()
+    patcher = models.load_model(str(tiny_z_image), torch.float32, group, placement, "auto")
     monkeypatch.setattr(patcher.remote, "ensure_loaded", lambda **_: None)
     return patcher
 

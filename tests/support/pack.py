@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-import tp_runtime
+import tp_runtime.client
 from support.native import import_comfy
 from support.paths import REPOSITORY
 
@@ -23,5 +23,7 @@ def pack_module(name: str) -> Iterator[ModuleType]:
     assert spec is not None
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "the_pack", importlib.util.module_from_spec(spec))
+        # Its classes and errors are those that tests import.
         patch.setitem(sys.modules, "the_pack.tp_runtime", tp_runtime)
+        patch.setitem(sys.modules, "the_pack.tp_runtime.client", tp_runtime.client)
         yield importlib.import_module(f"the_pack.{name}")
