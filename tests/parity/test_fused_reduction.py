@@ -12,27 +12,25 @@ import torch
 from parity.conftest import FP32_TOLERANCE, relative_error
 
 from support.paths import REPOSITORY
-from support.tiny_models import FluxSize, write_flux, write_qwen_image, write_z_image
+from support.tiny_models import tiny, write_tiny
 from tp_runtime.config import Layout
 
 pytestmark = pytest.mark.process
 
-WRITERS = {"z_image": write_z_image, "flux": write_flux, "qwen_image": write_qwen_image}
 
-
-def _inputs(family: str, seed: int) -> dict[str, Any]:
-    """Two latents and captions of 9 and 7 tokens; a ControlNet's residuals where they fit."""
+def _inputs(family: str, batch: int, seed: int) -> dict[str, Any]:
+    """Latents and captions of 9 and 7 tokens; a ControlNet's residuals where they fit."""
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
     inputs: dict[str, Any] = {
-        "x": normal(2, 16, 1, 6, 6) if family == "qwen_image" else normal(2, 16, 6, 6),
-        "timesteps": torch.tensor([0.7, 0.3]),
-        "context": normal(2, 7, 64),
+        "x": normal(batch, 16, 1, 6, 6) if family == "qwen_image" else normal(batch, 16, 6, 6),
+        "timesteps": torch.tensor([0.7, 0.3][:batch]),
+        "context": normal(batch, 7, 64),
     }
     if family == "flux":
-        residuals = normal(2, 9, FluxSize().dim)
+        residuals = normal(batch, 9, tiny("flux").dim)
         inputs["control"] = {"input": [residuals], "output": [None, residuals]}
     return inputs
 
@@ -48,9 +46,10 @@ def _inputs(family: str, seed: int) -> dict[str, Any]:
     ids=str,
 )
 def test_equals_the_step_as_written(tmp_path: Path, family: str, layout: Layout) -> None:
-    """In every batch group, each of which has inputs of its own."""
-    WRITERS[family](tmp_path / "model.safetensors")
-    inputs = [_inputs(family, 100 * group) for group in range(layout.batch_groups)]
+    """In every batch group, each of which has another part of the two latents."""
+    write_tiny(family, tmp_path / "model.safetensors")
+    groups = range(layout.batch_groups)
+    inputs = [_inputs(family, 2 // layout.batch_groups, 100 * group) for group in groups]
     torch.save(inputs, tmp_path / "inputs.pt")
     environment = os.environ | {
         "TRITON_INTERPRET": "1",
@@ -70,10 +69,7 @@ def test_equals_the_step_as_written(tmp_path: Path, family: str, layout: Layout)
     finally:
         for rank in ranks:
             rank.kill()
-    results = [
-        torch.load(tmp_path / f"results-{group}.pt", weights_only=True)
-        for group in range(layout.batch_groups)
-    ]
+    results = [torch.load(tmp_path / f"results-{group}.pt", weights_only=True) for group in groups]
     errors = [relative_error(result["fused"], result["written"]) for result in results]
     assert max(errors) <= FP32_TOLERANCE, errors
     different = [result["written"] for result in results]
