@@ -157,7 +157,7 @@ def test_who_takes_the_answer(light_model: LightModel, request: pytest.FixtureRe
         patch.setattr(Call, "take", noting)
         for sleep_s in (0.2, 1.3, 0.2):
             model.evaluate(ordered(sleep_s=sleep_s))
-    caller, owner = threading.current_thread(), engine_of(model)._owner
+    caller, owner = threading.current_thread(), engine_of(model).processes._owner
     listening = "listening" in request.node.name
     assert (
         takers
