@@ -20,7 +20,7 @@ Conditions = Sequence[list[dict[str, Any]] | None]
 
 KEY = "tensor_parallel"
 
-# What a condition may have that more than one of them, or ComfyUI's own models, take part in.
+# Parts of a condition that it shares with other conditions, or that ComfyUI's own models compute.
 _SHARED = ("hooks", "control", "default")
 
 
@@ -45,7 +45,7 @@ def calc_cond_batch(
 
     if remote.group_config.batch_groups > 1 and _can_be_apart(conds):
         present = [index for index, cond in enumerate(conds) if cond is not None]
-        # A result for every place, of which those of absent conditions are zero.
+        # As many results as conditions; the results of absent ones are zero.
         apart = Meeting().run(
             [functools.partial(alone, index) for index in present],
             functools.partial(remote.evaluate_all, poll=throw_exception_if_processing_interrupted),

@@ -63,7 +63,7 @@ def choose_group(
 
 
 def _on_ray(layout: Layout, on_gpus: bool, warn: Callable[[str], None]) -> GroupConfig:
-    """A group on the cluster, of whose GPUs no times are known: Ray chooses them."""
+    """A group on the cluster. No times are known of its GPUs, which Ray chooses."""
     if not on_gpus:
         warn("Ray has no GPUs: the model runs in CPU processes. Results are right, but slow.")
     return GroupConfig(

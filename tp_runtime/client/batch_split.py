@@ -15,9 +15,9 @@ Inputs = Mapping[str, Any]
 def divide(inputs: Inputs, num_parts: int) -> list[Inputs]:
     """The inputs of at most ``num_parts`` evaluations, of consecutive items of the batch each.
 
-    ``inputs["x"]`` is (batch, ...). A tensor with as many rows is divided along them, one with a
-    single row serves every item, and one without axes is no item's. The first parts get one item
-    more where it does not come out even. A batch that holds anything else stays whole.
+    ``inputs["x"]`` is (batch, ...). A tensor with as many rows is divided along them; one with a
+    single row, or without axes, goes to every part as it is. The first parts get one item more
+    where the batch cannot be divided evenly. A batch with any other tensor stays whole.
     """
     batch = inputs["x"].shape[0]
     num_parts = min(num_parts, batch)

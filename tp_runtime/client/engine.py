@@ -187,8 +187,11 @@ class Engine:
         self.call(lambda call: Unload(call, model), poll=poll, on_sent=forget)
 
     def _due_s(self, kind: Hashable) -> tuple[float, float] | None:
-        """From when to when to listen for an evaluation's answer; None: be woken up by it."""
-        if self.config.device == "cpu":  # whose ranks need all cores
+        """Seconds from the request on between which the caller listens for the answer itself.
+
+        None: it sleeps, and is woken up by the answer.
+        """
+        if self.config.device == "cpu":  # the ranks need all cores
             return None
         return self._evaluation_times.due_s(kind)
 

@@ -44,7 +44,7 @@ def not_started(
 
 
 def no_python(config: GroupConfig, error: OSError) -> GroupStartError:
-    """For a group whose Python is no program that can be run."""
+    """For a group whose Python cannot be run as a program."""
     packages = "ray, vllm" if config.where == "ray" else "vllm"
     return GroupStartError(
         f"The runtime's Python {config.python!r} could not be started: {error}. "
@@ -53,7 +53,7 @@ def no_python(config: GroupConfig, error: OSError) -> GroupStartError:
 
 
 def no_fork_server(config: GroupConfig, error: BaseException, log: str) -> GroupStartError:
-    """For a group whose ranks have no process to be forked from; ``log``: what that printed."""
+    """For a group whose fork server did not come up; ``log``: what that process has printed."""
     logger.error("the fork server:\n%s", log)
     return GroupStartError(
         _lacking(config, [log])
@@ -90,7 +90,10 @@ def death(rank: Rank, doing: str | None) -> GroupDiedError:
 
 
 def lost(error: TPRuntimeError | None) -> GroupLostError:
-    """For a request that was not sent, since the group had failed; None: not known yet of what."""
+    """For a request that was not sent, since the group had failed of ``error``.
+
+    None: of a rank's end that its owner has yet to look at.
+    """
     cause = error or "a rank has ended."
     return GroupLostError(f"The process group has failed before: {cause} Queue the prompt again.")
 

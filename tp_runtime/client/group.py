@@ -85,7 +85,7 @@ class Group:
         return residency
 
     def _replace_by(self, residency: Residency | None) -> bool:
-        """Have another engine, which holds no model yet, or none; end the one of before."""
+        """Make this the present engine, or have none; end the engine that was there before."""
         old, self._residency = self._residency, residency
         self.step_ms = None
         if old is None:
@@ -178,9 +178,10 @@ class Group:
                 alive.wake_last_used(poll)
 
     def give_way(self, poll: Poll | None = None) -> None:
-        """Free the devices of every model for another group.
+        """Free the devices of every model, because another group needs the room.
 
-        Unless this one is changing now: it may be waiting for the other to do the same.
+        Nothing happens while this group is changing: it may be waiting for that other group to
+        give way, and the two would wait for ever.
         """
         if not self._changing.acquire(blocking=False):
             return
@@ -191,7 +192,7 @@ class Group:
         finally:
             self._changing.release()
 
-    # --- who uses it -----------------------------------------------------------------------------
+    # --- users -----------------------------------------------------------------------------------
 
     def add_user(self, model: "RemoteModel") -> None:
         """Keep the model's shards, once loaded, for as long as ``model`` is there."""

@@ -14,7 +14,7 @@ class GroupReport:
 
     ``models``: name → ``bytes`` on each rank (None while it loads) and ``asleep``. ``step_ms``:
     how long the last evaluation took, as its caller saw it, up to its result being on the way to
-    the caller's device. ``log_tail``: the end of the log of the rank that failed. Of each rank:
+    the caller's device. ``log_tail``: the end of the log of the rank that failed. A rank's mapping:
     ``rank``, ``tp_world_size`` (as vLLM reports it there), ``device``, ``pid``, ``place`` (its
     process and host, in words), ``mirrored`` (its tensors go by TCP), ``versions``,
     ``memory`` (bytes), ``models`` (bytes resident and read, ...), ``last_evaluation_ms``.

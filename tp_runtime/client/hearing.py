@@ -14,8 +14,9 @@ from .evidence import Evidence
 from .group_state import GroupState
 from .launch.launcher import Rank
 
-CAUSE_S = 0.2  # after an error of a rank, another's end may be seen that caused it
-OTHER_HOSTS_CAUSE_S = 0.5  # where it is on another host
+# After one rank's error, wait so long for the end of another rank, which may have caused it.
+CAUSE_S = 0.2
+OTHER_HOSTS_CAUSE_S = 0.5  # where that rank is on another host
 
 
 class Hearing:

@@ -28,7 +28,7 @@ logger = logging.getLogger("tp_runtime")
 
 CLOSE_TIMEOUT_S = 5.0
 WATCH_S = 1.0  # the owner looks at least this often
-FROZEN_S = 2.0  # a look that is later by more: the machine, or its container, stood still
+FROZEN_S = 2.0  # if the owner looks later than planned by more, the machine stood still
 
 
 class RankProcesses:
@@ -47,7 +47,8 @@ class RankProcesses:
         self._events = RankEvents()
         self._state = GroupState(self._is_failing)
         self._hearing = Hearing(config, exchange, self._state)
-        self._prepared = threading.Event()  # once started: there is an owner, or nothing is left
+        # Set once ``start`` has an owner's thread running, or has failed and cleaned up.
+        self._prepared = threading.Event()
         self._owner: threading.Thread | None = None
 
     @property
@@ -221,7 +222,7 @@ class RankProcesses:
         if not is_begun:
             self._end(State.CLOSED, None)
             return
-        self._prepared.wait()  # where the starting thread sees it, and ends what there is
+        self._prepared.wait()  # the starting thread sees the wish, too, and ends what there is
         if self._owner is not None:
             self._owner.join()
 
@@ -236,7 +237,7 @@ class RankProcesses:
 
     def _end(self, final: State, error: TPRuntimeError | None, grace_s: float = 0.0) -> None:
         """Leave nothing of the group. Done by the owner, if there is one."""
-        with self._hearing.lock:  # who is listening has stopped
+        with self._hearing.lock:  # no thread is taking a message, and none will
             to_finish = self._state.end(final, error)
         if to_finish is None:
             return

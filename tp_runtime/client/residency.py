@@ -35,8 +35,9 @@ class Neighbour(Protocol):
 class _Resident:
     """A model that the ranks hold.
 
-    ``rank_bytes`` is None while that is not known (being loaded, or the wait was given up).
-    ``version`` is that of the patches; what was asked for, even if the wait was given up.
+    ``rank_bytes``: of its shards on each rank; None while it is being loaded, and if the caller
+    gave up waiting for that. ``version``: of the patches that it has or, if the caller gave up
+    waiting for them, will have.
     """
 
     rank_bytes: list[int] | None = None
@@ -57,9 +58,10 @@ class Residency:
         users: Callable[[], Collection[str]],
         neighbours: Callable[[], Sequence[Neighbour]],
     ) -> None:
-        """``users``: the names of the models that somebody holds.
+        """``users``: the names of the models that somebody holds a ``RemoteModel`` of.
 
-        ``neighbours``: the groups that are asked for room, after the models here.
+        ``neighbours``: the groups that are asked for room where this engine's models gave too
+        little.
         """
         self.engine = engine
         self._users = users
@@ -154,7 +156,7 @@ class Residency:
     # --- all models -------------------------------------------------------------------------------
 
     def names(self) -> list[str]:
-        """Of the models that the ranks hold, least recently used first."""
+        """The names of the models that the ranks hold, least recently used first."""
         return list(self._models)
 
     def wake_last_used(self, poll: Poll | None) -> None:
@@ -204,7 +206,7 @@ class Residency:
 
     def _on_devices(self) -> list[str]:
         """The models whose weights take room on the devices, least recently used first."""
-        # On CPU ranks, those of sleeping models do, too.
+        # On CPU ranks, the weights of sleeping models do, too.
         return [n for n, resident in self._models.items() if self._on_cpu or not resident.asleep]
 
     def _leave_devices(self, name: str, poll: Poll | None) -> None:
@@ -216,7 +218,7 @@ class Residency:
     def _host_has_room(self, resident: _Resident, poll: Poll | None) -> bool:
         """Whether the host can take the model; frees models that have slept longer for it."""
         if self._on_cpu:
-            return True  # where it is already
+            return True  # the weights are in the host's memory already
         needed = sum(resident.rank_bytes or [])
         reserve = host_reserve() * psutil.virtual_memory().total
         for other in [n for n, resident in self._models.items() if resident.asleep]:

@@ -143,7 +143,7 @@ class TensorSender:
         return Hold(call, refs, self.exchange.size)
 
     def patch(self, call: int, model: str, weights: Mapping[str, PatchedWeight]) -> Patch:
-        """The request for the patches, whose factors are held. It drops what no model uses."""
+        """The request for patches whose factors the ranks hold; it drops those that no model uses."""
         self._factors_of[model] = {id(factor) for factor in _factors(weights)}
         packed = {name: self._packed(weight) for name, weight in weights.items()}
         used = set().union(*self._factors_of.values())
@@ -169,7 +169,7 @@ class TensorSender:
 
 
 def _part(inputs: Mapping[str, Any], *, per_evaluation: bool) -> dict[str, Any]:
-    """Those of the inputs that change at every evaluation, or those that do not."""
+    """The inputs that change at every evaluation, or the inputs that do not."""
     return {
         name: value
         for name, value in inputs.items()

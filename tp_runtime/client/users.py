@@ -28,6 +28,6 @@ class Users:
             return bool(self._models)
 
     def names(self) -> set[str]:
-        """Names of the models; those of equal specs are equal."""
+        """The names of the models; equal specs have one name."""
         with self._lock:
             return {model.name for model in self._models}

@@ -142,7 +142,7 @@ class Exchange:
         self.remap(size)
 
     def remap(self, size: int) -> None:
-        """Map the first ``size`` bytes, if not mapped already. Tensors of before become invalid.
+        """Map the first ``size`` bytes, if not mapped already. Earlier views become invalid.
 
         In a process that uses CUDA they are page-locked: GPUs read and write them directly.
         """

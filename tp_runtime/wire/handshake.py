@@ -107,7 +107,7 @@ class _Stranger:
 
 
 class Reception:
-    """Listens for the ranks of one group, as a context; ``take`` those who have come.
+    """Listens for the ranks of one group, as a context; ``take`` gives the ranks that have come.
 
     ``members``: rank → what it said, when (on this process's monotonic clock), and its stream.
     """
@@ -204,7 +204,7 @@ class Reception:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Listen no longer, and part from everybody who was not taken."""
+        """Listen no longer, and close the connections that ``take`` has not given."""
         self._listener.close()
         for member in self.members.values():
             member[-1].close()

@@ -1,7 +1,7 @@
 """A copy of the exchange memory where a rank cannot share the engine's.
 
-What the engine has written for a request goes ahead of it over the rank's stream, and a result
-that the rank has written goes ahead of its ``Done``; nobody else notices.
+What the engine has written for a request goes ahead of the request over the rank's stream, and a
+result that the rank has written goes ahead of its ``Done``. No other part of either side knows.
 """
 
 import os

@@ -96,9 +96,9 @@ class Evaluation(msgspec.Struct, frozen=True, array_like=True):
 class Evaluate(_Message, frozen=True):
     """Evaluate the transformer: each batch group the evaluation of its number, if there is one.
 
-    Every rank keeps the tensors that are to be held, those of other batch groups' evaluations
-    too; ``drop`` names held tensors that will not be used again; ``exchange_bytes`` is the present
-    size of the exchange memory.
+    Every rank keeps the tensors that are to be held, also for the evaluations of other batch
+    groups. ``drop`` names held tensors that will not be used again; ``exchange_bytes`` is the
+    present size of the exchange memory.
     """
 
     call: int

@@ -29,7 +29,7 @@ class GroupFolder:
 
     @classmethod
     def create(cls) -> "GroupFolder":
-        """A new folder; those of groups long gone are removed.
+        """A new folder; the folders of groups long gone are removed.
 
         Raises:
             GroupStartError: ``home()`` is not a place for it.

@@ -43,7 +43,10 @@ _COMPILE_CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "t
 
 @dataclass
 class LocalRank:
-    """One running rank of this machine: a child of its fork server, or what that has become."""
+    """One running rank of this machine: a child of its fork server, or that server itself.
+
+    On a GPU, what was started as a server has become the rank.
+    """
 
     index: int
     channel: Channel

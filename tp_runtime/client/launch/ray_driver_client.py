@@ -135,7 +135,7 @@ class Driver:
 
 
 def _end_session(leader: int) -> None:
-    """Kill what is left of a session: agents of a Ray whose driver was killed stay for a minute."""
+    """Kill a session's processes: Ray's agents stay for a minute after their driver was killed."""
     for pid in psutil.pids():
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if os.getsid(pid) == leader:
