@@ -38,7 +38,7 @@ class RemoteModel:
         self.name = f"{Path(spec.path).name}@{digest}"
         self.version: Hashable = None
         self.patches: Mapping[str, PatchedWeight] = {}
-        self.used_at_start = 0  # how many groups had been started when it was loaded on purpose
+        self.used_at_start = 0  # which start of its group it was loaded after, by ensure_loaded
         self._group = group
         self._records = records
         group.add_user(self)
