@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tp_runtime.client import held_tensors
 from tp_runtime.client.held_tensors import HeldTensors
 from tp_runtime.errors import InputError, ProtocolError, TPRuntimeError
-from tp_runtime.wire import exchange as exchange_module
 from tp_runtime.wire.exchange import ALIGNMENT, Exchange, TensorPlaces, dtype_name, dtype_of
 from tp_runtime.wire.protocol import TensorRef
 
@@ -237,10 +237,8 @@ class TestHeldTensors:
         assert held.find(wanted) == [keys[0], 0, keys[4], keys[0]]
         with pytest.MonkeyPatch.context() as patch:
             pairs: list[object] = []
-            equal = exchange_module._equal
-            patch.setattr(
-                exchange_module, "_equal", lambda *pair: pairs.append(pair) or equal(*pair)
-            )
+            equal = held_tensors._equal
+            patch.setattr(held_tensors, "_equal", lambda *pair: pairs.append(pair) or equal(*pair))
             assert held.find([tensors[0], tensors[4]]) == [keys[0], keys[4]]
         assert len(pairs) == 2
         held.add(torch.ones(6))
