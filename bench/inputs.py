@@ -1,46 +1,35 @@
-"""Random forward arguments of full size, as ComfyUI's BaseModel passes them."""
+"""Random forward arguments, as ComfyUI's BaseModel passes them: what the family declares."""
 
 from typing import Any
 
 import torch
 
-TEXT_TOKENS = {"z_image": 64, "flux": 512, "qwen_image": 64}
+from tp_runtime.models import family
+from tp_runtime.models.family import Input, Sizes
 
 
-def make_inputs(model: str, side: int, batch: int) -> dict[str, Any]:
+def make_inputs(model: str, sizes: Sizes, side: int, batch: int) -> dict[str, Any]:
     """Inputs for pictures of ``side`` × ``side`` pixels, in bf16 with fp32 timesteps.
 
-    Where ComfyUI has them: on the first GPU, if there is one.
+    Where ComfyUI has them: on the first GPU, if there is one. Without reference pictures.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    inputs = _on_cpu(model, side, batch)
-    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-
-
-def _on_cpu(model: str, side: int, batch: int) -> dict[str, Any]:
+    latent = dict(
+        zip(("height", "width"), sizes.geometry.latent_shape(side, side)[-2:], strict=True)
+    )
+    lengths = latent | {"batch": batch, "frames": 1, "tokens": family(model).text_tokens}
     generator = torch.Generator().manual_seed(0)
 
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).bfloat16()
+    def tensor(declared: Input) -> torch.Tensor:
+        named = lengths | dict(declared.usual)
+        shape = [named[axis] if isinstance(axis, str) else axis[1] for axis in declared.axes]
+        if len(shape) == 1:  # a number for each picture
+            return torch.rand(shape, generator=generator)
+        return torch.randn(shape, generator=generator)
 
-    if model not in TEXT_TOKENS:
-        raise ValueError(f"no inputs for the model {model!r}")
-    latent, length = side // 8, TEXT_TOKENS[model]
-    inputs: dict[str, Any] = {
-        "timesteps": torch.full((batch,), 0.7),
-        "transformer_options": {},
-    }
-    if model == "z_image":
-        inputs |= {"x": normal(batch, 16, latent, latent), "context": normal(batch, length, 2560)}
-        return inputs
-    if model == "flux":
-        return inputs | {
-            "x": normal(batch, 16, latent, latent),
-            "context": normal(batch, length, 4096),
-            "y": normal(batch, 768),
-            "guidance": torch.full((batch,), 3.5).bfloat16(),
-        }
-    return inputs | {
-        "x": normal(batch, 16, 1, latent, latent),
-        "context": normal(batch, length, 3584),
-    }
+    declared = {name: one for name, one in sizes.all_inputs.items() if not one.many}
+    inputs = {name: tensor(one) for name, one in declared.items()}
+    dtypes = {"timesteps": torch.float32}
+    return {
+        name: value.to(device, dtypes.get(name, torch.bfloat16)) for name, value in inputs.items()
+    } | {"transformer_options": {}}

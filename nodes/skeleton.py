@@ -15,8 +15,7 @@ import comfy.supported_models
 import comfy.utils
 import torch
 
-from ..tp_runtime.client import STORED_DTYPES, CheckpointError, CheckpointFile, CheckpointInfo
-from .native_sizes import NATIVE_SIZES
+from ..tp_runtime.client import STORED_DTYPES, CheckpointError, CheckpointInfo, open_checkpoint
 from .unsupported import reading_weights
 
 # Tensors below this size are read: model detection looks at their values.
@@ -51,7 +50,7 @@ def _refuse_saving(*_args: Any, **_kwargs: Any) -> NoReturn:
 def _state_dict(info: CheckpointInfo) -> dict[str, torch.Tensor]:
     """The file's tensors: the small ones as they are, the others on the meta device."""
     tensors = {}
-    with CheckpointFile.open(info.path) as file:
+    with open_checkpoint(info.path) as file:
         for name, tensor in info.tensors.items():
             if tensor.dtype not in STORED_DTYPES:
                 raise CheckpointError(
@@ -75,18 +74,15 @@ def _model_config(info: CheckpointInfo, state_dict: Mapping[str, torch.Tensor]) 
         raise CheckpointError(
             f"This ComfyUI does not know the {info.label} model of {info.path}. Update ComfyUI."
         )
-    sizes = NATIVE_SIZES[info.family](info.config)
-    config = _config_class(info, detected)(detected.unet_config | sizes)
+    # ComfyUI recognises models by what is in the file, but hard-codes sizes that it cannot see
+    # there: head counts above all (0.3.75: FLUX 24, Z-Image 30 at width 3840). Ours are read from
+    # the file, and equal ComfyUI's for the released models.
+    kind = getattr(comfy.supported_models, info.family.comfyui_class or "", type(detected))
+    config = kind(detected.unet_config | info.sizes.for_comfyui())
     for name, value in vars(detected).items():
         if name not in vars(config):
             setattr(config, name, value)
     return config
-
-
-def _config_class(info: CheckpointInfo, detected: Any) -> Any:
-    if info.family == "z_image":  # detected by its full-size width
-        return comfy.supported_models.ZImage
-    return type(detected)
 
 
 def _set_dtypes(
@@ -117,7 +113,8 @@ def _assign_tensors(
     """Put the tensors into the model. A key that it lacks would make LoRAs skip that weight."""
     tensors = model.model_config.process_unet_state_dict(dict(state_dict))
     own = model.diffusion_model.state_dict()
-    for name in info.unused - own.keys():  # newer releases of ComfyUI leave them out
+    # Newer releases of ComfyUI leave them out.
+    for name in info.sizes.table.unused.keys() - own.keys():
         tensors.pop(name, None)
     strange = [
         name for name in tensors if name not in own or own[name].shape != tensors[name].shape

@@ -7,7 +7,7 @@ import pytest
 
 from support.comfy_server import NO_GPU, ComfyServer
 from support.leaks import nothing_left_over
-from support.tiny_models import write_z_image
+from support.tiny_models import write_tiny
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -21,7 +21,7 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_z_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny fp32 Z-Image checkpoint (30 heads, width 480)."""
-    return write_z_image(tmp_path_factory.mktemp("models") / "tiny_z_image.safetensors")
+    return write_tiny("z_image", tmp_path_factory.mktemp("models") / "tiny_z_image.safetensors")
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ With ``settings``, the only place where the package reads environment variables 
                                (default 0.125)
 ``TP_RUNTIME_ATTENTION``       the ranks' attention on GPUs: auto (measured; the default), flash3,
                                cudnn, or sdpa (torch's choice)
+``TP_RUNTIME_FAMILIES``        packages with more families of models, by spaces; on the PYTHONPATH
 ``TP_RUNTIME_LOG_LEVEL``       level of the ranks' logs (default INFO)
 ``TP_RUNTIME_RAY_ADDRESS``     Ray cluster, host:port, for groups that run on one (default:
                                one that is started on this machine for each group)
@@ -79,6 +80,11 @@ def attention_kernel() -> AttentionKernel:
     raise TPRuntimeError(
         f"TP_RUNTIME_ATTENTION={name!r}: use one of {', '.join(get_args(AttentionKernel))}."
     )
+
+
+def family_packages() -> list[str]:
+    """Importable packages with a family of models each, beside the built-in ones."""
+    return os.environ.get("TP_RUNTIME_FAMILIES", "").split()
 
 
 def fault_file() -> str:

@@ -12,7 +12,7 @@ import pytest
 from support.comfy_history import PromptError
 from support.comfy_server import ComfyServer
 from support.lora_files import write_lora
-from support.tiny_models import write_z_image
+from support.tiny_models import write_tiny
 from support.workflows import Sampling, node, text_to_latent, tp_loader, tp_text_to_latent
 
 pytestmark = pytest.mark.comfy
@@ -82,7 +82,7 @@ def test_in_the_middle_of_a_step(comfy_server: ComfyServer, works: Works) -> Non
 def test_while_the_model_loads(comfy_server: ComfyServer, works: Works) -> None:
     pids = works()
     name = "slow_z_image.safetensors"
-    write_z_image(comfy_server.models / "diffusion_models" / name, seed=3)
+    write_tiny("z_image", comfy_server.models / "diffusion_models" / name, seed=3)
     prompt = tp_text_to_latent(name)
     # The other model is held by the prompt, so that nothing has to be unloaded first.
     prompt["held"] = tp_loader(MODEL, 2)

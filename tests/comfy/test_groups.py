@@ -10,7 +10,7 @@ import pytest
 from support.comfy_history import History
 from support.comfy_server import ComfyServer
 from support.group_reports import group, groups, rank_pids
-from support.tiny_models import write_z_image
+from support.tiny_models import write_tiny
 from support.workflows import (
     Prompt,
     Sampling,
@@ -32,7 +32,7 @@ Compare = Callable[..., History]
 @pytest.fixture(scope="module")
 def other_model(comfy_server: ComfyServer) -> Path:
     """A second file with other weights."""
-    return write_z_image(comfy_server.models / "diffusion_models" / OTHER_MODEL, seed=1)
+    return write_tiny("z_image", comfy_server.models / "diffusion_models" / OTHER_MODEL, seed=1)
 
 
 def test_second_prompt_reuses_the_group(comfy_server: ComfyServer, works: Works) -> None:
@@ -83,7 +83,7 @@ def test_a_file_replaced_by_another_is_loaded_anew(
     comfy_server: ComfyServer, other_model: Path, same_as_stock: Compare
 ) -> None:
     same_as_stock(tp_text_to_latent(OTHER_MODEL, sampling=Sampling(seed=53)))
-    write_z_image(other_model, seed=2)
+    write_tiny("z_image", other_model, seed=2)
     same_as_stock(tp_text_to_latent(OTHER_MODEL, sampling=Sampling(seed=53)))
 
 

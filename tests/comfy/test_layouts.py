@@ -10,7 +10,7 @@ from support.comfy_history import History, PromptError
 from support.comfy_server import NO_GPU, ComfyServer
 from support.group_reports import groups
 from support.leaks import nothing_left_over
-from support.tiny_models import write_z_image
+from support.tiny_models import write_tiny
 from support.workflows import Prompt, Sampling, node, tp_text_to_latent
 from tp_runtime.config import Layout
 from tp_runtime.layouts.step_history import MIN_TIMES, USUAL_STEPS, StepRecords, Workload
@@ -89,7 +89,7 @@ def test_auto_follows_the_steps_that_were_measured(tmp_path: Path) -> None:
     sampling = Sampling(cfg=2.5, steps=MIN_TIMES)
     workload = Workload((2, 16, 16, 16), sampling.caption_length)
     with nothing_left_over(), ComfyServer(env=environment) as server:
-        path = str(write_z_image(server.models / "diffusion_models" / MODEL))
+        path = str(write_tiny("z_image", server.models / "diffusion_models" / MODEL))
         before = StepRecords(book)
         for _ in range(MIN_TIMES):
             before.add(path, "cpu", workload, Layout(2), 1e6)

@@ -8,7 +8,7 @@ import pytest
 from support.comfy_history import History, PromptError
 from support.comfy_server import ComfyServer
 from support.lora_files import write_lora
-from support.tiny_models import ZImageSize, z_image_shapes
+from support.tiny_models import tiny_shapes
 from support.workflows import Prompt, Sampling, node, text_to_latent, tp_loader
 
 pytestmark = pytest.mark.comfy
@@ -22,7 +22,7 @@ Compare = Callable[..., History]
 @pytest.fixture(scope="module")
 def loras(comfy_server: ComfyServer) -> tuple[str, str]:
     """Two LoRA files, of the same layers and another one."""
-    shapes = z_image_shapes(ZImageSize())
+    shapes = tiny_shapes("z_image")
     names = ("first.safetensors", "second.safetensors")
     for seed, name in enumerate(names):
         layers = (*LAYERS, f"noise_refiner.{seed}.feed_forward.w1")

@@ -4,7 +4,7 @@ import pytest
 
 from support.comfy_server import ComfyServer
 from support.lora_files import write_lora
-from support.tiny_models import write_z_image
+from support.tiny_models import write_tiny
 from support.usage import Usage
 from support.workflows import Prompt, Sampling, node, text_to_latent, tp_loader
 
@@ -26,7 +26,7 @@ MAX_GROWTH = 0.05
 @pytest.fixture
 def server(comfy_server: ComfyServer) -> ComfyServer:
     folder = comfy_server.models / "diffusion_models"
-    write_z_image(folder / MODELS[1], seed=1)
+    write_tiny("z_image", folder / MODELS[1], seed=1)
     for seed, name in enumerate(LORAS):
         write_lora(comfy_server.models / "loras" / name, LAYERS, seed=seed)
     return comfy_server

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from support.comfy_server import ComfyServer
-from support.tiny_models import write_z_image
+from support.tiny_models import write_tiny
 from support.workflows import Prompt, Sampling, node, stock_twin, text_to_latent, tp_loader
 
 pytestmark = pytest.mark.comfy
@@ -34,7 +34,7 @@ def _seen(server: ComfyServer, prompt: Prompt) -> tuple[list[tuple[str, int]], i
 
 def test_loading_shows_progress(comfy_server: ComfyServer) -> None:
     name = "fresh_z_image.safetensors"
-    write_z_image(comfy_server.models / "diffusion_models" / name)
+    write_tiny("z_image", comfy_server.models / "diffusion_models" / name)
     comfy_server.events.clear()
     comfy_server.run(text_to_latent(tp_loader(name, 2), "TPSampler", SAMPLING))
     loading = [event.data for event in comfy_server.events.all("progress")]

@@ -21,9 +21,9 @@ from faults.cases import FILE_S, Case, case
 from faults.conftest import Observe, put, wait_until
 from process.conftest import TESTS, PythonWith, cpu_group, make_inputs
 
-from support.native import native_z_image
+from support.native import native_model
 from support.paths import REPOSITORY
-from support.tiny_models import write_z_image
+from support.tiny_models import write_tiny
 from tp_runtime.client import (
     CallTimeoutError,
     CheckpointError,
@@ -293,7 +293,7 @@ def test_the_machine_stands_still(python: str, tiny_z_image: Path, observe: Obse
 @pytest.fixture(scope="module")
 def real(faults: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RemoteModel]:
     """A model on one real rank, and its own file."""
-    path = write_z_image(tmp_path_factory.mktemp("file") / "model.safetensors")
+    path = write_tiny("z_image", tmp_path_factory.mktemp("file") / "model.safetensors")
     runtime = Runtime()
     yield runtime.model(ModelSpec.of(str(path), "float32", "float32"), cpu_group(1))
     runtime.release()
@@ -309,7 +309,7 @@ def chosen_again(model: RemoteModel) -> RemoteModel:
 def same_as_native(model: RemoteModel) -> None:
     inputs = make_inputs(seed=1)
     with torch.inference_mode():
-        expected = native_z_image(Path(model.spec.path))(
+        expected = native_model(Path(model.spec.path))(
             inputs["x"], inputs["timesteps"], inputs["context"], num_tokens=20
         )
     model.ensure_loaded()
@@ -336,7 +336,7 @@ def test_files_that_change(real: RemoteModel, faults: Path, observe: Observe) ->
     residency._models.clear()
     group.unload(real.name)
 
-    write_z_image(path.with_suffix(".new"), seed=1).rename(path)
+    write_tiny("z_image", path.with_suffix(".new"), seed=1).rename(path)
     with timed(observe, case("load", "the file was replaced before")):
         with pytest.raises(CheckpointError, match="replaced after the model had been chosen"):
             real.ensure_loaded()

@@ -23,7 +23,7 @@ from support.comfy_history import PromptError
 from support.comfy_server import NO_GPU, ComfyServer
 from support.leaks import SERVER_MARK, is_marked, nothing_left_over
 from support.lora_files import write_lora
-from support.tiny_models import write_z_image
+from support.tiny_models import write_tiny
 from support.usage import Usage
 from support.workflows import Prompt, Sampling, node, stock_twin, text_to_latent, tp_loader
 from tp_runtime.client.launch.group_folder import KEPT_FOLDERS
@@ -222,7 +222,7 @@ def soak(tmp_path: Path) -> Iterator[Soak]:
     }
     with nothing_left_over(), ComfyServer(env=environment) as server:
         for seed, name in enumerate(MODELS):
-            write_z_image(server.models / "diffusion_models" / name, seed=seed)
+            write_tiny("z_image", server.models / "diffusion_models" / name, seed=seed)
         write_lora(server.models / "loras" / LORA, LAYERS, seed=0)
         yield Soak(server, faults, seed=int(os.environ.get("SOAK_SEED", "0")))
 

@@ -53,10 +53,10 @@ def steps(
     path: Path, dtype: str, inputs: dict[str, Any], device: torch.device, rank: int, ranks: int
 ) -> list[torch.Tensor]:
     spec = ModelSpec.of(str(path), dtype, dtype)
-    driver = load_model(spec, device, rank, ranks, lambda *_: None).driver
-    results = [driver(dict(inputs), "key").cpu() for _ in range(3)]
-    assert driver._reduction is not None
-    assert driver._reduction._buffers, "the fused kernels were not used"
+    forward = load_model(spec, device, rank, ranks, lambda *_: None).forward
+    results = [forward(dict(inputs), "key").cpu() for _ in range(3)]
+    assert forward._reduction is not None
+    assert forward._reduction._buffers, "the fused kernels were not used"
     return results
 
 

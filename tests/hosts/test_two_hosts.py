@@ -10,7 +10,7 @@ from hosts.conftest import ModelOn
 from parity.conftest import FP32_TOLERANCE, relative_error
 from process.conftest import make_inputs
 
-from support.native import native_z_image
+from support.native import native_model
 from support.ray_hosts import Cluster
 from tp_runtime.client import Runtime
 
@@ -29,7 +29,7 @@ def test_the_numbers_are_comfyuis(
 ) -> None:
     model = model_on(2)
     model.ensure_loaded()
-    native = native_z_image(tiny_z_image)
+    native = native_model(tiny_z_image)
     for height, seed in ((16, 1), (16, 2), (24, 3)):
         inputs = make_inputs(height, seed=seed)
         with torch.inference_mode():

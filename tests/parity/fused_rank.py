@@ -56,13 +56,13 @@ def main() -> None:
     with membership.tensor_parallel_group(config), torch.inference_mode():
         parallel_state.get_tp_group().barrier()
         spec = ModelSpec.of(str(folder / "model.safetensors"), "float32", "float32")
-        driver = load_model(spec, device, config.tp_rank, config.tp_size, lambda *_: None).driver
-        results = {"written": driver(dict(inputs), "written").clone()}
+        forward = load_model(spec, device, config.tp_rank, config.tp_size, lambda *_: None).forward
+        results = {"written": forward(dict(inputs), "written").clone()}
         SharedMemoryReduction.folder = folder
-        driver._reduction = SharedMemoryReduction(torch.device("cpu"))
+        forward._reduction = SharedMemoryReduction(torch.device("cpu"))
         with graphs._optimised():
-            results["fused"] = driver(dict(inputs), "fused").clone()
-        assert driver._reduction._buffers, "the fused kernels were not used"
+            results["fused"] = forward(dict(inputs), "fused").clone()
+        assert forward._reduction._buffers, "the fused kernels were not used"
         if config.tp_rank == 0:
             torch.save(results, folder / f"results-{config.batch_group}.pt")
 

@@ -9,13 +9,13 @@ import torch
 from parity.conftest import FP32_TOLERANCE, Remote, relative_error
 from torch.utils import _pytree as pytree
 
-from support.native import native_flux
-from support.tiny_models import FluxSize, write_flux
+from support.native import native_model
+from support.tiny_models import tiny, write_tiny
 from tp_runtime.client import InputError, SizeError, inspect_checkpoint
 
 pytestmark = pytest.mark.process
 
-DIM = FluxSize().dim
+DIM = tiny("flux").dim
 ROPE = {"scale_x": 1.5, "scale_y": 0.75, "shift_x": 2.0, "shift_y": -1.0, "shift_t": 3.0}
 REFERENCES = {"references": ((9, 8), (16, 12), (6, 30)), "height": 12, "width": 15}
 
@@ -40,7 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_flux(tmp_path_factory.mktemp("flux") / "tiny.safetensors")
+    return write_tiny("flux", tmp_path_factory.mktemp("flux") / "tiny.safetensors")
 
 
 def make_inputs(
@@ -89,7 +89,7 @@ def make_inputs(
     return {key: value for key, value in inputs.items() if key not in without} | others
 
 
-native_model = functools.lru_cache(maxsize=4)(native_flux)
+native_model = functools.lru_cache(maxsize=4)(native_model)
 
 
 def native(path: Path, inputs: dict[str, Any], dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -152,7 +152,7 @@ def test_inputs_may_change_between_steps(checkpoint: Path, remote: Remote) -> No
 
 
 def test_schnell_has_no_use_for_guidance(tmp_path: Path, remote: Remote) -> None:
-    path = write_flux(tmp_path / "schnell.safetensors", FluxSize(guidance=False))
+    path = write_tiny("flux", tmp_path / "schnell.safetensors", guidance=False)
     inputs = make_inputs()
     assert_equal_to_native(path, remote, 2, inputs)
     guided = remote(path, 2).evaluate(inputs)
@@ -161,14 +161,14 @@ def test_schnell_has_no_use_for_guidance(tmp_path: Path, remote: Remote) -> None
 
 @pytest.mark.parametrize("channels", [32, 96], ids=["canny and depth", "fill"])
 def test_models_with_concatenated_latents(tmp_path: Path, remote: Remote, channels: int) -> None:
-    path = write_flux(tmp_path / "wide.safetensors", FluxSize(in_channels=channels))
+    path = write_tiny("flux", tmp_path / "wide.safetensors", in_channels=channels)
     inputs = make_inputs(channels=channels, height=17)
     assert native(path, inputs).shape == (1, 16, 17, 16)
     assert_equal_to_native(path, remote, 2, inputs)
 
 
 def test_todays_names_of_the_norms(checkpoint: Path, tmp_path: Path, remote: Remote) -> None:
-    renamed = write_flux(tmp_path / "renamed.safetensors", FluxSize(norm_name="weight"))
+    renamed = write_tiny("flux", tmp_path / "renamed.safetensors", norm_name="weight")
     inputs = make_inputs()
     found = remote(renamed, 2).evaluate(inputs)
     assert relative_error(found, native(checkpoint, inputs)) <= FP32_TOLERANCE

@@ -13,16 +13,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from support.native import native_fp8
-from support.tiny_models import Fp8Layout, write_flux, write_fp8, write_qwen_image, write_z_image
+from support.tiny_models import Fp8Layout, write_fp8, write_tiny
 from tp_runtime.client import CheckpointError, GroupConfig, ModelSpec, Runtime, inspect_checkpoint
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 # Family → writes its tiny file, its inputs.
-FAMILIES: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {
-    "z_image": (write_z_image, test_z_image.make_inputs(1, 9, 8, 20)),
-    "flux": (write_flux, test_flux.make_inputs(references=((9, 8),))),
-    "qwen_image": (write_qwen_image, test_qwen_image.make_inputs(references=((9, 8),))),
+INPUTS: dict[str, dict[str, Any]] = {
+    "z_image": test_z_image.make_inputs(1, 9, 8, 20),
+    "flux": test_flux.make_inputs(references=((9, 8),)),
+    "qwen_image": test_qwen_image.make_inputs(references=((9, 8),)),
 }
 
 
@@ -50,10 +50,10 @@ def remote(
 
 @pytest.mark.process
 @pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", INPUTS)
 def test_plain(runtime: Runtime, tmp_path: Path, family: str, dtype: torch.dtype) -> None:
-    write, inputs = FAMILIES[family]
-    whole = write(tmp_path / "whole.safetensors")
+    inputs = INPUTS[family]
+    whole = write_tiny(family, tmp_path / "whole.safetensors")
     path = write_fp8(whole, tmp_path / "plain.safetensors", "plain", dtype)
     model = remote(runtime, path, dtype)
     assert relative_error(model.evaluate(inputs), native(native_fp8(path, dtype), inputs)) <= (
@@ -64,10 +64,10 @@ def test_plain(runtime: Runtime, tmp_path: Path, family: str, dtype: torch.dtype
 
 @pytest.mark.process
 @pytest.mark.parametrize("layout", ["scaled", "mixed"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", INPUTS)
 def test_with_scales(runtime: Runtime, tmp_path: Path, family: str, layout: Fp8Layout) -> None:
-    write, inputs = FAMILIES[family]
-    whole = write(tmp_path / "whole.safetensors")
+    inputs = INPUTS[family]
+    whole = write_tiny(family, tmp_path / "whole.safetensors")
     path = write_fp8(whole, tmp_path / "quantised.safetensors", layout)
     model = remote(runtime, path)
     assert (
@@ -79,8 +79,8 @@ def test_with_scales(runtime: Runtime, tmp_path: Path, family: str, layout: Fp8L
 @pytest.mark.process
 def test_todays_layers_say_their_own_format(runtime: Runtime, tmp_path: Path) -> None:
     """ComfyUI 0.3.75 does not read it: compared with the same numbers in the older form."""
-    write, inputs = FAMILIES["qwen_image"]
-    whole = write(tmp_path / "whole.safetensors")
+    family, inputs = "qwen_image", INPUTS["qwen_image"]
+    whole = write_tiny(family, tmp_path / "whole.safetensors")
     older = write_fp8(whole, tmp_path / "mixed.safetensors", "mixed")
     newer = write_fp8(whole, tmp_path / "newer.safetensors", "comfy_quant")
     expected = remote(runtime, older).evaluate(inputs)
@@ -89,8 +89,8 @@ def test_todays_layers_say_their_own_format(runtime: Runtime, tmp_path: Path) ->
 
 @pytest.mark.process
 def test_a_fused_layer_of_which_a_part_is_not_quantised(runtime: Runtime, tmp_path: Path) -> None:
-    write, inputs = FAMILIES["qwen_image"]
-    whole = write(tmp_path / "whole.safetensors")
+    family, inputs = "qwen_image", INPUTS["qwen_image"]
+    whole = write_tiny(family, tmp_path / "whole.safetensors")
     keep = {"transformer_blocks.0.attn.to_k", "transformer_blocks.1.img_mlp.net.2", "img_in"}
     path = write_fp8(whole, tmp_path / "mixed.safetensors", "mixed", keep=keep)
     found = remote(runtime, path).evaluate(inputs)
@@ -99,8 +99,10 @@ def test_a_fused_layer_of_which_a_part_is_not_quantised(runtime: Runtime, tmp_pa
 
 @pytest.mark.process
 def test_padded_heads(runtime: Runtime, tmp_path: Path) -> None:
-    write, inputs = FAMILIES["flux"]
-    path = write_fp8(write(tmp_path / "a.safetensors"), tmp_path / "b.safetensors", "scaled")
+    family, inputs = "flux", INPUTS["flux"]
+    path = write_fp8(
+        write_tiny(family, tmp_path / "a.safetensors"), tmp_path / "b.safetensors", "scaled"
+    )
     found = remote(runtime, path, tp_size=5).evaluate(inputs)
     assert relative_error(found, native(native_fp8(path), inputs)) <= FP32_TOLERANCE
 
@@ -156,7 +158,7 @@ def int8(tensors: dict[str, Any], metadata: dict[str, str]) -> None:
 def test_files_that_cannot_be_loaded_are_refused(
     tmp_path: Path, change: Callable[[dict[str, Any], dict[str, str]], None], words: str
 ) -> None:
-    whole = write_qwen_image(tmp_path / "whole.safetensors")
+    whole = write_tiny("qwen_image", tmp_path / "whole.safetensors")
     path = damaged(write_fp8(whole, tmp_path / "mixed.safetensors", "mixed"), change)
     with pytest.raises(CheckpointError, match=words):
         inspect_checkpoint(str(path))

@@ -12,12 +12,10 @@ import torch
 from parity.conftest import FP32_TOLERANCE, relative_error
 
 from support.paths import REPOSITORY
-from support.tiny_models import FluxSize, write_flux, write_qwen_image, write_z_image
+from support.tiny_models import tiny, write_tiny
 from tp_runtime.config import Layout
 
 pytestmark = pytest.mark.process
-
-WRITERS = {"z_image": write_z_image, "flux": write_flux, "qwen_image": write_qwen_image}
 
 
 def _inputs(family: str, batch: int, seed: int) -> dict[str, Any]:
@@ -32,7 +30,7 @@ def _inputs(family: str, batch: int, seed: int) -> dict[str, Any]:
         "context": normal(batch, 7, 64),
     }
     if family == "flux":
-        residuals = normal(batch, 9, FluxSize().dim)
+        residuals = normal(batch, 9, tiny("flux").dim)
         inputs["control"] = {"input": [residuals], "output": [None, residuals]}
     return inputs
 
@@ -49,7 +47,7 @@ def _inputs(family: str, batch: int, seed: int) -> dict[str, Any]:
 )
 def test_equals_the_step_as_written(tmp_path: Path, family: str, layout: Layout) -> None:
     """In every batch group, each of which has another part of the two latents."""
-    WRITERS[family](tmp_path / "model.safetensors")
+    write_tiny(family, tmp_path / "model.safetensors")
     groups = range(layout.batch_groups)
     inputs = [_inputs(family, 2 // layout.batch_groups, 100 * group) for group in groups]
     torch.save(inputs, tmp_path / "inputs.pt")

@@ -11,54 +11,39 @@ from parity import test_flux, test_qwen_image, test_z_image
 from parity.conftest import FP32_TOLERANCE, Remote, relative_error
 
 from support.gguf_files import ARCHITECTURES, dequantised, write_gguf
-from support.native import native_flux, native_qwen_image, native_z_image
-from support.tiny_models import write_flux, write_qwen_image, write_z_image
+from support.native import native_model
+from support.tiny_models import write_tiny
 
 pytestmark = pytest.mark.process
 
-# Family → writes its tiny file, ComfyUI's model of a file, its inputs.
-FAMILIES: dict[str, tuple[Callable[[Path], Path], Callable[..., Any], Callable[..., Any]]] = {
-    "z_image": (
-        write_z_image,
-        native_z_image,
-        functools.partial(test_z_image.make_inputs, 1, 9, 8, 20),
-    ),
-    "flux": (
-        write_flux,
-        native_flux,
-        functools.partial(test_flux.make_inputs, references=((9, 8),)),
-    ),
-    "qwen_image": (
-        write_qwen_image,
-        native_qwen_image,
-        functools.partial(test_qwen_image.make_inputs, references=((9, 8),)),
-    ),
+INPUTS: dict[str, Callable[..., dict[str, Any]]] = {
+    "z_image": functools.partial(test_z_image.make_inputs, 1, 9, 8, 20),
+    "flux": functools.partial(test_flux.make_inputs, references=((9, 8),)),
+    "qwen_image": functools.partial(test_qwen_image.make_inputs, references=((9, 8),)),
 }
 
 
 def write_both(folder: Path, family: str, kind: str, **options: Any) -> tuple[Path, Path]:
     """A GGUF file, and a safetensors file with its values."""
-    whole = FAMILIES[family][0](folder / "whole.safetensors")
+    whole = write_tiny(family, folder / "whole.safetensors")
     architecture = ARCHITECTURES[family]
     path = write_gguf(whole, folder / "m.gguf", kind, architecture=architecture, **options)
     values = folder / "values.safetensors"
     return path, dequantised(path, whole, values, options.get("prefix", ""))
 
 
-def native(
-    family: str, path: Path, inputs: dict[str, Any], dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
+def native(path: Path, inputs: dict[str, Any], dtype: torch.dtype = torch.float32) -> torch.Tensor:
     named = inputs | {"transformer_options": {}}
     with torch.inference_mode():
-        return FAMILIES[family][1](path, dtype)(named.pop("x"), named.pop("timesteps"), **named)
+        return native_model(path, dtype)(named.pop("x"), named.pop("timesteps"), **named)
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "Q4_K", "Q6_K"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", INPUTS)
 def test_fp32(tmp_path: Path, remote: Remote, family: str, kind: str) -> None:
     path, values = write_both(tmp_path, family, kind)
-    inputs = FAMILIES[family][2]()
-    expected = native(family, values, inputs)
+    inputs = INPUTS[family]()
+    expected = native(values, inputs)
     assert expected.std() > 0.1
     assert relative_error(remote(path, 2).evaluate(inputs), expected) <= FP32_TOLERANCE
 
@@ -67,15 +52,15 @@ def test_fp32(tmp_path: Path, remote: Remote, family: str, kind: str) -> None:
 def test_padded_heads(tmp_path: Path, remote: Remote, family: str) -> None:
     """On five ranks, whose columns begin within a block."""
     path, values = write_both(tmp_path, family, "Q5_K")
-    inputs = FAMILIES[family][2]()
+    inputs = INPUTS[family]()
     found = remote(path, 5).evaluate(inputs)
-    assert relative_error(found, native(family, values, inputs)) <= FP32_TOLERANCE
+    assert relative_error(found, native(values, inputs)) <= FP32_TOLERANCE
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", INPUTS)
 def test_bf16(tmp_path: Path, remote: Remote, family: str) -> None:
     """The weights are rounded once, from what the blocks hold."""
     path, values = write_both(tmp_path, family, "Q5_1", prefix="model.diffusion_model.")
-    inputs = FAMILIES[family][2](dtype=torch.bfloat16)
+    inputs = INPUTS[family](dtype=torch.bfloat16)
     found, expected = (remote(p, 2, torch.bfloat16).evaluate(inputs) for p in (path, values))
     assert torch.equal(found, expected)

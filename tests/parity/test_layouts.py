@@ -8,7 +8,7 @@ import torch
 from parity.conftest import FP32_TOLERANCE, Remote, relative_error
 from parity.test_z_image import make_inputs, native
 
-from support.tiny_models import write_z_image
+from support.tiny_models import write_tiny
 
 pytestmark = pytest.mark.process
 
@@ -17,7 +17,7 @@ LAYOUTS = [(1, 2), (2, 1), (2, 2)]
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_z_image(tmp_path_factory.mktemp("z_image") / "tiny.safetensors")
+    return write_tiny("z_image", tmp_path_factory.mktemp("z_image") / "tiny.safetensors")
 
 
 def assert_right(path: Path, inputs: dict[str, Any], found: torch.Tensor) -> None:

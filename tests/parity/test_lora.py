@@ -12,17 +12,17 @@ from parity.conftest import FP32_TOLERANCE, relative_error
 
 from support.native import import_comfy, native_patcher
 from support.pack import pack_module
-from support.tiny_models import Fp8Layout, write_flux, write_fp8, write_qwen_image, write_z_image
+from support.tiny_models import Fp8Layout, write_fp8, write_tiny
 from tp_runtime.client import GroupConfig, ModelSpec, RemoteModel, Runtime, inspect_checkpoint
 from tp_runtime.client.engine import Engine
 from tp_runtime.wire.protocol import Request
 
 pytestmark = pytest.mark.process
 
-FAMILIES: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {
-    "z_image": (write_z_image, test_z_image.make_inputs(1, 9, 8, 20)),
-    "flux": (write_flux, test_flux.make_inputs(references=((9, 8),))),
-    "qwen_image": (write_qwen_image, test_qwen_image.make_inputs(references=((9, 8),))),
+INPUTS: dict[str, dict[str, Any]] = {
+    "z_image": test_z_image.make_inputs(1, 9, 8, 20),
+    "flux": test_flux.make_inputs(references=((9, 8),)),
+    "qwen_image": test_qwen_image.make_inputs(references=((9, 8),)),
 }
 # Family → one weight of every style: fused, column, row, gathered, replicated; a norm, a bias.
 WEIGHTS = {
@@ -149,13 +149,13 @@ def digests(runtime: Runtime, model: RemoteModel) -> list[str]:
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", INPUTS)
 def test_apply_change_remove(
     runtime: Runtime, weights: ModuleType, tmp_path: Path, family: str, tp_size: int
 ) -> None:
     """Every kind of patch on every style of layer; afterwards the file's weights, bit for bit."""
-    write, inputs = FAMILIES[family]
-    path = write(tmp_path / "model.safetensors")
+    inputs = INPUTS[family]
+    path = write_tiny(family, tmp_path / "model.safetensors")
     patcher = native_patcher(path)
     if tp_size == 4 and family == "flux":
         tp_size = 5  # which pads its 24 heads
@@ -179,8 +179,10 @@ def test_apply_change_remove(
 @pytest.mark.parametrize("layout", ["plain", "scaled", "mixed"])
 def test_fp8(runtime: Runtime, weights: ModuleType, tmp_path: Path, layout: Fp8Layout) -> None:
     """Rounded to fp8 with ComfyUI's own random numbers, in each of its formats."""
-    write, inputs = FAMILIES["flux"]
-    path = write_fp8(write(tmp_path / "whole.safetensors"), tmp_path / "fp8.safetensors", layout)
+    family, inputs = "flux", INPUTS["flux"]
+    path = write_fp8(
+        write_tiny(family, tmp_path / "whole.safetensors"), tmp_path / "fp8.safetensors", layout
+    )
     plain_dtype = torch.float8_e4m3fn if layout == "plain" else None
     patcher = native_patcher(path, plain_dtype)
     remote = on_ranks(runtime, path, 2, "float8_e4m3fn" if plain_dtype else "float32")
@@ -201,10 +203,10 @@ def test_fp8(runtime: Runtime, weights: ModuleType, tmp_path: Path, layout: Fp8L
 def test_a_change_of_strength_reads_and_sends_nothing(
     runtime: Runtime, weights: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write_z_image(tmp_path / "model.safetensors")
+    path = write_tiny("z_image", tmp_path / "model.safetensors")
     patcher = native_patcher(path)
     remote = on_ranks(runtime, path, 2)
-    inputs = FAMILIES["z_image"][1]
+    inputs = INPUTS["z_image"]
     first, _ = make_patches(patcher, "z_image")
     apply(patcher, remote, weights, [first])
     remote.evaluate(inputs)
@@ -232,10 +234,10 @@ def test_patches_of_two_models_on_one_group(
     """Factors that both use stay on the ranks for as long as one of them does."""
     found = []
     for seed in (1, 2):
-        path = write_z_image(tmp_path / f"{seed}.safetensors", seed=seed)
+        path = write_tiny("z_image", tmp_path / f"{seed}.safetensors", seed=seed)
         patcher, remote = native_patcher(path), on_ranks(runtime, path, 2)
         found.append((patcher, remote))
-    inputs = FAMILIES["z_image"][1]
+    inputs = INPUTS["z_image"]
     sets = make_patches(found[0][0], "z_image")
     for patcher, remote in found:
         apply(patcher, remote, weights, sets)
@@ -248,9 +250,9 @@ def test_patches_of_two_models_on_one_group(
 
 
 def test_sleep_keeps_the_patches(runtime: Runtime, weights: ModuleType, tmp_path: Path) -> None:
-    path = write_z_image(tmp_path / "model.safetensors")
+    path = write_tiny("z_image", tmp_path / "model.safetensors")
     patcher, remote = native_patcher(path), on_ranks(runtime, path, 2)
-    inputs = FAMILIES["z_image"][1]
+    inputs = INPUTS["z_image"]
     apply(patcher, remote, weights, make_patches(patcher, "z_image"))
     expected = remote.evaluate(inputs)
     remote.sleep()
@@ -261,7 +263,7 @@ def test_sleep_keeps_the_patches(runtime: Runtime, weights: ModuleType, tmp_path
 
 
 def test_what_is_no_lora_is_refused(weights: ModuleType, tmp_path: Path) -> None:
-    path = write_z_image(tmp_path / "model.safetensors")
+    path = write_tiny("z_image", tmp_path / "model.safetensors")
     info = inspect_checkpoint(str(path))
     key, shape = "diffusion_model.layers.0.attention.out.weight", (480, 480)
     whole = random(*shape, seed=1)
@@ -284,7 +286,7 @@ def test_what_is_no_lora_is_refused(weights: ModuleType, tmp_path: Path) -> None
 def test_a_patch_that_does_not_fit_is_left_out(
     weights: ModuleType, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = write_z_image(tmp_path / "model.safetensors")
+    path = write_tiny("z_image", tmp_path / "model.safetensors")
     key = "diffusion_model.layers.0.attention.out.weight"
     patch = (1.0, change("lora", (480, 96), 0), 1.0, None, None)
     assert weights.patched_weights(inspect_checkpoint(str(path)), {key: [patch]}) == {}

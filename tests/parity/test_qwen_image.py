@@ -9,13 +9,13 @@ import torch
 from parity.conftest import FP32_TOLERANCE, Remote, relative_error
 from torch.utils import _pytree as pytree
 
-from support.native import native_qwen_image
-from support.tiny_models import QwenImageSize, qwen_image_shapes, write, write_qwen_image
+from support.native import native_model
+from support.tiny_models import tiny, tiny_shapes, write, write_tiny
 from tp_runtime.client import CheckpointError, InputError, SizeError, inspect_checkpoint
 
 pytestmark = pytest.mark.process
 
-DIM = QwenImageSize().dim
+DIM = tiny("qwen_image").dim
 REFERENCES = {"references": ((9, 8), (16, 12), (6, 30)), "height": 12, "width": 15}
 
 CASES: dict[str, dict[str, Any]] = {
@@ -37,7 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_qwen_image(tmp_path_factory.mktemp("qwen_image") / "tiny.safetensors")
+    return write_tiny("qwen_image", tmp_path_factory.mktemp("qwen_image") / "tiny.safetensors")
 
 
 def make_inputs(
@@ -74,7 +74,7 @@ def make_inputs(
     return inputs | others
 
 
-native_model = functools.lru_cache(maxsize=4)(native_qwen_image)
+native_model = functools.lru_cache(maxsize=4)(native_model)
 
 
 def native(path: Path, inputs: dict[str, Any], dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -157,7 +157,7 @@ def test_sizes(checkpoint: Path) -> None:
     ],
 )
 def test_variants_are_refused_by_name(tmp_path: Path, tensor: str, variant: str) -> None:
-    shapes = qwen_image_shapes(QwenImageSize(layers=1))
+    shapes = tiny_shapes("qwen_image", num_blocks=1)
     path = write(tmp_path / "variant.safetensors", shapes | {tensor: (2, DIM)})
     with pytest.raises(CheckpointError, match=variant):
         inspect_checkpoint(str(path))

@@ -7,9 +7,9 @@ import pytest
 import torch
 from parity.conftest import FP32_TOLERANCE, Remote, relative_error
 
-from support.native import import_comfy, native_z_image
+from support.native import import_comfy, native_model
 from support.paths import TOY_PACK
-from support.tiny_models import write_z_image
+from support.tiny_models import write_tiny
 from support.toy import MODEL as TOY_MODEL
 from tp_runtime.client import InputError
 
@@ -30,7 +30,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_z_image(tmp_path_factory.mktemp("z_image") / "tiny.safetensors")
+    return write_tiny("z_image", tmp_path_factory.mktemp("z_image") / "tiny.safetensors")
 
 
 def make_inputs(
@@ -49,7 +49,7 @@ def make_inputs(
 
 def native(path: Path, inputs: dict[str, Any], dtype: torch.dtype) -> torch.Tensor:
     with torch.inference_mode():
-        return native_z_image(path, dtype)(**inputs)
+        return native_model(path, dtype)(**inputs)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -93,8 +93,8 @@ def test_the_caption_may_change_between_steps(checkpoint: Path, remote: Remote) 
 
 
 def test_a_file_with_the_prefix_of_full_checkpoints(tmp_path: Path, remote: Remote) -> None:
-    plain = write_z_image(tmp_path / "plain.safetensors")
-    prefixed = write_z_image(tmp_path / "full.safetensors", prefix="model.diffusion_model.")
+    plain = write_tiny("z_image", tmp_path / "plain.safetensors")
+    prefixed = write_tiny("z_image", tmp_path / "full.safetensors", prefix="model.diffusion_model.")
     inputs = make_inputs(1, 8, 8, 20)
     found = remote(prefixed, 2).evaluate(inputs)
     assert relative_error(found, native(plain, inputs, torch.float32)) <= FP32_TOLERANCE

@@ -42,7 +42,7 @@ def _load(
 ) -> SimpleNamespace:
     shapes = set()
 
-    def driver(inputs: Mapping[str, Any], *_: object) -> torch.Tensor:
+    def forward(inputs: Mapping[str, Any], *_: object) -> torch.Tensor:
         if inputs["x"].shape not in shapes:
             shapes.add(inputs["x"].shape)
             reach("compile")
@@ -67,7 +67,7 @@ def _load(
         report_progress(25 * part, 100)
         time.sleep(0.05)
     return SimpleNamespace(
-        driver=driver,
+        forward=forward,
         resident_bytes=100,
         bytes_read=100,
         asleep=False,
@@ -86,10 +86,11 @@ def be_light() -> None:
     membership.versions = dict  # type: ignore[attr-defined]
     loading = types.ModuleType("tp_runtime.rank.loading")
     loading.load_model = _load  # type: ignore[attr-defined]
-    loading.LoadedModel = SimpleNamespace  # type: ignore[attr-defined]
     loading.ReportProgress = object  # type: ignore[attr-defined]
+    loaded_model = types.ModuleType("tp_runtime.rank.loaded_model")
+    loaded_model.LoadedModel = SimpleNamespace  # type: ignore[attr-defined]
     collectives = types.ModuleType("tp_runtime.gpu.collectives")
-    for module in (membership, loading, collectives):
+    for module in (membership, loading, loaded_model, collectives):
         sys.modules[module.__name__] = module
         room, _, name = module.__name__.rpartition(".")
         setattr(importlib.import_module(room), name, module)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from process.conftest import PythonWith, assert_ended, cpu_group, make_inputs
 
-from support.native import native_z_image
+from support.native import native_model
 from tp_runtime.client import (
     CallTimeoutError,
     GroupClosedError,
@@ -137,7 +137,7 @@ def test_a_rank_is_killed_in_the_middle_of_a_collective(tiny_z_image: Path) -> N
     model.ensure_loaded()
     inputs = make_inputs(seed=1)
     with torch.inference_mode():
-        expected = native_z_image(tiny_z_image)(
+        expected = native_model(tiny_z_image)(
             inputs["x"], inputs["timesteps"], inputs["context"], num_tokens=20
         )
     assert (model.evaluate(inputs) - expected).norm() / expected.norm() < 2e-6

@@ -10,8 +10,8 @@ import pytest
 import torch
 from process.conftest import cpu_group, make_inputs
 
-from support.native import native_z_image
-from support.tiny_models import ZImageSize, write_z_image
+from support.native import native_model
+from support.tiny_models import write_tiny
 from tp_runtime.client import InputError, ModelSpec, RemoteModel, Runtime, inspect_checkpoint
 from tp_runtime.client import engine as engine_module
 from tp_runtime.client.engine import Engine
@@ -20,7 +20,7 @@ from tp_runtime.wire.protocol import Evaluate, Load, Request, TensorRef, decode_
 
 pytestmark = pytest.mark.process
 
-OTHER_SIZE = ZImageSize(heads=20, layers=3)
+OTHER_SIZE = {"num_heads": 20, "ffn_dim": 1024, "num_layers": 3, "time_dim": 320}
 
 
 class Interrupted(BaseException):
@@ -65,7 +65,7 @@ def engine(model: RemoteModel) -> Engine:
 
 @pytest.fixture(scope="module")
 def native(tiny_z_image: Path) -> Any:
-    return native_z_image(tiny_z_image)
+    return native_model(tiny_z_image)
 
 
 @pytest.fixture
@@ -216,12 +216,12 @@ def test_a_cancelled_step_does_not_disturb_the_next(
 def test_a_cancelled_load_does_not_disturb_the_next(
     runtime: Runtime, model: RemoteModel, engine: Engine, native: Any, tmp_path: Path
 ) -> None:
-    path = write_z_image(tmp_path / "other.safetensors", OTHER_SIZE)
+    path = write_tiny("z_image", tmp_path / "other.safetensors", **OTHER_SIZE)
     other = runtime.model(ModelSpec.of(str(path), "float32", "float32"), model.group_config)
     assert_cancelled(engine, other.ensure_loaded)
     assert_right(model, native, make_inputs(seed=61))
     other.ensure_loaded()
-    assert_right(other, native_z_image(path), make_inputs(seed=62))
+    assert_right(other, native_model(path), make_inputs(seed=62))
     assert_right(model, native, make_inputs(seed=63))
     other.sleep()
 
@@ -229,10 +229,10 @@ def test_a_cancelled_load_does_not_disturb_the_next(
 def test_two_groups_at_once(
     runtime: Runtime, model: RemoteModel, native: Any, tmp_path: Path
 ) -> None:
-    path = write_z_image(tmp_path / "other.safetensors", OTHER_SIZE)
+    path = write_tiny("z_image", tmp_path / "other.safetensors", **OTHER_SIZE)
     other = runtime.model(ModelSpec.of(str(path), "float32", "float32"), cpu_group(1))
     other.ensure_loaded()
-    other_native = native_z_image(path)
+    other_native = native_model(path)
     for seed in (71, 72):
         assert_right(model, native, make_inputs(seed=seed))
         assert_right(other, other_native, make_inputs(seed=seed))

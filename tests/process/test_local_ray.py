@@ -13,7 +13,7 @@ import pytest
 import torch
 from process.conftest import TESTS, make_inputs
 
-from support.native import native_z_image
+from support.native import native_model
 from support.paths import LIGHT_SITE, REPOSITORY
 from support.ray_leaks import DRIVER_MARK, MARKS, no_ray_left_over
 from tp_runtime.client import (
@@ -50,7 +50,7 @@ def test_a_group_and_what_it_leaves(home: Path, tiny_z_image: Path, tmp_path: Pa
     """ComfyUI's numbers; nobody but this machine is listened to; then nothing is left."""
     inputs = make_inputs()
     with torch.inference_mode():
-        expected = native_z_image(tiny_z_image)(
+        expected = native_model(tiny_z_image)(
             inputs["x"], inputs["timesteps"], inputs["context"], num_tokens=20
         )
     runtime = Runtime()

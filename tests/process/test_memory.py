@@ -13,7 +13,7 @@ import pytest
 import torch
 from process.conftest import assert_ended, cpu_group, make_inputs
 
-from support.tiny_models import write_z_image
+from support.tiny_models import write_tiny
 from tp_runtime.client import GroupReport, InputError, ModelSpec, RemoteModel, Runtime, residency
 from tp_runtime.client.engine import Engine
 from tp_runtime.client.group_state import State
@@ -36,7 +36,7 @@ def models(runtime: Runtime, tmp_path: Path) -> list[RemoteModel]:
     """Two files on one group; nothing is loaded."""
     found = []
     for seed in (1, 2):
-        path = write_z_image(tmp_path / f"{seed}.safetensors", seed=seed)
+        path = write_tiny("z_image", tmp_path / f"{seed}.safetensors", seed=seed)
         spec = ModelSpec.of(str(path), "float32", "float32")
         found.append(runtime.model(spec, cpu_group()))
     return found

@@ -4,6 +4,7 @@
 the stock model and on ours; `docs/compatibility.md` shows the list as a table (`table`).
 """
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from support.tiny_controlnets import write_flux_controlnet, write_qwen_image_controlnet
-from support.tiny_models import write_flux, write_qwen_image, write_z_image
+from support.tiny_models import write_tiny
 from support.tiny_vae import VAE_NAME, WAN_VAE_NAME
 from support.workflows import Prompt, Sampling, node, stock_twin, text_to_latent, tp_loader
 
@@ -44,12 +45,18 @@ class Family:
 
 
 FAMILIES = (
-    Family("z_image", "Z-Image", write_z_image),
-    Family("flux", "FLUX.1", write_flux, write_flux_controlnet, pooled_width=48),
+    Family("z_image", "Z-Image", functools.partial(write_tiny, "z_image")),
+    Family(
+        "flux",
+        "FLUX.1",
+        functools.partial(write_tiny, "flux"),
+        write_flux_controlnet,
+        pooled_width=48,
+    ),
     Family(
         "qwen_image",
         "Qwen-Image",
-        write_qwen_image,
+        functools.partial(write_tiny, "qwen_image"),
         write_qwen_image_controlnet,
         vae=WAN_VAE_NAME,
         latent_shape=(16, 1, 8, 8),

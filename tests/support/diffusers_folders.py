@@ -3,6 +3,7 @@
 Written out here, not derived from the pack's tables: those are what the tests check.
 """
 
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -13,14 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from .tiny_models import (
-    FluxSize,
-    QwenImageSize,
-    ZImageSize,
-    write_flux,
-    write_qwen_image,
-    write_z_image,
-)
+from .tiny_models import tiny, write_tiny
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -130,30 +124,30 @@ def _qwen_image(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Te
     yield name, tensor
 
 
-_Z, _F, _Q = ZImageSize(), FluxSize(), QwenImageSize()
+_Z, _F, _Q = tiny("z_image"), tiny("flux"), tiny("qwen_image")
 
 FAMILIES = {
     "z_image": Family(
-        write_z_image,
+        functools.partial(write_tiny, "z_image"),
         {
             "_class_name": "ZImageTransformer2DModel",
             "dim": _Z.dim,
-            "n_heads": _Z.heads,
-            "n_layers": _Z.layers,
-            "n_refiner_layers": _Z.refiner_layers,
-            "cap_feat_dim": _Z.cap_feat_dim,
+            "n_heads": _Z.num_heads,
+            "n_layers": _Z.num_layers,
+            "n_refiner_layers": _Z.num_refiners,
+            "cap_feat_dim": _Z.context_dim,
             "in_channels": _Z.in_channels,
         },
         _z_image,
     ),
     "flux": Family(
-        write_flux,
+        functools.partial(write_tiny, "flux"),
         {
             "_class_name": "FluxTransformer2DModel",
             "attention_head_dim": _F.head_dim,
-            "num_attention_heads": _F.heads,
-            "num_layers": _F.double_blocks,
-            "num_single_layers": _F.single_blocks,
+            "num_attention_heads": _F.num_heads,
+            "num_layers": _F.num_doubles,
+            "num_single_layers": _F.num_singles,
             "in_channels": 4 * _F.in_channels,
             "out_channels": None,
             "joint_attention_dim": _F.context_dim,
@@ -163,12 +157,12 @@ FAMILIES = {
         _flux,
     ),
     "qwen_image": Family(
-        write_qwen_image,
+        functools.partial(write_tiny, "qwen_image"),
         {
             "_class_name": "QwenImageTransformer2DModel",
             "attention_head_dim": _Q.head_dim,
-            "num_attention_heads": _Q.heads,
-            "num_layers": _Q.layers,
+            "num_attention_heads": _Q.num_heads,
+            "num_layers": _Q.num_blocks,
             "in_channels": 64,
             "out_channels": 16,
             "joint_attention_dim": _Q.context_dim,

@@ -24,26 +24,10 @@ def import_comfy() -> None:
     args.cpu = True
 
 
-def native_z_image(path: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """ComfyUI's `NextDiT` with the weights of a tiny Z-Image file, computing in `dtype`.
+def native_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """ComfyUI's own model with the weights of a tiny file, computing in `dtype`.
 
-    Call it as `model(x, timesteps, context, num_tokens=context.shape[1])`.
-    """
-    return _load(path, dtype).model.diffusion_model
-
-
-def native_flux(path: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """ComfyUI's `Flux` with the weights of a tiny FLUX.1 file, computing in `dtype`.
-
-    Call it as `model(x, timestep, context, y, guidance, ...)`.
-    """
-    return _load(path, dtype).model.diffusion_model
-
-
-def native_qwen_image(path: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """ComfyUI's `QwenImageTransformer2DModel` with a tiny file's weights, computing in `dtype`.
-
-    Call it as `model(x, timestep, context, ...)`; `x` is (B, 16, 1, H, W).
+    Call it as ComfyUI's BaseModel does: `model(x, timesteps, context, ...)`.
     """
     return _load(path, dtype).model.diffusion_model
 

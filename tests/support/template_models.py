@@ -6,14 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from support.lora_files import write_lora
-from support.tiny_models import (
-    FluxSize,
-    QwenImageSize,
-    ZImageSize,
-    write_flux,
-    write_qwen_image,
-    write_z_image,
-)
+from support.tiny_models import tiny, write_tiny
 from support.tiny_vae import WAN_VAE_NAME, write_tiny_vae, write_tiny_wan_vae
 
 _TEXT_ENCODER_MARK = "tp_test_text_encoder"  # as support/comfy_pack/text_encoder.py reads it
@@ -22,23 +15,23 @@ _TEXT_ENCODER_MARK = "tp_test_text_encoder"  # as support/comfy_pack/text_encode
 def write_template_models(models: Path) -> None:
     """Write all of them below ComfyUI's `models` folder."""
     diffusion = models / "diffusion_models"
-    write_z_image(diffusion / "z_image_turbo_bf16.safetensors")
+    write_tiny("z_image", diffusion / "z_image_turbo_bf16.safetensors")
     for name in ("flux1-dev", "flux1-dev-kontext_fp8_scaled"):
-        write_flux(diffusion / f"{name}.safetensors")
+        write_tiny("flux", diffusion / f"{name}.safetensors")
     for name in ("qwen_image_fp8_e4m3fn", "qwen_image_edit_2509_fp8_e4m3fn"):
-        write_qwen_image(diffusion / f"{name}.safetensors")
+        write_tiny("qwen_image", diffusion / f"{name}.safetensors")
     _write_text_encoders(models / "text_encoders")
     _write_vaes(models)
     _write_loras(models / "loras")
 
 
 def _write_text_encoders(folder: Path) -> None:
-    flux = FluxSize()
+    flux = tiny("flux")
     widths = {
-        "qwen_3_4b": f"{ZImageSize().cap_feat_dim}",
+        "qwen_3_4b": f"{tiny('z_image').context_dim}",
         "clip_l": f"{flux.context_dim},{flux.vector_dim}",
         "t5xxl_fp16": f"{flux.context_dim},{flux.vector_dim}",
-        "qwen_2.5_vl_7b_fp8_scaled": f"{QwenImageSize().context_dim}",
+        "qwen_2.5_vl_7b_fp8_scaled": f"{tiny('qwen_image').context_dim}",
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, width in widths.items():
@@ -60,7 +53,7 @@ def _write_vaes(models: Path) -> None:
 
 
 def _write_loras(folder: Path) -> None:
-    z_image, flux, qwen = ZImageSize().dim, FluxSize().dim, QwenImageSize().dim
+    z_image, flux, qwen = tiny("z_image").dim, tiny("flux").dim, tiny("qwen_image").dim
     layers = {
         "pixel_art_style_z_image_turbo": ("layers.0.attention.out", z_image),
         "FLUX.1-Turbo-Alpha": ("double_blocks.0.img_attn.proj", flux),

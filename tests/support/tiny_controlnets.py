@@ -3,27 +3,19 @@
 Sizes follow the tiny models of `support.tiny_models`; their residuals fit those models.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
-from support.tiny_models import (
-    FluxSize,
-    QwenImageSize,
-    Shape,
-    flux_shapes,
-    qwen_image_shapes,
-    write,
-)
+from support.tiny_models import Shape, tiny, tiny_shapes, write
 
 
-def write_flux_controlnet(path: Path, size: FluxSize | None = None) -> Path:
+def write_flux_controlnet(path: Path) -> Path:
     """A ControlNet of XLabs' format: takes a picture, gives residuals of the double blocks.
 
     Source: ComfyUI 0.3.75, comfy/ldm/flux/controlnet.py.
     """
-    size = replace(size or FluxSize(), single_blocks=0)
-    shapes = _without(flux_shapes(size), "final_layer.")
-    for index in range(size.double_blocks):
+    size = tiny("flux")
+    shapes = _without(tiny_shapes("flux", num_singles=0), "final_layer.")
+    for index in range(size.num_doubles):
         shapes |= _linear(f"controlnet_blocks.{index}", size.dim, size.dim)
     shapes |= _linear("pos_embed_input", size.dim, 4 * size.in_channels)
     for index in range(0, 16, 2):
@@ -34,14 +26,14 @@ def write_flux_controlnet(path: Path, size: FluxSize | None = None) -> Path:
     return write(path, shapes)
 
 
-def write_qwen_image_controlnet(path: Path, size: QwenImageSize | None = None) -> Path:
+def write_qwen_image_controlnet(path: Path) -> Path:
     """A ControlNet of InstantX's format: takes a picture through a VAE.
 
     Source: ComfyUI 0.3.75, comfy/ldm/qwen_image/controlnet.py.
     """
-    size = size or QwenImageSize()
-    shapes = _without(qwen_image_shapes(size), "norm_out.", "proj_out.")
-    for index in range(size.layers):
+    size = tiny("qwen_image")
+    shapes = _without(tiny_shapes("qwen_image"), "norm_out.", "proj_out.")
+    for index in range(size.num_blocks):
         shapes |= _linear(f"controlnet_blocks.{index}", size.dim, size.dim)
     shapes |= _linear("controlnet_x_embedder", size.dim, 64)
     return write(path, shapes)

@@ -12,18 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from support.tiny_models import (
-    FluxSize,
-    QwenImageSize,
-    ZImageSize,
-    flux_shapes,
-    qwen_image_shapes,
-    write_z_image,
-    z_image_shapes,
-)
+from support.tiny_models import tiny, tiny_shapes, write_tiny
 from tp_runtime.client import CheckpointError, SizeError, inspect_checkpoint
-from tp_runtime.files.checkpoint import CheckpointFile
-from tp_runtime.models import FAMILIES
+from tp_runtime.models.recognise import open_checkpoint
 
 Tensors = dict[str, torch.Tensor]
 
@@ -38,7 +29,7 @@ def message_for(path: Path) -> str:
 def test_the_sizes_are_read_from_the_header(tiny_z_image: Path) -> None:
     info = inspect_checkpoint(str(tiny_z_image))
     assert (info.family, info.label) == ("z_image", "Z-Image")
-    assert (info.config["n_heads"], info.config["head_dim"], info.config["n_layers"]) == (30, 16, 2)
+    assert (info.sizes.num_heads, info.sizes.head_dim, info.sizes.num_layers) == (30, 16, 2)
     tensors = load_file(tiny_z_image)
     assert info.num_parameters == sum(tensor.numel() for tensor in tensors.values())
     assert info.valid_tp_sizes() == (1, 2, 3, 4, 5, 6, 8)
@@ -48,10 +39,10 @@ def test_the_sizes_are_read_from_the_header(tiny_z_image: Path) -> None:
 
 @pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model."])
 def test_a_prefix_is_taken_off(tiny_z_image: Path, tmp_path: Path, prefix: str) -> None:
-    path = write_z_image(tmp_path / "prefixed.safetensors", prefix=prefix)
+    path = write_tiny("z_image", tmp_path / "prefixed.safetensors", prefix=prefix)
     found, plain = inspect_checkpoint(str(path)), inspect_checkpoint(str(tiny_z_image))
     assert (found.config, found.tensors) == (plain.config, plain.tensors)
-    with CheckpointFile.open(str(path)) as file:
+    with open_checkpoint(str(path)) as file:
         assert file.read("x_pad_token", None, None).shape == (1, 480)
 
 
@@ -61,7 +52,7 @@ def test_what_else_a_full_checkpoint_holds_is_left_aside(
     tensors = {f"model.diffusion_model.{k}": v for k, v in load_file(tiny_z_image).items()}
     path = tmp_path / "full.safetensors"
     save_file(tensors | {"vae.decoder.weight": torch.zeros(3)}, path)
-    assert inspect_checkpoint(str(path)).config["n_heads"] == 30
+    assert inspect_checkpoint(str(path)).sizes.num_heads == 30
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
@@ -203,9 +194,9 @@ def test_a_tensor_of_another_shape(changed: Changed) -> None:
 
 
 SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
-    "z_image": z_image_shapes(ZImageSize()),
-    "flux": flux_shapes(FluxSize()),
-    "qwen_image": qwen_image_shapes(QwenImageSize()),
+    "z_image": tiny_shapes("z_image"),
+    "flux": tiny_shapes("flux"),
+    "qwen_image": tiny_shapes("qwen_image"),
 }
 
 
@@ -213,7 +204,7 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
 @pytest.mark.parametrize("family", SHAPES)
 def test_shapes_that_no_model_has(tmp_path: Path, family: str, shape: tuple[int, ...]) -> None:
     path = tmp_path / "model.safetensors"
-    for name in SHAPES[family].keys() - FAMILIES[family].UNUSED:
+    for name in tiny(family).table.file_tensors:
         shapes = SHAPES[family] | {name: shape}
         save_file({n: torch.empty(s, dtype=torch.float8_e4m3fn) for n, s in shapes.items()}, path)
         assert message_for(path), name
@@ -235,7 +226,7 @@ def test_a_description_of_fp8_that_is_none(
 
 def test_the_size_of_fp8_follows_the_dtype_that_is_asked_for(tmp_path: Path) -> None:
     """Without a scale it is held in that; with one it stays in fp8."""
-    path = write_z_image(tmp_path / "plain.safetensors", dtype=torch.float8_e4m3fn)
+    path = write_tiny("z_image", tmp_path / "plain.safetensors", dtype=torch.float8_e4m3fn)
     info = inspect_checkpoint(str(path))
     assert [info.weight_bytes(n) for n in (1, 2, 4)] == [n * info.num_parameters for n in (1, 2, 4)]
     scaled = dataclasses.replace(info, scales=dict.fromkeys(info.tensors, "scale"))
@@ -248,9 +239,9 @@ def test_a_width_that_heads_do_not_divide(changed: Changed) -> None:
 
 
 def test_only_what_is_asked_for_is_read(tiny_z_image: Path) -> None:
-    name, size = "layers.0.attention.qkv.weight", ZImageSize()
+    name, size = "layers.0.attention.qkv.weight", tiny("z_image")
     whole = load_file(tiny_z_image)[name]
-    with CheckpointFile.open(str(tiny_z_image)) as file:
+    with open_checkpoint(str(tiny_z_image)) as file:
         assert file.bytes_read == 0
         assert torch.equal(file.read(name, (16, 48), None), whole[16:48])
         assert file.bytes_read == 32 * size.dim * 4

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from support.diffusers_folders import FAMILIES, INDEX, WEIGHTS, write_folder
 from tp_runtime.client import CheckpointError, ModelSpec, inspect_checkpoint
-from tp_runtime.files.checkpoint import CheckpointFile
+from tp_runtime.models.recognise import open_checkpoint
 
 
 def message_for(path: Path) -> str:
@@ -27,9 +27,9 @@ def test_it_reads_as_the_comfyui_file(tmp_path: Path, family: str, num_shards: i
     expected = load_file(file)
     expected.pop("norm_final.weight", None)  # diffusers has none; nothing uses it
     info, info_of_file = inspect_checkpoint(str(folder)), inspect_checkpoint(str(file))
-    assert (info.family, info.config) == (info_of_file.family, info_of_file.config)
+    assert (info.family, info.sizes) == (info_of_file.family, info_of_file.sizes)
     assert info.tensors.keys() == expected.keys()
-    with CheckpointFile.open(str(folder)) as opened:
+    with open_checkpoint(str(folder)) as opened:
         for name, tensor in expected.items():
             found = opened.read(name, None, None)
             assert info.tensors[name] == info_of_file.tensors[name]
@@ -46,7 +46,7 @@ def test_ranges_cross_the_stacked_tensors(
     flux_folder: Path, name: str, rows: tuple[int, int]
 ) -> None:
     whole = load_file(flux_folder.parent / "flux.safetensors")[name]
-    with CheckpointFile.open(str(flux_folder)) as file:
+    with open_checkpoint(str(flux_folder)) as file:
         assert torch.equal(file.read(name, rows, None), whole[slice(*rows)])
         assert file.bytes_read == (rows[1] - rows[0]) * whole.shape[1] * 4
         assert torch.equal(file.read(name, rows, (3, 50)), whole[slice(*rows), 3:50])

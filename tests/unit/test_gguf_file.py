@@ -17,11 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from support.diffusers_folders import FAMILIES
 from support.gguf_files import ARCHITECTURES, K_TYPES, WRITTEN, dequantised, quantise, write_gguf
-from support.tiny_models import write_z_image
+from support.tiny_models import write_tiny
 from tp_runtime.client import CheckpointError, inspect_checkpoint
-from tp_runtime.files.checkpoint import CheckpointFile
-from tp_runtime.models import family
-from tp_runtime.sharding.parts import layer_parts, plan_layers, whole_parameters, whole_parts
+from tp_runtime.models.recognise import open_checkpoint
+from tp_runtime.sharding.parts import Sharding
 
 KINDS = (*WRITTEN, *K_TYPES)
 
@@ -47,9 +46,9 @@ def test_it_is_the_model_that_it_was_made_from(tmp_path: Path, family: str, pref
     )
     values = load_file(dequantised(path, source, tmp_path / "values.safetensors", prefix))
     info, info_of_source = inspect_checkpoint(str(path)), inspect_checkpoint(str(source))
-    assert (info.family, info.config) == (info_of_source.family, info_of_source.config)
+    assert (info.family, info.sizes) == (info_of_source.family, info_of_source.sizes)
     assert info.num_parameters == info_of_source.num_parameters
-    with CheckpointFile.open(str(path)) as file:
+    with open_checkpoint(str(path)) as file:
         assert file.tensors() == info.tensors
         for name, expected in values.items():
             found = file.read(name, None, None)
@@ -78,7 +77,7 @@ def test_only_the_blocks_that_are_needed_are_read(tmp_path: Path, kind: str) -> 
     path = tmp_path / "one.gguf"
     values = write_one(path, kind, (6, 1024))
     block_size, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
-    with CheckpointFile.open(str(path)) as file:
+    with open_checkpoint(str(path)) as file:
         assert file.bytes_read == 0
         for rows, columns in (((2, 5), None), ((1, 3), (512, 768)), ((0, 6), (300, 301))):
             before = file.bytes_read
@@ -95,7 +94,7 @@ def test_blocks_that_reach_over_rows(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "one.gguf"
     values = write_one(path, kind, (9, 256), orig_shape=[6, 384]).reshape(6, 384)
     block_size, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
-    with CheckpointFile.open(str(path)) as file:
+    with open_checkpoint(str(path)) as file:
         assert torch.equal(file.read("x", None, None).float(), values)
         assert torch.equal(file.read("x", (1, 3), None).float(), values[1:3])
         assert torch.equal(file.read("x", (2, 6), (100, 200)).float(), values[2:6, 100:200])
@@ -108,15 +107,14 @@ def test_blocks_that_reach_over_rows(tmp_path: Path, kind: str) -> None:
 def test_two_ranks_read_the_file_once(tiny_gguf: Path) -> None:
     """But for the blocks that both need, and what is not split."""
     info = inspect_checkpoint(str(tiny_gguf))
-    module = family(info.family)
     with torch.device("meta"):
-        model = module.build(info.config)
-    layers, sources = plan_layers(model, module.plan(info.config)), module.sources(info.config)
+        model = info.family.forward().build(info.sizes)
+    table = info.sizes.table
+    sharding = Sharding.of(model, table.plan)
     shares = []
     for rank in range(2):
-        parts = [part for layer in layers for part in layer_parts(layer, rank, 2, sources)]
-        parts += [p for name in whole_parameters(model, layers) for p in whole_parts(name, sources)]
-        with CheckpointFile.open(str(tiny_gguf)) as file:
+        parts = sharding.parts(rank, 2, table.sources)
+        with open_checkpoint(str(tiny_gguf)) as file:
             for part in parts:
                 file.read(part.source, part.rows, part.columns)
             shares.append(file.bytes_read / tiny_gguf.stat().st_size)
@@ -135,7 +133,7 @@ def test_any_range(tmp_path: Path, data: st.DataObject) -> None:
         sorted(data.draw(st.lists(st.integers(0, n), min_size=2, max_size=2, unique=True)))
         for n in shape
     )
-    with CheckpointFile.open(str(path)) as file:
+    with open_checkpoint(str(path)) as file:
         found = file.read("x", tuple(rows), tuple(columns))
     assert torch.equal(found, values[slice(*rows), slice(*columns)])
 
@@ -282,6 +280,6 @@ def test_without_the_package(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_name_in_capitals(tmp_path: Path) -> None:
-    source = write_z_image(tmp_path / "whole.safetensors")
+    source = write_tiny("z_image", tmp_path / "whole.safetensors")
     path = write_gguf(source, tmp_path / "MODEL.GGUF", "Q8_0")
     assert inspect_checkpoint(str(path)).family == "z_image"

@@ -54,7 +54,7 @@ def test_the_transformer_learns_and_is_a_z_image(
     write(path, rounded(weights, torch.bfloat16))
     info = inspect_checkpoint(str(path))
     assert info.family == "z_image"
-    assert info.config["n_heads"] == net.size.heads
+    assert info.sizes.num_heads == net.size.heads
 
 
 def test_the_decoder_learns(capsys: pytest.CaptureFixture[str]) -> None:

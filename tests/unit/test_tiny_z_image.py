@@ -7,15 +7,18 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from support.native import native_z_image
-from support.tiny_models import ZImageSize, write_z_image, z_image_shapes
+from support.native import native_model
+from support.tiny_models import tiny_shapes, write_tiny
+from tp_runtime.models import families
 
 Denoise = Callable[[torch.Tensor, float, torch.Tensor], torch.Tensor]
 
 
 @pytest.fixture(scope="module")
 def denoise(tmp_path_factory: pytest.TempPathFactory) -> Denoise:
-    model = native_z_image(write_z_image(tmp_path_factory.mktemp("tiny") / "z_image.safetensors"))
+    model = native_model(
+        write_tiny("z_image", tmp_path_factory.mktemp("tiny") / "z_image.safetensors")
+    )
 
     def call(latent: torch.Tensor, timestep: float, caption: torch.Tensor) -> torch.Tensor:
         timesteps = torch.full((len(latent),), timestep)
@@ -53,22 +56,16 @@ def test_output_depends_on_latent_timestep_and_caption(denoise: Denoise) -> None
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_prefix_renames_the_same_tensors(tmp_path: Path, prefix: str) -> None:
-    path = write_z_image(tmp_path / "z.safetensors", prefix=prefix, dtype=torch.bfloat16)
+    path = write_tiny("z_image", tmp_path / "z.safetensors", prefix=prefix, dtype=torch.bfloat16)
     with safe_open(path, framework="pt") as file:
         keys = file.keys()
-    assert {key.removeprefix(prefix) for key in keys} == set(z_image_shapes(ZImageSize()))
-    native_z_image(path, torch.bfloat16)
+    assert {key.removeprefix(prefix) for key in keys} == set(tiny_shapes("z_image"))
+    native_model(path, torch.bfloat16)
 
 
 def test_real_size_has_the_real_proportions() -> None:
-    real = ZImageSize(heads=30, head_dim=128, layers=30, cap_feat_dim=2560)
+    real = families()["z_image"].published
     assert (real.dim, real.ffn_dim, real.axes_dims) == (3840, 10240, (32, 48, 48))
-    parameters = sum(torch.Size(shape).numel() for shape in z_image_shapes(real).values())
+    shapes = real.table.file_tensors.values()
+    parameters = sum(torch.Size(shape).numel() for shape in shapes)
     assert round(parameters / 1e9, 2) == 6.15
-
-
-def test_impossible_sizes_are_refused() -> None:
-    with pytest.raises(ValueError, match="head_dim"):
-        ZImageSize(head_dim=12)
-    with pytest.raises(ValueError, match="at least 256"):
-        ZImageSize(heads=8)

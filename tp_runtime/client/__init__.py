@@ -52,12 +52,11 @@ from ..errors import (
     SizeError,
     TPRuntimeError,
 )
-from ..files.checkpoint import CheckpointFile
 from ..files.safetensors_file import DTYPES as STORED_DTYPES
 from ..files.safetensors_file import TensorInfo
 from ..layouts.choice import choose_layout
 from ..layouts.step_history import Workload
-from ..models.recognise import CheckpointInfo, inspect_checkpoint
+from ..models.recognise import CheckpointInfo, inspect_checkpoint, open_checkpoint
 from ..tools.doctor import Check, examine
 from ..wire.protocol import PatchedWeight, WeightPatch
 from ..wire.weight_patches import FUNCTIONS as PATCH_FUNCTIONS
@@ -79,7 +78,6 @@ __all__ = [
     "CallTimeoutError",
     "Check",
     "CheckpointError",
-    "CheckpointFile",
     "CheckpointInfo",
     "DeviceError",
     "GroupClosedError",
@@ -111,6 +109,7 @@ __all__ = [
     "file_version",
     "get_runtime",
     "inspect_checkpoint",
+    "open_checkpoint",
     "ray_address",
     "runtime_python",
     "visible_gpu_count",

@@ -109,7 +109,7 @@ class RemoteModel:
 
     def _result_shape(self, inputs: Inputs) -> tuple[int, ...]:
         batch, channels, *size = inputs["x"].shape
-        return (batch, self.info.config.get("out_channels", channels), *size)
+        return (batch, self.info.sizes.geometry.out_channels or channels, *size)
 
     def loaded_bytes(self) -> list[int]:
         """Bytes that the weights take on each rank's device now."""

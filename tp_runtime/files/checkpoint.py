@@ -1,4 +1,4 @@
-"""Reads model files: what is in them (both halves), and slices of their tensors (rank half).
+"""Reads model files: what is in them, and slices of their tensors.
 
 Safetensors files, GGUF files and diffusers folders; nothing is ever unpickled. Names are ComfyUI's,
 with the prefix that full checkpoints carry taken off.
@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import CheckpointError
-from .diffusers_folder import DiffusersFolder
+from .diffusers_folder import DiffusersFolder, NamesOf
 from .safetensors_file import FormatError, SafetensorsFile, TensorInfo
 
 if TYPE_CHECKING:
     from .gguf_file import GGUFFile
 
+# What people call the files that can be read.
+FORMATS = ("bf16", "fp16", "fp32", "fp8, plain and scaled", "GGUF", "diffusers folder")
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 
 
@@ -34,14 +36,18 @@ class CheckpointFile:
 
     @classmethod
     @contextmanager
-    def open(cls, path: str) -> Iterator["CheckpointFile"]:
+    def open(
+        cls, path: str, names_of: NamesOf, one_row: tuple[str, ...] = ()
+    ) -> Iterator["CheckpointFile"]:
         """Raises CheckpointError if the file is missing, cut short or not of its format.
 
-        ``path`` may also be a diffusers folder, which then looks like the ComfyUI file.
+        ``path`` may also be a diffusers folder, which then looks like the ComfyUI file, by the
+        names that ``names_of`` gives its tensors. ``one_row``: see ``GGUFFile``.
         """
         kind = _format(path)
+        given = {"DiffusersFolder": (names_of,), "GGUFFile": (one_row,)}.get(kind.__name__, ())
         try:
-            with kind(path) as file:
+            with kind(path, *given) as file:
                 yield cls(file)
         except FormatError as error:
             raise CheckpointError(

@@ -1,19 +1,19 @@
-"""Presents a diffusers folder as one file with ComfyUI's names and layout. Both halves.
+"""Presents a diffusers folder as one file with ComfyUI's names and layout.
 
 A folder has ``config.json`` and ``diffusion_pytorch_model.safetensors``, or several such files and
-an index that says which tensor is where. Which rows of which ComfyUI tensor a diffusers tensor
-makes up is the family's ``sources``, read backwards; so nothing that reads model files needs to
-know of folders.
+an index that says which tensor is where. Whoever opens it says which rows of which ComfyUI tensor
+a diffusers tensor makes up (``FileNames``, from the family's table); so nothing that reads model
+files needs to know of folders.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType, TracebackType
-from typing import Any
+from types import TracebackType
+from typing import Any, Protocol
 
 import torch
 
@@ -25,8 +25,39 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 
 
+class Rows(Protocol):
+    """Rows [start, stop) of a tensor of ComfyUI's file."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def stop(self) -> int: ...
+
+
 @dataclass(frozen=True)
-class _Piece:
+class FileNames:
+    """How a folder's tensors lie in ComfyUI's file of the model, which ``label`` names.
+
+    ``places``: diffusers' name → rows of the file. ``expected``: every tensor of the file, and its
+    shape. ``swapped``: diffusers' names of tensors that have their halves the other way round.
+    """
+
+    label: str
+    places: Mapping[str, Rows]
+    expected: Mapping[str, tuple[int, ...]]
+    swapped: frozenset[str]
+
+
+# From a folder and what its config.json says; raises CheckpointError.
+NamesOf = Callable[[str, Mapping[str, Any]], FileNames]
+
+
+@dataclass(frozen=True)
+class _FolderRows:
     """Rows [start, stop) of a diffusers tensor. A ComfyUI tensor is several, one on another."""
 
     name: str
@@ -39,16 +70,17 @@ class DiffusersFolder:
 
     FORMAT = SafetensorsFile.FORMAT
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, names_of: NamesOf) -> None:
         """Raises CheckpointError, OSError."""
         self.path = path
         self.metadata: dict[str, str] = {}
         self.tensors: dict[str, TensorInfo] = {}
-        self._pieces: dict[str, list[_Piece]] = {}
-        family, settings = self._read_config()
+        self._stacks: dict[str, list[_FolderRows]] = {}
+        settings = self._read_config()
         with ExitStack() as stack:
             self._files = dict(self._open_files(stack))
-            self._combine(family, self._sizes(family, settings))
+            self._check_counts(settings)
+            self._combine(names_of(path, settings))
             self._open = stack.pop_all()
 
     def __enter__(self) -> "DiffusersFolder":
@@ -78,7 +110,7 @@ class DiffusersFolder:
         Raises:
             FormatError: the tensor's dtype is not supported.
         """
-        pieces = self._pieces[name]
+        pieces = self._stacks[name]
         if not self.tensors[name].shape:
             return self._files[pieces[0].name].read(pieces[0].name)
         low, high = rows or (0, self.tensors[name].shape[0])
@@ -92,52 +124,29 @@ class DiffusersFolder:
             base += length
         return found[0] if len(found) == 1 else torch.cat(found)
 
-    def _read_config(self) -> tuple[ModuleType, dict[str, Any]]:
-        """The family that ``config.json`` names, and the file's content."""
-        from ..models import FAMILIES
-
+    def _read_config(self) -> dict[str, Any]:
         if not (Path(self.path) / CONFIG).is_file():
             raise CheckpointError(
                 f"The file {CONFIG} of the folder {self.path} does not exist. Choose a model file, "
                 f"or a diffusers folder with {CONFIG} and {WEIGHTS}."
             )
         settings = self._read_json(CONFIG)
-        name = settings.get("_class_name")
-        families = {module.DIFFUSERS_CLASS: module for module in FAMILIES.values()}
-        if not isinstance(name, str) or name not in families:
-            raise CheckpointError(
-                f"The folder {self.path} holds a model of the class {name!r}, which cannot be "
-                f"split yet. Supported: {', '.join(families)}."
-            )
         if "quantization_config" in settings:
             raise CheckpointError(
                 f"The folder {self.path} is quantised ({settings['quantization_config']!r:.80}), "
                 "which is only read from single files. Choose a bf16 or fp16 folder, or an fp8 or "
                 "GGUF file of this model."
             )
-        return families[name], settings
+        return settings
 
-    def _sizes(self, family: ModuleType, settings: dict[str, Any]) -> dict[str, Any]:
-        """What ``config.json`` says of the model's sizes."""
+    def _check_counts(self, settings: Mapping[str, Any]) -> None:
+        """Before anything is made of so many layers."""
         for name, value in settings.items():
             if name.endswith("layers") and isinstance(value, int) and value > len(self._files):
                 raise CheckpointError(
                     f"{CONFIG} of the folder {self.path} says {name}={value}, but the folder has "
                     f"{len(self._files)} tensors in all. Download it again."
                 )
-        try:
-            config: dict[str, Any] = family.diffusers_config(settings)
-            family.file_tensors(config)  # fails here if a size is none
-        except KeyError as error:
-            raise CheckpointError(
-                f"{CONFIG} of the folder {self.path} lacks the setting {error}. Download it again."
-            ) from error
-        except (TypeError, ArithmeticError) as error:
-            raise CheckpointError(
-                f"{CONFIG} of the folder {self.path} has a setting that is no size ({error}). "
-                "Download it again."
-            ) from error
-        return config
 
     def _open_files(self, stack: ExitStack) -> Iterator[tuple[str, SafetensorsFile]]:
         """Every diffusers tensor, and the open file that it is in."""
@@ -191,28 +200,21 @@ class DiffusersFolder:
             raise CheckpointError(f"{path} holds no JSON object. Download it again.")
         return content
 
-    def _combine(self, family: ModuleType, config: dict[str, Any]) -> None:
+    def _combine(self, names: FileNames) -> None:
         """Say of every ComfyUI tensor which diffusers tensors it consists of."""
-        sources = family.sources(config)
-        expected = family.file_tensors(config)
-        stacks: dict[str, list[tuple[int, int, str]]] = {}
-        unknown = []
-        for name in self._files:
-            try:
-                found = sources(name)
-            except KeyError:
-                unknown.append(name)
-                continue
-            (source,) = found
-            stacks.setdefault(source.name, []).append((source.start, source.stop, name))
+        unknown = [name for name in self._files if name not in names.places]
         if unknown:
             raise CheckpointError(
-                f"The folder {self.path} has {len(unknown)} tensors that {family.LABEL} has not, "
+                f"The folder {self.path} has {len(unknown)} tensors that {names.label} has not, "
                 f"such as {unknown[0]}. It is quantised with scales, or of a variant, and cannot "
                 "be split yet. Choose a bf16 folder or a single file of this model."
             )
+        stacks: dict[str, list[tuple[int, int, str]]] = {}
+        for name in self._files:
+            place = names.places[name]
+            stacks.setdefault(place.name, []).append((place.start, place.stop, name))
         for name, stack in stacks.items():
-            self._add(name, sorted(stack), expected[name], family.SWAPPED_HALVES)
+            self._add(name, sorted(stack), names.expected[name], names.swapped)
 
     def _add(
         self,
@@ -226,13 +228,13 @@ class DiffusersFolder:
         if stack[0][:2] != (0, expected[0]):  # a real stack, of which a part may be missing
             self._check_stack(name, stack, lengths, infos, expected[0])
         self.tensors[name] = TensorInfo((sum(lengths), *infos[0].shape[1:]), infos[0].dtype)
-        pieces = self._pieces[name] = []
+        pieces = self._stacks[name] = []
         for (_, _, part), length in zip(stack, lengths, strict=True):
             cuts = [0, length]
-            if part.rpartition(".")[0] in swapped:
+            if part in swapped:
                 cuts.insert(1, length // 2)
             ranges = list(pairwise(cuts))
-            pieces += [_Piece(part, start, stop) for start, stop in reversed(ranges)]
+            pieces += [_FolderRows(part, start, stop) for start, stop in reversed(ranges)]
 
     def _check_stack(
         self,

@@ -1,8 +1,8 @@
 """Reads GGUF files: the header, and slices of tensors, dequantised block by block.
 
-Both halves, where the optional package ``gguf`` is installed; it reads the header and knows the
-block formats. Names and shapes are those of the converters for ComfyUI: axes in reverse order, as
-everywhere in GGUF, and ``comfy.gguf.orig_shape.NAME`` for a tensor whose rows no block would fit.
+Needs the optional package ``gguf``, which reads the header and knows the block formats. Names and
+shapes are those of the converters for ComfyUI: axes in reverse order, as everywhere in GGUF, and
+``comfy.gguf.orig_shape.NAME`` for a tensor whose rows no block would fit.
 """
 
 import functools
@@ -29,8 +29,6 @@ _LONG_LIST = 16  # no shape is longer
 _MAX_WORDS = 2**22  # in a list
 _MAX_ITEMS = 2**16  # fields, elements of their lists, and tensors
 _ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
-# ggml drops leading axes of length one. Of the tensors here only Z-Image's pad tokens have one.
-_ONE_ROW = "_pad_token"
 
 
 class GGUFFile:
@@ -38,8 +36,12 @@ class GGUFFile:
 
     FORMAT = "GGUF"
 
-    def __init__(self, path: str) -> None:
-        """Raises CheckpointError, OSError, FormatError."""
+    def __init__(self, path: str, one_row: tuple[str, ...] = ()) -> None:
+        """``one_row``: names of matrices with a single row, which GGUF keeps as vectors.
+
+        Raises:
+            CheckpointError, OSError, FormatError.
+        """
         self.path = path
         self.bytes_read = 0
         self.metadata: dict[str, str] = {}
@@ -54,7 +56,7 @@ class GGUFFile:
         self._check_types(reader)
         for tensor in reader.tensors:
             dtype = _FLOATS.get(tensor.tensor_type, "F32")
-            self.tensors[tensor.name] = TensorInfo(_shape(reader, tensor), dtype)
+            self.tensors[tensor.name] = TensorInfo(_shape(reader, tensor, one_row), dtype)
             self._stored[tensor.name] = tensor
 
     def __enter__(self) -> "GGUFFile":
@@ -187,7 +189,9 @@ def _is_readable(kind: gguf.GGMLQuantizationType) -> bool:
     return True
 
 
-def _shape(reader: gguf.GGUFReader, tensor: gguf.ReaderTensor) -> tuple[int, ...]:
+def _shape(
+    reader: gguf.GGUFReader, tensor: gguf.ReaderTensor, one_row: tuple[str, ...]
+) -> tuple[int, ...]:
     """The tensor's shape in torch. Raises FormatError."""
     shape = tuple(reversed(tensor.shape.tolist()))
     field = reader.get_field(f"{_ORIGINAL_SHAPE}{tensor.name}")
@@ -198,4 +202,5 @@ def _shape(reader: gguf.GGUFReader, tensor: gguf.ReaderTensor) -> tuple[int, ...
         if min(original, default=0) <= 0 or math.prod(original) != tensor.n_elements:
             raise FormatError(f"{tensor.name!r} of shape {list(shape)} cannot be {original}")
         shape = tuple(original)
-    return (1, *shape) if len(shape) == 1 and tensor.name.endswith(_ONE_ROW) else shape
+    # ggml drops leading axes of length one.
+    return (1, *shape) if len(shape) == 1 and tensor.name.endswith(one_row) else shape

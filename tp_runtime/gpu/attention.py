@@ -6,7 +6,7 @@ step before the one that is recorded. ``TP_RUNTIME_ATTENTION`` names one instead
 
 import logging
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 
 import torch
@@ -18,7 +18,7 @@ from ..errors import InputError
 
 logger = logging.getLogger("tp_runtime.gpu.attention")
 
-# q, k, v (B, L, N, K) → (B, L, N, K)
+# q, k, v as FastAttention takes them → (B, L, N, K)
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 _WARM_UPS, _RUNS = 2, 5
@@ -33,13 +33,16 @@ _TORCH_ORDER = [
 
 
 class FastAttention:
-    """Attention over this rank's heads: three (B, L, N, K) of one length → (B, L, N, K)."""
+    """Attention over this rank's heads: q (B, L, N, K), k and v (B, L', N', K) → (B, L, N, K).
 
-    def __init__(self, wanted: AttentionKernel) -> None:
-        """Raises InputError if the kernel that is wanted is not to be had here."""
-        self._wanted = wanted
-        self._chosen: dict[tuple[torch.Size, torch.dtype], Kernel] = {}
-        if wanted == "flash3":
+    N is a multiple of N', the key and value heads, which neighbouring query heads share.
+    """
+
+    def __init__(self, kernel: AttentionKernel) -> None:
+        """Raises InputError if the kernel that is asked for is not to be had here."""
+        self._asked_for = kernel
+        self._chosen: dict[Hashable, Kernel] = {}
+        if kernel == "flash3":
             reason = _why_no_flash3()
             if reason is not None:
                 raise InputError(
@@ -53,30 +56,31 @@ class FastAttention:
         """``mask`` as ``models.layers.attention`` takes it."""
         if mask is not None:
             return _of_torch(_TORCH_ORDER, q, k, v, mask)
-        key = q.shape, q.dtype
+        key = q.shape, k.shape, v.shape, q.dtype
         if key not in self._chosen:
             self._chosen[key] = self._choose(q, k, v)
         return self._chosen[key](q, k, v)
 
     def _choose(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Kernel:
-        candidates = self._candidates(q)
+        candidates = self._candidates(q, k)
         if len(candidates) == 1:
             return next(iter(candidates.values()))
         taken = {name: _milliseconds(kernel, q, k, v) for name, kernel in candidates.items()}
         best = min(taken, key=taken.__getitem__)
-        logger.info("attention of %s %s: %s (ms: %s)", tuple(q.shape), q.dtype, best, taken)
+        shapes = tuple(q.shape), tuple(k.shape)
+        logger.info("attention of %s over %s, %s: %s (ms: %s)", *shapes, q.dtype, best, taken)
         return candidates[best]
 
-    def _candidates(self, q: torch.Tensor) -> dict[str, Kernel]:
-        """What may compute this shape, by name."""
+    def _candidates(self, q: torch.Tensor, k: torch.Tensor) -> dict[str, Kernel]:
+        """What may compute these shapes, by name."""
         half = q.dtype in (torch.float16, torch.bfloat16)
-        if self._wanted == "sdpa" or (self._wanted == "cudnn" and not half):
+        if self._asked_for == "sdpa" or (self._asked_for == "cudnn" and not half):
             return {"sdpa": partial(_of_torch, None)}
         found: dict[str, Kernel] = {}
-        if self._wanted in ("auto", "cudnn"):
+        if self._asked_for in ("auto", "cudnn"):
             found["cudnn"] = partial(_of_torch, _TORCH_ORDER)
-        if self._wanted in ("auto", "flash3") and half and _why_no_flash3() is None:
-            found["flash3"] = _flash3(q)
+        if self._asked_for in ("auto", "flash3") and half and _why_no_flash3() is None:
+            found["flash3"] = _flash3(q, k)
         return found or {"sdpa": partial(_of_torch, None)}
 
 
@@ -88,29 +92,34 @@ def _of_torch(
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """torch's, of the first kernel in ``order`` that takes the shape; None: of its own choice."""
+    grouped = q.shape[2] != k.shape[2]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    compute = partial(F.scaled_dot_product_attention, attn_mask=mask, enable_gqa=grouped)
     if order is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+        return compute(q, k, v).transpose(1, 2)
     with sdpa_kernel(list(order), set_priority=True):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+        return compute(q, k, v).transpose(1, 2)
 
 
-def _flash3(like: torch.Tensor) -> Kernel:
-    """FlashAttention 3, which vLLM brings along, for tensors of this shape."""
+def _flash3(q_like: torch.Tensor, k_like: torch.Tensor) -> Kernel:
+    """FlashAttention 3, which vLLM brings along, for tensors of these shapes."""
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
-    batch, length = like.shape[:2]
-    # Where each picture's tokens begin. Recorded steps read it: it lives as long as the kernel.
-    starts = torch.arange(0, (batch + 1) * length, length, dtype=torch.int32, device=like.device)
+    # Where each picture's tokens begin. Recorded evaluations read them: they live as long as
+    # the kernel.
+    of_queries, of_keys = (
+        torch.arange(batch + 1, dtype=torch.int32, device=q_like.device) * length
+        for batch, length in (q_like.shape[:2], k_like.shape[:2])
+    )
 
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         rows = (part.flatten(0, 1) for part in (q, k, v))
         found = flash_attn_varlen_func(
             *rows,
-            max_seqlen_q=length,
-            cu_seqlens_q=starts,
-            max_seqlen_k=length,
-            cu_seqlens_k=starts,
+            max_seqlen_q=q.shape[1],
+            cu_seqlens_q=of_queries,
+            max_seqlen_k=k.shape[1],
+            cu_seqlens_k=of_keys,
             fa_version=3,
         )
         return found.view_as(q)

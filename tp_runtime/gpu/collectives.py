@@ -9,9 +9,14 @@ from vllm.distributed import parallel_state
 from vllm.platforms import current_platform
 
 
-def all_gather_last(tensor: torch.Tensor) -> torch.Tensor:
+def gather(tensor: torch.Tensor) -> torch.Tensor:
     """Put the ranks' parts of the last axis together; equal on every rank."""
     return parallel_state.get_tp_group().all_gather(tensor, -1)
+
+
+def add_up(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over the tensor-parallel group, element by element; equal on every rank."""
+    return parallel_state.get_tp_group().all_reduce(tensor)
 
 
 def _gpus() -> range | None:

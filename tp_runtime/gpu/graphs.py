@@ -1,9 +1,9 @@
-"""Makes a driver's step fast on a GPU: fused element-wise kernels and CUDA graphs.
+"""Makes a model's evaluation fast on a GPU: fused element-wise kernels and CUDA graphs.
 
-A step is hundreds of small kernels beside its matrix products. ``fused`` compiles chains of
-element-wise operations into one kernel each; ``GraphedStep`` records a whole step, collectives
-included, and replays it with one launch. On the CPU, and with ``optimize`` off, neither does
-anything.
+An evaluation is hundreds of small kernels beside its matrix products. ``fused`` compiles chains of
+element-wise operations into one kernel each; ``RecordedEvaluation`` records a whole evaluation,
+collectives included, and replays it with one launch. On the CPU, and with ``optimize`` off, neither
+does anything.
 """
 
 import contextlib
@@ -31,9 +31,9 @@ _attention: ContextVar[Attention | None] = ContextVar("attention", default=None)
 
 
 def fused(function: F) -> F:
-    """A chain of element-wise operations that becomes one kernel while a step is optimised.
+    """A chain of element-wise operations that becomes one kernel while an evaluation is optimised.
 
-    The function must be pure, and its arguments tensors and plain numbers.
+    The function must be pure; its arguments: tensors, plain values, and named tuples of them.
     """
 
     @functools.cache  # not at import: ComfyUI's process imports this and never compiles
@@ -50,12 +50,12 @@ def fused(function: F) -> F:
 
 
 def optimising() -> bool:
-    """Whether the step that runs now is to be fast rather than plain."""
+    """Whether the evaluation that runs now is to be fast rather than plain."""
     return _compiling.get()
 
 
 def fast_attention() -> Attention | None:
-    """What computes attention without going through torch's choice, while a step is optimised."""
+    """What computes attention, past torch's own choice, while an evaluation is optimised."""
     return _attention.get()
 
 
@@ -70,11 +70,11 @@ def _optimised(attention: Attention | None = None) -> Iterator[None]:
 
 
 class _Graph:
-    """A recorded step with the tensors that it reads and writes."""
+    """A recorded evaluation with the tensors that it reads and writes."""
 
     def __init__(
         self,
-        step: Callable[..., torch.Tensor],
+        evaluate: Callable[..., torch.Tensor],
         leaves: Sequence[Any],
         tree: pytree.TreeSpec,
         capture: Callable[[], contextlib.AbstractContextManager[torch.cuda.Stream]],
@@ -84,13 +84,13 @@ class _Graph:
         arguments = pytree.tree_unflatten(self._static, tree)
         self._graph = torch.cuda.CUDAGraph()
         with capture() as stream, torch.cuda.graph(self._graph, stream=stream, pool=pool):
-            self._output = step(**arguments)
+            self._output = evaluate(**arguments)
         self._last: list[Any] = [None] * len(leaves)
 
     def replay(self, leaves: Sequence[Any]) -> torch.Tensor:
-        """The step's result for other tensors of the same shapes; valid until the next replay."""
+        """The result for other tensors of the same shapes; valid until the next replay."""
         for index, leaf in enumerate(leaves):
-            # Conditioning is the same object at every step of a generation: copied once.
+            # Conditioning is the same object at every evaluation of a generation: copied once.
             if isinstance(leaf, torch.Tensor) and leaf is not self._last[index]:
                 self._static[index].copy_(leaf)
                 self._last[index] = leaf
@@ -98,8 +98,8 @@ class _Graph:
         return self._output
 
 
-class GraphedStep:
-    """A driver's step; from the second time that shapes are seen, replayed from a CUDA graph.
+class RecordedEvaluation:
+    """A forward's evaluation; from the second time it sees shapes, replayed from a CUDA graph.
 
     ``capture`` opens vLLM's context for recording collectives and yields the stream for it.
     ``attention`` is what ``fast_attention`` gives meanwhile.
@@ -107,28 +107,28 @@ class GraphedStep:
 
     def __init__(
         self,
-        step: Callable[..., torch.Tensor],
+        evaluate: Callable[..., torch.Tensor],
         capture: Callable[[], contextlib.AbstractContextManager[torch.cuda.Stream]],
         attention: Attention,
     ) -> None:
-        self._step = step
+        self._evaluate = evaluate
         self._attention = attention
         self._capture = capture
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: OrderedDict[Any, _Graph | None] = OrderedDict()
 
     def __call__(self, **inputs: Any) -> torch.Tensor:
-        """Same arguments and result as the step."""
+        """Same arguments and result as the evaluation."""
         leaves, tree = pytree.tree_flatten(inputs)
         key = tree, *map(_described, leaves)
         if key not in self._graphs:
             self._remember(key, None)
             with _optimised(self._attention):
-                return self._step(**inputs)
+                return self._evaluate(**inputs)
         graph = self._graphs[key]
         if graph is None:
             with _optimised(self._attention):
-                graph = _Graph(self._step, leaves, tree, self._capture, self._pool)
+                graph = _Graph(self._evaluate, leaves, tree, self._capture, self._pool)
             self._remember(key, graph)
         self._graphs.move_to_end(key)
         return graph.replay(leaves)
@@ -140,7 +140,7 @@ class GraphedStep:
 
 
 def _described(leaf: Any) -> Hashable:
-    """What a recorded step depends on: a tensor's shape and dtype, or a plain value."""
+    """What a recorded evaluation depends on: a tensor's shape and dtype, or a plain value."""
     if isinstance(leaf, torch.Tensor):
         return leaf.shape, leaf.dtype
     value: Hashable = leaf

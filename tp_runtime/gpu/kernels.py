@@ -19,6 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .epilogue import Epilogue, strides
+
 _HEADS_PER_PROGRAM = 8
 
 
@@ -160,7 +162,7 @@ def attended_and_gelu(attended: torch.Tensor, mlp: torch.Tensor) -> torch.Tensor
     return out
 
 
-NO_NORM, LAYER_NORM, RMS_NORM = 0, 1, 2
+_NORMS = {"none": 0, "layer": 1, "rms": 2}
 
 
 @triton.jit
@@ -172,20 +174,28 @@ def _residual_norm(
     shift,
     scale,
     update_weight,
-    norm_weight,
+    weight,
+    bias,
     first_row,
     num_tokens,
     num_text,
     width,
     gate_stream_stride,
     gate_batch_stride,
+    gate_token_stride,
     norm_stream_stride,
     norm_batch_stride,
+    norm_token_stride,
     eps,
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
+    GATE: tl.constexpr,
     NORM_UPDATE: tl.constexpr,
     NORM: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr,
+    SCALE: tl.constexpr,
+    SHIFT: tl.constexpr,
     LIMIT: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -203,32 +213,40 @@ def _residual_norm(
         update += part.to(tl.float32)
 
     batch = row // num_tokens
-    stream = (row % num_tokens >= num_text).to(tl.int32)
-    of_gate = stream * gate_stream_stride + batch * gate_batch_stride + features
-    factor = tl.load(gate + of_gate, mask=exists, other=0.0).to(tl.float32)
+    token = row % num_tokens
+    stream = (token >= num_text).to(tl.int32)
     if NORM_UPDATE:
         mean_square = tl.sum(update * update, axis=0) / width
-        weight = tl.load(update_weight + features, mask=exists, other=0.0).to(tl.float32)
-        update = update * tl.rsqrt(mean_square + eps) * weight
-        # tanh, which Triton has under one name for all devices only by way of exp.
-        factor = 1 - 2 / (tl.exp(2 * factor) + 1)
-    x = tl.load(tokens + place, mask=exists, other=0.0).to(tl.float32) + update * factor
+        stretch = tl.load(update_weight + features, mask=exists, other=0.0).to(tl.float32)
+        update = update * tl.rsqrt(mean_square + eps) * stretch
+    if GATE:
+        of_gate = stream * gate_stream_stride + batch * gate_batch_stride
+        of_gate += token * gate_token_stride
+        factor = tl.load(gate + of_gate + features, mask=exists, other=0.0).to(tl.float32)
+        if NORM_UPDATE:
+            # tanh, which Triton has under one name for all devices only by way of exp.
+            factor = 1 - 2 / (tl.exp(2 * factor) + 1)
+        update = update * factor
+    x = tl.load(tokens + place, mask=exists, other=0.0).to(tl.float32) + update
     if LIMIT:
         x = tl.where(x == x, tl.minimum(tl.maximum(x, -65504.0), 65504.0), 0.0)
     tl.store(tokens + place, x.to(dtype), mask=exists)
 
-    of_norm = stream * norm_stream_stride + batch * norm_batch_stride + features
     if NORM == 1:
-        centred = tl.where(exists, x - tl.sum(x, axis=0) / width, 0.0)
-        inverse = tl.rsqrt(tl.sum(centred * centred, axis=0) / width + eps)
-        move = tl.load(shift + of_norm, mask=exists, other=0.0).to(tl.float32)
-        stretch = tl.load(scale + of_norm, mask=exists, other=0.0).to(tl.float32)
-        x = centred * inverse * (1 + stretch) + move
-    if NORM == 2:
-        inverse = tl.rsqrt(tl.sum(x * x, axis=0) / width + eps)
-        weight = tl.load(norm_weight + features, mask=exists, other=0.0).to(tl.float32)
-        stretch = tl.load(scale + of_norm, mask=exists, other=0.0).to(tl.float32)
-        x = x * inverse * weight * (1 + stretch)
+        x = tl.where(exists, x - tl.sum(x, axis=0) / width, 0.0)
+    if NORM > 0:
+        x = x * tl.rsqrt(tl.sum(x * x, axis=0) / width + eps)
+        if WEIGHT:
+            x = x * tl.load(weight + features, mask=exists, other=0.0).to(tl.float32)
+        if BIAS:
+            x = x + tl.load(bias + features, mask=exists, other=0.0).to(tl.float32)
+        of_norm = stream * norm_stream_stride + batch * norm_batch_stride
+        of_norm += token * norm_token_stride
+        if SCALE:
+            stretch = tl.load(scale + of_norm + features, mask=exists, other=0.0).to(tl.float32)
+            x = x * (1 + stretch)
+        if SHIFT:
+            x = x + tl.load(shift + of_norm + features, mask=exists, other=0.0).to(tl.float32)
     for distance in tl.static_range(RANKS):
         address = tl.load(targets + (RANK + distance) % RANKS).to(tl.pointer_type(dtype))
         tl.store(tl.multiple_of(address, 16) + place, x.to(dtype), mask=exists)
@@ -238,13 +256,7 @@ def residual_norm(
     updates: torch.Tensor,
     targets: torch.Tensor,
     tokens: torch.Tensor,
-    gate: torch.Tensor,
-    shift: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    update_weight: torch.Tensor | None,
-    norm_weight: torch.Tensor | None,
-    eps: float,
-    limit: bool,
+    epilogue: Epilogue,
     num_text: int,
     rank: int,
     num_ranks: int,
@@ -253,8 +265,7 @@ def residual_norm(
 
     ``updates``, ``targets`` (num_ranks,) int64: addresses of buffers as large as ``tokens``; all
     ranks' updates are summed, and the result goes to all targets. ``tokens`` (B, L, D) changes in
-    the rows of this rank only. ``gate``, ``shift``, ``scale`` (S, B, D), the last two with equal
-    strides: for the first ``num_text`` tokens stream 0, for the others stream 1.
+    the rows of this rank only; the first ``num_text`` of each item are stream 0, the others 1.
     """
     batch, num_tokens, width = tokens.shape
     rows = batch * num_tokens
@@ -262,30 +273,35 @@ def residual_norm(
     num_rows = min(share, rows - rank * share)
     if num_rows <= 0:
         return
-    norm_strides = (0, 0) if scale is None else scale.stride()[:2]
-    assert shift is None or shift.stride()[:2] == norm_strides
-    norm = NO_NORM if scale is None else LAYER_NORM if norm_weight is None else RMS_NORM
+    scale, shift = epilogue.scale, epilogue.shift
+    assert shift is None or scale is None or strides(shift) == strides(scale)
     _residual_norm[(num_rows,)](
         updates,
         targets,
         tokens,
-        gate,
+        epilogue.gate,
         shift,
         scale,
-        update_weight,
-        norm_weight,
+        epilogue.update_weight,
+        epilogue.weight,
+        epilogue.bias,
         rank * share,
         num_tokens,
         num_text,
         width,
-        *gate.stride()[:2],
-        *norm_strides,
-        eps,
+        *strides(epilogue.gate),
+        *strides(shift if scale is None else scale),
+        epilogue.eps,
         RANK=rank,
         RANKS=num_ranks,
-        NORM_UPDATE=update_weight is not None,
-        NORM=norm,
-        LIMIT=limit,
+        GATE=epilogue.gate is not None,
+        NORM_UPDATE=epilogue.update_weight is not None,
+        NORM=_NORMS[epilogue.norm],
+        WEIGHT=epilogue.weight is not None,
+        BIAS=epilogue.bias is not None,
+        SCALE=scale is not None,
+        SHIFT=shift is not None,
+        LIMIT=epilogue.limit and tokens.dtype == torch.float16,
         WIDTH=triton.next_power_of_2(width),
         num_warps=8,
     )

@@ -15,8 +15,8 @@ import torch
 import torch.distributed._symmetric_memory as symm_mem
 from vllm.distributed import parallel_state
 
-from ..models.layers import Product
 from . import collectives, kernels
+from .epilogue import Epilogue, Product
 from .products import multiply
 
 logger = logging.getLogger("tp_runtime.gpu.reduction")
@@ -43,7 +43,7 @@ class _Buffers:
 
 
 class FusedReduction:
-    """``models.layers.Reduction`` of this rank's group. The ranks must call it in step."""
+    """``models.forward.Reduction`` of this rank's group. The ranks must call it in step."""
 
     def __init__(self, device: torch.device) -> None:
         group = parallel_state.get_tp_group()
@@ -55,16 +55,7 @@ class FusedReduction:
         self._buffers: list[_Buffers] = []
 
     def __call__(
-        self,
-        products: Sequence[Product],
-        tokens: torch.Tensor,
-        gate: torch.Tensor,
-        shift: torch.Tensor | None,
-        scale: torch.Tensor | None,
-        update_weight: torch.Tensor | None,
-        norm_weight: torch.Tensor | None,
-        eps: float,
-        limit: bool,
+        self, products: Sequence[Product], tokens: torch.Tensor, epilogue: Epilogue
     ) -> torch.Tensor:
         """The second result of ``join``, in memory that the next call overwrites."""
         buffers = self._of_size(tokens.nbytes)
@@ -74,19 +65,14 @@ class FusedReduction:
             bias = linear.bias if linear.tp_rank == 0 else None  # added once
             multiply(linear, x, bias, out=update[:, start : start + x.shape[1]])
             start += x.shape[1]
+        # Of one stream, every token is its text.
         num_text = products[0][1].shape[1]
         self._wait(buffers)  # until every rank's updates are there
         kernels.residual_norm(
             buffers.update_addresses,
             buffers.target_addresses,
             tokens,
-            gate,
-            shift,
-            scale,
-            update_weight,
-            norm_weight,
-            eps,
-            limit and tokens.dtype == torch.float16,
+            epilogue,
             num_text,
             self._rank,
             self._num_ranks,

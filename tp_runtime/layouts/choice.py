@@ -105,8 +105,7 @@ def _predictor(
 
     def milliseconds(layout: Layout) -> float:
         return predict(
-            info.family,
-            info.config,
+            info.sizes,
             workload.latent_shape,
             workload.text_tokens,
             layout.tp_size,

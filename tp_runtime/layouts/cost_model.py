@@ -1,21 +1,19 @@
-"""Predicts how long one evaluation of a model takes, before anything runs. Client half; no GPU.
+"""Predicts how long one evaluation of a model takes, before anything runs. Needs no GPU.
 
-    predict("flux", config, latent_shape=(2, 16, 128, 128), text_tokens=512, tp_size=2).ms
+    predict(info.sizes, latent_shape=(2, 16, 128, 128), text_tokens=512, tp_size=2).ms
 
 ``docs/scaling.md`` says where the formulae and constants come from, and how far off they are.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 from ..config import Layout
-from ..models import family
-from ..sharding.block_costs import Stage
+from ..models.family import Sizes
+from ..sharding.block_costs import AttentionCosts, BlockCosts
 
 BYTES = 2  # of an element: activations and weights in bf16
-PATCH = 2  # latent rows and columns of one token, in every family
 
 # Calibrated once for all devices and models.
 TILE = 128  # rows and columns of a result that one multiprocessor works on at a time
@@ -116,21 +114,14 @@ def device_of(name: str) -> Device:
     return next((device for key, device in DEVICES.items() if key in name), DEVICES["other"])
 
 
-def image_tokens(latent_shape: Sequence[int]) -> int:
-    """Tokens of one latent (..., H, W)."""
-    height, width = latent_shape[-2:]
-    return -(-height // PATCH) * -(-width // PATCH)
-
-
-def layouts(family_name: str, config: Mapping[str, Any], num_gpus: int) -> list[Layout]:
+def layouts(sizes: Sizes, num_gpus: int) -> list[Layout]:
     """Every layout of that many GPUs that the model can be split over."""
-    sizes = family(family_name).plan(config).valid_tp_sizes(num_gpus)
-    return [Layout(size, num_gpus // size) for size in reversed(sizes) if num_gpus % size == 0]
+    valid = sizes.table.plan.valid_tp_sizes(num_gpus)
+    return [Layout(size, num_gpus // size) for size in reversed(valid) if num_gpus % size == 0]
 
 
 def predict(
-    family_name: str,
-    config: Mapping[str, Any],
+    sizes: Sizes,
     latent_shape: Sequence[int],
     text_tokens: int,
     tp_size: int,
@@ -141,63 +132,65 @@ def predict(
 ) -> Prediction:
     """One evaluation on ``tp_size`` x ``batch_groups`` GPUs.
 
-    ``family_name`` and ``config``: of a ``CheckpointInfo``. ``latent_shape`` (B, ..., H, W): the
-    forward batch, which is dealt out to the groups; the fullest sets the time. ``references``:
-    shapes of reference latents. Does not check that the model can be split over ``tp_size``.
+    ``sizes``: of a ``CheckpointInfo``. ``latent_shape`` (B, ..., H, W): the forward batch, which is
+    dealt out to the groups; the fullest sets the time. ``references``: shapes of reference latents.
+    Does not check that the model can be split over ``tp_size``.
     """
-    image = sum(image_tokens(shape) for shape in (latent_shape, *references))
+    geometry = sizes.geometry
+    image = sum(geometry.image_tokens(tuple(shape[1:])) for shape in (latent_shape, *references))
     batch = -(-latent_shape[0] // batch_groups)
-    stages = family(family_name).stages(config, image, text_tokens)
+    blocks = sizes.table.block_costs(geometry.padded(text_tokens), geometry.padded(image))
     total = Prediction(fixed=1e3 * REQUEST_S)
-    for stage in stages:
-        total += _blocks(stage, batch, tp_size, device, link)
-    last = stages[-1]
+    for block in blocks:
+        total += _blocks(block, batch, tp_size, device, link)
+    last = blocks[-1]
     ends = END_PASSES * BYTES * batch * last.tokens * last.width
     total += Prediction(elementwise=1e3 * ends / device.memory)
     if tp_size > 1:
-        features = sum(s.count * len(s.streams) * s.modulation[1] for s in stages)
+        features = sum(b.count * linear.full[1] for b in blocks for linear in b.modulations)
         small = SMALL_COLLECTIVES * _nccl_s(0, tp_size, link)
         gathered = BYTES * batch * features * (tp_size - 1) / tp_size / link.rate
         total += Prediction(links=1e3 * (small + gathered))
     return total
 
 
-def _blocks(stage: Stage, batch: int, tp_size: int, device: Device, link: Link) -> Prediction:
-    heads, ffn = stage.heads.local(tp_size), stage.ffn.local(tp_size)
-    rows = batch * stage.tokens
-    size = BYTES * rows * stage.width  # of all tokens
-    num_streams = len(stage.streams)
+def _blocks(block: BlockCosts, batch: int, tp_size: int, device: Device, link: Link) -> Prediction:
+    rows = batch * block.tokens
+    size = BYTES * rows * block.width  # of all tokens
+    num_streams = len(block.streams)
     # Streams lie behind one another: from the second item on, a stream is not one stretch of
     # memory. Its items are multiplied one by one.
     apart = num_streams > 1 and batch > 1
 
-    matmul, kernels = 0.0, 0
-    for tokens, inputs, outputs in stage.products(tp_size):
-        count, height = (batch, tokens) if apart else (1, batch * tokens)
+    matmul, moved_features = 0.0, 0
+    for linear in block.linears:
+        inputs, outputs = linear.local(tp_size)
+        count, height = (batch, linear.rows) if apart else (1, batch * linear.rows)
         matmul += count * _product_s(height, inputs, outputs, device)
-        kernels += 1
-    inputs, outputs = stage.modulation
-    matmul += num_streams * _product_s(batch, inputs, -(-outputs // tp_size), device)
-
-    # q and k (and v, to bring the streams together) are read and written; so is the MLP's middle.
-    passes = heads * (4 if num_streams == 1 else 6) + ffn * (3 if stage.gated else 2)
-    passes += 2 * heads if stage.parallel else 0  # attention's result goes beside the MLP's
-    elementwise = BYTES * rows * passes / device.memory
-    kernels += 3 * num_streams + 1 + stage.joins  # modulation, rotation, activation; attention
+        # What it gives is read again, and what a row-parallel linear is given was written.
+        moved_features += linear.rows * (inputs if linear.axis == 1 else outputs)
+    for linear in block.modulations:
+        matmul += _product_s(batch, *linear.local(tp_size), device)
+    # Streams are brought together for attention; and its result goes beside the MLP's.
+    heads = sum(one.queries * one.heads.local(tp_size) for one in block.attentions)
+    moved_features += 2 * heads * ((num_streams > 1) + block.parallel)
+    elementwise = BYTES * batch * moved_features / device.memory
+    # Each linear; modulation, rotation, activation; attention.
+    kernels = len(block.linears) + 3 * num_streams + len(block.attentions) + block.joins
 
     links = 0.0
     whole = 4 * size / device.memory  # tokens and update read, tokens and their norm written
     if tp_size == 1:
-        elementwise += stage.joins * whole
+        elementwise += block.joins * whole
     elif link.fused:
         moved = 2 * size * (tp_size - 1) / tp_size / link.rate
-        links += stage.joins * (BARRIERS_S + max(moved, whole / tp_size))
+        links += block.joins * (BARRIERS_S + max(moved, whole / tp_size))
     else:
-        links += stage.joins * num_streams * _nccl_s(size / num_streams, tp_size, link)
-        elementwise += stage.joins * whole * num_streams  # with two, they are put together again
-    attention = _attention_s(stage, batch, heads, device)
+        links += block.joins * num_streams * _nccl_s(size / num_streams, tp_size, link)
+        elementwise += block.joins * whole * num_streams  # with two, they are put together again
+    attention = sum(_attention_s(one, batch, tp_size, device) for one in block.attentions)
     of_one = (matmul, attention, elementwise, links, kernels * KERNEL_S)
-    return Prediction(*(1e3 * stage.count * seconds for seconds in of_one))
+    return Prediction(*(1e3 * block.count * seconds for seconds in of_one))
 
 
 def _product_s(rows: int, inputs: int, outputs: int, device: Device) -> float:
@@ -211,10 +204,10 @@ def _product_s(rows: int, inputs: int, outputs: int, device: Device) -> float:
     return max(work / device.matmul, traffic / device.memory)
 
 
-def _attention_s(stage: Stage, batch: int, width: int, device: Device) -> float:
+def _attention_s(one: AttentionCosts, batch: int, tp_size: int, device: Device) -> float:
     """Queries of a head in tiles, each on a multiprocessor: with fewer tiles, some have no work."""
-    tiles = math.ceil(stage.tokens / TILE) * batch * width // stage.heads.unit
-    work = 4 * TILE * stage.tokens * stage.heads.unit * max(tiles, device.multiprocessors)
+    tiles = math.ceil(one.queries / TILE) * batch * one.heads.local_count(tp_size)
+    work = 4 * TILE * one.keys * one.heads.unit * max(tiles, device.multiprocessors)
     return work / device.attention
 
 

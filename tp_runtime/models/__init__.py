@@ -1,19 +1,32 @@
-"""The model families: one file each, with everything that is particular to the family.
+"""The families of models: one folder each, with everything that is particular to the family.
 
-A family's module has ``FAMILY``, ``LABEL``, ``UNUSED`` and the functions ``recognises``,
-``infer_config``, ``file_tensors``, ``sources``, ``latent_shape``, ``plan``, ``stages``; for
-diffusers folders ``DIFFUSERS_CLASS``, ``SWAPPED_HALVES`` and ``diffusers_config`` (all that
-ComfyUI's process needs: no vLLM, no diffusers); and ``build`` and ``Driver`` (what a rank needs).
-``docs/adding_a_model.md`` is the guide.
+``family.py`` is what both processes know of it, as data; ``forward.py`` is the arithmetic, which
+only ranks import. ``docs/adding_a_model.md`` is the guide. Packages of more families are named in
+the environment (``TP_RUNTIME_FAMILIES``), where every process finds them.
 """
 
-from types import ModuleType
+import functools
+import importlib
 
-from . import flux, qwen_image, z_image
+from ..config import family_packages
+from .family import Family
+from .flux.family import FAMILY as FLUX
+from .qwen_image.family import FAMILY as QWEN_IMAGE
+from .z_image.family import FAMILY as Z_IMAGE
 
-FAMILIES: dict[str, ModuleType] = {module.FAMILY: module for module in (z_image, flux, qwen_image)}
+
+def families() -> dict[str, Family]:
+    """Every family, by its name. Raises ImportError for a package that is not there."""
+    found = [Z_IMAGE, FLUX, QWEN_IMAGE, *map(_elsewhere, family_packages())]
+    return {family.name: family for family in found}
 
 
-def family(name: str) -> ModuleType:
-    """The module of a family. Raises KeyError."""
-    return FAMILIES[name]
+def family(name: str) -> Family:
+    """The family of that name. Raises KeyError."""
+    return families()[name]
+
+
+@functools.cache
+def _elsewhere(package: str) -> Family:
+    found: Family = importlib.import_module(f"{package}.family").FAMILY
+    return found

@@ -1,23 +1,27 @@
 """What the families with a stream of text and one of image tokens share (FLUX.1, Qwen-Image).
 
-Patches, positions, references, joint attention, ControlNet residuals. Rank half. Their attention
-modules have diffusers' names; the arithmetic is ComfyUI's (0.3.75, comfy/ldm/flux/ and
-comfy/ldm/qwen_image/), whose order of operations shows in the last bits.
+Patches, positions, references, joint attention, the loop over blocks with a ControlNet's residuals.
+Their attention modules have diffusers' names; the arithmetic is ComfyUI's (0.3.75, comfy/ldm/flux/
+and comfy/ldm/qwen_image/), whose order of operations shows in the last bits.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from ..errors import InputError
+from ..gpu.epilogue import Epilogue, Product
 from ..gpu.graphs import fused
-from .layers import Conditioning, Gather, Heads, Product, attention, project, rotated_heads
+from .forward import Conditioning, ShardedForward, option, unsupported
+from .layers import Heads, attention, project, rotated_heads
 
 NORM_EPS = 1e-6
 
-Join = Callable[..., tuple[torch.Tensor, torch.Tensor]]  # DriverBase.join
+# ComfyUI's name of the kind of a block, "double_block" or "single_block", and its number.
+BlockName = tuple[str, int]
 
 # --- blocks ------------------------------------------------------------------------------------
 
@@ -29,83 +33,115 @@ def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch
     return torch.addcmul(shift[:, None], normed, 1 + scale[:, None])
 
 
-def modulate_streams(
-    text: torch.Tensor, image: torch.Tensor, shift_and_scale: torch.Tensor
-) -> torch.Tensor:
-    """``modulate`` of both streams, (2, B, 2, D), one behind the other."""
-    (text_shift, text_scale), (image_shift, image_scale) = (
-        stream.unbind(1) for stream in shift_and_scale
-    )
-    return torch.cat(
-        (modulate(text, text_shift, text_scale), modulate(image, image_shift, image_scale)), dim=1
-    )
-
-
-def joint_attention(
-    module: Any,
-    normed: torch.Tensor,
-    num_text: int,
-    rotation: torch.Tensor,
-    mask: torch.Tensor | None = None,
-) -> list[Product]:
-    """Attention over both streams (B, L, D), text first; returns what is left to project."""
-    text, image = normed[:, :num_text], normed[:, num_text:]
-    of_text = heads_of(project(module.to_added_qkv, text), module.norm_added_q, module.norm_added_k)
-    of_image = heads_of(project(module.to_qkv, image), module.norm_q, module.norm_k)
-    q, k, v = rotated_heads([of_text, of_image], rotation, NORM_EPS)
-    attended = attention(q, k, v, mask)
-    return [
-        (module.to_add_out, attended[:, :num_text]),
-        (module.to_out[0], attended[:, num_text:]),
-    ]
-
-
-def dual_block(
-    join: Join,
-    attention_module: Any,
-    feed_forwards: tuple[Any, Any],
-    tokens: torch.Tensor,
-    normed: torch.Tensor,
-    num_text: int,
-    modulation: torch.Tensor,
-    next_norm: torch.Tensor,
-    rotation: torch.Tensor,
-    *,
-    mask: torch.Tensor | None = None,
-    residuals: Sequence[torch.Tensor] = (),
-    limit: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One block of two streams, which meet in attention: tokens and their norm → the same.
-
-    ``feed_forwards``: of text and image. ``modulation`` (2, B, 6, D): of the block; ``next_norm``
-    (2, B, 2, D): shift and scale of what follows it. ``residuals``: a ControlNet's, for the image.
-    """
-    _, _, gate, mlp_shift, mlp_scale, mlp_gate = modulation.unbind(2)
-    products = joint_attention(attention_module, normed, num_text, rotation, mask)
-    tokens, normed = join(products, tokens, gate, mlp_shift, mlp_scale, eps=NORM_EPS)
-    add_residuals(tokens, residuals, num_text)
-    streams = normed[:, :num_text], normed[:, num_text:]
-    products = [
-        (feed_forward.net[2], project(feed_forward.net[0].proj, x, gelu=True))
-        for feed_forward, x in zip(feed_forwards, streams, strict=True)
-    ]
-    return join(products, tokens, mlp_gate, *next_norm.unbind(2), eps=NORM_EPS, limit=limit)
-
-
 def heads_of(qkv: torch.Tensor, norm_q: Any, norm_k: Any) -> Heads:
     """What ``rotated_heads`` takes, of (B, L, 3·N·K)."""
     head_dim = norm_q.weight.shape[0]
     return qkv.unflatten(-1, (3, -1, head_dim)), norm_q.weight, norm_k.weight
 
 
-def gathered_modulation(
-    linears: Sequence[Any], activated: torch.Tensor, gather: Gather, count: int, dim: int
+@dataclass(frozen=True)
+class BlockInputs:
+    """What every block of an evaluation is given beside its tokens. Text comes first."""
+
+    num_text: int
+    rotation: torch.Tensor
+    mask: torch.Tensor | None = None
+    limit: bool = False
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block to evaluate. ``modulation`` (S, B, n, D): its own, the first norm's shift and scale
+    first. ``parts``: from normed tokens to the row-parallel linears that end its attention and its
+    MLP, or both at once; with each the index of its gate, and of the next norm's shift, if any.
+    """
+
+    name: BlockName
+    modulation: torch.Tensor
+    parts: tuple[tuple[Callable[[torch.Tensor, BlockInputs], list[Product]], int], ...]
+
+
+def dual_block(
+    name: BlockName, modulation: torch.Tensor, attend: Any, feed_forwards: tuple[Any, Any]
+) -> Block:
+    """One with two streams, which meet in attention. ``feed_forwards``: of text and image."""
+
+    def attended(normed: torch.Tensor, given: BlockInputs) -> list[Product]:
+        text, image = normed[:, : given.num_text], normed[:, given.num_text :]
+        added = project(attend.to_added_qkv, text)
+        of_text = heads_of(added, attend.norm_added_q, attend.norm_added_k)
+        of_image = heads_of(project(attend.to_qkv, image), attend.norm_q, attend.norm_k)
+        q, k, v = rotated_heads([of_text, of_image], given.rotation, NORM_EPS)
+        found = attention(q, k, v, given.mask)
+        text, image = found[:, : given.num_text], found[:, given.num_text :]
+        return [(attend.to_add_out, text), (attend.to_out[0], image)]
+
+    def mlp(normed: torch.Tensor, given: BlockInputs) -> list[Product]:
+        streams = normed[:, : given.num_text], normed[:, given.num_text :]
+        return [
+            (feed_forward.net[2], project(feed_forward.net[0].proj, x, gelu=True))
+            for feed_forward, x in zip(feed_forwards, streams, strict=True)
+        ]
+
+    return Block(name, modulation, ((attended, 2), (mlp, 5)))
+
+
+def run_blocks(
+    forward: ShardedForward,
+    blocks: Sequence[Block],
+    text: torch.Tensor,
+    image: torch.Tensor,
+    last_norm: torch.Tensor,
+    given: BlockInputs,
+    skip: Collection[BlockName],
+    control: Mapping[str, Any] | None,
 ) -> torch.Tensor:
-    """Column-parallel linears on (B, D), with one gather for all: (linears, B, count, dim)."""
+    """The image's tokens (B, L, D) after all blocks that are not skipped, and the last norm.
+
+    ``last_norm`` (1, B, 2, D): its shift and scale.
+    """
+    residuals = _residuals_between(control, [block.name for block in blocks], skip)
+    blocks = [block for block in blocks if block.name not in skip]
+    # Shift and scale of every block's first norm, and of the last norm.
+    norms = [*(block.modulation[..., :2, :] for block in blocks), last_norm]
+    tokens = torch.cat((text, image), dim=1)
+    _add_residuals(tokens, residuals[0], given.num_text)
+    first = norms[0].expand(2, -1, -1, -1).unbind(2)
+    ends = (slice(None, given.num_text), slice(given.num_text, None))
+    streams = [modulate(tokens[:, end], *of) for end, *of in zip(ends, *first, strict=True)]
+    normed = torch.cat(streams, dim=1)
+    for block, next_norm, of_control in zip(blocks, norms[1:], residuals[1:], strict=True):
+        for part, gate in block.parts:
+            products = part(normed, given)
+            is_last = part is block.parts[-1][0]
+            if is_last:  # the join after it only adds to the tokens
+                _add_residuals(tokens, of_control, given.num_text)
+            shift_and_scale = (
+                next_norm if is_last else block.modulation[..., gate + 1 : gate + 3, :]
+            )
+            shift, scale = shift_and_scale.expand(len(products), -1, -1, -1).unbind(2)
+            epilogue = Epilogue(
+                NORM_EPS,
+                block.modulation[..., gate, :],
+                "layer",
+                scale,
+                shift,
+                limit=given.limit and is_last,
+            )
+            tokens, normed = forward.join(products, tokens, epilogue)
+    return normed[:, given.num_text :]
+
+
+def gathered_modulation(
+    forward: ShardedForward, linears: Sequence[Any], activated: torch.Tensor, count: int
+) -> torch.Tensor:
+    """Column-parallel linears on (B, D), with one gather for all: (linears, B, count, D)."""
+    width = forward.sizes.dim
     if not linears:
-        return activated.new_empty(0, activated.shape[0], count, dim)
+        return activated.new_empty(0, activated.shape[0], count, width)
     local = torch.stack([linear(activated) for linear in linears])
-    return gather(local)[..., : count * dim].unflatten(-1, (count, dim))
+    whole = forward.collectives.gather(local)[..., : count * width]
+    return whole.unflatten(-1, (count, width))
 
 
 # --- patches and positions ---------------------------------------------------------------------
@@ -135,62 +171,79 @@ def grid_positions(index: float, y: torch.Tensor, x: torch.Tensor) -> torch.Tens
     return positions.flatten(0, 1)
 
 
-def place_references(
-    references: Sequence[torch.Tensor], method: str, height: int, width: int
-) -> list[tuple[float, int, int]]:
-    """Where reference latents lie beside an image of ``height`` x ``width``: (index, top, left).
+def reference_positions(
+    references: Sequence[torch.Tensor],
+    method: str,
+    size: tuple[int, int],
+    along: Callable[[int, int], torch.Tensor],
+) -> list[torch.Tensor]:
+    """Positions of reference latents beside an image of ``size`` (height, width).
 
     ``method`` is one of: ``"index"`` and ``"negative_index"``, one behind another; ``"uxo"``,
-    diagonally below the image; ``"offset"``, side by side on one plane.
+    diagonally below the image; ``"offset"``, side by side on one plane. ``along(start, length)``:
+    positions along an axis of the patches of so many latent rows.
     """
-    places: list[tuple[float, int, int]] = []
+    (height, width), found = size, []
     down = right = 0
     for count, reference in enumerate(references, 1):
         rows, columns = reference.shape[-2:]
+        index, top, left = 0.0, 0, 0
         if method in ("index", "negative_index"):
-            places.append((float(count if method == "index" else -count), 0, 0))
+            index = float(count if method == "index" else -count)
         elif method == "uxo":
-            places.append((0.0, height + height % 2 + down, width + width % 2 + right))
+            top, left = height + height % 2 + down, width + width % 2 + right
             down, right = down + rows, right + columns
         else:
             assert method == "offset", method
+            index = 1.0
             top, left = (0, right) if rows + down > columns + right else (down, 0)
-            places.append((1.0, top, left))
             down, right = max(down, rows + top), max(right, columns + left)
-    return places
+        y, x = along((top + 1) // 2, rows), along((left + 1) // 2, columns)
+        found.append(grid_positions(index, y, x))
+    return found
+
+
+def check_method(
+    label: str, references: Sequence[Any], method: str, known: Collection[str]
+) -> None:
+    """Raises InputError for a way to place references that the model's forward does not know."""
+    if references and method not in known:
+        raise unsupported(label, "reference latents method", method, known)
 
 
 # --- ControlNets, and blocks that are left out ---------------------------------------------------
 
-Block = tuple[
-    str, int
-]  # ComfyUI's name of the kind, "double_block" or "single_block", and a number
 _RESIDUALS = {"double_block": "input", "single_block": "output"}  # ComfyUI's names, too
 
 
-def skipped_blocks(transformer_options: Mapping[str, Any] | None) -> tuple[Block, ...]:
+def skipped_blocks(transformer_options: Mapping[str, Any] | None) -> tuple[BlockName, ...]:
     """The blocks that a node has left out: ``skip_blocks`` of the options, by kind."""
-    by_kind = (transformer_options or {}).get("skip_blocks") or {}
+    by_kind = option(transformer_options, "skip_blocks")
     return tuple((kind, index) for kind, indices in by_kind.items() for index in indices)
 
 
-def check_residuals(
-    control: Mapping[str, Any], batch: int, conditioning: Conditioning, width: int, label: str
-) -> None:
-    """Raises InputError if a ControlNet's residual does not fit the image's tokens."""
-    length = conditioning["rotation"].shape[1] - conditioning["text"].shape[1]
-    stacks = [control.get(name) or () for name in ("input", "output")]
-    for residual in (item for stack in stacks for item in stack if item is not None):
-        shape = tuple(residual.shape)
-        if len(shape) != 3 or shape[0] not in (1, batch) or shape[1] > length or shape[2] != width:
-            raise InputError(
-                f"The ControlNet gives residuals of shape {shape}; {label} takes up to ({batch}, "
-                f"{length}, {width}) here. Use a ControlNet made for {label}."
-            )
+class DualStreamForward(ShardedForward):
+    """A forward that takes a ControlNet's residuals for the tokens of its image."""
+
+    def check_control(
+        self, batch: int, conditioning: Conditioning, control: Mapping[str, Any]
+    ) -> None:
+        """Raises InputError."""
+        label, width = self.label, self.sizes.dim
+        length = conditioning["rotation"].shape[1] - conditioning["text"].shape[1]
+        stacks = [control.get(name) or () for name in _RESIDUALS.values()]
+        for residual in (item for stack in stacks for item in stack if item is not None):
+            shape = tuple(residual.shape)
+            fits = len(shape) == 3 and shape[0] in (1, batch) and shape[2] == width
+            if not fits or shape[1] > length:
+                raise InputError(
+                    f"The ControlNet gives residuals of shape {shape}; {label} takes up to ({batch}"
+                    f", {length}, {width}) here. Use a ControlNet made for {label}."
+                )
 
 
-def residuals_between(
-    control: Mapping[str, Any] | None, blocks: Sequence[Block], skip: Collection[Block]
+def _residuals_between(
+    control: Mapping[str, Any] | None, blocks: Sequence[BlockName], skip: Collection[BlockName]
 ) -> list[list[torch.Tensor]]:
     """What a ControlNet adds to the image's tokens before the first block that is not skipped,
     after it, after the second, and so on. A skipped block's residuals are added all the same.
@@ -205,10 +258,7 @@ def residuals_between(
     return found
 
 
-def add_residuals(tokens: torch.Tensor, residuals: Sequence[torch.Tensor], start: int) -> None:
-    """Add a ControlNet's residuals in place to the tokens from ``start`` on.
-
-    Before the last join of a block, which only adds to the tokens, is as good as after it.
-    """
+def _add_residuals(tokens: torch.Tensor, residuals: Sequence[torch.Tensor], start: int) -> None:
+    """Add a ControlNet's residuals in place to the tokens from ``start`` on."""
     for residual in residuals:
         tokens[:, start : start + residual.shape[1]] += residual

@@ -1,44 +1,41 @@
 """What a model file is, from its header: its family, sizes and tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 from ..errors import CheckpointError
 from ..files.checkpoint import CheckpointFile
+from ..files.diffusers_folder import CONFIG, FileNames
 from ..files.fp8_scales import METADATA as QUANTIZATION
 from ..files.fp8_scales import find_scales
 from ..files.safetensors_file import TensorInfo
+from ..sharding.table import Table
+from . import families
+from .family import Family, Settings, Sizes
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-
-
 _SHOWN_NAMES = 5
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What a model file is, from its header. ``config`` has the fields of the family's module.
+    """What a model file is, from its header.
 
     ``tensors`` are the model's own; ``scales``: quantised weight → the name of its scale in the
     file. ``metadata`` is the file's, without what it says of quantisation.
     """
 
     path: str
-    family: str
-    label: str
-    config: dict[str, Any]
+    family: Family
+    sizes: Sizes
     tensors: Mapping[str, TensorInfo] = field(repr=False)
     metadata: Mapping[str, str] = field(repr=False)
     scales: Mapping[str, str] = field(repr=False)
 
     @property
-    def unused(self) -> frozenset[str]:
-        """Names of tensors that files have, but that no implementation computes with."""
-        from ..models import family
-
-        unused: frozenset[str] = family(self.family).UNUSED
-        return unused
+    def label(self) -> str:
+        return self.family.label
 
     @property
     def num_parameters(self) -> int:
@@ -53,15 +50,25 @@ class CheckpointInfo:
 
     def check_tp_size(self, tp_size: int) -> None:
         """Raises SizeError if the model cannot be split over ``tp_size`` ranks."""
-        from ..models import family
-
-        family(self.family).plan(self.config).check_tp_size(tp_size, self.label)
+        self.sizes.table.plan.check_tp_size(tp_size, self.label)
 
     def valid_tp_sizes(self, limit: int = 8) -> tuple[int, ...]:
         """The sizes up to ``limit`` that ``check_tp_size`` accepts."""
-        from ..models import family
+        return self.sizes.table.plan.valid_tp_sizes(limit)
 
-        return family(self.family).plan(self.config).valid_tp_sizes(limit)
+
+@contextmanager
+def open_checkpoint(path: str) -> Iterator[CheckpointFile]:
+    """A model file; or a diffusers folder, which then looks like ComfyUI's file of the model.
+
+    Raises:
+        CheckpointError: it is missing, cut short, not of its format, or a folder of no known class.
+    """
+    tables = [family.published.table for family in families().values()]
+    shapes = [item for table in tables for item in table.file_tensors.items()]
+    one_row = tuple(name for name, shape in shapes if shape[0] == 1 and len(shape) == 2)
+    with CheckpointFile.open(path, _names_in_folder, one_row) as file:
+        yield file
 
 
 def inspect_checkpoint(path: str) -> CheckpointInfo:
@@ -71,55 +78,95 @@ def inspect_checkpoint(path: str) -> CheckpointInfo:
         CheckpointError: the file is missing, damaged, of an unknown architecture, lacks tensors,
             has tensors that the architecture has not, or has them in other shapes.
     """
-    from ..models import FAMILIES
-
-    with CheckpointFile.open(path) as file:
+    with open_checkpoint(path) as file:
         stored = file.tensors()
         scales, extra = find_scales(
             path, stored, file.metadata, lambda name: file.read(name, None, None)
         )
         metadata = {key: text for key, text in file.metadata.items() if key != QUANTIZATION}
     tensors = {name: info for name, info in stored.items() if name not in extra}
-    for module in FAMILIES.values():
-        if module.recognises(tensors):
-            break
-    else:
-        known = ", ".join(module.LABEL for module in FAMILIES.values())
-        raise CheckpointError(
-            f"The model file {path} is of an architecture that cannot be split yet (first "
-            f"tensors: {_some(sorted(tensors))}). Supported: {known}. Load it with the stock "
-            "'Load Diffusion Model' node instead."
-        )
+    family = _recognised(path, tensors)
+    sizes = _sizes_of_file(path, family, tensors)
+    _check_tensors(path, family, tensors, sizes.table)
+    return CheckpointInfo(path, family, sizes, tensors, metadata, scales)
+
+
+def _recognised(path: str, tensors: Mapping[str, TensorInfo]) -> Family:
+    for family in families().values():
+        if all(name in tensors for name in family.signature):
+            return family
+    known = ", ".join(family.label for family in families().values())
+    raise CheckpointError(
+        f"The model file {path} is of an architecture that cannot be split yet (first tensors: "
+        f"{_some(sorted(tensors))}). Supported: {known}. Load it with the stock 'Load Diffusion "
+        "Model' node instead."
+    )
+
+
+def _sizes_of_file(path: str, family: Family, tensors: Mapping[str, TensorInfo]) -> Sizes:
+    for name, variant in family.variants.items():
+        if name in tensors:
+            raise CheckpointError(
+                f"This is a {variant} file (it has the tensor {name}), which cannot be split yet. "
+                "Load it with the stock 'Load Diffusion Model' node."
+            )
     try:
-        config = module.infer_config(tensors)
-        expected = module.file_tensors(config)
-    except CheckpointError:
-        raise
+        sizes = family.sizes.of_file({name: info.shape for name, info in tensors.items()})
+        _ = sizes.table.file_tensors  # fails here if a size is none
     except KeyError as error:
         raise CheckpointError(
-            f"The {module.LABEL} file {path} lacks the tensor {error}. Download it again."
+            f"The {family.label} file {path} lacks the tensor {error}. Download it again."
         ) from error
     except (IndexError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(
-            f"The {module.LABEL} file {path} has tensors of impossible shapes ({error}). "
+            f"The {family.label} file {path} has tensors of impossible shapes ({error}). "
             "Download it again."
         ) from error
-    _check_tensors(path, module.LABEL, tensors, expected, module.UNUSED)
-    return CheckpointInfo(path, module.FAMILY, module.LABEL, config, tensors, metadata, scales)
+    return sizes
+
+
+def _names_in_folder(path: str, settings: Settings) -> FileNames:
+    """How the tensors of a diffusers folder are called in ComfyUI's file of the model."""
+    name = settings.get("_class_name")
+    known = {family.diffusers_class: family for family in families().values()}
+    if not isinstance(name, str) or name not in known:
+        raise CheckpointError(
+            f"The folder {path} holds a model of the class {name!r}, which cannot be split yet. "
+            f"Supported: {', '.join(known)}."
+        )
+    family = known[name]
+    for setting, variant in family.variants.items():
+        if settings.get(setting):
+            raise CheckpointError(
+                f"This is a {variant} folder (its {CONFIG} sets {setting}), which cannot be split "
+                "yet. Load the model with stock nodes."
+            )
+    try:
+        table = family.sizes.of_folder(settings).table
+        return FileNames(family.label, table.places, table.file_tensors, table.swapped)
+    except KeyError as error:
+        raise CheckpointError(
+            f"{CONFIG} of the folder {path} lacks the setting {error}. Download it again."
+        ) from error
+    except (TypeError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{CONFIG} of the folder {path} has a setting that is no size ({error}). "
+            "Download it again."
+        ) from error
 
 
 def _check_tensors(
     path: str,
-    label: str,
+    family: Family,
     found: Mapping[str, TensorInfo],
-    expected: Mapping[str, tuple[int, ...]],
-    unused: frozenset[str],
+    table: Table,
 ) -> None:
     problems = []
+    expected = table.file_tensors
     missing = sorted(set(expected) - set(found))
     if missing:
         problems.append(f"{len(missing)} missing ({_some(missing)})")
-    leftover = sorted(set(found) - set(expected) - unused)
+    leftover = sorted(set(found) - set(expected) - set(table.unused))
     if leftover:
         problems.append(f"{len(leftover)} unknown ({_some(leftover)})")
     wrong = [
@@ -138,7 +185,7 @@ def _check_tensors(
         problems.append(f"{len(strange)} stored in an unknown way ({_some(strange)})")
     if problems:
         raise CheckpointError(
-            f"The {label} file {path} does not have the tensors of its architecture: "
+            f"The {family.label} file {path} does not have the tensors of its architecture: "
             f"{'; '.join(problems)}. Download it again, or load it with the stock node."
         )
 

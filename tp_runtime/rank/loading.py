@@ -1,9 +1,9 @@
 """Builds a rank's shard of a model: module tree, parallel layers, weights from the file."""
 
 import contextlib
-import hashlib
+import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -13,24 +13,13 @@ from ..errors import CheckpointError
 from ..fault_points import reach
 from ..files.checkpoint import CheckpointFile
 from ..gpu import collectives
-from ..gpu.graphs import GraphedStep
-from ..models import family
-from ..models.layers import DriverBase, Memo
-from ..models.recognise import CheckpointInfo, inspect_checkpoint
-from ..sharding.parts import (
-    SCALE,
-    Layer,
-    Part,
-    Sources,
-    layer_parts,
-    plan_layers,
-    whole_parameters,
-    whole_parts,
-)
+from ..gpu.graphs import RecordedEvaluation
+from ..models.forward import ShardedForward
+from ..models.recognise import CheckpointInfo, inspect_checkpoint, open_checkpoint
+from ..sharding.parts import SCALE, Layer, Part, Sharding, Sources
 from ..wire.exchange import dtype_of
-from ..wire.protocol import PatchedWeight
-from .host_copy import HostCopy
-from .parallel_layers import replace_linears
+from .loaded_model import LoadedModel
+from .parallel_layers import shard_module
 from .patched_weights import PatchedWeights, StoredWeight
 from .uploading import Uploads
 
@@ -39,73 +28,6 @@ FP8_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
 ReportProgress = Callable[[int, int], None]
 Copy = Callable[[torch.Tensor, torch.Tensor], object]  # source on the CPU, place on the device
-
-
-class LoadedModel:
-    """A rank's shard of a model: evaluated by ``driver``, changed through ``weights``."""
-
-    def __init__(
-        self,
-        driver: DriverBase,
-        weights: PatchedWeights,
-        device: torch.device,
-        new_step: Callable[[], Callable[..., torch.Tensor]],
-        bytes_read: int,
-    ) -> None:
-        self.driver = driver
-        self.weights = weights
-        self.bytes_read = bytes_read
-        self._device = device
-        self._new_step = new_step
-        self._copy: HostCopy | None = None
-        self.asleep = False
-        self._parameters = dict(driver.model.named_parameters())
-        self.resident_bytes = sum(parameter.nbytes for parameter in self._parameters.values())
-        driver.run_step = new_step()
-
-    def patch(self, wanted: Mapping[str, PatchedWeight], held: Mapping[int, torch.Tensor]) -> None:
-        """Change the weights; see ``PatchedWeights.apply``."""
-        self.weights.apply(wanted, held)
-        self.driver.memo = Memo()  # computed with the weights of before
-
-    def sleep(self) -> None:
-        """Move the weights to the host's memory, and drop what was computed and recorded of them.
-
-        On a CPU they are there already and stay in their place.
-        """
-        if self.asleep:
-            return
-        self.asleep = True
-        self.driver.memo = Memo()
-        self.driver.run_step = self._new_step()
-        if self._device.type == "cuda":
-            self._copy = HostCopy({name: p.data for name, p in self._parameters.items()})
-            for parameter in self._parameters.values():
-                parameter.data = torch.empty(0, dtype=parameter.dtype, device=self._device)
-
-    def wake(self) -> None:
-        """Move the weights back to the device."""
-        self.asleep = False
-        if self._copy is not None:
-            for name, copy in self._copy.tensors.items():
-                self._parameters[name].data = copy.to(self._device, non_blocking=True)
-            self._copy.close()
-            self._copy = None
-
-    def close(self) -> None:
-        """Give back the host's memory that the model takes. It cannot be used any more."""
-        self.weights.close()
-        if self._copy is not None:
-            self._copy.close()
-
-    def digest(self) -> str:
-        """A hash of the weights as they are now, padding included."""
-        found = hashlib.blake2s()
-        for name, parameter in sorted(self._parameters.items()):
-            copy = self._copy.tensors[name] if self._copy else parameter.data.cpu()
-            found.update(name.encode())
-            found.update(copy.contiguous().flatten().view(torch.uint8).numpy().data)
-        return found.hexdigest()
 
 
 def load_model(
@@ -138,23 +60,20 @@ def load_model(
             "prompt again."
         )
     info = inspect_checkpoint(spec.path)
-    module = family(info.family)
+    table, kind = info.sizes.table, info.family.forward()
     compute_dtype, weight_dtype = dtype_of(spec.compute_dtype), dtype_of(spec.weight_dtype)
     with torch.device("meta"):
-        model = nn.Module.to(module.build(info.config), compute_dtype)
+        model = nn.Module.to(kind.build(info.sizes), compute_dtype)
     model.requires_grad_(False)
-    layers = plan_layers(model, module.plan(info.config))
-    whole = whole_parameters(model, layers)
-    sources = module.sources(info.config)
-    scaled = _scaled_layers(layers, sources, info)
-    replace_linears(model, layers, tp_size, weight_dtype, compute_dtype, scaled)
+    sharding = Sharding.of(model, table.plan)
+    scaled = _scaled_layers(sharding.layers, table.sources, info)
+    shard_module(model, sharding, tp_size, weight_dtype, compute_dtype, scaled)
 
     def parts_of(rank: int) -> list[Part]:
-        parts = [part for layer in layers for part in layer_parts(layer, rank, tp_size, sources)]
-        return parts + [part for name in whole for part in whole_parts(name, sources)]
+        return sharding.parts(rank, tp_size, table.sources)
 
     model.to_empty(device=device)
-    with CheckpointFile.open(spec.path) as file:
+    with open_checkpoint(spec.path) as file:
         reach("load")
         reader = _Reader(file, info.scales, weight_dtype)
         with _copier(device, tp_size) as copy:
@@ -162,9 +81,9 @@ def load_model(
         stored = {
             name: StoredWeight(tensor.shape, weight_dtype) for name, tensor in info.tensors.items()
         }
-        for layer in layers:
+        for layer in sharding.layers:
             if layer.path in scaled:
-                for name in _stored_weights(layer, sources):
+                for name in _stored_weights(layer, table.sources):
                     stored[name] = StoredWeight(
                         info.tensors[name].shape,
                         scaled[layer.path],
@@ -174,7 +93,7 @@ def load_model(
         bytes_read = file.bytes_read
     if file_version(spec.path) != spec.version:
         raise RuntimeError(f"The model file {spec.path} was changed while it was read.")
-    weights = PatchedWeights(model, stored, parts_of, rank, tp_size, collectives.all_gather_last)
+    weights = PatchedWeights(model, stored, parts_of, rank, tp_size, collectives.gather)
     fast = device.type == "cuda" and spec.optimize == "auto"
     reduction = None
     if fast:
@@ -184,20 +103,19 @@ def load_model(
 
         reduction = fused_reduction(device)
         fast_attention = FastAttention(attention)
-    driver = module.Driver(model.eval(), info.config, collectives.all_gather_last, reduction)
+    forward: ShardedForward = kind(model.eval(), info.sizes, collectives, reduction)
 
-    def new_step() -> Callable[..., torch.Tensor]:
-        if fast:
-            return GraphedStep(
-                driver.step, lambda: collectives.graph_capture(device), fast_attention
-            )
-        return driver.step
+    def new_run() -> Callable[..., torch.Tensor]:
+        if not fast:
+            return forward.evaluate
+        capture = functools.partial(collectives.graph_capture, device)
+        return RecordedEvaluation(forward.evaluate, capture, fast_attention)
 
-    return LoadedModel(driver, weights, device, new_step, bytes_read)
+    return LoadedModel(forward, weights, device, new_run, bytes_read)
 
 
 def _scaled_layers(
-    layers: list[Layer], sources: Sources, info: CheckpointInfo
+    layers: Iterable[Layer], sources: Sources, info: CheckpointInfo
 ) -> dict[str, torch.dtype]:
     """Layers all of whose weights are stored in one fp8 dtype with a scale, and that dtype."""
     found = {}

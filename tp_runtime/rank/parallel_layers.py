@@ -1,4 +1,4 @@
-"""Puts vLLM's parallel layers in place of a model's linears, as its plan says. Rank half."""
+"""Puts vLLM's parallel layers in place of a model's linears, as its plan says."""
 
 from collections.abc import Mapping
 
@@ -21,7 +21,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 )
 
 from ..gpu.graphs import fused, optimising
-from ..sharding.parts import SCALE, Layer
+from ..sharding.parts import SCALE, Layer, Sharding
 from ..sharding.plan import QKV, Column, MergedColumn, Row
 
 
@@ -144,15 +144,17 @@ class CastAtUse(QuantizationConfig):
         return cls()
 
 
-def replace_linears(
+def shard_module(
     model: nn.Module,
-    layers: list[Layer],
+    sharding: Sharding,
     tp_size: int,
     weight_dtype: torch.dtype,
     compute_dtype: torch.dtype,
     scaled: Mapping[str, torch.dtype],
 ) -> None:
-    """Replace the linears in place by vLLM's layers, on the meta device.
+    """Replace the linears in place by vLLM's layers, and shorten vectors that are split.
+
+    All on the meta device.
 
     ``scaled``: path of a layer whose weight has a scale → the dtype that it is held in; these have
     a parameter ``weight_scale`` (out_features,) fp32. All others are held in ``weight_dtype``.
@@ -160,7 +162,7 @@ def replace_linears(
     Needs the tensor-parallel group. Afterwards no ``nn.Linear`` is left.
     """
     plain = None if weight_dtype == compute_dtype else CastAtUse()
-    for layer in layers:
+    for layer in sharding.layers:
         quant_config = CastAtUse(scaled[layer.path]) if layer.path in scaled else plain
         with torch.device("meta"):
             built = _build(layer, tp_size, weight_dtype, quant_config)
@@ -172,6 +174,13 @@ def replace_linears(
         setattr(model.get_submodule(parent), name, built)
         in_features, out_features = layer.local(tp_size)
         assert built.weight.shape == (out_features, in_features), layer.path
+    for name, split in sharding.vectors.items():
+        parent, _, parameter = name.rpartition(".")
+        module = model.get_submodule(parent)
+        whole = module.get_parameter(parameter)
+        length = split.local(tp_size)
+        short = nn.Parameter(whole.new_empty(length), requires_grad=False)
+        setattr(module, parameter, short)
     left = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     assert not left, f"still nn.Linear: {left}"
 
@@ -181,7 +190,7 @@ def _build(
 ) -> LinearBase:
     in_features, out_features = layer.full
     style = layer.match.style
-    padded = [block.split.local(tp_size) * tp_size for block in layer.blocks]
+    padded = [section.split.local(tp_size) * tp_size for section in layer.sections]
     common = {
         "bias": layer.bias,
         "params_dtype": weight_dtype,
@@ -199,7 +208,7 @@ def _build(
             kv.count if shared else kv.local_count(tp_size) * tp_size,
             **common,
         )
-    if isinstance(style, MergedColumn):
+    if isinstance(style, MergedColumn) or (isinstance(style, Column) and len(padded) > 1):
         return MergedColumnParallelLinear(in_features, padded, **common)
     if isinstance(style, Column) and style.gather:
         return GatheredColumnParallelLinear(in_features, out_features, padded[0], **common)

@@ -25,7 +25,8 @@ from ..wire.protocol import (
     Unload,
     Wake,
 )
-from .loading import LoadedModel, ReportProgress, load_model
+from .loaded_model import LoadedModel
+from .loading import ReportProgress, load_model
 
 
 class Runner:
@@ -132,7 +133,7 @@ class Runner:
             mine = self._config.batch_group
             if mine < len(resolved):
                 evaluation = request.evaluations[mine]
-                output = model.driver(resolved[mine], _conditioning_key(evaluation.inputs))
+                output = model.forward(resolved[mine], _conditioning_key(evaluation.inputs))
                 if self._config.tp_rank == 0:
                     self._give(output, evaluation.result)
         finally:

@@ -1,3 +1,5 @@
-"""Sharding: what a plan says (``plan``), which slices a rank reads (``parts``), and the walker
-that puts vLLM's layers in place of a model's linears (``walker``, the only one to import vLLM).
+"""What becomes of a model's tensors under tensor parallelism, as data.
+
+``table``: a model's tensors, row by row. ``plan``: the styles of its linears. ``parts``: which
+slice a rank reads. ``block_costs``: what one evaluation consists of.
 """

@@ -1,66 +1,94 @@
 """What one evaluation of a transformer consists of, as data: blocks, their products, their sizes.
 
-Client half. Each family's module describes itself so (``stages``); ``cost_model`` and the
-benchmark's floor count with it.
+``Table.block_costs`` makes it; ``layouts/cost_model`` and the benchmark's floor count with it.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .plan import Split
 
 
 @dataclass(frozen=True)
-class Stage:
-    """``count`` equal blocks of attention and MLP.
+class LinearCosts:
+    """A linear and the rows of one batch item that pass through it.
 
-    ``streams``: tokens of one batch item in each stream. Streams have linears of their own and meet
-    in attention. ``modulation``: (in, out) features of each stream's modulation. ``gated``: the MLP
-    has two linears on the way up. ``parallel``: MLP and attention lie side by side, so that they
-    share their first and last linear (FLUX.1's single blocks).
+    ``over``: what these rows are, in the table's words. ``full``: (in, out) features; ``splits``
+    deal out the ``axis`` of the weight that is split (0: out, 1: in, None: neither).
+    """
+
+    over: str
+    rows: int
+    full: tuple[int, int]
+    splits: tuple[Split, ...]
+    axis: int | None
+
+    def local(self, tp_size: int) -> tuple[int, int]:
+        """(in, out) features on each rank, padding included."""
+        if self.axis is None:
+            return self.full
+        length = sum(split.local(tp_size) for split in self.splits)
+        return (self.full[0], length) if self.axis == 0 else (length, self.full[1])
+
+
+@dataclass(frozen=True)
+class AttentionCosts:
+    """One attention over ``heads``, of one batch item."""
+
+    heads: Split
+    queries: int
+    keys: int
+
+
+@dataclass(frozen=True)
+class BlockCosts:
+    """``count`` equal blocks. ``linears``: those that tokens pass through; ``modulations``: those
+    that one row of each batch item passes through.
     """
 
     count: int
-    streams: tuple[int, ...]
-    width: int
-    heads: Split
-    ffn: Split
-    modulation: tuple[int, int]
-    gated: bool = False
-    parallel: bool = False
+    linears: tuple[LinearCosts, ...]
+    modulations: tuple[LinearCosts, ...]
+    attentions: tuple[AttentionCosts, ...]
+
+    @property
+    def sums(self) -> tuple[LinearCosts, ...]:
+        """The row-parallel linears: what they give is summed over the ranks."""
+        return tuple(linear for linear in self.linears if linear.axis == 1)
+
+    @property
+    def streams(self) -> dict[str, int]:
+        """The streams of tokens, which have linears of their own, and their lengths."""
+        return {linear.over: linear.rows for linear in self.sums}
 
     @property
     def tokens(self) -> int:
         """Of one batch item, all streams together."""
-        return sum(self.streams)
+        return sum(self.streams.values())
+
+    @property
+    def width(self) -> int:
+        """Features of a token between two linears of a block."""
+        return self.sums[0].full[1]
 
     @property
     def joins(self) -> int:
-        """Sums over the ranks in one block."""
-        return 1 if self.parallel else 2
+        """Sums over the ranks in one block, all streams in one."""
+        return len(self.sums) // len(self.streams)
 
-    def products(self, tp_size: int) -> Iterator[tuple[int, int, int]]:
-        """Each linear of a block on one rank, padding included: (tokens, in, out features)."""
-        heads, ffn = self.heads.local(tp_size), self.ffn.local(tp_size)
-        up = 2 * ffn if self.gated else ffn
-        for tokens in self.streams:
-            if self.parallel:
-                yield tokens, self.width, 3 * heads + up
-                yield tokens, heads + ffn, self.width
-            else:
-                yield tokens, self.width, 3 * heads
-                yield tokens, heads, self.width
-                yield tokens, self.width, up
-                yield tokens, ffn, self.width
+    @property
+    def parallel(self) -> bool:
+        """Whether MLP and attention lie side by side and share their last linear."""
+        return any(len(linear.splits) > 1 for linear in self.sums)
 
 
-def count_flops(stages: Iterable[Stage]) -> int:
+def count_flops(blocks: Iterable[BlockCosts]) -> int:
     """Floating-point operations for one batch item: products and attention of all blocks."""
     return sum(
-        stage.count
+        block.count
         * (
-            sum(2 * rows * inputs * outputs for rows, inputs, outputs in stage.products(1))
-            + 4 * stage.tokens**2 * stage.heads.full
+            sum(2 * linear.rows * linear.full[0] * linear.full[1] for linear in block.linears)
+            + sum(4 * one.queries * one.keys * one.heads.full for one in block.attentions)
         )
-        for stage in stages
+        for block in blocks
     )

@@ -1,15 +1,16 @@
 """Which slice of which stored tensor goes where in a rank's parameters, as data.
 
-``shard_parts`` answers it for the layers that a plan splits; loading, counting bytes and applying
-LoRA deltas all follow the same list, so they cannot disagree.
+``Sharding.parts`` answers it for a whole module; loading, counting bytes and applying LoRA deltas
+all follow the same list, so they cannot disagree.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 from torch import nn
 
-from .plan import QKV, Column, Match, MergedColumn, Plan, PlanError, Replicated, Row, Split
+from .plan import QKV, Column, Match, MergedColumn, Plan, PlanError, Split
 
 Shape = tuple[int, ...]
 SCALE = "weight_scale"  # a layer's parameter, if its weight is held in fp8 with a scale
@@ -50,16 +51,20 @@ Sources = Callable[[str], tuple[Source, ...]]
 
 
 @dataclass(frozen=True)
-class Block:
-    """One of the linears that a layer is made of, along the layer's split axis."""
+class Section:
+    """A stretch of a layer's split axis that is dealt out by itself.
+
+    ``path``: of the linear that it belongs to; ``first``: where it begins on that linear's axis.
+    """
 
     path: str
     split: Split
+    first: int = 0
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer to build: its path, style and the blocks that its split axis consists of.
+    """A layer to build: its path, style and the sections that its split axis consists of.
 
     ``full`` is (in_features, out_features) of the unsplit layer; ``axis`` the split one: 0 for
     out_features, 1 for in_features, ``None`` if replicated.
@@ -69,7 +74,7 @@ class Layer:
     match: Match
     full: tuple[int, int]
     axis: int | None
-    blocks: tuple[Block, ...]
+    sections: tuple[Section, ...]
     bias: bool
 
     @property
@@ -83,24 +88,49 @@ class Layer:
         in_features, out_features = self.full
         if self.axis is None:
             return self.full
-        length = sum(block.split.local(tp_size) for block in self.blocks)
+        length = sum(section.split.local(tp_size) for section in self.sections)
         return (in_features, length) if self.axis == 0 else (length, out_features)
 
 
-def plan_layers(model: nn.Module, plan: Plan) -> list[Layer]:
-    """The layers that the plan makes of the model's linears. Raises PlanError."""
-    shapes = {
-        path: (module.in_features, module.out_features, module.bias is not None)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    }
-    return [layer_of(match, shapes) for match in plan.match(list(shapes))]
+@dataclass(frozen=True)
+class Sharding:
+    """What a plan makes of a module's parameters, by name.
 
+    ``layers`` take the place of its linears; ``vectors`` are split as given; ``whole`` parameters
+    are held by every rank.
+    """
 
-def whole_parameters(model: nn.Module, layers: list[Layer]) -> list[str]:
-    """Names of the parameters that no layer replaces: every rank holds all of them."""
-    replaced = {path for layer in layers for path in layer.replaced}
-    return [name for name, _ in model.named_parameters() if name.rpartition(".")[0] not in replaced]
+    layers: tuple[Layer, ...]
+    vectors: Mapping[str, Split]
+    whole: tuple[str, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, plan: Plan) -> "Sharding":
+        """Raises PlanError if the plan does not fit the module."""
+        shapes = {
+            path: (module.in_features, module.out_features, module.bias is not None)
+            for path, module in model.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+        layers = tuple(layer_of(match, shapes) for match in plan.match(list(shapes)))
+        replaced = {path for layer in layers for path in layer.replaced}
+        others = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if name.rpartition(".")[0] not in replaced
+        }
+        vectors = plan.split_vectors(others)
+        for name, split in vectors.items():
+            if others[name].shape != (split.full,):
+                raise PlanError(f"{name} is {tuple(others[name].shape)}, its plan ({split.full},).")
+        return cls(layers, vectors, tuple(name for name in others if name not in vectors))
+
+    def parts(self, rank: int, tp_size: int, sources: Sources) -> list[Part]:
+        """Every slice of the file that ``rank`` holds."""
+        parts = [part for x in self.layers for part in layer_parts(x, rank, tp_size, sources)]
+        for name, split in self.vectors.items():
+            parts += _row_parts(name, 0, sources(name), *split.range(rank, tp_size))
+        return parts + [part for name in self.whole for part in whole_parts(name, sources)]
 
 
 def layer_of(match: Match, shapes: Mapping[str, tuple[int, int, bool]]) -> Layer:
@@ -114,38 +144,33 @@ def layer_of(match: Match, shapes: Mapping[str, tuple[int, int, bool]]) -> Layer
     paths = [f"{parent}.{name}" if parent else name for name in match.names]
     sizes = [shapes[path] for path in paths]
     in_features, _, bias = sizes[0]
-    full = (in_features, sum(size[1] for size in sizes))
+    outputs = [size[1] for size in sizes]
+    full = (in_features, sum(outputs))
     fused = isinstance(style, QKV | MergedColumn)
     if any((size[0], size[2]) != (in_features, bias) for size in sizes) or fused != (
         len(paths) > 1
     ):
         raise PlanError(f"{paths} cannot be one {type(style).__name__} layer.")
-    path = paths[0]
-    splits: tuple[Split, ...]
-    if isinstance(style, QKV):
-        path, splits = f"{parent}.{style.into}", style.splits()
-    elif isinstance(style, MergedColumn):
-        units = style.units or (1,) * len(paths)
-        path = f"{parent}.{style.into}"
-        splits = tuple(Split(s[1] // u, u) for s, u in zip(sizes, units, strict=True))
-    elif isinstance(style, Column):
-        splits = (Split(full[1] // style.unit, style.unit),)
-    elif isinstance(style, Row):
-        splits = style.segments or (Split(in_features),)
-        if sum(split.full for split in splits) != in_features:
-            raise PlanError(f"The segments of {path} do not add up to its {in_features} inputs.")
-        blocks = tuple(Block(path, split) for split in splits)
-        return Layer(path, match, full, 1, blocks, bias)
-    else:
-        assert isinstance(style, Replicated)
+    splits = style.splits(in_features, outputs)
+    if isinstance(style, QKV | MergedColumn):
+        for path, split, size in zip(paths, splits, outputs, strict=True):
+            if split.full != size:
+                raise PlanError(f"{path} has {size} outputs, its plan {split.full}.")
+        sections = tuple(map(Section, paths, splits))
+        return Layer(f"{parent}.{style.into}", match, full, style.axis, sections, bias)
+    (path,) = paths
+    if style.axis is None:
         return Layer(path, match, full, None, (), bias)
-    for block_path, split in zip(paths, splits, strict=True):
-        if split.full != shapes[block_path][1]:
-            raise PlanError(
-                f"{block_path} has {shapes[block_path][1]} outputs, its plan {split.full}."
-            )
-    blocks = tuple(Block(p, split) for p, split in zip(paths, splits, strict=True))
-    return Layer(path, match, full, 0, blocks, bias)
+    size, kind = (in_features, "inputs") if style.axis else (full[1], "outputs")
+    if sum(split.full for split in splits) != size:
+        raise PlanError(f"The segments of {path} do not add up to its {size} {kind}.")
+    if isinstance(style, Column) and style.gather and len(splits) > 1:
+        raise PlanError(f"{path} has segments: its ranks' outputs are not one stretch to gather.")
+    firsts = accumulate((split.full for split in splits[:-1]), initial=0)
+    sections = tuple(
+        Section(path, split, first) for split, first in zip(splits, firsts, strict=True)
+    )
+    return Layer(path, match, full, style.axis, sections, bias)
 
 
 def layer_parts(layer: Layer, rank: int, tp_size: int, sources: Sources) -> list[Part]:
@@ -156,23 +181,20 @@ def layer_parts(layer: Layer, rank: int, tp_size: int, sources: Sources) -> list
         parts += whole_parts(weight, sources)
         parts += whole_parts(bias, sources) if layer.bias else []
         return parts
-    target_start = source_start = 0
-    for block in layer.blocks:
-        start, stop = block.split.range(rank, tp_size)
+    target_start = 0
+    for section in layer.sections:
+        start, stop = (section.first + end for end in section.split.range(rank, tp_size))
         if layer.axis == 0:
             for name in ("weight", "bias") if layer.bias else ("weight",):
-                target = f"{layer.path}.{name}"
-                parts += _row_parts(
-                    target, target_start, sources(f"{block.path}.{name}"), start, stop
-                )
+                target, rows = f"{layer.path}.{name}", sources(f"{section.path}.{name}")
+                parts += _row_parts(target, target_start, rows, start, stop)
         elif stop > start:
-            columns = (source_start + start, source_start + stop)
             for whole in whole_parts(weight, sources):
                 # Column ranges of several stacked sources would need a second offset.
                 assert whole.target_start == 0, "a row-parallel weight has one source"
-                parts.append(Part(weight, 1, target_start, whole.source, whole.rows, columns))
-        target_start += block.split.local(tp_size)
-        source_start += block.split.full
+                part = Part(weight, 1, target_start, whole.source, whole.rows, (start, stop))
+                parts.append(part)
+        target_start += section.split.local(tp_size)
     if layer.axis == 1 and layer.bias:
         parts += whole_parts(bias, sources)  # vLLM adds it on rank 0 only
     return parts

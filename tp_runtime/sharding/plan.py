@@ -10,8 +10,9 @@ contribute exactly nothing (RMSNorm of zero is zero, a zero v adds zero), so pad
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from ..errors import SizeError
 
@@ -68,30 +69,49 @@ class Split:
 
 @dataclass(frozen=True)
 class Column:
-    """``ColumnParallelLinear``: output features are split. ``gather``: and put together again."""
+    """``ColumnParallelLinear``: output features are split. ``gather``: and put together again.
 
-    unit: int = 1
+    ``segments``: the outputs are several blocks, each of which is split by itself, so that a rank
+    holds a part of every block (FLUX.2's ``to_qkv_mlp_proj``); empty means one of single features.
+    """
+
+    axis: ClassVar[int] = 0
+    segments: tuple[Split, ...] = ()
     gather: bool = False
+
+    def splits(self, inputs: int, outputs: Sequence[int]) -> tuple[Split, ...]:  # noqa: ARG002
+        """How the split axis is dealt out, block by block."""
+        return self.segments or (Split(sum(outputs)),)
 
 
 @dataclass(frozen=True)
 class MergedColumn:
-    """``MergedColumnParallelLinear``: several column-parallel linears of one input, as one."""
+    """``MergedColumnParallelLinear``: several column-parallel linears of one input, as one.
 
+    ``units``: of how many features each is dealt out at a time; empty means single features.
+    """
+
+    axis: ClassVar[int] = 0
     into: str
     units: tuple[int, ...] = ()
+
+    def splits(self, inputs: int, outputs: Sequence[int]) -> tuple[Split, ...]:  # noqa: ARG002
+        """How the outputs of each linear are dealt out."""
+        units = self.units or (1,) * len(outputs)
+        return tuple(Split(size // unit, unit) for size, unit in zip(outputs, units, strict=True))
 
 
 @dataclass(frozen=True)
 class QKV:
     """``QKVParallelLinear``: query, key and value projections, split by heads."""
 
+    axis: ClassVar[int] = 0
     into: str
     head_dim: int
     num_heads: int
     num_kv_heads: int
 
-    def splits(self) -> tuple[Split, Split, Split]:
+    def splits(self, inputs: int = 0, outputs: Sequence[int] = ()) -> tuple[Split, ...]:  # noqa: ARG002
         """How q, k and v are dealt out."""
         if self.num_kv_heads == self.num_heads:
             heads = Split(self.num_heads, self.head_dim)
@@ -108,14 +128,26 @@ class Row:
     single features.
     """
 
+    axis: ClassVar[int] = 1
     segments: tuple[Split, ...] = ()
+
+    def splits(self, inputs: int, outputs: Sequence[int]) -> tuple[Split, ...]:  # noqa: ARG002
+        """How the inputs are dealt out, segment by segment."""
+        return self.segments or (Split(inputs),)
 
 
 @dataclass(frozen=True)
 class Replicated:
     """``ReplicatedLinear``: every rank holds the whole."""
 
+    axis: ClassVar[None] = None
 
+    def splits(self, inputs: int, outputs: Sequence[int]) -> tuple[Split, ...]:  # noqa: ARG002
+        """Nothing is dealt out."""
+        return ()
+
+
+# ``axis`` of a style: the split one of the weight, 0 for output and 1 for input features.
 Style = Column | MergedColumn | QKV | Row | Replicated
 
 
@@ -134,9 +166,26 @@ class Match:
 
 @dataclass(frozen=True)
 class Plan:
-    """The styles of a model's linears, by pattern."""
+    """The styles of a model's linears, and how vectors are split, by pattern.
+
+    ``vectors``: parameters of one axis that belong to split features (the weight of a norm over all
+    heads); every other parameter that is no linear's is whole on every rank.
+    """
 
     linears: Mapping[str, Style] = field(default_factory=dict)
+    vectors: Mapping[str, Split] = field(default_factory=dict)
+
+    def split_vectors(self, names: Iterable[str]) -> dict[str, Split]:
+        """Those of the parameters that are split. Raises PlanError for a pattern without any."""
+        names = list(names)
+        found: dict[str, Split] = {}
+        for pattern, split in self.vectors.items():
+            expression = _expression(pattern)
+            here = [name for name in names if expression.fullmatch(name)]
+            if not here:
+                raise PlanError(f"The pattern {pattern!r} matches no parameter of the model.")
+            found |= dict.fromkeys(here, split)
+        return found
 
     def match(self, linear_paths: list[str]) -> list[Match]:
         """Pair every linear with its style.
@@ -185,7 +234,8 @@ class Plan:
                 if kv != heads and max(tp_size, kv) % min(tp_size, kv):
                     yield f"num_kv_heads={kv} and {tp_size} do not divide one another"
                     continue
-                padded = style.splits()[0].local_count(tp_size) * tp_size
+                queries, *_ = style.splits()
+                padded = queries.local_count(tp_size) * tp_size
                 if padded > heads * (1 + MAX_HEAD_PADDING):
                     yield (
                         f"its num_heads={heads} would have to be padded to {padded}, "
@@ -198,12 +248,15 @@ def _groups(pattern: str, paths: list[str]) -> list[tuple[str, tuple[str, ...]]]
     fused = re.fullmatch(r"(.*)\.\{([^{}]+)\}", pattern)
     names = tuple(fused[2].split(",")) if fused else ()
     first = f"{fused[1]}.{names[0]}" if fused else pattern
-    expression = re.compile(re.escape(first).replace(r"\*", r"[^.]+"))
     found = []
-    for path in filter(expression.fullmatch, paths):
+    for path in filter(_expression(first).fullmatch, paths):
         name = names[0] if names else path.rpartition(".")[2]
         found.append((path.removesuffix(name).rstrip("."), names or (name,)))
     return found
+
+
+def _expression(pattern: str) -> re.Pattern[str]:
+    return re.compile(re.escape(pattern).replace(r"\*", r"[^.]+"))
 
 
 def _join(parent: str, name: str) -> str:

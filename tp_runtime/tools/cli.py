@@ -19,6 +19,7 @@ COMMANDS = {
         "tp_runtime.tools.plan",
         "show each linear of a model file, and its shards; or predict ms per step",
     ),
+    "models": ("tp_runtime.tools.models", "list the models that can be split"),
     "text-to-latents": (
         "tp_runtime.tools.text_to_latents",
         "sample latents without ComfyUI (Euler, flow matching, no guidance)",

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..models import family
 from ..models.recognise import CheckpointInfo
-from ..sharding.parts import Layer, Part, layer_parts, plan_layers, whole_parameters, whole_parts
+from ..sharding.parts import Layer, Part, Sharding, whole_parts
 
 
 @dataclass(frozen=True)
@@ -27,19 +26,19 @@ def model_footprint(info: CheckpointInfo, tp_size: int) -> tuple[list[Layer], li
     Raises:
         PlanError: the plan does not fit the module.
     """
-    module = family(info.family)
     with torch.device("meta"):
-        model = module.build(info.config)
-    layers = plan_layers(model, module.plan(info.config))
-    sources = module.sources(info.config)
-    parts = [p for name in whole_parameters(model, layers) for p in whole_parts(name, sources)]
-    whole = sum(_elements(part, info) for part in parts)
-    held = whole + sum(_held(layer, tp_size) for layer in layers)
+        model = info.family.forward().build(info.sizes)
+    table = info.sizes.table
+    sharding = Sharding.of(model, table.plan)
+    whole = [part for name in sharding.whole for part in whole_parts(name, table.sources)]
+    held = sum(_elements(part, info) for part in whole)
+    held += sum(_held(layer, tp_size) for layer in sharding.layers)
+    held += sum(split.local(tp_size) for split in sharding.vectors.values())
     shares = []
     for rank in range(tp_size):
-        split = [part for layer in layers for part in layer_parts(layer, rank, tp_size, sources)]
-        shares.append(RankShare(held, whole + sum(_elements(part, info) for part in split)))
-    return layers, shares
+        parts = sharding.parts(rank, tp_size, table.sources)
+        shares.append(RankShare(held, sum(_elements(part, info) for part in parts)))
+    return list(sharding.layers), shares
 
 
 def _held(layer: Layer, tp_size: int) -> int:

@@ -7,7 +7,7 @@ import torch
 
 from ..errors import InputError
 from ..layouts.cost_model import DEVICES, LINKS, Prediction, device_of, layouts, predict
-from ..models import FAMILIES, family
+from ..models import families
 from ..models.recognise import inspect_checkpoint
 from ..sharding.parts import Layer
 from .footprint import model_footprint
@@ -23,8 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tp", type=int, default=2, metavar="N", help="TP size (default 2)")
     parser.add_argument("--predict", action="store_true", help="predict ms per step on N GPUs")
     case = parser.add_argument_group("what to predict")
-    case.add_argument("--model", choices=sorted(FAMILIES), help="a published model, without a file")
+    case.add_argument(
+        "--model", choices=sorted(families()), help="a published model, without a file"
+    )
     case.add_argument("--size", type=int, nargs=2, default=(1024, 1024), metavar=("W", "H"))
+    case.add_argument("--frames", type=int, default=1, help="of a video (default 1)")
     case.add_argument("--batch", type=int, default=1, help="of the forward: 2 with CFG (default 1)")
     case.add_argument("--text", type=int, default=512, metavar="L", help="tokens (default 512)")
     case.add_argument(
@@ -61,15 +64,16 @@ def run(options: argparse.Namespace) -> None:
 def _predict(options: argparse.Namespace) -> None:
     if (options.file is None) == (options.model is None):
         raise InputError("'plan --predict' needs either a model file or --model NAME.")
-    if options.tp < 1 or options.batch < 1:
-        raise InputError(f"{options.tp} GPUs and batch {options.batch}: both must be 1 or more.")
+    counts = {"GPUs": options.tp, "latents": options.batch, "frames": options.frames}
+    for what, count in counts.items():
+        if count < 1:
+            raise InputError(f"{count} {what} were asked for: give 1 or more.")
     if options.file is not None:
         info = inspect_checkpoint(options.file)
-        name, config = info.family, info.config
+        label, sizes = info.label, info.sizes
     else:
-        from bench.dummy import config_of  # beside this package, in a checkout
-
-        name, config = options.model, config_of(options.model)
+        family = families()[options.model]
+        label, sizes = family.label, family.published
     if options.device is not None:
         device = DEVICES[options.device]
     elif torch.cuda.is_available():
@@ -78,18 +82,19 @@ def _predict(options: argparse.Namespace) -> None:
         device = DEVICES["H200"]
     link = LINKS[options.link]
     width, height = options.size
-    shape = options.batch, *family(name).latent_shape(config, width, height)
+    shape = options.batch, *sizes.geometry.latent_shape(width, height, options.frames)
+    frames = f" x {options.frames} frames" * (options.frames > 1)
     print(
-        f"{family(name).LABEL}, {width} x {height}, batch {options.batch}, {options.text} text "
-        f"tokens, bf16. Predicted ms per step on {options.tp} GPUs:"
+        f"{label}, {width} x {height}{frames}, batch {options.batch}, {options.text} text "
+        f"tokens, bf16. Predicted ms per evaluation on {options.tp} GPUs:"
     )
     print(f"  GPU {device.name}: {device.source}")
     print(f"  link {link.name}: {link.source}")
     parts = [part.name for part in dataclasses.fields(Prediction)]
     print(" ".join(f"{title:>11}" for title in ("TP x groups", "ms", *parts)))
-    for layout in layouts(name, config, options.tp):
-        sizes = layout.tp_size, layout.batch_groups
-        found = predict(name, config, shape, options.text, *sizes, device, link)
+    for layout in layouts(sizes, options.tp):
+        gpus = layout.tp_size, layout.batch_groups
+        found = predict(sizes, shape, options.text, *gpus, device, link)
         times = (found.ms, *(getattr(found, part) for part in parts))
         print(f"{layout!s:>11}", *(f"{ms:11.1f}" for ms in times))
 

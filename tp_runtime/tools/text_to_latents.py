@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from ..client.runtime import Runtime
 from ..config import GroupConfig, ModelSpec
 from ..errors import InputError
-from ..models import family
 
 GIB = 2**30
 
@@ -26,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", help="safetensors file to write, with the tensor 'samples'")
     parser.add_argument("--tp", type=int, default=2, metavar="N", help="TP size (default 2)")
     parser.add_argument("--size", type=int, nargs=2, default=(1024, 1024), metavar=("W", "H"))
+    parser.add_argument("--frames", type=int, default=1, help="of a video (default 1)")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shift", type=float, default=3.0, help="of the sigmas (default 3)")
@@ -57,7 +57,8 @@ def _sample(options: argparse.Namespace, tp_size: int) -> torch.Tensor:
         model = runtime.model(spec, GroupConfig.local(tp_size))
         model.ensure_loaded()
         load_ms = 1000 * (time.perf_counter() - started)
-        shape = family(model.info.family).latent_shape(model.info.config, *options.size)
+        width, height = options.size
+        shape = model.info.sizes.geometry.latent_shape(width, height, options.frames)
         batch = conditioning["context"].shape[0]
         generator = torch.Generator().manual_seed(options.seed)
         x = torch.randn(batch, *shape, generator=generator)

@@ -1,0 +1,283 @@
+"""What a family of models is, as data: a frozen ``Family``, and the ``Sizes`` of one model of it.
+
+Both processes use it: ComfyUI's to recognise files and plan, the ranks' to build and load. What
+only ranks need, the arithmetic, is the family's ``forward.py`` beside its ``family.py``.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, ClassVar
+
+from ..sharding.parts import Shape
+from ..sharding.table import Table, expanded
+
+Shapes = Mapping[str, Shape]  # of a file's tensors, by name
+Settings = Mapping[str, Any]  # of a diffusers folder's config.json
+Axis = str | tuple[str, int]  # its name, and its length where the model fixes it
+
+
+@dataclass(frozen=True)
+class Input:
+    """A tensor that the model is given. ``axes``: those of the same name as one of ``x`` are equal.
+
+    ``what``: in the plural, as it begins a sentence. ``advice``: where it has another shape.
+    ``many``: a list of such tensors. ``optional``: the model also computes without it. ``usual``:
+    lengths of axes that the model does not fix, for benchmarks.
+    """
+
+    what: str
+    axes: tuple[Axis, ...]
+    advice: str = ""
+    optional: bool = False
+    many: bool = False
+    usual: Mapping[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        unnamed = ("channels", "frames")  # of latents, whose shapes people know by their order
+        axes = [
+            axis
+            if isinstance(axis, str)
+            else str(axis[1])
+            if axis[0] in unnamed
+            else f"{axis[0]} {axis[1]}"
+            for axis in self.axes
+        ]
+        return f"({', '.join(axes)})" if len(axes) > 1 else f"({axes[0]},)"
+
+
+TIMESTEPS = Input("Timesteps", ("batch",))
+_ENCODER = "Use the text encoder that belongs to the model."
+GUIDANCES = Input("Guidances", ("batch",), optional=True)
+
+
+def pooled_captions(width: int) -> Input:
+    """What the text encoder says of each caption as a whole: ``width`` features, or more."""
+    axes = ("batch", "features")
+    return Input("Pooled captions", axes, _ENCODER, optional=True, usual={"features": width})
+
+
+def captions(width: int) -> Input:
+    """What the text encoder gives, for each item of the batch."""
+    return Input("Captions", ("batch", "tokens", ("width", width)), _ENCODER)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """From pixels to latents, and from latents to tokens.
+
+    ``video``: latents have an axis of frames, one for the first picture and one for each further
+    ``frames_per_latent``; ``num_frames``: how many there must be. ``patch``: frames, rows and
+    columns of a latent in one token. ``token_multiple``: streams of tokens are padded to a multiple
+    of it. ``out_channels``: of a prediction, where a model takes more than it predicts.
+    """
+
+    channels: int
+    out_channels: int | None = None
+    video: bool = False
+    num_frames: int | None = None
+    downscale: int = 8
+    frames_per_latent: int = 4
+    patch: tuple[int, int, int] = (1, 2, 2)
+    token_multiple: int = 1
+
+    def latent_shape(self, width: int, height: int, frames: int = 1) -> Shape:
+        """Shape of what is sampled, for ``frames`` pictures of ``width`` x ``height`` pixels."""
+        size = height // self.downscale, width // self.downscale
+        channels = self.out_channels or self.channels
+        if self.video:
+            return channels, 1 + (frames - 1) // self.frames_per_latent, *size
+        return channels, *size
+
+    def latents(self) -> Input:
+        """``x``, as the model is given it."""
+        advice = f"Use an empty latent node for {self.channels}-channel latents."
+        return Input("Latents", (*self._first_axes(), "height", "width"), advice)
+
+    def references(self) -> Input:
+        """Latents of pictures that the model looks at, of sizes of their own."""
+        axes = (*self._first_axes(), "rows", "columns")
+        return Input("Reference latents", axes, optional=True, many=True)
+
+    def _first_axes(self) -> tuple[Axis, ...]:
+        frames: Axis = "frames" if self.num_frames is None else ("frames", self.num_frames)
+        return ("batch", ("channels", self.channels), *((frames,) if self.video else ()))
+
+    def image_tokens(self, latent_shape: Shape) -> int:
+        """Tokens of one latent (..., [T,] H, W)."""
+        size = latent_shape[-3:] if self.video else (1, *latent_shape[-2:])
+        tokens = 1
+        for length, patch in zip(size, self.patch, strict=True):
+            tokens *= -(-length // patch)
+        return tokens
+
+    def padded(self, tokens: int) -> int:
+        """Tokens of a stream as the model computes it."""
+        return -(-tokens // self.token_multiple) * self.token_multiple
+
+
+Reader = Callable[[Shapes], Any]  # a size, from the shapes of a file's tensors
+
+
+def length(tensor: str, axis: int = 0, per: int = 1) -> Reader:
+    """How long an axis of a tensor is, counted in ``per`` features."""
+    return lambda shapes: _shape(shapes, tensor)[axis] // per
+
+
+def blocks(stack: str) -> Reader:
+    """How many blocks ``stack.0.…``, ``stack.1.…``, … there are."""
+    return lambda shapes: len({n.split(".")[1] for n in shapes if n.startswith(f"{stack}.")})
+
+
+def has(tensor: str, yes: Any = True, no: Any = False) -> Reader:
+    """``yes`` if there is such a tensor, else ``no``."""
+    return lambda shapes: yes if tensor in shapes else no
+
+
+def heads(width: str, norm: str) -> Reader:
+    """The width of the model over that of a head, which has a norm. Raises ValueError."""
+
+    def count(shapes: Shapes) -> int:
+        full, head_dim = _shape(shapes, width)[0], _shape(shapes, norm)[0]
+        if head_dim % 16 or full % head_dim:
+            raise ValueError(f"heads of {head_dim} must be a multiple of 16 and divide {full}")
+        return full // head_dim
+
+    return count
+
+
+def _shape(shapes: Shapes, name: str) -> Shape:
+    """Of the tensor, or of the first that is there of ``a.{b,c}``. Raises KeyError."""
+    names = expanded(name)
+    return shapes[next((one for one in names if one in shapes), names[0])]
+
+
+def size(
+    file: Reader,
+    setting: "str | Callable[[Settings], Any]",
+    times: int = 1,
+    absent: "str | bool | None" = None,
+) -> Any:
+    """A field of ``Sizes``: where a file has it, and a diffusers folder's config.json.
+
+    ``setting``: its name there, which is also an argument of diffusers' class, or what computes it
+    from the others. diffusers' value is ``times`` ours. ``absent``: what stands for a setting that
+    is missing or null; the name of another one, or a value.
+    """
+
+    def of_settings(settings: Settings) -> Any:
+        if callable(setting):
+            return setting(settings)
+        found: Any = settings.get(setting) if absent is not None else settings[setting]
+        if found is None:
+            found = settings[absent] if isinstance(absent, str) else absent
+        return found if times == 1 else found // times
+
+    name = setting if isinstance(setting, str) else None
+    return field(metadata={"file": file, "settings": of_settings, "name": name, "times": times})
+
+
+class Sizes:
+    """The sizes of one model of a family, and what follows from them.
+
+    Subclasses are frozen dataclasses whose fields are made by ``size``.
+    """
+
+    # Arguments of diffusers' and of ComfyUI's class, each "argument" or "argument=our attribute":
+    # of diffusers' those that no field names, of ComfyUI's those that it does not read from a file.
+    to_diffusers: ClassVar[str] = ""
+    to_comfyui: ClassVar[str] = ""
+    num_heads: int
+    head_dim: int
+
+    @property
+    def dim(self) -> int:
+        """Width of the model."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def axes_dims(self) -> tuple[int, ...]:
+        """Features of a head that turn with picture, row and column: 16, 56, 56 of 128."""
+        along = self.head_dim * 7 // 32 * 2
+        return self.head_dim - 2 * along, along, along
+
+    @classmethod
+    def of_file(cls, shapes: Shapes) -> "Sizes":
+        """From the tensors of ComfyUI's file. Raises KeyError for one that is missing."""
+        return cls(*(one.metadata["file"](shapes) for one in _fields(cls)))
+
+    @classmethod
+    def of_folder(cls, settings: Settings) -> "Sizes":
+        """From the config.json of a diffusers folder. Raises KeyError for what it lacks."""
+        return cls(*(one.metadata["settings"](settings) for one in _fields(cls)))
+
+    def for_diffusers(self) -> dict[str, Any]:
+        """The arguments of diffusers' class."""
+        named = [one for one in _fields(type(self)) if one.metadata["name"]]
+        sizes = {
+            one.metadata["name"]: getattr(self, one.name) * one.metadata["times"] for one in named
+        }
+        return self._arguments(self.to_diffusers) | sizes
+
+    def for_comfyui(self) -> dict[str, Any]:
+        """The arguments of ComfyUI's class that it does not read from a file."""
+        return self._arguments(self.to_comfyui)
+
+    def _arguments(self, names: str) -> dict[str, Any]:
+        pairs = (name.partition("=") for name in names.split())
+        return {name: getattr(self, ours or name) for name, _, ours in pairs}
+
+    @property
+    def table(self) -> Table:
+        """Every tensor of the model."""
+        raise NotImplementedError
+
+    @property
+    def geometry(self) -> Geometry:
+        """How pictures become tokens."""
+        raise NotImplementedError
+
+    @property
+    def inputs(self) -> dict[str, Input]:
+        """The tensors that the model is given, by ComfyUI's names; all but ``x``."""
+        raise NotImplementedError
+
+    @property
+    def all_inputs(self) -> dict[str, Input]:
+        """The same with ``x``."""
+        return {"x": self.geometry.latents(), "timesteps": TIMESTEPS, **self.inputs}
+
+
+def _fields(sizes: type[Sizes]) -> "tuple[Field[Any], ...]":
+    return fields(sizes)  # type: ignore[arg-type]  # its subclasses are dataclasses
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models that can be split.
+
+    ``name``: in settings and records; ``label``: for people, and ``models`` those that are known to
+    be of it. ``signature``: tensors that together only files of the family have. ``variants``: what
+    only a variant has which cannot be split yet, a tensor of its file or a setting of its
+    config.json that is true → what the variant is called. ``comfyui_class``: of ComfyUI's
+    supported_models, where ComfyUI recognises only the published sizes. ``published`` and
+    ``small``: sizes of the released model, and of one with its structure for tests.
+    ``text_tokens``: of a usual caption, for benchmarks.
+    """
+
+    name: str
+    label: str
+    models: tuple[str, ...]
+    sizes: type[Sizes]
+    signature: tuple[str, ...]
+    diffusers_class: str
+    published: Sizes
+    small: Sizes
+    variants: Mapping[str, str] = field(default_factory=dict)
+    comfyui_class: str | None = None
+    text_tokens: int = 64
+
+    def forward(self) -> Any:
+        """The family's subclass of ``models.forward.ShardedForward``. For ranks only."""
+        package = self.sizes.__module__.rpartition(".")[0]
+        return importlib.import_module(f"{package}.forward").Forward

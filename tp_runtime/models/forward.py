@@ -1,0 +1,250 @@
+"""What evaluates a sharded model as ComfyUI's forward does: the part that all families share."""
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import nn
+
+from ..errors import InputError
+from ..fault_points import reach
+from ..gpu.epilogue import Epilogue, Product
+from ..gpu.graphs import optimising
+from .family import Family, Input, Sizes
+from .layers import residual_norm
+
+MEMO_BYTES = 4 * 2**30
+# What a generation's evaluations differ in, beside the latent.
+_PER_EVALUATION = ("control",)
+
+Conditioning = dict[str, Any]  # tensors, and plain data that changes what is computed
+
+
+class Collectives(Protocol):
+    """What a forward may do with the other ranks of its tensor-parallel group."""
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Put the ranks' parts of the last axis together: (..., n) on each → (..., n · tp_size)."""
+        ...
+
+    def add_up(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks, element by element, equal on every one."""
+        ...
+
+
+class Reduction(Protocol):
+    """``ShardedForward.join`` with the sum over the ranks inside (``gpu/reduction.py``)."""
+
+    def __call__(
+        self, products: Sequence[Product], tokens: torch.Tensor, epilogue: Epilogue
+    ) -> torch.Tensor:
+        """The second result of ``join``."""
+        ...
+
+
+class Memo:
+    """Conditioning of the last few generations, by what it was computed from.
+
+    Its key is made of the names under which the rank holds the tensors, so an entry serves every
+    evaluation of a generation. Beyond ``limit_bytes`` the least recently used go first; the last
+    one stays, however large it is.
+    """
+
+    def __init__(self, limit_bytes: int = MEMO_BYTES) -> None:
+        self._limit_bytes = limit_bytes
+        self._entries: OrderedDict[Hashable, Conditioning] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, key: Hashable, compute: Callable[[], Conditioning]) -> Conditioning:
+        """What ``compute`` returned for this key, or returns now."""
+        if key not in self._entries:
+            self._entries[key] = compute()
+            self._bytes += _num_bytes(self._entries[key])
+            while self._bytes > self._limit_bytes and len(self._entries) > 1:
+                _, dropped = self._entries.popitem(last=False)
+                self._bytes -= _num_bytes(dropped)
+        self._entries.move_to_end(key)
+        return self._entries[key]
+
+
+def _num_bytes(conditioning: Conditioning) -> int:
+    return sum(one.nbytes for one in conditioning.values() if isinstance(one, torch.Tensor))
+
+
+class ShardedForward:
+    """A sharded module with the forward pass that ComfyUI expects of it, in two halves.
+
+    ``condition`` is what stays the same over a generation (refined text, positions, ...): a
+    function of every input but ``timesteps`` and of ``x`` only through its shape. ``evaluate`` is
+    the rest: tensors in, one tensor out, so that it can be recorded; ``run`` is what runs it.
+    """
+
+    family: ClassVar[Family]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sizes: Sizes,
+        collectives: Collectives,
+        reduction: Reduction | None = None,
+    ) -> None:
+        self.model: Any = model
+        self.sizes: Any = sizes
+        self.collectives = collectives
+        self.run: Callable[..., torch.Tensor] = self.evaluate
+        self.memo = Memo()
+        self._reduction = reduction
+        self._inputs = sizes.all_inputs
+        self._accepted = set(inspect.signature(self.condition).parameters)
+        self._accepted |= set(_PER_EVALUATION) & set(inspect.signature(self.evaluate).parameters)
+
+    @classmethod
+    def build(cls, sizes: Sizes) -> nn.Module:
+        """The module of that size. Call it under ``torch.device("meta")``.
+
+        Where diffusers derives the sizes of a linear from others, the file decides.
+        """
+        import diffusers
+
+        module: nn.Module = getattr(diffusers, cls.family.diffusers_class)(**sizes.for_diffusers())
+        linears = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.Linear)]
+        for path, linear in linears:
+            place = sizes.table.places[f"{path}.weight"]
+            inputs, outputs = sizes.table.file_tensors[place.name][1], place.stop - place.start
+            if (linear.in_features, linear.out_features) != (inputs, outputs):
+                module.set_submodule(path, nn.Linear(inputs, outputs, linear.bias is not None))
+        return module
+
+    @property
+    def label(self) -> str:
+        return self.family.label
+
+    def condition(self, *args: Any, **inputs: Any) -> Conditioning:
+        """The tensors that ``evaluate`` takes besides ``x``, ``timesteps`` and ``control``.
+
+        Raises:
+            InputError: an input does not fit in a way that its declaration cannot tell.
+        """
+        raise NotImplementedError
+
+    def check_control(
+        self, batch: int, conditioning: Conditioning, control: Mapping[str, Any]
+    ) -> None:
+        """Refuse a ControlNet's residuals that do not fit. Called if ``evaluate`` takes some.
+
+        Raises:
+            InputError: a residual is of another shape than it is added to.
+        """
+        raise NotImplementedError
+
+    def evaluate(self, *args: Any, **inputs: Any) -> torch.Tensor:
+        """The model's prediction, in the dtype of ``x``; ``timesteps`` are fp32."""
+        raise NotImplementedError
+
+    def join(
+        self, products: Sequence[Product], tokens: torch.Tensor, epilogue: Epilogue
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What follows row-parallel linears: ``residual_norm`` of each stream's tokens.
+
+        ``products``: for each of S streams, which lie behind one another in ``tokens`` (B, L, D),
+        the linear and its input. Returns the new tokens, and their norm, or the tokens again if
+        the epilogue has none.
+
+        The first result is good for the next ``join`` only: fast, a rank has its own rows of it.
+        """
+        if self._reduction is not None and optimising():
+            return tokens, self._reduction(products, tokens, epilogue)
+        found = []
+        start = 0
+        for stream, (linear, x) in enumerate(products):
+            here = tokens[:, start : start + x.shape[1]]
+            found.append(residual_norm(here, linear(x), epilogue.of_stream(stream)))
+            start += x.shape[1]
+        if len(found) == 1:
+            return found[0]
+        joined, normed = (torch.cat(same, dim=1) for same in zip(*found, strict=True))
+        return joined, normed
+
+    def __call__(self, inputs: Mapping[str, Any], key: Hashable) -> torch.Tensor:
+        """Evaluate the model. Inputs of one ``key`` have equal conditioning.
+
+        Raises:
+            InputError: an input does not fit, or the model has no use for it.
+        """
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        self._check(inputs)
+        x, timesteps = inputs["x"], inputs.pop("timesteps")
+        per_evaluation = {name: inputs.pop(name) for name in _PER_EVALUATION if name in inputs}
+        key = (key, tuple(x.shape), x.dtype)
+
+        def condition() -> Conditioning:
+            reach("compile")
+            return self.condition(**inputs)
+
+        conditioning = self.memo.get(key, condition)
+        if per_evaluation:
+            self.check_control(x.shape[0], conditioning, **per_evaluation)
+        return self.run(x=x, timesteps=timesteps, **conditioning, **per_evaluation)
+
+    def _check(self, inputs: Mapping[str, Any]) -> None:
+        """Raises InputError unless every input is known, and of the shape that is declared."""
+        unknown = sorted(inputs.keys() - self._accepted - {"timesteps"})
+        if unknown:
+            raise InputError(
+                f"{self.label} on the process group does not support the model input "
+                f"{', '.join(unknown)}. Remove the node that sets it, or load the model with the "
+                "stock 'Load Diffusion Model' node."
+            )
+        lengths: dict[str, int] = {}
+        for name, declared in self._inputs.items():
+            if name not in inputs:
+                if not declared.optional:
+                    raise InputError(f"{self.label} needs the model input {name}.")
+                continue
+            for tensor in inputs[name] if declared.many else (inputs[name],):
+                named = self._named_axes(declared, tensor, lengths)
+                if name == "x":
+                    lengths = named
+
+    def _named_axes(
+        self, declared: Input, tensor: torch.Tensor, lengths: Mapping[str, int]
+    ) -> dict[str, int]:
+        """The axes of a tensor by name. Raises InputError if they are not as declared."""
+        shape = tuple(tensor.shape)
+        fits = len(shape) == len(declared.axes)
+        pairs = list(zip(declared.axes, shape, strict=False))
+        fits &= all(length == axis[1] for axis, length in pairs if isinstance(axis, tuple))
+        if not fits:
+            raise InputError(
+                f"{declared.what} of {self.label} have the shape {declared}; got {shape}."
+                f"{' ' * bool(declared.advice)}{declared.advice}"
+            )
+        named = {axis: length for axis, length in pairs if isinstance(axis, str)}
+        for axis, length in named.items():
+            if lengths.get(axis, length) == length:
+                continue
+            if axis == "batch":
+                raise InputError(
+                    f"{lengths[axis]} latents need as many {declared.what.lower()}; got {length}."
+                )
+            raise InputError(
+                f"{declared.what} of {self.label} have the shape {declared}, here with {axis} "
+                f"{lengths[axis]}; got {shape}."
+            )
+        return named
+
+
+def option(transformer_options: Mapping[str, Any] | None, name: str) -> Mapping[str, Any]:
+    """A dictionary among ComfyUI's options; empty if there is none."""
+    found: Mapping[str, Any] = (transformer_options or {}).get(name) or {}
+    return found
+
+
+def unsupported(label: str, what: str, value: object, allowed: Iterable[str]) -> InputError:
+    """For a choice that the model's forward does not know."""
+    return InputError(
+        f"{label} on the process group does not support the {what} '{value}'. Supported: "
+        f"{', '.join(allowed)}."
+    )

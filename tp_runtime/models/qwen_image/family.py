@@ -1,0 +1,96 @@
+"""Qwen-Image and Qwen-Image-Edit: their files, sizes and split.
+
+Module: diffusers' ``QwenImageTransformer2DModel`` (0.42, models/transformers/
+transformer_qwenimage.py). The file of ComfyUI's class of that name (0.3.75,
+comfy/ldm/qwen_image/model.py) has its names.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+from ...sharding.plan import QKV, Column, Replicated, Row, Split
+from ...sharding.table import IMAGE, ITEM, TEXT, Attention, Linear, Stack, Table, Tensor
+from .. import family as of
+from ..family import Family, Geometry, Input, Sizes, size
+
+TIME_CHANNELS = 256
+_NORM = "transformer_blocks.0.attn.norm_q.weight"
+
+
+@dataclass(frozen=True)
+class QwenImageSizes(Sizes):
+    """``in_channels``, ``out_channels``: of a latent, before it is packed into patches."""
+
+    patch_size: ClassVar = 2
+    to_diffusers: ClassVar = "patch_size axes_dims_rope=axes_dims"
+    to_comfyui: ClassVar = (
+        "num_attention_heads=num_heads attention_head_dim=head_dim joint_attention_dim=context_dim "
+        "out_channels axes_dims_rope=axes_dims"
+    )
+    num_heads: int = size(of.heads("img_in.weight", _NORM), "num_attention_heads")
+    head_dim: int = size(of.length(_NORM), "attention_head_dim")
+    num_blocks: int = size(of.blocks("transformer_blocks"), "num_layers")
+    in_channels: int = size(of.length("img_in.weight", 1, 4), "in_channels", times=4)
+    out_channels: int = size(of.length("proj_out.weight", 0, 4), "out_channels")
+    context_dim: int = size(of.length("txt_norm.weight"), "joint_attention_dim")
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(self.in_channels, self.out_channels, video=True, num_frames=1)
+
+    @property
+    def inputs(self) -> dict[str, Input]:
+        references = self.geometry.references()
+        return {"context": of.captions(self.context_dim), "ref_latents": references}
+
+    @cached_property
+    def table(self) -> Table:
+        dim, mlp, time = self.dim, 4 * self.dim, "time_text_embed.timestep_embedder"
+        heads, gathered, qkv = Split(self.num_heads, self.head_dim), Column(gather=True), 3 * (dim,)
+        of_heads = self.head_dim, self.num_heads, self.num_heads
+        image, text = QKV("to_qkv", *of_heads), QKV("to_added_qkv", *of_heads)
+
+        outside = (
+            Linear("img_in", "", Replicated(), 4 * self.in_channels, dim),
+            Linear("txt_in", "", gathered, self.context_dim, dim),
+            Linear(f"{time}.linear_1", "", Column(), TIME_CHANNELS, dim),
+            Linear(f"{time}.linear_2", "", Row(), dim, dim),
+            Linear("norm_out.linear", "", gathered, dim, 2 * dim),
+            Linear("proj_out", "", Replicated(), dim, 4 * self.out_channels),
+            Tensor("txt_norm.weight", "", (self.context_dim,)),
+        )
+        block = (
+            Linear("img_mod.1", "", Column(), dim, 6 * dim, ITEM),
+            Linear("txt_mod.1", "", Column(), dim, 6 * dim, ITEM),
+            Linear("attn.{to_q,to_k,to_v}", "", image, dim, qkv, IMAGE),
+            Linear("attn.{add_q_proj,add_k_proj,add_v_proj}", "", text, dim, qkv, TEXT),
+            Linear("attn.to_out.0", "", Row((heads,)), dim, dim, IMAGE),
+            Linear("attn.to_add_out", "", Row((heads,)), dim, dim, TEXT),
+            Linear("img_mlp.net.0.proj", "", Column(), dim, mlp, IMAGE),
+            Linear("img_mlp.net.2", "", Row(), mlp, dim, IMAGE),
+            Linear("txt_mlp.net.0.proj", "", Column(), dim, mlp, TEXT),
+            Linear("txt_mlp.net.2", "", Row(), mlp, dim, TEXT),
+            Tensor("attn.norm_{q,k,added_q,added_k}.weight", "", (self.head_dim,)),
+        )
+        stack = "transformer_blocks"
+        return Table(outside, (Stack(stack, stack, self.num_blocks, block, (Attention(heads),)),))
+
+
+FAMILY = Family(
+    name="qwen_image",
+    label="Qwen-Image",
+    models=("Qwen-Image", "2512", "Edit", "Edit-2509"),
+    sizes=QwenImageSizes,
+    signature=("txt_norm.weight", "transformer_blocks.0.attn.add_q_proj.weight"),
+    diffusers_class="QwenImageTransformer2DModel",
+    published=QwenImageSizes(24, 128, 60, 16, 16, 3584),
+    small=QwenImageSizes(24, 16, 3, 16, 16, 64),
+    variants={
+        "__index_timestep_zero__": "Qwen-Image-Edit-2511",
+        "zero_cond_t": "Qwen-Image-Edit-2511",
+        "time_text_embed.addition_t_embedding.weight": "Qwen-Image-Layered",
+        "use_additional_t_cond": "Qwen-Image-Layered",
+        "use_layer3d_rope": "Qwen-Image-Layered",
+    },
+)

@@ -1,0 +1,113 @@
+"""Z-Image (turbo and base): its files, sizes and split.
+
+Module: diffusers' ``ZImageTransformer2DModel`` (0.42, models/transformers/transformer_z_image.py).
+File: ComfyUI's ``NextDiT`` (0.3.75, comfy/ldm/lumina/model.py) with ``z_image_modulation``.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+from ...sharding.plan import QKV, Column, MergedColumn, Replicated, Row, Split
+from ...sharding.table import ALL, IMAGE, ITEM, PROMPT, Attention, Linear, Stack, Table, Tensor
+from .. import family as of
+from ..family import Family, Geometry, Input, Sizes, size
+
+PATCH, EMBEDDER = 2, "2-1"  # and diffusers' name of this size
+TIME_CHANNELS, TOKEN_MULTIPLE = 256, 32
+_QK_NORM = "layers.0.attention.q_norm.weight"
+_CAPTION, _SCALE, _LAST = "cap_embedder.1", "adaLN_modulation.1", f"all_final_layer.{EMBEDDER}"
+
+
+@dataclass(frozen=True)
+class ZImageSizes(Sizes):
+    """``token_multiple``: what learned tokens pad captions and images to; 1: nothing does."""
+
+    rope_theta: ClassVar = 256.0
+    time_scale: ClassVar = 1000.0
+    all_patch_size: ClassVar = (PATCH,)
+    to_diffusers: ClassVar = "dim n_kv_heads=num_heads axes_dims rope_theta all_patch_size"
+    to_comfyui: ClassVar = (
+        "n_heads=num_heads n_kv_heads=num_heads n_refiner_layers=num_refiners axes_dims "
+        "rope_theta time_scale multiple_of=ffn_dim"
+    )
+    num_heads: int = size(of.heads(f"{_CAPTION}.weight", _QK_NORM), "n_heads")
+    head_dim: int = size(of.length(_QK_NORM), lambda s: s["dim"] // s["n_heads"])
+    ffn_dim: int = size(
+        of.length("layers.0.feed_forward.w1.weight"), lambda s: int(s["dim"] / 3 * 8)
+    )
+    num_layers: int = size(of.blocks("layers"), "n_layers")
+    num_refiners: int = size(of.blocks("noise_refiner"), "n_refiner_layers")
+    context_dim: int = size(of.length(f"{_CAPTION}.weight", 1), "cap_feat_dim")
+    in_channels: int = size(of.length("x_embedder.weight", 1, 4), "in_channels")
+    time_dim: int = size(of.length("t_embedder.mlp.0.weight"), lambda s: min(s["dim"], 1024))
+    token_multiple: int = size(of.has("cap_pad_token", TOKEN_MULTIPLE, 1), lambda _: TOKEN_MULTIPLE)
+
+    @property
+    def axes_dims(self) -> tuple[int, ...]:
+        """Features of a head that turn with caption, row and column: 32, 48, 48 of 128."""
+        return self.head_dim // 4, self.head_dim // 8 * 3, self.head_dim // 8 * 3
+
+    def for_comfyui(self) -> dict[str, Any]:
+        # NextDiT rounds int(dim * multiplier) up to a multiple: this makes it ffn_dim exactly.
+        ffn = {"ffn_dim_multiplier": self.ffn_dim / self.dim, "z_image_modulation": True}
+        pads = {"pad_tokens_multiple": self.token_multiple if self.token_multiple > 1 else None}
+        return super().for_comfyui() | ffn | pads
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(self.in_channels, token_multiple=self.token_multiple)
+
+    @property
+    def inputs(self) -> dict[str, Input]:
+        return {"context": of.captions(self.context_dim)}
+
+    @cached_property
+    def table(self) -> Table:
+        dim, ffn, patch, adaln = self.dim, self.ffn_dim, 4 * self.in_channels, min(self.dim, 256)
+        head, up = (self.head_dim,), MergedColumn("w13")
+        heads, gathered, qkv = Split(self.num_heads, self.head_dim), Column(gather=True), 3 * (dim,)
+        to = QKV("to_qkv", self.head_dim, self.num_heads, self.num_heads)
+        norms = "{attention_norm1,attention_norm2,ffn_norm1,ffn_norm2}.weight"
+
+        def block(over: str) -> tuple[Linear | Tensor, ...]:
+            return (
+                Linear("attention.{to_q,to_k,to_v}", "attention.qkv", to, dim, qkv, over, False),
+                Linear("attention.to_out.0", "attention.out", Row((heads,)), dim, dim, over, False),
+                Linear("feed_forward.{w1,w3}", "", up, dim, (ffn, ffn), over, False),
+                Linear("feed_forward.w2", "", Row(), ffn, dim, over, False),
+                Tensor("attention.norm_{q,k}.weight", "attention.{q,k}_norm.weight", head),
+                Tensor(norms, "", (dim,)),
+            )
+
+        outside: tuple[Linear | Tensor, ...] = (
+            Linear(f"all_x_embedder.{EMBEDDER}", "x_embedder", Replicated(), patch, dim),
+            Tensor("cap_embedder.0.weight", "", (self.context_dim,)),
+            Linear(_CAPTION, "", gathered, self.context_dim, dim),
+            Linear("t_embedder.mlp.0", "", Column(), TIME_CHANNELS, self.time_dim),
+            Linear("t_embedder.mlp.2", "", Row(), self.time_dim, adaln),
+            Linear(f"{_LAST}.linear", "final_layer.linear", Replicated(), dim, patch),
+            Linear(f"{_LAST}.{_SCALE}", f"final_layer.{_SCALE}", gathered, adaln, dim),
+            *([Tensor("{x,cap}_pad_token", "", (1, dim))] if self.token_multiple > 1 else []),
+        )
+        modulation = Linear("adaLN_modulation.0", "", Column(), adaln, 4 * dim, ITEM)
+        noise, text, count = "noise_refiner", "context_refiner", self.num_refiners
+        of_noise, of_all = (*block(IMAGE), modulation), (*block(ALL), modulation)
+        refiners = Stack(noise, noise, count, of_noise, (Attention(heads, IMAGE, IMAGE),))
+        layers = Stack("layers", "layers", self.num_layers, of_all, (Attention(heads),))
+        stacks = refiners, Stack(text, text, count, block(PROMPT)), layers
+        return Table(outside, stacks, unused={"norm_final.weight": (dim,)})
+
+
+FAMILY = Family(
+    name="z_image",
+    label="Z-Image",
+    models=("turbo", "base"),
+    sizes=ZImageSizes,
+    # Lumina 2 has the same names but for the modulation, which there follows a SiLU (index 1).
+    signature=("cap_embedder.1.weight", "layers.0.adaLN_modulation.0.weight"),
+    diffusers_class="ZImageTransformer2DModel",
+    published=ZImageSizes(30, 128, 10240, 30, 2, 2560, 16, 1024, TOKEN_MULTIPLE),
+    small=ZImageSizes(30, 16, 1280, 2, 2, 64, 16, 480, TOKEN_MULTIPLE),
+    comfyui_class="ZImage",
+)

@@ -1,0 +1,78 @@
+"""A rank's shard of a model, as the rank holds it: awake or asleep, patched or not."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+
+import torch
+
+from ..models.forward import Memo, ShardedForward
+from ..wire.protocol import PatchedWeight
+from .host_copy import HostCopy
+from .patched_weights import PatchedWeights
+
+
+class LoadedModel:
+    """A rank's shard of a model: evaluated by ``forward``, changed through ``weights``."""
+
+    def __init__(
+        self,
+        forward: ShardedForward,
+        weights: PatchedWeights,
+        device: torch.device,
+        new_run: Callable[[], Callable[..., torch.Tensor]],
+        bytes_read: int,
+    ) -> None:
+        self.forward = forward
+        self.weights = weights
+        self.bytes_read = bytes_read
+        self._device = device
+        self._new_run = new_run
+        self._copy: HostCopy | None = None
+        self.asleep = False
+        self._parameters = dict(forward.model.named_parameters())
+        self.resident_bytes = sum(parameter.nbytes for parameter in self._parameters.values())
+        forward.run = new_run()
+
+    def patch(self, changes: Mapping[str, PatchedWeight], held: Mapping[int, torch.Tensor]) -> None:
+        """Change the weights; see ``PatchedWeights.apply``."""
+        self.weights.apply(changes, held)
+        self.forward.memo = Memo()  # computed with the weights of before
+
+    def sleep(self) -> None:
+        """Move the weights to the host's memory, and drop what was computed and recorded of them.
+
+        On a CPU they are there already and stay in their place.
+        """
+        if self.asleep:
+            return
+        self.asleep = True
+        self.forward.memo = Memo()
+        self.forward.run = self._new_run()
+        if self._device.type == "cuda":
+            self._copy = HostCopy({name: p.data for name, p in self._parameters.items()})
+            for parameter in self._parameters.values():
+                parameter.data = torch.empty(0, dtype=parameter.dtype, device=self._device)
+
+    def wake(self) -> None:
+        """Move the weights back to the device."""
+        self.asleep = False
+        if self._copy is not None:
+            for name, copy in self._copy.tensors.items():
+                self._parameters[name].data = copy.to(self._device, non_blocking=True)
+            self._copy.close()
+            self._copy = None
+
+    def close(self) -> None:
+        """Give back the host's memory that the model takes. It cannot be used any more."""
+        self.weights.close()
+        if self._copy is not None:
+            self._copy.close()
+
+    def digest(self) -> str:
+        """A hash of the weights as they are now, padding included."""
+        found = hashlib.blake2s()
+        for name, parameter in sorted(self._parameters.items()):
+            copy = self._copy.tensors[name] if self._copy else parameter.data.cpu()
+            found.update(name.encode())
+            found.update(copy.contiguous().flatten().view(torch.uint8).numpy().data)
+        return found.hexdigest()

@@ -1,0 +1,55 @@
+"""``python -m tp_runtime models``: the families, their files, and GPU counts that work."""
+
+import argparse
+import json
+from typing import Any
+
+from ..config import MAX_TP_SIZE
+from ..files.checkpoint import FORMATS
+from ..models import families
+from ..models.family import Family
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """How to print."""
+    parser.description = "List the models that can be split over several GPUs."
+    parser.add_argument("--json", action="store_true", help="as a list of objects")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print the list."""
+    rows = [describe(family) for family in families().values()]
+    if options.json:
+        print(json.dumps(rows, indent=1))
+        return
+    for row in rows:
+        counts = ", ".join(map(str, row["gpu_counts"]))
+        print(f"{row['label']} ({row['name']}): {', '.join(row['models'])}")
+        print(f"  {row['parameters'] / 1e9:.1f} B parameters; on {counts} GPUs")
+        print(
+            f"  diffusers folders of {row['diffusers_class']}; files: {', '.join(row['formats'])}"
+        )
+        if row["not_yet"]:
+            print(f"  not yet: {', '.join(row['not_yet'])}")
+
+
+def describe(family: Family) -> dict[str, Any]:
+    """What is supported of a family, as plain data; README's table is made of it."""
+    table = family.published.table
+    return {
+        "name": family.name,
+        "label": family.label,
+        "models": list(family.models),
+        "not_yet": sorted(set(family.variants.values())),
+        "parameters": sum(_count(shape) for shape in table.file_tensors.values()),
+        "gpu_counts": list(table.plan.valid_tp_sizes(MAX_TP_SIZE)),
+        "diffusers_class": family.diffusers_class,
+        "formats": list(FORMATS),
+    }
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for length in shape:
+        count *= length
+    return count
