@@ -11,11 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from bench.dummy import config_of
-from bench.inputs import TEXT_TOKENS
 from tp_runtime.config import Layout
 from tp_runtime.layouts.cost_model import DEVICES, LINKS, Link, Prediction, device_of, predict
-from tp_runtime.models import FAMILIES, family
+from tp_runtime.models import families, family
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 RESULTS = Path(__file__).parent / "results"
@@ -44,13 +42,12 @@ class Case:
     device: str = "NVIDIA H200"
 
     def predict(self) -> Prediction:
-        config = config_of(self.model)
-        shape = self.batch, *family(self.model).latent_shape(config, self.side, self.side)
+        of_model = family(self.model)
+        latent = of_model.published.geometry.latent_shape(self.side, self.side)
         return predict(
-            self.model,
-            config,
-            shape,
-            TEXT_TOKENS[self.model],
+            of_model.published,
+            (self.batch, *latent),
+            of_model.text_tokens,
             self.layout.tp_size,
             self.layout.batch_groups,
             device_of(self.device),
@@ -59,8 +56,7 @@ class Case:
 
     @property
     def label(self) -> str:
-        label: str = family(self.model).LABEL
-        return label
+        return family(self.model).label
 
 
 @dataclass(frozen=True)
@@ -84,6 +80,8 @@ def measured() -> list[Measured]:
     newest: dict[Case, Measured] = {}
     for path in sorted(RESULTS.glob("*.json")):  # by date
         for row in json.loads(path.read_text()):
+            if row.get("where") == "comfyui":
+                continue  # a sampler's step, not an evaluation
             if not row["tp"] or row["device"] == "cpu" or row["optimize"] == "off":
                 continue  # diffusers alone; no GPU; operations as written
             link = replace(NVLINK, fused=row["commit"] not in THROUGH_NCCL or row["tp"] == 1)
@@ -195,7 +193,7 @@ def throughput() -> str:
     """Eight latents on eight GPUs."""
     shown = [Layout(8), Layout(4, 2), Layout(2, 4), Layout(1, 8)]
     rows = []
-    for model in FAMILIES:
+    for model in families():
         times = [Case(model, 1024, 8, at).predict().ms for at in shown]
         rows.append([_label(model), *(f"{ms:.0f} ms, {8e3 / ms:.0f}/s" for ms in times)])
     return _table(["model", *shown], rows)
@@ -254,7 +252,7 @@ def page(text: str) -> str:
 
 def _on(num_gpus: int, model: str, side: int, batch: int) -> Iterator[Case]:
     """Every way to use up to that many GPUs; groups that fit a host stay in one."""
-    for size in family(model).plan(config_of(model)).valid_tp_sizes(num_gpus):
+    for size in family(model).published.table.plan.valid_tp_sizes(num_gpus):
         if size <= GPUS_PER_HOST:
             groups, link = num_gpus // GPUS_PER_HOST * (GPUS_PER_HOST // size), NVLINK
         else:
@@ -263,12 +261,11 @@ def _on(num_gpus: int, model: str, side: int, batch: int) -> Iterator[Case]:
 
 
 def _models_and_sides() -> Iterator[tuple[str, int]]:
-    return ((model, side) for model in FAMILIES for side in (1024, 2048))
+    return ((model, side) for model in families() for side in (1024, 2048))
 
 
 def _label(model: str) -> str:
-    label: str = family(model).LABEL
-    return label
+    return family(model).label
 
 
 def _table(heads: Sequence[object], rows: list[list[object]]) -> str:

@@ -6,33 +6,31 @@ from typing import Any
 
 import pytest
 
-from bench.dummy import config_of
 from tp_runtime.layouts.cost_model import (
     DEVICES,
     LINKS,
     REQUEST_S,
     Prediction,
     device_of,
-    image_tokens,
     predict,
 )
-from tp_runtime.models import FAMILIES, family
-from tp_runtime.sharding.block_costs import Stage, count_flops
+from tp_runtime.models import families, family
+from tp_runtime.sharding.block_costs import BlockCosts, count_flops
 
-MODELS = sorted(FAMILIES)
+MODELS = sorted(families())
 
 
 def predicted(
     model: str, tp_size: int, batch_groups: int = 1, batch: int = 1, side: int = 1024, **more: Any
 ) -> Prediction:
-    config = config_of(model)
-    shape = batch, *family(model).latent_shape(config, side, side)
-    return predict(model, config, shape, 512, tp_size, batch_groups, **more)
+    sizes = family(model).published
+    shape = batch, *sizes.geometry.latent_shape(side, side)
+    return predict(sizes, shape, 512, tp_size, batch_groups, **more)
 
 
-def stages(model: str, image: int = 4096, text: int = 512) -> list[Stage]:
-    found: list[Stage] = family(model).stages(config_of(model), image, text)
-    return found
+def blocks_of(model: str, image: int = 4096, text: int = 512) -> list[BlockCosts]:
+    sizes = family(model).published
+    return sizes.table.block_costs(sizes.geometry.padded(text), sizes.geometry.padded(image))
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -83,17 +81,17 @@ def test_tensor_parallelism_divides_the_arithmetic_only(model: str) -> None:
 
 def test_padding_is_counted() -> None:
     """Z-Image's 30 heads are 32 on 4 and on 8 GPUs, 30 on 5."""
-    (_, layers) = stages("z_image")
-    qkv = {size: next(layers.products(size))[2] * size for size in (1, 2, 4, 5, 8)}
+    (_, layers) = blocks_of("z_image")
+    qkv = {size: layers.linears[0].local(size)[1] * size for size in (1, 2, 4, 5, 8)}
     assert qkv == {1: 90 * 128, 2: 90 * 128, 4: 96 * 128, 5: 90 * 128, 8: 96 * 128}
-    even = replace(layers, heads=replace(layers.heads, count=32))
-    assert [*even.products(4)] == [*layers.products(4)]
+    heads = replace(layers.attentions[0].heads, count=32)
+    assert heads.local_count(4) == layers.attentions[0].heads.local_count(4)
 
 
 def test_a_products_operations() -> None:
     """By hand, for FLUX.1 at 1024²: 12 squares of the width per token and block, and attention."""
     tokens, width, blocks = 4096 + 512, 3072, 19 + 38
-    assert count_flops(stages("flux")) == blocks * (
+    assert count_flops(blocks_of("flux")) == blocks * (
         2 * tokens * 12 * width**2 + 4 * tokens**2 * width
     )
 
@@ -109,8 +107,8 @@ def test_sums_without_shared_memory_are_one_for_each_stream() -> None:
 
 
 def test_tokens() -> None:
-    assert image_tokens((1, 16, 128, 128)) == 4096
-    assert image_tokens((2, 16, 1, 63, 65)) == 32 * 33
+    assert family("flux").published.geometry.image_tokens((16, 128, 128)) == 4096
+    assert family("qwen_image").published.geometry.image_tokens((16, 1, 63, 65)) == 32 * 33
     with_reference = predicted("flux", 2, references=[(1, 16, 128, 128)])
     assert predicted("flux", 2).ms < with_reference.ms < 3 * predicted("flux", 2).ms
 

@@ -38,55 +38,67 @@ print("equal")
 _REDUCTION = """
 import torch
 from tp_runtime.gpu import kernels
+from tp_runtime.gpu.epilogue import Epilogue
 from tp_runtime.models.layers import residual_norm
+
+def in_fp32(epilogue):
+    return Epilogue(*(one.float() if isinstance(one, torch.Tensor) else one for one in epilogue))
 
 def addresses(tensors):
     return torch.tensor([tensor.data_ptr() for tensor in tensors])
 
 batch, length, width = 2, 5, 48
 cases = [
-    # (has a norm of its update, norm, limit)
-    (False, "layer", False),
-    (False, "layer", True),
-    (True, "rms", False),
-    (True, None, False),
+    # (has a norm of its update, norm, gate, its own weights, modulated, a row each token, limit)
+    (False, "layer", True, False, True, False, False),
+    (False, "layer", True, False, True, False, True),
+    (True, "rms", True, True, True, False, False),
+    (True, "none", True, False, False, False, False),
+    (True, "rms", False, True, False, False, False),
+    (False, "layer", False, True, False, False, False),
+    (False, "layer", True, True, True, True, False),
+    (False, "rms", True, True, True, True, False),
 ]
 for dtype, tolerance in ((torch.float32, 3e-6), (torch.float16, 2e-2), (torch.bfloat16, 6e-2)):
-    for norm_update, norm, limit in cases:
-        for num_text in (0, 3):
+    for norm_update, norm, gated, weighted, modulated, each, limit in cases:
+        for num_text in (length,) if each else (0, 3):
             limit = limit and dtype == torch.float16
             tokens = torch.randn(batch, length, width).to(dtype)
             updates = [torch.randn(batch, length, width).to(dtype) for _ in range(2)]
             if limit:
                 tokens[1, 2, 5], updates[0][1, 2, 5], updates[1][1, 2, 5] = 65000, 65000, 0
             targets = [torch.full_like(tokens, torch.nan) for _ in range(2)]
-            modulation = torch.randn(2, batch, 3, width).to(dtype)
-            modulation[:, :, 0, 5] = 1
-            gate, shift, scale = modulation.unbind(2)
-            if norm is None:
-                shift = scale = None
-            weights = [(1 + 0.1 * torch.randn(width)).to(dtype) for _ in range(2)]
-            update_weight = weights[0] if norm_update else None
-            norm_weight = weights[1] if norm == "rms" else None
-            options = (update_weight, norm_weight, 1e-5, limit)
+            rows = (1, batch, length, 3, width) if each else (2, batch, 3, width)
+            modulation = torch.randn(rows).to(dtype)
+            modulation[..., 0, 5] = 1
+            gate, shift, scale = modulation.unbind(-2)
+            weight, bias, of_update = ((1 + 0.1 * torch.randn(width)).to(dtype) for _ in range(3))
+            epilogue = Epilogue(
+                1e-5,
+                gate if gated else None,
+                norm,
+                scale if modulated else None,
+                shift if modulated and norm == "layer" else None,
+                weight if weighted else None,
+                bias if weighted and norm == "layer" else None,
+                of_update if norm_update else None,
+                limit,
+            )
             total = updates[0].float() + updates[1].float()
+            ends = (slice(None),) if each else (slice(0, num_text), slice(num_text, None))
             expected = [
                 residual_norm(
                     tokens[:, here].float() if not limit else tokens[:, here],
                     total[:, here] if not limit else total[:, here].half(),
-                    gate[stream],
-                    None if shift is None else shift[stream],
-                    None if scale is None else scale[stream],
-                    *options,
+                    (in_fp32 if not limit else Epilogue._make)(epilogue.of_stream(stream)),
                 )
-                for stream, here in enumerate((slice(0, num_text), slice(num_text, None)))
+                for stream, here in enumerate(ends)
             ]
             expected = [torch.cat(same, dim=1) for same in zip(*expected)]
             new = [tokens.clone(), tokens.clone()]
             for rank in range(2):
                 kernels.residual_norm(
-                    addresses(updates), addresses(targets), new[rank], gate, shift, scale,
-                    *options, num_text, rank, 2,
+                    addresses(updates), addresses(targets), new[rank], epilogue, num_text, rank, 2,
                 )
             half = (batch * length) // 2
             rows = [one.flatten(0, 1) for one in new]

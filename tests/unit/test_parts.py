@@ -75,7 +75,7 @@ tp_sizes = st.integers(1, 8)
 @given(st.integers(1, 40), st.integers(1, 4), tp_sizes)
 def test_column_parallel(count: int, unit: int, tp_size: int) -> None:
     outputs = {"up": count * unit}
-    layer, file = build(Column(unit), outputs), file_of(outputs)
+    layer, file = build(Column((Split(count, unit),)), outputs), file_of(outputs)
     shards = [shard(layer, rank, tp_size, file, one_to_one(file)) for rank in range(tp_size)]
     for name in ("block.up.weight", "block.up.bias"):
         together = torch.cat([held[name] for held in shards])
@@ -91,7 +91,7 @@ def test_fused_columns_are_found_on_every_rank(first: int, second: int, tp_size:
     halves: dict[str, list[torch.Tensor]] = {"gate": [], "up": []}
     for rank in range(tp_size):
         weight = shard(layer, rank, tp_size, file, one_to_one(file))["block.both.weight"]
-        lengths = [block.split.local(tp_size) for block in layer.blocks]
+        lengths = [section.split.local(tp_size) for section in layer.sections]
         for name, part in zip(halves, weight.split(lengths), strict=True):
             halves[name].append(part)
     for name, parts in halves.items():
@@ -149,13 +149,13 @@ def test_row_parallel_adds_its_bias_once(segments: tuple[Split, ...], tp_size: i
 def local_input(x: torch.Tensor, layer: Layer, rank: int, tp_size: int) -> torch.Tensor:
     """What column-parallel layers with the same splits leave on a rank; junk where they pad."""
     pieces, begin = [], 0
-    for block in layer.blocks:
-        start, stop = block.split.range(rank, tp_size)
+    for section in layer.sections:
+        start, stop = section.split.range(rank, tp_size)
         padding = torch.full(
-            (x.shape[0], block.split.local(tp_size) - (stop - start)), 1e6, dtype=x.dtype
+            (x.shape[0], section.split.local(tp_size) - (stop - start)), 1e6, dtype=x.dtype
         )
         pieces += [x[:, begin + start : begin + stop], padding]
-        begin += block.split.full
+        begin += section.split.full
     return torch.cat(pieces, dim=1)
 
 
@@ -210,7 +210,7 @@ def test_a_linear_may_be_stored_in_several_pieces(tp_size: int) -> None:
 
 
 def test_nothing_is_read_twice_nor_for_padding() -> None:
-    layer = build(Column(4), {"up": 40})
+    layer = build(Column((Split(10, 4),)), {"up": 40})
     file = file_of({"up": 40})
     parts = [part for rank in range(8) for part in layer_parts(layer, rank, 8, one_to_one(file))]
     rows = [row for part in parts if part.target == "block.up.weight" for row in range(*part.rows)]
@@ -222,7 +222,11 @@ def test_nothing_is_read_twice_nor_for_padding() -> None:
     ("style", "outputs", "message"),
     [
         (QKV("qkv", 8, 2, 2), {"q": 16, "k": 16, "v": 24}, "block.v has 24 outputs, its plan 16"),
-        (Column(unit=5), {"up": 12}, "block.up has 12 outputs, its plan 10"),
+        (
+            Column((Split(2, 5),)),
+            {"up": 12},
+            "segments of block.up do not add up to its 12 outputs",
+        ),
         (MergedColumn("both", (1, 5)), {"a": 4, "b": 12}, "block.b has 12 outputs, its plan 10"),
         (Row((Split(5, 2),)), {"out": 4}, "do not add up to its 12 inputs"),
         (Column(), {"a": 4, "b": 4}, "cannot be one Column layer"),
