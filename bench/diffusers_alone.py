@@ -1,99 +1,125 @@
 """diffusers' own transformer with compiled blocks on one GPU, to compare with.
 
-    python -m bench.diffusers_alone flux 10 1024x1
-
-Prints, last, the rows as JSON. Arguments: model, steps, sizes as SIDExBATCH.
+Run by `bench.step --diffusers` in a process of its own: its arguments are the model file, how many
+evaluations to time, and a file of the cases: side, batch, inputs and what to expect of them.
+Prints, last, the rows as JSON. On the CPU the blocks are not compiled.
 """
 
+import inspect
 import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import (
-    FluxTransformer2DModel,
-    QwenImageTransformer2DModel,
-    ZImageTransformer2DModel,
-)
 
-from bench.inputs import make_inputs
+from bench.errors import relative_error
+from tp_runtime.models.recognise import CheckpointInfo, inspect_checkpoint, open_checkpoint
 
 GIB = 2**30
-_CLASSES = {
-    "flux": (FluxTransformer2DModel, {"guidance_embeds": True}),
-    "qwen_image": (QwenImageTransformer2DModel, {}),
-    "z_image": (ZImageTransformer2DModel, {}),
-}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+WARM_UPS = 3
 
 
-def _build(model: str) -> Any:
-    kind, options = _CLASSES[model]
-    with torch.device("cuda"):
-        module = kind(**options).to(torch.bfloat16).requires_grad_(False)
-    for parameter in module.parameters():
-        parameter.data.normal_(std=0.02)
+def _build(info: CheckpointInfo) -> torch.nn.Module:
+    """The module with the file's weights."""
+    torch.set_default_dtype(torch.bfloat16)  # fp32 first would take twice the memory
+    try:
+        with torch.device(DEVICE):
+            module = getattr(diffusers, info.family.diffusers_class)(**info.sizes.for_diffusers())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    table = info.sizes.table
+    with open_checkpoint(info.path) as file:
+        for name, parameter in module.requires_grad_(False).named_parameters():
+            place = table.places[name]
+            rows = file.read(place.name, (place.start, place.stop), None)
+            if name in table.swapped:
+                rows = torch.cat(rows.chunk(2)[::-1])
+            parameter.data = rows.to(DEVICE)  # a small model may have sizes that are fixed there
     return module.eval()
 
 
-def _arguments(model: str, side: int, batch: int) -> dict[str, Any]:
-    """The same sizes as ``make_inputs``, as diffusers wants them."""
-    ours = make_inputs(model, side, batch)
-    x, text = ours["x"], ours["context"]
-    side //= 16
-    if model == "z_image":
-        return {"x": list(x.unsqueeze(2)), "t": ours["timesteps"], "cap_feats": list(text)}
-    tokens = x.reshape(batch, 64, side * side).transpose(1, 2).contiguous()
-    common = {
-        "hidden_states": tokens,
+def _call(module: Any, inputs: dict[str, Any]) -> Callable[[], torch.Tensor]:
+    """An evaluation of these inputs, as diffusers' pipelines do it."""
+    x, text, batch = inputs["x"], inputs["context"], len(inputs["x"])
+    takes = inspect.signature(module.forward).parameters
+    if "cap_feats" in takes:  # one picture at a time, the time backwards
+        images, texts, times = list(x.unsqueeze(2)), list(text), 1 - inputs["timesteps"]
+        return lambda: -torch.stack(module(images, times, texts, return_dict=False)[0]).squeeze(2)
+    rows, columns = x.shape[-2] // 2, x.shape[-1] // 2
+    # Patches of 2 x 2 are tokens; a token is channels, rows, columns.
+    patches = x.reshape(batch, -1, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5)
+    positions = torch.zeros(rows, columns, 3, device=x.device)
+    positions[..., 1] = torch.arange(rows, device=x.device)[:, None]
+    positions[..., 2] = torch.arange(columns, device=x.device)
+    known = {
+        "hidden_states": patches.reshape(batch, rows * columns, -1),
         "encoder_hidden_states": text,
-        "timestep": ours["timesteps"].bfloat16(),
-    }
-    if model == "qwen_image":
-        return common | {"img_shapes": [[(1, side, side)]] * batch}
-    positions = torch.zeros(side, side, 3, device=x.device)
-    positions[..., 1] = torch.arange(side, device=x.device)[:, None]
-    positions[..., 2] = torch.arange(side, device=x.device)
-    return common | {
-        "pooled_projections": ours["y"],
-        "guidance": ours["guidance"],
+        "timestep": inputs["timesteps"],
+        "img_shapes": [[(1, rows, columns)]] * batch,
+        "pooled_projections": inputs.get("y"),
+        "guidance": inputs.get("guidance"),
         "img_ids": positions.flatten(0, 1),
         "txt_ids": torch.zeros(text.shape[1], 3, device=x.device),
     }
+    given = {name: value for name, value in known.items() if name in takes and value is not None}
+
+    def evaluate() -> torch.Tensor:
+        tokens = module(**given, return_dict=False)[0]
+        found = tokens.reshape(batch, rows, columns, -1, 2, 2).permute(0, 3, 1, 4, 2, 5)
+        return found.reshape(x.shape)
+
+    return evaluate
+
+
+def _synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
 @torch.inference_mode()
 def main() -> None:
     """See the module."""
-    model, steps, sizes = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
-    module = _build(model)
-    weights = torch.cuda.memory_allocated() / GIB
-    module.compile_repeated_blocks(fullgraph=False, dynamic=False)
+    path, steps, cases = sys.argv[1], int(sys.argv[2]), torch.load(sys.argv[3])
+    info = inspect_checkpoint(path)
+    module = _build(info)
+    weights = sum(parameter.nbytes for parameter in module.parameters()) / GIB
+    if DEVICE == "cuda":
+        module.compile_repeated_blocks(fullgraph=False, dynamic=False)
+        torch.cuda.reset_peak_memory_stats()
     rows = []
-    for size in sizes:
-        side, batch = map(int, size.split("x"))
-        arguments = _arguments(model, side, batch)
-        times = []
-        for _ in range(steps + 3):
-            torch.cuda.synchronize()
+    for side, batch, all_inputs, all_expected in cases:
+        calls = [_call(module, inputs) for inputs in all_inputs]
+        times, results = [], []
+        for index in range(steps + WARM_UPS):
+            _synchronize()
             started = time.perf_counter()
-            module(**arguments, return_dict=False)
-            torch.cuda.synchronize()
+            results.append(calls[index % len(calls)]())
+            _synchronize()
             times.append(1000 * (time.perf_counter() - started))
-        first_s, times = times[0] / 1000, sorted(times[3:])
+        error = max(
+            relative_error(result, all_expected[index % len(calls)])
+            for index, result in enumerate(results)
+        )
+        first_s, times = times[0] / 1000, sorted(times[WARM_UPS:])
+        peak = round(torch.cuda.max_memory_allocated() / GIB, 2) if DEVICE == "cuda" else None
         rows.append(
             {
-                "model": f"diffusers {model}",
+                "model": f"diffusers {info.family.name}",
                 "tp": 0,
                 "side": side,
                 "batch": batch,
+                "error": float(f"{error:.2e}"),
                 "ms_median": round(statistics.median(times), 2),
                 "ms_min": round(times[0], 2),
                 "ms_p90": round(times[int(0.9 * (len(times) - 1))], 2),
                 "first_s": round(first_s, 1),
                 "weights_gib": round(weights, 2),
-                "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2),
+                "peak_gib": peak,
             }
         )
     print(json.dumps(rows))

@@ -3,41 +3,59 @@
     python -m bench.step --models z_image --tp 1 2 --sides 1024 --out bench/results
 
 Each row: the wall-clock time of `RemoteModel.evaluate`, as ComfyUI sees it (request, transfer of
-the latent from its device and back, step); `ms_hop`, what of it lies outside the slower rank, the
-median of a few more steps; `floor_ratio`, the time over the least that the model's products and
+the latent from its device and back, evaluation); `ms_hop`, what of it lies outside the slower rank,
+the median of a few more; `floor_ratio`, the time over the least that the model's products and
 attention take at the measured rate of a large matrix product, evenly split; `start_s` until the
-ranks are up, `load_s` for reading the file, `first_s` for the first step; the memory on the worst
+ranks are up, `load_s` for reading the file, `first_s` for the first one; the memory on the worst
 GPU. `--diffusers` adds rows (`tp` 0) of diffusers with compiled blocks on one GPU, in the same run.
+
+`error`: how far the results are from those of one GPU that computes as it is written, on the same
+inputs; the largest of all evaluations of the row, and of all items of their batches. With batch
+groups that a batch does not fill, several evaluations at once are compared, too. A row whose error
+is above 3e-2 is marked WRONG, and the exit status is 1: its times are no result.
 """
 
 import argparse
 import importlib.metadata
 import json
+import math
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.dummy import config_of, dummy_file
+from bench.dummy import dummy_file, sizes_of
+from bench.errors import TOLERANCE, relative_error
 from bench.inputs import make_inputs
-from tp_runtime.client import GroupConfig, Layout, ModelSpec, Runtime, visible_gpu_count
-from tp_runtime.models import FAMILIES, family
+from tp_runtime.client import (
+    GroupConfig,
+    Layout,
+    ModelSpec,
+    RemoteModel,
+    Runtime,
+    visible_gpu_count,
+)
+from tp_runtime.models import families
+from tp_runtime.models.family import Sizes
 from tp_runtime.sharding.block_costs import count_flops
 
 GIB = 2**30
 HOPS = 5
+WARM_UPS = 3  # as written, recorded, replayed
 COLUMNS = [
     "model",
     "tp",
     "batch_groups",
     "side",
     "batch",
+    "error",
     "ms_median",
     "ms_min",
     "ms_p90",
@@ -51,11 +69,64 @@ COLUMNS = [
 ]
 
 
+@dataclass(frozen=True)
+class Case:
+    """Inputs that differ in their latents, and what one GPU makes of each, as written."""
+
+    inputs: list[dict[str, Any]]
+    expected: list[torch.Tensor]  # on the CPU
+
+
+def cases(
+    path: Path, args: argparse.Namespace, model: str, layouts: list[Layout]
+) -> dict[tuple[int, int], Case]:
+    """Every (side, batch). The group that computes what to expect is ended."""
+    sizes, runtime = sizes_of(model, args.small), Runtime()
+    found = {}
+    try:
+        remote = runtime.model(
+            ModelSpec.of(str(path), "bfloat16", "bfloat16", "off"), GroupConfig.local(1)
+        )
+        remote.ensure_loaded()
+        for side in args.sides:
+            for batch in args.batches:
+                # Two at least: a replayed graph must take its latent, not that of before.
+                num_latents = max([2, *(_evaluations_at_once(layout, batch) for layout in layouts)])
+                inputs = [
+                    _with_latent(model, sizes, side, batch, seed) for seed in range(num_latents)
+                ]
+                expected = [remote.evaluate(one).cpu() for one in inputs]
+                found[side, batch] = Case(inputs, expected)
+    finally:
+        runtime.release()
+    return found
+
+
+def _with_latent(model: str, sizes: Sizes, side: int, batch: int, seed: int) -> dict[str, Any]:
+    inputs = make_inputs(model, sizes, side, batch)
+    latent = torch.randn(inputs["x"].shape, generator=torch.Generator().manual_seed(seed))
+    return inputs | {"x": latent.to(inputs["x"])}
+
+
+def is_wrong(row: dict[str, Any]) -> bool:
+    """Whether a row's results are not those of the model."""
+    return not row["error"] <= TOLERANCE
+
+
+def _evaluations_at_once(layout: Layout, batch: int) -> int:
+    """How many evaluations of a batch keep all batch groups busy."""
+    return math.ceil(layout.batch_groups / batch)
+
+
 def measure(
-    path: Path, args: argparse.Namespace, model: str, layout: Layout, gemm_tflops: float | None
+    path: Path,
+    args: argparse.Namespace,
+    model: str,
+    layout: Layout,
+    gemm_tflops: float | None,
+    cases: dict[tuple[int, int], Case],
 ) -> list[dict[str, Any]]:
     """The rows of one model on one group."""
-    config = config_of(model, args.small)
     runtime = Runtime()
     rows = []
     try:
@@ -69,7 +140,7 @@ def measure(
         loaded = time.perf_counter()
         for side in args.sides:
             for batch in args.batches:
-                inputs = make_inputs(model, side, batch)
+                case = cases[side, batch]
                 row = {
                     "model": model,
                     "tp": layout.tp_size,
@@ -80,13 +151,16 @@ def measure(
                     "start_s": round(began[0] - started, 1),
                     "load_s": round(loaded - began[0], 1),
                     "floor_ratio": None,
-                    **_time_steps(remote, runtime, inputs, args.steps),
+                    **_time_steps(remote, runtime, case, args.steps),
                 }
+                at_once = _evaluations_at_once(layout, batch)
+                if at_once > 1:  # one alone would leave groups idle
+                    row["error"] = max(row["error"], _error(remote, case, at_once))
                 if gemm_tflops:
-                    text = inputs["context"].shape[1]
-                    stages = family(model).stages(config, (side // 16) ** 2, text)
-                    floor_ms = batch * count_flops(stages) / gemm_tflops / 1e9 / layout.num_gpus
+                    flops = _flops(sizes_of(model, args.small), case.inputs[0])
+                    floor_ms = flops / gemm_tflops / 1e9 / layout.num_gpus
                     row["floor_ratio"] = round(row["ms_median"] / floor_ms, 2)
+                row["error"] = float(f"{row['error']:.2e}")
                 rows.append(row)
                 print(json.dumps(row), flush=True)
     finally:
@@ -94,24 +168,20 @@ def measure(
     return rows
 
 
-def _time_steps(
-    remote: Any, runtime: Runtime, inputs: dict[str, Any], steps: int
-) -> dict[str, Any]:
+def _time_steps(remote: RemoteModel, runtime: Runtime, case: Case, steps: int) -> dict[str, Any]:
+    results: list[torch.Tensor] = []
 
     def milliseconds() -> float:
-        fresh = _like_a_sampler(inputs)
+        fresh = _like_a_sampler(case.inputs[len(results) % len(case.inputs)])
         started = time.perf_counter()
         result = remote.evaluate(fresh)
         if result.is_cuda:
             torch.cuda.synchronize()  # its way back is part of the step
         elapsed = 1000 * (time.perf_counter() - started)
-        assert bool(result.isfinite().all()), "the result is not finite"
+        results.append(result)
         return elapsed
 
-    (
-        first,
-        *_,
-    ) = (milliseconds() for _ in range(3))  # as written, recorded, replayed once
+    first, *_ = (milliseconds() for _ in range(WARM_UPS))
     times = sorted(milliseconds() for _ in range(steps))
     hops = []
     for _ in range(HOPS):  # apart, since asking the ranks wakes everybody up
@@ -119,6 +189,11 @@ def _time_steps(
         ranks = runtime.reports()[0].ranks
         hops.append(elapsed - max(rank["last_evaluation_ms"] for rank in ranks))
     return {
+        # After all of them: comparing would wake up cores that sleep between a sampler's steps.
+        "error": max(
+            relative_error(result, case.expected[index % len(case.expected)])
+            for index, result in enumerate(results)
+        ),
         "ms_median": round(statistics.median(times), 2),
         "ms_min": round(times[0], 2),
         "ms_p90": round(times[int(0.9 * (len(times) - 1))], 2),
@@ -131,10 +206,28 @@ def _time_steps(
     }
 
 
+def _flops(sizes: Sizes, inputs: dict[str, Any]) -> int:
+    """What the model's products and attention of one evaluation count."""
+    (batch, *latent), geometry = inputs["x"].shape, sizes.geometry
+    text, image = inputs["context"].shape[1], geometry.image_tokens(tuple(latent))
+    blocks = sizes.table.block_costs(geometry.padded(text), geometry.padded(image))
+    return batch * count_flops(blocks)
+
+
+def _error(remote: RemoteModel, case: Case, at_once: int) -> float:
+    """The largest error of several evaluations at once, which all batch groups take part in."""
+    errors = []
+    for first in range(WARM_UPS):
+        chosen = [(first + index) % len(case.inputs) for index in range(at_once)]
+        results = remote.evaluate_all([_like_a_sampler(case.inputs[index]) for index in chosen])
+        pairs = zip(results, chosen, strict=True)
+        errors += [relative_error(result, case.expected[index]) for result, index in pairs]
+    return max(errors)
+
+
 def _like_a_sampler(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Another latent, and new tensors for the rest, too, as samplers make them at every step."""
+    """New tensors for everything, as samplers make them at every step."""
     inputs = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-    inputs["x"].normal_()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return inputs
@@ -167,11 +260,16 @@ def matmul_tflops() -> float:
     return 2 * size**3 / statistics.median(times[5:]) / 1e9
 
 
-def _of_diffusers(model: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+def _of_diffusers(
+    path: Path, args: argparse.Namespace, cases: dict[tuple[int, int], Case]
+) -> list[dict[str, Any]]:
     """Rows of diffusers on one GPU, from a process of its own."""
-    sizes = [f"{side}x{batch}" for side in options.sides for batch in options.batches]
-    command = [sys.executable, "-m", "bench.diffusers_alone", model, str(options.steps), *sizes]
-    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    listed = [(*size, case.inputs, case.expected) for size, case in cases.items()]
+    with tempfile.NamedTemporaryFile(suffix=".pt") as file:
+        torch.save(listed, file.name)
+        command = [sys.executable, "-m", "bench.diffusers_alone"]
+        command += [str(path), str(args.steps), file.name]
+        found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     rows: list[dict[str, Any]] = json.loads(found.splitlines()[-1])
     print(json.dumps(rows), flush=True)
     return [dict.fromkeys(COLUMNS) | row for row in rows]
@@ -179,8 +277,9 @@ def _of_diffusers(model: str, options: argparse.Namespace) -> list[dict[str, Any
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to measure."""
-    parser.add_argument("--models", nargs="+", choices=sorted(FAMILIES), default=sorted(FAMILIES))
-    parser.add_argument("--tp", nargs="+", type=int, default=[1, 2, 4, 8])
+    known = sorted(families())
+    parser.add_argument("--models", nargs="+", choices=known, default=known)
+    parser.add_argument("--tp", nargs="*", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--layouts", nargs="+", type=Layout.parse, default=[], help="such as 2x2")
     parser.add_argument("--sides", nargs="+", type=int, default=[1024])
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
@@ -194,29 +293,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, print a table, write the rows."""
+    """Measure, print a table, write the rows; 1 if a row is wrong."""
     known = environment(options.commit)
     rate = known["gemm_tflops"]
     rows: list[dict[str, Any]] = []
+    layouts = []
+    for layout in [*map(Layout, options.tp), *options.layouts]:
+        if visible_gpu_count() and layout.num_gpus > visible_gpu_count():
+            print(f"{layout.num_gpus} GPUs left out: {visible_gpu_count()} here")
+        else:
+            layouts.append(layout)
     for model in options.models:
         path = dummy_file(model, options.folder, options.small)
+        of_model = cases(path, options, model, layouts)
         if options.diffusers:
-            rows += [known | row for row in _of_diffusers(model, options)]
-        for layout in [*map(Layout, options.tp), *options.layouts]:
-            if visible_gpu_count() and layout.num_gpus > visible_gpu_count():
-                print(f"{model} on {layout.num_gpus} GPUs left out: {visible_gpu_count()} here")
-                continue
-            rows += [known | row for row in measure(path, options, model, layout, rate)]
+            rows += [known | row for row in _of_diffusers(path, options, of_model)]
+        for layout in layouts:
+            rows += [known | row for row in measure(path, options, model, layout, rate, of_model)]
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         name = f"{date.today()}-{known['device'].replace(' ', '-')}.json"
         (options.out / name).write_text(json.dumps(rows, indent=1) + "\n")
     print(" ".join(f"{column:>12}" for column in COLUMNS))
     for row in rows:
-        print(
-            " ".join(f"{row[column] if row[column] is not None else '':>12}" for column in COLUMNS)
-        )
-    return 0
+        cells = [row[column] if row[column] is not None else "" for column in COLUMNS]
+        print(" ".join(f"{cell:>12}" for cell in cells), "WRONG" * is_wrong(row))
+    return int(any(map(is_wrong, rows)))
 
 
 if __name__ == "__main__":

@@ -1,50 +1,80 @@
 """The benchmark runs on CPU ranks, too, with small models, so that it is known to work."""
 
+import argparse
 import json
-import subprocess
-import sys
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from support.paths import REPOSITORY
+from bench import step
+from bench.errors import TOLERANCE
+from tp_runtime.client import RemoteModel
 
 pytestmark = pytest.mark.process
 
 
-def test_a_row_for_every_model(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "bench.step", "--small", "--tp", "2", "--sides", "64"]
-    command += ["--layouts", "1x2", "--batches", "2"]
-    command += ["--steps", "2", "--folder", str(tmp_path), "--out", str(tmp_path)]
-    subprocess.run(command, cwd=REPOSITORY, check=True, timeout=600)
-    (path,) = tmp_path.glob("*.json")
-    rows = json.loads(path.read_text())
-    assert {row["model"] for row in rows} == {"flux", "qwen_image", "z_image"}
-    assert len(rows) == 6
+@pytest.fixture(autouse=True)
+def few_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "HOPS", 1)
+
+
+def measured(folder: Path, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
+    """The exit status of `bench.step` with small models, and the rows that it wrote."""
+    parser = argparse.ArgumentParser()
+    step.add_arguments(parser)
+    options = ["--small", "--sides", "64", "--steps", "2", "--folder", str(folder)]
+    status = step.run(parser.parse_args([*options, "--out", str(folder), *arguments]))
+    (path,) = folder.glob("*.json")
+    return status, json.loads(path.read_text())
+
+
+def test_a_row_for_every_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layouts = ["--tp", "2", "--layouts", "1x2", "--diffusers"]
+    status, rows = measured(tmp_path, *layouts, "--batches", "2")
+    families = {"flux", "qwen_image", "z_image"}
+    assert {row["model"] for row in rows} == families | {f"diffusers {name}" for name in families}
+    assert len(rows) == 9
     for row in rows:
         assert row["device"] == "cpu"
-        assert (row["tp"], row["batch_groups"]) in ((2, 1), (1, 2))
+        assert (row["tp"], row["batch_groups"]) in ((2, 1), (1, 2), (0, None))
         assert (row["side"], row["batch"]) == (64, 2)
-        assert row["ms_median"] >= row["ms_min"] > row["ms_hop"]
+        assert row["ms_median"] >= row["ms_min"] > (row["ms_hop"] or 0)
         assert row["weights_gib"] > 0
+        assert math.isfinite(row["error"])
+        assert 0 <= row["error"] <= TOLERANCE
+        # Two ranks add up in another order, and diffusers computes some things in another.
+        assert row["error"] > 0 or row["tp"] == 1
+    assert status == 0
+    assert "WRONG" not in capsys.readouterr().out
 
 
-def test_every_way_gives_the_same(tmp_path: Path) -> None:
-    found = compare(tmp_path, "--models", "z_image", "flux", "--tp", "1", "2")
-    assert found.returncode == 0, found.stderr
-    lines = found.stdout.splitlines()
-    assert [line.partition(" errors=")[0] for line in lines] == [
-        f"{model} tp={tp} optimize={optimize}"
-        for tp in (1, 2)
-        for model in ("z_image", "flux")
-        for optimize in ("off", "auto")
-    ]
-    found = compare(tmp_path, "--models", "z_image", "--tp", "1", "2", "--tolerance", "1e-9")
-    assert found.returncode == 1, "two ranks add up in another order"
-    assert len(found.stdout.splitlines()) == 4
+@pytest.mark.parametrize("wrong", [math.nan, 1.04])
+def test_a_wrong_batch_group_is_found(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    wrong: float,
+) -> None:
+    """The second one's results are multiplied; also where one evaluation would leave it idle."""
+    right = RemoteModel.evaluate_all
 
+    def evaluate_all(self: RemoteModel, *arguments: Any) -> list[torch.Tensor]:
+        results = right(self, *arguments)
+        if self.group_config.batch_groups == 2 and sum(map(len, results)) == 2:
+            results[-1][-1] *= wrong
+        return results
 
-def compare(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "bench.compare", "--small", "--side", "64"]
-    command += [*arguments, "--folder", str(folder)]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+    monkeypatch.setattr(RemoteModel, "evaluate_all", evaluate_all)
+    layouts = ["--tp", "1", "--layouts", "1x2", "--batches", "1", "2"]
+    status, rows = measured(tmp_path, "--models", "z_image", *layouts)
+    assert status == 1
+    found = {(row["batch_groups"], row["batch"]): row["error"] for row in rows}
+    expected = abs(wrong - 1) if math.isfinite(wrong) else math.inf
+    assert found == pytest.approx(
+        {(1, 1): 0, (1, 2): 0, (2, 1): expected, (2, 2): expected}, abs=5e-3
+    )
+    table = capsys.readouterr().out.splitlines()[-4:]
+    assert [line.endswith("WRONG") for line in table] == [False, False, True, True]

@@ -1,0 +1,33 @@
+"""A time whose result was never compared is no result."""
+
+import json
+import math
+from typing import Any
+
+from bench.errors import TOLERANCE
+from support.paths import REPOSITORY
+
+SINCE = "2026-11-28"  # rows of before have no error, and are read by the cost model only
+
+
+def uncompared(row: dict[str, Any]) -> bool:
+    error = row.get("error")
+    if not isinstance(error, float | int) or not math.isfinite(error):
+        return True
+    # The latents of whole prompts (`bench.in_comfyui`) differ by more than one evaluation does.
+    return "tp" in row and error > TOLERANCE
+
+
+def test_every_row_was_compared_with_one_gpu() -> None:
+    for path in (REPOSITORY / "bench" / "results").glob("*.json"):
+        if path.name >= SINCE:
+            wrong = [row for row in json.loads(path.read_text()) if uncompared(row)]
+            assert not wrong, path
+
+
+def test_what_counts_as_compared() -> None:
+    row = {"tp": 2, "error": 2e-3}
+    assert not uncompared(row)
+    for error in (None, "0.002", math.nan, math.inf, 0.98):
+        assert uncompared(row | {"error": error})
+    assert uncompared({"tp": 2})
