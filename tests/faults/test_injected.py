@@ -23,7 +23,7 @@ from process.conftest import (
     make_inputs,
 )
 
-import tp_runtime
+from tp_runtime import errors
 from tp_runtime.client import ModelSpec, RemoteModel, Runtime, TPRuntimeError
 from tp_runtime.client.engine import Engine
 from tp_runtime.client.group_state import State
@@ -151,7 +151,7 @@ def test_a_fault(
         assert error is None
         assert bench.engine is before or case.phase == "start"
         return
-    assert type(error) is getattr(tp_runtime, case.result), error
+    assert type(error) is getattr(errors, case.result), error
     assert re.search(words_of(case), str(error)), error
     engine = bench.engine
     log = engine.ranks[1].log_path

@@ -143,7 +143,7 @@ class TensorSender:
         return Hold(call, refs, self.exchange.size)
 
     def patch(self, call: int, model: str, weights: Mapping[str, PatchedWeight]) -> Patch:
-        """The request for patches whose factors the ranks hold; it drops those that no model uses."""
+        """The request for patches whose factors the ranks hold; it drops the unused ones."""
         self._factors_of[model] = {id(factor) for factor in _factors(weights)}
         packed = {name: self._packed(weight) for name, weight in weights.items()}
         used = set().union(*self._factors_of.values())
