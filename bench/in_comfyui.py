@@ -1,0 +1,316 @@
+"""Measures sampler steps in a real ComfyUI: the stock loader and the pack's in one run.
+
+    python -m bench.in_comfyui --models z_image --layouts 1x1 2x2 --comfyui PATH --out bench/results
+
+For each model a ComfyUI is started with this pack (or that of `--pack`) and a dummy file. Its
+prompts are random texts, an empty latent and KSampler: first with the stock loader on one GPU, then
+with Load Diffusion Model (TP) in each layout. `ms_step`: what `--steps` more steps add to a prompt,
+by ComfyUI's own time stamps, for each of them; the median of `--repeats`, each with a seed of its
+own. `first_prompt_s`: a prompt of `--short-steps` from cold, start of the ranks included. `error`:
+the distance of the final latent from the stock loader's, relative to its norm; the worst seed's
+(of the stock loader's own row: of a second run of one seed).
+The ranks' Python is `TP_RUNTIME_PYTHON`, else ComfyUI's. Rows are added to the file of the day in
+`--out`, each as soon as it is there.
+"""
+
+import argparse
+import functools
+import importlib.metadata
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from bench.dummy import dummy_file, sizes_of
+from tp_runtime.models import families, family
+
+COLUMNS = ["model", "layout", "cfg", "side", "batch", "ms_step", "error", "first_prompt_s"]
+START_S, PROMPT_S, STOP_S = 180, 600, 30
+# A node pack of one file.
+NODES = """
+import torch
+
+
+class BenchText:
+    RETURN_TYPES, FUNCTION, CATEGORY = ("CONDITIONING",), "make", "bench"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        names = ("seed", "tokens", "width", "pooled")
+        return {"required": {name: ("INT", {"default": 0, "max": 2**31}) for name in names}}
+
+    def make(self, seed, tokens, width, pooled):
+        generator = torch.Generator().manual_seed(seed)
+        text = torch.randn(1, tokens, width, generator=generator)
+        more = {"pooled_output": torch.randn(1, pooled, generator=generator)} if pooled else {}
+        return ([[text, more]],)
+
+
+NODE_CLASS_MAPPINGS = {"BenchText": BenchText}
+"""
+# And for the small file of `bench.dummy`: the sizes that ComfyUI does not look for in a file.
+SMALL_SIZES = """
+from comfy import model_detection, supported_models
+
+
+def detect(*args, stock=model_detection.model_config_from_unet, **options):
+    config = stock(*args, **options)
+    kind = getattr(supported_models, {kind!r}, type(config))
+    return kind(config.unet_config | {sizes!r})
+
+
+model_detection.model_config_from_unet = detect
+"""
+
+
+class PromptError(Exception):
+    """ComfyUI refused a prompt, or a node raised."""
+
+
+class Server:
+    """A ComfyUI that runs in a folder."""
+
+    def __init__(self, base: Path, command: list[str], args: argparse.Namespace) -> None:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+        self.base, self.url = base, f"http://127.0.0.1:{port}"
+        no_gpu = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if args.cpu else {}
+        with (base / "log").open("wb") as log:
+            self.process = subprocess.Popen(
+                [*command, "--port", str(port)],
+                cwd=args.comfyui,
+                env=os.environ | {"PYTHONUNBUFFERED": "1"} | no_gpu,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # A shell has what it runs in the background ignore the signal.
+                preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+            )
+
+    def ask(self, path: str, body: dict[str, Any] | None = None, within_s: float = 0) -> Any:
+        """GET, or POST where there is a body; again until there is an answer."""
+        data = None if body is None else json.dumps(body).encode()
+        deadline = time.monotonic() + within_s
+        while True:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"ComfyUI ended with code {self.process.returncode}")
+            request = urllib.request.Request(self.url + path, data)
+            request.add_header("Content-Type", "application/json")
+            try:
+                with urllib.request.urlopen(request, timeout=60) as reply:
+                    answer = json.loads(reply.read() or "null")
+            except urllib.error.HTTPError as error:
+                raise PromptError(f"{path}: {error.read().decode()}") from error
+            except urllib.error.URLError as error:
+                answer = error
+            if answer != {} and not isinstance(answer, Exception):
+                return answer
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{path}: {answer} after {within_s} s")
+            time.sleep(0.1)
+
+    def run(self, prompt: dict[str, Any]) -> tuple[float, dict[str, Any]]:
+        """Seconds from a prompt's start to its end, and what its nodes put out."""
+        prompt_id = self.ask("/prompt", {"prompt": prompt})["prompt_id"]
+        entry = self.ask(f"/history/{prompt_id}", within_s=PROMPT_S)[prompt_id]
+        messages = dict(entry["status"]["messages"])
+        if "execution_success" not in messages:
+            raise PromptError(messages.get("execution_error", {}).get("exception_message"))
+        start, end = (messages[f"execution_{name}"]["timestamp"] for name in ("start", "success"))
+        return (end - start) / 1000, entry["outputs"]
+
+    def sample(self, prompt: dict[str, Any], **sampler: Any) -> tuple[float, torch.Tensor]:
+        """The prompt with more inputs for its sampler: seconds, and the final latent."""
+        inputs = prompt["sampler"]["inputs"] | sampler
+        seconds, outputs = self.run(prompt | {"sampler": node("KSampler", **inputs)})
+        (file,) = outputs["save"]["latents"]
+        latent = load_file(self.base / "output" / file["subfolder"] / file["filename"])
+        return seconds, latent["latent_tensor"]
+
+    def clear(self) -> None:
+        """End the groups, free all models. What is asked while it collects garbage may be lost."""
+        self.run({"release": node("TPReleaseRuntime")})
+        for _ in range(3):
+            self.ask("/free", {"unload_models": True, "free_memory": True})
+            time.sleep(0.7)
+
+
+@contextmanager
+def comfyui(args: argparse.Namespace, model: str, model_file: Path) -> Iterator[Server]:
+    """A server that is up. If something goes wrong the end of its log is shown."""
+    with tempfile.TemporaryDirectory(prefix="bench-comfyui-") as name:
+        base = Path(name)
+        for folder in ("models/diffusion_models", "custom_nodes", "input", "output", "user", "web"):
+            (base / folder).mkdir(parents=True)
+        (base / "models/diffusion_models" / model_file.name).symlink_to(model_file.resolve())
+        (base / "custom_nodes/tensor-parallel").symlink_to(args.pack.resolve())
+        small = family(model).small.for_comfyui()
+        sizes = SMALL_SIZES.format(kind=family(model).comfyui_class or "", sizes=small)
+        (base / "custom_nodes/bench.py").write_text(NODES + sizes * args.small)
+        (base / "web/index.html").touch()
+        command = [args.python, "main.py", "--base-directory", name, "--front-end-root"]
+        command += [f"{base}/web", "--database-url", f"sqlite:///{base}/user/comfyui.db"]
+        command += ["--disable-api-nodes", "--preview-method", args.previews, *["--cpu"] * args.cpu]
+        server = Server(base, command, args)
+        try:
+            server.ask("/system_stats", within_s=START_S)
+            yield server
+        except BaseException:
+            print("\n".join((base / "log").read_text(errors="replace").splitlines()[-60:]))
+            raise
+        finally:
+            server.process.send_signal(signal.SIGINT)
+            try:
+                server.process.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                server.process.kill()
+
+
+def node(class_type: str, **inputs: Any) -> dict[str, Any]:
+    """One node of a prompt; an input ``[node, 0]`` is a link."""
+    return {"class_type": class_type, "inputs": inputs}
+
+
+def make_prompt(args: argparse.Namespace, row: dict[str, Any], file: str) -> dict[str, Any]:
+    """The prompt of a row, without seed and steps."""
+    if row["layout"] == "stock":
+        loader = node("UNETLoader", unet_name=file, weight_dtype="default")
+    else:
+        options = {"weight_dtype": "default", "gpu_count": "auto", "layout": row["layout"]}
+        loader = node("TPLoadDiffusionModel", model_name=file, **options)
+    inputs = sizes_of(row["model"], args.small).inputs
+    width = dict(axis for axis in inputs["context"].axes if isinstance(axis, tuple))["width"]
+    pooled = inputs["y"].usual["features"] if "y" in inputs else 0
+    size = {"width": args.side, "height": args.side, "batch_size": args.batch}
+    links = {name: [name, 0] for name in ("model", "positive", "negative")}
+    links |= {"latent_image": ["latent", 0]}
+    schedule = {"sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    positive, negative = (
+        node("BenchText", seed=seed, tokens=tokens, width=width, pooled=pooled)
+        for seed, tokens in enumerate(row["texts"])
+    )
+    return {
+        "model": loader,
+        "positive": positive,
+        "negative": negative,
+        "latent": node("EmptySD3LatentImage", **size),
+        "sampler": node("KSampler", cfg=row["cfg"], **links, **schedule),
+        "save": node("SaveLatent", samples=["sampler", 0], filename_prefix="latents/bench"),
+    }
+
+
+def measure(
+    server: Server, prompt: dict[str, Any], args: argparse.Namespace, stock: list[torch.Tensor]
+) -> dict[str, Any]:
+    """A row's numbers. ``stock``: the stock loader's latents, which its row puts there."""
+    server.clear()
+    first_s, _ = server.sample(prompt, seed=args.repeats, steps=args.short_steps)
+    times, latents = [], []
+    for seed in range(args.repeats):
+        short_s, _ = server.sample(prompt, seed=seed, steps=args.short_steps)
+        long_s, latent = server.sample(prompt, seed=seed, steps=args.short_steps + args.steps)
+        if not latent.isfinite().all():
+            raise PromptError("the latent is not finite")
+        times.append(round(1000 * (long_s - short_s) / args.steps, 2))
+        latents.append(latent)
+    if prompt["model"]["class_type"] == "UNETLoader":
+        stock += latents
+        steps = args.short_steps + args.steps
+        server.clear()  # or ComfyUI would give what it has
+        latents = [server.sample(prompt, seed=0, steps=steps)[1]]  # how far it is from itself
+    errors = [float((a - b).norm() / b.norm()) for a, b in zip(latents, stock, strict=False)]
+    row = {"ms_step": round(statistics.median(times), 2), "ms_steps": times}
+    return row | {"error": float(f"{max(errors):.2e}"), "first_prompt_s": round(first_s, 1)}
+
+
+def rows_of(args: argparse.Namespace, model: str) -> Iterator[dict[str, Any]]:
+    """The rows of a model as they are measured; of a layout that fails, one with its ``failed``."""
+    file = dummy_file(model, args.folder, args.small)
+    tokens = args.tokens or [family(model).text_tokens]
+    stock: list[torch.Tensor] = []
+    with comfyui(args, model, file) as server:
+        (device,) = server.ask("/system_stats")["devices"]  # cuda:0 NVIDIA H100 : cudaMallocAsync
+        name = "cpu" if args.cpu else device["name"].partition(" ")[2].partition(" :")[0]
+        known = {"where": "comfyui", "device": name, "commit": args.commit}
+        known |= {of: importlib.metadata.version(of) for of in ("torch", "vllm", "diffusers")}
+        known |= {
+            "model": model,
+            "cfg": args.cfg or (1.0 if "guidance" in family(model).published.inputs else 4.0),
+        }
+        known |= {"side": args.side, "batch": args.batch, "texts": [tokens[0], tokens[-1]]}
+        for layout in ["stock", *args.layouts]:
+            row = known | {"layout": layout, "previews": args.previews}
+            try:
+                row |= measure(server, make_prompt(args, row, file.name), args, stock)
+            except PromptError as error:
+                row |= {"failed": str(error)}
+            yield row
+
+
+def add_row(folder: Path, row: dict[str, Any]) -> None:
+    """Write it to the file of the day, after what that holds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{date.today()}-{row['device'].replace(' ', '-')}-comfyui.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    path.write_text(json.dumps([*rows, row], indent=1) + "\n")
+
+
+def main() -> int:
+    """Measure, write the rows, print a table; the exit status is 1 if a layout failed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    add = parser.add_argument
+    known = sorted(families())
+    add("--models", nargs="+", choices=known, default=known)
+    add("--layouts", nargs="+", default=["1x1"], help="TP size x batch groups, such as 2x2")
+    add("--cfg", type=float, help="default: 4, or 1 where a model is given its guidance")
+    add("--side", type=int, default=1024)
+    add("--batch", type=int, default=1)
+    add("--tokens", nargs="+", type=int, help="of both texts, or of the positive and the negative")
+    add("--steps", type=int, default=10)
+    add("--short-steps", type=int, default=4)
+    add("--repeats", type=int, default=3)
+    add("--previews", choices=["none", "latent2rgb"], default="none")
+    add("--small", action="store_true", help="tiny models, to see that it works")
+    add("--cpu", action="store_true", help="no GPU, for ComfyUI and the ranks")
+    add("--comfyui", type=Path, default=Path(os.environ.get("COMFYUI_PATH", ".comfyui")))
+    add("--python", default=sys.executable, help="the one that runs ComfyUI")
+    add("--pack", type=Path, default=Path(__file__).resolve().parents[1])
+    add("--folder", type=Path, default=Path(tempfile.gettempdir()))
+    add("--out", type=Path)
+    add("--commit", help="of the pack, where git cannot tell")
+    args = parser.parse_args()
+    if args.commit is None:
+        command = ["git", "-C", str(args.pack), "rev-parse", "--short", "HEAD"]
+        args.commit = subprocess.check_output(command, text=True).strip()
+    rows = []
+    for model in args.models:
+        for row in rows_of(args, model):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            if args.out and "failed" not in row:
+                add_row(args.out, row)
+    for row in [{column: column for column in COLUMNS}, *rows]:
+        print(" ".join(f"{row.get(column) or '':>14}" for column in COLUMNS))
+    return int(any("failed" in row for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
