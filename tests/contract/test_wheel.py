@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from support.paths import REPOSITORY
+from tp_runtime.models import families
 from tp_runtime.tools.cli import COMMANDS
 
 pytestmark = pytest.mark.process
@@ -150,6 +151,19 @@ def test_doctor_names_the_packages_to_install(run: Run, tmp_path: Path) -> None:
 
 def test_plan(run: Run, tiny_z_image: Path) -> None:
     assert "34 layers stand for 52 linears" in works(run("plan", str(tiny_z_image), "--tp", "4"))
+
+
+@pytest.mark.parametrize("model", sorted(families()))
+def test_the_published_sizes_are_known(run: Run, model: str) -> None:
+    shown = works(run("plan", "--predict", "--model", model, "--tp", "4", "--device", "H200"))
+    assert shown.startswith(families()[model].label)
+    layouts = [line.split()[0] for line in shown.splitlines()[-3:]]
+    assert layouts == ["4x1", "2x2", "1x4"]
+
+
+def test_models(run: Run) -> None:
+    shown = works(run("models"))
+    assert all(f"({name})" in shown for name in families())
 
 
 def test_text_to_latents(run: Run, tiny_z_image: Path, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_plan_of_other_formats(
         (["plan", "missing.safetensors"], "missing.safetensors does not exist"),
         (["plan"], "needs a model file"),
         (["plan", "--predict"], "either a model file or --model"),
-        (["plan", "--predict", "--model", "flux", "--batch", "0"], "must be 1 or more"),
+        (["plan", "--predict", "--model", "flux", "--batch", "0"], "0 latents were asked for"),
         (["text-to-latents", "missing.safetensors", "c", "o"], "does not exist"),
     ],
 )
