@@ -162,7 +162,7 @@ class Group:
         Waits for the request that is under way. A group that ends meanwhile is fine.
         """
         with acquired(self._changing, poll), contextlib.suppress(TPRuntimeError):
-            if (alive := self._alive()) is not None:
+            if alive := self._alive():
                 alive.sleep(name, poll)
 
     def sleep_all(self, poll: Poll | None = None) -> None:
@@ -174,20 +174,19 @@ class Group:
     def wake(self, poll: Poll | None = None) -> None:
         """Have the model that was used last on the devices again."""
         with acquired(self._changing, poll):
-            if (alive := self._alive()) is not None:
+            if alive := self._alive():
                 alive.wake_last_used(poll)
 
     def give_way(self, poll: Poll | None = None) -> None:
         """Free the devices of every model, because another group needs the room.
 
-        Nothing happens while this group is changing: it may be waiting for that other group to
-        give way, and the two would wait for ever.
+        Not while this group is changing: it may be waiting for that other one to give way.
         """
         if not self._changing.acquire(blocking=False):
             return
         try:
             with contextlib.suppress(TPRuntimeError):  # a group that ends meanwhile is fine
-                if (alive := self._alive()) is not None:
+                if alive := self._alive():
                     alive.free_devices(poll)
         finally:
             self._changing.release()
@@ -209,7 +208,7 @@ class Group:
 
     def _unload_in_background(self) -> None:
         with acquired(self._changing, None), contextlib.suppress(TPRuntimeError):
-            if (alive := self._alive()) is not None:
+            if alive := self._alive():
                 alive.unload_unused(None)
 
     # --- reports ---------------------------------------------------------------------------------
