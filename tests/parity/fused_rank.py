@@ -7,7 +7,9 @@ at another address in each. The first rank of batch group N saves both results o
 Reads `model.safetensors` and `inputs.pt` (a list) in FOLDER.
 """
 
+import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,11 @@ class SharedMemoryReduction(FusedReduction):
         torch.distributed.barrier(self._group)
 
 
+def _optimised(evaluate: Callable[..., torch.Tensor], **inputs: Any) -> torch.Tensor:
+    with graphs._optimised():
+        return evaluate(**inputs)
+
+
 def main() -> None:
     rank, layout, folder = int(sys.argv[1]), Layout.parse(sys.argv[2]), Path(sys.argv[3])
     rendezvous = f"file://{folder}/rendezvous"
@@ -60,8 +67,8 @@ def main() -> None:
         results = {"written": forward(dict(inputs), "written").clone()}
         SharedMemoryReduction.folder = folder
         forward._reduction = SharedMemoryReduction(torch.device("cpu"))
-        with graphs._optimised():
-            results["fused"] = forward(dict(inputs), "fused").clone()
+        forward.run = functools.partial(_optimised, forward.evaluate)  # and condition as written
+        results["fused"] = forward(dict(inputs), "fused").clone()
         assert forward._reduction._buffers, "the fused kernels were not used"
         if config.tp_rank == 0:
             torch.save(results, folder / f"results-{config.batch_group}.pt")
