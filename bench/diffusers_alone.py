@@ -17,7 +17,7 @@ import diffusers
 import torch
 
 from bench.errors import relative_error
-from tp_runtime.models.recognise import CheckpointInfo, inspect_checkpoint, open_checkpoint
+from tp_runtime.recognise import CheckpointInfo, inspect_checkpoint, open_checkpoint
 
 GIB = 2**30
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from tp_runtime.models import family
+from tp_runtime.models import family_named
 from tp_runtime.models.family import Sizes
 
 _BLOCK_ELEMENTS = 32 * 2**20
@@ -15,7 +15,7 @@ _BLOCK_ELEMENTS = 32 * 2**20
 
 def sizes_of(name: str, small: bool = False) -> Sizes:
     """The sizes of the published model of a family, or of a small one."""
-    return family(name).small if small else family(name).published
+    return family_named(name).small if small else family_named(name).published
 
 
 def dummy_file(name: str, folder: Path, small: bool = False) -> Path:

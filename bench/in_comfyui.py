@@ -37,7 +37,7 @@ import torch
 from safetensors.torch import load_file
 
 from bench.dummy import dummy_file, sizes_of
-from tp_runtime.models import families, family
+from tp_runtime.models import families, family_named
 
 COLUMNS = ["model", "layout", "cfg", "side", "batch", "ms_step", "error", "first_prompt_s"]
 START_S, PROMPT_S, STOP_S = 180, 600, 30
@@ -160,8 +160,8 @@ def comfyui(args: argparse.Namespace, model: str, model_file: Path) -> Iterator[
             (base / folder).mkdir(parents=True)
         (base / "models/diffusion_models" / model_file.name).symlink_to(model_file.resolve())
         (base / "custom_nodes/tensor-parallel").symlink_to(args.pack.resolve())
-        small = family(model).small.for_comfyui()
-        sizes = SMALL_SIZES.format(kind=family(model).comfyui_class or "", sizes=small)
+        small = family_named(model).small.for_comfyui()
+        sizes = SMALL_SIZES.format(kind=family_named(model).comfyui_class or "", sizes=small)
         (base / "custom_nodes/bench.py").write_text(NODES + sizes * args.small)
         (base / "web/index.html").touch()
         command = [args.python, "main.py", "--base-directory", name, "--front-end-root"]
@@ -242,7 +242,7 @@ def measure(
 def rows_of(args: argparse.Namespace, model: str) -> Iterator[dict[str, Any]]:
     """The rows of a model as they are measured; of a layout that fails, one with its ``failed``."""
     file = dummy_file(model, args.folder, args.small)
-    tokens = args.tokens or [family(model).text_tokens]
+    tokens = args.tokens or [family_named(model).text_tokens]
     stock: list[torch.Tensor] = []
     with comfyui(args, model, file) as server:
         (device,) = server.ask("/system_stats")["devices"]  # cuda:0 NVIDIA H100 : cudaMallocAsync
@@ -251,7 +251,7 @@ def rows_of(args: argparse.Namespace, model: str) -> Iterator[dict[str, Any]]:
         known |= {of: importlib.metadata.version(of) for of in ("torch", "vllm", "diffusers")}
         known |= {
             "model": model,
-            "cfg": args.cfg or (1.0 if "guidance" in family(model).published.inputs else 4.0),
+            "cfg": args.cfg or (1.0 if "guidance" in family_named(model).published.inputs else 4.0),
         }
         known |= {"side": args.side, "batch": args.batch, "texts": [tokens[0], tokens[-1]]}
         for layout in ["stock", *args.layouts]:

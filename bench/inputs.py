@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from tp_runtime.models import family
+from tp_runtime.models import family_named
 from tp_runtime.models.family import Input, Sizes
 
 
@@ -17,7 +17,7 @@ def make_inputs(model: str, sizes: Sizes, side: int, batch: int) -> dict[str, An
     latent = dict(
         zip(("height", "width"), sizes.geometry.latent_shape(side, side)[-2:], strict=True)
     )
-    lengths = latent | {"batch": batch, "frames": 1, "tokens": family(model).text_tokens}
+    lengths = latent | {"batch": batch, "frames": 1, "tokens": family_named(model).text_tokens}
     generator = torch.Generator().manual_seed(0)
 
     def tensor(declared: Input) -> torch.Tensor:

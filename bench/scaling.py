@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tp_runtime.config import Layout
 from tp_runtime.layouts.cost_model import DEVICES, LINKS, Link, Prediction, device_of, predict
-from tp_runtime.models import families, family
+from tp_runtime.models import families, family_named
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 RESULTS = Path(__file__).parent / "results"
@@ -42,7 +42,7 @@ class Case:
     device: str = "NVIDIA H200"
 
     def predict(self) -> Prediction:
-        of_model = family(self.model)
+        of_model = family_named(self.model)
         latent = of_model.published.geometry.latent_shape(self.side, self.side)
         return predict(
             of_model.published,
@@ -56,7 +56,7 @@ class Case:
 
     @property
     def label(self) -> str:
-        return family(self.model).label
+        return family_named(self.model).label
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ def page(text: str) -> str:
 
 def _on(num_gpus: int, model: str, side: int, batch: int) -> Iterator[Case]:
     """Every way to use up to that many GPUs; groups that fit a host stay in one."""
-    for size in family(model).published.table.plan.valid_tp_sizes(num_gpus):
+    for size in family_named(model).published.table.plan.valid_tp_sizes(num_gpus):
         if size <= GPUS_PER_HOST:
             groups, link = num_gpus // GPUS_PER_HOST * (GPUS_PER_HOST // size), NVLINK
         else:
@@ -265,7 +265,7 @@ def _models_and_sides() -> Iterator[tuple[str, int]]:
 
 
 def _label(model: str) -> str:
-    return family(model).label
+    return family_named(model).label
 
 
 def _table(heads: Sequence[object], rows: list[list[object]]) -> str:

@@ -9,7 +9,7 @@ import pytest
 from support.pack import pack_module
 from support.tiny_models import write_tiny
 from tp_runtime.client import inspection
-from tp_runtime.models.recognise import CheckpointInfo, inspect_checkpoint
+from tp_runtime.recognise import CheckpointInfo, inspect_checkpoint
 
 pytestmark = pytest.mark.comfy
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tp_runtime.models import families, family
+from tp_runtime.models import families, family_named
 from tp_runtime.sharding.parts import Layer, Part, Sharding, layer_parts
 
 MAX_BYTES = 1.05  # of a rank's even share: padding and what is replicated
@@ -24,9 +24,9 @@ FAMILIES = sorted(families())
 
 @functools.cache
 def built(name: str) -> tuple[nn.Module, Sharding]:
-    sizes = family(name).published
+    sizes = family_named(name).published
     with torch.device("meta"):
-        model = family(name).forward().build(sizes)
+        model = family_named(name).forward().build(sizes)
     return model, Sharding.of(model, sizes.table.plan)
 
 
@@ -42,7 +42,7 @@ def test_every_linear_has_one_style(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_tensor_of_the_file_is_used_once(name: str) -> None:
     model, _ = built(name)
-    table = family(name).published.table
+    table = family_named(name).published.table
     rows: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for parameter, value in model.named_parameters():
         (source,) = table.sources(parameter)
@@ -55,20 +55,21 @@ def test_every_tensor_of_the_file_is_used_once(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_table_has_what_the_module_has(name: str) -> None:
+def test_the_table_has_all_of_the_module(name: str) -> None:
     model, _ = built(name)
-    assert set(family(name).published.table.places) == {n for n, _ in model.named_parameters()}
+    parameters = {parameter for parameter, _ in model.named_parameters()}
+    assert set(family_named(name).published.table.places) == parameters
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_valid_sizes(name: str) -> None:
-    assert family(name).published.table.plan.valid_tp_sizes(8) == VALID_SIZES[name]
+    assert family_named(name).published.table.plan.valid_tp_sizes(8) == VALID_SIZES[name]
 
 
 @pytest.mark.parametrize(("name", "tp_size"), SIZED)
 def test_ranks_together_hold_every_split_weight_once(name: str, tp_size: int) -> None:
     _, sharding = built(name)
-    table = family(name).published.table
+    table = family_named(name).published.table
     held: dict[tuple[str, tuple[int, int] | None], list[tuple[int, int]]] = defaultdict(list)
     for layer in sharding.layers:
         if layer.axis is None:
@@ -88,7 +89,7 @@ def test_ranks_together_hold_every_split_weight_once(name: str, tp_size: int) ->
 @pytest.mark.parametrize(("name", "tp_size"), SIZED)
 def test_a_rank_holds_its_share_of_the_bytes(name: str, tp_size: int) -> None:
     model, sharding = built(name)
-    table = family(name).published.table
+    table = family_named(name).published.table
     elements = sum(split.local(tp_size) for split in sharding.vectors.values())
     for layer in sharding.layers:
         in_features, out_features = layer.local(tp_size)

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from support.numbers import FP32_TOLERANCE, relative_error
 from tp_runtime.client import GroupConfig, ModelSpec, RemoteModel, Runtime
 
-# What sharding may change at most: the order in which fp32 products are summed.
-FP32_TOLERANCE = 2e-6
+__all__ = ["FP32_TOLERANCE", "Remote", "relative_error"]
 
 Remote = Callable[..., RemoteModel]
 
@@ -30,9 +30,3 @@ def remote() -> Iterator[Remote]:
 
     yield load
     runtime.release()
-
-
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Norm of the difference over the norm of what is expected, in fp64."""
-    found, expected = found.double(), expected.double()
-    return float((found - expected).norm() / expected.norm())

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from support.tiny_models import tiny, tiny_shapes, write_tiny
 from tp_runtime.client import CheckpointError, SizeError, inspect_checkpoint
-from tp_runtime.models.recognise import open_checkpoint
+from tp_runtime.recognise import open_checkpoint
 
 Tensors = dict[str, torch.Tensor]
 

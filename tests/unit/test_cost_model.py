@@ -14,7 +14,7 @@ from tp_runtime.layouts.cost_model import (
     device_of,
     predict,
 )
-from tp_runtime.models import families, family
+from tp_runtime.models import families, family_named
 from tp_runtime.sharding.block_costs import BlockCosts, count_flops
 
 MODELS = sorted(families())
@@ -23,13 +23,13 @@ MODELS = sorted(families())
 def predicted(
     model: str, tp_size: int, batch_groups: int = 1, batch: int = 1, side: int = 1024, **more: Any
 ) -> Prediction:
-    sizes = family(model).published
+    sizes = family_named(model).published
     shape = batch, *sizes.geometry.latent_shape(side, side)
     return predict(sizes, shape, 512, tp_size, batch_groups, **more)
 
 
 def blocks_of(model: str, image: int = 4096, text: int = 512) -> list[BlockCosts]:
-    sizes = family(model).published
+    sizes = family_named(model).published
     return sizes.table.block_costs(sizes.geometry.padded(text), sizes.geometry.padded(image))
 
 
@@ -107,8 +107,8 @@ def test_sums_without_shared_memory_are_one_for_each_stream() -> None:
 
 
 def test_tokens() -> None:
-    assert family("flux").published.geometry.image_tokens((16, 128, 128)) == 4096
-    assert family("qwen_image").published.geometry.image_tokens((16, 1, 63, 65)) == 32 * 33
+    assert family_named("flux").published.geometry.image_tokens((16, 128, 128)) == 4096
+    assert family_named("qwen_image").published.geometry.image_tokens((16, 1, 63, 65)) == 32 * 33
     with_reference = predicted("flux", 2, references=[(1, 16, 128, 128)])
     assert predicted("flux", 2).ms < with_reference.ms < 3 * predicted("flux", 2).ms
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from support.diffusers_folders import FAMILIES, INDEX, WEIGHTS, write_folder
 from tp_runtime.client import CheckpointError, ModelSpec, inspect_checkpoint
-from tp_runtime.models.recognise import open_checkpoint
+from tp_runtime.recognise import open_checkpoint
 
 
 def message_for(path: Path) -> str:

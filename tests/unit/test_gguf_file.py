@@ -19,7 +19,7 @@ from support.diffusers_folders import FAMILIES
 from support.gguf_files import ARCHITECTURES, K_TYPES, WRITTEN, dequantised, quantise, write_gguf
 from support.tiny_models import write_tiny
 from tp_runtime.client import CheckpointError, inspect_checkpoint
-from tp_runtime.models.recognise import open_checkpoint
+from tp_runtime.recognise import open_checkpoint
 from tp_runtime.sharding.parts import Sharding
 
 KINDS = (*WRITTEN, *K_TYPES)

@@ -56,7 +56,7 @@ from ..files.safetensors_file import DTYPES as STORED_DTYPES
 from ..files.safetensors_file import TensorInfo
 from ..layouts.choice import choose_layout
 from ..layouts.step_history import Workload
-from ..models.recognise import CheckpointInfo, inspect_checkpoint, open_checkpoint
+from ..recognise import CheckpointInfo, inspect_checkpoint, open_checkpoint
 from ..tools.doctor import Check, examine
 from ..wire.protocol import PatchedWeight, WeightPatch
 from ..wire.weight_patches import FUNCTIONS as PATCH_FUNCTIONS

@@ -3,7 +3,7 @@
 from functools import lru_cache
 
 from ..config import file_version
-from ..models.recognise import CheckpointInfo, inspect_checkpoint
+from ..recognise import CheckpointInfo, inspect_checkpoint
 
 KEPT = 16  # files
 

@@ -11,7 +11,7 @@ import torch
 
 from ..config import GroupConfig, ModelSpec, device_name
 from ..layouts.step_history import StepRecords, Workload
-from ..models.recognise import CheckpointInfo
+from ..recognise import CheckpointInfo
 from ..wire.exchange import dtype_of
 from ..wire.protocol import PatchedWeight
 from .batch_split import Inputs, divide_all

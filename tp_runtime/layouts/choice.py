@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..config import ROOM_BYTES, ROOM_FACTOR, Layout, device_name
-from ..models.recognise import CheckpointInfo
+from ..recognise import CheckpointInfo
 from .cost_model import LINKS, Link, device_of, predict
 from .step_history import StepRecords, Workload
 

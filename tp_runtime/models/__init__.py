@@ -21,7 +21,7 @@ def families() -> dict[str, Family]:
     return {family.name: family for family in found}
 
 
-def family(name: str) -> Family:
+def family_named(name: str) -> Family:
     """The family of that name. Raises KeyError."""
     return families()[name]
 

@@ -140,9 +140,8 @@ def heads(width: str, norm: str) -> Reader:
     def count(shapes: Shapes) -> int:
         full, head_dim = _shape(shapes, width)[0], _shape(shapes, norm)[0]
         if head_dim % 16 or full % head_dim:
-            raise ValueError(
-                f"width {full} with heads of {head_dim}: heads must be a multiple of 16 and divide it"
-            )
+            what = f"width {full} with heads of {head_dim}"
+            raise ValueError(f"{what}: heads must be a multiple of 16 and divide the width")
         return full // head_dim
 
     return count

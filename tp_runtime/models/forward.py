@@ -180,6 +180,7 @@ class ShardedForward:
         key = (key, tuple(x.shape), x.dtype)
 
         def condition() -> Conditioning:
+            assert not optimising(), "what is remembered must not lie in memory of a reduction"
             reach("compile")
             return self.condition(**inputs)
 

@@ -1,7 +1,7 @@
 """Arithmetic that several families share: attention, rotary embedding, norms."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -155,18 +155,19 @@ def limited(x: torch.Tensor) -> torch.Tensor:
 def rms_norm_over_ranks(
     parts: Sequence[torch.Tensor],
     weights: Sequence[torch.Tensor],
-    width: int,
+    widths: Sequence[int],
     eps: float,
-    add_up: Any,
+    add_up: Callable[[torch.Tensor], torch.Tensor],
 ) -> list[torch.Tensor]:
     """RMS norms over all heads, of which each rank has some: (B, L, n) of each → the same.
 
-    ``width``: features of all ranks, without those that only pad (and are zero). ``add_up`` sums a
-    tensor over the ranks: once, in fp32, for all parts, which are of as many tokens.
+    ``widths``: of each part the features of all ranks, without those that only pad and are zero.
+    ``add_up`` sums a tensor over the ranks: once, in fp32, for all parts, of as many tokens each.
     """
-    squares = torch.stack([part.float().square().sum(-1) for part in parts])
-    inverse = torch.rsqrt(add_up(squares) / width + eps)[..., None]
+    squares = add_up(torch.stack([part.float().square().sum(-1) for part in parts]))
     return [
-        (part.float() * of_part * weight.float()).to(part.dtype)
-        for part, of_part, weight in zip(parts, inverse, weights, strict=True)
+        (part.float() * torch.rsqrt(of_part / width + eps)[..., None] * weight.float()).to(
+            part.dtype
+        )
+        for part, of_part, width, weight in zip(parts, squares, widths, weights, strict=True)
     ]

@@ -15,7 +15,7 @@ from ..files.checkpoint import CheckpointFile
 from ..gpu import collectives
 from ..gpu.graphs import RecordedEvaluation
 from ..models.forward import ShardedForward
-from ..models.recognise import CheckpointInfo, inspect_checkpoint, open_checkpoint
+from ..recognise import CheckpointInfo, inspect_checkpoint, open_checkpoint
 from ..sharding.parts import SCALE, Layer, Part, Sharding, Sources
 from ..wire.exchange import dtype_of
 from .loaded_model import LoadedModel

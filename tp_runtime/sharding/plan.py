@@ -228,19 +228,25 @@ class Plan:
             )
 
     def _obstacles(self, tp_size: int) -> Iterator[str]:
+        """Why the model cannot be split over so many ranks: heads are dealt out whole."""
         for style in self.linears.values():
-            if isinstance(style, QKV):
-                heads, kv = style.num_heads, style.num_kv_heads
-                if kv != heads and max(tp_size, kv) % min(tp_size, kv):
-                    yield f"num_kv_heads={kv} and {tp_size} do not divide one another"
+            for split in _fixed_splits(style):
+                groups = split.groups
+                if groups and max(tp_size, groups) % min(tp_size, groups):
+                    yield f"num_kv_heads={groups} and {tp_size} do not divide one another"
                     continue
-                queries, *_ = style.splits()
-                padded = queries.local_count(tp_size) * tp_size
-                if padded > heads * (1 + MAX_HEAD_PADDING):
+                padded = split.local_count(tp_size) * tp_size
+                if padded > split.count * (1 + MAX_HEAD_PADDING):
                     yield (
-                        f"its num_heads={heads} would have to be padded to {padded}, "
-                        f"which wastes {padded / heads - 1:.0%}"
+                        f"its num_heads={split.count} would have to be padded to {padded}, "
+                        f"which wastes {padded / split.count - 1:.0%}"
                     )
+
+
+def _fixed_splits(style: Style) -> tuple[Split, ...]:
+    """Those of a style's splits that deal out heads; key and value heads follow the queries."""
+    splits = style.splits() if isinstance(style, QKV) else getattr(style, "segments", ())
+    return tuple(split for split in splits if split.unit > 1 and not split.shared)
 
 
 def _groups(pattern: str, paths: list[str]) -> list[tuple[str, tuple[str, ...]]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..models.recognise import CheckpointInfo
+from ..recognise import CheckpointInfo
 from ..sharding.parts import Layer, Part, Sharding, whole_parts
 
 

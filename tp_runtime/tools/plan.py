@@ -8,7 +8,7 @@ import torch
 from ..errors import InputError
 from ..layouts.cost_model import DEVICES, LINKS, Prediction, device_of, layouts, predict
 from ..models import families
-from ..models.recognise import inspect_checkpoint
+from ..recognise import inspect_checkpoint
 from ..sharding.parts import Layer
 from .footprint import model_footprint
 

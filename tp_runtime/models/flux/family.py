@@ -42,9 +42,9 @@ class FluxSizes(Sizes):
 
     @property
     def inputs(self) -> dict[str, Input]:
-        captions, references = of.captions(self.context_dim), self.geometry.references()
-        pooled = {"y": of.pooled_captions(self.vector_dim), "guidance": of.GUIDANCES}
-        return {"context": captions, "ref_latents": references, **pooled}
+        captions, pooled = of.captions(self.context_dim), of.pooled_captions(self.vector_dim)
+        others = {"guidance": of.GUIDANCES, "ref_latents": self.geometry.references()}
+        return {"context": captions, "y": pooled, **others}
 
     @cached_property
     def table(self) -> Table:
@@ -69,12 +69,11 @@ class FluxSizes(Sizes):
             Linear("norm_out.linear", scale_and_shift, gathered, dim, 2 * dim, swapped=True),
             Linear("proj_out", "final_layer.linear", Replicated(), dim, patches[1]),
         )
-        added = "{add_q_proj,add_k_proj,add_v_proj}"
         double = (
             Linear("norm1.linear", "img_mod.lin", Column(), dim, 6 * dim, ITEM),
             Linear("norm1_context.linear", "txt_mod.lin", Column(), dim, 6 * dim, ITEM),
             Linear("attn.{to_q,to_k,to_v}", "img_attn.qkv", image, dim, qkv, IMAGE),
-            Linear(f"attn.{added}", "txt_attn.qkv", text, dim, qkv, TEXT),
+            Linear("attn.{add_q_proj,add_k_proj,add_v_proj}", "txt_attn.qkv", text, dim, qkv, TEXT),
             Linear("attn.to_out.0", "img_attn.proj", Row((heads,)), dim, dim, IMAGE),
             Linear("attn.to_add_out", "txt_attn.proj", Row((heads,)), dim, dim, TEXT),
             Linear("ff.net.0.proj", "img_mlp.0", Column(), dim, mlp, IMAGE),

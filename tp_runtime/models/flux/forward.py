@@ -1,7 +1,6 @@
 """FLUX.1's arithmetic: ComfyUI's ``Flux._forward`` (0.3.75, comfy/ldm/flux/model.py).
 
-Shapes: B batch, C latent channels, H W latent size, L tokens, D model width, N heads on this rank,
-K head width.
+Shapes: B batch, C channels, H W latent size, L tokens, D model width.
 """
 
 from collections.abc import Mapping, Sequence
@@ -104,10 +103,9 @@ class Forward(DualStreamForward):
         num_image = image.shape[1]
         if references is not None:
             image = torch.cat((image, references), dim=1)
-        sinusoids = timestep_embedding(TIME_SCALE * timesteps, TIME_CHANNELS).to(x.dtype)
-        time = model.time_text_embed.timestep_embedder(sinusoids)
-        if guidance is not None:
-            time = time + guidance
+        sinusoids = timestep_embedding(TIME_SCALE * timesteps, TIME_CHANNELS)
+        time = model.time_text_embed.timestep_embedder(sinusoids.to(x.dtype))
+        time = time if guidance is None else time + guidance
         activated = F.silu(time + vector)
         doubles, singles = model.transformer_blocks, model.single_transformer_blocks
         # Of both streams, the text's first, (blocks, 2, B, 6, D); of one, (blocks, 1, B, 3, D).
@@ -174,9 +172,8 @@ def _positions(
     y = along(options.get("shift_y", 0.0), height, options.get("scale_y", 1.0))
     x_axis = along(options.get("shift_x", 0.0), width, options.get("scale_x", 1.0))
     image = grid_positions(options.get("shift_t", 0.0), y, x_axis)
-    return torch.cat(
-        [text, image, *reference_positions(references, method, (height, width), along)]
-    )
+    others = reference_positions(references, method, (height, width), along)
+    return torch.cat([text, image, *others])
 
 
 def _mask(mask: torch.Tensor, num_tokens: int) -> torch.Tensor:

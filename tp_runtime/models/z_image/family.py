@@ -15,7 +15,7 @@ from ..family import Family, Geometry, Input, Sizes, size
 
 PATCH, EMBEDDER = 2, "2-1"  # and diffusers' name of this size
 TIME_CHANNELS, TOKEN_MULTIPLE = 256, 32
-_QK_NORM = "layers.0.attention.q_norm.weight"
+_QK_NORM, _UP = "layers.0.attention.q_norm.weight", "layers.0.feed_forward.w1.weight"
 _CAPTION, _SCALE, _LAST = "cap_embedder.1", "adaLN_modulation.1", f"all_final_layer.{EMBEDDER}"
 
 
@@ -23,9 +23,7 @@ _CAPTION, _SCALE, _LAST = "cap_embedder.1", "adaLN_modulation.1", f"all_final_la
 class ZImageSizes(Sizes):
     """``token_multiple``: what learned tokens pad captions and images to; 1: nothing does."""
 
-    rope_theta: ClassVar = 256.0
-    time_scale: ClassVar = 1000.0
-    all_patch_size: ClassVar = (PATCH,)
+    rope_theta, time_scale, all_patch_size = 256.0, 1000.0, (PATCH,)
     to_diffusers: ClassVar = "dim n_kv_heads=num_heads axes_dims rope_theta all_patch_size"
     to_comfyui: ClassVar = (
         "n_heads=num_heads n_kv_heads=num_heads n_refiner_layers=num_refiners axes_dims "
@@ -33,9 +31,7 @@ class ZImageSizes(Sizes):
     )
     num_heads: int = size(of.heads(f"{_CAPTION}.weight", _QK_NORM), "n_heads")
     head_dim: int = size(of.length(_QK_NORM), lambda s: s["dim"] // s["n_heads"])
-    ffn_dim: int = size(
-        of.length("layers.0.feed_forward.w1.weight"), lambda s: int(s["dim"] / 3 * 8)
-    )
+    ffn_dim: int = size(of.length(_UP), lambda s: int(s["dim"] / 3 * 8))
     num_layers: int = size(of.blocks("layers"), "n_layers")
     num_refiners: int = size(of.blocks("noise_refiner"), "n_refiner_layers")
     context_dim: int = size(of.length(f"{_CAPTION}.weight", 1), "cap_feat_dim")

@@ -73,7 +73,7 @@ class Forward(ShardedForward):
         caption = self._pad_tokens(caption, "cap_pad_token")
         length = caption.shape[1]
         rope_options = option(transformer_options, "rope_options")
-        rotation = self._rotation(length, x.shape[-2:], rope_options, x.device)
+        rotation = self._rotation(length, x, rope_options)
         caption = self._run_blocks(self.model.context_refiner, caption, rotation[:, :length])
         return {"caption": caption, "rotation": rotation}
 
@@ -87,10 +87,8 @@ class Forward(ShardedForward):
         """(B, C, H, W) → the same."""
         height, width = x.shape[-2:]
         x = F.pad(x, (0, width % PATCH, 0, height % PATCH), mode="circular")
-        time = timestep_embedding((1.0 - timesteps) * self.sizes.time_scale, TIME_CHANNELS).to(
-            x.dtype
-        )
-        adaln = self.model.t_embedder.mlp(time)
+        time = timestep_embedding((1.0 - timesteps) * self.sizes.time_scale, TIME_CHANNELS)
+        adaln = self.model.t_embedder.mlp(time.to(x.dtype))
         image = self._image_tokens(x)
         refiner, layers = self.model.noise_refiner, self.model.layers
         modulation = self._modulation([*refiner, *layers], adaln)
@@ -108,14 +106,10 @@ class Forward(ShardedForward):
         return torch.cat((tokens, pad), dim=1)
 
     def _rotation(
-        self,
-        caption_length: int,
-        size: torch.Size,
-        options: Mapping[str, float],
-        device: torch.device,
+        self, caption_length: int, x: torch.Tensor, options: Mapping[str, float]
     ) -> torch.Tensor:
         """Positions: the caption counts along the first axis, the image lies at its end."""
-        rows, columns = -(-size[0] // PATCH), -(-size[1] // PATCH)
+        device, (rows, columns) = x.device, (-(-length // PATCH) for length in x.shape[-2:])
         num_image = self.sizes.geometry.padded(rows * columns)
         positions = torch.zeros(caption_length + num_image, 3, dtype=torch.float32, device=device)
         along = torch.arange(max(caption_length, rows, columns), dtype=torch.float32, device=device)
@@ -159,14 +153,9 @@ class Forward(ShardedForward):
             rows = [block.unbind(2) for block in modulation]
         normed = _norm_modulate(tokens, blocks[0].attention_norm1.weight, rows[0][0])
         for index, (block, (_, gate, scale, mlp_gate)) in enumerate(zip(blocks, rows, strict=True)):
-            after = Epilogue(
-                NORM_EPS,
-                gate,
-                "rms",
-                scale,
-                weight=block.ffn_norm1.weight,
-                update_weight=block.attention_norm2.weight,
-            )
+            weights = {"weight": block.ffn_norm1.weight}
+            weights["update_weight"] = block.attention_norm2.weight
+            after = Epilogue(NORM_EPS, gate, "rms", scale, **weights)
             product = self._attend(block.attention, normed, rotation)
             tokens, normed = self.join([product], tokens, after)
             after = Epilogue(NORM_EPS, mlp_gate, update_weight=block.ffn_norm2.weight)

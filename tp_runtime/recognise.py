@@ -4,15 +4,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from ..errors import CheckpointError
-from ..files.checkpoint import CheckpointFile
-from ..files.diffusers_folder import CONFIG, FileNames
-from ..files.fp8_scales import METADATA as QUANTIZATION
-from ..files.fp8_scales import find_scales
-from ..files.safetensors_file import TensorInfo
-from ..sharding.table import Table
-from . import families
-from .family import Family, Settings, Sizes
+from .errors import CheckpointError
+from .files.checkpoint import CheckpointFile
+from .files.diffusers_folder import CONFIG, FileNames
+from .files.fp8_scales import METADATA as QUANTIZATION
+from .files.fp8_scales import find_scales
+from .files.safetensors_file import TensorInfo
+from .models import families
+from .models.family import Family, Settings, Sizes
+from .sharding.table import Table
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _SHOWN_NAMES = 5
