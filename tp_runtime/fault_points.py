@@ -1,4 +1,4 @@
-"""Faults at named points of a rank, for tests; nothing happens unless a test asks. Rank half.
+"""Faults at named points of a rank, for tests; nothing happens unless a test asks.
 
 A test names a file in ``TP_RUNTIME_TEST_FAULTS`` before the group starts, and later writes a
 ``Fault`` into it as JSON. The rank that reaches the point takes the file away, so a fault happens

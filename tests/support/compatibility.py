@@ -4,17 +4,17 @@
 the stock model and on ours; `docs/compatibility.md` shows the list as a table (`table`).
 """
 
-import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from support.tiny_controlnets import write_flux_controlnet, write_qwen_image_controlnet
+from support.tiny_controlnets import CONTROLNETS
 from support.tiny_models import write_tiny
 from support.tiny_vae import VAE_NAME, WAN_VAE_NAME
 from support.workflows import Prompt, Sampling, node, stock_twin, text_to_latent, tp_loader
+from tp_runtime import models
 
 PICTURE = "picture.png"
 
@@ -24,15 +24,26 @@ SMALL = Sampling(steps=3, width=64, height=64)
 
 @dataclass(frozen=True)
 class Family:
-    """One of the models, as tiny files."""
+    """One of the families of models, as tiny files."""
 
     name: str
     label: str
-    write: Callable[[Path], Path]
-    write_controlnet: Callable[[Path], Path] | None = None
-    vae: str = VAE_NAME
-    latent_shape: tuple[int, ...] = (16, 8, 8)
-    pooled_width: int = 0
+    vae: str
+    latent_shape: tuple[int, ...]
+    pooled_width: int
+
+    @classmethod
+    def of(cls, family: models.Family) -> "Family":
+        """What follows from its small sizes."""
+        sizes = family.small
+        video, pooled = sizes.geometry.video, sizes.inputs.get("y")
+        return cls(
+            family.name,
+            family.label,
+            WAN_VAE_NAME if video else VAE_NAME,
+            sizes.geometry.latent_shape(64, 64),
+            pooled.usual["features"] if pooled else 0,
+        )
 
     @property
     def file(self) -> str:
@@ -43,25 +54,17 @@ class Family:
         """What LoadLatent reads: a random latent of `latent_shape`."""
         return f"{self.name}.latent"
 
+    def write(self, path: Path) -> Path:
+        """Write the family's tiny file."""
+        return write_tiny(self.name, path)
 
-FAMILIES = (
-    Family("z_image", "Z-Image", functools.partial(write_tiny, "z_image")),
-    Family(
-        "flux",
-        "FLUX.1",
-        functools.partial(write_tiny, "flux"),
-        write_flux_controlnet,
-        pooled_width=48,
-    ),
-    Family(
-        "qwen_image",
-        "Qwen-Image",
-        functools.partial(write_tiny, "qwen_image"),
-        write_qwen_image_controlnet,
-        vae=WAN_VAE_NAME,
-        latent_shape=(16, 1, 8, 8),
-    ),
-)
+    @property
+    def write_controlnet(self) -> Callable[[Path], Path] | None:
+        """Writes a tiny ControlNet for it; None: ComfyUI has none."""
+        return CONTROLNETS.get(self.name)
+
+
+FAMILIES = tuple(map(Family.of, models.families().values()))
 
 # --- what is expected ----------------------------------------------------------------------------
 

@@ -45,3 +45,7 @@ def _without(shapes: dict[str, Shape], *prefixes: str) -> dict[str, Shape]:
 
 def _linear(name: str, rows: int, columns: int) -> dict[str, Shape]:
     return {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+
+
+# Family → writes its tiny ControlNet.
+CONTROLNETS = {"flux": write_flux_controlnet, "qwen_image": write_qwen_image_controlnet}

@@ -1,4 +1,4 @@
-"""What the steps of samplers took on this machine, kept between starts. Part of the engine's half.
+"""What the steps of samplers took on this machine, kept between starts.
 
 One small JSON file in ``home()``: by model file and device, for each shape of latents and each
 layout, the latest times. ``layout`` decides by them.

@@ -1,4 +1,4 @@
-"""The process that ranks are forked from. A program of the rank half.
+"""The process that ranks are forked from.
 
 It imports once what every rank needs, which takes ten seconds, and the ranks share the memory of
 it. It has one thread, computes nothing and never touches a GPU, so that a fork of it is sound.

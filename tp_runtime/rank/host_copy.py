@@ -1,4 +1,4 @@
-"""Copies of a rank's tensors in the host's memory. Rank half."""
+"""Copies of a rank's tensors in the host's memory."""
 
 from collections.abc import Mapping
 

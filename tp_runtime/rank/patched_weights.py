@@ -1,4 +1,4 @@
-"""The weights of a rank's shard that patches have changed, and how they were before. Rank half.
+"""The weights of a rank's shard that patches have changed, and how they were before.
 
 A patched weight is computed whole on every rank, as ComfyUI computes it, and each rank keeps its
 slices: norms over rows, rotations of rows and the random numbers of fp8's rounding are then those

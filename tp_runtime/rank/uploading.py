@@ -1,4 +1,4 @@
-"""Brings slices of a model file to a GPU at the speed of memory. Rank half.
+"""Brings slices of a model file to a GPU at the speed of memory.
 
 A copy from a mapped file straight to a GPU goes through one small buffer of the driver, and meets
 the disk one page at a time. Here several threads read at once, each into page-locked buffers of its
