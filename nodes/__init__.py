@@ -6,7 +6,7 @@ vLLM or diffusers. The rank processes are started when a sampler first runs, not
     loader.py, sampler.py, runtime_nodes.py   the nodes
     placement.py, gpu_count.py, layouts.py    what a person asks about GPUs, and what it means here
     model.py                                  makes MODELs, out of:
-      skeleton.py, native_sizes.py              ComfyUI's own model of a file, without its weights
+      skeleton.py                               ComfyUI's own model of a file, without its weights
       proxy.py, arguments.py                    the module whose forward runs on the ranks
       patcher.py                                what ComfyUI loads, frees, clones and patches
     unsupported.py                            the refusals

@@ -29,7 +29,7 @@ from support.group_reports import rank_pids  # noqa: E402
 from support.leaks import nothing_left_over  # noqa: E402
 from support.paths import TEST_PACK, TOY_PACK  # noqa: E402
 from support.ray_leaks import no_ray_left_over  # noqa: E402
-from support.tiny_models import FluxSize, write_flux, write_qwen_image  # noqa: E402
+from support.tiny_models import tiny, write_tiny  # noqa: E402
 from support.tiny_vae import (  # noqa: E402
     VAE_NAME,
     WAN_VAE_NAME,
@@ -80,7 +80,7 @@ class Toy:
 class Tiny:
     """A tiny file of a family with random weights, and a VAE of its latents."""
 
-    write_model: Callable[[Path], Path]
+    family: str
     write_vae: Callable[[Path], None]
     vae_name: str
     sampling: Sampling = SAMPLING
@@ -89,10 +89,10 @@ class Tiny:
 
     @property
     def model_name(self) -> str:
-        return f"tiny_{self.write_model.__name__.removeprefix('write_')}.safetensors"
+        return f"tiny_{self.family}.safetensors"
 
     def install(self, models: Path) -> None:
-        self.write_model(models / "diffusion_models" / self.model_name)
+        write_tiny(self.family, models / "diffusion_models" / self.model_name)
         self.write_vae(models)
 
     def prompt(self, num_ranks: int, seed: int = SAMPLING.seed) -> Prompt:
@@ -107,12 +107,12 @@ class Tiny:
 DEMOS: dict[str, Toy | Tiny] = {
     "z_image": Toy(),
     "flux": Tiny(
-        write_flux,
+        "flux",
         write_tiny_vae,
         VAE_NAME,
-        replace(SAMPLING, pooled_width=FluxSize().vector_dim),
+        replace(SAMPLING, pooled_width=tiny("flux").vector_dim),
     ),
-    "qwen_image": Tiny(write_qwen_image, write_tiny_wan_vae, WAN_VAE_NAME),
+    "qwen_image": Tiny("qwen_image", write_tiny_wan_vae, WAN_VAE_NAME),
 }
 
 
