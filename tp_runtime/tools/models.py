@@ -48,6 +48,21 @@ def describe(family: Family) -> dict[str, Any]:
     }
 
 
+def as_table() -> str:
+    """What is supported, as the table in README: Markdown, with a line's end."""
+    lines = ["| model | variants | not yet | parameters | GPU counts |", "|---|---|---|---|---|"]
+    for row in map(describe, families().values()):
+        cells = (
+            row["label"],
+            ", ".join(row["models"]),
+            ", ".join(row["not_yet"]),
+            f"{row['parameters'] / 1e9:.1f} B",
+            ", ".join(map(str, row["gpu_counts"])),
+        )
+        lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
+    return "\n".join(lines) + "\n"
+
+
 def _count(shape: tuple[int, ...]) -> int:
     count = 1
     for length in shape:
