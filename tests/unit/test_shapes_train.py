@@ -53,7 +53,7 @@ def test_the_transformer_learns_and_is_a_z_image(
     path = tmp_path / "toy.safetensors"
     write(path, rounded(weights, torch.bfloat16))
     info = inspect_checkpoint(str(path))
-    assert info.family == "z_image"
+    assert info.family.name == "z_image"
     assert info.sizes.num_heads == net.size.heads
 
 
