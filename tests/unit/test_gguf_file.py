@@ -282,4 +282,4 @@ def test_without_the_package(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_name_in_capitals(tmp_path: Path) -> None:
     source = write_tiny("z_image", tmp_path / "whole.safetensors")
     path = write_gguf(source, tmp_path / "MODEL.GGUF", "Q8_0")
-    assert inspect_checkpoint(str(path)).family == "z_image"
+    assert inspect_checkpoint(str(path)).family.name == "z_image"
