@@ -8,17 +8,21 @@ INSTALLED := $(VENV)/.installed-from-requirements-dev
 MODEL ?= z_image
 WHERE ?= this machine
 export COMFYUI_PATH ?= $(CURDIR)/.comfyui
+# A worker for each core, tests/support/groups.py says which tests share one. Whoever has Python
+# write no bytecode (containers do) would have every ComfyUI and every rank compile its modules.
+TEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup
 
-.PHONY: help demo serve test soak kills bench check lint format venv comfyui browser hosts clean
+.PHONY: help demo serve test test-all soak kills bench check lint format venv comfyui browser hosts clean
 
 help:
 	@echo "make demo     start ComfyUI, compare TP Sampler with the stock sampler, stop"
 	@echo "make serve    start ComfyUI with the pack and the same model, until Ctrl-C"
 	@echo "              (both: MODEL=z_image, the default, flux or qwen_image)"
 	@echo "              (demo: WHERE=ray, on a Ray that is started for it)"
-	@echo "make test     every test that this machine can run"
+	@echo "make test     every test that this machine can run; of the compatibility rows that are the"
+	@echo "              same on every model, each on one (make test-all: on every model)"
 	@echo "make soak     a real ComfyUI, random prompts and faults (SOAK_MINUTES=30)"
-	@echo "make kills    kill -9 of a real ComfyUI at random moments (KILLS=50)"
+	@echo "make kills    kill -9 of an engine and of a real ComfyUI at random moments (KILLS=50)"
 	@echo "make bench    ms per step on this machine's GPUs (BENCH='--models flux --tp 1 2 ...')"
 	@echo "make check    format, lint, types and the quick tests (what a commit must pass)"
 	@echo "make format   let ruff rewrite the code"
@@ -32,13 +36,17 @@ serve: venv comfyui
 	@$(BIN)/python scripts/demo.py --model "$(MODEL)" --serve
 
 test: venv comfyui browser hosts
-	$(BIN)/python -m pytest
+	$(TEST)
+
+test-all: venv comfyui browser hosts
+	$(TEST) --all-rows
 
 soak: venv comfyui
 	SOAK_MINUTES=$${SOAK_MINUTES:-30} $(BIN)/python -m pytest tests/faults/test_soak.py -s
 
 kills: venv comfyui
-	KILLS=$${KILLS:-50} $(BIN)/python -m pytest tests/faults/test_comfyui_killed.py -s
+	KILLS=$${KILLS:-50} $(BIN)/python -m pytest tests/faults/test_engine_killed.py \
+		tests/faults/test_comfyui_killed.py -s
 
 bench: venv
 	$(BIN)/python -m bench.step $(BENCH)

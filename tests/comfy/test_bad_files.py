@@ -16,7 +16,8 @@ from support.comfy_history import PromptError
 from support.comfy_server import ComfyServer
 from support.diffusers_folders import INDEX, write_folder
 from support.gguf_files import write_gguf
-from support.tiny_models import write, write_fp8
+from support.sparse_files import one_block
+from support.tiny_models import write, write_fp8, write_tiny
 from support.workflows import tp_loader, tp_text_to_latent, with_report
 
 pytestmark = pytest.mark.comfy
@@ -27,12 +28,36 @@ Tensors = dict[str, torch.Tensor]
 NAME = "bad.safetensors"
 
 
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A good file: one block of each kind. Made once, like those in other formats below."""
+    path = tmp_path_factory.mktemp("good") / "good.safetensors"
+    return write_tiny("z_image", path, **one_block("z_image"))
+
+
+@pytest.fixture(scope="module")
+def good_fp8(good: Path) -> Path:
+    return write_fp8(good, good.with_name("mixed.safetensors"), "mixed")
+
+
+@pytest.fixture(scope="module")
+def good_gguf(good: Path) -> Path:
+    return write_gguf(good, good.with_name("good.gguf"), "Q8_0", architecture="lumina2")
+
+
+@pytest.fixture(scope="module")
+def good_folder(tiny_z_image: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder in two shards."""
+    folder = tmp_path_factory.mktemp("good") / "folder"
+    return write_folder(tiny_z_image, folder, "z_image", num_shards=2)
+
+
 @pytest.fixture
-def bad(comfy_server: ComfyServer, tiny_z_image: Path) -> Path:
+def bad(comfy_server: ComfyServer, good: Path) -> Path:
     """Where a test puts its bad file. ComfyUI has seen a good one there."""
     path = comfy_server.models / "diffusion_models" / NAME
     path.unlink(missing_ok=True)
-    path.write_bytes(tiny_z_image.read_bytes())
+    path.write_bytes(good.read_bytes())
     return path
 
 
@@ -112,7 +137,7 @@ def test_another_architecture(bad: Path, refused: Callable[..., str]) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["layers.1.feed_forward.w2.weight", "x_embedder.weight", "layers.0.attention.q_norm.weight"],
+    ["layers.0.feed_forward.w2.weight", "x_embedder.weight", "layers.0.attention.q_norm.weight"],
 )
 def test_missing_key(bad: Path, refused: Callable[..., str], name: str) -> None:
     rewrite(bad, lambda tensors: tensors.pop(name))
@@ -121,14 +146,14 @@ def test_missing_key(bad: Path, refused: Callable[..., str], name: str) -> None:
 
 
 def test_leftover_key(bad: Path, refused: Callable[..., str]) -> None:
-    rewrite(bad, lambda tensors: tensors.update({"layers.1.attention.gate.weight": torch.ones(3)}))
+    rewrite(bad, lambda tensors: tensors.update({"layers.0.attention.gate.weight": torch.ones(3)}))
     message = refused()
     assert "1 unknown" in message
-    assert "layers.1.attention.gate.weight" in message
+    assert "layers.0.attention.gate.weight" in message
 
 
 def test_wrong_shape(bad: Path, refused: Callable[..., str]) -> None:
-    name = "layers.1.attention.out.weight"
+    name = "layers.0.attention.out.weight"
     rewrite(bad, lambda tensors: tensors.update({name: torch.ones(480, 479)}))
     message = refused()
     assert f"{name} is [480, 479], not [480, 480]" in message
@@ -150,21 +175,20 @@ LAYER = "layers.0.attention.out"
 def test_fp8(
     bad: Path,
     refused: Callable[..., str],
-    tiny_z_image: Path,
+    good_fp8: Path,
     change: Callable[[Tensors], object],
     words: str,
 ) -> None:
-    write_fp8(tiny_z_image, bad, "mixed")
-    with safe_open(bad, framework="pt") as file:
+    with safe_open(good_fp8, framework="pt") as file:
         metadata = file.metadata()
-    tensors = {name: tensor.clone() for name, tensor in load_file(bad).items()}
+    tensors = load_file(good_fp8)
     change(tensors)
     save_file(tensors, bad, metadata=metadata)
     assert words in refused()
 
 
-def test_truncated_fp8(bad: Path, refused: Callable[..., str], tiny_z_image: Path) -> None:
-    write_fp8(tiny_z_image, bad, "scaled")
+def test_truncated_fp8(bad: Path, refused: Callable[..., str], good: Path) -> None:
+    write_fp8(good, bad, "scaled")
     bad.write_bytes(bad.read_bytes()[:-1000])
     assert "cut short" in refused()
 
@@ -183,21 +207,20 @@ def test_truncated_fp8(bad: Path, refused: Callable[..., str], tiny_z_image: Pat
 def test_gguf(
     comfy_server: ComfyServer,
     refused: Callable[..., str],
-    tiny_z_image: Path,
+    good_gguf: Path,
     damage: Callable[[bytes], bytes],
     words: str,
 ) -> None:
     path = comfy_server.models / "diffusion_models" / "bad.gguf"
-    write_gguf(tiny_z_image, path, "Q8_0", architecture="lumina2")
-    path.write_bytes(damage(path.read_bytes()))
+    path.write_bytes(damage(good_gguf.read_bytes()))
     assert words in refused(name=path.name)
 
 
 @pytest.fixture
-def bad_folder(comfy_server: ComfyServer, tiny_z_image: Path) -> Iterator[Path]:
+def bad_folder(comfy_server: ComfyServer, good_folder: Path) -> Iterator[Path]:
     """A diffusers folder in two shards, for a test to damage."""
     folder = comfy_server.models / "diffusion_models" / "bad_folder"
-    yield write_folder(tiny_z_image, folder, "z_image", num_shards=2)
+    yield Path(shutil.copytree(good_folder, folder))
     shutil.rmtree(folder)
 
 
@@ -249,11 +272,11 @@ def test_diffusers_folder(
 
 
 def test_a_good_file_in_the_place_of_a_bad_one(
-    comfy_server: ComfyServer, bad: Path, refused: Callable[..., str], tiny_z_image: Path
+    comfy_server: ComfyServer, bad: Path, refused: Callable[..., str], good: Path
 ) -> None:
     bad.write_bytes(b"nothing")
     refused()
-    bad.write_bytes(tiny_z_image.read_bytes())
+    bad.write_bytes(good.read_bytes())
     latent = comfy_server.latent(comfy_server.run(tp_text_to_latent(NAME)))
     assert latent.isfinite().all()
 

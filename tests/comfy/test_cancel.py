@@ -149,5 +149,6 @@ def test_at_random_moments(comfy_server: ComfyServer, works: Works) -> None:
     latencies.sort()
     shown = ", ".join(f"{latency * 1000:.0f}" for latency in latencies)
     print(f"ms from a cancel to the end of its prompt, machine load {load_before:.1f}: {shown}")
-    idle = load_before < 1 and os.getloadavg()[0] < (os.cpu_count() or 1)
+    alone = os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") == "1"
+    idle = alone and load_before < 1 and os.getloadavg()[0] < (os.cpu_count() or 1)
     assert latencies[-1] <= (IDLE_LIMIT_S if idle else LIMIT_S)

@@ -1,4 +1,7 @@
-"""Every stock node that has to do with a MODEL, on ours: the rows of `docs/compatibility.md`."""
+"""Every stock node that has to do with a MODEL, on ours: the rows of `docs/compatibility.md`.
+
+Not each on every model, unless `--all-rows` is given: see `support.rotation`.
+"""
 
 from collections.abc import Callable
 from io import BytesIO
@@ -22,7 +25,8 @@ from support.compatibility import (
     on_latent,
     with_defaults,
 )
-from support.compatibility_rows import ELSEWHERE, ROWS, SAMPLERS, SCHEDULERS
+from support.compatibility_rows import ELSEWHERE, SAMPLERS, SCHEDULERS
+from support.rotation import ALL, cases
 from support.tiny_vae import write_tiny_vae, write_tiny_wan_vae
 from support.workflows import Prompt
 
@@ -37,7 +41,12 @@ NodeInfo = dict[str, Any]
 # A node that takes or gives one of these has to do with a model.
 SOCKETS = {"MODEL", "SAMPLER", "SIGMAS", "GUIDER", "NOISE", "CONTROL_NET", "MODEL_PATCH"}
 
-CASES = [(family, row) for family in FAMILIES for row in ROWS if row.expected(family)]
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "row" in metafunc.fixturenames:
+        of_commit = cases(metafunc.config.getoption("rows_of"))
+        ids = [f"{family.name}-{row.name}" for family, row in of_commit]
+        metafunc.parametrize(("family", "row"), of_commit, ids=ids)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +69,6 @@ def node_info(comfy_server: ComfyServer) -> NodeInfo:
     return info
 
 
-@pytest.mark.parametrize(("family", "row"), CASES, ids=lambda case: getattr(case, "name", None))
 def test_workflow(
     comfy_server: ComfyServer,
     node_info: NodeInfo,
@@ -84,7 +92,7 @@ def test_workflow(
 
 
 def test_every_node_of_a_model_is_in_the_table(node_info: NodeInfo) -> None:
-    prompts = [row.prompt(family) for family, row in CASES]
+    prompts = [row.prompt(family) for family, row in cases(ALL)]
     named = {item["class_type"] for prompt in prompts for item in prompt.values()}
     concerned = {
         name

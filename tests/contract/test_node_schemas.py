@@ -1,25 +1,10 @@
 """Workflow files name our nodes and inputs: those must not change by accident."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from support.paths import comfyui_path
-
 HERE = Path(__file__).resolve().parent
-
-
-@pytest.fixture(scope="module")
-def dump() -> dict[str, Any]:
-    """What dump_node_schemas.py prints."""
-    command = [sys.executable, HERE / "dump_node_schemas.py", comfyui_path()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 def test_schemas_are_the_frozen_ones(dump: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """`kill -9` of a real ComfyUI at random moments: its ranks are gone soon each time.
 
-Once in each phase, or as often as `KILLS` says (`make kills`: fifty times). The next ComfyUI starts
-while the one of before lives and dies.
+Once, in a phase that the commit chooses, or as often as `KILLS` says, in all phases (`make kills`:
+fifty times). The next ComfyUI starts while the one of before lives and dies.
 """
 
 import contextlib
@@ -20,11 +20,12 @@ from faults.conftest import Observe, put, wait_until
 
 from support.comfy_server import NO_GPU, ComfyServer
 from support.leaks import Footprint, assert_nothing_added
+from support.rotation import chosen
 from support.workflows import Sampling, tp_text_to_latent
 from tp_runtime.client.launch.group_folder import KEPT_FOLDERS
 
 PHASES = ("start", "load", "evaluate", "idle", "sleep", "unload")
-KILLS = int(os.environ.get("KILLS", len(PHASES)))
+KILLS = int(os.environ.get("KILLS", "1"))
 pytestmark = [pytest.mark.comfy, pytest.mark.timeout(600 + 120 * KILLS)]
 
 MODELS = ("one.safetensors", "two.safetensors")
@@ -102,13 +103,16 @@ def lives(home: Path, model: Path) -> Iterator[Life]:
             coming.result().server.stop()
 
 
-def test_at_any_moment(tmp_path: Path, tiny_z_image: Path, observe: Observe) -> None:
+def test_at_any_moment(
+    tmp_path: Path, tiny_z_image: Path, observe: Observe, pytestconfig: pytest.Config
+) -> None:
     random = Random(0)
+    first = PHASES.index(chosen(PHASES, "kill", pytestconfig.getoption("rows_of")))
     before = Footprint.now()
     seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
     with contextlib.closing(lives(tmp_path, tiny_z_image)) as each:
         for number, life in enumerate(each):
-            phase = PHASES[number % len(PHASES)]
+            phase = PHASES[(first + number) % len(PHASES)]
             life.reach(phase, random)
             seconds[phase].append(life.kill())
             assert_nothing_added(before, within_s=ROW.bound_s)

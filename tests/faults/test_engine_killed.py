@@ -1,7 +1,8 @@
-"""`kill -9` of the engine's process at fifty random moments: its ranks are gone soon each time.
+"""`kill -9` of the engine's process at random moments: its ranks are gone soon each time.
 
-The process does with tp_runtime what ComfyUI's does, on ranks that compute nothing, and is forked
-from one that has imported everything. `test_comfyui_killed.py` kills a real ComfyUI.
+Sixteen times, or as often as `KILLS` says (`make kills`: fifty times). The process does with
+tp_runtime what ComfyUI's does, on ranks that compute nothing, and is forked from one that has
+imported everything. `test_comfyui_killed.py` kills a real ComfyUI.
 """
 
 import os
@@ -21,7 +22,7 @@ from support.paths import REPOSITORY
 
 pytestmark = pytest.mark.process
 
-COUNT = 50
+COUNT = int(os.environ.get("KILLS", "16"))
 ROW = case("any", "a process with a group is killed")
 # How long a group that is up lives on, at most: it computes, sleeps and wakes the whole time.
 UP_S = 0.4

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from support.native import native_fp8
+from support.sparse_files import one_block
 from support.tiny_models import Fp8Layout, write_fp8, write_tiny
 from tp_runtime.client import CheckpointError, GroupConfig, ModelSpec, Runtime, inspect_checkpoint
 
@@ -24,6 +25,13 @@ INPUTS: dict[str, dict[str, Any]] = {
     "flux": test_flux.make_inputs(references=((9, 8),)),
     "qwen_image": test_qwen_image.make_inputs(references=((9, 8),)),
 }
+
+
+@pytest.fixture(scope="module")
+def wholes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Family → its tiny file, of which the tests make theirs."""
+    folder = tmp_path_factory.mktemp("wholes")
+    return {family: write_tiny(family, folder / f"{family}.safetensors") for family in INPUTS}
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +59,11 @@ def remote(
 @pytest.mark.process
 @pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=str)
 @pytest.mark.parametrize("family", INPUTS)
-def test_plain(runtime: Runtime, tmp_path: Path, family: str, dtype: torch.dtype) -> None:
+def test_plain(
+    runtime: Runtime, wholes: dict[str, Path], tmp_path: Path, family: str, dtype: torch.dtype
+) -> None:
     inputs = INPUTS[family]
-    whole = write_tiny(family, tmp_path / "whole.safetensors")
-    path = write_fp8(whole, tmp_path / "plain.safetensors", "plain", dtype)
+    path = write_fp8(wholes[family], tmp_path / "plain.safetensors", "plain", dtype)
     model = remote(runtime, path, dtype)
     assert relative_error(model.evaluate(inputs), native(native_fp8(path, dtype), inputs)) <= (
         FP32_TOLERANCE
@@ -65,10 +74,11 @@ def test_plain(runtime: Runtime, tmp_path: Path, family: str, dtype: torch.dtype
 @pytest.mark.process
 @pytest.mark.parametrize("layout", ["scaled", "mixed"])
 @pytest.mark.parametrize("family", INPUTS)
-def test_with_scales(runtime: Runtime, tmp_path: Path, family: str, layout: Fp8Layout) -> None:
+def test_with_scales(
+    runtime: Runtime, wholes: dict[str, Path], tmp_path: Path, family: str, layout: Fp8Layout
+) -> None:
     inputs = INPUTS[family]
-    whole = write_tiny(family, tmp_path / "whole.safetensors")
-    path = write_fp8(whole, tmp_path / "quantised.safetensors", layout)
+    path = write_fp8(wholes[family], tmp_path / "quantised.safetensors", layout)
     model = remote(runtime, path)
     assert (
         relative_error(model.evaluate(inputs), native(native_fp8(path), inputs)) <= FP32_TOLERANCE
@@ -77,10 +87,12 @@ def test_with_scales(runtime: Runtime, tmp_path: Path, family: str, layout: Fp8L
 
 
 @pytest.mark.process
-def test_todays_layers_say_their_own_format(runtime: Runtime, tmp_path: Path) -> None:
+def test_todays_layers_say_their_own_format(
+    runtime: Runtime, wholes: dict[str, Path], tmp_path: Path
+) -> None:
     """ComfyUI 0.3.75 does not read it: compared with the same numbers in the older form."""
     family, inputs = "qwen_image", INPUTS["qwen_image"]
-    whole = write_tiny(family, tmp_path / "whole.safetensors")
+    whole = wholes[family]
     older = write_fp8(whole, tmp_path / "mixed.safetensors", "mixed")
     newer = write_fp8(whole, tmp_path / "newer.safetensors", "comfy_quant")
     expected = remote(runtime, older).evaluate(inputs)
@@ -88,21 +100,20 @@ def test_todays_layers_say_their_own_format(runtime: Runtime, tmp_path: Path) ->
 
 
 @pytest.mark.process
-def test_a_fused_layer_of_which_a_part_is_not_quantised(runtime: Runtime, tmp_path: Path) -> None:
+def test_a_fused_layer_of_which_a_part_is_not_quantised(
+    runtime: Runtime, wholes: dict[str, Path], tmp_path: Path
+) -> None:
     family, inputs = "qwen_image", INPUTS["qwen_image"]
-    whole = write_tiny(family, tmp_path / "whole.safetensors")
     keep = {"transformer_blocks.0.attn.to_k", "transformer_blocks.1.img_mlp.net.2", "img_in"}
-    path = write_fp8(whole, tmp_path / "mixed.safetensors", "mixed", keep=keep)
+    path = write_fp8(wholes[family], tmp_path / "mixed.safetensors", "mixed", keep=keep)
     found = remote(runtime, path).evaluate(inputs)
     assert relative_error(found, native(native_fp8(path), inputs)) <= FP32_TOLERANCE
 
 
 @pytest.mark.process
-def test_padded_heads(runtime: Runtime, tmp_path: Path) -> None:
+def test_padded_heads(runtime: Runtime, wholes: dict[str, Path], tmp_path: Path) -> None:
     family, inputs = "flux", INPUTS["flux"]
-    path = write_fp8(
-        write_tiny(family, tmp_path / "a.safetensors"), tmp_path / "b.safetensors", "scaled"
-    )
+    path = write_fp8(wholes[family], tmp_path / "scaled.safetensors", "scaled")
     found = remote(runtime, path, tp_size=5).evaluate(inputs)
     assert relative_error(found, native(native_fp8(path), inputs)) <= FP32_TOLERANCE
 
@@ -158,7 +169,7 @@ def int8(tensors: dict[str, Any], metadata: dict[str, str]) -> None:
 def test_files_that_cannot_be_loaded_are_refused(
     tmp_path: Path, change: Callable[[dict[str, Any], dict[str, str]], None], words: str
 ) -> None:
-    whole = write_tiny("qwen_image", tmp_path / "whole.safetensors")
+    whole = write_tiny("qwen_image", tmp_path / "whole.safetensors", **one_block("qwen_image"))
     path = damaged(write_fp8(whole, tmp_path / "mixed.safetensors", "mixed"), change)
     with pytest.raises(CheckpointError, match=words):
         inspect_checkpoint(str(path))

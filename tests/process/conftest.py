@@ -13,11 +13,11 @@ import psutil
 import pytest
 import torch
 
-from support.leaks import SHARED_MEMORY, fork_servers, is_marked, worker_processes
+from support.leaks import Footprint, fork_servers, is_marked, worker_processes
 from tp_runtime.config import GroupConfig
 
 TESTS = Path(__file__).resolve().parents[1]
-SHARED_BEFORE = set(SHARED_MEMORY.iterdir())
+BEFORE = Footprint.now()
 
 PythonWith = Callable[..., str]
 
@@ -109,7 +109,7 @@ def assert_nothing_left(home: Path, within_s: float = 5.0) -> None:
     while left := [
         *ranks_of(home),
         *fork_servers(),
-        *(set(SHARED_MEMORY.iterdir()) - SHARED_BEFORE),
+        *Footprint.now().added_since(BEFORE).shared_memory,
     ]:
         assert time.monotonic() < deadline, f"left over after {within_s} s: {left}"
         time.sleep(0.05)

@@ -15,6 +15,7 @@ from support.leaks import SERVER_MARK, is_marked
 from tp_runtime.client import GroupDiedError, GroupStartError
 from tp_runtime.client.engine import Engine
 from tp_runtime.client.group_state import State
+from tp_runtime.client.launch import fork_client
 from tp_runtime.client.launch import local as local_launcher
 from tp_runtime.client.launch.local import LocalLauncher
 from tp_runtime.wire.exchange import Exchange
@@ -23,6 +24,12 @@ from tp_runtime.wire.protocol import Report
 pytestmark = pytest.mark.process
 
 Groups = Callable[..., Engine]
+
+
+@pytest.fixture(scope="module")
+def shared(python_with: PythonWith) -> str:
+    """A Python whose fork server the tests leave as it is."""
+    return python_with()
 
 
 @pytest.fixture
@@ -50,8 +57,8 @@ def works(engine: Engine) -> bool:
     return len(engine.call(Report)) == engine.config.tp_size
 
 
-def test_all_groups_share_one(python_with: PythonWith, started: Groups) -> None:
-    python = python_with()
+def test_all_groups_share_one(shared: str, started: Groups) -> None:
+    python = shared
     with ThreadPoolExecutor(3) as pool:
         engines = list(pool.map(lambda size: started(python, size), [1, 2, 1]))
     (server,) = servers(python)
@@ -63,8 +70,8 @@ def test_all_groups_share_one(python_with: PythonWith, started: Groups) -> None:
     assert servers(python) == [server]
 
 
-def test_ranks_are_named_for_a_person(python_with: PythonWith, started: Groups) -> None:
-    python = python_with()
+def test_ranks_are_named_for_a_person(shared: str, started: Groups) -> None:
+    python = shared
     engine = started(python, 2)
     for rank in engine.ranks:
         name = f"tp_runtime.rank.worker: rank {rank.index} of 2 in {rank.log_path.parent}"
@@ -73,18 +80,16 @@ def test_ranks_are_named_for_a_person(python_with: PythonWith, started: Groups) 
     assert SERVER_MARK in " ".join(server.cmdline())
 
 
-def test_ranks_give_way_to_comfyui(python_with: PythonWith, started: Groups) -> None:
+def test_ranks_give_way_to_comfyui(shared: str, started: Groups) -> None:
     niceness = os.getpriority(os.PRIO_PROCESS, 0) + 5
-    for rank in started(python_with(), 2).ranks:
+    for rank in started(shared, 2).ranks:
         assert psutil.Process(rank.pid).nice() == niceness
         own_group = Path(f"/proc/{rank.pid}/autogroup")
         assert not own_group.exists() or own_group.read_text().endswith("nice 5\n")
 
 
-def test_it_computes_nothing_and_holds_nothing_of_a_group(
-    python_with: PythonWith, started: Groups
-) -> None:
-    python = python_with()
+def test_it_computes_nothing_and_holds_nothing_of_a_group(shared: str, started: Groups) -> None:
+    python = shared
     engine = started(python, 2)
     (server,) = servers(python)
     assert server.num_threads() == 1
@@ -157,9 +162,9 @@ def test_ranks_have_the_environment_of_their_start(
     assert len(servers(python)) == 2
 
 
-def test_a_forked_process_has_none(python_with: PythonWith, started: Groups) -> None:
+def test_a_forked_process_has_none(shared: str, started: Groups) -> None:
     """It would share the socket of its parent's."""
-    python = python_with()
+    python = shared
     (rank,) = started(python).ranks
     pid = os.fork()
     if pid == 0:
@@ -175,7 +180,8 @@ def test_a_forked_process_has_none(python_with: PythonWith, started: Groups) -> 
     assert psutil.Process(rank.pid).is_running()
 
 
-def test_a_rank_cannot_be_forked(python_with: PythonWith) -> None:
+def test_a_rank_cannot_be_forked(python_with: PythonWith, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fork_client, "EXIT_TIMEOUT_S", 30.0)  # it prints a traceback before
     python = python_with(while_importing="import os; os.fork = None")
     with pytest.raises(GroupStartError, match="the fork server exited with status 1"):
         Engine(cpu_group(2, python=python)).start()

@@ -45,6 +45,13 @@ if config.rank == 1:
 
 ASLEEP = "import time; time.sleep(600)"
 
+
+@pytest.fixture(scope="module")
+def sleeper(python_with: PythonWith) -> str:
+    """A Python whose ranks never come up."""
+    return python_with(ASLEEP)
+
+
 NO_VLLM = """
 class NoVLLM:
     def find_spec(self, name, path=None, target=None):
@@ -97,8 +104,8 @@ def test_a_rank_that_is_killed_is_named(python_with: PythonWith) -> None:
     assert "during 'start'" in message
 
 
-def test_a_silent_rank_is_given_up(python_with: PythonWith) -> None:
-    config = cpu_group(2, python=python_with(ASLEEP))
+def test_a_silent_rank_is_given_up(sleeper: str) -> None:
+    config = cpu_group(2, python=sleeper)
     LocalLauncher().prepare(config, poll=lambda: None)
     message = failure_of(Engine(replace(config, start_timeout_s=1.0)), within_s=4)
     assert "Ranks [0, 1] gave no sign of life for 1 s during 'start'" in message
@@ -217,10 +224,10 @@ def test_a_start_is_cancelled_while_importing(python_with: PythonWith, home: Pat
 
 @pytest.mark.parametrize("error", [Interrupted, GroupStartError])
 def test_a_cancelled_start_leaves_nothing(
-    python_with: PythonWith, error: type[BaseException], home: Path
+    sleeper: str, error: type[BaseException], home: Path
 ) -> None:
     before = set((home / "groups").glob("*"))
-    engine = Engine(cpu_group(2, python=python_with(ASLEEP)))
+    engine = Engine(cpu_group(2, python=sleeper))
 
     def poll() -> None:
         if engine.ranks:
@@ -234,8 +241,8 @@ def test_a_cancelled_start_leaves_nothing(
 
 
 @pytest.mark.parametrize("when", ["at once", "when the ranks run"])
-def test_close_from_another_thread_ends_a_start(python_with: PythonWith, when: str) -> None:
-    engine = Engine(cpu_group(2, python=python_with(ASLEEP)))
+def test_close_from_another_thread_ends_a_start(sleeper: str, when: str) -> None:
+    engine = Engine(cpu_group(2, python=sleeper))
 
     def wait_and_close() -> None:
         while when == "when the ranks run" and not engine.ranks:

@@ -1,7 +1,8 @@
 """Checks that nothing outlives the pack: no process of its own, no entry in /dev/shm.
 
 Ranks and the servers that they are forked from are recognised by their command line, wherever they
-were started from. Those of another test run on this machine, whose engine is alive, are its own.
+were started from. Those of another test run on this machine are its own, and so is what its
+processes have open in /dev/shm; each worker of pytest-xdist is such a run.
 A fork server whose engine is alive is no leak: it waits for the next group, and ends with it.
 """
 
@@ -18,6 +19,9 @@ import psutil
 WORKER_MARK = "tp_runtime.rank.worker"
 SERVER_MARK = "tp_runtime.rank.fork_server"
 SHARED_MEMORY = Path("/dev/shm")
+# What a test run starts inherits this, the folder of the run's temporary files; orphans are told
+# apart by it. A rank shows no environment: it has the folder of its group in its command line.
+RUN = "TP_RUNTIME_TESTS"
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,10 @@ class Footprint:
         return cls(pids, frozenset(entry.name for entry in SHARED_MEMORY.iterdir()))
 
     def added_since(self, before: "Footprint") -> "Footprint":
-        """What is here and was not in `before`."""
+        """What is here, was not in `before`, and is not another run's."""
         return Footprint(
-            self.worker_pids - before.worker_pids, self.shared_memory - before.shared_memory
+            self.worker_pids - before.worker_pids,
+            without_those_of_others(self.shared_memory - before.shared_memory),
         )
 
     def is_empty(self) -> bool:
@@ -82,15 +87,55 @@ def _our_ancestors() -> set[int]:
 
 
 def of_another_run(process: psutil.Process, our_ancestors: set[int]) -> bool:
-    """Whether a live process that has nothing to do with this one started it.
+    """Whether a process that has nothing to do with this one started it.
 
-    An orphan hangs from init or from what collects the orphans here: an ancestor of ours.
+    An orphan hangs from init or from what collects the orphans here: an ancestor of ours. It is
+    another run's if it says so.
     """
     try:
         parents = {parent.pid for parent in process.parents()}
-    except psutil.NoSuchProcess:
+        if os.getpid() in parents:
+            return False
+        return not parents <= our_ancestors or _says_another_run(process)
+    except psutil.Error:
         return False
-    return os.getpid() not in parents and not parents <= our_ancestors
+
+
+def _says_another_run(orphan: psutil.Process) -> bool:
+    ours = os.environ.get(RUN)
+    if ours is None:
+        return False
+    if (theirs := orphan.environ().get(RUN)) is not None:
+        return theirs != ours
+    command_line = " ".join(orphan.cmdline())
+    return command_line.startswith(WORKER_MARK) and f"{ours}/" not in command_line
+
+
+def without_those_of_others(entries: frozenset[str]) -> frozenset[str]:
+    """Those of the entries of /dev/shm that no process of another run has open."""
+    if not entries:  # as nearly always: what follows looks at every process
+        return entries
+    ancestors = _our_ancestors()
+    others: set[str] = set()
+    for process in psutil.process_iter():
+        if not others.issuperset(held := _entries_of(process)) and of_another_run(
+            process, ancestors
+        ):
+            others |= held
+    return entries - others
+
+
+def _entries_of(process: psutil.Process) -> set[str]:
+    """The names in /dev/shm of what a process has open or mapped."""
+    folder = Path(f"/proc/{process.pid}")
+    paths: list[str] = []
+    with contextlib.suppress(OSError):  # it has ended, or is somebody else's
+        paths += [line.split(maxsplit=5)[-1] for line in (folder / "maps").read_text().splitlines()]
+        for link in (folder / "fd").iterdir():
+            with contextlib.suppress(OSError):
+                paths.append(str(link.readlink()))
+    prefix = f"{SHARED_MEMORY}/"
+    return {path.removeprefix(prefix) for path in paths if path.startswith(prefix)}
 
 
 def assert_nothing_added(before: Footprint, within_s: float = 5.0) -> None:

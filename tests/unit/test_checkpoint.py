@@ -12,11 +12,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from support.sparse_files import holes, one_block, write_sparse
 from support.tiny_models import tiny, tiny_shapes, write_tiny
 from tp_runtime.client import CheckpointError, SizeError, inspect_checkpoint
 from tp_runtime.recognise import open_checkpoint
 
 Tensors = dict[str, torch.Tensor]
+
+ONE_BLOCK = one_block("z_image")
+
+
+@pytest.fixture(scope="module")
+def tiny_z_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With one block of each kind."""
+    path = tmp_path_factory.mktemp("models") / "tiny_z_image.safetensors"
+    return write_tiny("z_image", path, **ONE_BLOCK)
 
 
 def message_for(path: Path) -> str:
@@ -29,7 +39,7 @@ def message_for(path: Path) -> str:
 def test_the_sizes_are_read_from_the_header(tiny_z_image: Path) -> None:
     info = inspect_checkpoint(str(tiny_z_image))
     assert (info.family.name, info.label) == ("z_image", "Z-Image")
-    assert (info.sizes.num_heads, info.sizes.head_dim, info.sizes.num_layers) == (30, 16, 2)
+    assert (info.sizes.num_heads, info.sizes.head_dim, info.sizes.num_layers) == (30, 16, 1)
     tensors = load_file(tiny_z_image)
     assert info.num_parameters == sum(tensor.numel() for tensor in tensors.values())
     assert info.valid_tp_sizes() == (1, 2, 3, 4, 5, 6, 8)
@@ -39,7 +49,7 @@ def test_the_sizes_are_read_from_the_header(tiny_z_image: Path) -> None:
 
 @pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model."])
 def test_a_prefix_is_taken_off(tiny_z_image: Path, tmp_path: Path, prefix: str) -> None:
-    path = write_tiny("z_image", tmp_path / "prefixed.safetensors", prefix=prefix)
+    path = write_tiny("z_image", tmp_path / "prefixed.safetensors", prefix=prefix, **ONE_BLOCK)
     found, plain = inspect_checkpoint(str(path)), inspect_checkpoint(str(tiny_z_image))
     assert (found.sizes, found.tensors) == (plain.sizes, plain.tensors)
     with open_checkpoint(str(path)) as file:
@@ -134,14 +144,13 @@ def test_a_damaged_header_is_refused_or_harmless(
 
 
 @pytest.fixture
-def changed(tiny_z_image: Path, tmp_path: Path) -> Callable[[Callable[[Tensors], object]], str]:
+def changed(tmp_path: Path) -> Callable[[Callable[[Tensors], object]], str]:
     """`changed(edit)`: the message for the tiny model after `edit` of its tensors."""
 
     def make(edit: Callable[[Tensors], object]) -> str:
-        tensors = load_file(tiny_z_image)
+        tensors = holes(tiny_shapes("z_image", **ONE_BLOCK))
         edit(tensors)
-        save_file(tensors, tmp_path / "changed.safetensors")
-        return message_for(tmp_path / "changed.safetensors")
+        return message_for(write_sparse(tmp_path / "changed.safetensors", tensors))
 
     return make
 
@@ -166,9 +175,10 @@ def test_no_tensors(tmp_path: Path) -> None:
 
 def test_missing_tensors(changed: Changed) -> None:
     message = changed(
-        lambda t: [t.pop(f"layers.1.feed_forward.{name}.weight") for name in ("w1", "w2")]
+        lambda t: [t.pop(f"noise_refiner.0.feed_forward.{name}.weight") for name in ("w1", "w2")]
     )
-    assert "2 missing (layers.1.feed_forward.w1.weight, layers.1.feed_forward.w2.weight)" in message
+    names = "noise_refiner.0.feed_forward.w1.weight, noise_refiner.0.feed_forward.w2.weight"
+    assert f"2 missing ({names})" in message
     assert "Download it again" in message
 
 
@@ -194,9 +204,7 @@ def test_a_tensor_of_another_shape(changed: Changed) -> None:
 
 
 SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
-    "z_image": tiny_shapes("z_image"),
-    "flux": tiny_shapes("flux"),
-    "qwen_image": tiny_shapes("qwen_image"),
+    family: tiny_shapes(family, **one_block(family)) for family in ("z_image", "flux", "qwen_image")
 }
 
 
@@ -204,10 +212,9 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
 @pytest.mark.parametrize("family", SHAPES)
 def test_shapes_that_no_model_has(tmp_path: Path, family: str, shape: tuple[int, ...]) -> None:
     path = tmp_path / "model.safetensors"
-    for name in tiny(family).table.file_tensors:
+    for name in tiny(family, **one_block(family)).table.file_tensors:
         shapes = SHAPES[family] | {name: shape}
-        save_file({n: torch.empty(s, dtype=torch.float8_e4m3fn) for n, s in shapes.items()}, path)
-        assert message_for(path), name
+        assert message_for(write_sparse(path, holes(shapes, torch.float8_e4m3fn))), name
 
 
 @pytest.mark.parametrize(
@@ -226,7 +233,8 @@ def test_a_description_of_fp8_that_is_none(
 
 def test_the_size_of_fp8_follows_the_dtype_that_is_asked_for(tmp_path: Path) -> None:
     """Without a scale it is held in that; with one it stays in fp8."""
-    path = write_tiny("z_image", tmp_path / "plain.safetensors", dtype=torch.float8_e4m3fn)
+    tensors = holes(tiny_shapes("z_image", **ONE_BLOCK), torch.float8_e4m3fn)
+    path = write_sparse(tmp_path / "plain.safetensors", tensors)
     info = inspect_checkpoint(str(path))
     assert [info.weight_bytes(n) for n in (1, 2, 4)] == [n * info.num_parameters for n in (1, 2, 4)]
     scaled = dataclasses.replace(info, scales=dict.fromkeys(info.tensors, "scale"))

@@ -1,11 +1,13 @@
 """Diffusers folders: read exactly as the ComfyUI file of the same weights is."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from support.diffusers_folders import FAMILIES, INDEX, WEIGHTS, write_folder
@@ -43,10 +45,11 @@ def test_it_reads_as_the_comfyui_file(tmp_path: Path, family: str, num_shards: i
 )
 @pytest.mark.parametrize("rows", [(0, 7), (380, 390), (100, 700), (384, 768), (767, 768)])
 def test_ranges_cross_the_stacked_tensors(
-    flux_folder: Path, name: str, rows: tuple[int, int]
+    whole_folder: Path, name: str, rows: tuple[int, int]
 ) -> None:
-    whole = load_file(flux_folder.parent / "flux.safetensors")[name]
-    with open_checkpoint(str(flux_folder)) as file:
+    with safe_open(whole_folder.parent / "flux.safetensors", framework="pt") as file:
+        whole = file.get_tensor(name)
+    with open_checkpoint(str(whole_folder)) as file:
         assert torch.equal(file.read(name, rows, None), whole[slice(*rows)])
         assert file.bytes_read == (rows[1] - rows[0]) * whole.shape[1] * 4
         assert torch.equal(file.read(name, rows, (3, 50)), whole[slice(*rows), 3:50])
@@ -61,11 +64,18 @@ def test_another_version_after_a_shard_was_replaced(flux_folder: Path) -> None:
     assert ModelSpec.of(str(flux_folder), "float32", "float32") != before
 
 
-@pytest.fixture
-def flux_folder(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def whole_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in three shards, beside the `flux.safetensors` that it was made from."""
-    file = FAMILIES["flux"].write(tmp_path / "flux.safetensors")
-    return write_folder(file, tmp_path / "folder", "flux", num_shards=3)
+    place = tmp_path_factory.mktemp("flux")
+    file = FAMILIES["flux"].write(place / "flux.safetensors")
+    return write_folder(file, place / "folder", "flux", num_shards=3)
+
+
+@pytest.fixture
+def flux_folder(whole_folder: Path, tmp_path: Path) -> Path:
+    """A copy of it, for a test to damage."""
+    return Path(shutil.copytree(whole_folder, tmp_path / "folder"))
 
 
 def edit_json(path: Path, edit: Callable[[dict[str, object]], object]) -> None:

@@ -17,12 +17,25 @@ from safetensors.torch import load_file, save_file
 
 from support.diffusers_folders import FAMILIES
 from support.gguf_files import ARCHITECTURES, K_TYPES, WRITTEN, dequantised, quantise, write_gguf
+from support.sparse_files import one_block
 from support.tiny_models import write_tiny
 from tp_runtime.client import CheckpointError, inspect_checkpoint
 from tp_runtime.recognise import open_checkpoint
 from tp_runtime.sharding.parts import Sharding
 
 KINDS = (*WRITTEN, *K_TYPES)
+# One block of each kind, and no width that is a multiple of a block's 256 elements.
+SIZES = {
+    "z_image": one_block("z_image") | {"num_heads": 18, "ffn_dim": 768, "time_dim": 288},
+    "flux": one_block("flux") | {"num_heads": 12},
+    "qwen_image": one_block("qwen_image") | {"num_heads": 12},
+}
+
+
+@pytest.fixture(scope="module")
+def tiny_z_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "tiny_z_image.safetensors"
+    return write_tiny("z_image", path, **SIZES["z_image"])
 
 
 def message_for(path: Path) -> str:
@@ -35,7 +48,7 @@ def message_for(path: Path) -> str:
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_is_the_model_that_it_was_made_from(tmp_path: Path, family: str, prefix: str) -> None:
-    source = FAMILIES[family].write(tmp_path / "whole.safetensors")
+    source = FAMILIES[family].write(tmp_path / "whole.safetensors", **SIZES[family])
     path = write_gguf(
         source,
         tmp_path / "model.gguf",
@@ -212,10 +225,10 @@ def test_a_shape_that_cannot_be(tmp_path: Path, shape: list[int]) -> None:
 
 def test_tensors_that_are_missing(tmp_path: Path, tiny_z_image: Path) -> None:
     tensors = load_file(tiny_z_image)
-    del tensors["layers.1.attention.out.weight"]
+    del tensors["layers.0.attention.out.weight"]
     save_file(tensors, tmp_path / "less.safetensors")
     path = write_gguf(tmp_path / "less.safetensors", tmp_path / "less.gguf", "Q8_0")
-    assert "1 missing (layers.1.attention.out.weight)" in message_for(path)
+    assert "1 missing (layers.0.attention.out.weight)" in message_for(path)
 
 
 def test_a_text_encoder(tmp_path: Path) -> None:
@@ -279,7 +292,7 @@ def test_without_the_package(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -
     assert f"Run: {sys.executable} -m pip install gguf" in message
 
 
-def test_a_name_in_capitals(tmp_path: Path) -> None:
-    source = write_tiny("z_image", tmp_path / "whole.safetensors")
-    path = write_gguf(source, tmp_path / "MODEL.GGUF", "Q8_0")
+def test_a_name_in_capitals(tmp_path: Path, tiny_gguf: Path) -> None:
+    path = tmp_path / "MODEL.GGUF"
+    path.symlink_to(tiny_gguf)
     assert inspect_checkpoint(str(path)).family.name == "z_image"

@@ -1,12 +1,18 @@
 """The leak check itself: it sees what it is there to see."""
 
+import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from support.leaks import (
+    RUN,
     SERVER_MARK,
     WORKER_MARK,
     Footprint,
@@ -15,6 +21,27 @@ from support.leaks import (
 )
 
 READ = "import sys; sys.stdin.read()"
+# A process that leaves another one behind, which is adopted by none of ours.
+LEAVE = (
+    "import subprocess, sys; "
+    "print(subprocess.Popen([sys.executable, '-c', *sys.argv[1:]], stdout=2).pid)"
+)
+
+
+@contextmanager
+def orphaned_server(code: str = READ, **environment: str) -> Iterator[str]:
+    """A fork server without an engine, by its command line; its process id."""
+    with subprocess.Popen(
+        [sys.executable, "-c", LEAVE, code, SERVER_MARK],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | environment,
+    ) as parent:
+        assert parent.stdout is not None
+        pid = parent.stdout.readline().strip()
+        parent.wait()
+        yield pid
 
 
 def test_a_rank_that_lives_on_is_reported() -> None:
@@ -28,18 +55,26 @@ def test_a_rank_that_lives_on_is_reported() -> None:
 
 def test_a_fork_server_whose_engine_is_gone_is_reported() -> None:
     before = Footprint.now()
-    # A process that leaves another one behind, which is adopted by none of ours.
-    leave = (
-        "import subprocess, sys; "
-        "print(subprocess.Popen([sys.executable, '-c', *sys.argv[1:]], stdout=2).pid)"
-    )
-    command = [sys.executable, "-c", leave, READ, SERVER_MARK]
-    done = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    pid, _ = done.stdout.readline(), done.wait()
-    with pytest.raises(AssertionError, match=pid.strip()):
+    with orphaned_server() as pid, pytest.raises(AssertionError, match=pid):
         assert_nothing_added(before, within_s=0.2)
-    done.stdin.close()
     assert_nothing_added(before)
+
+
+def test_what_another_worker_leaves_for_a_moment_is_its_own(tmp_path: Path) -> None:
+    """Such as the ranks of an engine that its test has killed, or what its Ray has in /dev/shm."""
+    entry = Path(f"/dev/shm/tp-leak-check-{tmp_path.name}")
+    hold = f"file = open({str(entry)!r}, 'w'); {READ}"
+    before = Footprint.now()
+    try:
+        with orphaned_server(hold, **{RUN: "/tmp/of-another-worker"}) as pid:
+            while not entry.exists():
+                time.sleep(0.01)
+            assert_nothing_added(before, within_s=0.2)
+            assert psutil.pid_exists(int(pid))
+        with pytest.raises(AssertionError, match=entry.name):
+            assert_nothing_added(before, within_s=0.2)
+    finally:
+        entry.unlink(missing_ok=True)
 
 
 def test_shared_memory_that_stays_is_reported() -> None:
