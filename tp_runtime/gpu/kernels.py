@@ -189,6 +189,7 @@ def _residual_norm(
     eps,
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
+    EACH_TOKEN: tl.constexpr,
     GATE: tl.constexpr,
     NORM_UPDATE: tl.constexpr,
     NORM: tl.constexpr,
@@ -215,38 +216,43 @@ def _residual_norm(
     batch = row // num_tokens
     token = row % num_tokens
     stream = (token >= num_text).to(tl.int32)
+    of_gate = stream * gate_stream_stride + batch * gate_batch_stride + features
+    of_norm = stream * norm_stream_stride + batch * norm_batch_stride + features
+    if EACH_TOKEN:
+        of_gate += token * gate_token_stride
+        of_norm += token * norm_token_stride
+    factor = tl.full((WIDTH,), 1.0, tl.float32)
+    if GATE:
+        factor = tl.load(gate + of_gate, mask=exists, other=0.0).to(tl.float32)
     if NORM_UPDATE:
         mean_square = tl.sum(update * update, axis=0) / width
-        stretch = tl.load(update_weight + features, mask=exists, other=0.0).to(tl.float32)
-        update = update * tl.rsqrt(mean_square + eps) * stretch
-    if GATE:
-        of_gate = stream * gate_stream_stride + batch * gate_batch_stride
-        of_gate += token * gate_token_stride
-        factor = tl.load(gate + of_gate + features, mask=exists, other=0.0).to(tl.float32)
-        if NORM_UPDATE:
+        own = tl.load(update_weight + features, mask=exists, other=0.0).to(tl.float32)
+        update = update * tl.rsqrt(mean_square + eps) * own
+        if GATE:
             # tanh, which Triton has under one name for all devices only by way of exp.
             factor = 1 - 2 / (tl.exp(2 * factor) + 1)
-        update = update * factor
-    x = tl.load(tokens + place, mask=exists, other=0.0).to(tl.float32) + update
+    x = tl.load(tokens + place, mask=exists, other=0.0).to(tl.float32) + update * factor
     if LIMIT:
         x = tl.where(x == x, tl.minimum(tl.maximum(x, -65504.0), 65504.0), 0.0)
     tl.store(tokens + place, x.to(dtype), mask=exists)
 
-    if NORM == 1:
-        x = tl.where(exists, x - tl.sum(x, axis=0) / width, 0.0)
     if NORM > 0:
-        x = x * tl.rsqrt(tl.sum(x * x, axis=0) / width + eps)
+        if NORM == 1:
+            x = tl.where(exists, x - tl.sum(x, axis=0) / width, 0.0)
+        inverse = tl.rsqrt(tl.sum(x * x, axis=0) / width + eps)
+        # Loaded after the sums: in registers before them, they would let fewer rows run at once.
+        move = tl.zeros((WIDTH,), tl.float32)
+        stretch = tl.zeros((WIDTH,), tl.float32)
+        if SHIFT:
+            move = tl.load(shift + of_norm, mask=exists, other=0.0).to(tl.float32)
+        if SCALE:
+            stretch = tl.load(scale + of_norm, mask=exists, other=0.0).to(tl.float32)
+        x = x * inverse
         if WEIGHT:
             x = x * tl.load(weight + features, mask=exists, other=0.0).to(tl.float32)
         if BIAS:
             x = x + tl.load(bias + features, mask=exists, other=0.0).to(tl.float32)
-        of_norm = stream * norm_stream_stride + batch * norm_batch_stride
-        of_norm += token * norm_token_stride
-        if SCALE:
-            stretch = tl.load(scale + of_norm + features, mask=exists, other=0.0).to(tl.float32)
-            x = x * (1 + stretch)
-        if SHIFT:
-            x = x + tl.load(shift + of_norm + features, mask=exists, other=0.0).to(tl.float32)
+        x = x * (1 + stretch) + move
     for distance in tl.static_range(RANKS):
         address = tl.load(targets + (RANK + distance) % RANKS).to(tl.pointer_type(dtype))
         tl.store(tl.multiple_of(address, 16) + place, x.to(dtype), mask=exists)
@@ -275,6 +281,7 @@ def residual_norm(
         return
     scale, shift = epilogue.scale, epilogue.shift
     assert shift is None or scale is None or strides(shift) == strides(scale)
+    of_gate, of_norm = strides(epilogue.gate), strides(shift if scale is None else scale)
     _residual_norm[(num_rows,)](
         updates,
         targets,
@@ -289,11 +296,12 @@ def residual_norm(
         num_tokens,
         num_text,
         width,
-        *strides(epilogue.gate),
-        *strides(shift if scale is None else scale),
+        *of_gate,
+        *of_norm,
         epilogue.eps,
         RANK=rank,
         RANKS=num_ranks,
+        EACH_TOKEN=of_gate[2] > 0 or of_norm[2] > 0,
         GATE=epilogue.gate is not None,
         NORM_UPDATE=epilogue.update_weight is not None,
         NORM=_NORMS[epilogue.norm],
