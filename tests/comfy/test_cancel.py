@@ -13,6 +13,7 @@ from support.comfy_history import PromptError
 from support.comfy_server import ComfyServer
 from support.lora_files import write_lora
 from support.tiny_models import write_tiny
+from support.workers import BESIDE_OTHERS, bound_s
 from support.workflows import Sampling, node, text_to_latent, tp_loader, tp_text_to_latent
 
 pytestmark = pytest.mark.comfy
@@ -53,7 +54,7 @@ def interrupt(server: ComfyServer, prompt_id: str) -> None:
     elapsed_s = time.monotonic() - start
     print(f"the prompt ended {elapsed_s * 1000:.0f} ms after the request to cancel it")
     assert error.value.type == "interrupted"
-    assert elapsed_s < LIMIT_S
+    assert elapsed_s < bound_s(LIMIT_S)
 
 
 @pytest.mark.parametrize("sampler", ["TPSampler", "SamplerCustomAdvanced"])
@@ -149,6 +150,6 @@ def test_at_random_moments(comfy_server: ComfyServer, works: Works) -> None:
     latencies.sort()
     shown = ", ".join(f"{latency * 1000:.0f}" for latency in latencies)
     print(f"ms from a cancel to the end of its prompt, machine load {load_before:.1f}: {shown}")
-    alone = os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") == "1"
-    idle = alone and load_before < 1 and os.getloadavg()[0] < (os.cpu_count() or 1)
-    assert latencies[-1] <= (IDLE_LIMIT_S if idle else LIMIT_S)
+    idle = load_before < 1 and os.getloadavg()[0] < (os.cpu_count() or 1)
+    limit_s = IDLE_LIMIT_S if idle and not BESIDE_OTHERS else LIMIT_S
+    assert latencies[-1] <= bound_s(limit_s)

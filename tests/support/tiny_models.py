@@ -57,13 +57,14 @@ def write(
 ) -> Path:
     """Write random tensors of these shapes.
 
-    The values depend on `seed` and `shapes` only: another dtype rounds the same weights, another
-    prefix (ComfyUI itself also reads files with `model.diffusion_model.`) renames them.
+    The values depend on `seed` and `shapes` only, not on the order of the keys: another dtype
+    rounds the same weights, another prefix (ComfyUI itself also reads files with
+    `model.diffusion_model.`) renames them.
     """
     generator = torch.Generator().manual_seed(seed)
     tensors = {
         prefix + key: _random_tensor(key, shape, generator).to(dtype)
-        for key, shape in shapes.items()
+        for key, shape in sorted(shapes.items())
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path, metadata={"format": "pt"})
