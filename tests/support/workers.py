@@ -1,4 +1,4 @@
-"""What other workers of the same run, which share this machine's cores, mean for a test's bounds."""
+"""What other workers of a run, which share this machine's cores, mean for a test's bounds."""
 
 import os
 
