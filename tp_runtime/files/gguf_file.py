@@ -10,7 +10,6 @@ import math
 import struct
 import sys
 import warnings
-from types import TracebackType
 from typing import Any
 
 import gguf
@@ -62,12 +61,7 @@ class GGUFFile:
     def __enter__(self) -> "GGUFFile":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stored.clear()  # the pages go with the last tensor that views them
 
     def read(

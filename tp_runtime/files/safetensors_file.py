@@ -13,7 +13,6 @@ import os
 import struct
 import warnings
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -80,12 +79,7 @@ class SafetensorsFile:
     def __enter__(self) -> "SafetensorsFile":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         del self._map  # the pages go with the last tensor that views them
 
     def _read_header(self, prefix: bytes, file: Any, size: int) -> None:
