@@ -103,7 +103,7 @@ def test_the_ranks_sum_to_the_whole(heads: int, kv_heads: int, tp_size: int) -> 
     total = torch.zeros_like(expected)
     for rank in range(tp_size):
         weight, bias = local(model["attn.to_qkv"], rank, tp_size, file)
-        splits = [block.split.local_count(tp_size) for block in model["attn.to_qkv"].blocks]
+        splits = [block.split.local_count(tp_size) for block in model["attn.to_qkv"].sections]
         attended = attend(F.linear(x, weight, bias), splits[0], splits[1])
         weight, bias = local(model["attn.out"], rank, tp_size, file)
         total += F.linear(attended, weight, bias if rank == 0 else None)

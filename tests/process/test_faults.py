@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from process.conftest import PythonWith, assert_ended, cpu_group, make_inputs
+from process.conftest import PythonWith, assert_ended, cpu_group, make_inputs, wait_until
 
 from support.native import native_model
 from support.workers import bound_s
@@ -90,13 +90,6 @@ def assert_works(model: RemoteModel) -> None:
 def in_background(work: Callable[[], Any]) -> Iterator[Future[Any]]:
     with ThreadPoolExecutor(1) as pool:
         yield pool.submit(work)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def has_ended(engine: Engine) -> bool:

@@ -184,7 +184,7 @@ def test_a_refused_request_leaves_the_group_as_it_was(
     pids = [rank.pid for rank in engine.ranks]
     wrong = make_inputs(seed=31, caption_width=48)
     for _ in range(2):  # the second time the ranks hold the conditioning
-        with pytest.raises(InputError, match=r"width 64; got shape \(1, 20, 48\)"):
+        with pytest.raises(InputError, match=r"width 64\); got \(1, 20, 48\)"):
             model.evaluate(wrong)
     with pytest.raises(InputError, match="does not support the model input strange"):
         model.evaluate(make_inputs(seed=31) | {"strange": 1})

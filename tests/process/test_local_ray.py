@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from process.conftest import TESTS, make_inputs
+from process.conftest import TESTS, make_inputs, wait_until
 
 from support.native import native_model
 from support.paths import LIGHT_SITE, REPOSITORY
@@ -125,6 +125,9 @@ def test_the_driver_is_killed(tiny_z_image: Path) -> None:
         model.ensure_loaded()
         (driver,) = [one for one in ray_processes() if DRIVER_MARK in " ".join(one.cmdline())]
         driver.kill()
+        engine = model._group.engine
+        assert engine is not None
+        wait_until(lambda: not engine.is_up())
         model.ensure_loaded()  # on a new group
         model.evaluate(make_inputs())
         runtime.release()

@@ -641,7 +641,6 @@ GUIDANCE = (
             "RescaleCFG": {},
             "RenormCFG": {"cfg_trunc": 0.9},
             "APG": {"momentum": 0.3},
-            "TCFG": {},
             "FreSca": {"freq_cutoff": 2},
             "Mahiro": {},
             "Epsilon Scaling": {"scaling_factor": 1.05},
@@ -650,6 +649,8 @@ GUIDANCE = (
             "VideoTriangleCFGGuidance": {},
         }.items()
     ),
+    # Its singular vectors make more of what rounding differs in, at every step anew.
+    Row("`TCFG`", on_model("TCFG"), replace(CFG, steps=2)),
     Row("`PerpNeg`", _perp_neg, CFG),
     Row("`LatentApplyOperationCFG`", _latent_operation, CFG),
     Row(
