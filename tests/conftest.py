@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_const",
         const=ALL,
         dest="rows_of",
-        help="run each on every model, not on one that the commit chooses",
+        help="run each on every model, not on one that the commit chooses; and all repetitions",
     )
     rows.addoption(
         "--rows-of", dest="rows_of", metavar="COMMIT", help="run those that this commit chooses"
@@ -68,6 +68,12 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("TP_RUNTIME_HOME", str(tmp_path_factory.mktemp("tp-runtime")))
         patch.setenv(RUN, str(tmp_path_factory.getbasetemp()))
         yield
+
+
+@pytest.fixture(scope="session")
+def everything(pytestconfig: pytest.Config) -> bool:
+    """Whether the run is `make test-all`: what repeats something then does so most often."""
+    return bool(pytestconfig.option.rows_of == ALL)
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,12 @@
 """`docs/compatibility.md` says what `tests/comfy/test_compatibility.py` tests."""
 
 import re
+import sys
+from pathlib import Path
 
 import pytest
 
+import support.compatibility_table
 from support.compatibility import FAMILIES, Row
 from support.compatibility_rows import ROWS
 from support.compatibility_table import PAGE, page
@@ -30,3 +33,9 @@ def test_rows_have_names_of_their_own() -> None:
 def test_enough_workflows() -> None:
     for family in FAMILIES:
         assert len([row for row in ROWS if row.expected(family)]) >= 40
+
+
+def test_the_command_that_writes_the_page_starts() -> None:
+    """It has its own folder on its path: a module there must not have the name of one of Python."""
+    names = {path.stem for path in Path(support.compatibility_table.__file__).parent.glob("*.py")}
+    assert not names & sys.stdlib_module_names

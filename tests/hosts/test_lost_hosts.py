@@ -2,12 +2,12 @@
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from faults.conftest import put, wait_until
-from hosts.conftest import ModelOn
+from hosts.conftest import ModelOn, cluster_of
 from process.conftest import assert_ended, make_inputs
 
 from support.ray_hosts import Cluster
@@ -20,6 +20,13 @@ pytestmark = [pytest.mark.process, pytest.mark.hosts]
 KILLED_BOUND_S = 5.0
 CUT_OFF_BOUND_S = 10.0
 RAISED_BOUND_S = 10.0
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """Two hosts with room for one rank each, which computes nothing."""
+    with cluster_of((1, 1), light=True) as cluster:
+        yield cluster
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from new_family.family import FAMILY
 from new_family.plain import Plain
-from support.numbers import FP32_TOLERANCE, relative_error
+from support.accuracy import FP32_TOLERANCE, relative_error
 from support.tiny_models import write
 from tp_runtime.client import GroupConfig, InputError, ModelSpec, Runtime, inspect_checkpoint
 from tp_runtime.layouts.cost_model import predict

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from support.numbers import FP32_TOLERANCE, relative_error
+from support.accuracy import FP32_TOLERANCE, relative_error
 from tp_runtime.client import GroupConfig, ModelSpec, RemoteModel, Runtime
 
 __all__ = ["FP32_TOLERANCE", "Remote", "relative_error"]
