@@ -1,6 +1,6 @@
 """The tables of `docs/compatibility.md`, made of the tested workflows.
 
-    python tests/support/compatibility_table.py
+    python tests/support/compatibility_table.py [PAGE]
 
 writes them into the page, between the lines that mark their place.
 """
@@ -9,11 +9,13 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]  # for a run as a program
+if __name__ == "__main__":  # its own folder is on the path then, which is no place to import from
+    TESTS = Path(__file__).resolve().parents[1]
+    sys.path[:1] = [str(TESTS), str(TESTS.parent)]
 
-from support.compatibility import FAMILIES, Row  # noqa: E402
-from support.compatibility_rows import ELSEWHERE, SECTIONS  # noqa: E402
-from support.paths import REPOSITORY  # noqa: E402
+from support.compatibility import FAMILIES, Row
+from support.compatibility_rows import ELSEWHERE, SECTIONS
+from support.paths import REPOSITORY
 
 PAGE = REPOSITORY / "docs" / "compatibility.md"
 BEGIN = "<!-- written by tests/support/compatibility_table.py -->"
@@ -53,4 +55,5 @@ def _table(heads: list[str], rows: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(PAGE.read_text()))
+    written = Path(sys.argv[1]) if sys.argv[1:] else PAGE
+    written.write_text(page(written.read_text()))
