@@ -9,7 +9,20 @@ from playwright.sync_api import Browser
 from support.comfy_page import PICTURES, ComfyPage, chromium, chromium_path, comfy_page
 from support.comfy_server import NO_GPU, ComfyServer
 from support.paths import NEWER_FRONTEND
+from support.rotation import ALL, chosen
 from support.template_models import write_template_models
+
+FRONTENDS = ("own_page", "newer_page")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """What both frontends must do runs on the one that the commit chooses, or on both."""
+    if metafunc.definition.get_closest_marker("both_frontends"):
+        commit = metafunc.config.getoption("rows_of")
+        pages = (
+            FRONTENDS if commit == ALL else [chosen(FRONTENDS, metafunc.function.__name__, commit)]
+        )
+        metafunc.parametrize("web", pages, indirect=True)
 
 
 @pytest.fixture(scope="session")

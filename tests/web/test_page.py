@@ -12,7 +12,7 @@ from support.tiny_vae import VAE_NAME
 from support.workflows import Prompt, Sampling, text_to_latent, tp_loader, with_picture
 
 pytestmark = pytest.mark.web
-both_frontends = pytest.mark.parametrize("web", ["own_page", "newer_page"], indirect=True)
+both_frontends = pytest.mark.both_frontends
 
 MODEL = "tiny_z_image.safetensors"
 START_MS = 240_000  # of a group, on a machine that is busy
