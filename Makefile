@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-from-requirements-dev
+UV := uv==0.13.9
 MODEL ?= z_image
 WHERE ?= this machine
 export COMFYUI_PATH ?= $(CURDIR)/.comfyui
@@ -19,8 +20,8 @@ help:
 	@echo "make serve    start ComfyUI with the pack and the same model, until Ctrl-C"
 	@echo "              (both: MODEL=z_image, the default, flux or qwen_image)"
 	@echo "              (demo: WHERE=ray, on a Ray that is started for it)"
-	@echo "make test     every test that this machine can run; of the compatibility rows that are the"
-	@echo "              same on every model, each on one (make test-all: on every model)"
+	@echo "make test     every test that this machine can run; of what repeats itself, the share that"
+	@echo "              the commit chooses (make test-all: all of it)"
 	@echo "make soak     a real ComfyUI, random prompts and faults (SOAK_MINUTES=30)"
 	@echo "make kills    kill -9 of an engine and of a real ComfyUI at random moments (KILLS=50)"
 	@echo "make bench    ms per step on this machine's GPUs (BENCH='--models flux --tp 1 2 ...')"
@@ -36,10 +37,10 @@ serve: venv comfyui
 	@$(BIN)/python scripts/demo.py --model "$(MODEL)" --serve
 
 test: venv comfyui browser hosts
-	$(TEST)
+	$(TEST) --rotate HEAD
 
 test-all: venv comfyui browser hosts
-	$(TEST) --all-rows
+	$(TEST)
 
 soak: venv comfyui
 	SOAK_MINUTES=$${SOAK_MINUTES:-30} $(BIN)/python -m pytest tests/faults/test_soak.py -s
@@ -67,7 +68,8 @@ venv: $(INSTALLED)
 
 $(INSTALLED): requirements-dev.txt
 	scripts/make_venv.sh "$(PYTHON)" "$(VENV)"
-	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install --disable-pip-version-check $(UV)
+	$(BIN)/uv pip install --python $(BIN)/python -r requirements-dev.txt
 	touch $@
 
 comfyui: venv

@@ -11,7 +11,7 @@ import torch
 
 from support.comfy_server import NO_GPU, ComfyServer
 from support.leaks import RUN, nothing_left_over
-from support.rotation import ALL, this_commit
+from support.rotation import commit_of, left_out
 from support.tiny_models import write_tiny
 
 if TYPE_CHECKING:
@@ -19,22 +19,17 @@ if TYPE_CHECKING:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    rows = parser.getgroup("compatibility", "Rows of the compatibility suite")
-    rows.addoption(
-        "--all-rows",
-        action="store_const",
-        const=ALL,
-        dest="rows_of",
-        help="run each on every model, not on one that the commit chooses; and all repetitions",
-    )
-    rows.addoption(
-        "--rows-of", dest="rows_of", metavar="COMMIT", help="run those that this commit chooses"
+    parser.getgroup("rotation", "What repeats itself").addoption(
+        "--rotate",
+        metavar="COMMIT",
+        help="leave out what has its turn at other commits (HEAD: as the one checked out does)",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # Once, for all workers: somebody may commit while they start.
-    config.option.rows_of = config.option.rows_of or this_commit()
+    if config.option.rotate:
+        config.option.rotate = commit_of(config.option.rotate)
     # vLLM's quantised layers import humming, and each rank would begin to build its CUDA part.
     os.environ.setdefault("HUMMING_DISABLE_PARALLEL_BUILD", "1")
     # As where ranks are forked: diffusers would import it, which takes ten seconds, for no driver.
@@ -46,9 +41,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    rows_of = config.option.rows_of
-    option = "--all-rows" if rows_of == ALL else f"--rows-of {rows_of}"
-    return f"compatibility rows, kills: {option}"
+    commit = config.option.rotate
+    return f"what repeats itself: {f'--rotate {commit}' if commit else 'everything'}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.option.rotate and (rest := left_out(items, config.option.rotate)):
+        config.hook.pytest_deselected(items=rest)
+        items[:] = [item for item in items if item not in rest]
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -72,8 +72,8 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def everything(pytestconfig: pytest.Config) -> bool:
-    """Whether the run is `make test-all`: what repeats something then does so most often."""
-    return bool(pytestconfig.option.rows_of == ALL)
+    """Whether nothing is left out (`--rotate`): what repeats something then does so most often."""
+    return pytestconfig.option.rotate is None
 
 
 @pytest.fixture(scope="session")

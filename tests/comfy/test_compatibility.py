@@ -1,6 +1,6 @@
 """Every stock node that has to do with a MODEL, on ours: the rows of `docs/compatibility.md`.
 
-Not each on every model, unless `--all-rows` is given: see `support.rotation`.
+Of what repeats itself, a share: see `support.rotation`.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from support.compatibility import (
     with_defaults,
 )
 from support.compatibility_rows import ELSEWHERE, SAMPLERS, SCHEDULERS
-from support.rotation import ALL, cases
+from support.rotation import cases
 from support.tiny_vae import write_tiny_vae, write_tiny_wan_vae
 from support.workflows import Prompt
 
@@ -44,7 +44,7 @@ SOCKETS = {"MODEL", "SAMPLER", "SIGMAS", "GUIDER", "NOISE", "CONTROL_NET", "MODE
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "row" in metafunc.fixturenames:
-        of_commit = cases(metafunc.config.getoption("rows_of"))
+        of_commit = cases(metafunc.config.option.rotate)
         ids = [f"{family.name}-{row.name}" for family, row in of_commit]
         metafunc.parametrize(("family", "row"), of_commit, ids=ids)
 
@@ -69,6 +69,7 @@ def node_info(comfy_server: ComfyServer) -> NodeInfo:
     return info
 
 
+@pytest.mark.rotates(2)
 def test_workflow(
     comfy_server: ComfyServer,
     node_info: NodeInfo,
@@ -92,7 +93,7 @@ def test_workflow(
 
 
 def test_every_node_of_a_model_is_in_the_table(node_info: NodeInfo) -> None:
-    prompts = [row.prompt(family) for family, row in cases(ALL)]
+    prompts = [row.prompt(family) for family, row in cases(None)]
     named = {item["class_type"] for prompt in prompts for item in prompt.values()}
     concerned = {
         name

@@ -34,6 +34,7 @@ def sizes_of(history: History) -> list[tuple[int, int]]:
     return [(group["tp_size"], group["batch_groups"]) for group in groups(history)]
 
 
+@pytest.mark.rotates(2)
 @pytest.mark.parametrize(
     ("layout", "gpu_count", "size"),
     [("1x2", "auto", (1, 2)), ("2x1", "2", (2, 1)), ("2x2", "4", (2, 2))],

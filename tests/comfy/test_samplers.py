@@ -25,6 +25,7 @@ BATCH_TOLERANCE = 1e-4  # a batch of two: the CPU adds up in another order in an
 Compare = Callable[..., History]
 
 
+@pytest.mark.rotates(2)
 @pytest.mark.parametrize(
     "sampling",
     [

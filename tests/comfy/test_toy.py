@@ -42,6 +42,7 @@ def comfy_server() -> Iterator[ComfyServer]:
         yield server
 
 
+@pytest.mark.rotates(3)
 @pytest.mark.parametrize("scene", SCENES, ids=lambda scene: next(prompts(scene)))
 def test_the_picture_shows_the_prompt(
     comfy_server: ComfyServer, same_as_stock: Compare, scene: Scene

@@ -20,7 +20,7 @@ from faults.conftest import Observe, put, wait_until
 
 from support.comfy_server import NO_GPU, ComfyServer
 from support.leaks import Footprint, assert_nothing_added
-from support.rotation import chosen
+from support.rotation import NO_COMMIT, chosen
 from support.workflows import Sampling, tp_text_to_latent
 from tp_runtime.client.launch.group_folder import KEPT_FOLDERS
 
@@ -107,7 +107,7 @@ def test_at_any_moment(
     tmp_path: Path, tiny_z_image: Path, observe: Observe, pytestconfig: pytest.Config
 ) -> None:
     random = Random(0)
-    first = PHASES.index(chosen(PHASES, "kill", pytestconfig.getoption("rows_of")))
+    first = PHASES.index(chosen(PHASES, "kill", pytestconfig.option.rotate or NO_COMMIT))
     before = Footprint.now()
     seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
     with contextlib.closing(lives(tmp_path, tiny_z_image)) as each:

@@ -35,6 +35,7 @@ def _inputs(family: str, batch: int, seed: int) -> dict[str, Any]:
     return inputs
 
 
+@pytest.mark.rotates(9)
 @pytest.mark.parametrize(
     ("family", "layout"),
     [

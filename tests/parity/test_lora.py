@@ -148,6 +148,7 @@ def digests(runtime: Runtime, model: RemoteModel) -> list[str]:
     raise AssertionError("no such group")
 
 
+@pytest.mark.rotates(3)
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
 @pytest.mark.parametrize("family", INPUTS)
 def test_apply_change_remove(
@@ -176,6 +177,7 @@ def test_apply_change_remove(
     assert digests(runtime, remote) == before
 
 
+@pytest.mark.rotates(3)
 @pytest.mark.parametrize("layout", ["plain", "scaled", "mixed"])
 def test_fp8(runtime: Runtime, weights: ModuleType, tmp_path: Path, layout: Fp8Layout) -> None:
     """Rounded to fp8 with ComfyUI's own random numbers, in each of its formats."""

@@ -29,7 +29,17 @@ SHARED: dict[str, tuple[str, ...]] = {
 }
 # These take minutes: a worker that came to one of them last would run on alone. The rest follows as
 # it was collected.
-FIRST = ("ComfyUI", "ray", "faults/test_comfyui_killed.py")
+FIRST = (
+    "ComfyUI",
+    "ray",
+    "parity/test_fused_reduction.py",
+    "contract/test_wheel.py",
+    "process/test_fork_server.py",
+    "faults/test_comfyui_killed.py",
+    "faults/test_engine_killed.py",
+    "faults/test_soak.py",
+    "process/test_bench.py",
+)
 
 
 def group_of(nodeid: str) -> str:

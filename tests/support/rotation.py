@@ -1,39 +1,80 @@
-"""Which rows of the compatibility suite `make test` runs on one model only, and on which.
+"""What `make test` leaves out of what repeats itself, by commit.
 
-A row with the same workflow and the same expectation on every model runs on one of them, which the
-commit's hash chooses: from commit to commit it comes to all of them. `make test-all` (`--all-rows`)
-runs every row on every model that it is for, `--rows-of COMMIT` what ran at another commit.
+`make test` is `pytest --rotate HEAD`: of tests that are marked `rotates(n)` it runs one case in n,
+and a compatibility row with the same workflow and the same expectation on every model it runs on
+one of them. The commit's hash chooses which, so from commit to commit it comes to all of them.
+Without `--rotate` (`make test-all`, and any plain `pytest`) everything runs.
 """
 
 import hashlib
+import re
 import subprocess
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
+
+import pytest
 
 from support.compatibility import FAMILIES, Family, Row
 from support.compatibility_rows import ROWS
 from support.paths import REPOSITORY
 
-ALL = "all"
+HEAD = "HEAD"
 NO_COMMIT = "0" * 40  # where there is no git, or no repository
 
 Item = TypeVar("Item")
 
 
-def this_commit() -> str:
-    """The hash of the commit that is checked out."""
-    command = ["git", "-C", str(REPOSITORY), "rev-parse", "--verify", "HEAD^{commit}"]
+def commit_of(name: str) -> str:
+    """The hash of a commit; of `HEAD` where there is none, `NO_COMMIT`.
+
+    Raises:
+        pytest.UsageError: git knows no such commit.
+    """
+    if re.fullmatch("[0-9a-f]{40}", name):
+        return name
+    command = ["git", "-C", str(REPOSITORY), "rev-parse", "--verify", f"{name}^{{commit}}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return NO_COMMIT
+    except (OSError, subprocess.SubprocessError) as error:
+        if name == HEAD:
+            return NO_COMMIT
+        raise pytest.UsageError(f"--rotate {name}: git knows no such commit") from error
     return done.stdout.strip()
+
+
+def share(items: Sequence[Item], one_in: int, what: str, commit: str) -> list[Item]:
+    """The items that a commit takes for `what`: one in so many, at least one, in their order."""
+
+    def rank(index: int) -> bytes:
+        return hashlib.sha256(f"{commit} {what} {index}".encode()).digest()
+
+    count = -(-len(items) // one_in)
+    return [items[index] for index in sorted(sorted(range(len(items)), key=rank)[:count])]
 
 
 def chosen(items: Sequence[Item], what: str, commit: str) -> Item:
     """The one of the items that a commit takes for `what`."""
-    digest = hashlib.sha256(f"{commit} {what}".encode()).digest()
-    return items[int.from_bytes(digest[:8], "big") % len(items)]
+    (item,) = share(items, len(items), what, commit)
+    return item
+
+
+def left_out(tests: Sequence[pytest.Item], commit: str) -> list[pytest.Item]:
+    """Of tests marked `rotates(n)`, those whose turn is at other commits.
+
+    On a function the mark is about its cases, on a module about its tests; the nearer mark counts.
+    """
+    groups: dict[tuple[str, int], list[pytest.Item]] = defaultdict(list)
+    for test in tests:
+        for node, mark in test.iter_markers_with_node("rotates"):
+            of = test.nodeid.partition("[")[0] if node is test else node.nodeid
+            groups[of, mark.args[0]].append(test)
+            break
+    found = []
+    for (of, one_in), members in groups.items():
+        taken = share(members, one_in, of, commit)
+        found += [test for test in members if test not in taken]
+    return found
 
 
 def rotates(row: Row) -> bool:
@@ -45,12 +86,12 @@ def rotates(row: Row) -> bool:
     return not isinstance(row.expect, Mapping) and len(workflows) == 1
 
 
-def cases(rows_of: str) -> list[tuple[Family, Row]]:
-    """The rows to run at a commit, each with its model; `ALL`: every row on every model."""
+def cases(commit: str | None) -> list[tuple[Family, Row]]:
+    """The rows to run at a commit, each with its model; `None`: every row on every model."""
     return [
         (family, row)
         for family in FAMILIES
         for row in ROWS
         if row.expected(family)
-        if rows_of == ALL or not rotates(row) or chosen(FAMILIES, row.name, rows_of) is family
+        if commit is None or not rotates(row) or chosen(FAMILIES, row.name, commit) is family
     ]
