@@ -69,7 +69,7 @@ def node_info(comfy_server: ComfyServer) -> NodeInfo:
     return info
 
 
-@pytest.mark.rotates(2)
+@pytest.mark.rotates(3)
 def test_workflow(
     comfy_server: ComfyServer,
     node_info: NodeInfo,

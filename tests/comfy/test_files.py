@@ -33,6 +33,7 @@ def offered(server: ComfyServer) -> list[str]:
     return list(options["options"] if kind == "COMBO" else kind)
 
 
+@pytest.mark.rotates(2)
 @pytest.mark.parametrize("layout", ["scaled", "mixed"])
 def test_fp8_with_scales(
     files: Path, tiny_z_image: Path, same_as_stock: Compare, layout: Fp8Layout
@@ -53,6 +54,7 @@ def test_a_full_checkpoint(files: Path, tiny_z_image: Path, same_as_stock: Compa
     same_as_stock(tp_text_to_latent("full.safetensors"))
 
 
+@pytest.mark.rotates(2)
 @pytest.mark.parametrize(("name", "num_shards"), [("whole", 1), ("below/sharded", 2)])
 def test_a_diffusers_folder(
     comfy_server: ComfyServer, files: Path, tiny_z_image: Path, name: str, num_shards: int
@@ -63,6 +65,7 @@ def test_a_diffusers_folder(
     assert_equal_to_stock_on(comfy_server, name, tiny_z_image.name)
 
 
+@pytest.mark.rotates(2)
 @pytest.mark.parametrize("folder", ["diffusion_models", "unet"])
 def test_gguf(comfy_server: ComfyServer, files: Path, tiny_z_image: Path, folder: str) -> None:
     path = comfy_server.models / folder / "below" / f"{folder}.gguf"

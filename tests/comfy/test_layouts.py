@@ -15,7 +15,7 @@ from support.workflows import Prompt, Sampling, node, tp_text_to_latent
 from tp_runtime.config import Layout
 from tp_runtime.layouts.step_history import MIN_TIMES, USUAL_STEPS, StepRecords, Workload
 
-pytestmark = pytest.mark.comfy
+pytestmark = [pytest.mark.comfy, pytest.mark.rotates(2)]
 
 MODEL = "tiny_z_image.safetensors"
 BATCH_TOLERANCE = 1e-4  # as in test_samplers
@@ -34,7 +34,6 @@ def sizes_of(history: History) -> list[tuple[int, int]]:
     return [(group["tp_size"], group["batch_groups"]) for group in groups(history)]
 
 
-@pytest.mark.rotates(2)
 @pytest.mark.parametrize(
     ("layout", "gpu_count", "size"),
     [("1x2", "auto", (1, 2)), ("2x1", "2", (2, 1)), ("2x2", "4", (2, 2))],

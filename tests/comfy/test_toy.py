@@ -18,7 +18,7 @@ from support.paths import TOY_PACK
 from support.toy import SAMPLING, shown, toy_prompt
 from support.workflows import Prompt, node, stock_twin
 
-pytestmark = pytest.mark.comfy
+pytestmark = [pytest.mark.comfy, pytest.mark.rotates(2)]
 
 SCENES = [
     Scene("", "red", "circle", "middle", "blue"),
@@ -42,7 +42,6 @@ def comfy_server() -> Iterator[ComfyServer]:
         yield server
 
 
-@pytest.mark.rotates(3)
 @pytest.mark.parametrize("scene", SCENES, ids=lambda scene: next(prompts(scene)))
 def test_the_picture_shows_the_prompt(
     comfy_server: ComfyServer, same_as_stock: Compare, scene: Scene

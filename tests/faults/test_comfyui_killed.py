@@ -26,7 +26,11 @@ from tp_runtime.client.launch.group_folder import KEPT_FOLDERS
 
 PHASES = ("start", "load", "evaluate", "idle", "sleep", "unload")
 KILLS = int(os.environ.get("KILLS", "1"))
-pytestmark = [pytest.mark.comfy, pytest.mark.timeout(600 + 120 * KILLS)]
+pytestmark = [
+    pytest.mark.comfy,
+    pytest.mark.timeout(600 + 120 * KILLS),
+    pytest.mark.rotates(3, "random moments"),
+]
 
 MODELS = ("one.safetensors", "two.safetensors")
 ROW = case("any", "ComfyUI is killed")

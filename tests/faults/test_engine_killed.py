@@ -20,7 +20,7 @@ from process.conftest import TESTS, PythonWith, assert_ended, assert_nothing_lef
 
 from support.paths import REPOSITORY
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.rotates(3, "random moments")]
 
 COUNT = int(os.environ.get("KILLS", "16"))
 ROW = case("any", "a process with a group is killed")

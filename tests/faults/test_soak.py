@@ -30,7 +30,11 @@ from tp_runtime.client.launch.group_folder import KEPT_FOLDERS
 
 MINUTES = float(os.environ.get("SOAK_MINUTES", str(20 / 60)))
 STEPS = 12  # fewer say nothing of what grows
-pytestmark = [pytest.mark.comfy, pytest.mark.timeout(MINUTES * 60 + 900)]
+pytestmark = [
+    pytest.mark.comfy,
+    pytest.mark.timeout(MINUTES * 60 + 900),
+    pytest.mark.rotates(3, "random moments"),
+]
 
 MODELS = ("one.safetensors", "two.safetensors")
 LORA = "lora.safetensors"

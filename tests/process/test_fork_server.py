@@ -22,7 +22,7 @@ from tp_runtime.client.launch.local import LocalLauncher
 from tp_runtime.wire.exchange import Exchange
 from tp_runtime.wire.protocol import Report
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.rotates(2)]
 
 Groups = Callable[..., Engine]
 

@@ -62,13 +62,15 @@ def chosen(items: Sequence[Item], what: str, commit: str) -> Item:
 def left_out(tests: Sequence[pytest.Item], commit: str) -> list[pytest.Item]:
     """Of tests marked `rotates(n)`, those whose turn is at other commits.
 
-    On a function the mark is about its cases, on a module about its tests; the nearer mark counts.
+    On a function the mark is about its cases, on a module about its tests, and with a name,
+    `rotates(n, name)`, about all tests that have it; the nearer mark counts.
     """
     groups: dict[tuple[str, int], list[pytest.Item]] = defaultdict(list)
     for test in tests:
         for node, mark in test.iter_markers_with_node("rotates"):
+            one_in, *name = mark.args
             of = test.nodeid.partition("[")[0] if node is test else node.nodeid
-            groups[of, mark.args[0]].append(test)
+            groups[name[0] if name else of, one_in].append(test)
             break
     found = []
     for (of, one_in), members in groups.items():

@@ -11,7 +11,7 @@ from support.comfy_page import PICTURES, ComfyPage
 from support.tiny_vae import VAE_NAME
 from support.workflows import Prompt, Sampling, text_to_latent, tp_loader, with_picture
 
-pytestmark = pytest.mark.web
+pytestmark = [pytest.mark.web, pytest.mark.rotates(2)]
 both_frontends = pytest.mark.both_frontends
 
 MODEL = "tiny_z_image.safetensors"
