@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 from support.comfy_server import NO_GPU, ComfyServer
 from support.leaks import RUN, nothing_left_over
@@ -27,6 +28,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # How long an example takes says nothing beside other workers; pytest-timeout ends what hangs.
+    settings.register_profile("suite", deadline=None)
+    settings.load_profile("suite")
     # Once, for all workers: somebody may commit while they start.
     if config.option.rotate:
         config.option.rotate = commit_of(config.option.rotate)

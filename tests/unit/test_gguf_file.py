@@ -187,9 +187,7 @@ def test_a_file_that_was_cut_short(tiny_gguf: Path, tmp_path: Path, kept: float)
 
 
 @given(data=st.data())
-@settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None
-)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 def test_a_damaged_header_is_refused_or_harmless(
     tiny_gguf: Path, tmp_path: Path, data: st.DataObject
 ) -> None:
