@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from support.comfy_server import NO_GPU, ComfyServer
 from support.leaks import RUN, nothing_left_over
@@ -29,7 +29,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     # How long an example takes says nothing beside other workers; pytest-timeout ends what hangs.
-    settings.register_profile("suite", deadline=None)
+    # A fixture of the function is made once for all examples, as our tests want it.
+    unchecked = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    settings.register_profile("suite", deadline=None, suppress_health_check=unchecked)
     settings.load_profile("suite")
     # Once, for all workers: somebody may commit while they start.
     if config.option.rotate:

@@ -10,7 +10,7 @@ import struct
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import tp_runtime.files.gguf_file  # noqa: F401  what its import takes does not count
@@ -37,7 +37,9 @@ entries = st.fixed_dictionaries(
 names = st.sampled_from(["x_pad_token", "img_in.weight", "__metadata__"]) | st.text(max_size=8)
 headers = st.dictionaries(names, entries | anything, max_size=6) | anything
 
-fuzzed = settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fuzzed = settings(
+    max_examples=200,
+)
 
 
 def refused(path: Path, content: bytes) -> None:

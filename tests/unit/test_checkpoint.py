@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -129,7 +129,7 @@ def test_a_header_that_lies(tmp_path: Path, entry: object) -> None:
 
 
 @given(data=st.data())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@settings(max_examples=60)
 def test_a_damaged_header_is_refused_or_harmless(
     tiny_z_image: Path, tmp_path: Path, data: st.DataObject
 ) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -136,7 +136,7 @@ def test_two_ranks_read_the_file_once(tiny_gguf: Path) -> None:
 
 
 @given(data=st.data())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@settings(max_examples=60)
 def test_any_range(tmp_path: Path, data: st.DataObject) -> None:
     path = tmp_path / "one.gguf"
     kind = data.draw(st.sampled_from(["Q4_0", "Q6_K"]))
@@ -187,7 +187,7 @@ def test_a_file_that_was_cut_short(tiny_gguf: Path, tmp_path: Path, kept: float)
 
 
 @given(data=st.data())
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@settings(max_examples=60)
 def test_a_damaged_header_is_refused_or_harmless(
     tiny_gguf: Path, tmp_path: Path, data: st.DataObject
 ) -> None:
