@@ -14,7 +14,7 @@ MODELS = ("tiny_z_image.safetensors", "another_z_image.safetensors")
 LORAS = ("one.safetensors", "two.safetensors")
 LAYERS = [("layers.0.attention.out", (480, 480)), ("layers.1.attention.qkv", (1440, 480))]
 SIZES = ((64, 64), (96, 64), (128, 128))
-COUNT, COUNT_OF_EVERYTHING = 60, 200
+COUNT, COUNT_OF_EVERYTHING = 40, 200
 WARM_UP = 20
 # A model that no node holds any more is freed, and a file read to the end closed, a moment later:
 # the least counts.

@@ -13,7 +13,7 @@ from support.leaks import nothing_left_over
 from support.ray_leaks import no_ray_left_over
 from support.workflows import on_gpus_of, text_to_latent, tp_loader, with_report
 
-pytestmark = pytest.mark.comfy
+pytestmark = [pytest.mark.comfy, pytest.mark.rotates(5, "ray")]
 
 NOBODY = "127.0.0.1:1"
 

@@ -37,9 +37,7 @@ entries = st.fixed_dictionaries(
 names = st.sampled_from(["x_pad_token", "img_in.weight", "__metadata__"]) | st.text(max_size=8)
 headers = st.dictionaries(names, entries | anything, max_size=6) | anything
 
-fuzzed = settings(
-    max_examples=200,
-)
+fuzzed = settings(max_examples=200)
 
 
 def refused(path: Path, content: bytes) -> None:

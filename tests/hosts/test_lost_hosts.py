@@ -14,7 +14,7 @@ from support.ray_hosts import Cluster
 from tp_runtime.client import GroupDiedError, GroupStartError, RemoteModel
 from tp_runtime.wire.transport import SILENCE_S
 
-pytestmark = [pytest.mark.process, pytest.mark.hosts, pytest.mark.rotates(3)]
+pytestmark = [pytest.mark.process, pytest.mark.hosts, pytest.mark.rotates(5, "ray")]
 
 # Until the group has failed; and until its error is raised, since Ray has to end the others.
 KILLED_BOUND_S = 5.0

@@ -19,7 +19,7 @@ from tp_runtime.client import GroupStartError, ModelSpec, RankError, RemoteModel
 from tp_runtime.client.launch import ray as ray_launcher
 from tp_runtime.wire.handshake import Reception
 
-pytestmark = [pytest.mark.process, pytest.mark.hosts, pytest.mark.rotates(5)]
+pytestmark = [pytest.mark.process, pytest.mark.hosts, pytest.mark.rotates(5, "ray")]
 
 
 class Interrupted(BaseException):

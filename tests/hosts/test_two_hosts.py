@@ -14,7 +14,7 @@ from support.native import native_model
 from support.ray_hosts import Cluster
 from tp_runtime.client import Runtime
 
-pytestmark = [pytest.mark.process, pytest.mark.hosts]
+pytestmark = [pytest.mark.process, pytest.mark.hosts, pytest.mark.rotates(5, "ray")]
 
 
 def memories_of(process: psutil.Process) -> set[str]:

@@ -25,7 +25,7 @@ from tp_runtime.client import (
     cluster_gpu_count,
 )
 
-pytestmark = [pytest.mark.process, pytest.mark.rotates(3)]
+pytestmark = [pytest.mark.process, pytest.mark.rotates(5, "ray")]
 
 NOBODY = "127.0.0.1:1"  # tcpmux: nothing listens there
 BOUND_S = 30.0

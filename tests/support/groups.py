@@ -39,6 +39,9 @@ FIRST = (
     "faults/test_engine_killed.py",
     "faults/test_soak.py",
     "process/test_bench.py",
+    "toy",
+    "process/test_start.py",
+    "unit/test_gguf_file.py",
 )
 
 

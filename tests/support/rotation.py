@@ -63,19 +63,22 @@ def left_out(tests: Sequence[pytest.Item], commit: str) -> list[pytest.Item]:
     """Of tests marked `rotates(n)`, those whose turn is at other commits.
 
     On a function the mark is about its cases, on a module about its tests, and with a name,
-    `rotates(n, name)`, about all tests that have it; the nearer mark counts.
+    `rotates(n, name)`, about the modules that have it; the nearer mark counts.
     """
-    groups: dict[tuple[str, int], list[pytest.Item]] = defaultdict(list)
+    # What it is about → its members: a case, a test, or all tests of a module.
+    groups: dict[tuple[str, int], dict[str, list[pytest.Item]]]
+    groups = defaultdict(lambda: defaultdict(list))
     for test in tests:
         for node, mark in test.iter_markers_with_node("rotates"):
             one_in, *name = mark.args
             of = test.nodeid.partition("[")[0] if node is test else node.nodeid
-            groups[name[0] if name else of, one_in].append(test)
+            member = node.nodeid if name else test.nodeid
+            groups[name[0] if name else of, one_in][member].append(test)
             break
     found = []
     for (of, one_in), members in groups.items():
-        taken = share(members, one_in, of, commit)
-        found += [test for test in members if test not in taken]
+        taken = share(list(members), one_in, of, commit)
+        found += [test for name, some in members.items() if name not in taken for test in some]
     return found
 
 

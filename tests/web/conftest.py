@@ -18,8 +18,8 @@ FRONTENDS = ("own_page", "newer_page")
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """What both frontends must do runs on the one that the commit chooses, or on both."""
     if metafunc.definition.get_closest_marker("both_frontends"):
-        commit, name = metafunc.config.option.rotate, metafunc.function.__name__
-        pages = (chosen(FRONTENDS, name, commit),) if commit else FRONTENDS
+        commit = metafunc.config.option.rotate
+        pages = (chosen(FRONTENDS, "frontend", commit),) if commit else FRONTENDS
         metafunc.parametrize("web", pages, indirect=True)
 
 
