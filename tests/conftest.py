@@ -53,7 +53,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.option.rotate and (rest := left_out(items, config.option.rotate)):
-        config.hook.pytest_deselected(items=rest)
+        config.hook.pytest_deselected(items=list(rest))
         items[:] = [item for item in items if item not in rest]
 
 
@@ -79,7 +79,7 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def everything(pytestconfig: pytest.Config) -> bool:
     """Whether nothing is left out (`--rotate`): what repeats something then does so most often."""
-    return pytestconfig.option.rotate is None
+    return not pytestconfig.option.rotate
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from support.leaks import Footprint, fork_servers, is_marked, worker_processes
-from support.workers import bound_s
 from tp_runtime.config import GroupConfig
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -32,13 +31,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("TP_RUNTIME_HOME", str(folder))
         yield folder
         assert_nothing_left(folder)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + bound_s(10)
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 # What stands in for a Python that the fork server is started with.

@@ -21,18 +21,29 @@ def few_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step, "HOPS", 1)
 
 
-def measured(folder: Path, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
-    """The exit status of `bench.step` with small models, and the rows that it wrote."""
+def parsed(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     step.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+def measured(folder: Path, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
+    """The exit status of `bench.step` with small models, and the rows that it wrote."""
     options = ["--small", "--sides", "64", "--steps", "2", "--folder", str(folder)]
-    status = step.run(parser.parse_args([*options, "--out", str(folder), *arguments]))
+    status = step.run(parsed(*options, "--out", str(folder), *arguments))
     (path,) = folder.glob("*.json")
     return status, json.loads(path.read_text())
 
 
+MODELS = ["flux", "qwen_image", "z_image"]
+
+
+def test_every_model_is_measured_unless_told_otherwise() -> None:
+    assert sorted(parsed().models) == MODELS
+
+
 @pytest.mark.rotates(3)
-@pytest.mark.parametrize("model", ["flux", "qwen_image", "z_image"])
+@pytest.mark.parametrize("model", MODELS)
 def test_rows_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str) -> None:
     layouts = ["--tp", "2", "--layouts", "1x2", "--diffusers"]
     status, rows = measured(tmp_path, "--models", model, *layouts, "--batches", "2")

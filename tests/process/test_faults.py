@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from process.conftest import PythonWith, assert_ended, cpu_group, make_inputs, wait_until
+from faults.conftest import wait_until
+from process.conftest import PythonWith, assert_ended, cpu_group, make_inputs
 
 from support.native import native_model
 from support.workers import bound_s
@@ -182,7 +183,7 @@ def test_closed_while_a_caller_takes_the_last_answer(
     monkeypatch.setattr(engine.processes, "_close_now", close_then)
     inputs = ordered(sleep_s=0.3)
     with in_background(lambda: model.evaluate(inputs)) as evaluating:
-        wait_until(lambda: engine.state is State.BUSY)
+        wait_until(lambda: engine.state is State.BUSY, within_s=10.0)
         engine.close()
         expected = inputs["x"] * 2 + inputs["context"].sum()
         assert torch.equal(evaluating.result(timeout=10), expected)
@@ -207,7 +208,7 @@ def test_a_caller_is_interrupted_while_it_takes_an_answer(light_model: LightMode
             patch.setattr(Call, "take", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 model.evaluate(ordered(sleep_s=0.2))
-        wait_until(lambda: has_ended(engine))
+        wait_until(lambda: has_ended(engine), within_s=10.0)
     assert "A fault of the engine: KeyboardInterrupt" in str(engine.error)
     assert_works(model)
 
@@ -218,7 +219,7 @@ def test_a_rank_is_killed_while_idle(light_model: LightModel, rank: int) -> None
     engine = engine_of(model)
     with ends_the_group(model, within_s=1):
         os.kill(engine.ranks[rank].pid, signal.SIGKILL)
-        wait_until(lambda: has_ended(engine))
+        wait_until(lambda: has_ended(engine), within_s=10.0)
     assert isinstance(engine.error, GroupDiedError)
     assert f"Rank {rank} " in str(engine.error)
     assert "during" not in str(engine.error)
@@ -272,7 +273,7 @@ def test_the_cause_is_blamed_where_its_consequence_is_seen_first(
     engine = engine_of(model)
     order = ordered(rank=1, **{"raise": "connection closed by peer"})
     with in_background(lambda: model.evaluate(order)) as evaluating:
-        wait_until(lambda: 1 in engine.processes._hearing.evidence.last_words)
+        wait_until(lambda: 1 in engine.processes._hearing.evidence.last_words, within_s=10.0)
         assert not evaluating.done()
         engine.ranks[0].kill()
         error = evaluating.exception(timeout=10)
@@ -356,7 +357,7 @@ def test_close_from_another_thread_ends_a_call(light_model: LightModel, home: Pa
     engine = engine_of(model)
     folder = engine.ranks[0].log_path.parent
     with in_background(lambda: model.evaluate(ordered(sleep_s=30))) as evaluating:
-        wait_until(lambda: engine.state is State.BUSY)
+        wait_until(lambda: engine.state is State.BUSY, within_s=10.0)
         began = time.monotonic()
         closers = [threading.Thread(target=engine.close) for _ in range(3)]
         for closer in closers:

@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from process.conftest import TESTS, make_inputs, wait_until
+from faults.conftest import wait_until
+from process.conftest import TESTS, make_inputs
 
 from support.native import native_model
 from support.paths import LIGHT_SITE, REPOSITORY

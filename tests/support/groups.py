@@ -27,7 +27,7 @@ SHARED: dict[str, tuple[str, ...]] = {
     # Both have the nodes' schemas written out by one ComfyUI.
     "schemas": ("contract/test_node_schemas.py", "contract/test_locales.py"),
 }
-# These take minutes: a worker that came to one of them last would run on alone. The rest follows as
+# These take longest: a worker that came to one of them last would run on alone. The rest follows as
 # it was collected.
 FIRST = (
     "ComfyUI",

@@ -59,7 +59,7 @@ def chosen(items: Sequence[Item], what: str, commit: str) -> Item:
     return item
 
 
-def left_out(tests: Sequence[pytest.Item], commit: str) -> list[pytest.Item]:
+def left_out(tests: Sequence[pytest.Item], commit: str) -> set[pytest.Item]:
     """Of tests marked `rotates(n)`, those whose turn is at other commits.
 
     On a function the mark is about its cases, on a module about its tests, and with a name,
@@ -75,10 +75,10 @@ def left_out(tests: Sequence[pytest.Item], commit: str) -> list[pytest.Item]:
             member = node.nodeid if name else test.nodeid
             groups[name[0] if name else of, one_in][member].append(test)
             break
-    found = []
+    found: set[pytest.Item] = set()
     for (of, one_in), members in groups.items():
-        taken = share(list(members), one_in, of, commit)
-        found += [test for name, some in members.items() if name not in taken for test in some]
+        for name in members.keys() - set(share(list(members), one_in, of, commit)):
+            found.update(members[name])
     return found
 
 

@@ -66,8 +66,6 @@ def web(request: pytest.FixtureRequest) -> Iterator[ComfyPage]:
     name = "".join(c if c.isalnum() else "_" for c in request.node.name).strip("_")
     page.page.screenshot(path=PICTURES / f"{name}.png")
     errors, shown = list(page.errors), page.toasts("error")
-    page.page.goto(
-        "about:blank"
-    )  # ComfyUI's page draws on, a quarter of a core, as long as it is open
+    page.page.goto("about:blank")  # an open page of ComfyUI draws, and takes a quarter of a core
     assert not errors
     assert shown == ""
