@@ -112,7 +112,10 @@ def _says_another_run(orphan: psutil.Process) -> bool:
 
 
 def without_those_of_others(entries: frozenset[str]) -> frozenset[str]:
-    """Those of the entries of /dev/shm that no process of another run has open."""
+    """Those of the entries of /dev/shm that no process of another run has open, and that stay.
+
+    What another run makes for a moment may be listed, and gone before its process is looked at.
+    """
     if not entries:  # as nearly always: what follows looks at every process
         return entries
     ancestors = _our_ancestors()
@@ -122,7 +125,7 @@ def without_those_of_others(entries: frozenset[str]) -> frozenset[str]:
             process, ancestors
         ):
             others |= held
-    return entries - others
+    return frozenset(entry for entry in entries - others if (SHARED_MEMORY / entry).exists())
 
 
 def _entries_of(process: psutil.Process) -> set[str]:

@@ -18,6 +18,7 @@ from support.leaks import (
     Footprint,
     assert_nothing_added,
     nothing_left_over,
+    without_those_of_others,
 )
 
 READ = "import sys; sys.stdin.read()"
@@ -75,6 +76,11 @@ def test_what_another_worker_leaves_for_a_moment_is_its_own(tmp_path: Path) -> N
             assert_nothing_added(before, within_s=0.2)
     finally:
         entry.unlink(missing_ok=True)
+
+
+def test_what_is_gone_when_its_process_is_looked_for_is_no_leak() -> None:
+    """Another worker's shared memory may live for less time than the look at all processes."""
+    assert without_those_of_others(frozenset({"tp-leak-check-gone"})) == frozenset()
 
 
 def test_shared_memory_that_stays_is_reported() -> None:
