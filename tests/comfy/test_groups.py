@@ -1,6 +1,5 @@
 """The life of the process groups behind the prompts: kept, shared, released, unloaded."""
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from support.comfy_history import History
 from support.comfy_server import ComfyServer
 from support.group_reports import group, groups, rank_pids
 from support.tiny_models import write_tiny
+from support.waiting import wait_until
 from support.workflows import (
     Prompt,
     Sampling,
@@ -113,7 +113,7 @@ def test_free_puts_the_weights_to_sleep_and_keeps_the_ranks(
     kept = with_report({"model": tp_loader(MODEL, 2)}, after="model")  # ComfyUI keeps the MODEL
     assert _asleep(comfy_server, kept) == [False]
     comfy_server.post("/free", {"unload_models": True})
-    _wait_until(lambda: _asleep(comfy_server, kept) == [True])
+    wait_until(lambda: _asleep(comfy_server, kept) == [True], within_s=10.0)
     assert works() == pids
 
 
@@ -122,15 +122,8 @@ def test_a_model_that_no_prompt_uses_any_more_is_unloaded(
 ) -> None:
     pids = works()
     nothing = {"report": node("TPRuntimeInfo")}
-    _wait_until(lambda: _asleep(comfy_server, nothing) == [])
+    wait_until(lambda: _asleep(comfy_server, nothing) == [], within_s=10.0)
     assert works() == pids
-
-
-def _wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come"
-        time.sleep(0.1)
 
 
 def _asleep(server: ComfyServer, prompt: Prompt) -> list[bool]:

@@ -3,7 +3,6 @@
 `pytest tests/faults --write-reliability` writes what it saw into `docs/reliability.md`.
 """
 
-import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -61,11 +60,3 @@ def put(faults: Path, **fault: Any) -> None:
     new = faults.with_suffix(".new")
     new.write_bytes(msgspec.json.encode(Fault(**fault)))
     new.rename(faults)
-
-
-def wait_until(condition: Callable[[], bool], within_s: float = 30.0) -> None:
-    """Returns as soon as the condition holds."""
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)

@@ -16,11 +16,12 @@ from random import Random
 import psutil
 import pytest
 from faults.cases import case
-from faults.conftest import Observe, put, wait_until
+from faults.conftest import Observe, put
 
 from support.comfy_server import NO_GPU, ComfyServer
 from support.leaks import Footprint, assert_nothing_added
 from support.rotation import NO_COMMIT, chosen
+from support.waiting import wait_until
 from support.workflows import Sampling, tp_text_to_latent
 from tp_runtime.client.launch.group_folder import KEPT_FOLDERS
 

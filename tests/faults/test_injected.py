@@ -15,7 +15,7 @@ import msgspec
 import pytest
 import torch
 from faults.cases import CALL_TIMEOUT_S, DELAY_S, INJECTED, START_TIMEOUT_S, Case
-from faults.conftest import Observe, put, wait_until
+from faults.conftest import Observe, put
 from process.conftest import (
     PythonWith,
     assert_ended,
@@ -24,6 +24,7 @@ from process.conftest import (
     make_inputs,
 )
 
+from support.waiting import wait_until
 from tp_runtime import errors
 from tp_runtime.client import ModelSpec, RemoteModel, Runtime, TPRuntimeError
 from tp_runtime.client.engine import Engine

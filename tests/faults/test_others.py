@@ -18,12 +18,13 @@ import msgspec
 import pytest
 import torch
 from faults.cases import FILE_S, Case, case
-from faults.conftest import Observe, put, wait_until
+from faults.conftest import Observe, put
 from process.conftest import TESTS, PythonWith, cpu_group, make_inputs
 
 from support.native import native_model
 from support.paths import REPOSITORY
 from support.tiny_models import write_tiny
+from support.waiting import wait_until
 from tp_runtime.client import (
     CallTimeoutError,
     CheckpointError,

@@ -13,9 +13,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from faults.conftest import wait_until
 from process.conftest import PythonWith, cpu_group, make_inputs
 
+from support.waiting import wait_until
 from tp_runtime.client import ModelSpec, RankError, RemoteModel, Runtime
 from tp_runtime.client.group_state import State
 from tp_runtime.config import log_level

@@ -16,7 +16,7 @@ from random import Random
 import psutil
 import pytest
 import torch
-from faults.conftest import put, wait_until
+from faults.conftest import put
 from process.conftest import assert_ended
 
 from support.comfy_history import PromptError
@@ -25,6 +25,7 @@ from support.leaks import SERVER_MARK, is_marked, nothing_left_over
 from support.lora_files import write_lora
 from support.tiny_models import write_tiny
 from support.usage import Usage
+from support.waiting import wait_until
 from support.workflows import Prompt, Sampling, node, stock_twin, text_to_latent, tp_loader
 from tp_runtime.client.launch.group_folder import KEPT_FOLDERS
 

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 from faults.cases import case
-from faults.conftest import Observe, put, wait_until
+from faults.conftest import Observe, put
 from process.conftest import PythonWith, cpu_group, make_inputs
 
+from support.waiting import wait_until
 from tp_runtime.client import (
     GroupClosedError,
     GroupDiedError,

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from faults.conftest import put, wait_until
+from faults.conftest import put
 from hosts.conftest import ModelOn, cluster_of
 from process.conftest import assert_ended, make_inputs
 
 from support.ray_hosts import Cluster
+from support.waiting import wait_until
 from tp_runtime.client import GroupDiedError, GroupStartError, RemoteModel
 from tp_runtime.wire.transport import SILENCE_S
 

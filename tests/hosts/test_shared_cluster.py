@@ -10,11 +10,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from faults.conftest import put, wait_until
+from faults.conftest import put
 from hosts.conftest import cluster_of, ray_group
 from process.conftest import make_inputs
 
 from support.ray_hosts import Cluster
+from support.waiting import wait_until
 from tp_runtime.client import GroupStartError, ModelSpec, RankError, RemoteModel, Runtime
 from tp_runtime.client.launch import ray as ray_launcher
 from tp_runtime.wire.handshake import Reception

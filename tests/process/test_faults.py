@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from faults.conftest import wait_until
 from process.conftest import PythonWith, assert_ended, cpu_group, make_inputs
 
 from support.native import native_model
+from support.waiting import wait_until
 from support.workers import bound_s
 from tp_runtime.client import (
     CallTimeoutError,

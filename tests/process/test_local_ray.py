@@ -11,12 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from faults.conftest import wait_until
 from process.conftest import TESTS, make_inputs
 
 from support.native import native_model
 from support.paths import LIGHT_SITE, REPOSITORY
 from support.ray_leaks import DRIVER_MARK, MARKS, no_ray_left_over
+from support.waiting import wait_until
 from tp_runtime.client import (
     CheckpointError,
     GroupConfig,

@@ -14,6 +14,7 @@ import torch
 from process.conftest import assert_ended, cpu_group, make_inputs
 
 from support.tiny_models import write_tiny
+from support.waiting import wait_until
 from tp_runtime.client import GroupReport, InputError, ModelSpec, RemoteModel, Runtime, residency
 from tp_runtime.client.engine import Engine
 from tp_runtime.client.group_state import State
@@ -275,10 +276,12 @@ def test_a_load_that_was_given_up_can_be_put_to_sleep(
     with pytest.raises(Interrupted):
         models[1].ensure_loaded(poll=interrupt)
     models[1].sleep(wait=False)
-    deadline = time.monotonic() + 10
-    while not runtime.reports()[0].ranks[0]["models"].get(models[1].name, {}).get("asleep"):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+
+    def is_asleep() -> bool:
+        held = runtime.reports()[0].ranks[0]["models"].get(models[1].name, {})
+        return bool(held.get("asleep"))
+
+    wait_until(is_asleep, within_s=10.0)
     models[1].ensure_loaded()
     models[1].evaluate(make_inputs())
 

@@ -77,7 +77,9 @@ def _marked(mark: str) -> list[psutil.Process]:
     return [
         process
         for process in psutil.process_iter()
-        if is_marked(process, mark) and not of_another_run(process, ancestors)
+        if is_marked(process, mark)
+        if not of_another_run(process, ancestors)
+        if process.is_running()  # it may have ended before its parents were looked at
     ]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from support import leaks
 from support.leaks import (
     RUN,
     SERVER_MARK,
@@ -18,6 +19,7 @@ from support.leaks import (
     Footprint,
     assert_nothing_added,
     nothing_left_over,
+    of_another_run,
     without_those_of_others,
 )
 
@@ -81,6 +83,24 @@ def test_what_another_worker_leaves_for_a_moment_is_its_own(tmp_path: Path) -> N
 def test_what_is_gone_when_its_process_is_looked_for_is_no_leak() -> None:
     """Another worker's shared memory may live for less time than the look at all processes."""
     assert without_those_of_others(frozenset({"tp-leak-check-gone"})) == frozenset()
+
+
+def test_a_process_that_ends_while_it_is_looked_at_is_no_leak(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whose it was cannot be seen any more."""
+    command = [sys.executable, "-c", READ, WORKER_MARK]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+
+        def ends(looked_at: psutil.Process, ancestors: set[int]) -> bool:
+            if looked_at.pid == process.pid:
+                process.kill()
+                process.wait()
+            return of_another_run(looked_at, ancestors)
+
+        monkeypatch.setattr(leaks, "of_another_run", ends)
+        assert process.pid not in Footprint.now().worker_pids
+        assert process.returncode is not None
 
 
 def test_shared_memory_that_stays_is_reported() -> None:
