@@ -11,6 +11,7 @@ from support.comfy_server import NO_GPU, ComfyServer
 from support.paths import NEWER_FRONTEND
 from support.rotation import chosen
 from support.template_models import write_template_models
+from support.workflows import node
 
 FRONTENDS = ("own_page", "newer_page")
 
@@ -69,3 +70,11 @@ def web(request: pytest.FixtureRequest) -> Iterator[ComfyPage]:
     page.page.goto("about:blank")  # an open page of ComfyUI draws, and takes a quarter of a core
     assert not errors
     assert shown == ""
+
+
+@pytest.fixture
+def alone(web: ComfyPage) -> ComfyPage:
+    """The page where no group runs, whichever tests went before."""
+    web.server.run({"release": node("TPReleaseRuntime")})
+    assert not web.server.ranks()
+    return web

@@ -144,6 +144,7 @@ def test_nodes_drawn_in_html(web: ComfyPage) -> None:
 
 
 @both_frontends
+@pytest.mark.usefixtures("alone")
 def test_the_tab_and_its_buttons(web: ComfyPage) -> None:
     web.open_tab()
     run(web, picture_prompt())
@@ -178,6 +179,7 @@ def test_the_tab_and_its_buttons(web: ComfyPage) -> None:
     assert web.page.evaluate("document.activeElement.className") == "tp-panel"
 
 
+@pytest.mark.usefixtures("alone")
 def test_a_dead_group_says_why(web: ComfyPage) -> None:
     web.open_tab()
     run(web, picture_prompt())
@@ -234,6 +236,7 @@ def test_a_workflow_of_four_gpus_on_a_machine_with_two(web: ComfyPage) -> None:
         web.page.unroute("**/tensor_parallel/gpu_counts**")
 
 
+@pytest.mark.usefixtures("alone")
 def test_a_workflow_of_four_gpus_on_this_machine(web: ComfyPage) -> None:
     """Four CPU processes, where there is no GPU."""
     run(web, picture_prompt(gpu_count=4, steps=2))
@@ -268,8 +271,11 @@ def test_saved_and_opened_again(web: ComfyPage) -> None:
 @both_frontends
 @pytest.mark.parametrize("palette", ["light", "dark"])
 def test_readable_in_both_themes(web: ComfyPage, palette: str) -> None:
+    """With a group's card, and the place in it for an error."""
+    web.server.run(text_to_latent(tp_loader(MODEL, 2), sampling=Sampling(steps=1)))
     web.open({"Comfy.ColorPalette": palette})
     web.open_tab()
+    web.page.locator(".tp-card").first.wait_for()
     ratios = web.page.evaluate(
         """() => [...document.querySelectorAll('.tp-panel p, .tp-panel h3, .tp-panel button')]
             .map((element) => {
@@ -294,6 +300,7 @@ def test_readable_in_both_themes(web: ComfyPage, palette: str) -> None:
     assert min(ratios) >= 4.5, ratios  # WCAG 2.1, AA
 
 
+@pytest.mark.usefixtures("alone")
 def test_in_chinese(web: ComfyPage) -> None:
     web.open({"Comfy.Locale": "zh"})
     try:
