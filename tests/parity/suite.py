@@ -1,6 +1,6 @@
 """What every family's parity tests have in common: cases, inputs and the comparison itself.
 
-A family's test module says which cases it has (``Cases``), and makes its tests from ``ParityTests``.
+A family's test module says which cases it has (``Cases``); its tests are those of ``ParityTests``.
 """
 
 import functools
@@ -38,13 +38,16 @@ def assert_equal_to_native(path: Path, remote: Remote, tp_size: int, inputs: Any
 
 @dataclass(frozen=True)
 class Cases:
-    """``each``: name → arguments of ``make_inputs``. On other sizes than two: only ``elsewhere``."""
+    """``each``: name → arguments of ``make_inputs``. ``elsewhere``: those for ``other_sizes``, too.
+
+    ``changes``: of the tiny model's sizes.
+    """
 
     family: str
     each: Mapping[str, Mapping[str, Any]]
     elsewhere: Sequence[str]
     other_sizes: Sequence[int] = (1, 4, 5)
-    changes: Mapping[str, Any] = field(default_factory=dict)  # of the tiny model's sizes
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
     def inputs(self, name: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         return make_inputs(tiny(self.family, **self.changes), dtype=dtype, **self.each[name])
@@ -62,9 +65,10 @@ class ParityTests:
     cases: ClassVar[Cases]
 
     @pytest.fixture(scope="class")
-    def checkpoint(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        folder = tmp_path_factory.mktemp(self.cases.family)
-        return write_tiny(self.cases.family, folder / "tiny.safetensors", **self.cases.changes)
+    @classmethod
+    def checkpoint(cls, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        folder = tmp_path_factory.mktemp(cls.cases.family)
+        return write_tiny(cls.cases.family, folder / "tiny.safetensors", **cls.cases.changes)
 
     @pytest.mark.rotates(3)
     def test_fp32(self, checkpoint: Path, remote: Remote, sized: tuple[int, str]) -> None:
@@ -76,7 +80,7 @@ class ParityTests:
     def test_bf16_is_as_close_as_comfyui(
         self, checkpoint: Path, remote: Remote, tp_size: int
     ) -> None:
-        """Over all cases: a single one differs by a few percent, since errors so small are noise."""
+        """Over all cases: a single one differs by a few percent, since such errors are noise."""
         ours = theirs = 0.0
         for name in self.cases.each:
             comfy, error = self._bf16_reference(checkpoint, name)

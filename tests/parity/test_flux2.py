@@ -20,6 +20,8 @@ REFERENCES = {"references": ((5, 4), (8, 6), (3, 15)), "height": 6, "width": 7}
 
 
 class TestFlux2(ParityTests):
+    """dev: with guidance."""
+
     cases = Cases(
         "flux2",
         {

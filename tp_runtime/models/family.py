@@ -23,7 +23,8 @@ class Input:
 
     ``what``: in the plural, as it begins a sentence. ``advice``: where it has another shape.
     ``many``: a list of such tensors. ``optional``: the model also computes without it. ``usual``:
-    lengths of axes that the model does not fix, for benchmarks.
+    lengths of axes that the model does not fix, for benchmarks. ``or_axes``: of another shape that
+    the model also takes.
     """
 
     what: str
@@ -32,18 +33,23 @@ class Input:
     optional: bool = False
     many: bool = False
     usual: Mapping[str, int] = field(default_factory=dict)
+    or_axes: tuple[Axis, ...] = ()
 
     def __str__(self) -> str:
         unnamed = ("channels", "frames")  # of latents, whose shapes people know by their order
-        axes = [
-            axis
-            if isinstance(axis, str)
-            else str(axis[1])
-            if axis[0] in unnamed
-            else f"{axis[0]} {axis[1]}"
-            for axis in self.axes
-        ]
-        return f"({', '.join(axes)})" if len(axes) > 1 else f"({axes[0]},)"
+
+        def shape(axes: tuple[Axis, ...]) -> str:
+            names = [
+                axis
+                if isinstance(axis, str)
+                else str(axis[1])
+                if axis[0] in unnamed
+                else f"{axis[0]} {axis[1]}"
+                for axis in axes
+            ]
+            return f"({', '.join(names)})" if len(names) > 1 else f"({names[0]},)"
+
+        return " or ".join(map(shape, (self.axes, self.or_axes) if self.or_axes else (self.axes,)))
 
 
 TIMESTEPS = Input("Timesteps", ("batch",))

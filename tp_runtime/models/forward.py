@@ -214,8 +214,11 @@ class ShardedForward:
     ) -> dict[str, int]:
         """The axes of a tensor by name. Raises InputError if they are not as declared."""
         shape = tuple(tensor.shape)
-        fits = len(shape) == len(declared.axes)
-        pairs = list(zip(declared.axes, shape, strict=False))
+        axes = declared.axes
+        if len(shape) == len(declared.or_axes):
+            axes = declared.or_axes
+        fits = len(shape) == len(axes)
+        pairs = list(zip(axes, shape, strict=False))
         fits &= all(length == axis[1] for axis, length in pairs if isinstance(axis, tuple))
         if not fits:
             raise InputError(

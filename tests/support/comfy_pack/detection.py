@@ -61,6 +61,13 @@ def _correct_qwen_image(config: dict[str, Any], weights: StateDict, prefix: str)
     }
 
 
+def _correct_wan(config: dict[str, Any], weights: StateDict, prefix: str) -> dict[str, Any]:
+    return config | {
+        "num_heads": config["dim"] // (16 if config["dim"] % 128 else 128),
+        "text_dim": weights[f"{prefix}text_embedding.0.weight"].shape[1],
+    }
+
+
 def _axes_dims(head_dim: int) -> list[int]:
     """16, 56, 56 for the real 128."""
     along = head_dim * 7 // 32 * 2
@@ -73,6 +80,7 @@ _CORRECTIONS: dict[str, Callable[[dict[str, Any], StateDict, str], dict[str, Any
     "flux": _correct_flux,
     "flux2": _correct_flux2,
     "qwen_image": _correct_qwen_image,
+    "wan2.1": _correct_wan,
 }
 
 
