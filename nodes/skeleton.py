@@ -57,7 +57,9 @@ def _state_dict(info: CheckpointInfo) -> dict[str, torch.Tensor]:
                     f"Tensor {name} of {info.path} is stored as {tensor.dtype}. Supported: "
                     f"{', '.join(STORED_DTYPES)}. Choose another file of this model."
                 )
-            if 0 < tensor.num_elements < _SMALL_NUMEL:
+            if name in info.quantised:  # in any dtype: nobody looks at its numbers
+                tensors[name] = torch.empty(tensor.shape, dtype=torch.bfloat16, device="meta")
+            elif 0 < tensor.num_elements < _SMALL_NUMEL:
                 tensors[name] = file.read(name, None, None).clone()
             else:
                 dtype = STORED_DTYPES[tensor.dtype]
@@ -101,7 +103,7 @@ def _set_dtypes(
         dtype = management.unet_dtype(
             model_params=comfy.utils.calculate_parameters(state_dict),
             supported_dtypes=supported,
-            weight_dtype=None if info.scales else comfy.utils.weight_dtype(state_dict),
+            weight_dtype=None if info.quantised else comfy.utils.weight_dtype(state_dict),
         )
     manual_cast = management.unet_manual_cast(dtype, management.get_torch_device(), supported)
     config.set_inference_dtype(dtype, manual_cast)

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from .errors import CheckpointError
 from .files.checkpoint import CheckpointFile
 from .files.diffusers_folder import CONFIG, FileNames
-from .files.fp8_scales import METADATA as QUANTIZATION
-from .files.fp8_scales import find_scales
-from .files.safetensors_file import TensorInfo
+from .files.quantised import METADATA as QUANTIZATION
+from .files.quantised import find_quantised
+from .files.safetensors_file import DTYPES, TensorInfo
+from .formats import QuantisedWeight
 from .models import families
 from .models.family import Family, Settings, Sizes
 from .sharding.table import Table
@@ -22,8 +23,9 @@ _SHOWN_NAMES = 5
 class CheckpointInfo:
     """What a model file is, from its header.
 
-    ``tensors`` are the model's own; ``scales``: quantised weight → the name of its scale in the
-    file. ``metadata`` is the file's, without what it says of quantisation.
+    ``tensors`` are the model's own, with the shapes of their numbers; ``quantised``: those that are
+    quantised, and how. ``metadata`` is the file's, without what it says of quantisation.
+    ``quantised_bytes``: of the quantised weights, with all that serves for them.
     """
 
     path: str
@@ -31,7 +33,8 @@ class CheckpointInfo:
     sizes: Sizes
     tensors: Mapping[str, TensorInfo] = field(repr=False)
     metadata: Mapping[str, str] = field(repr=False)
-    scales: Mapping[str, str] = field(repr=False)
+    quantised: Mapping[str, QuantisedWeight] = field(repr=False)
+    quantised_bytes: int = 0
 
     @property
     def label(self) -> str:
@@ -42,11 +45,9 @@ class CheckpointInfo:
         return sum(info.num_elements for info in self.tensors.values())
 
     def weight_bytes(self, itemsize: int) -> int:
-        """Bytes of the weights in a dtype of ``itemsize`` bytes; those with a scale stay in fp8."""
-        return sum(
-            tensor.num_elements * (1 if name in self.scales else itemsize)
-            for name, tensor in self.tensors.items()
-        )
+        """Bytes of the weights in a dtype of ``itemsize`` bytes; quantised ones stay so."""
+        plain = self.tensors.keys() - self.quantised.keys()
+        return self.quantised_bytes + itemsize * sum(self.tensors[x].num_elements for x in plain)
 
     def check_tp_size(self, tp_size: int) -> None:
         """Raises SizeError if the model cannot be split over ``tp_size`` ranks."""
@@ -80,15 +81,36 @@ def inspect_checkpoint(path: str) -> CheckpointInfo:
     """
     with open_checkpoint(path) as file:
         stored = file.tensors()
-        scales, extra = find_scales(
+        quantised, extra = find_quantised(
             path, stored, file.metadata, lambda name: file.read(name, None, None)
         )
         metadata = {key: text for key, text in file.metadata.items() if key != QUANTIZATION}
     tensors = {name: info for name, info in stored.items() if name not in extra}
+    tensors |= {
+        name: TensorInfo(weight.shape, stored[name].dtype) for name, weight in quantised.items()
+    }
     family = _recognised(path, tensors)
     sizes = _sizes_of_file(path, family, tensors)
-    _check_tensors(path, family, tensors, sizes.table)
-    return CheckpointInfo(path, family, sizes, tensors, metadata, scales)
+    tensors |= _without_padding(quantised, sizes.table)
+    _check_tensors(path, family, tensors, quantised, sizes.table)
+    quantised_bytes = sum(_bytes(stored[name]) for name in extra | quantised.keys())
+    return CheckpointInfo(path, family, sizes, tensors, metadata, quantised, quantised_bytes)
+
+
+def _without_padding(
+    quantised: Mapping[str, QuantisedWeight], table: Table
+) -> dict[str, TensorInfo]:
+    """Weights whose rows the file pads, with the model's shape."""
+    found = {}
+    for name, weight in quantised.items():
+        shape, padded = table.file_tensors.get(name), weight.format.storage.padded
+        if shape is not None and -(-shape[0] // padded) * padded == weight.shape[0]:
+            found[name] = TensorInfo((shape[0], weight.shape[1]), weight.format.name)
+    return found
+
+
+def _bytes(info: TensorInfo) -> int:
+    return info.num_elements * DTYPES[info.dtype].itemsize if info.dtype in DTYPES else 0
 
 
 def _recognised(path: str, tensors: Mapping[str, TensorInfo]) -> Family:
@@ -159,6 +181,7 @@ def _check_tensors(
     path: str,
     family: Family,
     found: Mapping[str, TensorInfo],
+    quantised: Mapping[str, QuantisedWeight],
     table: Table,
 ) -> None:
     problems = []
@@ -179,7 +202,7 @@ def _check_tensors(
     strange = [
         f"{name} as {found[name].dtype}"
         for name in expected
-        if name in found and found[name].dtype not in FLOAT_DTYPES
+        if name in found and name not in quantised and found[name].dtype not in FLOAT_DTYPES
     ]
     if strange:
         problems.append(f"{len(strange)} stored in an unknown way ({_some(strange)})")

@@ -21,12 +21,13 @@ NODES_MAY_USE = {*sys.stdlib_module_names, *COMFYUI, "aiohttp", "safetensors", "
 
 # The forward half of `models/`, which only ranks import; the other half is data.
 FORWARD = "models/forward"
-SHARED = {"config", "errors", "settings"}
+SHARED = {"config", "errors", "formats", "settings"}
 DATA = SHARED | {"files", "sharding"}
 # Room → rooms that its modules may import, beside their own.
 ROOMS: dict[str, set[str]] = {
     "__main__": {"tools"},
     "errors": set(),
+    "formats": set(),
     "settings": {"errors"},
     "config": {"errors", "settings"},
     "fault_points": {"settings"},

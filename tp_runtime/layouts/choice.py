@@ -137,7 +137,7 @@ def _fits(info: CheckpointInfo, layout: Layout, gpus: Sequence[int]) -> bool:
         return True
     import torch
 
-    plain_fp8 = not info.scales and any(t.dtype.startswith("F8") for t in info.tensors.values())
+    plain_fp8 = not info.quantised and any(t.dtype.startswith("F8") for t in info.tensors.values())
     share = info.weight_bytes(itemsize=1 if plain_fp8 else 2) / layout.tp_size
     smallest = min(torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus)
     return share * ROOM_FACTOR + ROOM_BYTES <= smallest

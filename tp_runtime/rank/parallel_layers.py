@@ -20,9 +20,11 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizeMethodBase,
 )
 
-from ..gpu.graphs import fused, optimising
-from ..sharding.parts import SCALE, Layer, Sharding
+from ..formats import LayerFormat
+from ..gpu.graphs import optimising
+from ..sharding.parts import Layer, Sharding
 from ..sharding.plan import QKV, Column, MergedColumn, Row
+from .quantised_layers import QuantisedLinearMethod
 
 
 class GatheredColumnParallelLinear(ColumnParallelLinear):
@@ -63,66 +65,21 @@ class _CastLinearMethod(UnquantizedLinearMethod):
         return F.linear(x, weight.to(x.dtype), cast_bias)
 
 
-class _ScaledLinearMethod(UnquantizedLinearMethod):
-    """A linear whose weight is held in fp8 and multiplied by a scale, one a row, at use."""
-
-    def __init__(self, stored_dtype: torch.dtype) -> None:
-        super().__init__()
-        self.stored_dtype = stored_dtype
-
-    def create_weights(
-        self,
-        layer: nn.Module,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,  # noqa: ARG002  (the bias's)
-        **extra: object,
-    ) -> None:
-        super().create_weights(
-            layer,
-            input_size_per_partition,
-            output_partition_sizes,
-            input_size,
-            output_size,
-            self.stored_dtype,
-            **extra,
-        )
-        scale = torch.empty(sum(output_partition_sizes), dtype=torch.float32)
-        layer.register_parameter(SCALE, nn.Parameter(scale, requires_grad=False))
-
-    def apply(
-        self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        cast_bias = None if bias is None else bias.to(x.dtype)
-        weight: torch.Tensor = layer.weight  # type: ignore[assignment]
-        scale: torch.Tensor = layer.weight_scale  # type: ignore[assignment]
-        return F.linear(x, _dequantised(weight, scale, x.dtype), cast_bias)
-
-
-@fused
-def _dequantised(
-    weight: torch.Tensor, scale: torch.Tensor, compute_dtype: torch.dtype
-) -> torch.Tensor:
-    return (weight.to(torch.float32) * scale[:, None]).to(compute_dtype)
-
-
 class CastAtUse(QuantizationConfig):
     """vLLM's seam for how a linear stores and multiplies its weight.
 
-    ``scaled_dtype``: the dtype of weights with a scale; None for weights without.
+    ``layer_format``: of a quantised weight; None: a plain one in another dtype than the layer's.
     """
 
-    def __init__(self, scaled_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, layer_format: LayerFormat | None = None) -> None:
         super().__init__()
-        self.scaled_dtype = scaled_dtype
+        self.layer_format = layer_format
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:  # noqa: ARG002
         if not isinstance(layer, LinearBase):
             return None
-        if self.scaled_dtype is not None:
-            return _ScaledLinearMethod(self.scaled_dtype)
+        if self.layer_format is not None:
+            return QuantisedLinearMethod(self.layer_format)
         return _CastLinearMethod()
 
     def get_name(self) -> str:
@@ -150,20 +107,21 @@ def shard_module(
     tp_size: int,
     weight_dtype: torch.dtype,
     compute_dtype: torch.dtype,
-    scaled: Mapping[str, torch.dtype],
+    quantised: Mapping[str, LayerFormat],
 ) -> None:
     """Replace the linears in place by vLLM's layers, and shorten vectors that are split.
 
     All on the meta device.
 
-    ``scaled``: path of a layer whose weight has a scale → the dtype that it is held in; these have
-    a parameter ``weight_scale`` (out_features,) fp32. All others are held in ``weight_dtype``.
+    ``quantised``: path of a layer → the format that its weight is held in, with a parameter for
+    each companion. All others are held in ``weight_dtype``.
 
     Needs the tensor-parallel group. Afterwards no ``nn.Linear`` is left.
     """
     plain = None if weight_dtype == compute_dtype else CastAtUse()
     for layer in sharding.layers:
-        quant_config = CastAtUse(scaled[layer.path]) if layer.path in scaled else plain
+        layer_format = quantised.get(layer.path)
+        quant_config = plain if layer_format is None else CastAtUse(layer_format)
         with torch.device("meta"):
             built = _build(layer, tp_size, weight_dtype, quant_config)
         for path in set(layer.replaced) - {layer.path}:
@@ -173,7 +131,8 @@ def shard_module(
         parent, _, name = layer.path.rpartition(".")
         setattr(model.get_submodule(parent), name, built)
         in_features, out_features = layer.local(tp_size)
-        assert built.weight.shape == (out_features, in_features), layer.path
+        packed = 1 if layer_format is None else layer_format.storage.packed
+        assert built.weight.shape == (out_features, in_features // packed), layer.path
     for name, split in sharding.vectors.items():
         parent, _, parameter = name.rpartition(".")
         module = model.get_submodule(parent)

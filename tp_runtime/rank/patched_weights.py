@@ -14,10 +14,13 @@ import msgspec
 import torch
 from torch import nn
 
-from ..sharding.parts import SCALE, Part
+from ..formats import QuantisedWeight
+from ..sharding.parts import Part
 from ..wire.protocol import PatchedWeight, TensorRef, WeightPatch
 from ..wire.weight_patches import patched, rounded
 from .host_copy import HostCopy
+from .quantised_arithmetic import dequantised
+from .requantising import requantised
 
 # Puts the ranks' equally long vectors one after another: (n,) on each rank → (n · tp_size,).
 Gather = Callable[[torch.Tensor], torch.Tensor]
@@ -27,15 +30,13 @@ Gather = Callable[[torch.Tensor], torch.Tensor]
 class StoredWeight:
     """How a shard holds a tensor of the file.
 
-    ``shape`` is the whole tensor's; ``dtype`` what its values are rounded to, which the parameter
-    may exceed. ``scale``: what the values are multiplied by, None for a weight without;
-    ``rescaled``: a change of the values changes it, as ComfyUI does in one of its two formats.
+    ``shape`` is the whole tensor's, in units of the parameter; ``dtype`` what its values are
+    rounded to, which the parameter may exceed. ``quantised``: how, if it is held so.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    scale: float | None = None
-    rescaled: bool = False
+    quantised: QuantisedWeight | None = None
 
 
 class PatchedWeights:
@@ -95,24 +96,31 @@ class PatchedWeights:
 
     def _patch(self, name: str, change: PatchedWeight, held: Mapping[int, torch.Tensor]) -> None:
         stored = self._stored[name]
-        values = self._whole(name)
-        scale = None if stored.scale is None else torch.tensor(stored.scale, device=values.device)
+        if stored.quantised is None:
+            values = self._whole(name)
+            for stage in change.stages:
+                values = _patched(values.to(torch.float32, copy=True), stage, held)
+                values = rounded(values, stored.dtype, change.seed)
+            self._write(name, values)
+            return
+        names = self._tensors_of(name)
+        tensors = {kind: self._whole(stored_name) for kind, stored_name in names.items()}
         for stage in change.stages:
-            weight = values.to(torch.float32, copy=True)
-            if scale is not None:
-                weight *= scale
-            weight = patched(weight, [_with_factors(patch, held) for patch in stage])
-            if scale is not None and stored.rescaled:
-                scale = weight.abs().amax() / torch.finfo(stored.dtype).max
-                weight *= 1.0 / scale
-            elif scale is not None:
-                weight /= scale
-            values = rounded(weight, stored.dtype, change.seed)
+            values = dequantised(stored.quantised.format, tensors, torch.float32)
+            values = _patched(values, stage, held)
+            tensors = requantised(stored.quantised, values, tensors, change.seed)
+        for kind, stored_name in names.items():
+            self._write(stored_name, tensors[kind])
+
+    def _tensors_of(self, name: str) -> dict[str, str]:
+        """A weight and its companions: kind of the parameter → name in the file."""
+        quantised = self._stored[name].quantised
+        return {"weight": name, **(quantised.tensors if quantised is not None else {})}
+
+    def _write(self, name: str, values: torch.Tensor) -> None:
+        """Take the own slices of all of a stored tensor."""
         for part, place in self._places(name):
             place.copy_(_slice(values, part))
-        if scale is not None:
-            for rows in self._scale_places(name):
-                rows.copy_(scale)
 
     # --- before ----------------------------------------------------------------------------------
 
@@ -148,15 +156,10 @@ class PatchedWeights:
             parameter = self._parameters[part.target].data
             yield part, parameter.narrow(part.axis, part.target_start, part.length)
 
-    def _scale_places(self, name: str) -> Iterator[torch.Tensor]:
-        for part in self._parts[name][self._rank]:
-            layer, _, _ = part.target.rpartition(".")
-            if self._stored[name].scale is not None:
-                scale = self._parameters[f"{layer}.{SCALE}"].data
-                yield scale if part.axis else scale.narrow(0, part.target_start, part.length)
-
     def _slices(self, name: str) -> list[torch.Tensor]:
-        return [*(place for _, place in self._places(name)), *self._scale_places(name)]
+        """The own slices of a weight and its companions."""
+        names = self._tensors_of(name).values()
+        return [place for stored_name in names for _, place in self._places(stored_name)]
 
     def _whole(self, name: str) -> torch.Tensor:
         """All of a stored tensor, as the shards hold it, put together from every rank's."""
@@ -168,8 +171,10 @@ class PatchedWeights:
         parameter = self._parameters[target]
         whole = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
         vector = torch.empty(max(sizes), dtype=parameter.dtype, device=parameter.device)
-        if mine:
-            torch.cat([place.flatten() for place in mine], out=vector[: sizes[self._rank]])
+        start = 0
+        for place in mine:
+            vector[start : start + place.numel()].copy_(place.flatten())
+            start += place.numel()
         if min(sizes) == whole.numel():  # everybody has all of it
             _fill(whole, of_ranks[self._rank], vector)
             return whole
@@ -186,6 +191,12 @@ def _fill(whole: torch.Tensor, parts: list[Part], values: torch.Tensor) -> None:
         place = _slice(whole, part)
         place.copy_(values[start : start + place.numel()].view(place.shape))
         start += place.numel()
+
+
+def _patched(
+    weight: torch.Tensor, stage: tuple[WeightPatch, ...], held: Mapping[int, torch.Tensor]
+) -> torch.Tensor:
+    return patched(weight, [_with_factors(patch, held) for patch in stage])
 
 
 def _slice(whole: torch.Tensor, part: Part) -> torch.Tensor:

@@ -13,7 +13,6 @@ from torch import nn
 from .plan import QKV, Column, Match, MergedColumn, Plan, PlanError, Split
 
 Shape = tuple[int, ...]
-SCALE = "weight_scale"  # a layer's parameter, if its weight is held in fp8 with a scale
 
 
 @dataclass(frozen=True)

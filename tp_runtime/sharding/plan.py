@@ -11,7 +11,7 @@ contribute exactly nothing (RMSNorm of zero is zero, a zero v adds zero), so pad
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from ..errors import SizeError
@@ -33,6 +33,12 @@ class Split:
     unit: int = 1
     groups: int = 0
     shared: bool = False
+
+    def in_groups(self, group: int) -> "Split":
+        """The same with single features dealt out in groups, if those divide them."""
+        if self.unit > 1 or self.count % group:
+            return self
+        return replace(self, count=self.count // group, unit=group)
 
     @property
     def full(self) -> int:
@@ -67,38 +73,47 @@ class Split:
         return start * self.unit, min(start + local, end) * self.unit
 
 
+def _in_groups(splits: Iterable[Split], group: int) -> tuple[Split, ...]:
+    return tuple(split.in_groups(group) for split in splits)
+
+
 @dataclass(frozen=True)
 class Column:
     """``ColumnParallelLinear``: output features are split. ``gather``: and put together again.
 
     ``segments``: the outputs are several blocks, each of which is split by itself, so that a rank
     holds a part of every block (FLUX.2's ``to_qkv_mlp_proj``); empty means one of single features.
+    ``group``: single features are dealt out so many at a time.
     """
 
     axis: ClassVar[int] = 0
     segments: tuple[Split, ...] = ()
     gather: bool = False
+    group: int = 1
 
     def splits(self, inputs: int, outputs: Sequence[int]) -> tuple[Split, ...]:  # noqa: ARG002
         """How the split axis is dealt out, block by block."""
-        return self.segments or (Split(sum(outputs)),)
+        return _in_groups(self.segments or (Split(sum(outputs)),), self.group)
 
 
 @dataclass(frozen=True)
 class MergedColumn:
     """``MergedColumnParallelLinear``: several column-parallel linears of one input, as one.
 
-    ``units``: of how many features each is dealt out at a time; empty means single features.
+    ``units``: of how many features each is dealt out at a time; empty means single features, and
+    these in ``group``s.
     """
 
     axis: ClassVar[int] = 0
     into: str
     units: tuple[int, ...] = ()
+    group: int = 1
 
     def splits(self, inputs: int, outputs: Sequence[int]) -> tuple[Split, ...]:  # noqa: ARG002
         """How the outputs of each linear are dealt out."""
         units = self.units or (1,) * len(outputs)
-        return tuple(Split(size // unit, unit) for size, unit in zip(outputs, units, strict=True))
+        splits = (Split(size // unit, unit) for size, unit in zip(outputs, units, strict=True))
+        return _in_groups(splits, self.group)
 
 
 @dataclass(frozen=True)
@@ -125,15 +140,16 @@ class Row:
     """``RowParallelLinear``: input features are split, the results summed over the ranks.
 
     ``segments`` describe the input, a concatenation of split activations; empty means one of
-    single features.
+    single features. ``group``: single features are dealt out so many at a time.
     """
 
     axis: ClassVar[int] = 1
     segments: tuple[Split, ...] = ()
+    group: int = 1
 
     def splits(self, inputs: int, outputs: Sequence[int]) -> tuple[Split, ...]:  # noqa: ARG002
         """How the inputs are dealt out, segment by segment."""
-        return self.segments or (Split(inputs),)
+        return _in_groups(self.segments or (Split(inputs),), self.group)
 
 
 @dataclass(frozen=True)
@@ -211,6 +227,22 @@ class Plan:
         if remaining:
             raise PlanError(f"No pattern matches the linears {list(remaining)}.")
         return matches
+
+    def in_groups_of(self, group: int) -> "Plan":
+        """The plan in which hidden features, between two linears, are dealt out in groups.
+
+        A linear with quantised weights can be cut between groups of columns only, and the linears
+        before it must deal out their outputs alike. Where groups do not divide a width, and for
+        outputs that are put together again, nothing changes.
+        """
+        linears = {
+            pattern: replace(style, group=group)
+            if isinstance(style, Row | MergedColumn)
+            or (isinstance(style, Column) and not style.gather)
+            else style
+            for pattern, style in self.linears.items()
+        }
+        return Plan(linears, self.vectors)
 
     def valid_tp_sizes(self, limit: int) -> tuple[int, ...]:
         """The sizes from 1 to ``limit`` that the model can be split over."""

@@ -5,7 +5,7 @@ Follows ``comfy.lora.calculate_weight``, ``comfy.weight_adapter`` and ``comfy.fl
 ComfyUI's process runs it on the meta device, which tells whether a patch fits a weight.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -244,12 +244,40 @@ def rounded(weight: torch.Tensor, dtype: torch.dtype, seed: int) -> torch.Tensor
         return weight.to(dtype)
     generator = torch.Generator(device=weight.device).manual_seed(seed)
     result = torch.empty_like(weight, dtype=dtype)
+    for piece in _pieces(weight):
+        result[piece].copy_(_rounded_to_fp8(weight[piece], dtype, generator))
+    return result
+
+
+def rounded_to_fp4(weight: torch.Tensor, seed: int) -> torch.Tensor:
+    """(rows, columns) up to 6 → (rows, columns / 2) uint8: numbers of four bits (E2M1), the first
+    of two in the upper half; up or down by chance, with ``seed``, as ComfyUI 0.33 does.
+    """
+    generator = torch.Generator(device=weight.device).manual_seed(seed)
+    found = []
+    for piece in _pieces(weight):
+        values = weight[piece]
+        sign = torch.signbit(values).to(torch.uint8) << 3
+        step = 2.0 ** ((values.abs().log2() + 1.0).floor().clamp(0, 3) - 2.0) * 1.25
+        chance = torch.rand(
+            values.size(), dtype=values.dtype, device=values.device, generator=generator
+        )
+        size = (values + (chance - 0.5) * step).abs()
+        exponent = (size.log2() + 1.1925).floor().clamp(0, 3)
+        mantissa = torch.where(
+            exponent > 0, (size / 2.0 ** (exponent - 1) - 1.0) * 2.0, size * 2.0
+        ).round()
+        bits = sign | (exponent.to(torch.uint8) << 1) | mantissa.to(torch.uint8)
+        found.append((bits[:, 0::2] << 4) | bits[:, 1::2])
+    return torch.cat(found)
+
+
+def _pieces(weight: torch.Tensor) -> Iterator[slice]:
+    """The rows that are rounded at once, in the order of their random numbers."""
     num_slices = max(1, weight.numel() / _ROUNDED_AT_ONCE)
     rows = max(1, round(weight.shape[0] / num_slices))
     for start in range(0, weight.shape[0], rows):
-        piece = slice(start, start + rows)
-        result[piece].copy_(_rounded_to_fp8(weight[piece], dtype, generator))
-    return result
+        yield slice(start, start + rows)
 
 
 def _rounded_to_fp8(
