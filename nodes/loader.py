@@ -25,11 +25,16 @@ from .schema import advanced, check_choice, tp_schema
 _FOLDER = "diffusion_models"
 _GGUF_FOLDER = "unet_gguf"
 _DIFFUSERS_FILES = "diffusion_pytorch_model"
+# Choice → what weights are held in, and whether fp8 weights are multiplied in fp8. Those of fp8 are
+# the stock loader's.
 _DTYPES = {
-    "default": None,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
+    "default": (None, False),
+    "bf16": (torch.bfloat16, False),
+    "fp16": (torch.float16, False),
+    "fp32": (torch.float32, False),
+    "fp8_e4m3fn": (torch.float8_e4m3fn, False),
+    "fp8_e4m3fn_fast": (torch.float8_e4m3fn, True),
+    "fp8_e5m2": (torch.float8_e5m2, False),
 }
 
 
@@ -62,7 +67,9 @@ class TPLoadDiffusionModel(io.ComfyNode):
                     default="default",
                     tooltip=(
                         "What the weights are held in on the GPUs. 'default' chooses as the stock "
-                        "loader does: usually what the file has, if the GPU can compute in it."
+                        "loader does: usually what the file has, if the GPU can compute in it. "
+                        "'fp8_e4m3fn_fast' also multiplies in fp8, if the GPU can. Quantised "
+                        "weights (int8, scaled fp8, …) stay as they are in any case."
                     ),
                 ),
                 io.Combo.Input(
@@ -185,7 +192,9 @@ class TPLoadDiffusionModel(io.ComfyNode):
             checkpoint_info(path),
             warn=lambda text: warn_on_node(cls.hidden.unique_id, text),
         )
-        return io.NodeOutput(load_model(path, _DTYPES[weight_dtype], group, placement, optimize))
+        dtype, fp8_products = _DTYPES[weight_dtype]
+        model = load_model(path, dtype, group, placement, optimize, fp8_products)
+        return io.NodeOutput(model)
 
 
 def _model_names() -> list[str]:

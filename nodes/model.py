@@ -21,19 +21,22 @@ def load_model(
     group: GroupConfig,
     placement: Placement,
     optimize: str,
+    fp8_products: bool = False,
     disable_dynamic: bool = False,  # noqa: ARG001
 ) -> TPModelPatcher:
     """The MODEL of a file, to run on `group`. Reads the file's header; starts nothing.
 
     `dtype` is what weights are held in; None: what the stock loader would choose. `placement` is
-    what `group` was chosen by: kept for a sampler that asks for another count. ComfyUI passes
+    what `group` was chosen by: kept for a sampler that asks for another count. `fp8_products`: see
+    `ModelSpec`. ComfyUI passes
     `disable_dynamic` when it loads a model anew; these models are never dynamic.
 
     Raises:
         CheckpointError, SizeError: the file cannot be used, or not on a group of that size.
     """
     model = build_skeleton(checkpoint_info(path), dtype)
-    spec = ModelSpec.of(path, _name(model.get_dtype()), _name(compute_dtype(model)), optimize)
+    names = _name(model.get_dtype()), _name(compute_dtype(model))
+    spec = ModelSpec.of(path, *names, optimize, fp8_products)
     remote = get_runtime().model(spec, group)
     model.diffusion_model = RemoteDiffusionModel(model.diffusion_model, remote)
     model.tp_placement = placement
@@ -44,7 +47,10 @@ def load_model(
         offload_device=comfy.model_management.unet_offload_device(),
     )
     patcher.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, calc_cond_batch)
-    patcher.cached_patcher_init = (load_model, (path, dtype, group, placement, optimize))
+    patcher.cached_patcher_init = (
+        load_model,
+        (path, dtype, group, placement, optimize, fp8_products),
+    )
     return patcher
 
 
@@ -60,7 +66,12 @@ def on_group(patcher: TPModelPatcher, group: GroupConfig) -> TPModelPatcher:
     if group not in others:
         spec, model = patcher.remote.spec, patcher.model
         others[group] = load_model(
-            spec.path, model.get_dtype(), group, model.tp_placement, spec.optimize
+            spec.path,
+            model.get_dtype(),
+            group,
+            model.tp_placement,
+            spec.optimize,
+            spec.fp8_products,
         )
     root = others[group]
     clone = patcher.clone()

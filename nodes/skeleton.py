@@ -95,8 +95,11 @@ def _set_dtypes(
 ) -> None:
     """Choose storage and compute dtype as `load_diffusion_model_state_dict` does.
 
-    Weights with a scale stay as they are in any case: the dtypes are those of the others.
+    Quantised weights stay as they are in any case: the dtypes are those of the others, which in
+    such a file are not rounded to fp8 (ComfyUI 0.33, `mixed_precision_ops`).
     """
+    if info.quantised and dtype is not None and dtype.itemsize == 1:
+        dtype = None
     management = comfy.model_management
     supported = list(config.supported_inference_dtypes)
     if dtype is None:

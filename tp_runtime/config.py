@@ -266,6 +266,8 @@ class ModelSpec(msgspec.Struct, frozen=True):
     both are torch names such as ``"bfloat16"``. ``version`` tells a replaced file from the one
     that was loaded (size and modification time in ns). ``optimize``: ``"auto"`` compiles and
     records an evaluation once its shapes repeat (GPU only); ``"off"`` runs it as it is written.
+    ``fp8_products``: plain weights in e4m3 are multiplied in fp8, if the GPU can and ``optimize``
+    is ``"auto"``.
     """
 
     path: str
@@ -273,6 +275,7 @@ class ModelSpec(msgspec.Struct, frozen=True):
     compute_dtype: str
     version: tuple[int, int] = (0, 0)
     optimize: Optimize = "auto"
+    fp8_products: bool = False
 
     @classmethod
     def of(
@@ -281,13 +284,14 @@ class ModelSpec(msgspec.Struct, frozen=True):
         weight_dtype: str,
         compute_dtype: str,
         optimize: Optimize = "auto",
+        fp8_products: bool = False,
     ) -> "ModelSpec":
         """The spec of the file as it is on disk now. Raises CheckpointError if it is not there."""
         try:
             version = file_version(path)
         except FileNotFoundError as error:
             raise CheckpointError(f"The model file {path} does not exist.") from error
-        return cls(path, weight_dtype, compute_dtype, version, optimize)
+        return cls(path, weight_dtype, compute_dtype, version, optimize, fp8_products)
 
 
 class WorkerConfig(msgspec.Struct, frozen=True):

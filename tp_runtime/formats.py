@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 import torch
 
 ROTATION = 256  # columns that ConvRot rotates together, if the file does not say
+# Compute capabilities of GPUs whose tensor cores multiply int8 and fp8.
+INT8_SINCE, FP8_SINCE = (7, 5), (8, 9)
 CODES = 16  # entries of a codebook
 E4M3, E5M2, MXFP8, NVFP4 = "float8_e4m3fn", "float8_e5m2", "mxfp8", "nvfp4"
 INT8, W4A4, W4A8 = "int8_tensorwise", "convrot_w4a4", "asym_w4a8_int8"
@@ -113,6 +115,17 @@ class LayerFormat:
         rotation = f"+convrot{self.rotation}" if self.rotation else ""
         smoothed = "+awq" if "pre_quant_scale" in self.companions else ""
         return f"{self.name}{rotation}{smoothed}"
+
+    def compute(self, capability: tuple[int, int] | None) -> str:
+        """How products are computed on a GPU of that compute capability; None: on a CPU."""
+        if not self.full_precision:
+            if self.name in (INT8, W4A8, W4A4) and (capability is None or capability >= INT8_SINCE):
+                return (
+                    "int4 products" if self.name == W4A4 and capability is None else "int8 products"
+                )
+            if self.name == E4M3 and capability is not None and capability >= FP8_SINCE:
+                return "fp8 products"
+        return "dequantised at every use"
 
     def companion_shape(self, name: str, shape: tuple[int, int], linears: int = 1) -> torch.Size:
         """Of a companion of a weight of ``shape`` (rows, columns) that stands for ``linears``."""

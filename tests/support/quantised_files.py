@@ -1,10 +1,12 @@
 """Tiny model files in each of ComfyUI's quantised formats, as the published ones are.
 
 Quantised by comfy-kitchen, which made those: every weight of a linear whose columns the format's
-groups divide, unless it is kept. The others stay as they are, so every file is a mixed one.
+groups divide, unless it is kept. The others stay as they are, so every file is a mixed one. Of four
+bits are those of blocks only: ComfyUI reads the model's sizes from the shapes of the others.
 """
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -98,6 +100,8 @@ def w4a8_plain(weight: torch.Tensor) -> Quantised:
     return w4a8(weight, codebook=False)
 
 
+_IN_A_BLOCK = re.compile(r"(blocks|layers|refiner)\.\d+\.")
+_OF_FOUR_BITS = (nvfp4, nvfp4_awq, w4a4, w4a8, w4a8_plain)
 # Name → what quantises a weight, and the columns that it takes together.
 FORMATS = {
     "int8": (int8, 1),
@@ -135,7 +139,9 @@ def write_quantised(
             value = file.get_tensor(key)
             layer = key.removesuffix(".weight")
             quantise, group = FORMATS[(others or {}).get(layer, name)]
-            if value.ndim != 2 or layer == key or layer in keep or value.shape[1] % group:
+            outside = quantise in _OF_FOUR_BITS and not _IN_A_BLOCK.search(layer)
+            kept = outside or layer in keep or layer == key
+            if kept or value.ndim != 2 or value.shape[1] % group:
                 tensors[prefix + key] = value
                 continue
             found, layers[prefix + layer] = quantise(value)

@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import torch
@@ -17,13 +19,15 @@ from ..gpu.graphs import RecordedEvaluation
 from ..models.forward import ShardedForward
 from ..recognise import inspect_checkpoint, open_checkpoint
 from ..sharding.parts import Part
-from ..sharding.quantisation import sharded, stored_weights
+from ..sharding.quantisation import Quantisation, sharded, stored_weights
 from ..wire.exchange import dtype_of
 from .loaded_model import LoadedModel
 from .parallel_layers import shard_module
 from .patched_weights import PatchedWeights, StoredWeight
 from .reading import Reader
 from .uploading import Uploads
+
+logger = logging.getLogger("tp_runtime.rank.loading")
 
 PROGRESS_INTERVAL_S = 0.05
 
@@ -70,7 +74,19 @@ def load_model(
         parameter.data = parameter.data.float()
     model.requires_grad_(False)
     sharding, quantisation = sharded(model, table.plan, table.sources, info.quantised, tp_size)
-    shard_module(model, sharding, tp_size, weight_dtype, compute_dtype, quantisation.held)
+    fast = device.type == "cuda" and spec.optimize == "auto"
+    shard_module(
+        model,
+        sharding,
+        tp_size,
+        weight_dtype,
+        compute_dtype,
+        quantisation.held,
+        fast=fast,
+        fast_plain=fast and spec.fp8_products,
+    )
+    if rank == 0:
+        _log_quantisation(spec.path, quantisation, device)
 
     def parts_of(rank: int) -> list[Part]:
         return quantisation.parts(sharding, rank, tp_size, table.sources)
@@ -94,7 +110,6 @@ def load_model(
     if file_version(spec.path) != spec.version:
         raise RuntimeError(f"The model file {spec.path} was changed while it was read.")
     weights = PatchedWeights(model, stored, parts_of, rank, tp_size, collectives.gather)
-    fast = device.type == "cuda" and spec.optimize == "auto"
     reduction = None
     if fast:
         # Here, since without a GPU there may be no Triton.
@@ -112,6 +127,18 @@ def load_model(
         return RecordedEvaluation(forward.evaluate, capture, fast_attention)
 
     return LoadedModel(forward, weights, device, new_run, bytes_read)
+
+
+def _log_quantisation(path: str, quantisation: Quantisation, device: torch.device) -> None:
+    """Say once how a file's quantised weights are held and multiplied."""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    counts = Counter(
+        f"{layer_format.label} ({layer_format.compute(capability)})"
+        for layer_format in quantisation.held.values()
+    )
+    counts += Counter(f"held dequantised, as {why}" for why in quantisation.dequantised.values())
+    for what, count in counts.items():
+        logger.info("%s: %d layers %s", path, count, what)
 
 
 def _quantised(

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.linear import (
@@ -13,7 +12,6 @@ from vllm.model_executor.layers.linear import (
     QKVParallelLinear,
     ReplicatedLinear,
     RowParallelLinear,
-    UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
@@ -24,7 +22,7 @@ from ..formats import LayerFormat
 from ..gpu.graphs import optimising
 from ..sharding.parts import Layer, Sharding
 from ..sharding.plan import QKV, Column, MergedColumn, Row
-from .quantised_layers import QuantisedLinearMethod
+from .quantised_layers import CastLinearMethod, QuantisedLinearMethod
 
 
 class GatheredColumnParallelLinear(ColumnParallelLinear):
@@ -54,33 +52,24 @@ class ExactRowParallelLinear(RowParallelLinear):
         return tensor_model_parallel_all_reduce(part.float()).to(part.dtype)
 
 
-class _CastLinearMethod(UnquantizedLinearMethod):
-    """A linear whose weight is held in another dtype than it computes in: cast up at use."""
-
-    def apply(
-        self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        cast_bias = None if bias is None else bias.to(x.dtype)
-        weight: torch.Tensor = layer.weight  # type: ignore[assignment]
-        return F.linear(x, weight.to(x.dtype), cast_bias)
-
-
 class CastAtUse(QuantizationConfig):
     """vLLM's seam for how a linear stores and multiplies its weight.
 
     ``layer_format``: of a quantised weight; None: a plain one in another dtype than the layer's.
+    ``fast``: with products in int8 or fp8, where the GPU has them.
     """
 
-    def __init__(self, layer_format: LayerFormat | None = None) -> None:
+    def __init__(self, layer_format: LayerFormat | None = None, fast: bool = False) -> None:
         super().__init__()
         self.layer_format = layer_format
+        self.fast = fast
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:  # noqa: ARG002
         if not isinstance(layer, LinearBase):
             return None
         if self.layer_format is not None:
-            return QuantisedLinearMethod(self.layer_format)
-        return _CastLinearMethod()
+            return QuantisedLinearMethod(self.layer_format, self.fast)
+        return CastLinearMethod(self.fast)
 
     def get_name(self) -> str:
         return "cast_at_use"
@@ -108,20 +97,23 @@ def shard_module(
     weight_dtype: torch.dtype,
     compute_dtype: torch.dtype,
     quantised: Mapping[str, LayerFormat],
+    fast: bool,
+    fast_plain: bool,
 ) -> None:
     """Replace the linears in place by vLLM's layers, and shorten vectors that are split.
 
     All on the meta device.
 
     ``quantised``: path of a layer → the format that its weight is held in, with a parameter for
-    each companion. All others are held in ``weight_dtype``.
+    each companion. All others are held in ``weight_dtype``. ``fast``, ``fast_plain``: products with
+    quantised ones, and with plain ones in fp8, may be in int8 and fp8.
 
     Needs the tensor-parallel group. Afterwards no ``nn.Linear`` is left.
     """
-    plain = None if weight_dtype == compute_dtype else CastAtUse()
+    plain = None if weight_dtype == compute_dtype else CastAtUse(fast=fast_plain)
     for layer in sharding.layers:
         layer_format = quantised.get(layer.path)
-        quant_config = plain if layer_format is None else CastAtUse(layer_format)
+        quant_config = plain if layer_format is None else CastAtUse(layer_format, fast)
         with torch.device("meta"):
             built = _build(layer, tp_size, weight_dtype, quant_config)
         for path in set(layer.replaced) - {layer.path}:

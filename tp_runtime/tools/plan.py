@@ -2,15 +2,18 @@
 
 import argparse
 import dataclasses
+import math
+from collections import Counter
 
 import torch
 
 from ..errors import InputError
 from ..layouts.cost_model import DEVICES, LINKS, Prediction, device_of, layouts, predict
 from ..models import families
-from ..recognise import inspect_checkpoint
+from ..recognise import CheckpointInfo, inspect_checkpoint
 from ..sharding.parts import Layer
-from .footprint import model_footprint
+from ..sharding.quantisation import Quantisation
+from .footprint import Footprint, model_footprint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,18 +50,54 @@ def run(options: argparse.Namespace) -> None:
     sizes = ", ".join(map(str, info.valid_tp_sizes()))
     print(f"{info.label}, {info.num_parameters / 1e9:.3f} B parameters; TP sizes: {sizes}")
     info.check_tp_size(options.tp)
-    layers, shares = model_footprint(info, options.tp)
-    print(f"{'layer':58} {'style':12} {'full (in, out)':>16} {'local':>16}")
+    found = model_footprint(info, options.tp)
+    layers, quantisation = found.layers, found.quantisation
+    quantised = f"   {'weights':28} {'scales':26} compute" if info.quantised else ""
+    print(f"{'layer':58} {'style':12} {'full (in, out)':>16} {'local':>16}{quantised}")
     for layer in layers:
         style, local = type(layer.match.style).__name__, layer.local(options.tp)
-        print(f"{_layer_name(layer):58} {style:12} {layer.full!s:>16} {local!s:>16}")
+        weights = f"   {_weights(layer, quantisation)}" if info.quantised else ""
+        print(f"{_layer_name(layer):58} {style:12} {layer.full!s:>16} {local!s:>16}{weights}")
     print(f"{len(layers)} layers stand for {sum(len(x.replaced) for x in layers)} linears.")
     even = info.num_parameters / options.tp
-    for rank, share in enumerate(shares):
+    for rank, share in enumerate(found.shares):
         print(
             f"rank {rank}: holds {share.held / 1e9:.3f} B parameters ({share.held / even:.3f} of "
             f"1/{options.tp}), reads {share.read / 1e9:.3f} B"
         )
+    if info.quantised:
+        _show_quantisation(info, found, options.tp)
+
+
+def _weights(layer: Layer, quantisation: Quantisation) -> str:
+    """How a layer's weight is held, its scales, and how it is multiplied."""
+    layer_format = quantisation.held.get(layer.path)
+    if layer_format is None:
+        why = quantisation.dequantised.get(layer.path)
+        held = "plain" if why is None else "dequantised"
+        return f"{held:28} {'-':26} {'as it is' if why is None else f'as it is: {why}'}"
+    scales = ", ".join(name.removesuffix("_scale") for name in layer_format.companions)
+    block = f" of {layer_format.block}" if layer_format.block else ""
+    return f"{layer_format.label:28} {scales + block:26} {layer_format.compute(_capability())}"
+
+
+def _show_quantisation(info: CheckpointInfo, found: Footprint, tp_size: int) -> None:
+    """Bytes, and what layers cost that are held dequantised."""
+    file = info.weight_bytes(2)
+    (share, *_), dequantised = found.shares, found.quantisation.dequantised
+    ratio = share.held_bytes * tp_size / file
+    print(f"each rank: {share.held_bytes / 1e9:.3f} GB of weights ({ratio:.3f} of 1/{tp_size})")
+    for why, count in Counter(dequantised.values()).items():
+        size = sum(
+            2 * math.prod(layer.local(tp_size))
+            for layer in found.layers
+            if dequantised.get(layer.path) == why
+        )
+        print(f"{count} layers are held dequantised, in bf16 {size / 1e9:.3f} GB a rank, as {why}.")
+
+
+def _capability() -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
 def _predict(options: argparse.Namespace) -> None:
