@@ -139,9 +139,9 @@ def scale_of_rows(tensors: dict[str, Any], metadata: dict[str, str]) -> None:
     tensors[f"{LAYER}.weight_scale"] = torch.ones(len(tensors[f"{LAYER}.weight"]))
 
 
-def nvfp4(tensors: dict[str, Any], metadata: dict[str, str]) -> None:
+def unknown(tensors: dict[str, Any], metadata: dict[str, str]) -> None:
     described = json.loads(metadata["_quantization_metadata"])
-    described["layers"][LAYER]["format"] = "nvfp4"
+    described["layers"][LAYER]["format"] = "float3"
     metadata["_quantization_metadata"] = json.dumps(described)
 
 
@@ -159,9 +159,9 @@ def int8(tensors: dict[str, Any], metadata: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (without_scale, f"lacks {LAYER}.weight or its scale"),
+        (without_scale, f"lacks the scales {LAYER}.weight_scale of {LAYER}.weight"),
         (scale_of_rows, "has the shape"),
-        (nvfp4, "'nvfp4'"),
+        (unknown, f"layer {LAYER} has the format 'float3'"),
         (unreadable, "how it is quantised"),
         (int8, f"{LAYER}.weight as I8"),
     ],

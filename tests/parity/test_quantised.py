@@ -4,9 +4,7 @@ A row cut divides the features over which an input is quantised, so a rank's sca
 own: finer than ComfyUI's. The bar is then the distance from the model before it was quantised.
 """
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch

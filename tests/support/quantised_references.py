@@ -35,13 +35,15 @@ INPUTS = {
     "flux2": _PICTURE,
     "wan": _VIDEO,
 }
-# Every family in the formats that people download, two of them in all.
+# Every family in the format that most people download; two of them in the others, one with q, k and
+# v in one tensor.
 CASES = [
-    *((family, name) for family in ("qwen_image", "flux") for name in FORMATS),
-    *((family, name) for family in ("z_image", "flux2", "wan") for name in ("int8_convrot", "fp8")),
+    *((family, "int8_convrot") for family in INPUTS),
+    *(("qwen_image", name) for name in FORMATS if name != "int8_convrot"),
+    *(("flux", name) for name in ("fp8", "nvfp4_awq", "w4a8")),
 ]
 # Patched, in each format that is quantised anew in a way of its own.
-PATCHED = ("int8_convrot", "int8_scalar", "mxfp8", "nvfp4", "w4a4", "w4a8", "w4a8_plain")
+PATCHED = ("int8_convrot", "nvfp4", "mxfp8", "w4a4", "w4a8", "int8_scalar")
 PATCHED_FAMILY = "qwen_image"
 _LAYERS = ("attn.to_q", "attn.to_out.0", "img_mlp.net.0.proj", "img_mlp.net.2", "img_mod.1")
 
@@ -90,11 +92,15 @@ def _make() -> None:
     import comfy.sd
     import comfyui_version
 
+    packages = ("torch", "comfy-kitchen")
+    made_with = {"ComfyUI": comfyui_version.__version__} | {
+        name: version(name) for name in packages
+    }
     results: dict[str, torch.Tensor] = {}
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         cases = [*((family, PLAIN) for family in INPUTS), *CASES]
         todo = [(family, name, False) for family, name in cases]
-        todo += [(PATCHED_FAMILY, name, True) for name in (PLAIN, *PATCHED)]
+        todo[10:10] = [(PATCHED_FAMILY, name, True) for name in (PLAIN, *PATCHED)]
         for family, name, patched in todo:
             patcher = native_patcher(write_case(family, name, Path(folder)))
             if patched:
@@ -107,12 +113,8 @@ def _make() -> None:
             error = ((found - exact).norm() / exact.norm()).item()
             print(f"{_key(family, name, patched):32} {error:.4f} from plain", flush=True)
             results[_key(family, name, patched)] = found.float().contiguous()
-    packages = ("torch", "comfy-kitchen")
-    made_with = {"ComfyUI": comfyui_version.__version__} | {
-        name: version(name) for name in packages
-    }
-    FILE.parent.mkdir(exist_ok=True)
-    save_file(results, FILE, metadata={"made_with": json.dumps(made_with)})
+            FILE.parent.mkdir(exist_ok=True)
+            save_file(results, FILE, metadata={"made_with": json.dumps(made_with)})
     print(f"{FILE}: {FILE.stat().st_size} bytes, {made_with}")
 
 

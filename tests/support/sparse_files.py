@@ -12,7 +12,9 @@ from support.tiny_models import tiny
 
 NAMES = {
     torch.float32: "F32",
+    torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3",
+    torch.int8: "I8",
     torch.int64: "I64",
     torch.uint8: "U8",
 }

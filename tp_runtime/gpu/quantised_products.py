@@ -141,12 +141,23 @@ def product(
 
     ``rotation``: the weight's columns are rotated in groups of so many.
     """
-    codes, x_scale = quantised_rows(x.flatten(0, -2), weight.dtype, rotation)
+    rows, x_scale = quantised_rows(x.flatten(0, -2), weight.dtype, rotation)
+    found = multiplied(rows, x_scale, weight, scale, bias, x.dtype)
+    return found.unflatten(0, x.shape[:-1])
+
+
+def multiplied(
+    rows: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """What ``quantised_rows`` gave, by a weight of its dtype: (tokens, rows) in ``dtype``."""
     scales = x_scale, scale.view(1, -1)
     if weight.dtype == torch.int8:
-        found = vllm_ops.cutlass_scaled_mm(codes, weight.t(), *scales, x.dtype, bias)
-    else:
-        found = torch._scaled_mm(
-            codes, weight.t(), *scales, bias=bias, out_dtype=x.dtype, use_fast_accum=True
-        )
-    return found.unflatten(0, x.shape[:-1])
+        return vllm_ops.cutlass_scaled_mm(rows, weight.t(), *scales, dtype, bias)
+    return torch._scaled_mm(
+        rows, weight.t(), *scales, bias=bias, out_dtype=dtype, use_fast_accum=True
+    )

@@ -1,0 +1,218 @@
+"""Quantised files from their headers: what is in them, what cannot be, and how they are split."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from support.quantised_files import FORMATS, ROTATION, write_quantised
+from support.sparse_files import one_block, write_sparse
+from support.tiny_models import tiny_shapes, write_tiny
+from tp_runtime.client import CheckpointError, inspect_checkpoint
+from tp_runtime.models import family_named
+from tp_runtime.tools.cli import main
+from tp_runtime.tools.footprint import model_footprint
+
+Tensors = dict[str, torch.Tensor]
+LAYER = "transformer_blocks.0.attn.to_k"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("whole") / "whole.safetensors"
+    return write_tiny("qwen_image", path, **one_block("qwen_image"))
+
+
+def others() -> set[str]:
+    """All layers but one."""
+    names = tiny_shapes("qwen_image", **one_block("qwen_image"))
+    return {name.removesuffix(".weight") for name in names} - {LAYER}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_file_is_what_it_was_before_quantising(whole: Path, tmp_path: Path, name: str) -> None:
+    path = write_quantised(
+        whole, tmp_path / "q.safetensors", name, saying="metadata", keep=others()
+    )
+    found, plain = inspect_checkpoint(str(path)), inspect_checkpoint(str(whole))
+    assert found.sizes == plain.sizes
+    assert {k: t.shape for k, t in found.tensors.items()} == {
+        k: t.shape for k, t in plain.tensors.items()
+    }
+    assert list(found.quantised) == [f"{LAYER}.weight"]
+    assert found.metadata == plain.metadata
+    assert found.weight_bytes(4) < plain.weight_bytes(4) - 2 * 384 * 384
+
+
+def change_of(
+    name: str, change: Callable[[Tensors, dict[str, Any]], object]
+) -> Callable[[Path, Path], Path]:
+    """What writes a file in a format with one layer, and what the file says of it, changed."""
+
+    def write(whole: Path, path: Path) -> Path:
+        write_quantised(whole, path, name, keep=others())
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        said = json.loads(tensors[f"{LAYER}.comfy_quant"].numpy().tobytes())
+        change(tensors, said)
+        text = json.dumps(said).encode()
+        tensors[f"{LAYER}.comfy_quant"] = torch.tensor(list(text), dtype=torch.uint8)
+        save_file(tensors, path)
+        return path
+
+    return write
+
+
+def lacks(suffix: str) -> Callable[[Tensors, dict[str, Any]], object]:
+    return lambda tensors, _: tensors.pop(f"{LAYER}.{suffix}")
+
+
+def has(suffix: str, tensor: torch.Tensor) -> Callable[[Tensors, dict[str, Any]], object]:
+    return lambda tensors, _: tensors.update({f"{LAYER}.{suffix}": tensor})
+
+
+def says(**what: Any) -> Callable[[Tensors, dict[str, Any]], object]:
+    return lambda _, said: said.update(what)
+
+
+BAD = {
+    "unknown format": ("int8", says(format="int3"), f"layer {LAYER} has the format 'int3'"),
+    "format is no word": ("int8", says(format=3), "how it is quantised"),
+    "no scale": ("int8", lacks("weight_scale"), "lacks the scales"),
+    "scale of too few rows": ("int8", has("weight_scale", torch.ones(7, 1)), r"\[7, 1\]; \[\]"),
+    "scale of columns": ("int8", has("weight_scale", torch.ones(1, 384)), r"\[1, 384\]"),
+    "scale in int32": (
+        "int8",
+        has("weight_scale", torch.ones(384, 1, dtype=torch.int32)),
+        "stored as I32",
+    ),
+    "weight in bf16": (
+        "int8",
+        has("weight", torch.zeros(384, 384, dtype=torch.bfloat16)),
+        "weight is BF16",
+    ),
+    "weight of three axes": (
+        "int8",
+        has("weight", torch.zeros(384, 384, 1, dtype=torch.int8)),
+        r"\[384, 384, 1\]",
+    ),
+    "group does not divide": (
+        "int8_convrot",
+        says(convrot_groupsize=256),
+        "group of 256 columns does not divide its 384 columns",
+    ),
+    "group is no power of 4": ("int8_convrot", says(convrot_groupsize=32), "no power of 4"),
+    "group is no size": ("int8_convrot", says(convrot_groupsize="16"), "which is no size"),
+    "group of a w4a4": (
+        "w4a4",
+        says(params={"convrot_groupsize": 256}),
+        "does not divide its 384 columns",
+    ),
+    "block does not divide": ("w4a8", says(group_size=256), "does not divide its 384 columns"),
+    "no scales of blocks": ("nvfp4", lacks("weight_scale"), "lacks the scales"),
+    "no scale of all": ("nvfp4", lacks("weight_scale_2"), "weight_scale_2"),
+    "too few scales of blocks": (
+        "mxfp8",
+        has("weight_scale", torch.zeros(384, 8, dtype=torch.uint8)),
+        r"\[384, 8\]; \[384, 12\]",
+    ),
+    "smooth scale of rows": ("nvfp4_awq", has("pre_quant_scale", torch.ones(7)), r"\[7\]; \[384\]"),
+    "codebook of 8": ("w4a8", has("weight_codebook", torch.ones(8)), r"\[8\]; \[16\]"),
+    "another width": (
+        "int8",
+        lambda t, _: t.update(
+            {
+                f"{LAYER}.weight": torch.zeros(384, 400, dtype=torch.int8),
+            }
+        ),
+        r"\[384, 400\], not \[384, 384\]",
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "change", "words"), BAD.values(), ids=BAD)
+def test_a_bad_file_is_one_clear_error(
+    whole: Path, tmp_path: Path, name: str, change: Any, words: str
+) -> None:
+    path = change_of(name, change)(whole, tmp_path / "bad.safetensors")
+    with pytest.raises(CheckpointError, match=words) as error:
+        inspect_checkpoint(str(path))
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_truncated_file(whole: Path, tmp_path: Path) -> None:
+    path = write_quantised(whole, tmp_path / "q.safetensors", "nvfp4")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match="cut short"):
+        inspect_checkpoint(str(path))
+
+
+def published(family: str, tmp_path: Path) -> Path:
+    """An int8_convrot file of a published model, without values: blocks in groups of 256."""
+    tensors: Tensors = {}
+    said = json.dumps({"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 256})
+    for name, shape in family_named(family).published.table.file_tensors.items():
+        layer = name.removesuffix(".weight")
+        if ("blocks." not in name and "layers." not in name) or len(shape) != 2 or layer == name:
+            tensors[name] = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+            continue
+        tensors[name] = torch.empty(shape, dtype=torch.int8, device="meta")
+        tensors[f"{layer}.weight_scale"] = torch.empty(shape[0], 1, device="meta")
+        tensors[f"{layer}.comfy_quant"] = torch.tensor(list(said.encode()), dtype=torch.uint8)
+    write_sparse(tmp_path / "published.safetensors", tensors)
+    return tmp_path / "published.safetensors"
+
+
+ATTENTION = "its cuts do not fall on groups of 256 columns"
+# Family → what ends an attention, and the sizes at which heads and groups do not fit.
+UNEVEN = {
+    "z_image": (("attention.to_out.0",), (2, 6)),
+    "flux": (("attn.to_out.0", "attn.to_add_out", "proj_out"), (5, 8)),
+    "qwen_image": (("attn.to_out.0", "attn.to_add_out"), (5, 8)),
+    "wan": (("to_out.0",), (6, 8)),
+}
+
+
+@pytest.mark.parametrize("family", UNEVEN)
+def test_only_the_end_of_an_attention_is_dequantised(family: str, tmp_path: Path) -> None:
+    endings, uneven = UNEVEN[family]
+    info = inspect_checkpoint(str(published(family, tmp_path)))
+    file = info.weight_bytes(2)
+    for tp_size in info.valid_tp_sizes():
+        found = model_footprint(info, tp_size)
+        dequantised = found.quantisation.dequantised
+        assert bool(dequantised) == (tp_size in uneven), (tp_size, list(dequantised)[:3])
+        assert all(path.endswith(endings) for path in dequantised)
+        assert set(dequantised.values()) <= {ATTENTION}
+        held = max(share.held_bytes for share in found.shares)
+        if tp_size in (1, 2, 4) and not dequantised:
+            assert held <= 1.03 * file / tp_size, tp_size
+
+
+def test_plan_shows_formats(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_quantised(
+        whole,
+        tmp_path / "q.safetensors",
+        "int8_convrot",
+        keep={"img_in"},
+        others={"transformer_blocks.0.img_mlp.net.2": "nvfp4", LAYER: "fp8"},
+    )
+    assert main(["plan", str(path), "--tp", "8"]) == 0
+    shown = capsys.readouterr().out
+    lines = {line.split()[0]: line for line in shown.splitlines() if line.strip()}
+    label = f"int8_tensorwise+convrot{ROTATION}"
+    assert label in lines["transformer_blocks.0.attn.to_out.0"]
+    assert "nvfp4" in lines["transformer_blocks.0.img_mlp.net.2"]
+    assert "dequantised at every use" in lines["transformer_blocks.0.img_mlp.net.2"]
+    assert "stored differently" in lines["transformer_blocks.0.attn.to_qkv"]
+    assert " plain " in lines["img_in"]
+    assert "each rank:" in shown
+    assert "1 layers are held dequantised" in shown
