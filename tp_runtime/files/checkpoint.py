@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from .gguf_file import GGUFFile
 
 # What people call the files that can be read.
-FORMATS = ("bf16", "fp16", "fp32", "fp8, plain and scaled", "GGUF", "diffusers folder")
+FORMATS = (
+    *("bf16", "fp16", "fp32", "fp8, plain and scaled", "int8, also with ConvRot", "mxfp8", "nvfp4"),
+    *("4 bits (convrot_w4a4, asym_w4a8_int8)", "GGUF", "diffusers folder"),
+)
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 
 
