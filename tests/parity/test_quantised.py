@@ -10,7 +10,7 @@ import pytest
 import torch
 from parity.conftest import FP32_TOLERANCE, Remote, relative_error
 
-from support.native import native_patcher
+from support.native import import_comfy, native_patcher
 from support.pack import pack_module
 from support.quantised_files import write_quantised
 from support.quantised_references import (
@@ -88,6 +88,7 @@ def test_on_other_sizes(folder: Path, remote: Remote, family: str, name: str, tp
 @pytest.mark.parametrize("name", PATCHED)
 def test_patched(folder: Path, remote: Remote, name: str) -> None:
     """The values are patched, and quantised again with ComfyUI's random numbers."""
+    import_comfy()
     import comfy.sd
 
     model = remote(write_case(PATCHED_FAMILY, name, folder), 2)
@@ -96,10 +97,9 @@ def test_patched(folder: Path, remote: Remote, name: str) -> None:
     plain = native_patcher(write_case(PATCHED_FAMILY, PLAIN, folder))
     plain, _ = comfy.sd.load_lora_for_models(plain, None, lora(), STRENGTH, 0)
     with pack_module("nodes.weights") as weights:
-        user = object()
-        model.patch(user, weights.patched_weights(model.info, plain.patches))
+        model.patch(object(), weights.patched_weights(model.info, plain.patches))
         assert_as_good_as_comfyui(model.evaluate(inputs), PATCHED_FAMILY, name, 2, patched=True)
-        model.patch(user, {})
+        model.patch(None, {})
     assert torch.equal(model.evaluate(inputs), before)
 
 
