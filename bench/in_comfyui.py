@@ -196,7 +196,7 @@ def make_prompt(args: argparse.Namespace, row: dict[str, Any], file: str) -> dic
         loader = node("TPLoadDiffusionModel", model_name=file, **options)
     inputs = sizes_of(row["model"], args.small).inputs
     width = dict(axis for axis in inputs["context"].axes if isinstance(axis, tuple))["width"]
-    pooled = inputs["y"].usual["features"] if "y" in inputs else 0
+    pooled = inputs["y"].axes[-1].length if "y" in inputs else 0
     size = {"width": args.side, "height": args.side, "batch_size": args.batch}
     links = {name: [name, 0] for name in ("model", "positive", "negative")}
     links |= {"latent_image": ["latent", 0]}

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from tp_runtime.models import family_named
-from tp_runtime.models.family import Input, Sizes
+from tp_runtime.models.family import AtLeast, Input, Sizes
 
 
 def make_inputs(model: str, sizes: Sizes, side: int, batch: int) -> dict[str, Any]:
@@ -22,12 +22,19 @@ def make_inputs(model: str, sizes: Sizes, side: int, batch: int) -> dict[str, An
 
     def tensor(declared: Input) -> torch.Tensor:
         named = lengths | dict(declared.usual)
-        shape = [named[axis] if isinstance(axis, str) else axis[1] for axis in declared.axes]
+        shape = [
+            named[axis]
+            if isinstance(axis, str)
+            else axis.length
+            if isinstance(axis, AtLeast)
+            else axis[1]
+            for axis in declared.axes
+        ]
         if len(shape) == 1:  # a number for each picture
             return torch.rand(shape, generator=generator)
         return torch.randn(shape, generator=generator)
 
-    declared = {name: one for name, one in sizes.all_inputs.items() if not one.many}
+    declared = {name: one for name, one in sizes.all_inputs.items() if not one.many and one.axes}
     inputs = {name: tensor(one) for name, one in declared.items()}
     dtypes = {"timesteps": torch.float32}
     return {

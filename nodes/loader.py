@@ -180,10 +180,15 @@ class TPLoadDiffusionModel(io.ComfyNode):
         if path is None:
             path = folder_paths.get_full_path_or_raise(_FOLDER, model_name)
         placement = Placement(gpu_count, devices, layout, where)
+        info = checkpoint_info(path)
+        if info.extra:  # as the stock loader says "unet unexpected", in the log
+            warn_on_node(
+                cls.hidden.unique_id,
+                f"{model_name} has {len(info.extra)} tensors that {info.label} does not use, such "
+                f"as {min(info.extra)}. They are left out.",
+            )
         group = choose_group(
-            placement,
-            checkpoint_info(path),
-            warn=lambda text: warn_on_node(cls.hidden.unique_id, text),
+            placement, info, warn=lambda text: warn_on_node(cls.hidden.unique_id, text)
         )
         return io.NodeOutput(load_model(path, _DTYPES[weight_dtype], group, placement, optimize))
 

@@ -13,6 +13,7 @@ field `error`, a sentence for a person.
 
 import asyncio
 import functools
+import logging
 import threading
 import urllib.parse
 from collections.abc import Awaitable, Callable
@@ -27,6 +28,8 @@ from .gpu_count import refused_counts
 from .loader import model_path
 from .placement import Placement
 from .settings import python_setting
+
+logger = logging.getLogger("tensor_parallel")
 
 GROUPS_EVENT = "tensor_parallel.groups"
 _INTERVAL_S = 0.5
@@ -82,14 +85,20 @@ class _Status:
 
 async def _send_events(server: Any, status: _Status) -> None:
     """Compare what is known without asking anybody, as long as a page is open."""
-    shown = None
+    shown = failed = None
     while True:
         await asyncio.sleep(_INTERVAL_S)
-        if server.sockets:
+        if not server.sockets:
+            continue
+        try:
             now = get_runtime().groups()
             if now != shown:
-                shown = now
                 server.send_sync(GROUPS_EVENT, await _in_thread(status.read))
+                shown = now
+        except Exception as error:
+            if repr(error) != failed:
+                logger.exception("The page could not be told what runs; it is tried again.")
+            failed = repr(error)
 
 
 def _change_group(group_id: str, action: str) -> None:
@@ -174,9 +183,13 @@ def _check_origin(request: web.Request) -> None:
     origin = request.headers.get("Origin")
     if origin is None or args.enable_cors_header:
         return
-    theirs, ours = urllib.parse.urlsplit(origin), urllib.parse.urlsplit(f"//{request.host}")
-    same_port = None in (theirs.port, ours.port) or theirs.port == ours.port
-    if theirs.hostname != ours.hostname or not same_port:
+    try:
+        theirs, ours = urllib.parse.urlsplit(origin), urllib.parse.urlsplit(f"//{request.host}")
+        same_port = None in (theirs.port, ours.port) or theirs.port == ours.port
+        same = theirs.hostname == ours.hostname and same_port
+    except ValueError:  # no address: brackets without an end, a port beyond 65535
+        same = False
+    if not same:
         raise _Refusal(
             403,
             f"Requests from {origin} are refused: this server was asked as {request.host}. A "

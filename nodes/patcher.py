@@ -187,7 +187,9 @@ class TPModelPatcher(comfy.model_patcher.ModelPatcher):
         strengths = tuple((hook.hook_ref, hook.strength) for hook in hooks.hooks) if hooks else ()
         version = (self.patches_uuid, strengths)
         if version != self.remote.version:
-            patches = patched_weights(self.remote.info, self.patches, hook_patches)
+            loaded = self.model.diffusion_model.patched_by_module
+            own = {key: of for key, of in self.patches.items() if key in loaded}
+            patches = patched_weights(self.remote.info, own, hook_patches)
             self.remote.patch(version, patches)
 
     def patch_hooks(self, hooks: Any, *_args: Any, **_kwargs: Any) -> None:

@@ -1,5 +1,6 @@
 """The weightless stand-in for a native diffusion model: its forward runs on the ranks."""
 
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -10,9 +11,10 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrapper
 
 from ..tp_runtime.client import InputError, RemoteModel
 from .arguments import remote_inputs
-from .block_patches import names_in_code
+from .native_code import NativeCode
 from .together import Meeting
 from .unsupported import code_in_model, gradients, other_compute_dtype
+from .weights import patched_by_module
 
 
 class RemoteDiffusionModel(torch.nn.Module):
@@ -29,7 +31,7 @@ class RemoteDiffusionModel(torch.nn.Module):
         object.__setattr__(self, "skeleton", skeleton)
         self.remote = remote
         self.native_signature = inspect.signature(skeleton.forward)
-        self.native_names = names_in_code(skeleton)
+        self.native_code = NativeCode.of(skeleton)
         native = type(skeleton)
         self._native_methods = {name for name in dir(native) if callable(getattr(native, name))}
         self.eval()
@@ -42,6 +44,11 @@ class RemoteDiffusionModel(torch.nn.Module):
     def weight_function(self) -> NoReturn:
         """Where layers keep functions on their weights: training nodes ask every module for it."""
         raise gradients()
+
+    @functools.cached_property
+    def patched_by_module(self) -> frozenset[str]:
+        """The keys of the weights that ComfyUI patches when it loads the model."""
+        return frozenset(f"diffusion_model.{name}" for name in patched_by_module(self.skeleton))
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return self.skeleton.state_dict(*args, **kwargs)
@@ -78,7 +85,8 @@ class RemoteDiffusionModel(torch.nn.Module):
     def _forward_on_ranks(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         self._check_methods()  # some nodes replace them during an evaluation
         bound = self.native_signature.bind(*args, **kwargs)
-        inputs = remote_inputs(bound, self.native_names)
+        sizes = self.remote.info.sizes
+        inputs = remote_inputs(bound, self.native_code, sizes.unused_inputs, sizes.options)
         x: torch.Tensor = inputs["x"]
         self._check(x, inputs)
         meeting = Meeting.of_this_thread()

@@ -54,6 +54,15 @@ def unknown_argument(where: str, value: object) -> UnsupportedFeatureError:
     )
 
 
+def unknown_option(where: str, value: object) -> UnsupportedFeatureError:
+    """For something at `where` in `transformer_options` that the model would compute with."""
+    return UnsupportedFeatureError(
+        f"transformer_options['{where}'] is a {type(value).__name__}, with which a tensor-parallel "
+        "model cannot compute: it takes dictionaries of numbers, of the options that its family "
+        f"has. It comes from a node between the loader and the sampler. {_INSTEAD}"
+    )
+
+
 def other_compute_dtype(got: str, allowed: str) -> UnsupportedFeatureError:
     """For a latent in another dtype than the one the ranks compute in."""
     return UnsupportedFeatureError(

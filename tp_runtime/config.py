@@ -136,7 +136,8 @@ class Layout:
     def parse(cls, text: str) -> "Layout":
         """The layout that ``str`` gave. Raises ValueError."""
         tp_size, separator, batch_groups = text.partition("x")
-        if not (separator and tp_size.isdecimal() and batch_groups.isdecimal()):
+        sizes = tp_size.isdecimal() and batch_groups.isdecimal()
+        if not (separator and sizes and int(tp_size) and int(batch_groups)):
             raise ValueError(f"layout={text!r}: write TP size x batch groups, such as 2x2.")
         return cls(int(tp_size), int(batch_groups))
 
@@ -257,6 +258,13 @@ def file_version(path: str) -> tuple[int, int]:
 
 Optimize = Literal["auto", "off"]
 OPTIMIZE: tuple[Optimize, ...] = get_args(Optimize)
+
+
+# What linear weights may be held in.
+WEIGHT_DTYPES = (
+    *("float64", "float32", "float16", "bfloat16"),
+    *("float8_e4m3fn", "float8_e5m2"),
+)
 
 
 class ModelSpec(msgspec.Struct, frozen=True):

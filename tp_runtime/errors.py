@@ -31,6 +31,10 @@ class InputError(TPRuntimeError, ValueError):
     """A request's tensors or options do not fit the model. Nothing was computed."""
 
 
+class NotFiniteError(TPRuntimeError):
+    """The model's result has values that are NaN or infinite. The group is as it was before."""
+
+
 class GroupStartError(TPRuntimeError):
     """The process group did not come up. No process of it is left."""
 

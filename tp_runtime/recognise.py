@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 from .errors import CheckpointError
 from .files.checkpoint import CheckpointFile
@@ -12,6 +14,7 @@ from .files.fp8_scales import find_scales
 from .files.safetensors_file import TensorInfo
 from .models import families
 from .models.family import Family, Settings, Sizes
+from .models.inputs import checked_inputs
 from .sharding.table import Table
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -23,7 +26,8 @@ class CheckpointInfo:
     """What a model file is, from its header.
 
     ``tensors`` are the model's own; ``scales``: quantised weight → the name of its scale in the
-    file. ``metadata`` is the file's, without what it says of quantisation.
+    file. ``metadata`` is the file's, without what it says of quantisation. ``extra``: tensors that
+    the architecture has not; nothing is computed with them.
     """
 
     path: str
@@ -32,6 +36,7 @@ class CheckpointInfo:
     tensors: Mapping[str, TensorInfo] = field(repr=False)
     metadata: Mapping[str, str] = field(repr=False)
     scales: Mapping[str, str] = field(repr=False)
+    extra: Mapping[str, TensorInfo] = field(repr=False, default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -47,6 +52,10 @@ class CheckpointInfo:
             tensor.num_elements * (1 if name in self.scales else itemsize)
             for name, tensor in self.tensors.items()
         )
+
+    def checked_inputs(self, inputs: Mapping[str, Any], compute_dtype: str) -> dict[str, Any]:
+        """What the model computes with. Raises InputError; see ``models/inputs.py``."""
+        return checked_inputs(self.label, self.sizes, inputs, compute_dtype)
 
     def check_tp_size(self, tp_size: int) -> None:
         """Raises SizeError if the model cannot be split over ``tp_size`` ranks."""
@@ -67,7 +76,7 @@ def open_checkpoint(path: str) -> Iterator[CheckpointFile]:
     tables = [family.published.table for family in families().values()]
     shapes = [item for table in tables for item in table.file_tensors.items()]
     one_row = tuple(name for name, shape in shapes if shape[0] == 1 and len(shape) == 2)
-    with CheckpointFile.open(path, _names_in_folder, one_row) as file:
+    with CheckpointFile.open(path, _names_in_folder, partial(_names_alone, path), one_row) as file:
         yield file
 
 
@@ -76,7 +85,8 @@ def inspect_checkpoint(path: str) -> CheckpointInfo:
 
     Raises:
         CheckpointError: the file is missing, damaged, of an unknown architecture, lacks tensors,
-            has tensors that the architecture has not, or has them in other shapes.
+            or has them in other shapes. (ComfyUI leaves out tensors that the architecture has
+            not: they are ``extra``.)
     """
     with open_checkpoint(path) as file:
         stored = file.tensors()
@@ -87,8 +97,11 @@ def inspect_checkpoint(path: str) -> CheckpointInfo:
     tensors = {name: info for name, info in stored.items() if name not in extra}
     family = _recognised(path, tensors)
     sizes = _sizes_of_file(path, family, tensors)
-    _check_tensors(path, family, tensors, sizes.table)
-    return CheckpointInfo(path, family, sizes, tensors, metadata, scales)
+    known = sizes.table.file_tensors.keys() | sizes.table.unused.keys()
+    own = {name: info for name, info in tensors.items() if name in known}
+    _check_tensors(path, family, own, sizes.table)
+    more = {name: info for name, info in tensors.items() if name not in known}
+    return CheckpointInfo(path, family, sizes, own, metadata, scales, more)
 
 
 def _recognised(path: str, tensors: Mapping[str, TensorInfo]) -> Family:
@@ -155,6 +168,39 @@ def _names_in_folder(path: str, settings: Settings) -> FileNames:
         ) from error
 
 
+def _names_alone(path: str, tensors: Mapping[str, TensorInfo]) -> FileNames | None:
+    """How the tensors of a single diffusers file are called in ComfyUI's file of the model.
+
+    Without its config.json, the sizes follow from the shapes: the blocks are counted, and the rows
+    of what lies one on another in ComfyUI's file add up. None: the names are not diffusers'.
+    """
+    for family in families().values():
+        stacks = tuple(
+            replace(stack, count=_num_blocks(tensors, stack.ours))
+            for stack in family.published.table.stacks
+        )
+        table = replace(family.published.table, stacks=stacks)
+        parts: dict[str, list[tuple[int, ...]]] = {}
+        for name in table.places.keys() & tensors.keys():
+            if shape := tensors[name].shape:
+                parts.setdefault(table.places[name].name, []).append(shape)
+        ours = table.places.keys() & tensors.keys()
+        if len(ours) <= len(table.file_tensors.keys() & tensors.keys()):
+            continue
+        if all(name in parts for name in family.signature):
+            stacked = {
+                name: TensorInfo((sum(rows for rows, *_ in shapes), *shapes[0][1:]), "")
+                for name, shapes in parts.items()
+            }
+            own = _sizes_of_file(path, family, stacked).table
+            return FileNames(family.label, own.places, own.file_tensors, own.swapped)
+    return None
+
+
+def _num_blocks(tensors: Mapping[str, TensorInfo], stack: str) -> int:
+    return len({name.split(".")[1] for name in tensors if name.startswith(f"{stack}.")})
+
+
 def _check_tensors(
     path: str,
     family: Family,
@@ -166,9 +212,6 @@ def _check_tensors(
     missing = sorted(set(expected) - set(found))
     if missing:
         problems.append(f"{len(missing)} missing ({_some(missing)})")
-    leftover = sorted(set(found) - set(expected) - set(table.unused))
-    if leftover:
-        problems.append(f"{len(leftover)} unknown ({_some(leftover)})")
     wrong = [
         f"{name} is {list(found[name].shape)}, not {list(shape)}"
         for name, shape in expected.items()

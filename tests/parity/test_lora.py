@@ -293,3 +293,44 @@ def test_a_patch_that_does_not_fit_is_left_out(
     patch = (1.0, change("lora", (480, 96), 0), 1.0, None, None)
     assert weights.patched_weights(inspect_checkpoint(str(path)), {key: [patch]}) == {}
     assert "layers.0.attention.out.weight is left out" in caplog.text
+
+
+def test_what_is_patched_is_what_comfyui_patches(
+    runtime: Runtime, weights: ModuleType, tmp_path: Path
+) -> None:
+    """Parameters beside modules, other shapes of as many values, keys that are no weights."""
+    path = write_tiny("z_image", tmp_path / "model.safetensors")
+    patcher, remote = native_patcher(path), on_ranks(runtime, path, 2)
+    out, prefix = "diffusion_model.layers.0.attention.out.weight", "diffusion_model."
+    whole = random(480, 480, seed=3)
+    sets = {
+        f"{prefix}x_pad_token": (random(1, 480, seed=1),),
+        f"{prefix}cap_pad_token": (random(1, 480, seed=2),),
+        f"{prefix}norm_final.weight": (random(480, seed=4),),
+        f"{prefix}layers.0.attention.q_norm.weight": (random(16, seed=5),),
+        f"{prefix}layers.1.attention.out.weight": (whole.flatten(),),
+        (f"{prefix}layers.0.attention.qkv.weight", (0, 480, 480)): (random(960, 240, seed=6),),
+    }
+    patcher.add_patches(sets, 0.5)
+    patcher.add_patches({out: (whole.flatten(),)}, 0.5, 0.7)  # its strength of the weight counts
+    model_sampling = next(key for key in patcher.model.state_dict() if prefix not in key)
+    patcher.add_patches({model_sampling: (torch.ones(3),)}, 0.5)
+    loaded = {
+        f"{prefix}{name}" for name in weights.patched_by_module(patcher.model.diffusion_model)
+    }
+    own = {key: of for key, of in patcher.patches.items() if key in loaded}
+    assert patcher.patches.keys() - own.keys() == {
+        *(f"{prefix}{name}" for name in ("x_pad_token", "cap_pad_token")),
+        model_sampling,
+    }
+    inputs = INPUTS["z_image"]
+    unpatched = remote.evaluate(inputs)
+    with torch.no_grad():
+        patcher.load(torch.device("cpu"), full_load=True)
+    remote.patch(object(), weights.patched_weights(remote.info, own))
+    found = remote.evaluate(inputs)
+    assert relative_error(found, unpatched) > 0.01
+    assert relative_error(found, native(patcher, inputs)) <= FP32_TOLERANCE
+    # Hooks reach what stands beside modules; what is no weight is left out there, too.
+    every = weights.patched_weights(remote.info, patcher.patches)
+    assert {"x_pad_token", "cap_pad_token"} == every.keys() - remote.patches.keys()

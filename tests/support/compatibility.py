@@ -42,7 +42,7 @@ class Family:
             family.label,
             WAN_VAE_NAME if video else VAE_NAME,
             sizes.geometry.latent_shape(64, 64),
-            pooled.usual["features"] if pooled else 0,
+            pooled.axes[-1].length if pooled else 0,
         )
 
     @property

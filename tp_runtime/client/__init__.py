@@ -28,6 +28,7 @@ whatever that does, and waits for the owner's thread, which takes only those fro
 from ..config import (
     MAX_TP_SIZE,
     OPTIMIZE,
+    WEIGHT_DTYPES,
     WHERE,
     GroupConfig,
     Layout,
@@ -74,6 +75,7 @@ __all__ = [
     "PATCH_FUNCTIONS",
     "PATCH_KINDS",
     "STORED_DTYPES",
+    "WEIGHT_DTYPES",
     "WHERE",
     "CallTimeoutError",
     "Check",

@@ -1,6 +1,7 @@
 """How a group failed, as the error that a person sees."""
 
 import logging
+import math
 import re
 from collections.abc import Sequence
 
@@ -10,12 +11,15 @@ from ..errors import (
     GroupDiedError,
     GroupLostError,
     GroupStartError,
+    NotFiniteError,
     RankError,
     RankMemoryError,
     TPRuntimeError,
 )
+from ..wire.exchange import dtype_name
 from ..wire.protocol import Failed
 from .launch.launcher import Rank
+from .tensor_sender import Asked
 
 logger = logging.getLogger("tp_runtime")
 
@@ -124,6 +128,20 @@ def _no_memory(
         f"({amounts or failed.message}). Use more GPUs (gpu_count), a smaller size or batch, or a "
         "model file in fp8. The group was ended, which freed what it held; the next request "
         f"starts a new one. Log: {rank.log_path}"
+    )
+
+
+def not_finite(num_bad: int, asked: Sequence[Asked]) -> NotFiniteError:
+    """For evaluations whose results have ``num_bad`` values that are no numbers."""
+    total = sum(math.prod(one.result_shape) for one in asked)
+    dtype = dtype_name(asked[0].inputs["x"].dtype)
+    advice = "Set weight_dtype of 'Load Diffusion Model (TP)' to bf16 or fp32."
+    if dtype != "float16":
+        advice = "Lower the strength of LoRAs and ControlNets, or download the model again."
+    return NotFiniteError(
+        f"{num_bad} of the {total} values of the model's result are NaN or infinite, at timestep "
+        f"{asked[0].inputs['timesteps'].flatten()[0].item():.4g}. The model overflowed in {dtype}, "
+        f"or its conditioning or weights are no numbers. {advice}"
     )
 
 

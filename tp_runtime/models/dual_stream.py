@@ -235,6 +235,7 @@ class DualStreamForward(ShardedForward):
         for residual in (item for stack in stacks for item in stack if item is not None):
             shape = tuple(residual.shape)
             fits = len(shape) == 3 and shape[0] in (1, batch) and shape[2] == width
+            fits &= residual.is_floating_point()
             if not fits or shape[1] > length:
                 raise InputError(
                     f"The ControlNet gives residuals of shape {shape}; {label} takes up to ({batch}"

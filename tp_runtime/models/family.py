@@ -7,14 +7,24 @@ only ranks need, the arithmetic, is the family's ``forward.py`` beside its ``fam
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from ..sharding.parts import Shape
 from ..sharding.table import Table, expanded
 
 Shapes = Mapping[str, Shape]  # of a file's tensors, by name
 Settings = Mapping[str, Any]  # of a diffusers folder's config.json
-Axis = str | tuple[str, int]  # its name, and its length where the model fixes it
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    """An axis that must be so long; what is beyond is left out."""
+
+    name: str
+    length: int
+
+
+Axis = str | tuple[str, int] | AtLeast  # its name, and its length where the model fixes it
 
 
 @dataclass(frozen=True)
@@ -23,7 +33,8 @@ class Input:
 
     ``what``: in the plural, as it begins a sentence. ``advice``: where it has another shape.
     ``many``: a list of such tensors. ``optional``: the model also computes without it. ``usual``:
-    lengths of axes that the model does not fix, for benchmarks.
+    lengths of axes that the model does not fix, for benchmarks. ``axes`` empty: the forward knows.
+    ``kind``: in the dtype that is computed in; a number, in any float dtype; or a mask, also bool.
     """
 
     what: str
@@ -32,12 +43,15 @@ class Input:
     optional: bool = False
     many: bool = False
     usual: Mapping[str, int] = field(default_factory=dict)
+    kind: Literal["computed", "number", "mask"] = "computed"
 
     def __str__(self) -> str:
         unnamed = ("channels", "frames")  # of latents, whose shapes people know by their order
         axes = [
             axis
             if isinstance(axis, str)
+            else f"at least {axis.length} {axis.name}"
+            if isinstance(axis, AtLeast)
             else str(axis[1])
             if axis[0] in unnamed
             else f"{axis[0]} {axis[1]}"
@@ -46,15 +60,15 @@ class Input:
         return f"({', '.join(axes)})" if len(axes) > 1 else f"({axes[0]},)"
 
 
-TIMESTEPS = Input("Timesteps", ("batch",))
+TIMESTEPS = Input("Timesteps", ("batch",), kind="number")
 _ENCODER = "Use the text encoder that belongs to the model."
-GUIDANCES = Input("Guidances", ("batch",), optional=True)
+GUIDANCES = Input("Guidances", ("batch",), optional=True, kind="number")
+MASKS = Input("Attention masks", (), optional=True, kind="mask")
 
 
 def pooled_captions(width: int) -> Input:
     """What the text encoder says of each caption as a whole: ``width`` features, or more."""
-    axes = ("batch", "features")
-    return Input("Pooled captions", axes, _ENCODER, optional=True, usual={"features": width})
+    return Input("Pooled captions", ("batch", AtLeast("features", width)), _ENCODER, optional=True)
 
 
 def captions(width: int) -> Input:
@@ -188,6 +202,11 @@ class Sizes:
     # of diffusers' those that no field names, of ComfyUI's those that it does not read from a file.
     to_diffusers: ClassVar[str] = ""
     to_comfyui: ClassVar[str] = ""
+    # Arguments of ComfyUI's forward that are no tensors; those that it does nothing with; and the
+    # keys of its transformer_options that it computes with, dictionaries of numbers.
+    plain_inputs: ClassVar[tuple[str, ...]] = ()
+    unused_inputs: ClassVar[tuple[str, ...]] = ()
+    options: ClassVar[tuple[str, ...]] = ()
     num_heads: int
     head_dim: int
 

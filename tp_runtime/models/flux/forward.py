@@ -62,7 +62,7 @@ class Forward(DualStreamForward):
         check_method(self.label, ref_latents, ref_latents_method, REFERENCE_METHODS)
         rope_options = option(transformer_options, "rope_options")
         positions = _positions(x, context, ref_latents, ref_latents_method, rope_options)
-        mask = None if attention_mask is None else _mask(attention_mask, len(positions))
+        mask = None if attention_mask is None else _mask(attention_mask, x.shape[0], len(positions))
         if y is None:
             y = x.new_zeros(x.shape[0], self.sizes.vector_dim)
         embedders = self.model.time_text_embed
@@ -176,15 +176,16 @@ def _positions(
     return torch.cat([text, image, *others])
 
 
-def _mask(mask: torch.Tensor, num_tokens: int) -> torch.Tensor:
+def _mask(mask: torch.Tensor, batch: int, num_tokens: int) -> torch.Tensor:
     """(L, L), (B, L, L) or (B, 1, L, L) → four axes, as ComfyUI's attention understands them."""
     if mask.ndim == 2:
         mask = mask[None]
     if mask.ndim == 3:
         mask = mask[:, None]
-    if mask.ndim != 4 or mask.shape[1:] != (1, num_tokens, num_tokens):
+    fits = mask.ndim == 4 and mask.shape[0] in (1, batch)
+    if not fits or mask.shape[1:] != (1, num_tokens, num_tokens):
         raise InputError(
             f"The attention mask of the conditioning has the shape {tuple(mask.shape)}; these "
-            f"latents and captions are {num_tokens} tokens together."
+            f"{batch} latents and captions are {num_tokens} tokens together."
         )
     return mask

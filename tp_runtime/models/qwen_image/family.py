@@ -28,6 +28,7 @@ class QwenImageSizes(Sizes):
         "num_attention_heads=num_heads attention_head_dim=head_dim joint_attention_dim=context_dim "
         "out_channels axes_dims_rope=axes_dims"
     )
+    plain_inputs, unused_inputs = ("control", "ref_latents_method"), ("attention_mask",)
     num_heads: int = size(of.heads("img_in.weight", _NORM), "num_attention_heads")
     head_dim: int = size(of.length(_NORM), "attention_head_dim")
     num_blocks: int = size(of.blocks("transformer_blocks"), "num_layers")

@@ -49,7 +49,6 @@ class Forward(DualStreamForward):
         self,
         x: torch.Tensor,
         context: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,  # noqa: ARG002  (ComfyUI ignores it, too)
         ref_latents: Sequence[torch.Tensor] = (),
         ref_latents_method: str = "index",
         transformer_options: Mapping[str, Any] | None = None,

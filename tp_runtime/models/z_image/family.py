@@ -29,6 +29,7 @@ class ZImageSizes(Sizes):
         "n_heads=num_heads n_kv_heads=num_heads n_refiner_layers=num_refiners axes_dims "
         "rope_theta time_scale multiple_of=ffn_dim"
     )
+    unused_inputs, options = ("num_tokens", "control"), ("rope_options",)
     num_heads: int = size(of.heads(f"{_CAPTION}.weight", _QK_NORM), "n_heads")
     head_dim: int = size(of.length(_QK_NORM), lambda s: s["dim"] // s["n_heads"])
     ffn_dim: int = size(of.length(_UP), lambda s: int(s["dim"] / 3 * 8))
