@@ -121,9 +121,9 @@ class TPLoadDiffusionModel(io.ComfyNode):
                         optional=True,
                         tooltip=(
                             "On whose GPUs. 'ray': those of a Ray cluster, which may have several "
-                            "machines; its address is in ComfyUI's settings. The model file must "
-                            "have the same path on all of them. Needs Ray in the GPU processes' "
-                            "Python."
+                            "machines; its address is TP_RUNTIME_RAY_ADDRESS in ComfyUI's "
+                            "environment. The model file must have the same path on all of them. "
+                            "Needs Ray in the GPU processes' Python."
                         ),
                     )
                 ),

@@ -16,7 +16,6 @@ from ..tp_runtime.client import GroupStartError
 
 _PYTHON = "TensorParallel.Runtime.Python"
 _DEVICES = "TensorParallel.Runtime.Devices"
-_RAY_ADDRESS = "TensorParallel.Runtime.RayAddress"
 _TRIES, _WRITING_S = 3, 0.05
 
 
@@ -46,11 +45,6 @@ def python_setting() -> str | None:
 def devices_setting() -> str:
     """The GPUs that may be used, as a person writes them; empty: all."""
     return str(_stored().get(_DEVICES) or "")
-
-
-def ray_address_setting() -> str:
-    """The Ray cluster's address, as a person writes it; empty: one is started on this machine."""
-    return str(_stored().get(_RAY_ADDRESS) or "").strip()
 
 
 def _stored() -> dict[str, Any]:

@@ -54,9 +54,12 @@ def _number(name: str, default: float) -> float:
     return value
 
 
-def ray_address(preferred: str | None = None) -> str:
-    """The Ray cluster's address: the environment's, else ``preferred``; empty: start one here."""
-    return os.environ.get("TP_RUNTIME_RAY_ADDRESS") or preferred or ""
+def ray_address() -> str:
+    """The Ray cluster's address; empty: Ray is started here.
+
+    Of the environment only: settings of the page arrive over the network.
+    """
+    return os.environ.get("TP_RUNTIME_RAY_ADDRESS", "")
 
 
 def log_level() -> str:

@@ -34,18 +34,6 @@ app.registerExtension({
       onChange: (now, before) => devicesChanged("TensorParallel.Runtime.Devices", now, before),
     },
     {
-      id: "TensorParallel.Runtime.RayAddress",
-      category: ["Tensor Parallel", "Runtime", "RayAddress"],
-      name: "Ray cluster",
-      tooltip:
-        "Address (host:port) of the Ray cluster for loaders with where = ray. ComfyUI's machine " +
-        "must be one of its nodes. Empty: Ray is started on this machine. " +
-        "TP_RUNTIME_RAY_ADDRESS overrides it.",
-      type: "text",
-      defaultValue: "",
-      onChange: (now, before) => devicesChanged("TensorParallel.Runtime.RayAddress", now, before),
-    },
-    {
       id: DEFAULT_COUNT,
       category: ["Tensor Parallel", "Nodes", "GpuCount"],
       name: "GPU count of a new loader",

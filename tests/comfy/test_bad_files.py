@@ -145,13 +145,6 @@ def test_missing_key(bad: Path, refused: Callable[..., str], name: str) -> None:
     assert name in message
 
 
-def test_leftover_key(bad: Path, refused: Callable[..., str]) -> None:
-    rewrite(bad, lambda tensors: tensors.update({"layers.0.attention.gate.weight": torch.ones(3)}))
-    message = refused()
-    assert "1 unknown" in message
-    assert "layers.0.attention.gate.weight" in message
-
-
 def test_wrong_shape(bad: Path, refused: Callable[..., str]) -> None:
     name = "layers.0.attention.out.weight"
     rewrite(bad, lambda tensors: tensors.update({name: torch.ones(480, 479)}))

@@ -112,6 +112,8 @@ ROUTES = [
         "https://127.0.0.1.evil.example",
         "http://my-machine:3000",
         "null",
+        "http://my-machine:99999",  # no address: a port that cannot be, brackets without an end
+        "http://[::1",
     ],
 )
 @pytest.mark.parametrize(("method", "path"), ROUTES)

@@ -3,6 +3,7 @@
 The group, and all that it has loaded, stays. The cases are made of what each family declares.
 """
 
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,16 @@ def test_every_input_is_checked_before_anything_is_sent(
     assert kinds > 30
     assert model.num_evaluations == sent, "nothing was sent"
     assert torch.equal(model.evaluate(inputs), expected)
+
+
+@pytest.mark.parametrize("family", families())
+def test_the_declaration_is_the_forwards_signature(family: str) -> None:
+    """What is declared is what the family's forward takes: neither more nor less."""
+    forward, sizes = families()[family].forward(), tiny(family)
+    taken = set(inspect.signature(forward.condition).parameters) | {"timesteps"}
+    taken |= {"control"} & set(inspect.signature(forward.evaluate).parameters)
+    declared = sizes.all_inputs.keys() | {*sizes.plain_inputs, "transformer_options"}
+    assert taken - {"self"} == declared
 
 
 WRONG_MASKS = {

@@ -75,7 +75,8 @@ class CheckpointFile:
                 alone = isinstance(file, SafetensorsFile) and names_alone(file.tensors)
                 yield cls(DiffusersFolder.of_file(file, alone) if alone else file)
         except FormatError as error:
-            if (what := _no_model(path)) is not None:
+            what = _no_model(path) if kind is SafetensorsFile else None
+            if what is not None:
                 raise CheckpointError(
                     f"The model file {path} {what}, or load it with the stock 'Load Diffusion "
                     "Model' node."
@@ -115,8 +116,6 @@ def _prefix(names: Sequence[str]) -> str:
 
 def _no_model(path: str) -> str | None:
     """What a file is that is no model; None: not known."""
-    if not Path(path).is_file():
-        return None
     with open(path, "rb") as file:
         begin = file.read(64)
     return next((what for magic, what in _NO_MODEL.items() if begin.startswith(magic)), None)
