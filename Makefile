@@ -13,6 +13,10 @@ export COMFYUI_PATH ?= $(CURDIR)/.comfyui
 # write no bytecode (containers do) would have every ComfyUI and every rank compile its modules.
 TEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup
 
+# What tries inputs at random (tests/support/fuzz.py); in `make test`, the same few each time.
+FUZZERS := tests/faults/test_fuzz.py tests/comfy/test_any_file.py tests/comfy/test_strange_state.py \
+	tests/comfy/test_settings_and_flags.py
+
 .PHONY: help demo serve test test-all soak kills bench check lint format venv comfyui browser hosts clean
 
 help:
@@ -44,6 +48,7 @@ test-all: venv comfyui browser hosts
 
 soak: venv comfyui
 	SOAK_MINUTES=$${SOAK_MINUTES:-30} $(BIN)/python -m pytest tests/faults/test_soak.py -s
+	SOAK_MINUTES=$${SOAK_MINUTES:-30} $(BIN)/python -m pytest $(FUZZERS)
 
 kills: venv comfyui
 	KILLS=$${KILLS:-50} $(BIN)/python -m pytest tests/faults/test_engine_killed.py \

@@ -106,10 +106,9 @@ class CheckpointFile:
 
 def _prefix(names: Sequence[str]) -> str:
     """What stands before the names of the diffusion model's tensors; empty: nothing does."""
-    first = (next((p for p in _PREFIXES if name.startswith(p)), "") for name in names)
-    counts = Counter(prefix for prefix in first if prefix)
-    found, count = max(counts.items(), key=lambda item: item[1], default=("", 0))
-    if count > _FEW:
+    counts = Counter(next((p for p in _PREFIXES if n.startswith(p)), "") for n in names)
+    found = max(_PREFIXES, key=counts.__getitem__)
+    if counts[found] > _FEW:
         return found
     return next((p for p in _OTHER_PREFIXES if any(n.startswith(p) for n in names)), "")
 

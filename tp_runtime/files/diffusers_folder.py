@@ -95,7 +95,7 @@ class DiffusersFolder:
         self = cls.__new__(cls)
         self.path, self.metadata = file.path, file.metadata
         self.tensors, self._stacks = {}, {}
-        self._files = {name: file for name in file.tensors if name in names.places}
+        self._files = dict.fromkeys(file.tensors, file)
         self._open = ExitStack()
         self._combine(names)
         return self
