@@ -14,6 +14,7 @@ from ..tp_runtime.client import (
     TPRuntimeError,
     checkpoint_info,
     file_version,
+    prepare_start,
 )
 from .gpu_count import CHOICES, choose_group
 from .layouts import LAYOUTS
@@ -185,7 +186,11 @@ class TPLoadDiffusionModel(io.ComfyNode):
             checkpoint_info(path),
             warn=lambda text: warn_on_node(cls.hidden.unique_id, text),
         )
-        return io.NodeOutput(load_model(path, _DTYPES[weight_dtype], group, placement, optimize))
+        model = load_model(path, _DTYPES[weight_dtype], group, placement, optimize)
+        # Ready, or nearly so, when the text encoder has run.
+        if group.where != "ray":
+            prepare_start(group.python)
+        return io.NodeOutput(model)
 
 
 def _model_names() -> list[str]:

@@ -34,6 +34,16 @@ app.registerExtension({
       onChange: (now, before) => devicesChanged("TensorParallel.Runtime.Devices", now, before),
     },
     {
+      id: "TensorParallel.Runtime.KeepReady",
+      category: ["Tensor Parallel", "Runtime", "KeepReady"],
+      name: "Prepare the GPU processes when ComfyUI starts",
+      tooltip:
+        "The first prompt starts about ten seconds sooner. Takes 700 MB of the machine's memory, " +
+        "none of a GPU's. From ComfyUI's next start on.",
+      type: "boolean",
+      defaultValue: false,
+    },
+    {
       id: "TensorParallel.Runtime.RayAddress",
       category: ["Tensor Parallel", "Runtime", "RayAddress"],
       name: "Ray cluster",

@@ -6,10 +6,8 @@ it. It has one thread, computes nothing and never touches a GPU, so that a fork 
 Started by ``forking``, on whose socket requests come, each with a socket for the answers: a
 ``WorkerConfig`` and file descriptors, answered with the number of the new process and later with
 how it ended, or with a sentence if there can be none; or ``null``, answered once ranks can be
-forked. It ends with that socket or, while it has no rank, after some minutes without a request.
-
-With the word ``become`` on its command line it forks nothing: it becomes the first rank that it is
-asked for.
+forked. It ends with that socket or, while it has no rank, after some minutes without a request,
+unless the word ``keep`` follows the socket on its command line.
 """
 
 import contextlib
@@ -32,7 +30,7 @@ from setproctitle import setproctitle
 from ..config import WorkerConfig
 from ..wire.transport import receive_with_fds, wait
 
-BECOME = "become"
+KEEP = "keep"
 IDLE_S = 300.0
 _MAX_FDS = 4  # of one request: for the answers, of the rank's channel, shared memory and log
 _PR_SET_PDEATHSIG = 1
@@ -65,14 +63,14 @@ class _Child:
         self._answers.close()
 
 
-def serve(requests: socket.socket, becomes_rank: bool) -> WorkerConfig | None:
-    """Answer requests until there can be no more.
+def serve(requests: socket.socket, idle_s: float | None) -> WorkerConfig | None:
+    """Answer requests until there can be no more, or for ``idle_s`` without rank there is none.
 
     Returns once in every process that is to be a rank, with what that rank is told, and at last in
     the server itself, with None.
     """
     children: dict[int, _Child] = {}  # by pidfd
-    while ready := wait([requests, *children], None if children else IDLE_S):
+    while ready := wait([requests, *children], None if children else idle_s):
         for pidfd in children.keys() & set(ready):
             children.pop(pidfd).reap()
         if requests not in ready:
@@ -86,9 +84,6 @@ def serve(requests: socket.socket, becomes_rank: bool) -> WorkerConfig | None:
             with answers, contextlib.suppress(OSError):
                 answers.send(b"up")
             continue
-        if becomes_rank:
-            _Child(os.getpid(), answers).close()
-            return _become_rank(config, *fds[1:])
         try:
             pid = _fork()
         except OSError as error:  # no process, or no memory: others go on
@@ -104,7 +99,8 @@ def serve(requests: socket.socket, becomes_rank: bool) -> WorkerConfig | None:
                 sibling.close()
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             os.setsid()
-            _give_way()
+            if config.device == "cpu":
+                _give_way()
             return _become_rank(config, *fds[1:])
         for fd in fds[1:]:
             os.close(fd)
@@ -193,11 +189,9 @@ def _check_can_fork() -> None:
 def main() -> None:
     """Be the server of the socket on the command line; in what it forks, be a rank."""
     gc.disable()  # an eighth of the imports' time: they make hardly anything but what stays
-    becomes_rank = BECOME in sys.argv
     try:
         _import_all()
-        if not becomes_rank:
-            _check_can_fork()
+        _check_can_fork()
     except BaseException:  # noqa: BLE001  the engine shows it
         traceback.print_exc()
         # Not sys.exit: it would wait for threads that an import has started.
@@ -206,11 +200,11 @@ def main() -> None:
     server_pid = os.getpid()
     with socket.socket(fileno=int(sys.argv[1])) as requests:
         requests.set_inheritable(False)
-        config = serve(requests, becomes_rank)
+        config = serve(requests, None if KEEP in sys.argv else IDLE_S)
     if config is not None:
         from . import worker
 
-        worker.run(config, parent_pid=os.getppid() if becomes_rank else server_pid)
+        worker.run(config, parent_pid=server_pid)
 
 
 if __name__ == "__main__":

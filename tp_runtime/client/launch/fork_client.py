@@ -1,7 +1,7 @@
 """Fork servers, seen from ComfyUI's process: starts them, asks them for ranks, ends them.
 
-``rank/fork_server.py`` is the program. One server serves all groups of this
-process that have the same Python and the same environment; but one that becomes a rank serves once.
+``rank/fork_server.py`` is the program. One server serves all groups of this process that have the
+same Python and the same environment.
 """
 
 import os
@@ -47,17 +47,18 @@ class ForkServerError(Exception):
 class ForkServer:
     """A fork server of this process. Thread-safe."""
 
-    def __init__(
-        self, python: str, environment: Mapping[str, str], becomes_rank: bool = False
-    ) -> None:
-        """Start the process, which takes a while until it is up. Raises OSError."""
+    def __init__(self, python: str, environment: Mapping[str, str], keep: bool = False) -> None:
+        """Start the process, which takes a while until it is up. Raises OSError.
+
+        ``keep``: it does not end when it has had no rank for long.
+        """
         self.is_up = False
         self._is_gone = False
         self._environment = environment
         self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as this object)
         command = [python, "-c", _SERVER_CODE, str(theirs.fileno())]
-        command += ["become"] if becomes_rank else []
+        command += ["keep"] if keep else []
         started: Future[subprocess.Popen[bytes]] = Future()
 
         def own() -> None:
@@ -176,8 +177,10 @@ _servers: dict[Hashable, ForkServer] = {}
 _lock = threading.Lock()
 
 
-def fork_server(python: str, environment: Mapping[str, str]) -> ForkServer:
+def fork_server(python: str, environment: Mapping[str, str], *, keep: bool = False) -> ForkServer:
     """The running server for that Python and environment; it may be a new one, not yet up.
+
+    ``keep``: a new one ends with this process only, however long it has no rank.
 
     Raises OSError if it cannot be started.
     """
@@ -190,5 +193,5 @@ def fork_server(python: str, environment: Mapping[str, str]) -> ForkServer:
         for ended in [key for key, server in _servers.items() if server.has_ended()]:
             del _servers[ended]
         if key not in _servers:
-            _servers[key] = ForkServer(python, environment)
+            _servers[key] = ForkServer(python, environment, keep)
         return _servers[key]

@@ -1,8 +1,6 @@
 """Runs the ranks of a group as processes of this machine.
 
-On the CPU they are forked from a process that has imported what they need (``fork_client``). For a
-GPU each is such a process itself: that a forked one can do all that a rank does on a GPU has not
-been shown.
+They are forked from a process that has imported what they need and sees no GPU (``fork_client``).
 """
 
 import contextlib
@@ -43,10 +41,7 @@ _COMPILE_CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "t
 
 @dataclass
 class LocalRank:
-    """One running rank of this machine: a child of its fork server, or that server itself.
-
-    On a GPU, what was started as a server has become the rank.
-    """
+    """One running rank of this machine, a child of its fork server."""
 
     index: int
     channel: Channel
@@ -68,8 +63,6 @@ class LocalRank:
     def describe_exit(self) -> str:
         if not self.ended(STATUS_TIMEOUT_S):  # its stream ends a moment before the process does
             return "closed its connection"
-        if self.pid == self.server.pid:
-            return self.server.describe_exit()
         told = wait([self.status], STATUS_TIMEOUT_S)
         if told and (packet := self.status.recv(MAX_ANSWER_BYTES, socket.MSG_PEEK)):
             return describe_status(msgspec.json.decode(packet, type=int))
@@ -99,17 +92,14 @@ class LocalLauncher:
     """
 
     def __init__(self) -> None:
-        self._servers: list[ForkServer] = []  # each rank's, by its index
+        self._server: ForkServer | None = None
         self._folder: GroupFolder | None = None
 
     def prepare(self, config: GroupConfig, poll: Poll) -> None:
-        """Have the group's folder, and fork servers that are up."""
+        """Have the group's folder, and a fork server that is up."""
         try:
             self._folder = GroupFolder.create()
-            if _forks(config):
-                self._servers = [_running_server(config, poll)] * config.num_ranks
-            else:
-                self._servers = _future_ranks(config, poll)
+            self._server = _running_server(config, poll)
         except BaseException:
             self.clean_up(keep_logs=False)
             raise
@@ -122,9 +112,6 @@ class LocalLauncher:
                 ranks.append(self._launch_rank(config, index, exchange))
         except BaseException as error:
             end_ranks(ranks, grace_s=0)
-            if not _forks(config):
-                for server in self._servers:  # those that have not become ranks
-                    server.kill()
             self.clean_up(keep_logs=False)
             what = f"No process could be started for a rank of {config.num_ranks}:"
             if isinstance(error, ForkServerError):
@@ -136,7 +123,8 @@ class LocalLauncher:
 
     def _launch_rank(self, config: GroupConfig, index: int, exchange: Exchange) -> LocalRank:
         assert self._folder is not None, "prepare comes first"
-        folder, server = self._folder.path, self._servers[index]
+        assert self._server is not None, "prepare comes first"
+        folder, server = self._folder.path, self._server
         worker = WorkerConfig(
             rank=index,
             local_rank=index,
@@ -168,6 +156,16 @@ class LocalLauncher:
             self._folder = None
 
 
+def prepare_start(python: str, *, keep: bool = False) -> None:
+    """Have what ranks are forked from import in the background, so that a group starts sooner.
+
+    ``keep``: that process stays until this one ends. Returns at once and raises nothing: the start
+    of a group says what is wrong.
+    """
+    with contextlib.suppress(OSError):
+        fork_server(python, _server_environment(), keep=keep)
+
+
 def _running_server(config: GroupConfig, poll: Poll) -> ForkServer:
     """A fork server that is up: that of an earlier group, or a new one. Raises GroupStartError."""
     while True:
@@ -182,30 +180,6 @@ def _running_server(config: GroupConfig, poll: Poll) -> ForkServer:
             if is_new:
                 raise failures.no_fork_server(config, error, server.log_tail()) from error
             # It has ended since the last group: it had no rank for long, or was killed.
-
-
-def _future_ranks(config: GroupConfig, poll: Poll) -> list[ForkServer]:
-    """For each rank a process that is about to become it. Raises GroupStartError."""
-    with contextlib.ExitStack() as on_error:
-        servers = []
-        try:
-            for _ in range(config.num_ranks):
-                environment = _rank_environment(config)
-                servers.append(ForkServer(config.python, environment, becomes_rank=True))
-                on_error.callback(servers[-1].kill)
-        except OSError as error:
-            raise failures.no_python(config, error) from error
-        for server in servers:
-            try:
-                server.wait_until_up(poll, config.start_timeout_s)
-            except ForkServerError as error:
-                raise failures.no_fork_server(config, error, server.log_tail()) from error
-        on_error.pop_all()
-    return servers
-
-
-def _forks(config: GroupConfig) -> bool:
-    return config.device == "cpu"
 
 
 def _usable_cores() -> int:
