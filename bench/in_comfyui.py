@@ -8,7 +8,8 @@ with Load Diffusion Model (TP) in each layout. `ms_step`: what `--steps` more st
 by ComfyUI's own time stamps, for each of them; the median of `--repeats`, each with a seed of its
 own. `first_prompt_s`: a prompt of `--short-steps` from cold, start of the ranks included. `error`:
 the distance of the final latent from the stock loader's, relative to its norm; the worst seed's
-(of the stock loader's own row: of a second run of one seed).
+(of the stock loader's own row: of a second run of one seed). `gpu_gib`: GPU memory of each process
+while the model is loaded, by the driver's account.
 The ranks' Python is `TP_RUNTIME_PYTHON`, else ComfyUI's. Rows are added to the file of the day in
 `--out`, each as soon as it is there.
 """
@@ -33,6 +34,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors.torch import load_file
 
@@ -229,14 +231,27 @@ def measure(
             raise PromptError("the latent is not finite")
         times.append(round(1000 * (long_s - short_s) / args.steps, 2))
         latents.append(latent)
+    gpu_gib = {} if args.cpu else gpu_memory(server.process.pid)
     if prompt["model"]["class_type"] == "UNETLoader":
         stock += latents
         steps = args.short_steps + args.steps
         server.clear()  # or ComfyUI would give what it has
         latents = [server.sample(prompt, seed=0, steps=steps)[1]]  # how far it is from itself
     errors = [float((a - b).norm() / b.norm()) for a, b in zip(latents, stock, strict=False)]
-    row = {"ms_step": round(statistics.median(times), 2), "ms_steps": times}
+    row = {"ms_step": round(statistics.median(times), 2), "ms_steps": times, "gpu_gib": gpu_gib}
     return row | {"error": float(f"{max(errors):.2e}"), "first_prompt_s": round(first_s, 1)}
+
+
+def gpu_memory(server_pid: int) -> dict[str, float]:
+    """GiB that ComfyUI and the ranks hold, over all GPUs, by their names."""
+    query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    found: dict[str, float] = {}
+    for line in subprocess.check_output(query, text=True).splitlines():
+        pid, mib = line.split(", ")
+        title = "comfyui" if int(pid) == server_pid else psutil.Process(int(pid)).cmdline()[0]
+        name = title.removeprefix("tp_runtime.rank.worker: ").partition(" in ")[0]
+        found[name] = round(found.get(name, 0) + int(mib) / 1024, 2)
+    return dict(sorted(found.items()))
 
 
 def rows_of(args: argparse.Namespace, model: str) -> Iterator[dict[str, Any]]:

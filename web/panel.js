@@ -1,7 +1,9 @@
 // The sidebar tab: what the groups are and hold, and buttons. Cards stay the same elements while
 // they are updated, so that the keyboard's focus stays where it is.
 import { app } from "../../scripts/app.js";
+import { element } from "./elements.js";
 import { changeGroup, refreshGroups, request, showGroups, watchGroups } from "./groups.js";
+import { ownPython } from "./own_python.js";
 import { gibibytes, layoutOf, milliseconds, text } from "./texts.js";
 import { showError } from "./toast.js";
 
@@ -14,6 +16,7 @@ export function openPanel(container) {
     element("h2", { textContent: text("title") }),
     groups,
     empty,
+    ownPython(),
     doctor(),
   ]);
   container.replaceChildren(panel);
@@ -176,10 +179,4 @@ function finding({ name, status, text: what, advice }) {
   ]);
   row.firstChild.dataset.state = status;
   return row;
-}
-
-function element(tag, properties = {}, children = []) {
-  const made = Object.assign(document.createElement(tag), properties);
-  made.append(...children);
-  return made;
 }

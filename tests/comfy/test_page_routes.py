@@ -175,6 +175,9 @@ def test_several_users(multi_user_server: ComfyServer) -> None:
         headers=headers,
     )
     urllib.request.urlopen(request, timeout=10).close()
+    status, answer = ask(multi_user_server, "/python/make", headers)
+    assert status == 403
+    assert "--multi-user" in answer["error"]
     status, answer = ask(multi_user_server, "/doctor", headers)
     assert status == 200
     assert answer["checks"][0]["status"] == "ok"

@@ -27,6 +27,11 @@ def test_requirements_are_the_declared_dependencies(pyproject: dict[str, Any]) -
     assert requirement_lines("requirements.txt") == pyproject["project"]["dependencies"]
 
 
+def test_the_runtimes_requirements_are_the_extra(pyproject: dict[str, Any]) -> None:
+    extra = pyproject["project"]["optional-dependencies"]["runtime"]
+    assert requirement_lines("requirements-runtime.txt") == extra
+
+
 def test_requirements_leave_comfyuis_torch_alone() -> None:
     """vLLM pins an exact torch: installing it into ComfyUI's Python must be the user's decision."""
     heavy = {"torch", "vllm", "diffusers", "transformers"}

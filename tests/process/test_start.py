@@ -168,7 +168,7 @@ def test_a_python_without_vllm_says_what_to_install(python_with: PythonWith) -> 
     message = failure_of(Engine(cpu_group(2, python=python)), within_s=60)
     assert "No module named 'vllm'" in message
     assert f"{python} -m pip install" in message
-    assert "[runtime]'" in message
+    assert "requirements-runtime.txt" in message
     assert "TP_RUNTIME_PYTHON" in message
 
 

@@ -66,6 +66,7 @@ from .group_report import GroupReport
 from .inspection import checkpoint_info
 from .launch.local import prepare_start
 from .launch.ray_driver_client import cluster_gpu_count
+from .own_python import OwnPython
 from .remote_model import RemoteModel
 from .runtime import Runtime, get_runtime
 
@@ -90,6 +91,7 @@ __all__ = [
     "InputError",
     "Layout",
     "ModelSpec",
+    "OwnPython",
     "PatchError",
     "PatchedWeight",
     "ProtocolError",

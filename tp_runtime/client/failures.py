@@ -4,7 +4,7 @@ import logging
 import re
 from collections.abc import Sequence
 
-from ..config import PACKAGE, GroupConfig
+from ..config import GroupConfig
 from ..errors import (
     CallTimeoutError,
     GroupDiedError,
@@ -14,6 +14,7 @@ from ..errors import (
     RankMemoryError,
     TPRuntimeError,
 )
+from ..tools.doctor import how_to_have_runtime
 from ..wire.protocol import Failed
 from .launch.launcher import Rank
 
@@ -67,8 +68,7 @@ def _lacking(config: GroupConfig, logs: Sequence[str]) -> str | None:
     found = next(filter(None, map(_IMPORT_ERROR.search, logs)), None)
     return found and (
         f"The runtime's Python {config.python} cannot import what the ranks need ({found[0]}). "
-        f"Install it with: {config.python} -m pip install '{PACKAGE.parent}[runtime]', or set "
-        "TP_RUNTIME_PYTHON to a Python that has vllm and diffusers."
+        f"{how_to_have_runtime(config.python)}"
     )
 
 

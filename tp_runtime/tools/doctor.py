@@ -122,7 +122,7 @@ def _this_python() -> Check:
     missing = [name for name in DEPENDENCIES if importlib.util.find_spec(name) is None]
     if not missing:
         return Check("This Python", "ok", f"{sys.executable}, with {', '.join(DEPENDENCIES)}")
-    advice = _install(sys.executable)
+    advice = f"Run: {_install(sys.executable)}"
     if "torch" in missing:
         advice = f"Use ComfyUI's Python, which has torch. {advice}"
     text = f"{sys.executable} lacks {', '.join(missing)}."
@@ -130,15 +130,33 @@ def _this_python() -> Check:
 
 
 def _install(python: str, extra: str = "") -> str:
-    """How to install what the package, or an extra of it, needs."""
+    """The command that installs what the package, or an extra of it, needs."""
     checkout = PACKAGE.parent
     if (checkout / "pyproject.toml").is_file():
-        needed = [f"{checkout}[{extra}]" if extra else str(checkout)]
+        names = ["requirements.txt", *([f"requirements-{extra}.txt"] if extra else [])]
+        needed = [word for name in names for word in ("-r", str(checkout / name))]
     else:  # installed from a wheel
         declared = [one.partition(";") for one in importlib.metadata.requires(DISTRIBUTION) or []]
         wanted = f'extra == "{extra}"' if extra else ""
         needed = [needed.strip() for needed, _, when in declared if when.strip() in ("", wanted)]
-    return f"Run: {python} -m pip install {' '.join(map(shlex.quote, needed))}"
+    return f"{python} -m pip install {' '.join(map(shlex.quote, needed))}"
+
+
+def how_to_have_runtime(python: str) -> str:
+    """What to do where the ranks' Python lacks vLLM or diffusers.
+
+    If it is this Python, ComfyUI's, the ranks had better have one of their own: vLLM would replace
+    its torch.
+    """
+    if python != sys.executable:
+        return f"Run: {_install(python, 'runtime')}"
+    own = Path("~/tp-runtime")
+    return (
+        "Give the GPU processes a Python of their own: the tab 'Tensor Parallel' makes one, or "
+        f"run: python3 -m venv {own} && {_install(f'{own}/bin/python', 'runtime')}; and name "
+        f"{own}/bin/python in the setting 'Python of the GPU processes', or in TP_RUNTIME_PYTHON. "
+        f"(Installed into {python} itself, vLLM replaces its torch, torchvision and numpy.)"
+    )
 
 
 def _python(python: str, version: str) -> Check:
@@ -150,7 +168,7 @@ def _python(python: str, version: str) -> Check:
 
 
 def _package(python: str, name: str, found: dict[str, Any]) -> Check:
-    install = _install(python, "runtime")
+    install = how_to_have_runtime(python)
     if found["error"]:
         return Check(name, "failed", f"cannot be imported ({found['error']}).", install)
     if not found["fits"]:
@@ -226,7 +244,7 @@ def _log_folder() -> Check:
         folder = home()
     except ModuleNotFoundError as error:
         text = f"not known without {error.name}."
-        return Check("Log folder", "failed", text, f"{_install(sys.executable)}, or: {own}")
+        return Check("Log folder", "failed", text, f"Run: {_install(sys.executable)}, or: {own}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         writable = os.access(folder, os.W_OK)
