@@ -9,7 +9,7 @@ vLLM or diffusers. The rank processes are started when a sampler first runs, not
       skeleton.py                               ComfyUI's own model of a file, without its weights
       proxy.py, arguments.py                    the module whose forward runs on the ranks
       patcher.py                                what ComfyUI loads, frees, clones and patches
-    unsupported.py                            the refusals
+    unsupported.py, origins.py                the refusals; whose code is refused
     conditions.py, together.py                a sampler's step: timed, its evaluations made at once
     weights.py, block_patches.py              what LoRA nodes and others change, to plain data
     schema.py, notices.py                     node declarations, messages on a node

@@ -16,7 +16,7 @@ import pytest
 from support.paths import REPOSITORY
 
 RUNTIME = REPOSITORY / "tp_runtime"
-COMFYUI = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "nodes", "server"}
+COMFYUI = set("comfy comfy_api comfy_execution comfyui_version folder_paths nodes server".split())
 NODES_MAY_USE = {*sys.stdlib_module_names, *COMFYUI, "aiohttp", "safetensors", "torch"}
 
 # The forward half of `models/`, which only ranks import; the other half is data.
