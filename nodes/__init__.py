@@ -13,6 +13,7 @@ vLLM or diffusers. The rank processes are started when a sampler first runs, not
     conditions.py, together.py                a sampler's step: timed, its evaluations made at once
     weights.py, block_patches.py              what LoRA nodes and others change, to plain data
     schema.py, notices.py                     node declarations, messages on a node
+    renamed.py                                prompts with older names
     page.py, settings.py                      what `web/` asks the server; the settings it stores
 """
 
@@ -21,6 +22,7 @@ from comfy_api.latest import ComfyExtension, io
 from .loader import TPLoadDiffusionModel
 from .notices import comfy_server
 from .page import serve_page
+from .renamed import with_new_names
 from .runtime_nodes import TPReleaseRuntime, TPRuntimeInfo
 from .sampler import TPSampler
 
@@ -37,4 +39,5 @@ async def comfy_entrypoint() -> TensorParallelExtension:
     server = comfy_server()
     if server is not None:
         serve_page(server)
+        server.add_on_prompt_handler(with_new_names)
     return TensorParallelExtension()

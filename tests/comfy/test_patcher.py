@@ -281,14 +281,14 @@ def test_room_is_made_for_what_comes_to_comfyuis_gpu(
 # --- what ComfyUI asks before it runs a loader ---------------------------------------------------
 
 
-@pytest.mark.parametrize("linked", ["model_name", "gpu_count", "devices", "layout", "where"])
+@pytest.mark.parametrize("linked", ["unet_name", "gpu_count", "devices", "layout", "where"])
 def test_a_linked_input_does_not_make_the_loader_run_again(
     tiny_z_image: Path, monkeypatch: pytest.MonkeyPatch, linked: str
 ) -> None:
     """ComfyUI gives None for it; what raises would be another value each time."""
     with pack_module("nodes.loader") as loader:
         monkeypatch.setattr(loader, "model_path", lambda _: str(tiny_z_image))
-        inputs: dict[str, Any] = {"model_name": "x", "gpu_count": "2", "weight_dtype": "default"}
+        inputs: dict[str, Any] = {"unet_name": "x", "gpu_count": "2", "weight_dtype": "default"}
         fingerprint = loader.TPLoadDiffusionModel.fingerprint_inputs
         first = fingerprint(**inputs | {linked: None})
         assert fingerprint(**inputs | {linked: None}) == first
