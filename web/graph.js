@@ -6,7 +6,8 @@ import { app } from "../../scripts/app.js";
 export const LOADER = "TPLoadDiffusionModel";
 export const SAMPLER = "TPSampler";
 
-const SUBGRAPH_INPUT = -10; // the id that litegraph gives the node of a subgraph's inputs
+// Whether a link comes from the node of a subgraph's inputs; newer frontends have ids as texts.
+const isFromOutside = (link) => Number(link?.origin_id) === -10;
 const MODELS = /^(MODEL|GUIDER|\*)$/;
 
 // A subgraph node has a method of this name that is about its outputs.
@@ -68,7 +69,7 @@ function modelSource({ node, hosts }) {
 /** The place that a link comes from, in or out of subgraphs. */
 function sourceOf(graph, link, hosts) {
   while (link) {
-    if (link.origin_id === SUBGRAPH_INPUT) {
+    if (isFromOutside(link)) {
       const host = hosts.at(-1);
       link = host?.graph && linkInto(host, link.origin_slot);
       graph = host?.graph;
@@ -95,7 +96,7 @@ export function decidingWidget(place, name) {
   while (hosts.length) {
     const slot = node.inputs?.findIndex((input) => input.widget?.name === widget?.name) ?? -1;
     const link = slot >= 0 && node.isInputConnected(slot) ? linkInto(node, slot) : null;
-    if (link?.origin_id !== SUBGRAPH_INPUT) break;
+    if (!isFromOutside(link)) break;
     const host = hosts.at(-1);
     const shown = widgetOf(host, host.inputs[link.origin_slot]?.widget?.name);
     if (!shown) break;
