@@ -195,7 +195,7 @@ def make_prompt(args: argparse.Namespace, row: dict[str, Any], file: str) -> dic
         loader = node("UNETLoader", unet_name=file, weight_dtype="default")
     else:
         options = {"weight_dtype": "default", "gpu_count": "auto", "layout": row["layout"]}
-        loader = node("TPLoadDiffusionModel", model_name=file, **options)
+        loader = node("TPLoadDiffusionModel", unet_name=file, **options)
     inputs = sizes_of(row["model"], args.small).inputs
     width = dict(axis for axis in inputs["context"].axes if isinstance(axis, tuple))["width"]
     pooled = inputs["y"].usual["features"] if "y" in inputs else 0

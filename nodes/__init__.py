@@ -10,10 +10,11 @@ they are forked from when a loader does, or with ComfyUI if the settings say so.
       skeleton.py                               ComfyUI's own model of a file, without its weights
       proxy.py, arguments.py                    the module whose forward runs on the ranks
       patcher.py                                what ComfyUI loads, frees, clones and patches
-    unsupported.py                            the refusals
+    unsupported.py, origins.py                the refusals; whose code is refused
     conditions.py, together.py                a sampler's step: timed, its evaluations made at once
     weights.py, block_patches.py              what LoRA nodes and others change, to plain data
     schema.py, notices.py                     node declarations, messages on a node
+    renamed.py                                prompts with older names
     page.py, settings.py                      what `web/` asks the server; the settings it stores
 """
 
@@ -25,6 +26,7 @@ from ..tp_runtime.client import GroupStartError, prepare_start, runtime_python
 from .loader import TPLoadDiffusionModel
 from .notices import comfy_server
 from .page import serve_page
+from .renamed import with_new_names
 from .runtime_nodes import TPReleaseRuntime, TPRuntimeInfo
 from .sampler import TPSampler
 from .settings import keep_ready_setting, python_setting
@@ -45,6 +47,7 @@ async def comfy_entrypoint() -> TensorParallelExtension:
     if server is not None:
         serve_page(server)
         _be_ready_early()
+        server.add_on_prompt_handler(with_new_names)
     return TensorParallelExtension()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .block_patches import skipped_blocks
+from .origins import is_exact_attention
 from .unsupported import python_code_in_options, unknown_argument
 
 # Keys of transformer_options that ComfyUI and its nodes use around the model, never inside it;
@@ -30,6 +31,7 @@ _LOCAL_OPTIONS = frozenset(
     }
 )
 _LOCAL_PREFIXES = ("multigpu_",)
+_ATTENTION = "optimized_attention_override"
 
 _ABSENT = (None, {}, [])
 
@@ -48,7 +50,7 @@ def remote_inputs(bound: inspect.BoundArguments, known: frozenset[str]) -> dict[
     inputs = {"x": named.pop(x_name), "timesteps": named.pop(timesteps_name)}
     options = named.pop("transformer_options", None) or {}
     plain_options = _plain_options(options)
-    skipped = skipped_blocks(options, known)
+    skipped = skipped_blocks(options, known, has_references=bool(named.get("ref_latents")))
     if skipped:
         plain_options["skip_blocks"] = skipped
     for name, value in named.items():
@@ -92,6 +94,8 @@ def _plain_options(options: Mapping[Any, Any], where: str = "") -> dict[str, Any
     for key, value in options.items():
         if not where and (key in _LOCAL_OPTIONS or str(key).startswith(_LOCAL_PREFIXES)):
             continue
+        if key == _ATTENTION and is_exact_attention(value):
+            continue
         item = _plain_option(value, f"{where}{key}")
         if _is_absent(item):
             continue
@@ -107,7 +111,7 @@ def _plain_option(value: Any, where: str) -> Any:
     if isinstance(value, list | tuple):
         return [_plain_option(item, where) for item in value]
     if callable(value):
-        raise python_code_in_options(where)
+        raise python_code_in_options(where, value)
     return _plain_leaf(value)[1]
 
 

@@ -2,7 +2,7 @@
 
     GET  /tensor_parallel/groups                        what runs now
     POST /tensor_parallel/groups/{id}/{action}          sleep, wake, restart or release a group
-    GET  /tensor_parallel/gpu_counts?model_name&devices&where
+    GET  /tensor_parallel/gpu_counts?unet_name&devices&where
                                                         which counts do not work there, and why
     POST /tensor_parallel/doctor                        the checks of `python -m tp_runtime doctor`
     GET  /tensor_parallel/python                        how a Python for the GPU processes stands
@@ -127,7 +127,7 @@ def _change_group(group_id: str, action: str) -> None:
 
 async def _gpu_counts(request: web.Request) -> Any:
     """Without a name: what any model can have on this machine."""
-    name = request.query.get("model_name")
+    name = request.query.get("unet_name")
     path = None if name is None else model_path(name)
     if name is not None and path is None:
         raise _Refusal(404, f"There is no model {name!r} in ComfyUI's folders.")

@@ -17,6 +17,7 @@ from support.paths import REPOSITORY
 
 RUNTIME = REPOSITORY / "tp_runtime"
 COMFYUI = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "nodes", "server"}
+COMFYUI |= {"comfyui_version"}
 NODES_MAY_USE = {*sys.stdlib_module_names, *COMFYUI, "aiohttp", "safetensors", "torch"}
 
 # The forward half of `models/`, which only ranks import; the other half is data.

@@ -74,6 +74,12 @@ class RankProcesses:
         """What each rank said when it was ready."""
         return self._hearing.ready
 
+    @property
+    def num_ready(self) -> int:
+        """How many ranks have said so."""
+        call = self.call_under_way if self.state is State.STARTING else None
+        return len(self.ready) if call is None else len(call.answers)
+
     def is_up(self) -> bool:
         """Whether the group has started, and all its ranks live."""
         return self.state in (State.READY, State.BUSY) and not self._is_failing()

@@ -19,6 +19,7 @@ from .nodes import (
     TPTestModelPatches,
     TPTestNaNLatent,
     TPTestPreviewMethod,
+    TPTestTwoModels,
 )
 from .text_encoder import extend_clip_loader
 
@@ -38,7 +39,13 @@ class TestExtension(ComfyExtension):
     """The nodes of `nodes.py`."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [TPTestConditioning, TPTestModelPatches, TPTestNaNLatent, TPTestPreviewMethod]
+        return [
+            TPTestConditioning,
+            TPTestModelPatches,
+            TPTestNaNLatent,
+            TPTestPreviewMethod,
+            TPTestTwoModels,
+        ]
 
 
 async def comfy_entrypoint() -> TestExtension:

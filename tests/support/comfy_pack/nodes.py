@@ -2,11 +2,16 @@
 
 from typing import Any
 
+import comfy.model_management
+import comfy.samplers
 import torch
 from comfy.cli_args import LatentPreviewMethod, args
 from comfy.clip_vision import Output
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
+
+# `io.MODEL_PATCH` has another name in newer releases; the socket's type is the same.
+_MODEL_PATCH = io.Custom("MODEL_PATCH")
 
 
 class TPTestConditioning(io.ComfyNode):
@@ -103,8 +108,8 @@ class TPTestModelPatches(io.ComfyNode):
             category="testing",
             description="ComfyUI's own classes; its loader has the sizes of the real models fixed.",
             outputs=[
-                io.MODEL_PATCH.Output("control"),
-                io.MODEL_PATCH.Output("style"),
+                _MODEL_PATCH.Output("control"),
+                _MODEL_PATCH.Output("style"),
                 io.ClipVisionOutput.Output("seen"),
             ],
         )
@@ -130,3 +135,59 @@ def _patcher(module: torch.nn.Module) -> ModelPatcher:
         torch.nn.init.normal_(weight, std=0.02)
     device = torch.device("cpu")
     return ModelPatcher(module, load_device=device, offload_device=device)
+
+
+class TwoModels(comfy.samplers.CFGGuider):
+    """The positive conditioning goes to one model, the negative to another, with one's options."""
+
+    def __init__(self, model: ModelPatcher, negative_model: ModelPatcher) -> None:
+        super().__init__(model)
+        self._negative = negative_model
+
+    def outer_sample(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        comfy.model_management.load_models_gpu([self._negative])
+        self._negative.pre_run()
+        try:
+            return super().outer_sample(*args, **kwargs)
+        finally:
+            self._negative.cleanup()
+
+    def predict_noise(
+        self, x: torch.Tensor, timestep: torch.Tensor, model_options: Any = None, **_: Any
+    ) -> torch.Tensor:
+        halves = [
+            comfy.samplers.calc_cond_batch(model, [self.conds[name]], x, timestep, model_options)[0]
+            for name, model in (("positive", self.inner_model), ("negative", self._negative.model))
+        ]
+        return comfy.samplers.cfg_function(
+            self.inner_model, *halves, self.cfg, x, timestep, model_options=model_options
+        )
+
+
+class TPTestTwoModels(io.ComfyNode):
+    """A guider over two models, as newer releases of ComfyUI have one (DualModelGuider)."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TPTestTwoModels",
+            category="testing",
+            description="Evaluates the negative conditioning on another model.",
+            inputs=[
+                io.Model.Input("model"),
+                io.Model.Input("negative_model"),
+                io.Conditioning.Input("positive"),
+                io.Conditioning.Input("negative"),
+                io.Float.Input("cfg", default=2.0),
+            ],
+            outputs=[io.Guider.Output()],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: Any, negative_model: Any, positive: Any, negative: Any, cfg: float
+    ) -> io.NodeOutput:
+        guider = TwoModels(model, negative_model)
+        guider.set_conds(positive, negative)
+        guider.set_cfg(cfg)
+        return io.NodeOutput(guider)

@@ -93,4 +93,8 @@ FAMILY = Family(
         "use_additional_t_cond": "Qwen-Image-Layered",
         "use_layer3d_rope": "Qwen-Image-Layered",
     },
+    refused_inputs={
+        "additional_t_cond": "which layer a latent is, for Qwen-Image-Layered",
+        "guidance": "a guidance that the model was trained with, which no published one was",
+    },
 )
