@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Sequence
 
+from .. import reasons
 from ..config import GroupConfig
 from ..errors import (
     CallTimeoutError,
@@ -40,8 +41,14 @@ def not_started(
     tail = tails[blamed.index if blamed else 0]
     return GroupStartError(
         f"The process group of {config.num_ranks} {config.device.upper()} ranks did not start: "
-        f"{error} Runtime Python: {config.python}. The log ends:\n{tail}"
+        f"{_advised(str(error), tail)} Runtime Python: {config.python}. The log ends:\n{tail}"
     )
+
+
+def _advised(sentence: str, log: str) -> str:
+    """The sentence, and what to do about what the log shows, if it does not say so itself."""
+    what_to_do = reasons.advice(log)
+    return sentence if what_to_do in sentence else f"{sentence} {what_to_do}"
 
 
 def no_python(config: GroupConfig, error: OSError) -> GroupStartError:
@@ -49,7 +56,10 @@ def no_python(config: GroupConfig, error: OSError) -> GroupStartError:
     packages = "ray, vllm" if config.where == "ray" else "vllm"
     return GroupStartError(
         f"The runtime's Python {config.python!r} could not be started: {error}. "
-        f"Set TP_RUNTIME_PYTHON to a Python that has {packages} and diffusers installed."
+        + (
+            reasons.advice(str(error))
+            or f"Set TP_RUNTIME_PYTHON to a Python that has {packages} and diffusers installed."
+        )
     )
 
 
@@ -58,8 +68,8 @@ def no_fork_server(config: GroupConfig, error: BaseException, log: str) -> Group
     logger.error("the fork server:\n%s", log)
     return GroupStartError(
         _lacking(config, [log])
-        or f"The process that imports what the ranks need {error}. Runtime Python: "
-        f"{config.python}. The log ends:\n{log}"
+        or f"The process that imports what the ranks need {_advised(f'{error}.', log)} "
+        f"Runtime Python: {config.python}. The log ends:\n{log}"
     )
 
 
@@ -104,8 +114,9 @@ def rank_error(config: GroupConfig, rank: Rank, failed: Failed, doing: str | Non
     if _NO_MEMORY.search(f"{failed.kind}: {failed.message}"):
         return _no_memory(config, rank, failed, doing)
     return RankError(
-        f"Rank {rank.index} raised {failed.kind}{_during(doing)}: {failed.message} The group "
-        f"was ended; the next request starts a new one. Log: {rank.log_path}"
+        f"Rank {rank.index} raised {failed.kind}{_during(doing)}: "
+        f"{_advised(failed.message, failed.message)} The group was ended; the next request starts "
+        f"a new one. Log: {rank.log_path}"
     )
 
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Sequence
 
+from .. import reasons
 from ..config import GroupConfig
 from ..errors import GroupClosedError, GroupStartError, TPRuntimeError
 from ..wire.exchange import Exchange
@@ -132,7 +133,12 @@ class RankProcesses:
             self._state.check_not_closed()
             call.deadline = time.monotonic() + call.timeout_s
             owner = threading.Thread(target=self._own, name="tp-runtime-group", daemon=True)
-            owner.start()
+            try:
+                owner.start()
+            except RuntimeError as error:  # threading's: there are too many
+                raise GroupStartError(
+                    f"The process group cannot be watched: {reasons.of(error)}"
+                ) from error
             self._owner = owner
         except GroupStartError as error:
             self._end(State.FAILED, error)

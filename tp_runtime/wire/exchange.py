@@ -10,9 +10,9 @@ import ctypes
 import mmap
 import os
 
-import psutil
 import torch
 
+from .. import machine, reasons
 from ..errors import InputError, ProtocolError, TPRuntimeError
 from .protocol import TensorRef
 
@@ -111,8 +111,7 @@ class Exchange:
             return cls(os.memfd_create("tp-runtime-exchange", os.MFD_CLOEXEC))
         except OSError as error:
             raise TPRuntimeError(
-                f"There is no shared memory for a process group ({error.strerror}). "
-                "Restart ComfyUI, or raise its limit of open files (ulimit -n)."
+                f"There is no shared memory for a process group: {reasons.of(error)}"
             ) from error
 
     @property
@@ -132,7 +131,7 @@ class Exchange:
             return
         size = max(_aligned(size), 2 * self._size)
         # The system itself has no bound here: it would hand out memory until it kills a process.
-        if size - self._size > psutil.virtual_memory().available:
+        if size - self._size > machine.memory().available:
             raise _lacking(size, "fewer are free")
         try:
             # Without this, a lack of memory would be a SIGBUS at the first write.

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from multiprocessing import connection
 from typing import Any
 
+from .. import reasons
 from ..errors import ProtocolError, TPRuntimeError
 from .protocol import MAX_FRAME_BYTES
 
@@ -47,8 +48,7 @@ class Readiness:
             self._epoll = select.epoll()
         except OSError as error:
             raise TPRuntimeError(
-                f"A process group cannot be watched ({error.strerror}). "
-                "Restart ComfyUI, or raise its limit of open files (ulimit -n)."
+                f"A process group cannot be watched: {reasons.of(error)}"
             ) from error
         self._sources = {
             source if isinstance(source, int) else source.fileno(): source for source in sources

@@ -19,7 +19,7 @@ from ...wire.transport import SILENCE_S, Channel
 from ..poll import POLL_S, Poll
 from .environment import RANK_ENVIRONMENT
 from .group_folder import GroupFolder
-from .launcher import tail_of_file
+from .launcher import check_system_calls, tail_of_file
 from .ray_driver_client import Driver, forget_count
 
 logger = logging.getLogger("tp_runtime")
@@ -82,6 +82,7 @@ class RayLauncher:
         self._placed: Placed | None = None
 
     def prepare(self, config: GroupConfig, poll: Poll) -> None:
+        check_system_calls()
         self._address = config.ray_address
         self._folder = GroupFolder.create()
         self._driver = Driver(config, config.num_ranks, self._folder.path)
@@ -181,7 +182,6 @@ def _order(config: GroupConfig, address: tuple[str, int], token: bytes, exchange
         device=config.device,
         control_fd=-1,
         exchange_fd=-1,
-        rendezvous="",
         num_threads=1,
         log_level=log_level(),
         fault_file=fault_file(),
