@@ -96,8 +96,8 @@ def test_sizes(checkpoint: Path) -> None:
     ("change", "words"),
     [
         ({"x": torch.zeros(1, 16, 8, 8)}, "128"),
-        ({"context": torch.zeros(1, 20, 65)}, "width 96"),
-        ({"context": torch.zeros(2, 20, 96)}, "as many captions"),
+        ({"context": torch.zeros(1, 20, 65)}, "width 64"),
+        ({"context": torch.zeros(2, 20, 64)}, "as many captions"),
         ({"ref_latents": [torch.zeros(1, 16, 8, 8)]}, "Reference latents"),
         (
             {

@@ -204,7 +204,13 @@ class ShardedForward:
                 if not declared.optional:
                     raise InputError(f"{self.label} needs the model input {name}.")
                 continue
-            for tensor in inputs[name] if declared.many else (inputs[name],):
+            tensors = inputs[name] if declared.many else (inputs[name],)
+            if declared.at_most is not None and len(tensors) > declared.at_most:
+                raise InputError(
+                    f"{self.label} takes up to {declared.at_most} {declared.what.lower()}; got "
+                    f"{len(tensors)}. Remove some of the nodes that add them."
+                )
+            for tensor in tensors:
                 named = self._named_axes(declared, tensor, lengths)
                 if name == "x":
                     lengths = named

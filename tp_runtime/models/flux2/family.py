@@ -15,6 +15,7 @@ from ..family import Family, Geometry, Input, Sizes, size
 
 TIME_CHANNELS = 256
 MLP_RATIO = 3  # fixed in ComfyUI's model detection
+MAX_REFERENCES = 10  # which the models were published for
 _NORM = "double_blocks.0.img_attn.norm.query_norm"
 _EITHER = f"{_NORM}.{{scale,weight}}"
 
@@ -49,7 +50,8 @@ class Flux2Sizes(Sizes):
 
     @property
     def inputs(self) -> dict[str, Input]:
-        captions, references = of.captions(self.context_dim), self.geometry.references()
+        captions = of.captions(self.context_dim)
+        references = self.geometry.references(at_most=MAX_REFERENCES)
         return {"context": captions, "guidance": of.GUIDANCES, "ref_latents": references}
 
     @cached_property
@@ -114,6 +116,6 @@ FAMILY = Family(
     signature=("double_stream_modulation_img.lin.weight", "single_stream_modulation.lin.weight"),
     diffusers_class="Flux2Transformer2DModel",
     published=Flux2Sizes(48, 128, 8, 48, 128, 128, 15360, True, "scale"),
-    small=Flux2Sizes(24, 16, 2, 2, 128, 128, 96, True, "scale"),
+    small=Flux2Sizes(24, 16, 2, 2, 128, 128, 64, True, "scale"),
     text_tokens=512,
 )

@@ -45,12 +45,12 @@ class Forward(DualStreamForward):
         self,
         x: torch.Tensor,
         context: torch.Tensor,
+        y: torch.Tensor | None = None,  # noqa: ARG002  (ComfyUI ignores it, too)
         guidance: torch.Tensor | None = None,
         ref_latents: Sequence[torch.Tensor] = (),
         ref_latents_method: str = "index",
         attention_mask: torch.Tensor | None = None,
         transformer_options: Mapping[str, Any] | None = None,
-        **_unused: Any,
     ) -> Conditioning:
         """``text`` (B, L, D); ``rotation`` of text, image and references.
 
