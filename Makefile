@@ -18,7 +18,7 @@ TEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n logical --maxprocess
 help:
 	@echo "make demo     start ComfyUI, compare TP Sampler with the stock sampler, stop"
 	@echo "make serve    start ComfyUI with the pack and the same model, until Ctrl-C"
-	@echo "              (both: MODEL=z_image, the default, flux or qwen_image)"
+	@echo "              (both: MODEL=z_image, the default, flux, flux2 or qwen_image)"
 	@echo "              (demo: WHERE=ray, on a Ray that is started for it)"
 	@echo "make test     every test that this machine can run; of what repeats itself, the share that"
 	@echo "              the commit chooses (make test-all: all of it)"

@@ -31,8 +31,10 @@ from support.paths import TEST_PACK, TOY_PACK  # noqa: E402
 from support.ray_leaks import no_ray_left_over  # noqa: E402
 from support.tiny_models import tiny, write_tiny  # noqa: E402
 from support.tiny_vae import (  # noqa: E402
+    FLUX2_VAE_NAME,
     VAE_NAME,
     WAN_VAE_NAME,
+    write_tiny_flux2_vae,
     write_tiny_vae,
     write_tiny_wan_vae,
 )
@@ -112,6 +114,7 @@ DEMOS: dict[str, Toy | Tiny] = {
         VAE_NAME,
         replace(SAMPLING, pooled_width=tiny("flux").vector_dim),
     ),
+    "flux2": Tiny("flux2", write_tiny_flux2_vae, FLUX2_VAE_NAME),
     "qwen_image": Tiny("qwen_image", write_tiny_wan_vae, WAN_VAE_NAME),
 }
 

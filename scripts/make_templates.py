@@ -258,6 +258,57 @@ def flux_edit() -> Nodes:
     return nodes
 
 
+def flux2() -> Nodes:
+    """FLUX.2-dev, text to image: ComfyUI's own template, without its pictures."""
+    base = "Comfy-Org/flux2-dev/resolve/main/split_files"
+    model_name, encoder, vae_name = (
+        f"{name}.safetensors"
+        for name in ("flux2_dev_fp8mixed", "mistral_3_small_flux2_fp8", "flux2-vae")
+    )
+    size = {"width": 1024, "height": 1024}
+    return {
+        "model": loader(model_name, f"{base}/diffusion_models/{model_name}"),
+        "clip": clip("flux2", (encoder, f"{base}/text_encoders/{encoder}")),
+        "vae": vae(vae_name, f"{base}/vae/{vae_name}"),
+        "positive": prompt(CAT),
+        "latent": Node("EmptyFlux2LatentImage", "condition", {**size, "batch_size": 1}),
+        "guidance": Node(
+            "FluxGuidance", "condition", {"guidance": 4.0}, {"conditioning": ("positive", 0)}
+        ),
+        "guider": Node(
+            "BasicGuider", "sample", links={"model": ("model", 0), "conditioning": ("guidance", 0)}
+        ),
+        "method": Node("KSamplerSelect", "sample", {"sampler_name": "euler"}),
+        "schedule": Node("Flux2Scheduler", "sample", {"steps": 20, **size}),
+        "noise": Node("RandomNoise", "sample", {"noise_seed": 42}),
+        "sampler": Node(
+            "SamplerCustomAdvanced",
+            "sample",
+            links={
+                "noise": ("noise", 0),
+                "guider": ("guider", 0),
+                "sampler": ("method", 0),
+                "sigmas": ("schedule", 0),
+                "latent_image": ("latent", 0),
+            },
+        ),
+        **picture("flux2"),
+    }
+
+
+def flux2_edit() -> Nodes:
+    """FLUX.2-dev, image edit: up to ten pictures, each by a `ReferenceLatent` of its own."""
+    nodes = flux2() | input_picture()
+    nodes["positive"].widgets["text"] = EDIT
+    nodes["encoded"] = Node(
+        "VAEEncode", "condition", links={"pixels": ("scaled", 0), "vae": ("vae", 0)}
+    )
+    links: dict[str, Link] = {"conditioning": ("guidance", 0), "latent": ("encoded", 0)}
+    nodes["referring"] = Node("ReferenceLatent", "condition", links=links)
+    nodes["guider"].links["conditioning"] = ("referring", 0)
+    return nodes
+
+
 def qwen_image() -> Nodes:
     """Qwen-Image, text to image."""
     name = "qwen_image_fp8_e4m3fn.safetensors"
@@ -312,6 +363,7 @@ def input_picture() -> Nodes:
 
 
 TEMPLATES = {
+<<<<<<< HEAD
     "Z-Image-Turbo - text to image": z_image,
     "Z-Image-Turbo - with a LoRA": z_image_lora,
     "FLUX.1 dev - text to image": flux,
@@ -320,6 +372,18 @@ TEMPLATES = {
     "Qwen-Image - text to image": qwen_image,
     "Qwen-Image - with a LoRA": qwen_image_lora,
     "Qwen-Image-Edit - edit a picture": qwen_image_edit,
+=======
+    "Z-Image text to image": z_image,
+    "Z-Image LoRA": z_image_lora,
+    "FLUX text to image": flux,
+    "FLUX LoRA": flux_lora,
+    "FLUX Kontext image edit": flux_edit,
+    "FLUX.2 text to image": flux2,
+    "FLUX.2 image edit": flux2_edit,
+    "Qwen-Image text to image": qwen_image,
+    "Qwen-Image LoRA": qwen_image_lora,
+    "Qwen-Image edit": qwen_image_edit,
+>>>>>>> image
 }
 
 
@@ -358,6 +422,22 @@ def build(page: ComfyPage, title: str) -> dict[str, Any]:
     return dict(workflow)
 
 
+<<<<<<< HEAD
+=======
+def photograph(page: ComfyPage, path: Path) -> None:
+    """The whole graph, as a small JPEG."""
+    page.run_command("Comfy.Canvas.FitView")
+    page.page.wait_for_timeout(800)
+    shot = Image.open(io.BytesIO(page.page.locator("#graph-canvas").screenshot()))
+    shot.convert("RGB").resize((640, 640 * shot.height // shot.width)).save(path, quality=82)
+
+
+def file_name(title: str) -> str:
+    """`Z-Image LoRA` → `z_image_lora`, `FLUX.2 …` → `flux2_…`."""
+    return title.lower().replace("-", "_").replace(" ", "_").replace(".", "")
+
+
+>>>>>>> image
 def titles(names: list[str]) -> Iterator[str]:
     """The titles of the templates asked for, or all."""
     for title in TEMPLATES:

@@ -27,7 +27,7 @@ from support.compatibility import (
 )
 from support.compatibility_rows import ELSEWHERE, SAMPLERS, SCHEDULERS
 from support.rotation import cases
-from support.tiny_vae import write_tiny_vae, write_tiny_wan_vae
+from support.tiny_vae import write_tiny_flux2_vae, write_tiny_vae, write_tiny_wan_vae
 from support.workflows import Prompt
 
 pytestmark = pytest.mark.comfy
@@ -55,6 +55,7 @@ def node_info(comfy_server: ComfyServer) -> NodeInfo:
     models = comfy_server.models
     write_tiny_vae(models)
     write_tiny_wan_vae(models)
+    write_tiny_flux2_vae(models)
     _write_hypernetwork(models / "hypernetworks" / "tiny.pt")
     for seed, family in enumerate(FAMILIES):
         family.write(models / "diffusion_models" / family.file)

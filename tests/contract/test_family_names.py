@@ -95,6 +95,7 @@ def test_what_is_allowed_is_there(name: str, pieces: tuple[str, ...]) -> None:
         ("influx = 'refluxed'", 0),
         ("from .flux.family import FAMILY", 1),
         ("name = 'z_image'", 1),
+        ("name = 'flux2'", 1),
         ("class QwenImageSizes: ...", 1),
         ("from x import Z_IMAGE, TinyFluxModel", 2),
         ("print(f'a Z-Image of {size}')", 1),

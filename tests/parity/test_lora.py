@@ -10,9 +10,10 @@ import torch
 from parity import test_flux, test_qwen_image, test_z_image
 from parity.conftest import FP32_TOLERANCE, relative_error
 
+from support.inputs import make_inputs
 from support.native import import_comfy, native_patcher
 from support.pack import pack_module
-from support.tiny_models import Fp8Layout, write_fp8, write_tiny
+from support.tiny_models import Fp8Layout, tiny, write_fp8, write_tiny
 from tp_runtime.client import GroupConfig, ModelSpec, RemoteModel, Runtime, inspect_checkpoint
 from tp_runtime.client.engine import Engine
 from tp_runtime.wire.protocol import Request
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.process
 INPUTS: dict[str, dict[str, Any]] = {
     "z_image": test_z_image.make_inputs(1, 9, 8, 20),
     "flux": test_flux.make_inputs(references=((9, 8),)),
+    "flux2": make_inputs(tiny("flux2"), references=((9, 8),)),
     "qwen_image": test_qwen_image.make_inputs(references=((9, 8),)),
 }
 # Family → one weight of every style: fused, column, row, gathered, replicated; a norm, a bias.
@@ -35,6 +37,11 @@ WEIGHTS = {
         *("double_blocks.0.img_attn.qkv", "double_blocks.0.txt_attn.proj", "img_in"),
         *("double_blocks.1.img_mlp.0", "double_blocks.1.txt_mlp.2", "single_blocks.0.linear1"),
         *("single_blocks.1.linear2", "single_blocks.0.modulation.lin", "final_layer.linear"),
+    ),
+    "flux2": (
+        *("double_blocks.0.img_attn.qkv", "double_blocks.0.txt_attn.proj", "img_in"),
+        *("double_blocks.1.img_mlp.0", "double_blocks.1.txt_mlp.2", "single_blocks.0.linear1"),
+        *("single_blocks.1.linear2", "single_stream_modulation.lin", "final_layer.linear"),
     ),
     "qwen_image": (
         *("transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_v", "txt_in", "img_in"),
@@ -158,8 +165,8 @@ def test_apply_change_remove(
     inputs = INPUTS[family]
     path = write_tiny(family, tmp_path / "model.safetensors")
     patcher = native_patcher(path)
-    if tp_size == 4 and family == "flux":
-        tp_size = 5  # which pads its 24 heads
+    if tp_size == 4 and family in ("flux", "flux2"):
+        tp_size = 5  # which pads their 24 heads
     remote = on_ranks(runtime, path, tp_size)
     before = digests(runtime, remote)
     plain = remote.evaluate(inputs)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from support.tiny_controlnets import CONTROLNETS
 from support.tiny_models import write_tiny
-from support.tiny_vae import VAE_NAME, WAN_VAE_NAME
+from support.tiny_vae import FLUX2_VAE_NAME, VAE_NAME, WAN_VAE_NAME
 from support.workflows import Prompt, Sampling, node, stock_twin, text_to_latent, tp_loader
 from tp_runtime import models
 
@@ -29,6 +29,7 @@ class Family:
     name: str
     label: str
     vae: str
+    empty_latent: str  # the node for it
     latent_shape: tuple[int, ...]
     pooled_width: int
 
@@ -36,12 +37,15 @@ class Family:
     def of(cls, family: models.Family) -> "Family":
         """What follows from its small sizes."""
         sizes = family.small
-        video, pooled = sizes.geometry.video, sizes.inputs.get("y")
+        geometry, pooled = sizes.geometry, sizes.inputs.get("y")
+        of_flux2 = geometry.channels == 128
+        picture_vae = FLUX2_VAE_NAME if of_flux2 else VAE_NAME
         return cls(
             family.name,
             family.label,
-            WAN_VAE_NAME if video else VAE_NAME,
-            sizes.geometry.latent_shape(64, 64),
+            WAN_VAE_NAME if geometry.video else picture_vae,
+            "EmptyFlux2LatentImage" if of_flux2 else "EmptySD3LatentImage",
+            geometry.latent_shape(64, 64),
             pooled.usual["features"] if pooled else 0,
         )
 
@@ -227,7 +231,7 @@ def all_of(*edits: Edit) -> Edit:
 
 
 def share(values: Iterable[str], family: Family) -> list[str]:
-    """Every third of them: each is tested with one of the models."""
+    """This model's share of them: each is tested with one of the models."""
     return list(values)[FAMILIES.index(family) :: len(FAMILIES)]
 
 

@@ -332,7 +332,7 @@ def _picture_to_picture(prompt: Prompt, family: Family) -> None:
 def _composite(prompt: Prompt, family: Family) -> None:
     from_picture(prompt, family)
     with_pictures(prompt, family)
-    prompt["empty"] = node("EmptySD3LatentImage", width=64, height=64)
+    prompt["empty"] = node(family.empty_latent, width=64, height=64)
     insert(
         prompt,
         "latent",
@@ -384,7 +384,7 @@ def _model_patch(output: int, class_type: str) -> Edit:
 
 def _context_windows(prompt: Prompt, family: Family) -> None:
     """Windows over the rows of the picture."""
-    rows = 1 + family.latent_shape.index(8)
+    rows = len(family.latent_shape) - 1
     insert(
         prompt,
         "model",
@@ -433,11 +433,11 @@ SAMPLING = (
     Row("`KSampler`"),
     Row("`TPSampler`", sampler="TPSampler"),
     Row(
-        "`KSampler`, every sampler, a third of them with each model",
+        "`KSampler`, every sampler, each with one of the models",
         each_value("sampler_name", SAMPLERS),
     ),
     Row(
-        "`KSampler`, every scheduler, a third of them with each model",
+        "`KSampler`, every scheduler, each with one of the models",
         each_value("scheduler", SCHEDULERS),
     ),
     Row("`KSampler`, denoise 0.5 from a latent", from_picture, HALF),
@@ -449,12 +449,12 @@ SAMPLING = (
         sampler="SamplerCustomAdvanced",
     ),
     Row(
-        "every sampler node, a third of them with each model: " + ", ".join(SAMPLER_NODES),
+        "every sampler node, each with one of the models: " + ", ".join(SAMPLER_NODES),
         _each_sampler_node,
         sampler="SamplerCustomAdvanced",
     ),
     Row(
-        "every scheduler node, a third of them with each model: " + ", ".join(SCHEDULER_NODES),
+        "every scheduler node, each with one of the models: " + ", ".join(SCHEDULER_NODES),
         _each_scheduler_node,
         sampler="SamplerCustomAdvanced",
     ),
@@ -517,7 +517,12 @@ SAMPLING = (
 )
 
 # Nodes that know no latents with a time axis, which Qwen-Image's have.
-_AREA = {"z_image": Same(), "flux": Same(), "qwen_image": FailsInStock("sampler")}
+_AREA = {
+    "z_image": Same(),
+    "flux": Same(),
+    "flux2": Same(),
+    "qwen_image": FailsInStock("sampler"),
+}
 _COMPOSITE = _AREA | {"qwen_image": FailsInStock("LatentCompositeMasked after latent")}
 
 LATENTS = (
@@ -546,8 +551,18 @@ LATENTS = (
     Row("`VAEEncode`, `VAEDecode`", _picture_to_picture, HALF),
 )
 
-_NOT_READ = {"z_image": NoEffect(), "flux": Same(), "qwen_image": NoEffect()}
-_REFERENCES = {"z_image": NoEffect(), "flux": Same(), "qwen_image": Same()}
+_NOT_READ = {
+    "z_image": NoEffect(),
+    "flux": Same(),
+    "flux2": Same(),
+    "qwen_image": NoEffect(),
+}
+_REFERENCES = {
+    "z_image": NoEffect(),
+    "flux": Same(),
+    "flux2": Same(),
+    "qwen_image": Same(),
+}
 _CONTROL = {"flux": Same(), "qwen_image": Same()}
 
 CONDITIONING = (
@@ -632,6 +647,12 @@ CONDITIONING = (
     ),
 )
 
+_SKIPPED = {
+    "z_image": NoEffect(),
+    "flux": Same(),
+    "flux2": Same(),
+    "qwen_image": Same(),
+}
 GUIDANCE = (
     *(
         Row(f"`{name}`", on_model(name, **inputs), CFG)
@@ -663,19 +684,19 @@ GUIDANCE = (
             end_percent=1.0,
         ),
         CFG,
-        expect={"z_image": NoEffect(), "flux": Same(), "qwen_image": Same()},
+        expect=_SKIPPED,
     ),
     Row(
         "`SkipLayerGuidanceDiTSimple`",
         on_model("SkipLayerGuidanceDiTSimple", double_layers="0", single_layers="1"),
         CFG,
-        expect={"z_image": NoEffect(), "flux": Same(), "qwen_image": Same()},
+        expect=_SKIPPED,
     ),
     Row(
         "`SkipLayerGuidanceSD3`",
         on_model("SkipLayerGuidanceSD3", layers="0, 1", start_percent=0.0, end_percent=1.0),
         CFG,
-        expect={"z_image": NoEffect(), "flux": Same(), "qwen_image": Same()},
+        expect=_SKIPPED,
     ),
     Row(
         "`PerturbedAttentionGuidance`",
@@ -690,13 +711,19 @@ GUIDANCE = (
         expect={
             "z_image": FailsInStock("sampler"),
             "flux": FailsInStock("sampler"),
+            "flux2": FailsInStock("sampler"),
             "qwen_image": NoEffect(),
         },
     ),
 )
 
-_WAN_WINDOWS = {"z_image": Same(), "flux": Same(), "qwen_image": NoEffect()}
-_SCALE_ROPE = {"z_image": Same(), "flux": Same(), "qwen_image": NoEffect()}
+_WAN_WINDOWS = {
+    "z_image": Same(),
+    "flux": Same(),
+    "flux2": Same(),
+    "qwen_image": NoEffect(),
+}
+_SCALE_ROPE = _WAN_WINDOWS
 MODEL = (
     Row("`ModelSamplingFlux`", on_model("ModelSamplingFlux", width=64, height=64)),
     Row("`ModelSamplingAuraFlow`", on_model("ModelSamplingAuraFlow", shift=6.0)),

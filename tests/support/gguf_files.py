@@ -18,7 +18,12 @@ WRITTEN = ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 K_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 # Type → where its blocks keep the fp16 scale, and that of the minimum if they have one.
 _SCALES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
-ARCHITECTURES = {"z_image": "lumina2", "flux": "flux", "qwen_image": "qwen_image"}
+ARCHITECTURES = {
+    "z_image": "lumina2",
+    "flux": "flux",
+    "flux2": "flux",
+    "qwen_image": "qwen_image",
+}
 KEPT_ELEMENTS = 1024  # converters leave small tensors alone
 
 

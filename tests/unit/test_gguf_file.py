@@ -28,6 +28,7 @@ KINDS = (*WRITTEN, *K_TYPES)
 SIZES = {
     "z_image": one_block("z_image") | {"num_heads": 18, "ffn_dim": 768, "time_dim": 288},
     "flux": one_block("flux") | {"num_heads": 12},
+    "flux2": one_block("flux2") | {"num_heads": 12},
     "qwen_image": one_block("qwen_image") | {"num_heads": 12},
 }
 

@@ -20,6 +20,9 @@ from .layers import Heads, attention, project, rotated_heads
 
 NORM_EPS = 1e-6
 
+# From normed tokens to the row-parallel linear that ends an MLP, with its input.
+FeedForward = Callable[[torch.Tensor], Product]
+
 # ComfyUI's name of the kind of a block, "double_block" or "single_block", and its number.
 BlockName = tuple[str, int]
 
@@ -61,8 +64,17 @@ class Block:
     parts: tuple[tuple[Callable[[torch.Tensor, BlockInputs], list[Product]], int], ...]
 
 
+def gelu_feed_forward(feed_forward: Any) -> FeedForward:
+    """Of diffusers' ``FeedForward`` with GELU, by tanh."""
+    up, down = feed_forward.net[0].proj, feed_forward.net[2]
+    return lambda x: (down, project(up, x, gelu=True))
+
+
 def dual_block(
-    name: BlockName, modulation: torch.Tensor, attend: Any, feed_forwards: tuple[Any, Any]
+    name: BlockName,
+    modulation: torch.Tensor,
+    attend: Any,
+    feed_forwards: tuple[FeedForward, FeedForward],
 ) -> Block:
     """One with two streams, which meet in attention. ``feed_forwards``: of text and image."""
 
@@ -78,10 +90,7 @@ def dual_block(
 
     def mlp(normed: torch.Tensor, given: BlockInputs) -> list[Product]:
         streams = normed[:, : given.num_text], normed[:, given.num_text :]
-        return [
-            (feed_forward.net[2], project(feed_forward.net[0].proj, x, gelu=True))
-            for feed_forward, x in zip(feed_forwards, streams, strict=True)
-        ]
+        return [of(x) for of, x in zip(feed_forwards, streams, strict=True)]
 
     return Block(name, modulation, ((attended, 2), (mlp, 5)))
 
@@ -147,17 +156,17 @@ def gathered_modulation(
 # --- patches and positions ---------------------------------------------------------------------
 
 
-def pack_patches(x: torch.Tensor) -> torch.Tensor:
-    """Patches of 2 x 2 as tokens: (B, C, H, W) → (B, L, 4·C); odd sizes are padded circularly."""
-    x = F.pad(x, (0, x.shape[-1] % 2, 0, x.shape[-2] % 2), mode="circular")
-    patches = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # B C h 2 w 2
+def pack_patches(x: torch.Tensor, patch: int = 2) -> torch.Tensor:
+    """Square patches as tokens: (B, C, H, W) → (B, L, C·patch²), padded circularly."""
+    x = F.pad(x, (0, -x.shape[-1] % patch, 0, -x.shape[-2] % patch), mode="circular")
+    patches = x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # B C h p w p
     return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
-def unpack_patches(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """(B, L, 4·C) → (B, C, height, width), the inverse of ``pack_patches``."""
-    rows = -(-height // 2)
-    patches = tokens.unflatten(2, (-1, 2, 2)).unflatten(1, (rows, -1))  # B h w C 2 2
+def unpack_patches(tokens: torch.Tensor, height: int, width: int, patch: int = 2) -> torch.Tensor:
+    """(B, L, C·patch²) → (B, C, height, width), the inverse of ``pack_patches``."""
+    rows = -(-height // patch)
+    patches = tokens.unflatten(2, (-1, patch, patch)).unflatten(1, (rows, -1))  # B h w C p p
     x = patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
     return x[:, :, :height, :width]
 
@@ -176,12 +185,14 @@ def reference_positions(
     method: str,
     size: tuple[int, int],
     along: Callable[[int, int], torch.Tensor],
+    patch: int = 2,
+    step: float = 1.0,
 ) -> list[torch.Tensor]:
     """Positions of reference latents beside an image of ``size`` (height, width).
 
-    ``method`` is one of: ``"index"`` and ``"negative_index"``, one behind another; ``"uxo"``,
-    diagonally below the image; ``"offset"``, side by side on one plane. ``along(start, length)``:
-    positions along an axis of the patches of so many latent rows.
+    ``method`` is one of: ``"index"`` and ``"negative_index"``, one behind another, ``step``
+    apart; ``"uxo"``, diagonally below the image; ``"offset"``, side by side on one plane.
+    ``along(start, length)``: positions along an axis of the patches of so many latent rows.
     """
     (height, width), found = size, []
     down = right = 0
@@ -189,16 +200,19 @@ def reference_positions(
         rows, columns = reference.shape[-2:]
         index, top, left = 0.0, 0, 0
         if method in ("index", "negative_index"):
-            index = float(count if method == "index" else -count)
+            index = step * (count if method == "index" else -count)
         elif method == "uxo":
-            top, left = height + height % 2 + down, width + width % 2 + right
+            top, left = height + -height % patch + down, width + -width % patch + right
             down, right = down + rows, right + columns
         else:
             assert method == "offset", method
             index = 1.0
             top, left = (0, right) if rows + down > columns + right else (down, 0)
             down, right = max(down, rows + top), max(right, columns + left)
-        y, x = along((top + 1) // 2, rows), along((left + 1) // 2, columns)
+        y, x = (
+            along((start + patch // 2) // patch, length)
+            for start, length in ((top, rows), (left, columns))
+        )
         found.append(grid_positions(index, y, x))
     return found
 

@@ -49,13 +49,15 @@ class Linear:
 class Tensor:
     """A parameter that is no linear's, or several, by ``{a,b}`` in both names; ``file`` as above.
 
-    ``split``: how its only axis is dealt out; None: every rank holds all of it.
+    ``split``: how its only axis is dealt out; None: every rank holds all of it. ``exact``: held in
+    fp32, whatever the model computes in.
     """
 
     ours: str
     file: str
     shape: Shape
     split: Split | None = None
+    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,16 @@ class Table:
             for ours, _, row in self._all_rows()
             if isinstance(row, Linear) and row.swapped
             for kind in ("weight", "bias")
+        )
+
+    @cached_property
+    def exact(self) -> frozenset[str]:
+        """Parameters that are held in fp32, whatever the model computes in."""
+        return frozenset(
+            ours + name
+            for ours, _, row in self._all_rows()
+            if isinstance(row, Tensor) and row.exact
+            for name in expanded(row.ours)
         )
 
     @cached_property

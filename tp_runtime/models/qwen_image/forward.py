@@ -18,6 +18,7 @@ from ..dual_stream import (
     check_method,
     dual_block,
     gathered_modulation,
+    gelu_feed_forward,
     grid_positions,
     pack_patches,
     reference_positions,
@@ -101,7 +102,12 @@ class Forward(DualStreamForward):
         ]
         modulations = gathered_modulation(self, linears, activated, 6).unflatten(0, (-1, 2))
         blocks = [
-            dual_block(("double_block", i), modulation, block.attn, (block.txt_mlp, block.img_mlp))
+            dual_block(
+                ("double_block", i),
+                modulation,
+                block.attn,
+                (gelu_feed_forward(block.txt_mlp), gelu_feed_forward(block.img_mlp)),
+            )
             for i, (block, modulation) in enumerate(
                 zip(model.transformer_blocks, modulations, strict=True)
             )
