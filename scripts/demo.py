@@ -113,6 +113,7 @@ DEMOS: dict[str, Toy | Tiny] = {
         replace(SAMPLING, pooled_width=tiny("flux").vector_dim),
     ),
     "qwen_image": Tiny("qwen_image", write_tiny_wan_vae, WAN_VAE_NAME),
+    "wan": Tiny("wan", write_tiny_wan_vae, WAN_VAE_NAME),
 }
 
 

@@ -69,7 +69,7 @@ class TestFirstAndLastFrame(ParityTests):
         },
         elsewhere=("both",),
         other_sizes=(3,),
-        changes={"in_channels": 36, "image_dim": 1280, "num_positions": 514},
+        changes={"in_channels": 36, "image_dim": 1280, "image_positions": 514},
     )
 
 

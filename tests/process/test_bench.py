@@ -35,7 +35,12 @@ def measured(folder: Path, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
     return status, json.loads(path.read_text())
 
 
-MODELS = ["flux", "qwen_image", "z_image"]
+MODELS = [
+    "flux",
+    "qwen_image",
+    "wan",
+    "z_image",
+]
 
 
 def test_every_model_is_measured_unless_told_otherwise() -> None:

@@ -396,6 +396,21 @@ def _context_windows(prompt: Prompt, family: Family) -> None:
     )
 
 
+def _wan_context_windows(prompt: Prompt, family: Family) -> None:
+    """Windows over the frames, where a model makes more than one."""
+    if family.name == "wan":
+        size = {"width": 64, "height": 64, "length": 25}
+        prompt["latent"] = node("EmptyHunyuanLatentVideo", batch_size=1, **size)
+    insert(
+        prompt,
+        "model",
+        "WanContextWindowsManual",
+        "model",
+        context_length=13,
+        context_overlap=5,
+    )
+
+
 def _merged_into_stock(prompt: Prompt, family: Family) -> None:
     prompt["other"] = node("UNETLoader", unet_name=family.file, weight_dtype="default")
     prompt["merge"] = node("ModelMergeSimple", model1=["other", 0], model2=["model", 0], ratio=0.5)
@@ -433,11 +448,11 @@ SAMPLING = (
     Row("`KSampler`"),
     Row("`TPSampler`", sampler="TPSampler"),
     Row(
-        "`KSampler`, every sampler, a third of them with each model",
+        "`KSampler`, every sampler, each with one of the models",
         each_value("sampler_name", SAMPLERS),
     ),
     Row(
-        "`KSampler`, every scheduler, a third of them with each model",
+        "`KSampler`, every scheduler, each with one of the models",
         each_value("scheduler", SCHEDULERS),
     ),
     Row("`KSampler`, denoise 0.5 from a latent", from_picture, HALF),
@@ -449,12 +464,12 @@ SAMPLING = (
         sampler="SamplerCustomAdvanced",
     ),
     Row(
-        "every sampler node, a third of them with each model: " + ", ".join(SAMPLER_NODES),
+        "every sampler node, each with one of the models: " + ", ".join(SAMPLER_NODES),
         _each_sampler_node,
         sampler="SamplerCustomAdvanced",
     ),
     Row(
-        "every scheduler node, a third of them with each model: " + ", ".join(SCHEDULER_NODES),
+        "every scheduler node, each with one of the models: " + ", ".join(SCHEDULER_NODES),
         _each_scheduler_node,
         sampler="SamplerCustomAdvanced",
     ),
@@ -516,9 +531,17 @@ SAMPLING = (
     Row("high-resolution fix: `LatentUpscaleBy` and a second `KSampler`", _second_pass),
 )
 
-# Nodes that know no latents with a time axis, which Qwen-Image's have.
-_AREA = {"z_image": Same(), "flux": Same(), "qwen_image": FailsInStock("sampler")}
-_COMPOSITE = _AREA | {"qwen_image": FailsInStock("LatentCompositeMasked after latent")}
+# Nodes that know no latents with a time axis, which Qwen-Image's and Wan's have.
+_AREA = {
+    "z_image": Same(),
+    "flux": Same(),
+    "qwen_image": FailsInStock("sampler"),
+    "wan": FailsInStock("sampler"),
+}
+_COMPOSITE = _AREA | {
+    "qwen_image": FailsInStock("LatentCompositeMasked after latent"),
+    "wan": FailsInStock("LatentCompositeMasked after latent"),
+}
 
 LATENTS = (
     Row("`EmptySD3LatentImage`, batch of 2", given("latent", batch_size=2), batched=True),
@@ -546,8 +569,24 @@ LATENTS = (
     Row("`VAEEncode`, `VAEDecode`", _picture_to_picture, HALF),
 )
 
-_NOT_READ = {"z_image": NoEffect(), "flux": Same(), "qwen_image": NoEffect()}
-_REFERENCES = {"z_image": NoEffect(), "flux": Same(), "qwen_image": Same()}
+_NOT_READ = {
+    "z_image": NoEffect(),
+    "flux": Same(),
+    "qwen_image": NoEffect(),
+    "wan": NoEffect(),
+}
+_REFERENCES = {
+    "z_image": NoEffect(),
+    "flux": Same(),
+    "qwen_image": Same(),
+    "wan": NoEffect(),
+}
+_SKIPPED = {
+    "z_image": NoEffect(),
+    "flux": Same(),
+    "qwen_image": Same(),
+    "wan": Same(),
+}
 _CONTROL = {"flux": Same(), "qwen_image": Same()}
 
 CONDITIONING = (
@@ -663,19 +702,19 @@ GUIDANCE = (
             end_percent=1.0,
         ),
         CFG,
-        expect={"z_image": NoEffect(), "flux": Same(), "qwen_image": Same()},
+        expect=_SKIPPED,
     ),
     Row(
         "`SkipLayerGuidanceDiTSimple`",
         on_model("SkipLayerGuidanceDiTSimple", double_layers="0", single_layers="1"),
         CFG,
-        expect={"z_image": NoEffect(), "flux": Same(), "qwen_image": Same()},
+        expect=_SKIPPED,
     ),
     Row(
         "`SkipLayerGuidanceSD3`",
         on_model("SkipLayerGuidanceSD3", layers="0, 1", start_percent=0.0, end_percent=1.0),
         CFG,
-        expect={"z_image": NoEffect(), "flux": Same(), "qwen_image": Same()},
+        expect=_SKIPPED,
     ),
     Row(
         "`PerturbedAttentionGuidance`",
@@ -691,12 +730,23 @@ GUIDANCE = (
             "z_image": FailsInStock("sampler"),
             "flux": FailsInStock("sampler"),
             "qwen_image": NoEffect(),
+            "wan": NoEffect(),
         },
     ),
 )
 
-_WAN_WINDOWS = {"z_image": Same(), "flux": Same(), "qwen_image": NoEffect()}
-_SCALE_ROPE = {"z_image": Same(), "flux": Same(), "qwen_image": NoEffect()}
+_WAN_WINDOWS = {
+    "z_image": Same(),
+    "flux": Same(),
+    "qwen_image": NoEffect(),
+    "wan": Same(),
+}
+_SCALE_ROPE = {
+    "z_image": Same(),
+    "flux": Same(),
+    "qwen_image": NoEffect(),
+    "wan": Same(),
+}
 MODEL = (
     Row("`ModelSamplingFlux`", on_model("ModelSamplingFlux", width=64, height=64)),
     Row("`ModelSamplingAuraFlow`", on_model("ModelSamplingAuraFlow", shift=6.0)),
@@ -714,7 +764,7 @@ MODEL = (
     Row("`ContextWindowsManual`", _context_windows),
     Row(
         "`WanContextWindowsManual`",
-        on_model("WanContextWindowsManual", context_length=13, context_overlap=5),
+        _wan_context_windows,
         expect=_WAN_WINDOWS,
     ),
     Row("`ScaleROPE`", on_model("ScaleROPE", scale_x=1.3, shift_y=2.0), expect=_SCALE_ROPE),
@@ -767,6 +817,11 @@ WEIGHTS = (
         "`ModelMergeQwenImage`",
         _merged("ModelMergeQwenImage"),
         expect={"qwen_image": Refused("sampler", ("ModelMerge",))},
+    ),
+    Row(
+        "`ModelMergeWAN2_1`",
+        _merged("ModelMergeWAN2_1"),
+        expect={"wan": Refused("sampler", ("ModelMerge",))},
     ),
     Row(
         "any of them, our model as the second",
@@ -833,5 +888,4 @@ ELSEWHERE = {
     "ModelMergeSD35_Large": _MERGES,
     "ModelMergeSD3_2B": _MERGES,
     "ModelMergeSDXL": _MERGES,
-    "ModelMergeWAN2_1": _MERGES,
 }

@@ -19,6 +19,8 @@ from .nodes import (
     TPTestModelPatches,
     TPTestNaNLatent,
     TPTestPreviewMethod,
+    TPTestSeen,
+    TPTestVideoVAE,
 )
 from .text_encoder import extend_clip_loader
 
@@ -38,7 +40,14 @@ class TestExtension(ComfyExtension):
     """The nodes of `nodes.py`."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [TPTestConditioning, TPTestModelPatches, TPTestNaNLatent, TPTestPreviewMethod]
+        return [
+            TPTestConditioning,
+            TPTestModelPatches,
+            TPTestNaNLatent,
+            TPTestPreviewMethod,
+            TPTestSeen,
+            TPTestVideoVAE,
+        ]
 
 
 async def comfy_entrypoint() -> TestExtension:

@@ -30,12 +30,12 @@ def _where_present(tensor: str, axis: int) -> Reader:
 
 @dataclass(frozen=True)
 class WanSizes(Sizes):
-    """``image_dim``: of the CLIP features that a model looks at. ``num_positions``: how many of
+    """``image_dim``: of the CLIP features that a model looks at. ``image_positions``: how many of
     them have a learned position (first and last frame). ``reference_channels``: of the picture that
     goes before the first frame (Fun Control). None where a model has no such input.
     """
 
-    to_diffusers: ClassVar = "image_dim added_kv_proj_dim pos_embed_seq_len=num_positions"
+    to_diffusers: ClassVar = "image_dim added_kv_proj_dim pos_embed_seq_len=image_positions"
     to_comfyui: ClassVar = "num_heads text_dim=context_dim"
     num_heads: int = size(lambda s: s[_WIDTH][2] // _head_dim(s), "num_attention_heads")
     head_dim: int = size(_head_dim, "attention_head_dim")
@@ -47,7 +47,7 @@ class WanSizes(Sizes):
     image_dim: int | None = size(
         _where_present("img_emb.proj.1.weight", 1), lambda s: s.get("image_dim")
     )
-    num_positions: int | None = size(
+    image_positions: int | None = size(
         _where_present("img_emb.emb_pos", 1), lambda s: s.get("pos_embed_seq_len")
     )
     reference_channels: int | None = size(_where_present("ref_conv.weight", 1), lambda _: None)
@@ -148,8 +148,8 @@ class WanSizes(Sizes):
             Linear(f"{ours}.ff.net.2", f"{file}.3", Row(), width, dim),
             Tensor(f"{ours}.norm2.{{weight,bias}}", f"{file}.4.{{weight,bias}}", (dim,)),
         )
-        if self.num_positions:
-            shape = 1, self.num_positions, width
+        if self.image_positions:
+            shape = 1, self.image_positions, width
             rows += (Tensor(f"{ours}.pos_embed", "img_emb.emb_pos", shape),)
         return rows
 
@@ -183,4 +183,5 @@ FAMILY = Family(
         "patch_embedding_global.weight": "WanDancer",
     },
     text_tokens=512,
+    extents=((832, 480, 81), (1280, 720, 81)),
 )
