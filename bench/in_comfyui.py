@@ -39,6 +39,7 @@ import torch
 from safetensors.torch import load_file
 
 from bench.dummy import dummy_file, sizes_of
+from bench.extents import Extent
 from tp_runtime.models import families, family_named
 
 COLUMNS = ["model", "layout", "cfg", "side", "batch", "ms_step", "error", "first_prompt_s"]
@@ -199,7 +200,12 @@ def make_prompt(args: argparse.Namespace, row: dict[str, Any], file: str) -> dic
     inputs = sizes_of(row["model"], args.small).inputs
     width = dict(axis for axis in inputs["context"].axes if isinstance(axis, tuple))["width"]
     pooled = inputs["y"].usual["features"] if "y" in inputs else 0
-    size = {"width": args.side, "height": args.side, "batch_size": args.batch}
+    extent: Extent = args.side
+    size = {"width": extent.width, "height": extent.height, "batch_size": args.batch}
+    if extent.frames > 1:
+        latent = node("EmptyHunyuanLatentVideo", length=extent.frames, **size)
+    else:
+        latent = node("EmptySD3LatentImage", **size)
     links = {name: [name, 0] for name in ("model", "positive", "negative")}
     links |= {"latent_image": ["latent", 0]}
     schedule = {"sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
@@ -211,7 +217,7 @@ def make_prompt(args: argparse.Namespace, row: dict[str, Any], file: str) -> dic
         "model": loader,
         "positive": positive,
         "negative": negative,
-        "latent": node("EmptySD3LatentImage", **size),
+        "latent": latent,
         "sampler": node("KSampler", cfg=row["cfg"], **links, **schedule),
         "save": node("SaveLatent", samples=["sampler", 0], filename_prefix="latents/bench"),
     }
@@ -268,7 +274,7 @@ def rows_of(args: argparse.Namespace, model: str) -> Iterator[dict[str, Any]]:
             "model": model,
             "cfg": args.cfg or (1.0 if "guidance" in family_named(model).published.inputs else 4.0),
         }
-        known |= {"side": args.side, "batch": args.batch, "texts": [tokens[0], tokens[-1]]}
+        known |= {"side": args.side.side, "batch": args.batch, "texts": [tokens[0], tokens[-1]]}
         for layout in ["stock", *args.layouts]:
             row = known | {"layout": layout, "previews": args.previews}
             try:
@@ -296,7 +302,7 @@ def main() -> int:
     add("--models", nargs="+", choices=known, default=known)
     add("--layouts", nargs="+", default=["1x1"], help="TP size x batch groups, such as 2x2")
     add("--cfg", type=float, help="default: 4, or 1 where a model is given its guidance")
-    add("--side", type=int, default=1024)
+    add("--side", type=Extent.parse, default="1024", help="or 832x480x81 for 81 frames")
     add("--batch", type=int, default=1)
     add("--tokens", nargs="+", type=int, help="of both texts, or of the positive and the negative")
     add("--steps", type=int, default=10)

@@ -1,6 +1,7 @@
 """Measures one evaluation through the runtime; prints a table and writes its rows as JSON.
 
     python -m bench.step --models z_image --tp 1 2 --sides 1024 --out bench/results
+    python -m bench.step --models wan --tp 1 2 4 --sides 832x480x81 1280x720x81
 
 Each row: the wall-clock time of `RemoteModel.evaluate`, as ComfyUI sees it (request, transfer of
 the latent from its device and back, evaluation); `ms_hop`, what of it lies outside the slower rank,
@@ -33,6 +34,7 @@ import torch
 
 from bench.dummy import dummy_file, sizes_of
 from bench.errors import TOLERANCE, relative_error
+from bench.extents import Extent
 from bench.inputs import make_inputs
 from tp_runtime.client import (
     GroupConfig,
@@ -42,7 +44,7 @@ from tp_runtime.client import (
     Runtime,
     visible_gpu_count,
 )
-from tp_runtime.models import families
+from tp_runtime.models import families, family_named
 from tp_runtime.models.family import Sizes
 from tp_runtime.sharding.block_costs import count_flops
 
@@ -79,8 +81,8 @@ class Case:
 
 def cases(
     path: Path, args: argparse.Namespace, model: str, layouts: list[Layout]
-) -> dict[tuple[int, int], Case]:
-    """Every (side, batch). The group that computes what to expect is ended."""
+) -> dict[tuple[Extent, int], Case]:
+    """Every (extent, batch). The group that computes what to expect is ended."""
     sizes, runtime = sizes_of(model, args.small), Runtime()
     found = {}
     try:
@@ -88,22 +90,22 @@ def cases(
             ModelSpec.of(str(path), "bfloat16", "bfloat16", "off"), GroupConfig.local(1)
         )
         remote.ensure_loaded()
-        for side in args.sides:
+        for extent in args.sides or Extent.usual(family_named(model))[:1]:
             for batch in args.batches:
                 # Two at least: a replayed graph must take its latent, not that of before.
                 num_latents = max([2, *(_evaluations_at_once(layout, batch) for layout in layouts)])
                 inputs = [
-                    _with_latent(model, sizes, side, batch, seed) for seed in range(num_latents)
+                    _with_latent(model, sizes, extent, batch, seed) for seed in range(num_latents)
                 ]
                 expected = [remote.evaluate(one).cpu() for one in inputs]
-                found[side, batch] = Case(inputs, expected)
+                found[extent, batch] = Case(inputs, expected)
     finally:
         runtime.release()
     return found
 
 
-def _with_latent(model: str, sizes: Sizes, side: int, batch: int, seed: int) -> dict[str, Any]:
-    inputs = make_inputs(model, sizes, side, batch)
+def _with_latent(model: str, sizes: Sizes, extent: Extent, batch: int, seed: int) -> dict[str, Any]:
+    inputs = make_inputs(model, sizes, extent, batch)
     latent = torch.randn(inputs["x"].shape, generator=torch.Generator().manual_seed(seed))
     return inputs | {"x": latent.to(inputs["x"])}
 
@@ -124,7 +126,7 @@ def measure(
     model: str,
     layout: Layout,
     gemm_tflops: float | None,
-    cases: dict[tuple[int, int], Case],
+    cases: dict[tuple[Extent, int], Case],
 ) -> list[dict[str, Any]]:
     """The rows of one model on one group."""
     runtime = Runtime()
@@ -138,31 +140,29 @@ def measure(
         began: list[float] = []  # to read: then the ranks were up
         remote.ensure_loaded(on_progress=lambda *_: began.append(time.perf_counter()))
         loaded = time.perf_counter()
-        for side in args.sides:
-            for batch in args.batches:
-                case = cases[side, batch]
-                row = {
-                    "model": model,
-                    "tp": layout.tp_size,
-                    "batch_groups": layout.batch_groups,
-                    "side": side,
-                    "batch": batch,
-                    "optimize": args.optimize,
-                    "start_s": round(began[0] - started, 1),
-                    "load_s": round(loaded - began[0], 1),
-                    "floor_ratio": None,
-                    **_time_steps(remote, runtime, case, args.steps),
-                }
-                at_once = _evaluations_at_once(layout, batch)
-                if at_once > 1:  # one alone would leave groups idle
-                    row["error"] = max(row["error"], _error(remote, case, at_once))
-                if gemm_tflops:
-                    flops = _flops(sizes_of(model, args.small), case.inputs[0])
-                    floor_ms = flops / gemm_tflops / 1e9 / layout.num_gpus
-                    row["floor_ratio"] = round(row["ms_median"] / floor_ms, 2)
-                row["error"] = float(f"{row['error']:.2e}")
-                rows.append(row)
-                print(json.dumps(row), flush=True)
+        for (extent, batch), case in cases.items():
+            row = {
+                "model": model,
+                "tp": layout.tp_size,
+                "batch_groups": layout.batch_groups,
+                "side": extent.side,
+                "batch": batch,
+                "optimize": args.optimize,
+                "start_s": round(began[0] - started, 1),
+                "load_s": round(loaded - began[0], 1),
+                "floor_ratio": None,
+                **_time_steps(remote, runtime, case, args.steps),
+            }
+            at_once = _evaluations_at_once(layout, batch)
+            if at_once > 1:  # one alone would leave groups idle
+                row["error"] = max(row["error"], _error(remote, case, at_once))
+            if gemm_tflops:
+                flops = _flops(sizes_of(model, args.small), case.inputs[0])
+                floor_ms = flops / gemm_tflops / 1e9 / layout.num_gpus
+                row["floor_ratio"] = round(row["ms_median"] / floor_ms, 2)
+            row["error"] = float(f"{row['error']:.2e}")
+            rows.append(row)
+            print(json.dumps(row), flush=True)
     finally:
         runtime.release()
     return rows
@@ -261,10 +261,12 @@ def matmul_tflops() -> float:
 
 
 def _of_diffusers(
-    path: Path, args: argparse.Namespace, cases: dict[tuple[int, int], Case]
+    path: Path, args: argparse.Namespace, cases: dict[tuple[Extent, int], Case]
 ) -> list[dict[str, Any]]:
     """Rows of diffusers on one GPU, from a process of its own."""
-    listed = [(*size, case.inputs, case.expected) for size, case in cases.items()]
+    listed = [
+        (extent.side, batch, case.inputs, case.expected) for (extent, batch), case in cases.items()
+    ]
     with tempfile.NamedTemporaryFile(suffix=".pt") as file:
         torch.save(listed, file.name)
         command = [sys.executable, "-m", "bench.diffusers_alone"]
@@ -281,7 +283,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", choices=known, default=known)
     parser.add_argument("--tp", nargs="*", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--layouts", nargs="+", type=Layout.parse, default=[], help="such as 2x2")
-    parser.add_argument("--sides", nargs="+", type=int, default=[1024])
+    parser.add_argument(
+        "--sides",
+        nargs="+",
+        type=Extent.parse,
+        help="1024, or 832x480x81 for 81 frames (default: what the model usually makes)",
+    )
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--optimize", choices=["auto", "off"], default="auto")

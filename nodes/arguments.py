@@ -45,7 +45,7 @@ def remote_inputs(bound: inspect.BoundArguments, known: frozenset[str]) -> dict[
     Raises:
         UnsupportedFeatureError: something that only works inside ComfyUI's process.
     """
-    named = _by_name(bound)
+    named = _by_name(bound, known)
     x_name, timesteps_name = list(bound.signature.parameters)[:2]
     inputs = {"x": named.pop(x_name), "timesteps": named.pop(timesteps_name)}
     options = named.pop("transformer_options", None) or {}
@@ -60,12 +60,16 @@ def remote_inputs(bound: inspect.BoundArguments, known: frozenset[str]) -> dict[
     return inputs | {"transformer_options": plain_options}
 
 
-def _by_name(bound: inspect.BoundArguments) -> dict[str, Any]:
-    """All arguments by name, those of `**kwargs` among the others."""
+def _by_name(bound: inspect.BoundArguments, known: frozenset[str]) -> dict[str, Any]:
+    """All arguments by name, those of `**kwargs` among the others if the model reads them.
+
+    Wan's 5B is given `denoise_mask`, which was made timesteps before and its forward swallows.
+    """
     named = dict(bound.arguments)
     for parameter in bound.signature.parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
-            named.update(named.pop(parameter.name, {}))
+            more = named.pop(parameter.name, {})
+            named.update({name: value for name, value in more.items() if name in known})
     return named
 
 

@@ -20,7 +20,10 @@ _QUOTED = re.compile(r"""["'](\w+)["']""")
 
 
 def names_in_code(model: torch.nn.Module) -> frozenset[str]:
-    """Every word in quotes in the classes of a native model: it looks for no option but these."""
+    """Every word in quotes, and every parameter, in the classes of a native model.
+
+    It looks for no option and no argument but these.
+    """
     classes = {base for module in model.modules() for base in type(module).__mro__}
     found = [_names(cls) for cls in classes if cls.__module__.startswith("comfy.ldm.")]
     return frozenset().union(*found)
@@ -28,7 +31,9 @@ def names_in_code(model: torch.nn.Module) -> frozenset[str]:
 
 @functools.cache
 def _names(cls: type) -> frozenset[str]:
-    return frozenset(_QUOTED.findall(inspect.getsource(cls)))
+    functions = [value for value in vars(cls).values() if inspect.isfunction(value)]
+    parameters = [name for function in functions for name in inspect.signature(function).parameters]
+    return frozenset(parameters).union(_QUOTED.findall(inspect.getsource(cls)))
 
 
 def skipped_blocks(

@@ -116,6 +116,7 @@ DEMOS: dict[str, Toy | Tiny] = {
     ),
     "flux2": Tiny("flux2", write_tiny_flux2_vae, FLUX2_VAE_NAME),
     "qwen_image": Tiny("qwen_image", write_tiny_wan_vae, WAN_VAE_NAME),
+    "wan": Tiny("wan", write_tiny_wan_vae, WAN_VAE_NAME),
 }
 
 

@@ -363,27 +363,16 @@ def input_picture() -> Nodes:
 
 
 TEMPLATES = {
-<<<<<<< HEAD
     "Z-Image-Turbo - text to image": z_image,
     "Z-Image-Turbo - with a LoRA": z_image_lora,
     "FLUX.1 dev - text to image": flux,
     "FLUX.1 dev - with a LoRA": flux_lora,
     "FLUX.1 Kontext - edit a picture": flux_edit,
+    "FLUX.2 dev - text to image": flux2,
+    "FLUX.2 dev - edit a picture": flux2_edit,
     "Qwen-Image - text to image": qwen_image,
     "Qwen-Image - with a LoRA": qwen_image_lora,
     "Qwen-Image-Edit - edit a picture": qwen_image_edit,
-=======
-    "Z-Image text to image": z_image,
-    "Z-Image LoRA": z_image_lora,
-    "FLUX text to image": flux,
-    "FLUX LoRA": flux_lora,
-    "FLUX Kontext image edit": flux_edit,
-    "FLUX.2 text to image": flux2,
-    "FLUX.2 image edit": flux2_edit,
-    "Qwen-Image text to image": qwen_image,
-    "Qwen-Image LoRA": qwen_image_lora,
-    "Qwen-Image edit": qwen_image_edit,
->>>>>>> image
 }
 
 
@@ -422,22 +411,6 @@ def build(page: ComfyPage, title: str) -> dict[str, Any]:
     return dict(workflow)
 
 
-<<<<<<< HEAD
-=======
-def photograph(page: ComfyPage, path: Path) -> None:
-    """The whole graph, as a small JPEG."""
-    page.run_command("Comfy.Canvas.FitView")
-    page.page.wait_for_timeout(800)
-    shot = Image.open(io.BytesIO(page.page.locator("#graph-canvas").screenshot()))
-    shot.convert("RGB").resize((640, 640 * shot.height // shot.width)).save(path, quality=82)
-
-
-def file_name(title: str) -> str:
-    """`Z-Image LoRA` → `z_image_lora`, `FLUX.2 …` → `flux2_…`."""
-    return title.lower().replace("-", "_").replace(" ", "_").replace(".", "")
-
-
->>>>>>> image
 def titles(names: list[str]) -> Iterator[str]:
     """The titles of the templates asked for, or all."""
     for title in TEMPLATES:

@@ -66,8 +66,8 @@ def open_checkpoint(path: str) -> Iterator[CheckpointFile]:
     """
     tables = [family.published.table for family in families().values()]
     shapes = [item for table in tables for item in table.file_tensors.items()]
-    one_row = tuple(name for name, shape in shapes if shape[0] == 1 and len(shape) == 2)
-    with CheckpointFile.open(path, _names_in_folder, one_row) as file:
+    axes = {name: len(shape) for name, shape in shapes if shape[0] == 1}
+    with CheckpointFile.open(path, _names_in_folder, axes) as file:
         yield file
 
 

@@ -26,6 +26,7 @@ INPUTS: dict[str, dict[str, Any]] = {
     "flux": test_flux.make_inputs(references=((9, 8),)),
     "flux2": make_inputs(tiny("flux2"), references=((9, 8),)),
     "qwen_image": test_qwen_image.make_inputs(references=((9, 8),)),
+    "wan": make_inputs(tiny("wan"), frames=2, height=5, width=6, time_scale=1000.0),
 }
 
 

@@ -22,6 +22,9 @@ INPUTS: dict[str, Callable[..., dict[str, Any]]] = {
     "flux": functools.partial(test_flux.make_inputs, references=((9, 8),)),
     "flux2": functools.partial(make_inputs, tiny("flux2"), references=((9, 8),)),
     "qwen_image": functools.partial(test_qwen_image.make_inputs, references=((9, 8),)),
+    "wan": functools.partial(
+        make_inputs, tiny("wan"), frames=2, height=5, width=6, time_scale=1000.0
+    ),
 }
 
 

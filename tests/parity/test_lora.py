@@ -25,6 +25,7 @@ INPUTS: dict[str, dict[str, Any]] = {
     "flux": test_flux.make_inputs(references=((9, 8),)),
     "flux2": make_inputs(tiny("flux2"), references=((9, 8),)),
     "qwen_image": test_qwen_image.make_inputs(references=((9, 8),)),
+    "wan": make_inputs(tiny("wan"), frames=2, height=5, width=6, time_scale=1000.0),
 }
 # Family → one weight of every style: fused, column, row, gathered, replicated; a norm, a bias.
 WEIGHTS = {
@@ -48,6 +49,16 @@ WEIGHTS = {
         *("transformer_blocks.0.attn.to_out.0", "transformer_blocks.1.attn.add_k_proj"),
         *("transformer_blocks.1.img_mlp.net.0.proj", "transformer_blocks.1.txt_mlp.net.2"),
         *("transformer_blocks.0.img_mod.1", "proj_out"),
+    ),
+    "wan": (
+        *(
+            "blocks.0.self_attn.q",
+            "blocks.0.self_attn.o",
+            "blocks.0.cross_attn.k",
+            "blocks.1.ffn.2",
+        ),
+        *("blocks.1.ffn.0", "time_projection.1", "blocks.1.cross_attn.o", "text_embedding.2"),
+        *("head.head", "blocks.1.self_attn.v"),
     ),
 }
 KINDS = ("lora", "dora", "loha", "lokr", "glora", "oft", "diff")
@@ -103,6 +114,17 @@ def change(kind: str, shape: tuple[int, ...], seed: int) -> Any:
     return classes[kind](set(), factors)
 
 
+def convolution(shape: tuple[int, ...], seed: int) -> Any:
+    """A LoRA of a convolution's weight."""
+    import comfy.weight_adapter
+
+    rows, *kernel = shape
+    factors = random(rows, 4, *(len(kernel) - 1) * (1,), seed=seed), random(4, *kernel, seed=seed)
+    return comfy.weight_adapter.LoRAAdapter(
+        set(), (factors[0], 0.1 * factors[1], 2.0, *3 * (None,))
+    )
+
+
 def make_patches(patcher: Any, family: str, seed: int = 0) -> list[tuple[Patch, float]]:
     """Two sets of patches with their strengths: several kinds, parts of weights, norms, biases."""
     shapes = {k: tuple(v.shape) for k, v in patcher.model.state_dict().items()}
@@ -115,8 +137,13 @@ def make_patches(patcher: Any, family: str, seed: int = 0) -> list[tuple[Patch, 
         part = (0, rows // 3, rows // 3)  # k of a fused q, k, v
         second[(key, part)] = change("lora", (rows // 3, columns), seed + 50 + index)
     vectors = [key for key, shape in shapes.items() if len(shape) == 1][:40:4]
-    for index, key in enumerate(vectors):
+    biases = [f"diffusion_model.{path}.bias" for path in WEIGHTS[family]]
+    for index, key in enumerate(sorted({*vectors, *biases} & shapes.keys())):
         first[key] = ("diff", (random(*shapes[key], seed=seed + index) * 0.1,))
+    for key, shape in shapes.items():
+        if len(shape) > 3:  # of a convolution
+            first[key] = ("diff", (random(*shape, seed=seed) * 0.1,))
+            second[key] = convolution(shape, seed)
     return [(first, 0.8), (second, -0.6)]
 
 

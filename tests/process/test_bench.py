@@ -39,6 +39,7 @@ MODELS = [
     "flux",
     "flux2",
     "qwen_image",
+    "wan",
     "z_image",
 ]
 

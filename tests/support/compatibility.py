@@ -231,7 +231,7 @@ def all_of(*edits: Edit) -> Edit:
 
 
 def share(values: Iterable[str], family: Family) -> list[str]:
-    """This model's share of them: each is tested with one of the models."""
+    """The model's share of them: each is tested with one of the models."""
     return list(values)[FAMILIES.index(family) :: len(FAMILIES)]
 
 

@@ -396,6 +396,21 @@ def _context_windows(prompt: Prompt, family: Family) -> None:
     )
 
 
+def _wan_context_windows(prompt: Prompt, family: Family) -> None:
+    """Windows over the frames, where a model makes more than one."""
+    if family.name == "wan":
+        size = {"width": 64, "height": 64, "length": 25}
+        prompt["latent"] = node("EmptyHunyuanLatentVideo", batch_size=1, **size)
+    insert(
+        prompt,
+        "model",
+        "WanContextWindowsManual",
+        "model",
+        context_length=13,
+        context_overlap=5,
+    )
+
+
 def _merged_into_stock(prompt: Prompt, family: Family) -> None:
     prompt["other"] = node("UNETLoader", unet_name=family.file, weight_dtype="default")
     prompt["merge"] = node("ModelMergeSimple", model1=["other", 0], model2=["model", 0], ratio=0.5)
@@ -516,14 +531,18 @@ SAMPLING = (
     Row("high-resolution fix: `LatentUpscaleBy` and a second `KSampler`", _second_pass),
 )
 
-# Nodes that know no latents with a time axis, which Qwen-Image's have.
+# Nodes that know no latents with a time axis, which Qwen-Image's and Wan's have.
 _AREA = {
     "z_image": Same(),
     "flux": Same(),
     "flux2": Same(),
     "qwen_image": FailsInStock("sampler"),
+    "wan": FailsInStock("sampler"),
 }
-_COMPOSITE = _AREA | {"qwen_image": FailsInStock("LatentCompositeMasked after latent")}
+_COMPOSITE = _AREA | {
+    "qwen_image": FailsInStock("LatentCompositeMasked after latent"),
+    "wan": FailsInStock("LatentCompositeMasked after latent"),
+}
 
 LATENTS = (
     Row("`EmptySD3LatentImage`, batch of 2", given("latent", batch_size=2), batched=True),
@@ -556,12 +575,21 @@ _NOT_READ = {
     "flux": Same(),
     "flux2": Same(),
     "qwen_image": NoEffect(),
+    "wan": NoEffect(),
 }
 _REFERENCES = {
     "z_image": NoEffect(),
     "flux": Same(),
     "flux2": Same(),
     "qwen_image": Same(),
+    "wan": NoEffect(),
+}
+_SKIPPED = {
+    "z_image": NoEffect(),
+    "flux": Same(),
+    "flux2": Same(),
+    "qwen_image": Same(),
+    "wan": Same(),
 }
 _CONTROL = {"flux": Same(), "qwen_image": Same()}
 
@@ -713,6 +741,7 @@ GUIDANCE = (
             "flux": FailsInStock("sampler"),
             "flux2": FailsInStock("sampler"),
             "qwen_image": NoEffect(),
+            "wan": NoEffect(),
         },
     ),
 )
@@ -722,6 +751,7 @@ _WAN_WINDOWS = {
     "flux": Same(),
     "flux2": Same(),
     "qwen_image": NoEffect(),
+    "wan": Same(),
 }
 _SCALE_ROPE = _WAN_WINDOWS
 MODEL = (
@@ -741,7 +771,7 @@ MODEL = (
     Row("`ContextWindowsManual`", _context_windows),
     Row(
         "`WanContextWindowsManual`",
-        on_model("WanContextWindowsManual", context_length=13, context_overlap=5),
+        _wan_context_windows,
         expect=_WAN_WINDOWS,
     ),
     Row("`ScaleROPE`", on_model("ScaleROPE", scale_x=1.3, shift_y=2.0), expect=_SCALE_ROPE),
@@ -794,6 +824,11 @@ WEIGHTS = (
         "`ModelMergeQwenImage`",
         _merged("ModelMergeQwenImage"),
         expect={"qwen_image": Refused("sampler", ("ModelMerge",))},
+    ),
+    Row(
+        "`ModelMergeWAN2_1`",
+        _merged("ModelMergeWAN2_1"),
+        expect={"wan": Refused("sampler", ("ModelMerge",))},
     ),
     Row(
         "any of them, our model as the second",
@@ -860,5 +895,4 @@ ELSEWHERE = {
     "ModelMergeSD35_Large": _MERGES,
     "ModelMergeSD3_2B": _MERGES,
     "ModelMergeSDXL": _MERGES,
-    "ModelMergeWAN2_1": _MERGES,
 }

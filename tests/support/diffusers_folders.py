@@ -171,7 +171,41 @@ def _qwen_image(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Te
     yield name, tensor
 
 
+_WAN_NAMES = {
+    r"time_embedding\.0": "condition_embedder.time_embedder.linear_1",
+    r"time_embedding\.2": "condition_embedder.time_embedder.linear_2",
+    r"time_projection\.1": "condition_embedder.time_proj",
+    r"text_embedding\.0": "condition_embedder.text_embedder.linear_1",
+    r"text_embedding\.2": "condition_embedder.text_embedder.linear_2",
+    r"img_emb\.emb_pos": "condition_embedder.image_embedder.pos_embed",
+    r"img_emb\.proj\.0": "condition_embedder.image_embedder.norm1",
+    r"img_emb\.proj\.1": "condition_embedder.image_embedder.ff.net.0.proj",
+    r"img_emb\.proj\.3": "condition_embedder.image_embedder.ff.net.2",
+    r"img_emb\.proj\.4": "condition_embedder.image_embedder.norm2",
+    r"head\.head": "proj_out",
+    r"head\.modulation": "scale_shift_table",
+    r"modulation": "scale_shift_table",
+    r"self_attn": "attn1",
+    r"cross_attn": "attn2",
+    r"norm_k_img": "norm_added_k",
+    r"k_img": "add_k_proj",
+    r"v_img": "add_v_proj",
+    r"\.(q|k|v)\.": r".to_\1.",
+    r"\.o\.": ".to_out.0.",
+    r"ffn\.0": "ffn.net.0.proj",
+    r"ffn\.2": "ffn.net.2",
+    r"norm3": "norm2",
+}
+
+
+def _wan(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    for pattern, new in _WAN_NAMES.items():
+        name = re.sub(pattern, new, name)
+    yield name, tensor
+
+
 _Z, _F, _F2, _Q = tiny("z_image"), tiny("flux"), tiny("flux2"), tiny("qwen_image")
+_W = tiny("wan")
 
 FAMILIES = {
     "z_image": Family(
@@ -229,5 +263,21 @@ FAMILIES = {
             "joint_attention_dim": _Q.context_dim,
         },
         _qwen_image,
+    ),
+    "wan": Family(
+        functools.partial(write_tiny, "wan"),
+        {
+            "_class_name": "WanTransformer3DModel",
+            "attention_head_dim": _W.head_dim,
+            "num_attention_heads": _W.num_heads,
+            "num_layers": _W.num_blocks,
+            "ffn_dim": _W.mlp_dim,
+            "in_channels": _W.in_channels,
+            "out_channels": _W.out_channels,
+            "text_dim": _W.context_dim,
+            "image_dim": _W.image_dim,
+            "pos_embed_seq_len": _W.image_positions,
+        },
+        _wan,
     ),
 }

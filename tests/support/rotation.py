@@ -85,7 +85,7 @@ def left_out(tests: Sequence[pytest.Item], commit: str) -> set[pytest.Item]:
 def rotates(row: Row) -> bool:
     """Whether one model stands for all.
 
-    A row whose workflow differs (a third of the samplers with each model, say) runs on all of them.
+    A row whose workflow differs (each model its share of the samplers, say) runs on all of them.
     """
     workflows = {tuple(sorted(row.prompt(family))) for family in FAMILIES}
     return not isinstance(row.expect, Mapping) and len(workflows) == 1

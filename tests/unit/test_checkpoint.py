@@ -210,6 +210,7 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
         "flux",
         "flux2",
         "qwen_image",
+        "wan",
     )
 }
 

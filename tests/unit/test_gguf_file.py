@@ -30,6 +30,7 @@ SIZES = {
     "flux": one_block("flux") | {"num_heads": 12},
     "flux2": one_block("flux2") | {"num_heads": 12},
     "qwen_image": one_block("qwen_image") | {"num_heads": 12},
+    "wan": one_block("wan") | {"num_heads": 12},
 }
 
 
@@ -56,7 +57,7 @@ def test_it_is_the_model_that_it_was_made_from(tmp_path: Path, family: str, pref
         "Q4_K",
         architecture=ARCHITECTURES[family],
         prefix=prefix,
-        flat_pad_tokens=True,
+        flat=True,
     )
     values = load_file(dequantised(path, source, tmp_path / "values.safetensors", prefix))
     info, info_of_source = inspect_checkpoint(str(path)), inspect_checkpoint(str(source))

@@ -270,8 +270,9 @@ class Family:
     config.json that is true → what the variant is called. ``comfyui_class``: of ComfyUI's
     supported_models, where ComfyUI recognises only the published sizes. ``published`` and
     ``small``: sizes of the released model, and of one with its structure for tests.
-    ``text_tokens``: of a usual caption, for benchmarks. ``refused_inputs``: what ComfyUI's class of
-    the model takes and the forward here does not, by its name there → what it is.
+    ``text_tokens``: of a usual caption, and ``extents``: width, height and frames of what is
+    usually made, for benchmarks. ``refused_inputs``: what ComfyUI's class of the model takes and
+    the forward here does not, by its name there → what it is.
     """
 
     name: str
@@ -285,6 +286,7 @@ class Family:
     variants: Mapping[str, str] = field(default_factory=dict)
     comfyui_class: str | None = None
     text_tokens: int = 64
+    extents: tuple[tuple[int, int, int], ...] = ((1024, 1024, 1), (2048, 2048, 1))
     refused_inputs: Mapping[str, str] = field(default_factory=dict)
 
     def forward(self) -> Any:

@@ -19,7 +19,9 @@ from .nodes import (
     TPTestModelPatches,
     TPTestNaNLatent,
     TPTestPreviewMethod,
+    TPTestSeen,
     TPTestTwoModels,
+    TPTestVideoVAE,
 )
 from .text_encoder import extend_clip_loader
 
@@ -45,6 +47,8 @@ class TestExtension(ComfyExtension):
             TPTestNaNLatent,
             TPTestPreviewMethod,
             TPTestTwoModels,
+            TPTestSeen,
+            TPTestVideoVAE,
         ]
 
 

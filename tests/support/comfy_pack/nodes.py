@@ -98,6 +98,62 @@ class TPTestPreviewMethod(io.ComfyNode):
         return io.NodeOutput(samples)
 
 
+class TPTestSeen(io.ComfyNode):
+    """What a CLIP vision model says of a picture, without the model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TPTestSeen",
+            category="testing",
+            description="Random features that depend on the inputs only.",
+            inputs=[
+                io.Int.Input("seed", default=0, min=0, max=2**63 - 1),
+                io.Int.Input("patches", default=257, min=1, max=4096),
+                io.Int.Input("width", default=1280, min=1, max=8192),
+            ],
+            outputs=[io.ClipVisionOutput.Output()],
+        )
+
+    @classmethod
+    def execute(cls, seed: int, patches: int, width: int) -> io.NodeOutput:
+        seen = Output()
+        generator = torch.Generator().manual_seed(seed)
+        seen.penultimate_hidden_states = torch.randn(1, patches, width, generator=generator)
+        return io.NodeOutput(seen)
+
+
+class TPTestVideoVAE(io.ComfyNode):
+    """What stands for Wan 2.2's VAE of 48 channels, which ComfyUI builds in its full size only."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TPTestVideoVAE",
+            category="testing",
+            description="Its latents are random, and the same for every picture of a size.",
+            outputs=[io.Vae.Output()],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(_VideoVAE())
+
+
+class _VideoVAE:
+    """Encodes one picture to one latent frame of a sixteenth of its sides."""
+
+    latent_channels = 48
+
+    def spacial_compression_encode(self) -> int:
+        return 16
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        _, height, width, _ = pixels.shape
+        generator = torch.Generator().manual_seed(height + width)
+        return torch.randn(1, 48, 1, height // 16, width // 16, generator=generator)
+
+
 class TPTestModelPatches(io.ComfyNode):
     """The two kinds of patches that ModelPatchLoader reads, for models of width 384."""
 
