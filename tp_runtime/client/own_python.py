@@ -22,7 +22,8 @@ from typing import Any, Literal
 
 from ..config import PACKAGE, home
 from ..errors import InputError
-from .launch.launcher import describe_status, tail_of
+from ..reasons import how_ended
+from .launch.launcher import tail_of
 
 REQUIREMENTS = tuple(
     PACKAGE.parent / name for name in ("requirements.txt", "requirements-runtime.txt")
@@ -174,7 +175,7 @@ class OwnPython:
             self._process = None
         if status == 0:
             return ""
-        ended = f"`{shlex.join(command)}` {describe_status(status)}."
+        ended = f"`{shlex.join(command)}` {how_ended(status)}."
         return f"{ended} Its output ends:\n{tail_of(self._log)}"
 
 
