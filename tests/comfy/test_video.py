@@ -27,6 +27,8 @@ FILES: Mapping[str, Mapping[str, Any]] = {
     "flf2v": {"in_channels": 36, "image_dim": 1280, "image_positions": 514},
     "fun": {"in_channels": 48, "image_dim": 1280},
     "fun_2.2": {"in_channels": 52, "reference_channels": 16},
+    "vace": {"num_blocks": 2, "vace_blocks": 2, "vace_channels": 96},
+    "camera": {"in_channels": 32, "image_dim": 1280, "camera_channels": 24},
     "5b": {"in_channels": 48, "out_channels": 48},
     "high": {"in_channels": 36},
     "low": {"in_channels": 36, "seed": 1},
@@ -96,6 +98,7 @@ def video(name: str, maker: dict[str, Any], *, seed: int = 7, **sampler: Any) ->
         "first": node("LoadImage", image=PICTURES[0]),
         "last": node("LoadImage", image=PICTURES[1]),
         "seen": node("TPTestSeen", seed=3, patches=257, width=1280),
+        "path": node("WanCameraEmbedding", camera_pose="Zoom In", **SIZE),
         "maker": maker,
         "sampler": node(
             "KSampler",
@@ -156,6 +159,19 @@ MAKERS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "control video, 2.2": (
         "fun_2.2",
         conditioned("Wan22FunControlToVideo", ref_image=FIRST, control_video=LAST),
+    ),
+    "VACE": (
+        "vace",
+        conditioned("WanVaceToVideo", strength=0.8, control_video=LAST, reference_image=FIRST),
+    ),
+    "camera": (
+        "camera",
+        conditioned(
+            "WanCameraImageToVideo",
+            start_image=FIRST,
+            clip_vision_output=SEEN,
+            camera_conditions=["path", 0],
+        ),
     ),
 }
 

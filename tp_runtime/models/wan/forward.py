@@ -16,20 +16,21 @@ from ...gpu.epilogue import Epilogue, Product
 from ..dual_stream import BlockName, skipped_blocks
 from ..forward import Conditioning, ShardedForward, option
 from ..layers import attention, project, rms_norm_over_ranks, rope_rotation, rotate_pairs
-from .family import FAMILY, PATCH, WanSizes
+from .family import FAMILY, WanSizes
 from .layers import (
-    CameraAdapter,
+    EPS,
     as_tokens,
-    of_tokens,
+    check_length,
+    embedded_picture,
+    modulated,
     padded,
     positions_of,
     rows_of,
     sinusoids,
     unpatchified,
+    with_variants,
 )
 
-EPS = 1e-6
-CLIP_EPS = 1e-5
 ROPE_THETA = 10000.0
 
 Rows = Sequence[torch.Tensor]
@@ -46,28 +47,7 @@ class Forward(ShardedForward):
     @classmethod
     def build(cls, sizes: WanSizes) -> nn.Module:  # type: ignore[override]
         """diffusers' module, with what variants of the model have beside it."""
-        module = super().build(sizes)
-        dim, kernel = sizes.dim, PATCH[1:]
-        if sizes.reference_channels:
-            module.ref_conv = nn.Conv2d(sizes.reference_channels, dim, kernel, kernel)
-        if sizes.camera_channels:
-            module.control_adapter = CameraAdapter(sizes.camera_channels, dim)
-        if sizes.vace_channels:
-            from diffusers.models.transformers.transformer_wan_vace import WanVACETransformerBlock
-
-            module.vace_patch_embedding = nn.Conv3d(sizes.vace_channels, dim, PATCH, PATCH)
-            module.vace_blocks = nn.ModuleList(
-                WanVACETransformerBlock(
-                    dim,
-                    sizes.mlp_dim,
-                    sizes.num_heads,
-                    cross_attn_norm=True,
-                    apply_input_projection=index == 0,
-                    apply_output_projection=True,
-                )
-                for index in range(sizes.vace_blocks)
-            )
-        return module
+        return with_variants(super().build(sizes), sizes)
 
     def condition(
         self,
@@ -102,7 +82,8 @@ class Forward(ShardedForward):
         found["keys"], found["values"] = self._keys_and_values(text, of_text)
         if self.sizes.image_dim:
             # Without features ComfyUI gives these layers the caption, too.
-            picture = text if clip_fea is None else self._embedded_picture(clip_fea)
+            embedder = self.model.condition_embedder.image_embedder
+            picture = text if clip_fea is None else embedded_picture(embedder, clip_fea)
             of_picture = [
                 (block.attn2.norm_added_k, block.attn2.to_added_kv) for block in self.model.blocks
             ]
@@ -115,12 +96,12 @@ class Forward(ShardedForward):
             found["more"] = more
         if camera_conditions is not None and self.sizes.camera_channels:
             found["camera"] = as_tokens(self.model.control_adapter(camera_conditions))
-            self._check_length("Camera paths", camera_conditions, found["camera"], positions)
+            check_length("Camera paths", camera_conditions, found["camera"], positions)
         if vace_context is not None and self.sizes.vace_channels:
             videos = vace_context.transpose(0, 1)
             embedded = self.model.vace_patch_embedding(videos.flatten(0, 1).float())
             tokens = as_tokens(embedded.to(x.dtype))
-            self._check_length("Control videos", vace_context, tokens, positions)
+            check_length("Control videos", vace_context, tokens, positions)
             found["vace"] = tokens.unflatten(0, videos.shape[:2])
             found["vace_strength"] = self._strengths(vace_strength, len(videos))
             of_text = [(block.attn2.norm_k, block.attn2.to_kv) for block in self.model.vace_blocks]
@@ -177,7 +158,7 @@ class Forward(ShardedForward):
 
         for hint in next_hints(-1):
             tokens = tokens + hint
-        normed = _modulated(tokens, rows[0])
+        normed = modulated(tokens, rows[0])
         for place, index in enumerate(kept):
             prompt = [(keys[index], values[index])]
             if picture_keys is not None and picture_values is not None:
@@ -190,7 +171,7 @@ class Forward(ShardedForward):
                 tokens = normed
                 for hint in added:
                     tokens = tokens + hint
-                normed = _modulated(tokens, rows[place + 1])
+                normed = modulated(tokens, rows[place + 1])
         found = model.proj_out(normed[:, num_before:])
         return unpatchified(found, grid)[:, :, : shape[2], : shape[3], : shape[4]]
 
@@ -242,7 +223,7 @@ class Forward(ShardedForward):
             rows = rows_of(block.scale_shift_table, modulation, tokens)
             hints = []
             for index, (stream, strength) in enumerate(zip(streams, strengths, strict=True)):
-                normed = _modulated(stream, rows)
+                normed = modulated(stream, rows)
                 _, whole = self._block(stream, normed, block, rows, [pair], rotation, None)
                 hints.append(block.proj_out(whole) * strength)
                 streams[index] = whole.clone()  # the next sum overwrites it
@@ -255,16 +236,6 @@ class Forward(ShardedForward):
             return ()
         return range(0, self.sizes.num_blocks, self.sizes.num_blocks // self.sizes.vace_blocks)
 
-    def _check_length(
-        self, what: str, given: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor
-    ) -> None:
-        if tokens.shape[1] != len(positions):
-            raise InputError(
-                f"{what} of {self.label} must have the frames and the size of the video: of the "
-                f"shape {tuple(given.shape)} they are {tokens.shape[1]} tokens, the video is "
-                f"{len(positions)}. Give both the same length, width and height, multiples of 16."
-            )
-
     def _strengths(self, given: Sequence[float], count: int) -> tuple[float, ...]:
         if len(given) != count:
             raise InputError(f"{count} control videos of {self.label} need as many strengths.")
@@ -273,21 +244,6 @@ class Forward(ShardedForward):
     def _embedded(self, context: torch.Tensor) -> torch.Tensor:
         embedder = self.model.condition_embedder.text_embedder
         return embedder.linear_2(project(embedder.linear_1, context, gelu=True))
-
-    def _embedded_picture(self, features: torch.Tensor) -> torch.Tensor:
-        embedder = self.model.condition_embedder.image_embedder
-        places = embedder.pos_embed
-        if places is not None:
-            features = features[:, : places.shape[1]] + places[:, : features.shape[1]]
-        norms = [
-            lambda y, norm=norm: F.layer_norm(
-                y, norm.weight.shape, norm.weight, norm.bias, CLIP_EPS
-            )
-            for norm in (embedder.norm1, embedder.norm2)
-        ]
-        up, down = embedder.ff.net[0].proj, embedder.ff.net[2]
-        found: torch.Tensor = norms[1](down(F.gelu(up(norms[0](features)))))
-        return found
 
     def _keys_and_values(
         self, tokens: torch.Tensor, layers: Sequence[tuple[Any, Any]]
@@ -332,10 +288,3 @@ class Forward(ShardedForward):
         (q,) = self._normed([attend.to_q(normed)], [attend.norm_q.weight])
         found = [attention(self._heads(q), k, v) for k, v in pairs]
         return attend.to_out[0], found[0] if len(found) == 1 else found[0] + found[1]
-
-
-def _modulated(tokens: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """Layer norm without weights of (B, L, D), scaled and shifted as a block begins."""
-    shift, scale = rows[:2]
-    normed = F.layer_norm(tokens, tokens.shape[-1:], eps=EPS)
-    return torch.addcmul(of_tokens(shift), normed, 1 + of_tokens(scale))

@@ -2,13 +2,17 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .family import CAMERA_DOWNSCALE, PATCH, TIME_CHANNELS
+from ...errors import InputError
+from .family import CAMERA_DOWNSCALE, FAMILY, PATCH, TIME_CHANNELS, WanSizes
 
+EPS = 1e-6
+CLIP_EPS = 1e-5
 AXES = (("scale_t", "shift_t"), ("scale_y", "shift_y"), ("scale_x", "shift_x"))
 
 
@@ -72,6 +76,38 @@ def positions_of(
     return torch.cartesian_prod(*lines)
 
 
+def modulated(tokens: torch.Tensor, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Layer norm without weights of (B, L, D), scaled and shifted as a block begins."""
+    shift, scale = rows[:2]
+    normed = F.layer_norm(tokens, tokens.shape[-1:], eps=EPS)
+    return torch.addcmul(of_tokens(shift), normed, 1 + of_tokens(scale))
+
+
+def embedded_picture(embedder: Any, features: torch.Tensor) -> torch.Tensor:
+    """CLIP's features (B, n, C) as the blocks look at them (B, n, D)."""
+    places = embedder.pos_embed
+    if places is not None:
+        features = features[:, : places.shape[1]] + places[:, : features.shape[1]]
+
+    def normed(norm: Any, y: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(y, norm.weight.shape, norm.weight, norm.bias, CLIP_EPS)
+
+    up, down = embedder.ff.net[0].proj, embedder.ff.net[2]
+    return normed(embedder.norm2, down(F.gelu(up(normed(embedder.norm1, features)))))
+
+
+def check_length(
+    what: str, given: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor
+) -> None:
+    """Raises InputError unless what goes with the video is as many tokens as the video."""
+    if tokens.shape[1] != len(positions):
+        raise InputError(
+            f"{what} of {FAMILY.label} must have the frames and the size of the video: of the "
+            f"shape {tuple(given.shape)} they are {tokens.shape[1]} tokens, the video is "
+            f"{len(positions)}. Give both the same length, width and height, multiples of 16."
+        )
+
+
 class CameraAdapter(nn.Module):
     """From a camera's path (B, C, T, H, W) in pixels to what is added to tokens (B, D, T, h, w)."""
 
@@ -88,3 +124,28 @@ class CameraAdapter(nn.Module):
         block = self.residual_block
         found = found + block["conv2"](F.relu(block["conv1"](found)))
         return found.unflatten(0, (path.shape[0], -1)).transpose(1, 2)
+
+
+def with_variants(module: nn.Module, sizes: WanSizes) -> nn.Module:
+    """diffusers' module with what variants of the model have beside it."""
+    dim, kernel = sizes.dim, PATCH[1:]
+    if sizes.reference_channels:
+        module.ref_conv = nn.Conv2d(sizes.reference_channels, dim, kernel, kernel)
+    if sizes.camera_channels:
+        module.control_adapter = CameraAdapter(sizes.camera_channels, dim)
+    if sizes.vace_channels:
+        from diffusers.models.transformers.transformer_wan_vace import WanVACETransformerBlock
+
+        module.vace_patch_embedding = nn.Conv3d(sizes.vace_channels, dim, PATCH, PATCH)
+        module.vace_blocks = nn.ModuleList(
+            WanVACETransformerBlock(
+                dim,
+                sizes.mlp_dim,
+                sizes.num_heads,
+                cross_attn_norm=True,
+                apply_input_projection=index == 0,
+                apply_output_projection=True,
+            )
+            for index in range(sizes.vace_blocks)
+        )
+    return module
