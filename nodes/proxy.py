@@ -79,6 +79,9 @@ class RemoteDiffusionModel(torch.nn.Module):
         self._check_methods()  # some nodes replace them during an evaluation
         bound = self.native_signature.bind(*args, **kwargs)
         inputs = remote_inputs(bound, self.native_names)
+        for name, attribute in self.remote.info.family.used_with.items():
+            if not hasattr(self.skeleton, attribute):
+                inputs.pop(name, None)
         x: torch.Tensor = inputs["x"]
         self._check(x, inputs)
         meeting = Meeting.of_this_thread()
