@@ -86,9 +86,12 @@ class RemoteDiffusionModel(torch.nn.Module):
         self._check_methods()  # some nodes replace them during an evaluation
         bound = self.native_signature.bind(*args, **kwargs)
         inputs = remote_inputs(bound, self.native_names)
-        refused = self.remote.info.family.refused_inputs
-        for name in inputs.keys() & refused.keys():
-            raise refused_input(self.remote.info.label, name, refused[name])
+        family = self.remote.info.family
+        for name, attribute in family.used_with.items():
+            if not hasattr(self.skeleton, attribute):
+                inputs.pop(name, None)
+        for name in inputs.keys() & family.refused_inputs.keys():
+            raise refused_input(self.remote.info.label, name, family.refused_inputs[name])
         method = self._reference_method()
         if method is not None and "ref_latents" in inputs:
             inputs.setdefault("ref_latents_method", method)

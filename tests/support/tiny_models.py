@@ -124,7 +124,7 @@ def _random_tensor(key: str, shape: Shape, generator: torch.Generator) -> torch.
         return values
     if key.endswith(".bias"):
         return 0.2 * values
-    if len(shape) == 1:  # norms
+    if len(shape) == 1:  # norms, and markers, which are empty
         return 1 + 0.2 * values
     # The sinusoid and SiLU each halve it.
     time = (

@@ -267,12 +267,14 @@ class Family:
     ``name``: in settings and records; ``label``: for people, and ``models`` those that are known to
     be of it. ``signature``: tensors that together only files of the family have. ``variants``: what
     only a variant has which cannot be split yet, a tensor of its file or a setting of its
-    config.json that is true → what the variant is called. ``comfyui_class``: of ComfyUI's
-    supported_models, where ComfyUI recognises only the published sizes. ``published`` and
-    ``small``: sizes of the released model, and of one with its structure for tests.
-    ``text_tokens``: of a usual caption, and ``extents``: width, height and frames of what is
-    usually made, for benchmarks. ``refused_inputs``: what ComfyUI's class of the model takes and
-    the forward here does not, by its name there → what it is.
+    config.json that is true → what the variant is called. ``newer``: tensors that older releases of
+    ComfyUI do not know → the variant that has them, and a release that does. ``used_with``: an
+    input of the model → the attribute that ComfyUI's class has in the releases that use it.
+    ``refused_inputs``: what ComfyUI's class takes and the forward here does not, by its name there
+    → what it is. ``comfyui_class``: of ComfyUI's supported_models, where ComfyUI recognises only the
+    published sizes. ``published`` and ``small``: sizes of the released model, and of one with its
+    structure for tests. ``text_tokens``: of a usual caption, and ``extents``: width, height and
+    frames of what is usually made, for benchmarks.
     """
 
     name: str
@@ -284,6 +286,8 @@ class Family:
     published: Sizes
     small: Sizes
     variants: Mapping[str, str] = field(default_factory=dict)
+    newer: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    used_with: Mapping[str, str] = field(default_factory=dict)
     comfyui_class: str | None = None
     text_tokens: int = 64
     extents: tuple[tuple[int, int, int], ...] = ((1024, 1024, 1), (2048, 2048, 1))

@@ -46,7 +46,7 @@ class TPTestConditioning(io.ComfyNode):
     ) -> io.NodeOutput:
         generator = torch.Generator().manual_seed(seed)
         embedding = torch.randn(batch, length, width, generator=generator)
-        more = {}
+        more: dict[str, Any] = {"pooled_output": None}  # as encoders without one have it
         if pooled_width:
             more["pooled_output"] = torch.randn(batch, pooled_width, generator=generator)
         return io.NodeOutput([[embedding, more]])
