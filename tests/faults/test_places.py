@@ -42,7 +42,7 @@ os.chdir(sys.argv[1])
 os.environ["TMPDIR"] = sys.argv[1] + "/" + "a long name " * 10
 os.makedirs(os.environ["TMPDIR"])
 home = os.environ["TP_RUNTIME_HOME"]
-cpu = cpu_group(2)
+cpu = cpu_group(2, start_timeout_s=400.0)
 LocalLauncher().prepare(cpu, lambda: None)  # so that the fork server is up
 for state, command in STATES.items():
     run(command)
