@@ -8,8 +8,8 @@ With ``settings``, the only place where the package reads environment variables 
                                waits for, is given up (default 300)
 ``TP_RUNTIME_CALL_TIMEOUT``    seconds until a computing group is given up (default 600);
                                less in evaluations whose time is known (``evaluation_times``)
-``TP_RUNTIME_HOST_RESERVE``    share of the host's memory that sleeping models leave free
-                               (default 0.125)
+``TP_RUNTIME_HOST_RESERVE``    share of the memory, of the host or its container, that sleeping
+                               models leave free (default 0.125)
 ``TP_RUNTIME_ATTENTION``       the ranks' attention on GPUs: auto (measured; the default), flash3,
                                cudnn, or sdpa (torch's choice)
 ``TP_RUNTIME_FAMILIES``        packages with more families of models, by spaces; on the PYTHONPATH
@@ -94,7 +94,7 @@ def fault_file() -> str:
 
 
 def host_reserve() -> float:
-    """Share of the host's memory, 0 to 1, that models which sleep there must leave free."""
+    """Share of the memory, 0 to 1, that models which sleep there must leave free."""
     text = os.environ.get("TP_RUNTIME_HOST_RESERVE", "0.125")
     try:
         share = float(text)

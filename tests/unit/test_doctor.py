@@ -39,7 +39,7 @@ def test_this_machine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("script", "said"),
     [
-        ("echo broken pipe of pythons >&2; exit 3", "ended with status 3. broken pipe of pythons"),
+        ("echo broken pipe of pythons >&2; exit 3", "exited with status 3. broken pipe of pythons"),
         ("cat", "does not behave like a Python"),
     ],
 )

@@ -1,8 +1,9 @@
 """How a group failed, as the error that a person sees."""
 
+import contextlib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from .. import reasons
 from ..config import GroupConfig
@@ -41,11 +42,11 @@ def not_started(
     tail = tails[blamed.index if blamed else 0]
     return GroupStartError(
         f"The process group of {config.num_ranks} {config.device.upper()} ranks did not start: "
-        f"{_advised(str(error), tail)} Runtime Python: {config.python}. The log ends:\n{tail}"
+        f"{advised(str(error), tail)} Runtime Python: {config.python}. The log ends:\n{tail}"
     )
 
 
-def _advised(sentence: str, log: str) -> str:
+def advised(sentence: str, log: str) -> str:
     """The sentence, and what to do about what the log shows, if it does not say so itself."""
     what_to_do = reasons.advice(log)
     return sentence if what_to_do in sentence else f"{sentence} {what_to_do}"
@@ -63,12 +64,23 @@ def no_python(config: GroupConfig, error: OSError) -> GroupStartError:
     )
 
 
+@contextlib.contextmanager
+def on_ray() -> Iterator[None]:
+    """What the system refuses in the body ends as a GroupStartError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise GroupStartError(
+            f"A process group on Ray could not be started: {reasons.of(error)}"
+        ) from error
+
+
 def no_fork_server(config: GroupConfig, error: BaseException, log: str) -> GroupStartError:
     """For a group whose fork server did not come up; ``log``: what that process has printed."""
     logger.error("the fork server:\n%s", log)
     return GroupStartError(
         _lacking(config, [log])
-        or f"The process that imports what the ranks need {_advised(f'{error}.', log)} "
+        or f"The process that imports what the ranks need {advised(f'{error}.', log)} "
         f"Runtime Python: {config.python}. The log ends:\n{log}"
     )
 
@@ -115,7 +127,7 @@ def rank_error(config: GroupConfig, rank: Rank, failed: Failed, doing: str | Non
         return _no_memory(config, rank, failed, doing)
     return RankError(
         f"Rank {rank.index} raised {failed.kind}{_during(doing)}: "
-        f"{_advised(failed.message, failed.message)} The group was ended; the next request starts "
+        f"{advised(failed.message, failed.message)} The group was ended; the next request starts "
         f"a new one. Log: {rank.log_path}"
     )
 

@@ -271,7 +271,7 @@ class Family:
     ComfyUI do not know → the variant that has them, and a release that does. ``used_with``: an
     input of the model → the attribute that ComfyUI's class has in the releases that use it.
     ``refused_inputs``: what ComfyUI's class takes and the forward here does not, by its name there
-    → what it is. ``comfyui_class``: of ComfyUI's supported_models, where ComfyUI recognises only the
+    → what it is. ``comfyui_class``: of ComfyUI's supported_models, where ComfyUI finds only the
     published sizes. ``published`` and ``small``: sizes of the released model, and of one with its
     structure for tests. ``text_tokens``: of a usual caption, and ``extents``: width, height and
     frames of what is usually made, for benchmarks.

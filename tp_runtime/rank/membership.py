@@ -12,6 +12,7 @@ from vllm.distributed import (
     parallel_state,
 )
 
+from .. import machine
 from ..config import WorkerConfig
 from ..gpu import collectives
 
@@ -21,6 +22,7 @@ def select_device(config: WorkerConfig) -> torch.device:
     if config.device == "cpu":
         torch.set_num_threads(config.num_threads)
         return torch.device("cpu")
+    torch.set_num_threads(min(torch.get_num_threads(), machine.cores()))
     device = torch.device("cuda", config.local_rank)
     torch.cuda.set_device(device)
     return device

@@ -84,7 +84,7 @@ def is_plain(tensor: torch.Tensor) -> bool:
 def _lacking(size: int, reason: str) -> TPRuntimeError:
     return TPRuntimeError(
         f"{size} bytes of shared memory are not to be had ({reason}). "
-        "Free some RAM or use a smaller batch."
+        "Free some RAM, give the container more, or use a smaller batch."
     )
 
 
@@ -132,7 +132,7 @@ class Exchange:
         size = max(_aligned(size), 2 * self._size)
         # The system itself has no bound here: it would hand out memory until it kills a process.
         if size - self._size > machine.memory().available:
-            raise _lacking(size, "fewer are free")
+            raise _lacking(size, "fewer than that are free here, on the host or in its container")
         try:
             # Without this, a lack of memory would be a SIGBUS at the first write.
             os.posix_fallocate(self.fd, 0, size)

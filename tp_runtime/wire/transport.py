@@ -9,6 +9,7 @@ frame is preceded by its length, four bytes, the highest first.
 import array
 import contextlib
 import errno
+import os
 import select
 import socket
 import struct
@@ -79,13 +80,19 @@ class Readiness:
 def receive_with_fds(stream: socket.socket, max_fds: int) -> tuple[bytes, list[int]]:
     """One packet and its file descriptors, which no program that this process starts inherits.
 
+    Raises OSError: this process may not have so many.
+
     Not ``socket.recv_fds``, which ignores its flags (CPython 3.11).
     """
     fds = array.array("i")
     room = socket.CMSG_SPACE(max_fds * fds.itemsize)
-    packet, ancillary, *_ = stream.recvmsg(MAX_PACKET_BYTES, room, socket.MSG_CMSG_CLOEXEC)
+    packet, ancillary, flags, _ = stream.recvmsg(MAX_PACKET_BYTES, room, socket.MSG_CMSG_CLOEXEC)
     for _, _, data in ancillary:
         fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    if flags & socket.MSG_CTRUNC:  # the kernel gives as many as may be open, and no error
+        for fd in fds:
+            os.close(fd)
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
     return packet, list(fds)
 
 

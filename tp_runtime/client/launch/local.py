@@ -124,7 +124,9 @@ class LocalLauncher:
             self.clean_up(keep_logs=False)
             what = f"No process could be started for a rank of {config.num_ranks}:"
             if isinstance(error, ForkServerError):
-                raise GroupStartError(f"{what} the fork server {reasons.of(error)}") from error
+                log = self._servers[len(ranks)].log_tail()
+                sentence = failures.advised(f"{what} the fork server {error}.", f"{error} {log}")
+                raise GroupStartError(f"{sentence} Its log ends:\n{log}") from error
             if isinstance(error, OSError):
                 raise GroupStartError(f"{what} {reasons.of(error)}") from error
             raise

@@ -16,6 +16,7 @@ from ...wire.exchange import Exchange
 from ...wire.handshake import Member, Reception, new_token
 from ...wire.ray_messages import Placed, Run, Waiting
 from ...wire.transport import SILENCE_S, Channel
+from .. import failures
 from ..poll import POLL_S, Poll
 from .environment import RANK_ENVIRONMENT
 from .group_folder import GroupFolder
@@ -85,13 +86,15 @@ class RayLauncher:
         check_system_calls()
         self._address = config.ray_address
         self._folder = GroupFolder.create()
-        self._driver = Driver(config, config.num_ranks, self._folder.path)
+        with failures.on_ray():
+            self._driver = Driver(config, config.num_ranks, self._folder.path)
         self._placed = _placed(config, self._driver, poll)
 
     def launch(self, config: GroupConfig, exchange: Exchange, poll: Poll) -> Sequence[RayRank]:
         assert self._driver is not None, "not prepared"
         assert self._placed is not None, "not prepared"
-        return _connected(config, self._driver, self._placed, exchange, poll)
+        with failures.on_ray():
+            return _connected(config, self._driver, self._placed, exchange, poll)
 
     def clean_up(self, keep_logs: bool) -> None:
         forget_count(self._address)

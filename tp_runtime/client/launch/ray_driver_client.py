@@ -99,7 +99,8 @@ class Driver:
         return messages
 
     def send(self, order: Run) -> None:
-        self._channel.send(msgspec.msgpack.encode(order))
+        with contextlib.suppress(EOFError):  # it has ended: `receive` says how
+            self._channel.send(msgspec.msgpack.encode(order))
 
     def how_ended(self, rank: int, timeout_s: float) -> str:
         """How a rank ended; empty if the driver does not know after so long."""
@@ -173,7 +174,8 @@ def _ask(address: str, python: str) -> int:
     answer: Waiting | None = None
     with contextlib.ExitStack() as at_end:
         at_end.callback(lambda: folder.release(keep=answer is None))
-        driver = Driver(config, 0, folder.path)
+        with failures.on_ray():
+            driver = Driver(config, 0, folder.path)
         at_end.callback(driver.kill)
         deadline = time.monotonic() + ASK_TIMEOUT_S
         while answer is None and time.monotonic() < deadline:
