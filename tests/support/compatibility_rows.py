@@ -79,7 +79,7 @@ SCHEDULER_NODES: dict[str, dict[str, object]] = {
 
 # The same, in newer releases only.
 NEWER_SCHEDULER_NODES: dict[str, dict[str, object]] = {
-    "Ideogram4Scheduler": {"steps": 3, "width": 64, "height": 64},
+    "Ideogram4Scheduler": {"steps": 3, "width": 256, "height": 256},
     "ManualSigmas": {"sigmas": "1.0, 0.7, 0.3, 0.0"},
 }
 
