@@ -100,10 +100,11 @@ class ComfyPage:
 
     def search(self, words: str) -> list[str]:
         """The names of the nodes that the search box finds, in its order."""
-        found = self._search(words)
+        self._search(words)
+        found = self.page.locator(".p-autocomplete-option, [data-testid=result-item]")
         found.first.wait_for()
         self.page.wait_for_timeout(500)  # what it finds while words are typed
-        names = found.all_inner_texts()
+        names = [text.partition("\n")[0] for text in found.all_inner_texts()]
         self.page.keyboard.press("Escape")
         return names
 

@@ -254,7 +254,7 @@ class RankProcesses:
         if to_finish is None:
             return
         if error is not None:
-            logger.error("%s", error)
+            logger.error("%s", str(error))  # not the object, which would keep what it went through
         try:
             end_ranks(self.ranks, grace_s)
             self._events.close()

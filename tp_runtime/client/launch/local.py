@@ -124,7 +124,8 @@ class LocalLauncher:
             self.clean_up(keep_logs=False)
             what = f"No process could be started for a rank of {config.num_ranks}:"
             if isinstance(error, ForkServerError):
-                log = self._servers[len(ranks)].log_tail()
+                assert self._server is not None, "prepare comes first"
+                log = self._server.log_tail()
                 sentence = failures.advised(f"{what} the fork server {error}.", f"{error} {log}")
                 raise GroupStartError(f"{sentence} Its log ends:\n{log}") from error
             if isinstance(error, OSError):
