@@ -138,7 +138,7 @@ def _names_in_folder(path: str, settings: Settings) -> FileNames:
     for setting, variant in family.variants.items():
         if settings.get(setting):
             raise CheckpointError(
-                f"This is a {variant} folder (its {CONFIG} sets {setting}), which cannot be split "
+                f"This is {variant} (its {CONFIG} sets {setting}), which cannot be split "
                 "yet. Load the model with stock nodes."
             )
     try:

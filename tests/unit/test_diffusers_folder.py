@@ -195,4 +195,4 @@ def test_a_variant_that_computes_differently(tmp_path: Path) -> None:
     file = FAMILIES["qwen_image"].write(tmp_path / "model.safetensors")
     folder = write_folder(file, tmp_path / "folder", "qwen_image")
     edit_json(folder / "config.json", lambda c: c.update(zero_cond_t=True))
-    assert "Qwen-Image-Edit-2511 folder" in message_for(folder)
+    assert "This is Qwen-Image-Edit-2511 as a diffusers folder" in message_for(folder)
