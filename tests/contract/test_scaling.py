@@ -29,10 +29,7 @@ def test_the_layout_said_to_be_the_fastest_was() -> None:
                 (case.model, case.extent, case.batch, case.layout.num_gpus), []
             ).append(row)
     compared = [rows for rows in rivals.values() if len(rows) > 1]
-    assert {(rows[0].case.model, rows[0].case.batch) for rows in compared} >= {
-        ("z_image", 2),
-        ("qwen_image", 2),
-    }
+    assert ("z_image", 2) in {(rows[0].case.model, rows[0].case.batch) for rows in compared}
     for rows in compared:
         fastest = min(rows, key=lambda row: row.ms)
         assert fastest == min(rows, key=lambda row: row.case.predict().ms)
