@@ -34,6 +34,9 @@ from support.workflows import Prompt
 pytestmark = pytest.mark.comfy
 
 TOLERANCE = 1e-5
+# One evaluation of FLUX.2 is as near as those of the others (tests/parity), but its guided steps
+# make more of that: 1.7e-5 was seen.
+TOLERANCES = {"flux2": 3e-5}
 BATCH_TOLERANCE = 1e-4
 
 Compare = Callable[..., History]
@@ -90,7 +93,7 @@ def test_workflow(
             _error(comfy_server, row.stock_prompt(prompt), where)
             _error(comfy_server, prompt, where)
         case _:
-            tolerance = BATCH_TOLERANCE if row.batched else TOLERANCE
+            tolerance = BATCH_TOLERANCE if row.batched else TOLERANCES.get(family.name, TOLERANCE)
             same_as_stock(prompt, tolerance, row.stock_prompt(prompt))
 
 

@@ -229,7 +229,7 @@ os.fork = fork_if_there_is_room
 """
     )
     first = started(python)
-    with pytest.raises(GroupStartError, match=r"could not fork \(.*temporarily unavailable\)"):
+    with pytest.raises(GroupStartError, match=r"could not fork: .*temporarily unavailable"):
         started(python)
     assert works(first)
     assert works(started(python))

@@ -156,7 +156,10 @@ def how_to_have_runtime(python: str) -> str:
     its torch.
     """
     if python != sys.executable:
-        return f"Run: {_install(python, 'runtime')}"
+        return (
+            f"Run: {_install(python, 'runtime')}, or set TP_RUNTIME_PYTHON to a Python that has "
+            "vllm and diffusers."
+        )
     own = Path("~/tp-runtime")
     return (
         "Give the GPU processes a Python of their own: the tab 'Tensor Parallel' makes one, or "
