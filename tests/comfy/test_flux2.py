@@ -163,7 +163,8 @@ def refused(server: ComfyServer, prompt: Prompt) -> str:
 
 
 def test_the_text_encoder_of_another_model(comfy_server: ComfyServer) -> None:
-    prompt = graph(0) | {"text": node("TPTestConditioning", seed=1, length=20, width=63)}
+    caption = node("TPTestConditioning", seed=1, length=20, width=63, batch=1)
+    prompt = graph(0) | {"text": caption}
     message = refused(comfy_server, prompt)
     assert "Captions of FLUX.2 have the shape (batch, tokens, width 64)" in message
     assert "Use the text encoder that belongs to the model." in message

@@ -74,7 +74,7 @@ def test_nothing_is_refused_that_the_forward_takes() -> None:
 def test_a_refused_input_is_said_by_name_and_version(loading: ModuleType, tmp_path: Path) -> None:
     from comfyui_version import __version__
 
-    model = proxy(loading, "z_image", tmp_path)
-    x = torch.zeros(1, 16, 8, 8)
-    with pytest.raises(ValueError, match=rf"'ref_latents': .*Omni.*ComfyUI {__version__} .*stock"):
-        model(x, torch.ones(1), torch.zeros(1, 4, 64), 4, ref_latents=[x])
+    model = proxy(loading, "qwen_image", tmp_path)
+    x, context = torch.zeros(1, 16, 1, 8, 8), torch.zeros(1, 4, 64)
+    with pytest.raises(ValueError, match=rf"'guidance': .*ComfyUI {__version__} .*stock"):
+        model(x, torch.ones(1), context, guidance=torch.ones(1))

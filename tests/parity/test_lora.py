@@ -136,11 +136,12 @@ def make_patches(patcher: Any, family: str, seed: int = 0) -> list[tuple[Patch, 
         rows, columns = shapes[key]
         part = (0, rows // 3, rows // 3)  # k of a fused q, k, v
         second[(key, part)] = change("lora", (rows // 3, columns), seed + 50 + index)
-    vectors = [key for key, shape in shapes.items() if len(shape) == 1][:40:4]
+    own = {key: shape for key, shape in shapes.items() if key.startswith("diffusion_model.")}
+    vectors = [key for key, shape in own.items() if len(shape) == 1][:40:4]
     biases = [f"diffusion_model.{path}.bias" for path in WEIGHTS[family]]
-    for index, key in enumerate(sorted({*vectors, *biases} & shapes.keys())):
+    for index, key in enumerate(sorted({*vectors, *biases} & own.keys())):
         first[key] = ("diff", (random(*shapes[key], seed=seed + index) * 0.1,))
-    for key, shape in shapes.items():
+    for key, shape in own.items():
         if len(shape) > 3:  # of a convolution
             first[key] = ("diff", (random(*shape, seed=seed) * 0.1,))
             second[key] = convolution(shape, seed)
