@@ -209,7 +209,7 @@ class TwoModels(comfy.samplers.CFGGuider):
             self._negative.cleanup()
 
     def predict_noise(
-        self, x: torch.Tensor, timestep: torch.Tensor, model_options: Any = None, **_: Any
+        self, x: torch.Tensor, timestep: torch.Tensor, model_options: Any = None, _seed: Any = None
     ) -> torch.Tensor:
         halves = [
             comfy.samplers.calc_cond_batch(model, [self.conds[name]], x, timestep, model_options)[0]
