@@ -70,4 +70,4 @@ def test_no_node_lies_on_another(template: Path) -> None:
             assert apart or y + height + 40 <= y2 or y2 + height2 + 40 <= y  # and a title
     heights = {node["type"]: node["size"][1] for node in nodes}
     assert heights["TPLoadDiffusionModel"] >= 262
-    assert heights["TPSampler"] >= 346
+    assert heights.get("TPSampler", 346) >= 346  # some have a stock sampler
