@@ -50,6 +50,9 @@ def _call(module: Any, inputs: dict[str, Any]) -> Callable[[], torch.Tensor]:
     if "cap_feats" in takes:  # one picture at a time, the time backwards
         images, texts, times = list(x.unsqueeze(2)), list(text), 1 - inputs["timesteps"]
         return lambda: -torch.stack(module(images, times, texts, return_dict=False)[0]).squeeze(2)
+    if "encoder_hidden_states_image" in takes:  # videos as they are
+        times = inputs["timesteps"]
+        return lambda: module(x, times, text, return_dict=False)[0]
     rows, columns = x.shape[-2] // 2, x.shape[-1] // 2
     # Patches of 2 x 2 are tokens; a token is channels, rows, columns.
     patches = x.reshape(batch, -1, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .block_patches import skipped_blocks
+from .origins import is_exact_attention
 from .unsupported import python_code_in_options, unknown_argument
 
 # Keys of transformer_options that ComfyUI and its nodes use around the model, never inside it;
@@ -30,6 +31,7 @@ _LOCAL_OPTIONS = frozenset(
     }
 )
 _LOCAL_PREFIXES = ("multigpu_",)
+_ATTENTION = "optimized_attention_override"
 
 _ABSENT = (None, {}, [])
 
@@ -43,12 +45,12 @@ def remote_inputs(bound: inspect.BoundArguments, known: frozenset[str]) -> dict[
     Raises:
         UnsupportedFeatureError: something that only works inside ComfyUI's process.
     """
-    named = _by_name(bound)
+    named = _by_name(bound, known)
     x_name, timesteps_name = list(bound.signature.parameters)[:2]
     inputs = {"x": named.pop(x_name), "timesteps": named.pop(timesteps_name)}
     options = named.pop("transformer_options", None) or {}
     plain_options = _plain_options(options)
-    skipped = skipped_blocks(options, known)
+    skipped = skipped_blocks(options, known, has_references=bool(named.get("ref_latents")))
     if skipped:
         plain_options["skip_blocks"] = skipped
     for name, value in named.items():
@@ -58,12 +60,16 @@ def remote_inputs(bound: inspect.BoundArguments, known: frozenset[str]) -> dict[
     return inputs | {"transformer_options": plain_options}
 
 
-def _by_name(bound: inspect.BoundArguments) -> dict[str, Any]:
-    """All arguments by name, those of `**kwargs` among the others."""
+def _by_name(bound: inspect.BoundArguments, known: frozenset[str]) -> dict[str, Any]:
+    """All arguments by name, those of `**kwargs` among the others if the model reads them.
+
+    Wan's 5B is given `denoise_mask`, which was made timesteps before and its forward swallows.
+    """
     named = dict(bound.arguments)
     for parameter in bound.signature.parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
-            named.update(named.pop(parameter.name, {}))
+            more = named.pop(parameter.name, {})
+            named.update({name: value for name, value in more.items() if name in known})
     return named
 
 
@@ -92,6 +98,8 @@ def _plain_options(options: Mapping[Any, Any], where: str = "") -> dict[str, Any
     for key, value in options.items():
         if not where and (key in _LOCAL_OPTIONS or str(key).startswith(_LOCAL_PREFIXES)):
             continue
+        if key == _ATTENTION and is_exact_attention(value):
+            continue
         item = _plain_option(value, f"{where}{key}")
         if _is_absent(item):
             continue
@@ -107,7 +115,7 @@ def _plain_option(value: Any, where: str) -> Any:
     if isinstance(value, list | tuple):
         return [_plain_option(item, where) for item in value]
     if callable(value):
-        raise python_code_in_options(where)
+        raise python_code_in_options(where, value)
     return _plain_leaf(value)[1]
 
 

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.gpu
 PATCHED = {
     "z_image": ("attention.qkv", "feed_forward.w2", "feed_forward.w1"),
     "flux": ("img_attn.qkv", "txt_mlp.2", "img_mlp.0"),
+    "flux2": ("img_attn.qkv", "linear1", "img_mlp.0"),
     "qwen_image": ("attn.to_k", "img_mlp.net.2", "txt_mlp.net.0.proj"),
 }
 

@@ -5,7 +5,7 @@ with the prefix that full checkpoints carry taken off.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,15 +37,15 @@ class CheckpointFile:
     @classmethod
     @contextmanager
     def open(
-        cls, path: str, names_of: NamesOf, one_row: tuple[str, ...] = ()
+        cls, path: str, names_of: NamesOf, axes: Mapping[str, int] | None = None
     ) -> Iterator["CheckpointFile"]:
         """Raises CheckpointError if the file is missing, cut short or not of its format.
 
         ``path`` may also be a diffusers folder, which then looks like the ComfyUI file, by the
-        names that ``names_of`` gives its tensors. ``one_row``: see ``GGUFFile``.
+        names that ``names_of`` gives its tensors. ``axes``: see ``GGUFFile``.
         """
         kind = _format(path)
-        given = {"DiffusersFolder": (names_of,), "GGUFFile": (one_row,)}.get(kind.__name__, ())
+        given = {"DiffusersFolder": (names_of,), "GGUFFile": (axes,)}.get(kind.__name__, ())
         try:
             with kind(path, *given) as file:
                 yield cls(file)

@@ -156,12 +156,15 @@ class ShardedForward:
         """
         if self._reduction is not None and optimising():
             return tokens, self._reduction(products, tokens, epilogue)
+        updates = [linear(x) for linear, x in products]
+        if late := epilogue.num_late:
+            updates += updates.pop().tensor_split((-late,), dim=1)
         found = []
         start = 0
-        for stream, (linear, x) in enumerate(products):
-            here = tokens[:, start : start + x.shape[1]]
-            found.append(residual_norm(here, linear(x), epilogue.of_stream(stream)))
-            start += x.shape[1]
+        for stream, update in enumerate(updates):
+            here = tokens[:, start : start + update.shape[1]]
+            found.append(residual_norm(here, update, epilogue.of_stream(stream)))
+            start += update.shape[1]
         if len(found) == 1:
             return found[0]
         joined, normed = (torch.cat(same, dim=1) for same in zip(*found, strict=True))
@@ -204,7 +207,13 @@ class ShardedForward:
                 if not declared.optional:
                     raise InputError(f"{self.label} needs the model input {name}.")
                 continue
-            for tensor in inputs[name] if declared.many else (inputs[name],):
+            tensors = inputs[name] if declared.many else (inputs[name],)
+            if declared.at_most is not None and len(tensors) > declared.at_most:
+                raise InputError(
+                    f"{self.label} takes up to {declared.at_most} {declared.what.lower()}; got "
+                    f"{len(tensors)}. Remove some of the nodes that add them."
+                )
+            for tensor in tensors:
                 named = self._named_axes(declared, tensor, lengths)
                 if name == "x":
                     lengths = named
@@ -214,8 +223,11 @@ class ShardedForward:
     ) -> dict[str, int]:
         """The axes of a tensor by name. Raises InputError if they are not as declared."""
         shape = tuple(tensor.shape)
-        fits = len(shape) == len(declared.axes)
-        pairs = list(zip(declared.axes, shape, strict=False))
+        axes = declared.axes
+        if len(shape) == len(declared.or_axes):
+            axes = declared.or_axes
+        fits = len(shape) == len(axes)
+        pairs = list(zip(axes, shape, strict=False))
         fits &= all(length == axis[1] for axis, length in pairs if isinstance(axis, tuple))
         if not fits:
             raise InputError(

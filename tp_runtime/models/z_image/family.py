@@ -106,4 +106,8 @@ FAMILY = Family(
     published=ZImageSizes(30, 128, 10240, 30, 2, 2560, 16, 1024, TOKEN_MULTIPLE),
     small=ZImageSizes(30, 16, 1280, 2, 2, 64, 16, 480, TOKEN_MULTIPLE),
     comfyui_class="ZImage",
+    refused_inputs={
+        "ref_latents": "reference images, for Z-Image Omni",
+        "attention_mask": "a mask over the tokens of captions of different lengths",
+    },
 )

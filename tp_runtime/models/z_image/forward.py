@@ -56,6 +56,9 @@ class Forward(ShardedForward):
         x: torch.Tensor,
         context: torch.Tensor,
         num_tokens: int | None = None,  # noqa: ARG002  (ComfyUI passes it, the model has no use)
+        clip_text_pooled: torch.Tensor | None = None,  # noqa: ARG002  (nor for this one)
+        ref_contexts: Sequence[torch.Tensor] = (),  # noqa: ARG002  (with ref_latents only)
+        siglip_feats: Sequence[torch.Tensor] = (),  # noqa: ARG002  (with ref_latents only)
         transformer_options: Mapping[str, Any] | None = None,
     ) -> Conditioning:
         """``caption`` (B, L, D): refined caption ``context`` (B, L, cap_feat_dim), padded.
