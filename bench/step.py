@@ -121,6 +121,7 @@ def _with_noise(
         exact = runtime.model(
             ModelSpec.of(str(path), "float32", "float32", "off"), GroupConfig.local(1)
         )
+        exact.ensure_loaded()
         return {
             key: dataclasses.replace(
                 case,
@@ -239,7 +240,7 @@ def _time_steps(remote: RemoteModel, runtime: Runtime, case: Case, steps: int) -
         "ms_hop": round(statistics.median(hops), 2),
         "first_s": round(first / 1000, 1),
         "weights_gib": round(
-            max(sum(m["resident_bytes"] for m in r["models"].values()) for r in ranks) / GIB, 2
+            max(sum(m["resident_bytes"] for m in r["models"].values()) for r in ranks) / GIB, 3
         ),
         "peak_gib": round(max(r["memory"].get("peak_bytes", 0) for r in ranks) / GIB, 2),
     }

@@ -141,12 +141,12 @@ def _become_rank(
     """Make this process the rank's own; returns what the rank is told."""
     folder = printable(Path(f"/proc/self/fd/{log_fd}").readlink().parent)
     os.close(log_fd)
+    setproctitle(f"tp_runtime.rank.worker: rank {config.rank} of {config.num_ranks} in {folder}")
     for name, value in config.environment:
         if value is None:
             os.environb.pop(name, None)
         else:
             os.environb[name] = value
-    setproctitle(f"tp_runtime.rank.worker: rank {config.rank} of {config.num_ranks} in {folder}")
     gc.enable()
     return msgspec.structs.replace(
         config,
@@ -213,6 +213,10 @@ def _check_can_fork() -> None:
 def main() -> None:
     """Be the server of the socket on the command line; in what it forks, be a rank."""
     gc.disable()  # an eighth of the imports' time: they make hardly anything but what stays
+    # Before the imports: setproctitle finds the command line's memory in front of that of the first
+    # variable of the environment, which an import may replace (1.3.8, src/spt_setup.c). Then
+    # neither this process nor a rank could have a title.
+    setproctitle("tp_runtime.rank.fork_server")
     try:
         _import_all()
         _check_can_fork()
