@@ -14,6 +14,7 @@ import torch
 
 from .block_patches import skipped_blocks
 from .native_code import NativeCode
+from .origins import is_exact_attention
 from .unsupported import python_code_in_options, unknown_argument, unknown_option
 
 _PATCHES = ("patches", "patches_replace")  # of which `skip_blocks` is sent
@@ -48,13 +49,17 @@ def remote_inputs(
             if not _is_absent(plain):
                 inputs[name] = plain
     plain_options = dict(_plain_options(given_options, code, options))
-    if skipped := skipped_blocks(given_options, code.words):
+    has_references = bool(named.get("ref_latents"))
+    if skipped := skipped_blocks(given_options, code.words, has_references):
         plain_options["skip_blocks"] = skipped
     return inputs | {"transformer_options": plain_options}
 
 
 def _by_name(bound: inspect.BoundArguments, code: NativeCode) -> dict[str, Any]:
-    """All arguments by name; of those in `**kwargs`, the ones that the model looks for."""
+    """All arguments by name; of those in `**kwargs`, the ones that the model looks for.
+
+    Wan's 5B is given `denoise_mask`, which was made timesteps before and its forward swallows.
+    """
     named = dict(bound.arguments)
     for parameter in bound.signature.parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
@@ -97,8 +102,10 @@ def _plain_options(
         value = options.get(name)
         if value is None:
             continue
+        if callable(value) and is_exact_attention(value):
+            continue
         if callable(value):
-            raise python_code_in_options(name)
+            raise python_code_in_options(name, value)
         if not isinstance(value, Mapping) or name not in supported:
             raise unknown_option(name, value)
         known = {key: number for key, number in value.items() if key in code.words}

@@ -8,18 +8,26 @@ it finds under the names that it knows; the rest has no effect on it.
 from collections.abc import Mapping
 from typing import Any
 
+from .origins import is_of_reference_cache
 from .unsupported import python_code_in_options, unknown_option
 
 
-def skipped_blocks(options: Mapping[Any, Any], known: frozenset[str]) -> dict[str, list[int]]:
+def skipped_blocks(
+    options: Mapping[Any, Any], known: frozenset[str], has_references: bool
+) -> dict[str, list[int]]:
     """The blocks that nodes have the model leave out: kind, such as "double_block" → indices.
+
+    `has_references`: whether this evaluation is given reference images.
 
     Raises:
         UnsupportedFeatureError: the model, which knows the names `known`, would call other code.
     """
     for place, functions in _by_place(options, "patches", known).items():
-        if not isinstance(functions, list | tuple) or functions:
-            raise python_code_in_options(f"patches.{place}")
+        if not isinstance(functions, list | tuple):
+            raise unknown_option(f"patches.{place}", functions)
+        for function in functions:
+            if has_references or not is_of_reference_cache(function):
+                raise python_code_in_options(f"patches.{place}", function)
     skipped: dict[str, list[int]] = {}
     for place, functions in _by_place(options, "patches_replace", known).items():
         if not isinstance(functions, Mapping):
@@ -29,7 +37,7 @@ def skipped_blocks(options: Mapping[Any, Any], known: frozenset[str]) -> dict[st
                 continue
             kind, index = block[:2]
             if place != "dit" or not _returns_its_arguments(function):
-                raise python_code_in_options(f"patches_replace.{place}.{kind}.{index}")
+                raise python_code_in_options(f"patches_replace.{place}.{kind}.{index}", function)
             if len(block) == 2 and isinstance(index, int):
                 skipped.setdefault(kind, []).append(index)
     return {kind: sorted(indices) for kind, indices in skipped.items()}

@@ -13,8 +13,12 @@ from ..tp_runtime.client import InputError, RemoteModel
 from .arguments import remote_inputs
 from .native_code import NativeCode
 from .together import Meeting
-from .unsupported import code_in_model, gradients, other_compute_dtype
+from .unsupported import code_in_model, gradients, other_compute_dtype, refused_input
 from .weights import patched_by_module
+
+# How reference images are placed where a caption does not say it: an attribute of native models (of
+# FLUX's `params`) that nodes may set (FluxKVCache).
+REFERENCE_METHOD = "default_ref_method"
 
 
 class RemoteDiffusionModel(torch.nn.Module):
@@ -72,24 +76,35 @@ class RemoteDiffusionModel(torch.nn.Module):
         for name, module in self.skeleton.named_modules():
             if is_compiled(module):
                 continue
-            replaced = _is_foreign(vars(module).get("forward"), type(module).forward)
-            if replaced or module._forward_hooks or module._forward_pre_hooks:
-                raise code_in_model(name)
+            forward = vars(module).get("forward")
+            hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+            if _is_foreign(forward, type(module).forward):
+                raise code_in_model(name, forward)
+            if hooks:
+                raise code_in_model(name, hooks[0])
 
     def _check_methods(self) -> None:
         # `forward` itself is called, and hooks on this module are.
         for name in self._native_methods & vars(self).keys() - {"forward"}:
             if _is_foreign(vars(self)[name], getattr(type(self.skeleton), name)):
-                raise code_in_model(name)
+                raise code_in_model(name, vars(self)[name])
 
     def _forward_on_ranks(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         self._check_methods()  # some nodes replace them during an evaluation
         bound = self.native_signature.bind(*args, **kwargs)
-        sizes = self.remote.info.sizes
+        family, sizes = self.remote.info.family, self.remote.info.sizes
         inputs = remote_inputs(bound, self.native_code, sizes.unused_inputs, sizes.options)
+        for name, attribute in family.used_with.items():
+            if not hasattr(self.skeleton, attribute):
+                inputs.pop(name, None)
+        for name in inputs.keys() & family.refused_inputs.keys():
+            raise refused_input(self.remote.info.label, name, family.refused_inputs[name])
+        method = self._reference_method()
+        if method is not None and "ref_latents" in inputs:
+            inputs.setdefault("ref_latents_method", method)
         x: torch.Tensor = inputs["x"]
         self._check(x, inputs)
-        meeting = Meeting.of_this_thread()
+        meeting = Meeting.of_this_thread(self.remote)
         if meeting is not None:
             result = meeting.evaluate(inputs)
         else:
@@ -97,6 +112,11 @@ class RemoteDiffusionModel(torch.nn.Module):
                 inputs, poll=comfy.model_management.throw_exception_if_processing_interrupted
             )
         return result.to(device=x.device, dtype=x.dtype)
+
+    def _reference_method(self) -> str | None:
+        holders = (self, getattr(self, "params", None))
+        found = [getattr(holder, REFERENCE_METHOD, None) for holder in holders]
+        return next((method for method in found if method is not None), None)
 
     def _check(self, x: torch.Tensor, inputs: Mapping[str, Any]) -> None:
         dtype = str(x.dtype).removeprefix("torch.")

@@ -16,6 +16,7 @@ from ..tp_runtime.client import GroupStartError
 
 _PYTHON = "TensorParallel.Runtime.Python"
 _DEVICES = "TensorParallel.Runtime.Devices"
+_KEEP_READY = "TensorParallel.Runtime.KeepReady"
 _TRIES, _WRITING_S = 3, 0.05
 
 
@@ -40,6 +41,11 @@ def python_setting() -> str | None:
             "such as /home/me/tp-runtime/bin/python. Change it in ComfyUI's settings, or clear it."
         )
     return str(path)
+
+
+def keep_ready_setting() -> bool:
+    """Whether what the GPU processes are forked from runs from ComfyUI's start on."""
+    return _stored().get(_KEEP_READY) is True
 
 
 def devices_setting() -> str:

@@ -135,6 +135,12 @@ def _assign_tensors(
     strange = [
         name for name in tensors if name not in own or own[name].shape != tensors[name].shape
     ] + sorted(extra.keys() & own.keys())
+    for name in info.family.newer.keys() & set(strange):
+        variant, version = info.family.newer[name]
+        raise CheckpointError(
+            f"{info.path} is a {variant} file (it has the tensor {name}), which this ComfyUI does "
+            f"not know. Update ComfyUI: {version} knows it."
+        )
     if strange:
         raise CheckpointError(
             f"This ComfyUI builds {info.label} differently from the file {info.path}: "

@@ -8,15 +8,15 @@ With ``settings``, the only place where the package reads environment variables 
                                waits for, is given up (default 300)
 ``TP_RUNTIME_CALL_TIMEOUT``    seconds until a computing group is given up (default 600);
                                less in evaluations whose time is known (``evaluation_times``)
-``TP_RUNTIME_HOST_RESERVE``    share of the host's memory that sleeping models leave free
-                               (default 0.125)
+``TP_RUNTIME_HOST_RESERVE``    share of the memory, of the host or its container, that sleeping
+                               models leave free (default 0.125)
 ``TP_RUNTIME_ATTENTION``       the ranks' attention on GPUs: auto (measured; the default), flash3,
                                cudnn, or sdpa (torch's choice)
 ``TP_RUNTIME_FAMILIES``        packages with more families of models, by spaces; on the PYTHONPATH
 ``TP_RUNTIME_LOG_LEVEL``       level of the ranks' logs (default INFO)
 ``TP_RUNTIME_RAY_ADDRESS``     Ray cluster, host:port, for groups that run on one (default:
                                one that is started on this machine for each group)
-``TP_RUNTIME_HOME``            folder for logs, rendezvous files and what ranks compile
+``TP_RUNTIME_HOME``            folder for logs and what ranks compile
                                (default: the user's state folder)
 =============================  ==========================================================
 """
@@ -30,6 +30,7 @@ from typing import Literal, get_args
 import msgspec
 
 from .errors import CheckpointError, DeviceError, TPRuntimeError
+from .reasons import printable
 from .settings import PACKAGE as PACKAGE
 from .settings import home as home
 from .settings import runtime_python as runtime_python
@@ -96,7 +97,7 @@ def fault_file() -> str:
 
 
 def host_reserve() -> float:
-    """Share of the host's memory, 0 to 1, that models which sleep there must leave free."""
+    """Share of the memory, 0 to 1, that models which sleep there must leave free."""
     text = os.environ.get("TP_RUNTIME_HOST_RESERVE", "0.125")
     try:
         share = float(text)
@@ -294,6 +295,11 @@ class ModelSpec(msgspec.Struct, frozen=True):
         optimize: Optimize = "auto",
     ) -> "ModelSpec":
         """The spec of the file as it is on disk now. Raises CheckpointError if it is not there."""
+        if path != printable(path):
+            raise CheckpointError(
+                f"The path of the model file {path} is no UTF-8, so that the ranks cannot be told "
+                "it. Rename the file, or the folder that it is in."
+            )
         try:
             version = file_version(path)
         except FileNotFoundError as error:
@@ -305,8 +311,10 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     """Everything that a rank is told at its start.
 
     ``local_rank``: index of its GPU among those that it sees. ``environment``: changes to the
-    environment that it starts in; None removes a variable. The file descriptors are the rank's
-    own; it learns of them when it gets them. ``mirrored``: its exchange memory is not the engine's.
+    environment that it starts in, as bytes, since names and values may be no UTF-8; None removes a
+    variable. The file descriptors are the rank's own, and so is the ``rendezvous`` of ranks of one
+    machine; it learns of them when it gets them. ``mirrored``: its exchange memory is not the
+    engine's.
     """
 
     rank: int
@@ -314,12 +322,12 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     tp_size: int
     batch_groups: int
     device: str
-    rendezvous: str
     num_threads: int
     log_level: str
+    rendezvous: str = ""
     fault_file: str = ""
     attention: AttentionKernel = "auto"
-    environment: dict[str, str | None] = {}
+    environment: list[tuple[bytes, bytes | None]] = []
     control_fd: int = -1
     exchange_fd: int = -1
     mirrored: bool = False

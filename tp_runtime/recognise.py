@@ -75,8 +75,8 @@ def open_checkpoint(path: str) -> Iterator[CheckpointFile]:
     """
     tables = [family.published.table for family in families().values()]
     shapes = [item for table in tables for item in table.file_tensors.items()]
-    one_row = tuple(name for name, shape in shapes if shape[0] == 1 and len(shape) == 2)
-    with CheckpointFile.open(path, _names_in_folder, partial(_names_alone, path), one_row) as file:
+    axes = {name: len(shape) for name, shape in shapes if shape[0] == 1}
+    with CheckpointFile.open(path, _names_in_folder, partial(_names_alone, path), axes) as file:
         yield file
 
 
@@ -151,7 +151,7 @@ def _names_in_folder(path: str, settings: Settings) -> FileNames:
     for setting, variant in family.variants.items():
         if settings.get(setting):
             raise CheckpointError(
-                f"This is a {variant} folder (its {CONFIG} sets {setting}), which cannot be split "
+                f"This is {variant} (its {CONFIG} sets {setting}), which cannot be split "
                 "yet. Load the model with stock nodes."
             )
     try:

@@ -30,3 +30,10 @@ def remote() -> Iterator[Remote]:
 
     yield load
     runtime.release()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The cases of a subclass of ``parity.suite.ParityTests``."""
+    if "sized" in metafunc.fixturenames:
+        sized = metafunc.cls.cases.sized
+        metafunc.parametrize("sized", sized, ids=[f"{size}-{name}" for size, name in sized])

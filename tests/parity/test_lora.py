@@ -10,9 +10,10 @@ import torch
 from parity import test_flux, test_qwen_image, test_z_image
 from parity.conftest import FP32_TOLERANCE, relative_error
 
+from support.inputs import make_inputs
 from support.native import import_comfy, native_patcher
 from support.pack import pack_module
-from support.tiny_models import Fp8Layout, write_fp8, write_tiny
+from support.tiny_models import Fp8Layout, tiny, write_fp8, write_tiny
 from tp_runtime.client import GroupConfig, ModelSpec, RemoteModel, Runtime, inspect_checkpoint
 from tp_runtime.client.engine import Engine
 from tp_runtime.wire.protocol import Request
@@ -22,7 +23,9 @@ pytestmark = pytest.mark.process
 INPUTS: dict[str, dict[str, Any]] = {
     "z_image": test_z_image.make_inputs(1, 9, 8, 20),
     "flux": test_flux.make_inputs(references=((9, 8),)),
+    "flux2": make_inputs(tiny("flux2"), references=((9, 8),)),
     "qwen_image": test_qwen_image.make_inputs(references=((9, 8),)),
+    "wan": make_inputs(tiny("wan"), frames=2, height=5, width=6, time_scale=1000.0),
 }
 # Family → one weight of every style: fused, column, row, gathered, replicated; a norm, a bias.
 WEIGHTS = {
@@ -36,11 +39,26 @@ WEIGHTS = {
         *("double_blocks.1.img_mlp.0", "double_blocks.1.txt_mlp.2", "single_blocks.0.linear1"),
         *("single_blocks.1.linear2", "single_blocks.0.modulation.lin", "final_layer.linear"),
     ),
+    "flux2": (
+        *("double_blocks.0.img_attn.qkv", "double_blocks.0.txt_attn.proj", "img_in"),
+        *("double_blocks.1.img_mlp.0", "double_blocks.1.txt_mlp.2", "single_blocks.0.linear1"),
+        *("single_blocks.1.linear2", "single_stream_modulation.lin", "final_layer.linear"),
+    ),
     "qwen_image": (
         *("transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_v", "txt_in", "img_in"),
         *("transformer_blocks.0.attn.to_out.0", "transformer_blocks.1.attn.add_k_proj"),
         *("transformer_blocks.1.img_mlp.net.0.proj", "transformer_blocks.1.txt_mlp.net.2"),
         *("transformer_blocks.0.img_mod.1", "proj_out"),
+    ),
+    "wan": (
+        *(
+            "blocks.0.self_attn.q",
+            "blocks.0.self_attn.o",
+            "blocks.0.cross_attn.k",
+            "blocks.1.ffn.2",
+        ),
+        *("blocks.1.ffn.0", "time_projection.1", "blocks.1.cross_attn.o", "text_embedding.2"),
+        *("head.head", "blocks.1.self_attn.v"),
     ),
 }
 KINDS = ("lora", "dora", "loha", "lokr", "glora", "oft", "diff")
@@ -96,6 +114,17 @@ def change(kind: str, shape: tuple[int, ...], seed: int) -> Any:
     return classes[kind](set(), factors)
 
 
+def convolution(shape: tuple[int, ...], seed: int) -> Any:
+    """A LoRA of a convolution's weight."""
+    import comfy.weight_adapter
+
+    rows, *kernel = shape
+    factors = random(rows, 4, *(len(kernel) - 1) * (1,), seed=seed), random(4, *kernel, seed=seed)
+    return comfy.weight_adapter.LoRAAdapter(
+        set(), (factors[0], 0.1 * factors[1], 2.0, *3 * (None,))
+    )
+
+
 def make_patches(patcher: Any, family: str, seed: int = 0) -> list[tuple[Patch, float]]:
     """Two sets of patches with their strengths: several kinds, parts of weights, norms, biases."""
     shapes = {k: tuple(v.shape) for k, v in patcher.model.state_dict().items()}
@@ -107,9 +136,15 @@ def make_patches(patcher: Any, family: str, seed: int = 0) -> list[tuple[Patch, 
         rows, columns = shapes[key]
         part = (0, rows // 3, rows // 3)  # k of a fused q, k, v
         second[(key, part)] = change("lora", (rows // 3, columns), seed + 50 + index)
-    vectors = [key for key, shape in shapes.items() if len(shape) == 1][:40:4]
-    for index, key in enumerate(vectors):
+    own = {key: shape for key, shape in shapes.items() if key.startswith("diffusion_model.")}
+    vectors = [key for key, shape in own.items() if len(shape) == 1][:40:4]
+    biases = [f"diffusion_model.{path}.bias" for path in WEIGHTS[family]]
+    for index, key in enumerate(sorted({*vectors, *biases} & own.keys())):
         first[key] = ("diff", (random(*shapes[key], seed=seed + index) * 0.1,))
+    for key, shape in own.items():
+        if len(shape) > 3:  # of a convolution
+            first[key] = ("diff", (random(*shape, seed=seed) * 0.1,))
+            second[key] = convolution(shape, seed)
     return [(first, 0.8), (second, -0.6)]
 
 
@@ -158,8 +193,8 @@ def test_apply_change_remove(
     inputs = INPUTS[family]
     path = write_tiny(family, tmp_path / "model.safetensors")
     patcher = native_patcher(path)
-    if tp_size == 4 and family == "flux":
-        tp_size = 5  # which pads its 24 heads
+    if tp_size == 4 and family in ("flux", "flux2"):
+        tp_size = 5  # which pads their 24 heads
     remote = on_ranks(runtime, path, tp_size)
     before = digests(runtime, remote)
     plain = remote.evaluate(inputs)

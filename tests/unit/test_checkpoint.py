@@ -238,7 +238,14 @@ def test_a_tensor_of_another_shape(changed: Changed) -> None:
 
 
 SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
-    family: tiny_shapes(family, **one_block(family)) for family in ("z_image", "flux", "qwen_image")
+    family: tiny_shapes(family, **one_block(family))
+    for family in (
+        "z_image",
+        "flux",
+        "flux2",
+        "qwen_image",
+        "wan",
+    )
 }
 
 

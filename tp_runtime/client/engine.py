@@ -40,11 +40,15 @@ class Engine:
     """
 
     def __init__(self, config: GroupConfig, launcher: Launcher | None = None) -> None:
+        """Raises TPRuntimeError: the system has no memory or no open files left for it."""
         self.config = config
         self._sender = TensorSender()
-        self.processes = RankProcesses(
-            config, launcher or launcher_of(config), self._sender.exchange
-        )
+        exchange = self._sender.exchange
+        try:
+            self.processes = RankProcesses(config, launcher or launcher_of(config), exchange)
+        except TPRuntimeError:
+            exchange.close()
+            raise
         self._evaluation_times = EvaluationTimes()
         self._numbers = itertools.count(1)
         self._turn = threading.Lock()  # held by the caller whose request is under way

@@ -1,11 +1,13 @@
 """How a group failed, as the error that a person sees."""
 
+import contextlib
 import logging
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from ..config import PACKAGE, GroupConfig
+from .. import reasons
+from ..config import GroupConfig
 from ..errors import (
     CallTimeoutError,
     GroupDiedError,
@@ -16,6 +18,7 @@ from ..errors import (
     RankMemoryError,
     TPRuntimeError,
 )
+from ..tools.doctor import how_to_have_runtime
 from ..wire.exchange import dtype_name
 from ..wire.protocol import Failed
 from .launch.launcher import Rank
@@ -43,8 +46,14 @@ def not_started(
     tail = tails[blamed.index if blamed else 0]
     return GroupStartError(
         f"The process group of {config.num_ranks} {config.device.upper()} ranks did not start: "
-        f"{error} Runtime Python: {config.python}. The log ends:\n{tail}"
+        f"{advised(str(error), tail)} Runtime Python: {config.python}. The log ends:\n{tail}"
     )
+
+
+def advised(sentence: str, log: str) -> str:
+    """The sentence, and what to do about what the log shows, if it does not say so itself."""
+    what_to_do = reasons.advice(log)
+    return sentence if what_to_do in sentence else f"{sentence} {what_to_do}"
 
 
 def no_python(config: GroupConfig, error: OSError) -> GroupStartError:
@@ -52,8 +61,22 @@ def no_python(config: GroupConfig, error: OSError) -> GroupStartError:
     packages = "ray, vllm" if config.where == "ray" else "vllm"
     return GroupStartError(
         f"The runtime's Python {config.python!r} could not be started: {error}. "
-        f"Set TP_RUNTIME_PYTHON to a Python that has {packages} and diffusers installed."
+        + (
+            reasons.advice(str(error))
+            or f"Set TP_RUNTIME_PYTHON to a Python that has {packages} and diffusers installed."
+        )
     )
+
+
+@contextlib.contextmanager
+def on_ray() -> Iterator[None]:
+    """What the system refuses in the body ends as a GroupStartError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise GroupStartError(
+            f"A process group on Ray could not be started: {reasons.of(error)}"
+        ) from error
 
 
 def no_fork_server(config: GroupConfig, error: BaseException, log: str) -> GroupStartError:
@@ -61,8 +84,8 @@ def no_fork_server(config: GroupConfig, error: BaseException, log: str) -> Group
     logger.error("the fork server:\n%s", log)
     return GroupStartError(
         _lacking(config, [log])
-        or f"The process that imports what the ranks need {error}. Runtime Python: "
-        f"{config.python}. The log ends:\n{log}"
+        or f"The process that imports what the ranks need {advised(f'{error}.', log)} "
+        f"Runtime Python: {config.python}. The log ends:\n{log}"
     )
 
 
@@ -71,8 +94,7 @@ def _lacking(config: GroupConfig, logs: Sequence[str]) -> str | None:
     found = next(filter(None, map(_IMPORT_ERROR.search, logs)), None)
     return found and (
         f"The runtime's Python {config.python} cannot import what the ranks need ({found[0]}). "
-        f"Install it with: {config.python} -m pip install '{PACKAGE.parent}[runtime]', or set "
-        "TP_RUNTIME_PYTHON to a Python that has vllm and diffusers."
+        f"{how_to_have_runtime(config.python)}"
     )
 
 
@@ -108,8 +130,9 @@ def rank_error(config: GroupConfig, rank: Rank, failed: Failed, doing: str | Non
     if _NO_MEMORY.search(f"{failed.kind}: {failed.message}"):
         return _no_memory(config, rank, failed, doing)
     return RankError(
-        f"Rank {rank.index} raised {failed.kind}{_during(doing)}: {failed.message} The group "
-        f"was ended; the next request starts a new one. Log: {rank.log_path}"
+        f"Rank {rank.index} raised {failed.kind}{_during(doing)}: "
+        f"{advised(failed.message, failed.message)} The group was ended; the next request starts "
+        f"a new one. Log: {rank.log_path}"
     )
 
 

@@ -134,4 +134,8 @@ class RemoteModel:
         if wait:
             self._group.sleep(self.name, poll)
         else:
-            threading.Thread(target=self._group.sleep, args=(self.name,), daemon=True).start()
+            sleeping = threading.Thread(target=self._group.sleep, args=(self.name,), daemon=True)
+            try:
+                sleeping.start()
+            except RuntimeError:  # there are too many threads: then now
+                self._group.sleep(self.name, poll)

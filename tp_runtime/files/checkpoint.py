@@ -6,7 +6,7 @@ unpickled. Names are ComfyUI's, with the prefix that full checkpoints carry take
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,16 +60,16 @@ class CheckpointFile:
         path: str,
         names_of: NamesOf,
         names_alone: NamesAlone = lambda _: None,
-        one_row: tuple[str, ...] = (),
+        axes: Mapping[str, int] | None = None,
     ) -> Iterator["CheckpointFile"]:
         """Raises CheckpointError if the file is missing, cut short or not of its format.
 
         ``path`` may also be a diffusers folder, which then looks like the ComfyUI file, by the
         names that ``names_of`` gives its tensors; or a single file of one, which has the names that
-        ``names_alone`` gives. ``one_row``: see ``GGUFFile``.
+        ``names_alone`` gives. ``axes``: see ``GGUFFile``.
         """
         kind = _format(path)
-        given = {"DiffusersFolder": (names_of,), "GGUFFile": (one_row,)}.get(kind.__name__, ())
+        given = {"DiffusersFolder": (names_of,), "GGUFFile": (axes,)}.get(kind.__name__, ())
         try:
             with kind(path, *given) as file:
                 alone = isinstance(file, SafetensorsFile) and names_alone(file.tensors)

@@ -20,6 +20,9 @@ from .layers import Heads, attention, project, rotated_heads
 
 NORM_EPS = 1e-6
 
+# From normed tokens to the row-parallel linear that ends an MLP, with its input.
+FeedForward = Callable[[torch.Tensor], Product]
+
 # ComfyUI's name of the kind of a block, "double_block" or "single_block", and its number.
 BlockName = tuple[str, int]
 
@@ -41,19 +44,24 @@ def heads_of(qkv: torch.Tensor, norm_q: Any, norm_k: Any) -> Heads:
 
 @dataclass(frozen=True)
 class BlockInputs:
-    """What every block of an evaluation is given beside its tokens. Text comes first."""
+    """What every block of an evaluation is given beside its tokens. Text comes first.
+
+    ``num_late``: the last tokens of the image that have a modulation of their own.
+    """
 
     num_text: int
     rotation: torch.Tensor
     mask: torch.Tensor | None = None
     limit: bool = False
+    num_late: int = 0
 
 
 @dataclass(frozen=True)
 class Block:
     """A block to evaluate. ``modulation`` (S, B, n, D): its own, the first norm's shift and scale
-    first. ``parts``: from normed tokens to the row-parallel linears that end its attention and its
-    MLP, or both at once; with each the index of its gate, and of the next norm's shift, if any.
+    first; of text, image and late tokens, or fewer where they are the same. ``parts``: from normed
+    tokens to the row-parallel linears that end its attention and its MLP, or both at once; with
+    each the index of its gate, and of the next norm's shift, if any.
     """
 
     name: BlockName
@@ -61,8 +69,17 @@ class Block:
     parts: tuple[tuple[Callable[[torch.Tensor, BlockInputs], list[Product]], int], ...]
 
 
+def gelu_feed_forward(feed_forward: Any) -> FeedForward:
+    """Of diffusers' ``FeedForward`` with GELU, by tanh."""
+    up, down = feed_forward.net[0].proj, feed_forward.net[2]
+    return lambda x: (down, project(up, x, gelu=True))
+
+
 def dual_block(
-    name: BlockName, modulation: torch.Tensor, attend: Any, feed_forwards: tuple[Any, Any]
+    name: BlockName,
+    modulation: torch.Tensor,
+    attend: Any,
+    feed_forwards: tuple[FeedForward, FeedForward],
 ) -> Block:
     """One with two streams, which meet in attention. ``feed_forwards``: of text and image."""
 
@@ -78,10 +95,7 @@ def dual_block(
 
     def mlp(normed: torch.Tensor, given: BlockInputs) -> list[Product]:
         streams = normed[:, : given.num_text], normed[:, given.num_text :]
-        return [
-            (feed_forward.net[2], project(feed_forward.net[0].proj, x, gelu=True))
-            for feed_forward, x in zip(feed_forwards, streams, strict=True)
-        ]
+        return [of(x) for of, x in zip(feed_forwards, streams, strict=True)]
 
     return Block(name, modulation, ((attended, 2), (mlp, 5)))
 
@@ -106,9 +120,10 @@ def run_blocks(
     norms = [*(block.modulation[..., :2, :] for block in blocks), last_norm]
     tokens = torch.cat((text, image), dim=1)
     _add_residuals(tokens, residuals[0], given.num_text)
-    first = norms[0].expand(2, -1, -1, -1).unbind(2)
-    ends = (slice(None, given.num_text), slice(given.num_text, None))
-    streams = [modulate(tokens[:, end], *of) for end, *of in zip(ends, *first, strict=True)]
+    cuts = [given.num_text, *([-given.num_late] if given.num_late else [])]
+    stretches = tokens.tensor_split(cuts, dim=1)
+    first = norms[0].expand(len(stretches), -1, -1, -1).unbind(2)
+    streams = [modulate(one, *of) for one, *of in zip(stretches, *first, strict=True)]
     normed = torch.cat(streams, dim=1)
     for block, next_norm, of_control in zip(blocks, norms[1:], residuals[1:], strict=True):
         for part, gate in block.parts:
@@ -116,17 +131,20 @@ def run_blocks(
             is_last = part is block.parts[-1][0]
             if is_last:  # the join after it only adds to the tokens
                 _add_residuals(tokens, of_control, given.num_text)
+            num_streams = len(products) + bool(given.num_late)
+            own = block.modulation[-num_streams:]  # all the same but for the late tokens'
             shift_and_scale = (
-                next_norm if is_last else block.modulation[..., gate + 1 : gate + 3, :]
+                next_norm[-num_streams:] if is_last else own[..., gate + 1 : gate + 3, :]
             )
-            shift, scale = shift_and_scale.expand(len(products), -1, -1, -1).unbind(2)
+            shift, scale = shift_and_scale.expand(num_streams, -1, -1, -1).unbind(2)
             epilogue = Epilogue(
                 NORM_EPS,
-                block.modulation[..., gate, :],
+                own[..., gate, :],
                 "layer",
                 scale,
                 shift,
                 limit=given.limit and is_last,
+                num_late=given.num_late,
             )
             tokens, normed = forward.join(products, tokens, epilogue)
     return normed[:, given.num_text :]
@@ -147,17 +165,17 @@ def gathered_modulation(
 # --- patches and positions ---------------------------------------------------------------------
 
 
-def pack_patches(x: torch.Tensor) -> torch.Tensor:
-    """Patches of 2 x 2 as tokens: (B, C, H, W) → (B, L, 4·C); odd sizes are padded circularly."""
-    x = F.pad(x, (0, x.shape[-1] % 2, 0, x.shape[-2] % 2), mode="circular")
-    patches = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # B C h 2 w 2
+def pack_patches(x: torch.Tensor, patch: int = 2) -> torch.Tensor:
+    """Square patches as tokens: (B, C, H, W) → (B, L, C·patch²), padded circularly."""
+    x = F.pad(x, (0, -x.shape[-1] % patch, 0, -x.shape[-2] % patch), mode="circular")
+    patches = x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # B C h p w p
     return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
-def unpack_patches(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """(B, L, 4·C) → (B, C, height, width), the inverse of ``pack_patches``."""
-    rows = -(-height // 2)
-    patches = tokens.unflatten(2, (-1, 2, 2)).unflatten(1, (rows, -1))  # B h w C 2 2
+def unpack_patches(tokens: torch.Tensor, height: int, width: int, patch: int = 2) -> torch.Tensor:
+    """(B, L, C·patch²) → (B, C, height, width), the inverse of ``pack_patches``."""
+    rows = -(-height // patch)
+    patches = tokens.unflatten(2, (-1, patch, patch)).unflatten(1, (rows, -1))  # B h w C p p
     x = patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
     return x[:, :, :height, :width]
 
@@ -176,12 +194,14 @@ def reference_positions(
     method: str,
     size: tuple[int, int],
     along: Callable[[int, int], torch.Tensor],
+    patch: int = 2,
+    step: float = 1.0,
 ) -> list[torch.Tensor]:
     """Positions of reference latents beside an image of ``size`` (height, width).
 
-    ``method`` is one of: ``"index"`` and ``"negative_index"``, one behind another; ``"uxo"``,
-    diagonally below the image; ``"offset"``, side by side on one plane. ``along(start, length)``:
-    positions along an axis of the patches of so many latent rows.
+    ``method`` is one of: ``"index"`` and ``"negative_index"``, one behind another, ``step``
+    apart; ``"uxo"``, diagonally below the image; ``"offset"``, side by side on one plane.
+    ``along(start, length)``: positions along an axis of the patches of so many latent rows.
     """
     (height, width), found = size, []
     down = right = 0
@@ -189,16 +209,19 @@ def reference_positions(
         rows, columns = reference.shape[-2:]
         index, top, left = 0.0, 0, 0
         if method in ("index", "negative_index"):
-            index = float(count if method == "index" else -count)
+            index = step * (count if method == "index" else -count)
         elif method == "uxo":
-            top, left = height + height % 2 + down, width + width % 2 + right
+            top, left = height + -height % patch + down, width + -width % patch + right
             down, right = down + rows, right + columns
         else:
             assert method == "offset", method
             index = 1.0
             top, left = (0, right) if rows + down > columns + right else (down, 0)
             down, right = max(down, rows + top), max(right, columns + left)
-        y, x = along((top + 1) // 2, rows), along((left + 1) // 2, columns)
+        y, x = (
+            along((start + patch // 2) // patch, length)
+            for start, length in ((top, rows), (left, columns))
+        )
         found.append(grid_positions(index, y, x))
     return found
 

@@ -32,9 +32,10 @@ class Input:
     """A tensor that the model is given. ``axes``: those of the same name as one of ``x`` are equal.
 
     ``what``: in the plural, as it begins a sentence. ``advice``: where it has another shape.
-    ``many``: a list of such tensors. ``optional``: the model also computes without it. ``usual``:
-    lengths of axes that the model does not fix, for benchmarks. ``axes`` empty: the forward knows.
-    ``kind``: in the dtype that is computed in; a number, in any float dtype; or a mask, also bool.
+    ``many``: a list of such tensors, ``at_most`` so many. ``optional``: the model also computes
+    without it. ``usual``: lengths of axes that the model does not fix, for benchmarks. ``or_axes``:
+    of another shape that the model also takes. ``axes`` empty: the forward knows. ``kind``: in the
+    dtype that is computed in; a number, in any float dtype; a mask, also bool; or in any dtype.
     """
 
     what: str
@@ -42,22 +43,26 @@ class Input:
     advice: str = ""
     optional: bool = False
     many: bool = False
+    at_most: int | None = None
     usual: Mapping[str, int] = field(default_factory=dict)
-    kind: Literal["computed", "number", "mask"] = "computed"
+    or_axes: tuple[Axis, ...] = ()
+    kind: Literal["computed", "number", "mask", "any"] = "computed"
 
     def __str__(self) -> str:
         unnamed = ("channels", "frames")  # of latents, whose shapes people know by their order
-        axes = [
-            axis
-            if isinstance(axis, str)
-            else f"at least {axis.length} {axis.name}"
-            if isinstance(axis, AtLeast)
-            else str(axis[1])
-            if axis[0] in unnamed
-            else f"{axis[0]} {axis[1]}"
-            for axis in self.axes
-        ]
-        return f"({', '.join(axes)})" if len(axes) > 1 else f"({axes[0]},)"
+
+        def name(axis: Axis) -> str:
+            if isinstance(axis, str):
+                return axis
+            if isinstance(axis, AtLeast):
+                return f"at least {axis.length} {axis.name}"
+            return str(axis[1]) if axis[0] in unnamed else f"{axis[0]} {axis[1]}"
+
+        def shape(axes: tuple[Axis, ...]) -> str:
+            names = list(map(name, axes))
+            return f"({', '.join(names)})" if len(names) > 1 else f"({names[0]},)"
+
+        return " or ".join(map(shape, (self.axes, self.or_axes) if self.or_axes else (self.axes,)))
 
 
 TIMESTEPS = Input("Timesteps", ("batch",), kind="number")
@@ -108,10 +113,10 @@ class Geometry:
         advice = f"Use an empty latent node for {self.channels}-channel latents."
         return Input("Latents", (*self._first_axes(), "height", "width"), advice)
 
-    def references(self) -> Input:
+    def references(self, at_most: int | None = None) -> Input:
         """Latents of pictures that the model looks at, of sizes of their own."""
         axes = (*self._first_axes(), "rows", "columns")
-        return Input("Reference latents", axes, optional=True, many=True)
+        return Input("Reference latents", axes, optional=True, many=True, at_most=at_most)
 
     def _first_axes(self) -> tuple[Axis, ...]:
         frames: Axis = "frames" if self.num_frames is None else ("frames", self.num_frames)
@@ -279,10 +284,14 @@ class Family:
     ``name``: in settings and records; ``label``: for people, and ``models`` those that are known to
     be of it. ``signature``: tensors that together only files of the family have. ``variants``: what
     only a variant has which cannot be split yet, a tensor of its file or a setting of its
-    config.json that is true → what the variant is called. ``comfyui_class``: of ComfyUI's
-    supported_models, where ComfyUI recognises only the published sizes. ``published`` and
-    ``small``: sizes of the released model, and of one with its structure for tests.
-    ``text_tokens``: of a usual caption, for benchmarks.
+    config.json that is true → what the variant is called. ``newer``: tensors that older releases of
+    ComfyUI do not know → the variant that has them, and a release that does. ``used_with``: an
+    input of the model → the attribute that ComfyUI's class has in the releases that use it.
+    ``refused_inputs``: what ComfyUI's class takes and the forward here does not, by its name there
+    → what it is. ``comfyui_class``: of ComfyUI's supported_models, where ComfyUI finds only the
+    published sizes. ``published`` and ``small``: sizes of the released model, and of one with its
+    structure for tests. ``text_tokens``: of a usual caption, and ``extents``: width, height and
+    frames of what is usually made, for benchmarks.
     """
 
     name: str
@@ -294,8 +303,12 @@ class Family:
     published: Sizes
     small: Sizes
     variants: Mapping[str, str] = field(default_factory=dict)
+    newer: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    used_with: Mapping[str, str] = field(default_factory=dict)
     comfyui_class: str | None = None
     text_tokens: int = 64
+    extents: tuple[tuple[int, int, int], ...] = ((1024, 1024, 1), (2048, 2048, 1))
+    refused_inputs: Mapping[str, str] = field(default_factory=dict)
 
     def forward(self) -> Any:
         """The family's subclass of ``models.forward.ShardedForward``. For ranks only."""

@@ -152,12 +152,15 @@ class ShardedForward:
         """
         if self._reduction is not None and optimising():
             return tokens, self._reduction(products, tokens, epilogue)
+        updates = [linear(x) for linear, x in products]
+        if late := epilogue.num_late:
+            updates += updates.pop().tensor_split((-late,), dim=1)
         found = []
         start = 0
-        for stream, (linear, x) in enumerate(products):
-            here = tokens[:, start : start + x.shape[1]]
-            found.append(residual_norm(here, linear(x), epilogue.of_stream(stream)))
-            start += x.shape[1]
+        for stream, update in enumerate(updates):
+            here = tokens[:, start : start + update.shape[1]]
+            found.append(residual_norm(here, update, epilogue.of_stream(stream)))
+            start += update.shape[1]
         if len(found) == 1:
             return found[0]
         joined, normed = (torch.cat(same, dim=1) for same in zip(*found, strict=True))

@@ -43,7 +43,13 @@ def checked_inputs(
             if not one.optional:
                 raise InputError(f"{label} needs the model input {name}.")
             continue
-        for tensor in _tensors(label, name, one, given[name]):
+        tensors = _tensors(label, name, one, given[name])
+        if one.at_most is not None and len(tensors) > one.at_most:
+            raise InputError(
+                f"{label} takes up to {one.at_most} {one.what.lower()}; got {len(tensors)}. Remove "
+                "some of the nodes that add them."
+            )
+        for tensor in tensors:
             _check_kind(label, one, tensor, compute_dtype)
             named = _named_axes(label, one, tensor, lengths)
             if name == "x":
@@ -69,6 +75,7 @@ def _check_kind(label: str, declared: Input, tensor: torch.Tensor, compute_dtype
         "computed": dtype == compute_dtype,
         "number": tensor.is_floating_point(),
         "mask": dtype in ("bool", compute_dtype),
+        "any": True,
     }[declared.kind]
     if not fits:
         allowed = {"computed": compute_dtype, "number": "a float dtype"}
@@ -91,14 +98,13 @@ def _named_axes(
     shape = tuple(tensor.shape)
     if not declared.axes:
         return {}
-    fits = len(shape) == len(declared.axes)
-    fits = fits and all(map(_axis_fits, declared.axes, shape))
-    if not fits:
+    axes = declared.or_axes if len(shape) == len(declared.or_axes) else declared.axes
+    if len(shape) != len(axes) or not all(map(_axis_fits, axes, shape)):
         raise InputError(
             f"{declared.what} of {label} have the shape {declared}; got {shape}."
             f"{' ' * bool(declared.advice)}{declared.advice}"
         )
-    pairs = zip(declared.axes, shape, strict=True)
+    pairs = zip(axes, shape, strict=True)
     named = {axis: length for axis, length in pairs if isinstance(axis, str)}
     for axis, length in named.items():
         if lengths.get(axis, length) == length:

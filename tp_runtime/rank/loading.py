@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -64,6 +64,9 @@ def load_model(
     compute_dtype, weight_dtype = dtype_of(spec.compute_dtype), dtype_of(spec.weight_dtype)
     with torch.device("meta"):
         model = nn.Module.to(kind.build(info.sizes), compute_dtype)
+    for name in table.exact:
+        parameter = model.get_parameter(name)
+        parameter.data = parameter.data.float()
     model.requires_grad_(False)
     sharding = Sharding.of(model, table.plan)
     scaled = _scaled_layers(sharding.layers, table.sources, info)
@@ -75,11 +78,13 @@ def load_model(
     model.to_empty(device=device)
     with open_checkpoint(spec.path) as file:
         reach("load")
-        reader = _Reader(file, info.scales, weight_dtype)
+        exact = {table.places[name].name for name in table.exact}
+        reader = _Reader(file, info.scales, weight_dtype, exact)
         with _copier(device, tp_size) as copy:
             _fill(model, parts_of(rank), reader, copy, report_progress)
         stored = {
-            name: StoredWeight(tensor.shape, weight_dtype) for name, tensor in info.tensors.items()
+            name: StoredWeight(tensor.shape, torch.float32 if name in exact else weight_dtype)
+            for name, tensor in info.tensors.items()
         }
         for layer in sharding.layers:
             if layer.path in scaled:
@@ -136,11 +141,16 @@ class _Reader:
     """Reads parts as a parameter holds them: rounded to the weights' dtype, or with a scale."""
 
     def __init__(
-        self, file: CheckpointFile, scales: Mapping[str, str], weight_dtype: torch.dtype
+        self,
+        file: CheckpointFile,
+        scales: Mapping[str, str],
+        weight_dtype: torch.dtype,
+        exact: Collection[str],
     ) -> None:
         self._file = file
         self._scales = scales
         self._weight_dtype = weight_dtype
+        self._exact = exact
 
     def scale(self, weight: str) -> float:
         """The number that the stored values are to be multiplied by."""
@@ -150,14 +160,14 @@ class _Reader:
     def read(self, part: Part, with_scale: bool) -> torch.Tensor:
         """The part's values; ``with_scale``: multiplied, and rounded as all weights are.
 
-        ComfyUI rounds everything to the weights' dtype, also what it computes with in another.
+        ComfyUI rounds everything to the weights' dtype but what it holds in fp32 (``exact``).
         """
         data = self._file.read(part.source, part.rows, part.columns)
         if not with_scale:
             return data
         if part.source in self._scales:
             data = data.float() * self.scale(part.source)
-        return data.to(self._weight_dtype)
+        return data.to(torch.float32 if part.source in self._exact else self._weight_dtype)
 
 
 @contextlib.contextmanager

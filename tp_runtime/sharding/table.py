@@ -49,13 +49,15 @@ class Linear:
 class Tensor:
     """A parameter that is no linear's, or several, by ``{a,b}`` in both names; ``file`` as above.
 
-    ``split``: how its only axis is dealt out; None: every rank holds all of it.
+    ``split``: how its only axis is dealt out; None: every rank holds all of it. ``exact``: held in
+    fp32, whatever the model computes in.
     """
 
     ours: str
     file: str
     shape: Shape
     split: Split | None = None
+    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,17 +87,19 @@ class Stack:
 class Table:
     """All tensors of a model: those outside of blocks, and stacks of blocks in their order.
 
-    ``unused``: names and shapes of what files may have and nothing computes with.
+    ``unused``: names and shapes of what files may have and nothing computes with. ``markers``: of
+    tensors without values, by which ComfyUI knows which variant a file is of.
     """
 
     rows: tuple[TableRow, ...]
     stacks: tuple[Stack, ...]
     unused: Mapping[str, Shape] = field(default_factory=dict)
+    markers: Mapping[str, Shape] = field(default_factory=dict)
 
     @cached_property
     def file_tensors(self) -> dict[str, Shape]:
         """Name and shape of every tensor of the file."""
-        shapes: dict[str, Shape] = {}
+        shapes = dict(self.markers)
         for _, prefix, row in self._all_rows():
             files = expanded(row.file or row.ours)
             if isinstance(row, Tensor):
@@ -141,6 +145,16 @@ class Table:
             for ours, _, row in self._all_rows()
             if isinstance(row, Linear) and row.swapped
             for kind in ("weight", "bias")
+        )
+
+    @cached_property
+    def exact(self) -> frozenset[str]:
+        """Parameters that are held in fp32, whatever the model computes in."""
+        return frozenset(
+            ours + name
+            for ours, _, row in self._all_rows()
+            if isinstance(row, Tensor) and row.exact
+            for name in expanded(row.ours)
         )
 
     @cached_property

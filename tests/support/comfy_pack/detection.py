@@ -44,6 +44,13 @@ def _correct_flux(config: dict[str, Any], weights: StateDict, prefix: str) -> di
     }
 
 
+def _correct_flux2(config: dict[str, Any], weights: StateDict, prefix: str) -> dict[str, Any]:
+    norm = f"{prefix}double_blocks.0.img_attn.norm.query_norm."
+    head_dim = next(weights[norm + n] for n in ("scale", "weight") if norm + n in weights).shape[0]
+    heads = config["hidden_size"] // head_dim
+    return config | {"num_heads": heads, "axes_dim": [head_dim // 4] * 4}
+
+
 def _correct_qwen_image(config: dict[str, Any], weights: StateDict, prefix: str) -> dict[str, Any]:
     head_dim = weights[f"{prefix}transformer_blocks.0.attn.norm_q.weight"].shape[0]
     return config | {
@@ -51,6 +58,13 @@ def _correct_qwen_image(config: dict[str, Any], weights: StateDict, prefix: str)
         "attention_head_dim": head_dim,
         "joint_attention_dim": weights[f"{prefix}txt_norm.weight"].shape[0],
         "axes_dims_rope": _axes_dims(head_dim),
+    }
+
+
+def _correct_wan(config: dict[str, Any], weights: StateDict, prefix: str) -> dict[str, Any]:
+    return config | {
+        "num_heads": config["dim"] // (16 if config["dim"] % 128 else 128),
+        "text_dim": weights[f"{prefix}text_embedding.0.weight"].shape[1],
     }
 
 
@@ -64,7 +78,9 @@ def _axes_dims(head_dim: int) -> list[int]:
 _CORRECTIONS: dict[str, Callable[[dict[str, Any], StateDict, str], dict[str, Any]]] = {
     "lumina2": _correct_z_image,
     "flux": _correct_flux,
+    "flux2": _correct_flux2,
     "qwen_image": _correct_qwen_image,
+    "wan2.1": _correct_wan,
 }
 
 

@@ -21,6 +21,7 @@ from ..dual_stream import (
     check_method,
     dual_block,
     gathered_modulation,
+    gelu_feed_forward,
     grid_positions,
     heads_of,
     pack_patches,
@@ -61,8 +62,10 @@ class Forward(DualStreamForward):
         """
         check_method(self.label, ref_latents, ref_latents_method, REFERENCE_METHODS)
         rope_options = option(transformer_options, "rope_options")
-        positions = _positions(x, context, ref_latents, ref_latents_method, rope_options)
-        mask = None if attention_mask is None else _mask(attention_mask, x.shape[0], len(positions))
+        positions = positions_of(x, context, ref_latents, ref_latents_method, rope_options)
+        mask = None
+        if attention_mask is not None:
+            mask = mask_of(attention_mask, x.shape[0], len(positions))
         if y is None:
             y = x.new_zeros(x.shape[0], self.sizes.vector_dim)
         embedders = self.model.time_text_embed
@@ -116,7 +119,12 @@ class Forward(DualStreamForward):
         )
         last_norm = model.norm_out.linear(activated).unflatten(-1, (2, -1))[None]
         blocks = [
-            dual_block(("double_block", i), modulation, block.attn, (block.ff_context, block.ff))
+            dual_block(
+                ("double_block", i),
+                modulation,
+                block.attn,
+                (gelu_feed_forward(block.ff_context), gelu_feed_forward(block.ff)),
+            )
             for i, (block, modulation) in enumerate(
                 zip(doubles, of_doubles.unflatten(0, (-1, 2)), strict=True)
             )
@@ -153,17 +161,22 @@ def _attended_and_gelu(attended: torch.Tensor, mlp: torch.Tensor) -> torch.Tenso
     return torch.cat((attended, F.gelu(mlp, approximate="tanh")), dim=-1)
 
 
-def _positions(
+def positions_of(
     x: torch.Tensor,
     context: torch.Tensor,
     references: Sequence[torch.Tensor],
     method: str,
     options: Mapping[str, float],
+    patch: int = 2,
+    step: float = 1.0,
 ) -> torch.Tensor:
-    """Positions (L, 3) of text (all zero), image and references. ``options`` move the image."""
+    """Positions (L, 3) of text (all zero), image and references. ``options`` move the image.
+
+    ``patch``: latent rows and columns of a token; ``step``: from one reference to the next.
+    """
 
     def along(start: float, size: int, scale: float = 1.0) -> torch.Tensor:
-        steps = -(-size // 2)
+        steps = -(-size // patch)
         end = start + (steps - 1) * scale
         return torch.linspace(start, end, steps, dtype=torch.float32, device=x.device)
 
@@ -172,11 +185,11 @@ def _positions(
     y = along(options.get("shift_y", 0.0), height, options.get("scale_y", 1.0))
     x_axis = along(options.get("shift_x", 0.0), width, options.get("scale_x", 1.0))
     image = grid_positions(options.get("shift_t", 0.0), y, x_axis)
-    others = reference_positions(references, method, (height, width), along)
+    others = reference_positions(references, method, (height, width), along, patch, step)
     return torch.cat([text, image, *others])
 
 
-def _mask(mask: torch.Tensor, batch: int, num_tokens: int) -> torch.Tensor:
+def mask_of(mask: torch.Tensor, batch: int, num_tokens: int) -> torch.Tensor:
     """(L, L), (B, L, L) or (B, 1, L, L) → four axes, as ComfyUI's attention understands them."""
     if mask.ndim == 2:
         mask = mask[None]

@@ -1,0 +1,234 @@
+"""Wan 2.1 and 2.2 (text and image to video, 5B, VACE, Fun): its files, sizes and split.
+
+Module: diffusers' ``WanTransformer3DModel`` (0.42, models/transformers/transformer_wan.py).
+File: ComfyUI's ``WanModel`` (0.3.75, comfy/ldm/wan/model.py).
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import ClassVar
+
+from ...sharding.plan import QKV, Column, MergedColumn, Replicated, Row, Split
+from ...sharding.table import IMAGE, PROMPT, TEXT, Attention, Linear, Stack, Table, TableRow, Tensor
+from .. import family as of
+from ..family import Family, Geometry, Input, Reader, Shapes, Sizes, size
+
+TIME_CHANNELS = 256
+PATCH = (1, 2, 2)
+CAMERA_DOWNSCALE = 8  # pixels of a camera's path along a side of a latent's
+_WIDTH = "head.modulation"
+_VACE, _CAMERA = "vace_patch_embedding", "control_adapter"
+
+
+def _head_dim(shapes: Shapes) -> int:
+    """128 in every published model, which the file does not say; 16 in narrower ones, for tests."""
+    return 16 if shapes[_WIDTH][2] % 128 else 128
+
+
+def _where_present(tensor: str, axis: int, per: int = 1) -> Reader:
+    """How long an axis of a tensor is, as ``of.length``; None in files without the tensor."""
+    return lambda shapes: shapes[tensor][axis] // per if tensor in shapes else None
+
+
+@dataclass(frozen=True)
+class WanSizes(Sizes):
+    """``image_dim``: of the CLIP features that a model looks at. ``image_positions``: how many of
+    them have a learned position (first and last frame). ``reference_channels``: of the picture that
+    goes before the first frame (Fun Control). ``vace_channels``: of control videos, which go
+    through ``vace_blocks`` of their own. ``camera_channels``: of a camera's path (Fun Camera). None
+    where a model has no such input.
+    """
+
+    to_diffusers: ClassVar = "image_dim added_kv_proj_dim pos_embed_seq_len=image_positions"
+    to_comfyui: ClassVar = "num_heads text_dim=context_dim"
+    plain_inputs, options = ("vace_strength",), ("rope_options",)
+    num_heads: int = size(lambda s: s[_WIDTH][2] // _head_dim(s), "num_attention_heads")
+    head_dim: int = size(_head_dim, "attention_head_dim")
+    mlp_dim: int = size(of.length("blocks.0.ffn.0.weight"), "ffn_dim")
+    num_blocks: int = size(of.blocks("blocks"), "num_layers")
+    in_channels: int = size(of.length("patch_embedding.weight", 1), "in_channels")
+    out_channels: int = size(of.length("head.head.weight", per=4), "out_channels")
+    context_dim: int = size(of.length("text_embedding.0.weight", 1), "text_dim")
+    image_dim: int | None = size(
+        _where_present("img_emb.proj.1.weight", 1), lambda s: s.get("image_dim")
+    )
+    image_positions: int | None = size(
+        _where_present("img_emb.emb_pos", 1), lambda s: s.get("pos_embed_seq_len")
+    )
+    reference_channels: int | None = size(_where_present("ref_conv.weight", 1), lambda _: None)
+
+    vace_blocks: int = size(of.blocks("vace_blocks"), lambda _: 0)
+    vace_channels: int | None = size(_where_present(f"{_VACE}.weight", 1), lambda _: None)
+    camera_channels: int | None = size(
+        _where_present(f"{_CAMERA}.conv.weight", 1, per=CAMERA_DOWNSCALE**2), lambda _: None
+    )
+
+    @property
+    def added_kv_proj_dim(self) -> int | None:
+        """Width of CLIP's features in the blocks: the model's, where it takes any."""
+        return self.dim if self.image_dim else None
+
+    @property
+    def axes_dims(self) -> tuple[int, ...]:
+        """Features of a head that turn with frame, row and column: 44, 42, 42 of 128."""
+        along = 2 * (self.head_dim // 6)
+        return self.head_dim - 2 * along, along, along
+
+    @property
+    def geometry(self) -> Geometry:
+        downscale = 16 if self.out_channels == 48 else 8  # 48 channels: the autoencoder of Wan 2.2
+        return Geometry(
+            self.in_channels, self.out_channels, video=True, downscale=downscale, patch=PATCH
+        )
+
+    @property
+    def inputs(self) -> dict[str, Input]:
+        times = of.TIMESTEPS
+        if not self.vace_channels and not self.camera_channels:
+            times = replace(times, or_axes=("batch", "times"))
+        more = ("batch", ("channels", self.in_channels), "more frames", "height", "width")
+        found = {
+            "timesteps": times,
+            "context": of.captions(self.context_dim),
+            "time_dim_concat": Input("Latents of more frames", more, optional=True),
+        }
+        if self.image_dim:
+            axes = ("batch", "patches", ("width", self.image_dim))
+            advice = "Use the CLIP vision model that belongs to the model."
+            found["clip_fea"] = Input(
+                "CLIP vision features", axes, advice, optional=True, usual={"patches": 257}
+            )
+        if self.reference_channels:
+            picture = ("batch", ("channels", self.reference_channels), "rows", "columns")
+            found["reference_latent"] = Input("Reference latents", picture, optional=True)
+        if self.vace_channels:
+            size_of = ("channels", self.vace_channels), "control frames", "rows", "columns"
+            found["vace_context"] = Input("Control videos", ("batch", "videos", *size_of))
+        if self.camera_channels:
+            path = (
+                ("channels", self.camera_channels),
+                "camera frames",
+                "pixel rows",
+                "pixel columns",
+            )
+            found["camera_conditions"] = Input("Camera paths", ("batch", *path), optional=True)
+        return found
+
+    @cached_property
+    def table(self) -> Table:
+        dim, kernel, gathered = self.dim, PATCH, Column(gather=True)
+        heads, units = Split(self.num_heads, self.head_dim), (self.head_dim, self.head_dim)
+        qkv = QKV("to_qkv", self.head_dim, self.num_heads, self.num_heads)
+        column, row = Column((heads,)), Row((heads,))
+        outside: tuple[TableRow, ...] = (
+            Tensor("patch_embedding.weight", "", (dim, self.in_channels, *kernel), exact=True),
+            Tensor("patch_embedding.bias", "", (dim,), exact=True),
+            *_embedder("time_embedder", "time_embedding", TIME_CHANNELS, dim),
+            *_embedder("text_embedder", "text_embedding", self.context_dim, dim),
+            Linear(f"{_OUTSIDE}.time_proj", "time_projection.1", gathered, dim, 6 * dim),
+            Linear("proj_out", "head.head", Replicated(), dim, 4 * self.out_channels),
+            Tensor("scale_shift_table", "head.modulation", (1, 2, dim)),
+        )
+        block: tuple[TableRow, ...] = (
+            Linear("attn1.{to_q,to_k,to_v}", "self_attn.{q,k,v}", qkv, dim, 3 * (dim,), IMAGE),
+            Linear("attn1.to_out.0", "self_attn.o", row, dim, dim, IMAGE),
+            Linear("attn2.to_q", "cross_attn.q", column, dim, dim, IMAGE),
+            Linear(
+                "attn2.{to_k,to_v}",
+                "cross_attn.{k,v}",
+                MergedColumn("to_kv", units),
+                dim,
+                2 * (dim,),
+                PROMPT,
+            ),
+            Linear("attn2.to_out.0", "cross_attn.o", row, dim, dim, IMAGE),
+            Linear("ffn.net.0.proj", "ffn.0", Column(), dim, self.mlp_dim, IMAGE),
+            Linear("ffn.net.2", "ffn.2", Row(), self.mlp_dim, dim, IMAGE),
+            Tensor("attn1.norm_{q,k}.weight", "self_attn.norm_{q,k}.weight", (dim,), heads),
+            Tensor("attn2.norm_{q,k}.weight", "cross_attn.norm_{q,k}.weight", (dim,), heads),
+            Tensor("norm2.{weight,bias}", "norm3.{weight,bias}", (dim,)),
+            Tensor("scale_shift_table", "modulation", (1, 6, dim)),
+        )
+        attentions = Attention(heads, IMAGE, IMAGE), Attention(heads, IMAGE, TEXT)
+        if self.image_dim:
+            outside += self._of_pictures(self.image_dim)
+            added = MergedColumn("to_added_kv", units)
+            names = "attn2.{add_k_proj,add_v_proj}", "cross_attn.{k_img,v_img}"
+            block += (
+                Linear(*names, added, dim, 2 * (dim,), PROMPT),
+                Tensor("attn2.norm_added_k.weight", "cross_attn.norm_k_img.weight", (dim,), heads),
+            )
+        if self.reference_channels:
+            shape = dim, self.reference_channels, *kernel[1:]
+            outside += Tensor("ref_conv.weight", "", shape), Tensor("ref_conv.bias", "", (dim,))
+        if self.camera_channels:
+            outside += self._of_cameras(self.camera_channels * CAMERA_DOWNSCALE**2)
+        stacks = [Stack("blocks", "blocks", self.num_blocks, block, attentions)]
+        if self.vace_channels:
+            outside += (
+                Tensor(f"{_VACE}.weight", "", (dim, self.vace_channels, *kernel), exact=True),
+                Tensor(f"{_VACE}.bias", "", (dim,), exact=True),
+                Linear("vace_blocks.0.proj_in", "vace_blocks.0.before_proj", gathered, dim, dim),
+            )
+            block += (Linear("proj_out", "after_proj", gathered, dim, dim, IMAGE),)
+            stacks.append(Stack("vace_blocks", "vace_blocks", self.vace_blocks, block, attentions))
+        return Table(outside, tuple(stacks))
+
+    def _of_cameras(self, channels: int) -> tuple[TableRow, ...]:
+        """The convolutions of a camera's path, which run once a generation, on every rank."""
+        dim, blocks = self.dim, f"{_CAMERA}.residual_block"
+        convolutions = [(f"{blocks}.conv{n}", f"{blocks}s.0.conv{n}") for n in (1, 2)]
+        return (
+            Tensor(f"{_CAMERA}.conv.weight", "", (dim, channels, *PATCH[1:])),
+            Tensor(f"{_CAMERA}.conv.bias", "", (dim,)),
+            *(
+                Tensor(f"{ours}.weight", f"{file}.weight", (dim, dim, 3, 3))
+                for ours, file in convolutions
+            ),
+            *(Tensor(f"{ours}.bias", f"{file}.bias", (dim,)) for ours, file in convolutions),
+        )
+
+    def _of_pictures(self, width: int) -> tuple[TableRow, ...]:
+        """What prepares CLIP's features for the blocks."""
+        ours, file, dim = f"{_OUTSIDE}.image_embedder", "img_emb.proj", self.dim
+        rows: tuple[TableRow, ...] = (
+            Tensor(f"{ours}.norm1.{{weight,bias}}", f"{file}.0.{{weight,bias}}", (width,)),
+            Linear(f"{ours}.ff.net.0.proj", f"{file}.1", Column(), width, width),
+            Linear(f"{ours}.ff.net.2", f"{file}.3", Row(), width, dim),
+            Tensor(f"{ours}.norm2.{{weight,bias}}", f"{file}.4.{{weight,bias}}", (dim,)),
+        )
+        if self.image_positions:
+            shape = 1, self.image_positions, width
+            rows += (Tensor(f"{ours}.pos_embed", "img_emb.emb_pos", shape),)
+        return rows
+
+
+_OUTSIDE = "condition_embedder"
+
+
+def _embedder(ours: str, file: str, inputs: int, dim: int) -> tuple[Linear, ...]:
+    path = f"{_OUTSIDE}.{ours}.linear"
+    first = Linear(f"{path}_1", f"{file}.0", Column(), inputs, dim)
+    return first, Linear(f"{path}_2", f"{file}.2", Row(), dim, dim)
+
+
+FAMILY = Family(
+    name="wan",
+    label="Wan",
+    models=("2.1", "2.2", "2.2 5B", "VACE", "Fun Control", "Fun Camera"),
+    sizes=WanSizes,
+    signature=("head.modulation", "blocks.0.cross_attn.norm_q.weight", "patch_embedding.weight"),
+    diffusers_class="WanTransformer3DModel",
+    published=WanSizes(40, 128, 13824, 40, 16, 16, 4096, None, None, None, 0, None, None),
+    small=WanSizes(20, 16, 640, 2, 16, 16, 64, None, None, None, 0, None, None),
+    variants={
+        "casual_audio_encoder.encoder.final_linear.weight": "Wan S2V",
+        "audio_proj.audio_proj_glob_1.layer.bias": "HuMo",
+        "face_adapter.fuser_blocks.0.k_norm.weight": "Wan Animate",
+        "patch_embedding_mask.weight": "SCAIL-2",
+        "patch_embedding_pose.weight": "SCAIL",
+        "patch_embedding_global.weight": "WanDancer",
+    },
+    text_tokens=512,
+    extents=((832, 480, 81), (1280, 720, 81)),
+)
