@@ -237,8 +237,10 @@ def shard_of(folder: Path) -> Path:
             "says that x is in diffusion_pytorch_model-00002",
         ),
         (
-            lambda folder: edit_json(folder / "config.json", _class_name="WanTransformer3DModel"),
-            "'WanTransformer3DModel', which cannot be split yet",
+            lambda folder: edit_json(
+                folder / "config.json", _class_name="CogVideoXTransformer3DModel"
+            ),
+            "'CogVideoXTransformer3DModel', which cannot be split yet",
         ),
         (lambda folder: edit_json(folder / "config.json", n_layers=10**9), "n_layers=1000000000"),
         (lambda folder: edit_json(folder / "config.json", dim="wide"), "that is no size"),

@@ -41,6 +41,7 @@ import sys
 sys.path.append({tests!r})
 sys.argv = sys.argv[2:]
 exec(sys.argv[0].rpartition("runpy.run_module(")[0])  # all but running the server
+sys.argv[0] = __file__  # which the server's title says
 
 from process import light_rank
 from tp_runtime.rank import fork_server

@@ -216,7 +216,7 @@ def main() -> None:
     # Before the imports: setproctitle finds the command line's memory in front of that of the first
     # variable of the environment, which an import may replace (1.3.8, src/spt_setup.c). Then
     # neither this process nor a rank could have a title.
-    setproctitle("tp_runtime.rank.fork_server")
+    setproctitle(f"tp_runtime.rank.fork_server: {sys.argv[0]}")
     try:
         _import_all()
         _check_can_fork()
