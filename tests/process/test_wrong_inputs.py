@@ -5,6 +5,7 @@ The group, and all that it has loaded, stays. The cases are made of what each fa
 
 import inspect
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from process.conftest import cpu_group
 from safetensors.torch import load_file, save_file
 
+from bench.extents import Extent
 from bench.inputs import make_inputs
 from support.tiny_models import tiny, write_tiny
 from tp_runtime.client import InputError, ModelSpec, RemoteModel, Runtime, TPRuntimeError
@@ -38,7 +40,7 @@ def loaded(runtime: Runtime, path: Path, dtype: str = "float32") -> RemoteModel:
 def good(family: str) -> dict[str, Any]:
     """Of every declared input one that fits, references included."""
     sizes = tiny(family)
-    inputs = make_inputs(family, sizes, 64, 1)
+    inputs = make_inputs(family, sizes, Extent(64, 64), 1)
     references = [inputs["x"].clone()]
     inputs |= {name: references for name, one in sizes.all_inputs.items() if one.many}
     return {
@@ -52,7 +54,9 @@ def wrong(declared: Input, right: torch.Tensor) -> Iterator[tuple[str, Any]]:
     yield "no tensor", "text"
     yield "a number", 1.5
     yield "without axes", torch.tensor(1.5)
-    yield "an axis more", right[None]
+    yield "two axes more", right[None, None]
+    if not declared.or_axes:
+        yield "an axis more", right[None]
     yield "complex", right.to(torch.complex64)
     yield "integers", right.to(torch.int64)
     yield "on no device", right.to("meta")
@@ -99,13 +103,25 @@ def test_every_input_is_checked_before_anything_is_sent(
     assert torch.equal(model.evaluate(inputs), expected)
 
 
+# Sizes of models of a family that are given more than its small one.
+VARIANTS = {
+    "wan": (
+        {"image_dim": 32, "reference_channels": 16},
+        {"vace_blocks": 1, "vace_channels": 96},
+        {"camera_channels": 6},
+    )
+}
+
+
 @pytest.mark.parametrize("family", families())
 def test_the_declaration_is_the_forwards_signature(family: str) -> None:
     """What is declared is what the family's forward takes: neither more nor less."""
     forward, sizes = families()[family].forward(), tiny(family)
     taken = set(inspect.signature(forward.condition).parameters) | {"timesteps"}
     taken |= {"control"} & set(inspect.signature(forward.evaluate).parameters)
-    declared = sizes.all_inputs.keys() | {*sizes.plain_inputs, "transformer_options"}
+    variants = [sizes, *(replace(sizes, **changes) for changes in VARIANTS.get(family, ()))]
+    declared = {name for one in variants for name in one.all_inputs}
+    declared |= {*sizes.plain_inputs, "transformer_options"}
     assert taken - {"self"} == declared
 
 

@@ -207,10 +207,9 @@ class Sizes:
     # of diffusers' those that no field names, of ComfyUI's those that it does not read from a file.
     to_diffusers: ClassVar[str] = ""
     to_comfyui: ClassVar[str] = ""
-    # Arguments of ComfyUI's forward that are no tensors; those that it does nothing with; and the
-    # keys of its transformer_options that it computes with, dictionaries of numbers.
+    # Arguments of ComfyUI's forward that are no tensors; and the keys of its transformer_options
+    # that it computes with, dictionaries of numbers.
     plain_inputs: ClassVar[tuple[str, ...]] = ()
-    unused_inputs: ClassVar[tuple[str, ...]] = ()
     options: ClassVar[tuple[str, ...]] = ()
     num_heads: int
     head_dim: int
@@ -256,6 +255,11 @@ class Sizes:
     def table(self) -> Table:
         """Every tensor of the model."""
         raise NotImplementedError
+
+    @property
+    def unused_inputs(self) -> tuple[str, ...]:
+        """Arguments of ComfyUI's forward that it does nothing with in this model."""
+        return ()
 
     @property
     def geometry(self) -> Geometry:

@@ -17,6 +17,7 @@ TIME_CHANNELS = 256
 PATCH = (1, 2, 2)
 CAMERA_DOWNSCALE = 8  # pixels of a camera's path along a side of a latent's
 _WIDTH = "head.modulation"
+_OF_VARIANTS = "clip_fea", "reference_latent", "vace_context", "camera_conditions"
 _VACE, _CAMERA = "vace_patch_embedding", "control_adapter"
 
 
@@ -73,6 +74,11 @@ class WanSizes(Sizes):
         """Features of a head that turn with frame, row and column: 44, 42, 42 of 128."""
         along = 2 * (self.head_dim // 6)
         return self.head_dim - 2 * along, along, along
+
+    @property
+    def unused_inputs(self) -> tuple[str, ...]:
+        """Those of other models: `WanImageToVideo` sets CLIP features for every model."""
+        return tuple(name for name in _OF_VARIANTS if name not in self.inputs)
 
     @property
     def geometry(self) -> Geometry:
