@@ -13,18 +13,24 @@ export COMFYUI_PATH ?= $(CURDIR)/.comfyui
 # write no bytecode (containers do) would have every ComfyUI and every rank compile its modules.
 TEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup
 
-.PHONY: help demo serve test test-all soak kills bench check lint format venv comfyui browser hosts clean
+# What tries inputs at random (tests/support/fuzz.py); in `make test`, the same few each time.
+FUZZERS := tests/faults/test_fuzz.py tests/comfy/test_any_file.py tests/comfy/test_strange_state.py \
+	tests/comfy/test_settings_and_flags.py
+
+.PHONY: help demo serve test test-all soak kills bench bench-comfyui check lint format venv comfyui browser hosts clean
 
 help:
 	@echo "make demo     start ComfyUI, compare TP Sampler with the stock sampler, stop"
 	@echo "make serve    start ComfyUI with the pack and the same model, until Ctrl-C"
-	@echo "              (both: MODEL=z_image, the default, flux or qwen_image)"
+	@echo "              (both: MODEL=z_image, the default, flux, flux2 or qwen_image)"
 	@echo "              (demo: WHERE=ray, on a Ray that is started for it)"
 	@echo "make test     every test that this machine can run; of what repeats itself, the share that"
 	@echo "              the commit chooses (make test-all: all of it)"
 	@echo "make soak     a real ComfyUI, random prompts and faults (SOAK_MINUTES=30)"
 	@echo "make kills    kill -9 of an engine and of a real ComfyUI at random moments (KILLS=50)"
 	@echo "make bench    ms per step on this machine's GPUs (BENCH='--models flux --tp 1 2 ...')"
+	@echo "make bench-comfyui  ms per sampler step in ComfyUI, stock and pack (BENCH='--models flux"
+	@echo "              --layouts 1x1 2x1 ...')"
 	@echo "make check    format, lint, types and the quick tests (what a commit must pass)"
 	@echo "make format   let ruff rewrite the code"
 	@echo "make venv     only make .venv;  make comfyui: only fetch ComfyUI (or set COMFYUI_PATH)"
@@ -44,6 +50,7 @@ test-all: venv comfyui browser hosts
 
 soak: venv comfyui
 	SOAK_MINUTES=$${SOAK_MINUTES:-30} $(BIN)/python -m pytest tests/faults/test_soak.py -s
+	SOAK_MINUTES=$${SOAK_MINUTES:-30} $(BIN)/python -m pytest $(FUZZERS)
 
 kills: venv comfyui
 	KILLS=$${KILLS:-50} $(BIN)/python -m pytest tests/faults/test_engine_killed.py \
@@ -51,6 +58,9 @@ kills: venv comfyui
 
 bench: venv
 	$(BIN)/python -m bench.step $(BENCH)
+
+bench-comfyui: venv comfyui
+	$(BIN)/python -m bench.in_comfyui $(BENCH)
 
 check: lint comfyui
 	$(BIN)/python -m pytest -m "not process and not comfy and not web and not gpu"

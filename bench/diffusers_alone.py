@@ -43,19 +43,29 @@ def _build(info: CheckpointInfo) -> torch.nn.Module:
     return module.eval()
 
 
-def _call(module: Any, inputs: dict[str, Any]) -> Callable[[], torch.Tensor]:
-    """An evaluation of these inputs, as diffusers' pipelines do it."""
+def _call(module: Any, inputs: dict[str, Any], patch: int) -> Callable[[], torch.Tensor]:
+    """An evaluation of these inputs, as diffusers' pipelines do it.
+
+    Squares of ``patch`` × ``patch`` numbers of a latent's channel are a token's.
+    """
     x, text, batch = inputs["x"], inputs["context"], len(inputs["x"])
     takes = inspect.signature(module.forward).parameters
     if "cap_feats" in takes:  # one picture at a time, the time backwards
         images, texts, times = list(x.unsqueeze(2)), list(text), 1 - inputs["timesteps"]
         return lambda: -torch.stack(module(images, times, texts, return_dict=False)[0]).squeeze(2)
-    rows, columns = x.shape[-2] // 2, x.shape[-1] // 2
-    # Patches of 2 x 2 are tokens; a token is channels, rows, columns.
-    patches = x.reshape(batch, -1, rows, 2, columns, 2).permute(0, 2, 4, 1, 3, 5)
-    positions = torch.zeros(rows, columns, 3, device=x.device)
+    if "encoder_hidden_states_image" in takes:  # videos as they are
+        times = inputs["timesteps"]
+        return lambda: module(x, times, text, return_dict=False)[0]
+    rows, columns = x.shape[-2] // patch, x.shape[-1] // patch
+    # A token is channels, rows, columns.
+    patches = x.reshape(batch, -1, rows, patch, columns, patch).permute(0, 2, 4, 1, 3, 5)
+    num_axes = len(module.pos_embed.axes_dim)
+    positions = torch.zeros(rows, columns, num_axes, device=x.device)
     positions[..., 1] = torch.arange(rows, device=x.device)[:, None]
     positions[..., 2] = torch.arange(columns, device=x.device)
+    text_positions = torch.zeros(text.shape[1], num_axes, device=x.device)
+    if num_axes > 3:  # a token of text has its place on an axis of its own
+        text_positions[:, 3] = torch.arange(text.shape[1], device=x.device)
     known = {
         "hidden_states": patches.reshape(batch, rows * columns, -1),
         "encoder_hidden_states": text,
@@ -64,13 +74,13 @@ def _call(module: Any, inputs: dict[str, Any]) -> Callable[[], torch.Tensor]:
         "pooled_projections": inputs.get("y"),
         "guidance": inputs.get("guidance"),
         "img_ids": positions.flatten(0, 1),
-        "txt_ids": torch.zeros(text.shape[1], 3, device=x.device),
+        "txt_ids": text_positions,
     }
     given = {name: value for name, value in known.items() if name in takes and value is not None}
 
     def evaluate() -> torch.Tensor:
         tokens = module(**given, return_dict=False)[0]
-        found = tokens.reshape(batch, rows, columns, -1, 2, 2).permute(0, 3, 1, 4, 2, 5)
+        found = tokens.reshape(batch, rows, columns, -1, patch, patch).permute(0, 3, 1, 4, 2, 5)
         return found.reshape(x.shape)
 
     return evaluate
@@ -87,13 +97,14 @@ def main() -> None:
     path, steps, cases = sys.argv[1], int(sys.argv[2]), torch.load(sys.argv[3])
     info = inspect_checkpoint(path)
     module = _build(info)
+    patch = info.sizes.geometry.patch[-1]
     weights = sum(parameter.nbytes for parameter in module.parameters()) / GIB
     if DEVICE == "cuda":
         module.compile_repeated_blocks(fullgraph=False, dynamic=False)
         torch.cuda.reset_peak_memory_stats()
     rows = []
     for side, batch, all_inputs, all_expected in cases:
-        calls = [_call(module, inputs) for inputs in all_inputs]
+        calls = [_call(module, inputs, patch) for inputs in all_inputs]
         times, results = [], []
         for index in range(steps + WARM_UPS):
             _synchronize()
@@ -118,7 +129,7 @@ def main() -> None:
                 "ms_min": round(times[0], 2),
                 "ms_p90": round(times[int(0.9 * (len(times) - 1))], 2),
                 "first_s": round(first_s, 1),
-                "weights_gib": round(weights, 2),
+                "weights_gib": round(weights, 3),
                 "peak_gib": peak,
             }
         )

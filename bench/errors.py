@@ -7,6 +7,14 @@ import torch
 TOLERANCE = 3e-2  # in bf16, where full-size models computed in another order differ by up to 2e-2
 
 
+def limit(noise: float | None) -> float:
+    """What an error may be. ``noise``: the error of bf16 as written against fp32, if it is known.
+
+    Of two results that are as far from fp32 as that, one may be up to twice as far from the other.
+    """
+    return TOLERANCE if noise is None else max(TOLERANCE, 2 * noise)
+
+
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """‖found - expected‖ / ‖expected‖ of the worst item of the batch; infinite if not finite."""
     assert found.shape == expected.shape, (found.shape, expected.shape)

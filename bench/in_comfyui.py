@@ -8,7 +8,8 @@ with Load Diffusion Model (TP) in each layout. `ms_step`: what `--steps` more st
 by ComfyUI's own time stamps, for each of them; the median of `--repeats`, each with a seed of its
 own. `first_prompt_s`: a prompt of `--short-steps` from cold, start of the ranks included. `error`:
 the distance of the final latent from the stock loader's, relative to its norm; the worst seed's
-(of the stock loader's own row: of a second run of one seed).
+(of the stock loader's own row: of a second run of one seed). `gpu_gib`: GPU memory of each process
+while the model is loaded, by the driver's account.
 The ranks' Python is `TP_RUNTIME_PYTHON`, else ComfyUI's. Rows are added to the file of the day in
 `--out`, each as soon as it is there.
 """
@@ -33,10 +34,12 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors.torch import load_file
 
 from bench.dummy import dummy_file, sizes_of
+from bench.extents import Extent
 from tp_runtime.models import families, family_named
 
 COLUMNS = ["model", "layout", "cfg", "side", "batch", "ms_step", "error", "first_prompt_s"]
@@ -193,11 +196,16 @@ def make_prompt(args: argparse.Namespace, row: dict[str, Any], file: str) -> dic
         loader = node("UNETLoader", unet_name=file, weight_dtype="default")
     else:
         options = {"weight_dtype": "default", "gpu_count": "auto", "layout": row["layout"]}
-        loader = node("TPLoadDiffusionModel", model_name=file, **options)
+        loader = node("TPLoadDiffusionModel", unet_name=file, **options)
     inputs = sizes_of(row["model"], args.small).inputs
     width = dict(axis for axis in inputs["context"].axes if isinstance(axis, tuple))["width"]
-    pooled = inputs["y"].usual["features"] if "y" in inputs else 0
-    size = {"width": args.side, "height": args.side, "batch_size": args.batch}
+    pooled = inputs["y"].axes[-1].length if "y" in inputs else 0
+    extent: Extent = args.side
+    size = {"width": extent.width, "height": extent.height, "batch_size": args.batch}
+    if extent.frames > 1:
+        latent = node("EmptyHunyuanLatentVideo", length=extent.frames, **size)
+    else:
+        latent = node("EmptySD3LatentImage", **size)
     links = {name: [name, 0] for name in ("model", "positive", "negative")}
     links |= {"latent_image": ["latent", 0]}
     schedule = {"sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
@@ -209,7 +217,7 @@ def make_prompt(args: argparse.Namespace, row: dict[str, Any], file: str) -> dic
         "model": loader,
         "positive": positive,
         "negative": negative,
-        "latent": node("EmptySD3LatentImage", **size),
+        "latent": latent,
         "sampler": node("KSampler", cfg=row["cfg"], **links, **schedule),
         "save": node("SaveLatent", samples=["sampler", 0], filename_prefix="latents/bench"),
     }
@@ -229,14 +237,27 @@ def measure(
             raise PromptError("the latent is not finite")
         times.append(round(1000 * (long_s - short_s) / args.steps, 2))
         latents.append(latent)
+    gpu_gib = {} if args.cpu else gpu_memory(server.process.pid)
     if prompt["model"]["class_type"] == "UNETLoader":
         stock += latents
         steps = args.short_steps + args.steps
         server.clear()  # or ComfyUI would give what it has
         latents = [server.sample(prompt, seed=0, steps=steps)[1]]  # how far it is from itself
     errors = [float((a - b).norm() / b.norm()) for a, b in zip(latents, stock, strict=False)]
-    row = {"ms_step": round(statistics.median(times), 2), "ms_steps": times}
+    row = {"ms_step": round(statistics.median(times), 2), "ms_steps": times, "gpu_gib": gpu_gib}
     return row | {"error": float(f"{max(errors):.2e}"), "first_prompt_s": round(first_s, 1)}
+
+
+def gpu_memory(server_pid: int) -> dict[str, float]:
+    """GiB that ComfyUI and the ranks hold, over all GPUs, by their names."""
+    query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    found: dict[str, float] = {}
+    for line in subprocess.check_output(query, text=True).splitlines():
+        pid, mib = line.split(", ")
+        title = "comfyui" if int(pid) == server_pid else psutil.Process(int(pid)).cmdline()[0]
+        name = title.removeprefix("tp_runtime.rank.worker: ").partition(" in ")[0]
+        found[name] = round(found.get(name, 0) + int(mib) / 1024, 2)
+    return dict(sorted(found.items()))
 
 
 def rows_of(args: argparse.Namespace, model: str) -> Iterator[dict[str, Any]]:
@@ -253,7 +274,7 @@ def rows_of(args: argparse.Namespace, model: str) -> Iterator[dict[str, Any]]:
             "model": model,
             "cfg": args.cfg or (1.0 if "guidance" in family_named(model).published.inputs else 4.0),
         }
-        known |= {"side": args.side, "batch": args.batch, "texts": [tokens[0], tokens[-1]]}
+        known |= {"side": args.side.side, "batch": args.batch, "texts": [tokens[0], tokens[-1]]}
         for layout in ["stock", *args.layouts]:
             row = known | {"layout": layout, "previews": args.previews}
             try:
@@ -281,7 +302,7 @@ def main() -> int:
     add("--models", nargs="+", choices=known, default=known)
     add("--layouts", nargs="+", default=["1x1"], help="TP size x batch groups, such as 2x2")
     add("--cfg", type=float, help="default: 4, or 1 where a model is given its guidance")
-    add("--side", type=int, default=1024)
+    add("--side", type=Extent.parse, default="1024", help="or 832x480x81 for 81 frames")
     add("--batch", type=int, default=1)
     add("--tokens", nargs="+", type=int, help="of both texts, or of the positive and the negative")
     add("--steps", type=int, default=10)

@@ -4,30 +4,45 @@ from typing import Any
 
 import torch
 
+from bench.extents import Extent
 from tp_runtime.models import family_named
-from tp_runtime.models.family import Input, Sizes
+from tp_runtime.models.family import AtLeast, Input, Sizes
 
 
-def make_inputs(model: str, sizes: Sizes, side: int, batch: int) -> dict[str, Any]:
-    """Inputs for pictures of ``side`` × ``side`` pixels, in bf16 with fp32 timesteps.
+def make_inputs(model: str, sizes: Sizes, extent: Extent, batch: int) -> dict[str, Any]:
+    """Inputs for pictures or videos of that extent, in bf16 with fp32 timesteps.
 
-    Where ComfyUI has them: on the first GPU, if there is one. Without reference pictures.
+    Where ComfyUI has them: on the first GPU, if there is one. Without reference pictures, and
+    without what the model computes without, if its size is not known.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    latent = dict(
-        zip(("height", "width"), sizes.geometry.latent_shape(side, side)[-2:], strict=True)
-    )
-    lengths = latent | {"batch": batch, "frames": 1, "tokens": family_named(model).text_tokens}
+    shape = sizes.geometry.latent_shape(extent.width, extent.height, extent.frames)
+    latent = dict(zip(("width", "height", "frames"), shape[:0:-1], strict=False))
+    lengths = {"batch": batch, "tokens": family_named(model).text_tokens} | latent
     generator = torch.Generator().manual_seed(0)
 
+    def known(declared: Input) -> dict[str, int]:
+        return lengths | dict(declared.usual)
+
+    def is_made(declared: Input) -> bool:
+        axes = {axis for axis in declared.axes if isinstance(axis, str)}
+        is_optional = declared.optional and axes - known(declared).keys()
+        return not declared.many and bool(declared.axes) and not is_optional
+
     def tensor(declared: Input) -> torch.Tensor:
-        named = lengths | dict(declared.usual)
-        shape = [named[axis] if isinstance(axis, str) else axis[1] for axis in declared.axes]
-        if len(shape) == 1:  # a number for each picture
-            return torch.rand(shape, generator=generator)
+        shape = [
+            known(declared)[axis]
+            if isinstance(axis, str)
+            else axis.length
+            if isinstance(axis, AtLeast)
+            else axis[1]
+            for axis in declared.axes
+        ]
+        if len(shape) == 1:  # a number for each picture; times 1000 it is exact in bf16, too
+            return torch.full(shape, 0.5)
         return torch.randn(shape, generator=generator)
 
-    declared = {name: one for name, one in sizes.all_inputs.items() if not one.many}
+    declared = {name: one for name, one in sizes.all_inputs.items() if is_made(one)}
     inputs = {name: tensor(one) for name, one in declared.items()}
     dtypes = {"timesteps": torch.float32}
     return {

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from bench.extents import Extent
 from tp_runtime.config import Layout
 from tp_runtime.layouts.cost_model import DEVICES, LINKS, Link, Prediction, device_of, predict
 from tp_runtime.models import families, family_named
@@ -35,7 +36,7 @@ class Case:
     """What a step is predicted for, with the inputs of the benchmark."""
 
     model: str
-    side: int
+    extent: Extent
     batch: int
     layout: Layout
     link: Link = NVLINK
@@ -43,7 +44,7 @@ class Case:
 
     def predict(self) -> Prediction:
         of_model = family_named(self.model)
-        latent = of_model.published.geometry.latent_shape(self.side, self.side)
+        latent = self.extent.latent_shape(of_model)
         return predict(
             of_model.published,
             (self.batch, *latent),
@@ -87,7 +88,7 @@ def measured() -> list[Measured]:
             link = replace(NVLINK, fused=row["commit"] not in THROUGH_NCCL or row["tp"] == 1)
             case = Case(
                 row["model"],
-                row["side"],
+                Extent.parse(str(row["side"])),
                 row["batch"],
                 Layout(row["tp"], row.get("batch_groups", 1)),
                 link,
@@ -103,7 +104,7 @@ def check() -> str:
             each.case.label,
             each.case.device.removeprefix("NVIDIA "),
             each.case.layout,
-            f"{each.case.side}²",
+            each.case.extent,
             each.case.batch,
             "fused" if each.case.link.fused else "NCCL",
             each.commit,
@@ -121,10 +122,10 @@ def one_host() -> str:
     """One latent on one host."""
     sizes = (1, 2, 3, 4, 5, 6, 8)
     rows = []
-    for model, side in _models_and_sides():
-        times = {size: Case(model, side, 1, Layout(size)).predict().ms for size in sizes}
+    for model, extent in _models_and_extents():
+        times = {size: Case(model, extent, 1, Layout(size)).predict().ms for size in sizes}
         cells = [f"{ms:.1f}" for ms in times.values()]
-        rows.append([_label(model), f"{side}²", *cells, f"{times[1] / times[8]:.1f}"])
+        rows.append([_label(model), extent, *cells, f"{times[1] / times[8]:.1f}"])
     return _table(["model", "size", *sizes, "speed-up on 8"], rows)
 
 
@@ -134,8 +135,8 @@ def cfg() -> str:
         Layout(*sizes) for sizes in ((1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (8, 1), (4, 2), (2, 4))
     ]
     rows = []
-    for model, side in _models_and_sides():
-        found = {at: Case(model, side, 2, at).predict().ms for at in shown}
+    for model, extent in _models_and_extents():
+        found = {at: Case(model, extent, 2, at).predict().ms for at in shown}
         best = {
             num: min((ms, at) for at, ms in found.items() if at.num_gpus == num)[1]
             for num in (2, 4, 8)
@@ -143,49 +144,49 @@ def cfg() -> str:
         cells = [
             f"**{ms:.1f}**" if at in best.values() else f"{ms:.1f}" for at, ms in found.items()
         ]
-        rows.append([_label(model), f"{side}²", *cells])
+        rows.append([_label(model), extent, *cells])
     return _table(["model", "size", *shown], rows)
 
 
 def limits() -> str:
     """Where the time of a step goes as a tensor-parallel group grows, FLUX.1."""
     rows = []
-    for side in (1024, 2048):
-        alone = Case("flux", side, 1, Layout(1)).predict().ms
+    for extent in Extent.usual(family_named("flux")):
+        alone = Case("flux", extent, 1, Layout(1)).predict().ms
         for size in (1, 2, 4, 8, 12, 24):
             link = LINKS["nvlink" if size <= GPUS_PER_HOST else "network"]
-            found = Case("flux", side, 1, Layout(size), link).predict()
+            found = Case("flux", extent, 1, Layout(size), link).predict()
             times = [*(getattr(found, part.name) for part in fields(found)), found.ms]
             name = "" if size == 1 else link.name
             efficiency = f"{alone / found.ms / size:.0%}"
-            rows.append([f"{side}²", size, name, *(f"{ms:.1f}" for ms in times), efficiency])
+            rows.append([extent, size, name, *(f"{ms:.1f}" for ms in times), efficiency])
     parts = [part.name for part in fields(Prediction)]
     return _table(["size", "GPUs", "link", *parts, "ms", "of even"], rows)
 
 
 def links() -> str:
     """One latent, FLUX.1, over each link."""
-    cases = [(side, size) for side in (1024, 2048) for size in (2, 4, 8)]
+    cases = [(at, size) for at in Extent.usual(family_named("flux")) for size in (2, 4, 8)]
     rows = []
     for name, link in LINKS.items():
         if name != "network":  # for groups beyond one host
-            times = [Case("flux", side, 1, Layout(size), link).predict().ms for side, size in cases]
+            times = [Case("flux", at, 1, Layout(size), link).predict().ms for at, size in cases]
             rows.append([name, *(f"{ms:.0f}" for ms in times)])
-    return _table(["link", *(f"{side}², {size}" for side, size in cases)], rows)
+    return _table(["link", *(f"{at}, {size}" for at, size in cases)], rows)
 
 
 def many_gpus() -> str:
     """The fastest layout in hosts of eight with a 400 Gb/s port for each GPU."""
     batches = (1, 2, 8, 64)
     rows = []
-    for model, side in _models_and_sides():
+    for model, extent in _models_and_extents():
         for num_gpus in (8, 16, 64):
             cells = []
             for batch in batches:
-                found = [(case.predict().ms, case) for case in _on(num_gpus, model, side, batch)]
+                found = [(case.predict().ms, case) for case in _on(num_gpus, model, extent, batch)]
                 ms, best = min(found, key=lambda each: each[0])
                 cells.append(f"{best.layout}: {ms:.0f}")
-            rows.append([_label(model), f"{side}²", num_gpus, *cells])
+            rows.append([_label(model), extent, num_gpus, *cells])
     return _table(["model", "size", "GPUs", *(f"batch {batch}" for batch in batches)], rows)
 
 
@@ -194,7 +195,8 @@ def throughput() -> str:
     shown = [Layout(8), Layout(4, 2), Layout(2, 4), Layout(1, 8)]
     rows = []
     for model in families():
-        times = [Case(model, 1024, 8, at).predict().ms for at in shown]
+        extent = Extent.usual(family_named(model))[0]
+        times = [Case(model, extent, 8, at).predict().ms for at in shown]
         rows.append([_label(model), *(f"{ms:.0f} ms, {8e3 / ms:.0f}/s" for ms in times)])
     return _table(["model", *shown], rows)
 
@@ -220,7 +222,8 @@ def profile() -> str:
         cells = []
         for size, ms in times.items():
             link = replace(NVLINK, fused=False)
-            found = getattr(Case("z_image", 1024, 1, Layout(size), link).predict(), part)
+            square = Extent(1024, 1024)
+            found = getattr(Case("z_image", square, 1, Layout(size), link).predict(), part)
             cells += [f"{ms:.1f}", f"{found:.1f}"]
         rows.append([part, *cells])
     heads = ["part", "1 GPU: measured", "predicted", "2 GPUs: measured", "predicted"]
@@ -250,18 +253,18 @@ def page(text: str) -> str:
     return text
 
 
-def _on(num_gpus: int, model: str, side: int, batch: int) -> Iterator[Case]:
+def _on(num_gpus: int, model: str, extent: Extent, batch: int) -> Iterator[Case]:
     """Every way to use up to that many GPUs; groups that fit a host stay in one."""
     for size in family_named(model).published.table.plan.valid_tp_sizes(num_gpus):
         if size <= GPUS_PER_HOST:
             groups, link = num_gpus // GPUS_PER_HOST * (GPUS_PER_HOST // size), NVLINK
         else:
             groups, link = num_gpus // size, LINKS["network"]
-        yield Case(model, side, batch, Layout(size, min(groups, batch)), link)
+        yield Case(model, extent, batch, Layout(size, min(groups, batch)), link)
 
 
-def _models_and_sides() -> Iterator[tuple[str, int]]:
-    return ((model, side) for model in families() for side in (1024, 2048))
+def _models_and_extents() -> Iterator[tuple[str, Extent]]:
+    return ((name, extent) for name, of in families().items() for extent in Extent.usual(of))
 
 
 def _label(model: str) -> str:

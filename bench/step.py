@@ -1,6 +1,7 @@
 """Measures one evaluation through the runtime; prints a table and writes its rows as JSON.
 
     python -m bench.step --models z_image --tp 1 2 --sides 1024 --out bench/results
+    python -m bench.step --models wan --tp 1 2 4 --sides 832x480x81 1280x720x81
 
 Each row: the wall-clock time of `RemoteModel.evaluate`, as ComfyUI sees it (request, transfer of
 the latent from its device and back, evaluation); `ms_hop`, what of it lies outside the slower rank,
@@ -11,11 +12,14 @@ GPU. `--diffusers` adds rows (`tp` 0) of diffusers with compiled blocks on one G
 
 `error`: how far the results are from those of one GPU that computes as it is written, on the same
 inputs; the largest of all evaluations of the row, and of all items of their batches. With batch
-groups that a batch does not fill, several evaluations at once are compared, too. A row whose error
-is above 3e-2 is marked WRONG, and the exit status is 1: its times are no result.
+groups that a batch does not fill, several evaluations at once are compared, too. `--exact`: also
+compute in fp32 on one GPU, which must hold the model so; `noise` is the error of bf16 as written
+against that. A row whose error is above 3e-2, and above twice its noise if that is known, is marked
+WRONG, and the exit status is 1: its times are no result.
 """
 
 import argparse
+import dataclasses
 import importlib.metadata
 import json
 import math
@@ -32,7 +36,8 @@ from typing import Any
 import torch
 
 from bench.dummy import dummy_file, sizes_of
-from bench.errors import TOLERANCE, relative_error
+from bench.errors import limit, relative_error
+from bench.extents import Extent
 from bench.inputs import make_inputs
 from tp_runtime.client import (
     GroupConfig,
@@ -42,7 +47,7 @@ from tp_runtime.client import (
     Runtime,
     visible_gpu_count,
 )
-from tp_runtime.models import families
+from tp_runtime.models import families, family_named
 from tp_runtime.models.family import Sizes
 from tp_runtime.sharding.block_costs import count_flops
 
@@ -56,6 +61,7 @@ COLUMNS = [
     "side",
     "batch",
     "error",
+    "noise",
     "ms_median",
     "ms_min",
     "ms_p90",
@@ -71,16 +77,20 @@ COLUMNS = [
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs that differ in their latents, and what one GPU makes of each, as written."""
+    """Inputs that differ in their latents, and what one GPU makes of each, as written.
+
+    ``noise``: how far the worst of that is from what it makes in fp32; None: not known.
+    """
 
     inputs: list[dict[str, Any]]
     expected: list[torch.Tensor]  # on the CPU
+    noise: float | None = None
 
 
 def cases(
     path: Path, args: argparse.Namespace, model: str, layouts: list[Layout]
-) -> dict[tuple[int, int], Case]:
-    """Every (side, batch). The group that computes what to expect is ended."""
+) -> dict[tuple[Extent, int], Case]:
+    """Every (extent, batch). The group that computes what to expect is ended."""
     sizes, runtime = sizes_of(model, args.small), Runtime()
     found = {}
     try:
@@ -88,29 +98,60 @@ def cases(
             ModelSpec.of(str(path), "bfloat16", "bfloat16", "off"), GroupConfig.local(1)
         )
         remote.ensure_loaded()
-        for side in args.sides:
+        for extent in args.sides or Extent.usual(family_named(model))[:1]:
             for batch in args.batches:
                 # Two at least: a replayed graph must take its latent, not that of before.
                 num_latents = max([2, *(_evaluations_at_once(layout, batch) for layout in layouts)])
                 inputs = [
-                    _with_latent(model, sizes, side, batch, seed) for seed in range(num_latents)
+                    _with_latent(model, sizes, extent, batch, seed) for seed in range(num_latents)
                 ]
                 expected = [remote.evaluate(one).cpu() for one in inputs]
-                found[side, batch] = Case(inputs, expected)
+                found[extent, batch] = Case(inputs, expected)
     finally:
         runtime.release()
-    return found
+    return _with_noise(path, found) if args.exact else found
 
 
-def _with_latent(model: str, sizes: Sizes, side: int, batch: int, seed: int) -> dict[str, Any]:
-    inputs = make_inputs(model, sizes, side, batch)
+def _with_noise(
+    path: Path, cases: dict[tuple[Extent, int], Case]
+) -> dict[tuple[Extent, int], Case]:
+    """The same, each with its noise."""
+    runtime = Runtime()
+    try:
+        exact = runtime.model(
+            ModelSpec.of(str(path), "float32", "float32", "off"), GroupConfig.local(1)
+        )
+        exact.ensure_loaded()
+        return {
+            key: dataclasses.replace(
+                case,
+                noise=max(
+                    relative_error(expected, exact.evaluate(_in_fp32(inputs)).cpu())
+                    for inputs, expected in zip(case.inputs, case.expected, strict=True)
+                ),
+            )
+            for key, case in cases.items()
+        }
+    finally:
+        runtime.release()
+
+
+def _in_fp32(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: value.float() if isinstance(value, torch.Tensor) else value
+        for name, value in inputs.items()
+    }
+
+
+def _with_latent(model: str, sizes: Sizes, extent: Extent, batch: int, seed: int) -> dict[str, Any]:
+    inputs = make_inputs(model, sizes, extent, batch)
     latent = torch.randn(inputs["x"].shape, generator=torch.Generator().manual_seed(seed))
     return inputs | {"x": latent.to(inputs["x"])}
 
 
 def is_wrong(row: dict[str, Any]) -> bool:
     """Whether a row's results are not those of the model."""
-    return not row["error"] <= TOLERANCE
+    return not row["error"] <= limit(row.get("noise"))
 
 
 def _evaluations_at_once(layout: Layout, batch: int) -> int:
@@ -124,7 +165,7 @@ def measure(
     model: str,
     layout: Layout,
     gemm_tflops: float | None,
-    cases: dict[tuple[int, int], Case],
+    cases: dict[tuple[Extent, int], Case],
 ) -> list[dict[str, Any]]:
     """The rows of one model on one group."""
     runtime = Runtime()
@@ -138,31 +179,30 @@ def measure(
         began: list[float] = []  # to read: then the ranks were up
         remote.ensure_loaded(on_progress=lambda *_: began.append(time.perf_counter()))
         loaded = time.perf_counter()
-        for side in args.sides:
-            for batch in args.batches:
-                case = cases[side, batch]
-                row = {
-                    "model": model,
-                    "tp": layout.tp_size,
-                    "batch_groups": layout.batch_groups,
-                    "side": side,
-                    "batch": batch,
-                    "optimize": args.optimize,
-                    "start_s": round(began[0] - started, 1),
-                    "load_s": round(loaded - began[0], 1),
-                    "floor_ratio": None,
-                    **_time_steps(remote, runtime, case, args.steps),
-                }
-                at_once = _evaluations_at_once(layout, batch)
-                if at_once > 1:  # one alone would leave groups idle
-                    row["error"] = max(row["error"], _error(remote, case, at_once))
-                if gemm_tflops:
-                    flops = _flops(sizes_of(model, args.small), case.inputs[0])
-                    floor_ms = flops / gemm_tflops / 1e9 / layout.num_gpus
-                    row["floor_ratio"] = round(row["ms_median"] / floor_ms, 2)
-                row["error"] = float(f"{row['error']:.2e}")
-                rows.append(row)
-                print(json.dumps(row), flush=True)
+        for (extent, batch), case in cases.items():
+            row = {
+                "model": model,
+                "tp": layout.tp_size,
+                "batch_groups": layout.batch_groups,
+                "side": extent.side,
+                "batch": batch,
+                "optimize": args.optimize,
+                "start_s": round(began[0] - started, 1),
+                "load_s": round(loaded - began[0], 1),
+                "floor_ratio": None,
+                **_time_steps(remote, runtime, case, args.steps),
+            }
+            at_once = _evaluations_at_once(layout, batch)
+            if at_once > 1:  # one alone would leave groups idle
+                row["error"] = max(row["error"], _error(remote, case, at_once))
+            if gemm_tflops:
+                flops = _flops(sizes_of(model, args.small), case.inputs[0])
+                floor_ms = flops / gemm_tflops / 1e9 / layout.num_gpus
+                row["floor_ratio"] = round(row["ms_median"] / floor_ms, 2)
+            row["error"] = float(f"{row['error']:.2e}")
+            row["noise"] = None if case.noise is None else float(f"{case.noise:.2e}")
+            rows.append(row)
+            print(json.dumps(row), flush=True)
     finally:
         runtime.release()
     return rows
@@ -200,7 +240,7 @@ def _time_steps(remote: RemoteModel, runtime: Runtime, case: Case, steps: int) -
         "ms_hop": round(statistics.median(hops), 2),
         "first_s": round(first / 1000, 1),
         "weights_gib": round(
-            max(sum(m["resident_bytes"] for m in r["models"].values()) for r in ranks) / GIB, 2
+            max(sum(m["resident_bytes"] for m in r["models"].values()) for r in ranks) / GIB, 3
         ),
         "peak_gib": round(max(r["memory"].get("peak_bytes", 0) for r in ranks) / GIB, 2),
     }
@@ -261,10 +301,12 @@ def matmul_tflops() -> float:
 
 
 def _of_diffusers(
-    path: Path, args: argparse.Namespace, cases: dict[tuple[int, int], Case]
+    path: Path, args: argparse.Namespace, cases: dict[tuple[Extent, int], Case]
 ) -> list[dict[str, Any]]:
     """Rows of diffusers on one GPU, from a process of its own."""
-    listed = [(*size, case.inputs, case.expected) for size, case in cases.items()]
+    listed = [
+        (extent.side, batch, case.inputs, case.expected) for (extent, batch), case in cases.items()
+    ]
     with tempfile.NamedTemporaryFile(suffix=".pt") as file:
         torch.save(listed, file.name)
         command = [sys.executable, "-m", "bench.diffusers_alone"]
@@ -281,11 +323,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", choices=known, default=known)
     parser.add_argument("--tp", nargs="*", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--layouts", nargs="+", type=Layout.parse, default=[], help="such as 2x2")
-    parser.add_argument("--sides", nargs="+", type=int, default=[1024])
+    parser.add_argument(
+        "--sides",
+        nargs="+",
+        type=Extent.parse,
+        help="1024, or 832x480x81 for 81 frames (default: what the model usually makes)",
+    )
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--optimize", choices=["auto", "off"], default="auto")
     parser.add_argument("--small", action="store_true", help="tiny models, to see that it works")
+    parser.add_argument("--exact", action="store_true", help="find the noise of bf16, too")
     parser.add_argument("--diffusers", action="store_true", help="measure diffusers, too")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--out", type=Path)

@@ -1,126 +1,125 @@
 """From the arguments of a native model's forward to the plain data that the ranks get.
 
 Tensors stay as they are; numbers, text, lists and dictionaries are copied. What is None or empty is
-left out, since every native model treats it as absent.
+left out, since every native model treats it as absent; so is what it never looks at
+(`native_code.py`), whatever that is. The rest travels, or is refused by name.
 """
 
 import inspect
 import numbers
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from .block_patches import skipped_blocks
-from .unsupported import python_code_in_options, unknown_argument
+from .native_code import NativeCode
+from .origins import is_exact_attention
+from .unsupported import python_code_in_options, unknown_argument, unknown_option
 
-# Keys of transformer_options that ComfyUI and its nodes use around the model, never inside it;
-# and patches, of which `skip_blocks` is sent.
-_LOCAL_OPTIONS = frozenset(
-    {
-        "patches",
-        "patches_replace",
-        "wrappers",
-        "callbacks",
-        "uuids",
-        "cond_or_uncond",
-        "sigmas",
-        "sample_sigmas",
-        "prefetch_dynamic_vbars",
-    }
-)
-_LOCAL_PREFIXES = ("multigpu_",)
-
-_ABSENT = (None, {}, [])
+_PATCHES = ("patches", "patches_replace")  # of which `skip_blocks` is sent
+# What one argument may hold: a ControlNet's residuals are one for each block of each kind.
+_MAX_ITEMS = 1024
+_MAX_DEPTH = 3
+_MAX_TEXT = 256
+_MAX_INTEGER = 2**63
 
 
-def remote_inputs(bound: inspect.BoundArguments, known: frozenset[str]) -> dict[str, Any]:
+def remote_inputs(
+    bound: inspect.BoundArguments,
+    code: NativeCode,
+    unused: Collection[str] = (),
+    options: Collection[str] = (),
+) -> dict[str, Any]:
     """The inputs of one evaluation: `x`, `timesteps` and the other arguments by their own names.
 
     `bound` are the arguments of a native forward; the models call their second one `timesteps` or
-    `timestep`. `known` are the names in its code (`block_patches.names_in_code`).
+    `timestep`. `unused` and `options`: those of the model's `Sizes`.
 
     Raises:
         UnsupportedFeatureError: something that only works inside ComfyUI's process.
     """
-    named = _by_name(bound)
+    named = _by_name(bound, code)
     x_name, timesteps_name = list(bound.signature.parameters)[:2]
     inputs = {"x": named.pop(x_name), "timesteps": named.pop(timesteps_name)}
-    options = named.pop("transformer_options", None) or {}
-    plain_options = _plain_options(options)
-    skipped = skipped_blocks(options, known)
-    if skipped:
-        plain_options["skip_blocks"] = skipped
+    given_options = named.pop("transformer_options", None) or {}
     for name, value in named.items():
-        plain = _plain_argument(value, name)
-        if not _is_absent(plain):
-            inputs[name] = plain
+        if name not in unused:
+            plain = _plain_argument(value, name, code.words)
+            if not _is_absent(plain):
+                inputs[name] = plain
+    plain_options = dict(_plain_options(given_options, code, options))
+    has_references = bool(named.get("ref_latents"))
+    if skipped := skipped_blocks(given_options, code.words, has_references):
+        plain_options["skip_blocks"] = skipped
     return inputs | {"transformer_options": plain_options}
 
 
-def _by_name(bound: inspect.BoundArguments) -> dict[str, Any]:
-    """All arguments by name, those of `**kwargs` among the others."""
+def _by_name(bound: inspect.BoundArguments, code: NativeCode) -> dict[str, Any]:
+    """All arguments by name; of those in `**kwargs`, the ones that the model looks for.
+
+    Wan's 5B is given `denoise_mask`, which was made timesteps before and its forward swallows.
+    """
     named = dict(bound.arguments)
     for parameter in bound.signature.parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
-            named.update(named.pop(parameter.name, {}))
+            more = named.pop(parameter.name, {})
+            named.update({name: value for name, value in more.items() if name in code.arguments})
     return named
 
 
-def _plain_argument(value: Any, where: str) -> Any:
-    if isinstance(value, Mapping):
-        items = {key: _plain_argument(item, f"{where}.{key}") for key, item in value.items()}
-        if any(not isinstance(key, str) for key in items):
+def _plain_argument(value: Any, where: str, words: frozenset[str], depth: int = _MAX_DEPTH) -> Any:
+    """`value` as plain data; of dictionaries, the keys among `words`, which the model looks for."""
+    if isinstance(value, Mapping | list | tuple):
+        if not depth or len(value) > _MAX_ITEMS:
             raise unknown_argument(where, value)
-        return items
-    if isinstance(value, list | tuple):
-        return [_plain_argument(item, f"{where}.{index}") for index, item in enumerate(value)]
-    found, plain = _plain_leaf(value)
-    if not found:
-        raise unknown_argument(where, value)
-    return plain
+        if isinstance(value, Mapping):
+            items = {key: item for key, item in value.items() if key in words}
+            return {
+                key: _plain_argument(item, f"{where}.{key}", words, depth - 1)
+                for key, item in items.items()
+            }
+        return [
+            _plain_argument(item, f"{where}.{index}", words, depth - 1)
+            for index, item in enumerate(value)
+        ]
+    if value is None or isinstance(value, bool | torch.Tensor):
+        return value
+    if isinstance(value, str) and len(value) <= _MAX_TEXT and value.isprintable():
+        return value
+    if isinstance(value, numbers.Integral) and -_MAX_INTEGER <= value < _MAX_INTEGER:
+        return int(value)
+    if isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral):
+        return float(value)
+    raise unknown_argument(where, value)
 
 
-def _plain_options(options: Mapping[Any, Any], where: str = "") -> dict[str, Any]:
-    """`transformer_options` without what is used in this process only.
-
-    Besides the keys named above these are objects that are no functions: the state that a node
-    keeps for its own wrapper (EasyCache does). Native models call functions that they find here
-    and read data, so a function is refused and an object cannot concern them.
-    """
-    plain: dict[str, Any] = {}
-    for key, value in options.items():
-        if not where and (key in _LOCAL_OPTIONS or str(key).startswith(_LOCAL_PREFIXES)):
+def _plain_options(
+    options: Mapping[Any, Any], code: NativeCode, supported: Collection[str]
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """Of `transformer_options`, what the native model computes with: dictionaries of numbers."""
+    for name in sorted(code.options - set(_PATCHES)):
+        value = options.get(name)
+        if value is None:
             continue
-        item = _plain_option(value, f"{where}{key}")
-        if _is_absent(item):
+        if callable(value) and is_exact_attention(value):
             continue
-        if not isinstance(key, str):
-            raise unknown_argument(f"transformer_options.{where}{key}", key)
-        plain[key] = item
-    return plain
+        if callable(value):
+            raise python_code_in_options(name, value)
+        if not isinstance(value, Mapping) or name not in supported:
+            raise unknown_option(name, value)
+        known = {key: number for key, number in value.items() if key in code.words}
+        if found := {key: _number(number, f"{name}.{key}") for key, number in known.items()}:
+            yield name, found
 
 
-def _plain_option(value: Any, where: str) -> Any:
-    if isinstance(value, Mapping):
-        return _plain_options(value, f"{where}.")
-    if isinstance(value, list | tuple):
-        return [_plain_option(item, where) for item in value]
-    if callable(value):
-        raise python_code_in_options(where)
-    return _plain_leaf(value)[1]
+def _number(value: Any, where: str) -> float:
+    if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_meta:
+        value = value.item()
+    if not isinstance(value, numbers.Real) or abs(value) > _MAX_INTEGER:
+        raise unknown_option(where, value)
+    return float(value)
 
 
-def _plain_leaf(value: Any) -> tuple[bool, Any]:
-    """Whether `value` is a tensor or plain, and what to send for it."""
-    if value is None or isinstance(value, bool | str | torch.Tensor):
-        return True, value
-    if isinstance(value, numbers.Integral):
-        return True, int(value)
-    if isinstance(value, numbers.Real):
-        return True, float(value)
-    return False, None
-
-
-def _is_absent(value: Any) -> bool:
-    return not isinstance(value, torch.Tensor) and value in _ABSENT
+def _is_absent(plain: Any) -> bool:
+    return plain is None or (isinstance(plain, dict | list) and not plain)

@@ -32,11 +32,16 @@ def calc_cond_batch(
     timestep: torch.Tensor,
     model_options: dict[str, Any],
 ) -> list[torch.Tensor]:
-    """ComfyUI's wrapper `CALC_COND_BATCH`; same arguments and results as what it wraps."""
+    """ComfyUI's wrapper `CALC_COND_BATCH`; same arguments and results as what it wraps.
+
+    It lies in the options of a tensor-parallel model, with which a guider may evaluate any other
+    (`DualModelGuider` does): then it only passes on.
+    """
     wrappers = get_all_wrappers(WrappersMP.CALC_COND_BATCH, model_options, is_model_options=True)
-    if len(wrappers) > 1:  # another node leaves steps out, or keeps account of conditions
+    remote = remote_of(model)
+    # More wrappers: another node leaves steps out, or keeps account of conditions.
+    if remote is None or len(wrappers) > 1:
         return executor(model, conds, x_in, timestep, model_options)
-    remote: RemoteModel = model.diffusion_model.remote
     began, evaluations = time.perf_counter(), remote.num_evaluations
 
     def alone(index: int) -> list[torch.Tensor]:
@@ -46,7 +51,7 @@ def calc_cond_batch(
     if remote.group_config.batch_groups > 1 and _can_be_apart(conds):
         present = [index for index, cond in enumerate(conds) if cond is not None]
         # As many results as conditions; the results of absent ones are zero.
-        apart = Meeting().run(
+        apart = Meeting(remote).run(
             [functools.partial(alone, index) for index in present],
             functools.partial(remote.evaluate_all, poll=throw_exception_if_processing_interrupted),
         )
@@ -59,6 +64,12 @@ def calc_cond_batch(
         workload = _workload(conds, x_in)
         remote.record_step(workload, (time.perf_counter() - began) * 1000)
     return results
+
+
+def remote_of(model: Any) -> RemoteModel | None:
+    """What a BaseModel computes on; None: it is no tensor-parallel one."""
+    remote = getattr(model.diffusion_model, "remote", None)
+    return remote if isinstance(remote, RemoteModel) else None
 
 
 def _can_be_apart(conds: Conditions) -> bool:

@@ -22,7 +22,7 @@ from ..tp_runtime.client import (
 from .layouts import possible_layouts
 from .placement import AUTO, HERE, Placement
 from .schema import check_choice
-from .settings import devices_setting, python_setting, ray_address_setting
+from .settings import devices_setting, python_setting
 
 MAX_GPU_COUNT = 8
 CHOICES = (AUTO, *(str(count) for count in range(1, MAX_GPU_COUNT + 1)))
@@ -72,7 +72,7 @@ def _on_ray(layout: Layout, on_gpus: bool, warn: Callable[[str], None]) -> Group
         batch_groups=layout.batch_groups,
         python=runtime_python(python_setting()),
         where="ray",
-        ray_address=ray_address(ray_address_setting()),
+        ray_address=ray_address(),
     )
 
 
@@ -108,7 +108,7 @@ def _gpus_for(placement: Placement) -> tuple[tuple[int, ...], str]:
             f"devices is {placement.devices!r}, but Ray chooses the GPUs of its cluster. Clear it, "
             f"or set where to {HERE!r}."
         )
-    address = ray_address(ray_address_setting())
+    address = ray_address()
     if not address:
         return tuple(range(visible_gpu_count())), "Ray on this machine has"
     num_gpus = cluster_gpu_count(address, runtime_python(python_setting()))

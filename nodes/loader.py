@@ -14,11 +14,12 @@ from ..tp_runtime.client import (
     TPRuntimeError,
     checkpoint_info,
     file_version,
+    prepare_start,
 )
 from .gpu_count import CHOICES, choose_group
 from .layouts import LAYOUTS
 from .model import load_model
-from .notices import warn_on_node
+from .notices import warnings_of_node
 from .placement import AUTO, HERE, Placement
 from .schema import advanced, check_choice, tp_schema
 
@@ -51,10 +52,18 @@ class TPLoadDiffusionModel(io.ComfyNode):
                 "runs faster and each GPU holds only a part of it. The model works with TP Sampler "
                 "and with all of ComfyUI's own samplers."
             ),
-            search_aliases=["tensor parallel", "multi gpu", "vllm", "unet loader", "tp"],
+            search_aliases=[
+                "tensor parallel",
+                "multi gpu",
+                "unet",
+                "unet loader",
+                "load diffusion model",
+                "vllm",
+                "tp",
+            ],
             inputs=[
                 io.Combo.Input(
-                    "model_name",
+                    "unet_name",
                     options=_model_names(),
                     tooltip=(
                         "A model file in ComfyUI's diffusion_models folder, or a diffusers folder "
@@ -128,9 +137,9 @@ class TPLoadDiffusionModel(io.ComfyNode):
                         optional=True,
                         tooltip=(
                             "On whose GPUs. 'ray': those of a Ray cluster, which may have several "
-                            "machines; its address is in ComfyUI's settings. The model file must "
-                            "have the same path on all of them. Needs Ray in the GPU processes' "
-                            "Python."
+                            "machines; its address is TP_RUNTIME_RAY_ADDRESS in ComfyUI's "
+                            "environment. The model file must have the same path on all of them. "
+                            "Needs Ray in the GPU processes' Python."
                         ),
                     )
                 ),
@@ -144,7 +153,7 @@ class TPLoadDiffusionModel(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(
         cls,
-        model_name: str | None,
+        unet_name: str | None,
         gpu_count: str | None,
         devices: str | None = "",
         layout: str | None = AUTO,
@@ -155,9 +164,9 @@ class TPLoadDiffusionModel(io.ComfyNode):
 
         And when 'auto' has come to mean another group. An input that another node gives is None.
         """
-        if model_name is None:
+        if unet_name is None:
             return "linked"
-        path = model_path(model_name)
+        path = model_path(unet_name)
         if path is None:
             return "missing"
         version = file_version(path)
@@ -173,7 +182,7 @@ class TPLoadDiffusionModel(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model_name: str,
+        unet_name: str,
         weight_dtype: str,
         gpu_count: str,
         devices: str = "",
@@ -183,17 +192,23 @@ class TPLoadDiffusionModel(io.ComfyNode):
     ) -> io.NodeOutput:
         check_choice("weight_dtype", weight_dtype, _DTYPES)
         check_choice("optimize", optimize, OPTIMIZE)
-        path = model_path(model_name)
+        path = model_path(unet_name)
         if path is None:
-            path = folder_paths.get_full_path_or_raise(_FOLDER, model_name)
+            path = folder_paths.get_full_path_or_raise(_FOLDER, unet_name)
         placement = Placement(gpu_count, devices, layout, where)
-        group = choose_group(
-            placement,
-            checkpoint_info(path),
-            warn=lambda text: warn_on_node(cls.hidden.unique_id, text),
-        )
+        info = checkpoint_info(path)
+        warnings = warnings_of_node(cls.hidden.unique_id)
+        if info.extra:  # as the stock loader says "unet unexpected", in the log
+            warnings(
+                f"{unet_name} has {len(info.extra)} tensors that {info.label} does not use, such "
+                f"as {min(info.extra)}. They are left out."
+            )
+        group = choose_group(placement, info, warn=warnings)
         dtype, fp8_products = _DTYPES[weight_dtype]
         model = load_model(path, dtype, group, placement, optimize, fp8_products)
+        # Ready, or nearly so, when the text encoder has run.
+        if group.where != "ray":
+            prepare_start(group.python)
         return io.NodeOutput(model)
 
 
@@ -224,13 +239,13 @@ def _gguf_folder() -> str:
     return _GGUF_FOLDER
 
 
-def model_path(model_name: str) -> str | None:
+def model_path(name: str) -> str | None:
     """Where the model file or folder of that name is, in ComfyUI's folders; None: nowhere."""
-    config = _config_of(model_name)
+    config = _config_of(name)
     if config is not None:
         return str(Path(config).parent)
-    path = folder_paths.get_full_path(_FOLDER, model_name)
-    return path or folder_paths.get_full_path(_gguf_folder(), model_name)
+    path = folder_paths.get_full_path(_FOLDER, name)
+    return path or folder_paths.get_full_path(_gguf_folder(), name)
 
 
 def _config_of(folder: str) -> str | None:

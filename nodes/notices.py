@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from ..tp_runtime.client import RemoteModel
@@ -9,12 +10,29 @@ from ..tp_runtime.client import RemoteModel
 logger = logging.getLogger("tensor_parallel")
 
 NODE_EVENT = "tensor_parallel.node"
+WARNING_EVENT = "tensor_parallel.warning"
 
 
-def warn_on_node(node_id: str | None, text: str) -> None:
-    """Log a warning and show it on the node, where a page is connected."""
-    logger.warning("%s", text)
-    show_on_node(node_id, text)
+def warnings_of_node(node_id: str | None) -> Callable[[str], None]:
+    """A function that logs a warning and shows it on the node, where a page is connected.
+
+    What an earlier run showed there is taken back.
+    """
+    _show_warning(node_id, "")
+    said: list[str] = []
+
+    def warn(text: str) -> None:
+        logger.warning("%s", text)
+        said.append(text)
+        _show_warning(node_id, " ".join(said))
+
+    return warn
+
+
+def _show_warning(node_id: str | None, text: str) -> None:
+    server = comfy_server()
+    if server is not None and None not in (server.client_id, node_id):
+        server.send_sync(WARNING_EVENT, {"node": node_id, "text": text}, server.client_id)
 
 
 def show_on_node(node_id: str | None, text: str) -> None:

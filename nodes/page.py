@@ -2,9 +2,11 @@
 
     GET  /tensor_parallel/groups                        what runs now
     POST /tensor_parallel/groups/{id}/{action}          sleep, wake, restart or release a group
-    GET  /tensor_parallel/gpu_counts?model_name&devices&where
+    GET  /tensor_parallel/gpu_counts?unet_name&devices&where
                                                         which counts do not work there, and why
     POST /tensor_parallel/doctor                        the checks of `python -m tp_runtime doctor`
+    GET  /tensor_parallel/python                        how a Python for the GPU processes stands
+    POST /tensor_parallel/python/{make,cancel}          make it, or give that up
 
 ComfyUI serves each of them below `/api` as well. The event `tensor_parallel.groups` carries what
 the first route answers, to every page, whenever it changes. An answer that is no success has the
@@ -13,20 +15,26 @@ field `error`, a sentence for a person.
 
 import asyncio
 import functools
+import logging
+import sys
 import threading
 import urllib.parse
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
+from importlib.util import find_spec
+from ipaddress import ip_address
 from typing import Any, TypeVar
 
 from aiohttp import web
 from comfy.cli_args import args
 
-from ..tp_runtime.client import TPRuntimeError, examine, get_runtime, runtime_python
+from ..tp_runtime.client import OwnPython, TPRuntimeError, examine, get_runtime, runtime_python
 from .gpu_count import refused_counts
 from .loader import model_path
 from .placement import Placement
 from .settings import python_setting
+
+logger = logging.getLogger("tensor_parallel")
 
 GROUPS_EVENT = "tensor_parallel.groups"
 _INTERVAL_S = 0.5
@@ -48,11 +56,26 @@ def serve_page(server: Any) -> None:
         await _in_thread(_change_group, group_id, action)
         return await _in_thread(status.read)
 
+    own = OwnPython()
+
+    async def python(_request: web.Request) -> Any:
+        return {**own.progress().as_dict(), "missing": _lacks_runtime(), "refusal": _refusal()}
+
+    async def change_python(request: web.Request) -> Any:
+        if refusal := _refusal(request.remote):
+            raise _Refusal(403, refusal)
+        await _in_thread({"make": own.make, "cancel": own.cancel}[request.match_info["action"]])
+        return await python(request)
+
     routes = server.routes
     routes.get("/tensor_parallel/groups")(_answer(groups))
     routes.post("/tensor_parallel/groups/{group_id}/{action}")(_answer(_asked_first(change_group)))
     routes.get("/tensor_parallel/gpu_counts")(_answer(_gpu_counts))
     routes.post("/tensor_parallel/doctor")(_answer(_asked_first(_doctor)))
+    routes.get("/tensor_parallel/python")(_answer(python))
+    routes.post("/tensor_parallel/python/{action:make|cancel}")(
+        _answer(_asked_first(change_python))
+    )
     events = server.loop.create_task(_send_events(server, status))
     events.add_done_callback(lambda task: task.cancelled() or task.result())  # logs what it raised
     server.tensor_parallel_events = events  # asyncio itself keeps no hold of it
@@ -82,14 +105,20 @@ class _Status:
 
 async def _send_events(server: Any, status: _Status) -> None:
     """Compare what is known without asking anybody, as long as a page is open."""
-    shown = None
+    shown = failed = None
     while True:
         await asyncio.sleep(_INTERVAL_S)
-        if server.sockets:
+        if not server.sockets:
+            continue
+        try:
             now = get_runtime().groups()
             if now != shown:
-                shown = now
                 server.send_sync(GROUPS_EVENT, await _in_thread(status.read))
+                shown = now
+        except Exception as error:
+            if repr(error) != failed:
+                logger.exception("The page could not be told what runs; it is tried again.")
+            failed = repr(error)
 
 
 def _change_group(group_id: str, action: str) -> None:
@@ -107,7 +136,7 @@ def _change_group(group_id: str, action: str) -> None:
 
 async def _gpu_counts(request: web.Request) -> Any:
     """Without a name: what any model can have on this machine."""
-    name = request.query.get("model_name")
+    name = request.query.get("unet_name")
     path = None if name is None else model_path(name)
     if name is not None and path is None:
         raise _Refusal(404, f"There is no model {name!r} in ComfyUI's folders.")
@@ -118,6 +147,34 @@ async def _gpu_counts(request: web.Request) -> Any:
 async def _doctor(_request: web.Request) -> Any:
     checks = await _in_thread(examine, runtime_python(python_setting()))
     return {"checks": [check.as_dict() for check in checks]}
+
+
+def _lacks_runtime() -> bool:
+    """Whether the ranks are to run in ComfyUI's Python, which has no vLLM."""
+    return runtime_python(python_setting()) == sys.executable and find_spec("vllm") is None
+
+
+def _refusal(remote: str | None = None) -> str:
+    """Why this server makes no Python for whoever asks; empty where it does.
+
+    It runs pip: for the one person who sits at this machine.
+    """
+    if args.multi_user:
+        return "ComfyUI serves several users (--multi-user): its administrator installs packages."
+    for address in filter(None, (*args.listen.split(","), remote)):
+        if not _is_loopback(address.strip()):
+            return (
+                f"ComfyUI can be reached over the network ({address.strip()}): run the commands on "
+                "its machine, or start it without --listen."
+            )
+    return ""
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 async def _in_thread(call: Callable[..., T], *args: Any) -> T:
@@ -174,9 +231,13 @@ def _check_origin(request: web.Request) -> None:
     origin = request.headers.get("Origin")
     if origin is None or args.enable_cors_header:
         return
-    theirs, ours = urllib.parse.urlsplit(origin), urllib.parse.urlsplit(f"//{request.host}")
-    same_port = None in (theirs.port, ours.port) or theirs.port == ours.port
-    if theirs.hostname != ours.hostname or not same_port:
+    try:
+        theirs, ours = urllib.parse.urlsplit(origin), urllib.parse.urlsplit(f"//{request.host}")
+        same_port = None in (theirs.port, ours.port) or theirs.port == ours.port
+        same = theirs.hostname == ours.hostname and same_port
+    except ValueError:  # no address: brackets without an end, a port beyond 65535
+        same = False
+    if not same:
         raise _Refusal(
             403,
             f"Requests from {origin} are refused: this server was asked as {request.host}. A "

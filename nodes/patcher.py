@@ -15,8 +15,14 @@ from comfy_execution.utils import get_executing_context
 
 from ..tp_runtime.client import RemoteModel
 from .notices import show_group_on_node
-from .proxy import is_compiled
-from .unsupported import cfg_split, code_in_model, reading_weights, weight_functions
+from .proxy import REFERENCE_METHOD, is_compiled
+from .unsupported import (
+    cfg_split,
+    code_in_model,
+    data_in_model,
+    reading_weights,
+    weight_functions,
+)
 from .weights import patched_weights
 
 _INSIDE = "diffusion_model."
@@ -163,8 +169,12 @@ class TPModelPatcher(comfy.model_patcher.ModelPatcher):
         """
         for name, value in self.object_patches.items():
             inside = name.startswith(_INSIDE) and name != f"{_INSIDE}forward"
-            if inside and not is_compiled(value):
-                raise code_in_model(name)
+            if not inside or is_compiled(value):
+                continue
+            if callable(value):
+                raise code_in_model(name, value)
+            if not name.endswith(f".{REFERENCE_METHOD}"):
+                raise data_in_model(name, value)
         self.model.diffusion_model.check_code()
 
     # --- weights ---------------------------------------------------------------------------------
@@ -187,7 +197,9 @@ class TPModelPatcher(comfy.model_patcher.ModelPatcher):
         strengths = tuple((hook.hook_ref, hook.strength) for hook in hooks.hooks) if hooks else ()
         version = (self.patches_uuid, strengths)
         if version != self.remote.version:
-            patches = patched_weights(self.remote.info, self.patches, hook_patches)
+            loaded = self.model.diffusion_model.patched_by_module
+            own = {key: of for key, of in self.patches.items() if key in loaded}
+            patches = patched_weights(self.remote.info, own, hook_patches)
             self.remote.patch(version, patches)
 
     def patch_hooks(self, hooks: Any, *_args: Any, **_kwargs: Any) -> None:

@@ -1,5 +1,6 @@
 """The weightless stand-in for a native diffusion model: its forward runs on the ranks."""
 
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -10,9 +11,14 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrapper
 
 from ..tp_runtime.client import InputError, RemoteModel
 from .arguments import remote_inputs
-from .block_patches import names_in_code
+from .native_code import NativeCode
 from .together import Meeting
-from .unsupported import code_in_model, gradients, other_compute_dtype
+from .unsupported import code_in_model, gradients, other_compute_dtype, refused_input
+from .weights import patched_by_module
+
+# How reference images are placed where a caption does not say it: an attribute of native models (of
+# FLUX's `params`) that nodes may set (FluxKVCache).
+REFERENCE_METHOD = "default_ref_method"
 
 
 class RemoteDiffusionModel(torch.nn.Module):
@@ -29,7 +35,7 @@ class RemoteDiffusionModel(torch.nn.Module):
         object.__setattr__(self, "skeleton", skeleton)
         self.remote = remote
         self.native_signature = inspect.signature(skeleton.forward)
-        self.native_names = names_in_code(skeleton)
+        self.native_code = NativeCode.of(skeleton)
         native = type(skeleton)
         self._native_methods = {name for name in dir(native) if callable(getattr(native, name))}
         self.eval()
@@ -42,6 +48,11 @@ class RemoteDiffusionModel(torch.nn.Module):
     def weight_function(self) -> NoReturn:
         """Where layers keep functions on their weights: training nodes ask every module for it."""
         raise gradients()
+
+    @functools.cached_property
+    def patched_by_module(self) -> frozenset[str]:
+        """The keys of the weights that ComfyUI patches when it loads the model."""
+        return frozenset(f"diffusion_model.{name}" for name in patched_by_module(self.skeleton))
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return self.skeleton.state_dict(*args, **kwargs)
@@ -65,23 +76,35 @@ class RemoteDiffusionModel(torch.nn.Module):
         for name, module in self.skeleton.named_modules():
             if is_compiled(module):
                 continue
-            replaced = _is_foreign(vars(module).get("forward"), type(module).forward)
-            if replaced or module._forward_hooks or module._forward_pre_hooks:
-                raise code_in_model(name)
+            forward = vars(module).get("forward")
+            hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+            if _is_foreign(forward, type(module).forward):
+                raise code_in_model(name, forward)
+            if hooks:
+                raise code_in_model(name, hooks[0])
 
     def _check_methods(self) -> None:
         # `forward` itself is called, and hooks on this module are.
         for name in self._native_methods & vars(self).keys() - {"forward"}:
             if _is_foreign(vars(self)[name], getattr(type(self.skeleton), name)):
-                raise code_in_model(name)
+                raise code_in_model(name, vars(self)[name])
 
     def _forward_on_ranks(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         self._check_methods()  # some nodes replace them during an evaluation
         bound = self.native_signature.bind(*args, **kwargs)
-        inputs = remote_inputs(bound, self.native_names)
+        family, sizes = self.remote.info.family, self.remote.info.sizes
+        inputs = remote_inputs(bound, self.native_code, sizes.unused_inputs, sizes.options)
+        for name, attribute in family.used_with.items():
+            if not hasattr(self.skeleton, attribute):
+                inputs.pop(name, None)
+        for name in inputs.keys() & family.refused_inputs.keys():
+            raise refused_input(self.remote.info.label, name, family.refused_inputs[name])
+        method = self._reference_method()
+        if method is not None and "ref_latents" in inputs:
+            inputs.setdefault("ref_latents_method", method)
         x: torch.Tensor = inputs["x"]
         self._check(x, inputs)
-        meeting = Meeting.of_this_thread()
+        meeting = Meeting.of_this_thread(self.remote)
         if meeting is not None:
             result = meeting.evaluate(inputs)
         else:
@@ -89,6 +112,11 @@ class RemoteDiffusionModel(torch.nn.Module):
                 inputs, poll=comfy.model_management.throw_exception_if_processing_interrupted
             )
         return result.to(device=x.device, dtype=x.dtype)
+
+    def _reference_method(self) -> str | None:
+        holders = (self, getattr(self, "params", None))
+        found = [getattr(holder, REFERENCE_METHOD, None) for holder in holders]
+        return next((method for method in found if method is not None), None)
 
     def _check(self, x: torch.Tensor, inputs: Mapping[str, Any]) -> None:
         dtype = str(x.dtype).removeprefix("torch.")

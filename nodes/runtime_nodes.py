@@ -37,7 +37,7 @@ class TPRuntimeInfo(io.ComfyNode):
                 "Reports the running process groups: the tensor-parallel size as every rank sees "
                 "it, devices, memory, the models held and the time of the last step."
             ),
-            search_aliases=["tensor parallel", "multi gpu", "gpu memory", "status"],
+            search_aliases=["multi gpu", "gpu memory", "status"],
             inputs=[io.AnyType.Input("anything", optional=True, tooltip=_ANYTHING_TOOLTIP)],
             outputs=[
                 io.AnyType.Output("passed", display_name="passed", tooltip="The input."),
@@ -73,7 +73,7 @@ class TPReleaseRuntime(io.ComfyNode):
                 "Ends the process groups and frees their GPU memory. The next sampler starts "
                 "them again."
             ),
-            search_aliases=["tensor parallel", "multi gpu", "free memory", "unload", "vram"],
+            search_aliases=["multi gpu", "free memory", "unload", "vram"],
             inputs=[io.AnyType.Input("anything", optional=True, tooltip=_ANYTHING_TOOLTIP)],
             outputs=[io.AnyType.Output("passed", display_name="passed", tooltip="The input.")],
             is_output_node=True,

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..tp_runtime.client import GroupConfig
 from .gpu_count import CHOICES, choose_group
 from .model import on_group
-from .notices import warn_on_node
+from .notices import warnings_of_node
 from .patcher import TPModelPatcher
 from .schema import check_choice, tp_schema
 from .unsupported import UnsupportedFeatureError
@@ -147,5 +147,5 @@ class TPSampler(io.ComfyNode):
         return choose_group(
             dataclasses.replace(model.model.tp_placement, gpu_count=gpu_count),
             model.remote.info,
-            warn=lambda text: warn_on_node(cls.hidden.unique_id, text),
+            warn=warnings_of_node(cls.hidden.unique_id),
         )

@@ -16,7 +16,7 @@ from ..tp_runtime.client import GroupStartError
 
 _PYTHON = "TensorParallel.Runtime.Python"
 _DEVICES = "TensorParallel.Runtime.Devices"
-_RAY_ADDRESS = "TensorParallel.Runtime.RayAddress"
+_KEEP_READY = "TensorParallel.Runtime.KeepReady"
 _TRIES, _WRITING_S = 3, 0.05
 
 
@@ -30,8 +30,12 @@ def python_setting() -> str | None:
     text = str(_stored().get(_PYTHON) or "").strip()
     if not text:
         return None
-    path = Path(text).expanduser()
-    if not (path.is_absolute() and path.name.startswith("python") and path.is_file()):
+    try:
+        path = Path(text).expanduser()
+        is_python = path.is_absolute() and path.name.startswith("python") and path.is_file()
+    except (RuntimeError, OSError, ValueError):  # nobody's home; a name that is too long, or none
+        is_python = False
+    if not is_python:
         raise GroupStartError(
             f"The setting 'Python of the GPU processes' is {text!r}, which is no path of a Python "
             "such as /home/me/tp-runtime/bin/python. Change it in ComfyUI's settings, or clear it."
@@ -39,14 +43,14 @@ def python_setting() -> str | None:
     return str(path)
 
 
+def keep_ready_setting() -> bool:
+    """Whether what the GPU processes are forked from runs from ComfyUI's start on."""
+    return _stored().get(_KEEP_READY) is True
+
+
 def devices_setting() -> str:
     """The GPUs that may be used, as a person writes them; empty: all."""
     return str(_stored().get(_DEVICES) or "")
-
-
-def ray_address_setting() -> str:
-    """The Ray cluster's address, as a person writes it; empty: one is started on this machine."""
-    return str(_stored().get(_RAY_ADDRESS) or "").strip()
 
 
 def _stored() -> dict[str, Any]:
@@ -54,14 +58,18 @@ def _stored() -> dict[str, Any]:
     file = Path(folder_paths.get_user_directory()) / "default" / "comfy.settings.json"
     if args.multi_user or not file.is_file():
         return {}
+    problem = ""
     for _ in range(_TRIES):
         try:
-            settings: dict[str, Any] = json.loads(file.read_text())
-        except ValueError as error:
-            problem = error
+            settings = json.loads(file.read_bytes())
+        except (ValueError, OSError, RecursionError) as error:
+            problem = str(error)
             time.sleep(_WRITING_S)  # ComfyUI may be writing it, in place
-        else:
+            continue
+        if isinstance(settings, dict):
             return settings
+        problem = f"it holds a {type(settings).__name__}, not settings by name"
+        break
     raise GroupStartError(
         f"ComfyUI's settings {file} cannot be read ({problem}). Repair the file, or remove it and "
         "set what you need again."

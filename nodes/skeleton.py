@@ -15,7 +15,13 @@ import comfy.supported_models
 import comfy.utils
 import torch
 
-from ..tp_runtime.client import STORED_DTYPES, CheckpointError, CheckpointInfo, open_checkpoint
+from ..tp_runtime.client import (
+    STORED_DTYPES,
+    WEIGHT_DTYPES,
+    CheckpointError,
+    CheckpointInfo,
+    open_checkpoint,
+)
 from .unsupported import reading_weights
 
 # Tensors below this size are read: model detection looks at their values.
@@ -51,7 +57,7 @@ def _state_dict(info: CheckpointInfo) -> dict[str, torch.Tensor]:
     """The file's tensors: the small ones as they are, the others on the meta device."""
     tensors = {}
     with open_checkpoint(info.path) as file:
-        for name, tensor in info.tensors.items():
+        for name, tensor in (*info.tensors.items(), *info.extra.items()):
             if tensor.dtype not in STORED_DTYPES:
                 raise CheckpointError(
                     f"Tensor {name} of {info.path} is stored as {tensor.dtype}. Supported: "
@@ -109,21 +115,37 @@ def _set_dtypes(
             weight_dtype=None if info.quantised else comfy.utils.weight_dtype(state_dict),
         )
     manual_cast = management.unet_manual_cast(dtype, management.get_torch_device(), supported)
+    if str(dtype).removeprefix("torch.") not in WEIGHT_DTYPES:
+        raise CheckpointError(
+            f"ComfyUI was started with an option that asks for weights in {dtype}, which a "
+            f"tensor-parallel model cannot hold. Allowed: {', '.join(WEIGHT_DTYPES)}. Start "
+            "ComfyUI without that option, or set weight_dtype on 'Load Diffusion Model (TP)'."
+        )
     config.set_inference_dtype(dtype, manual_cast)
 
 
 def _assign_tensors(
     info: CheckpointInfo, model: Any, state_dict: Mapping[str, torch.Tensor]
 ) -> None:
-    """Put the tensors into the model. A key that it lacks would make LoRAs skip that weight."""
+    """Put the tensors into the model. A key that it lacks would make LoRAs skip that weight.
+
+    What the architecture has not, ComfyUI's model must not have either: it is left out.
+    """
     tensors = model.model_config.process_unet_state_dict(dict(state_dict))
     own = model.diffusion_model.state_dict()
     # Newer releases of ComfyUI leave them out.
     for name in info.sizes.table.unused.keys() - own.keys():
         tensors.pop(name, None)
+    extra = {name: tensors.pop(name) for name in info.extra.keys() & tensors.keys()}
     strange = [
         name for name in tensors if name not in own or own[name].shape != tensors[name].shape
-    ]
+    ] + sorted(extra.keys() & own.keys())
+    for name in info.family.newer.keys() & set(strange):
+        variant, version = info.family.newer[name]
+        raise CheckpointError(
+            f"{info.path} is a {variant} file (it has the tensor {name}), which this ComfyUI does "
+            f"not know. Update ComfyUI: {version} knows it."
+        )
     if strange:
         raise CheckpointError(
             f"This ComfyUI builds {info.label} differently from the file {info.path}: "

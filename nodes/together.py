@@ -20,15 +20,20 @@ _meeting: contextvars.ContextVar["Meeting | None"] = contextvars.ContextVar("mee
 
 
 class Meeting:
-    """Where threads leave what they want evaluated, and wait for it."""
+    """Where threads leave what they want evaluated by one model, and wait for it."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: object) -> None:
+        self._model = model
         self._events: queue.SimpleQueue[Future[Any] | _Question] = queue.SimpleQueue()
 
     @staticmethod
-    def of_this_thread() -> "Meeting | None":
-        """The one that this thread takes part in."""
-        return _meeting.get()
+    def of_this_thread(model: object) -> "Meeting | None":
+        """The one about that model that this thread takes part in.
+
+        A node's function around a model may evaluate another one, which is not to be asked there.
+        """
+        meeting = _meeting.get()
+        return meeting if meeting is not None and meeting._model is model else None
 
     def evaluate(self, inputs: Inputs) -> torch.Tensor:
         """In a thread of ``run``: the result, once every thread has asked for one or ended.

@@ -3,7 +3,10 @@
 A refusal names the node's feature that causes it and what to do. Nothing is computed.
 """
 
+from comfyui_version import __version__
+
 from ..tp_runtime.client import TPRuntimeError
+from .origins import describe, origin
 
 
 class UnsupportedFeatureError(TPRuntimeError, ValueError):
@@ -14,34 +17,43 @@ _INSTEAD = (
     "Remove or bypass that node, or load this model with the stock 'Load Diffusion Model' node."
 )
 
-# Where transformer_options hold Python code, and what kind of node puts it there. First match.
-_CAUSES = (
-    ("patches_replace.dit", "replaces blocks of the model (leaving blocks out is supported)"),
-    ("patches_replace.", "replaces attention layers, such as perturbed-attention guidance"),
-    ("patches.post_input", "adds to what the model is given, such as USOStyleReference"),
-    ("patches.attn", "patches attention layers, such as an IP-Adapter"),
-    ("patches.", "patches blocks of the model, such as a ControlNet that is a model patch"),
-    ("optimized_attention_override", "changes the attention function, such as SageAttention"),
+# Where transformer_options hold Python code, and what is done with it there. First match.
+_USES = (
+    ("patches_replace.dit", "takes the place of a block (leaving blocks out is supported)"),
+    ("patches_replace.", "takes the place of attention layers"),
+    ("patches.post_input", "changes what the blocks are given"),
+    ("patches.attn", "changes what attention layers are given or return"),
+    ("patches.", "is called in the model's blocks, as ControlNets that are model patches are"),
+    ("optimized_attention_override", "takes the place of the attention function"),
 )
 
 
-def python_code_in_options(where: str) -> UnsupportedFeatureError:
+def python_code_in_options(where: str, code: object) -> UnsupportedFeatureError:
     """For a callable at `where` (a dotted path) in `transformer_options`."""
-    cause = next((text for prefix, text in _CAUSES if where.startswith(prefix)), None)
-    node = f"a node that {cause}" if cause else "a node that patches the model with Python code"
+    use = next((text for prefix, text in _USES if where.startswith(prefix)), None)
     return UnsupportedFeatureError(
-        f"transformer_options['{where}'] is a Python function, which comes from {node}. A "
-        "tensor-parallel model runs in other processes, where such functions cannot be called. "
-        f"{_INSTEAD}"
+        f"transformer_options['{where}'] is a Python function, {describe(code)}"
+        f"{f', which {use}' if use else ''}. A tensor-parallel model runs in other processes, "
+        f"where such functions cannot be called. {_INSTEAD}"
     )
 
 
-def code_in_model(where: str) -> UnsupportedFeatureError:
+def code_in_model(where: str, code: object) -> UnsupportedFeatureError:
     """For a function or module at `where` in the native model, in the place of its own."""
+    of_bypass = origin(code)[0] == "comfy.weight_adapter.bypass"
     return UnsupportedFeatureError(
-        f"A node has replaced '{where}' in the model by code of its own, as LoraLoaderBypass and "
-        "some caching nodes do. A tensor-parallel model computes in other processes, where that "
-        f"code cannot be called. Load a LoRA without bypass. {_INSTEAD}"
+        f"A node has replaced '{where}' in the model by code of its own: {describe(code)}. A "
+        "tensor-parallel model computes in other processes, where that code cannot be called. "
+        f"{'Load the LoRA without bypass. ' if of_bypass else ''}{_INSTEAD}"
+    )
+
+
+def data_in_model(where: str, value: object) -> UnsupportedFeatureError:
+    """For a number, a text or a tensor that a node has put at `where` in the native model."""
+    shown = f"a {type(value).__name__}" if hasattr(value, "shape") else repr(value)
+    return UnsupportedFeatureError(
+        f"A node has set '{where}' in the model to {shown}. A tensor-parallel model computes in "
+        f"other processes with the settings of its file. {_INSTEAD}"
     )
 
 
@@ -51,6 +63,25 @@ def unknown_argument(where: str, value: object) -> UnsupportedFeatureError:
         f"The model's argument '{where}' is a {type(value).__name__}; only tensors, numbers, text, "
         "lists and dictionaries can be sent to a tensor-parallel model. It comes from a node "
         f"between the loader and the sampler. {_INSTEAD}"
+    )
+
+
+def unknown_option(where: str, value: object) -> UnsupportedFeatureError:
+    """For something at `where` in `transformer_options` that the model would compute with."""
+    return UnsupportedFeatureError(
+        f"transformer_options['{where}'] is a {type(value).__name__}, with which a tensor-parallel "
+        "model cannot compute: it takes dictionaries of numbers, of the options that its family "
+        f"has. It comes from a node between the loader and the sampler. {_INSTEAD}"
+    )
+
+
+def refused_input(label: str, name: str, what: str) -> UnsupportedFeatureError:
+    """For an argument that the running ComfyUI's class takes, and the forward on the ranks not."""
+    return UnsupportedFeatureError(
+        f"{label} was given the input '{name}': {what}. ComfyUI {__version__} may take it; "
+        "tensor-parallel models of this kind do not. Remove or bypass the node that sets it "
+        "(between the text encoder and the sampler), or load this model with the stock 'Load "
+        "Diffusion Model' node."
     )
 
 

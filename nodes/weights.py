@@ -11,6 +11,7 @@ from typing import Any
 
 import comfy.utils
 import comfy.weight_adapter
+import torch
 
 from ..tp_runtime.client import (
     PATCH_FUNCTIONS,
@@ -34,7 +35,8 @@ Patches = Mapping[str, list[tuple[Any, ...]]]
 def patched_weights(info: CheckpointInfo, *stages: Patches) -> dict[str, PatchedWeight]:
     """What `stages`, one applied after the other, change: name in the file → changes.
 
-    A patch that does not fit its weight is logged and left out, as ComfyUI does.
+    A patch that does not fit its weight is logged and left out, as ComfyUI does; so is one of
+    something that is no weight of the model (a table of its sampling, or what nothing uses).
 
     Raises:
         UnsupportedFeatureError: a model merge, a patch of a kind that is not known, or one that
@@ -45,18 +47,39 @@ def patched_weights(info: CheckpointInfo, *stages: Patches) -> dict[str, Patched
     for stage in stages:
         for key, patches in stage.items():
             name = _name_in_file(info, key)
+            if name is None:
+                logging.warning("The patch of %s is left out: no such weight is used.", key)
+                continue
             described = [_describe(key, patch) for patch in patches]
-            fitting = [patch for patch in described if _fits(patch, name, info.tensors[name].shape)]
+            fitting = [
+                patch
+                for patch in (_fitting(one, name, info.tensors[name].shape) for one in described)
+                if patch is not None
+            ]
             if fitting:
                 found.setdefault(name, []).append(tuple(fitting))
                 seeds[name] = zlib.crc32(key.encode())  # comfy.model_patcher.string_to_seed
     return {name: PatchedWeight(seeds[name], tuple(stages)) for name, stages in found.items()}
 
 
-def _name_in_file(info: CheckpointInfo, key: str) -> str:
+def patched_by_module(model: torch.nn.Module) -> frozenset[str]:
+    """The parameters that ComfyUI patches when it loads a model, module by module.
+
+    It leaves out those of modules that have others below them with parameters, such as tokens to
+    pad with (`_load_list` in comfy/model_patcher.py, 0.3.75). Hooks patch these, too.
+    """
+    found: set[str] = set()
+    for path, module in model.named_modules():
+        own = {name for name, _ in module.named_parameters(recurse=False)}
+        if all(name in own for name, _ in module.named_parameters()):
+            found |= {f"{path}.{name}" for name in own}
+    return frozenset(found)
+
+
+def _name_in_file(info: CheckpointInfo, key: str) -> str | None:
     name = key.removeprefix(_PREFIX)
     older = f"{name.removesuffix('.weight')}.scale"  # FLUX's norms, which ComfyUI has renamed
-    return name if name in info.tensors else older
+    return next((one for one in (name, older) if one in info.sizes.table.file_tensors), None)
 
 
 def _describe(key: str, patch: tuple[Any, ...]) -> WeightPatch:
@@ -68,6 +91,8 @@ def _describe(key: str, patch: tuple[Any, ...]) -> WeightPatch:
         kind, factors = value.name, tuple(value.weights)
     elif isinstance(value, list):  # another model's weight, with that model's own patches
         raise merged_weights(key)
+    elif not isinstance(value, tuple) or len(value) not in (1, 2):
+        raise unknown_patch(key, f"a {type(value).__name__} in the place of a patch")
     else:
         kind, factors = ("diff", value) if len(value) == 1 else value
         if kind == "model_as_lora":
@@ -82,7 +107,8 @@ def _describe(key: str, patch: tuple[Any, ...]) -> WeightPatch:
     )
 
 
-def _fits(patch: WeightPatch, name: str, shape: tuple[int, ...]) -> bool:
+def _fitting(patch: WeightPatch, name: str, shape: tuple[int, ...]) -> WeightPatch | None:
+    """What ComfyUI would do of it: where it does not fit, only its strength of the weight."""
     larger = None
     if patch.kind == "lora" and patch.factors[5] is not None:
         larger = tuple(patch.factors[5])
@@ -94,5 +120,7 @@ def _fits(patch: WeightPatch, name: str, shape: tuple[int, ...]) -> bool:
         check_fits(patch, shape)
     except PatchError as error:
         logging.warning("The %s patch of %s is left out: %s", patch.kind, name, error)
-        return False
-    return True
+        if patch.strength_model == 1.0:
+            return None
+        return WeightPatch("diff", (), 0.0, patch.strength_model, patch.offset, None)
+    return patch

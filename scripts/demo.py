@@ -26,13 +26,15 @@ from examples.shapes.scenes import Scene, prompts  # noqa: E402
 from support import toy  # noqa: E402
 from support.comfy_server import ComfyServer, History  # noqa: E402
 from support.group_reports import rank_pids  # noqa: E402
-from support.leaks import nothing_left_over  # noqa: E402
+from support.leaks import nothing_left_over, own_temporary_folder  # noqa: E402
 from support.paths import TEST_PACK, TOY_PACK  # noqa: E402
 from support.ray_leaks import no_ray_left_over  # noqa: E402
 from support.tiny_models import tiny, write_tiny  # noqa: E402
 from support.tiny_vae import (  # noqa: E402
+    FLUX2_VAE_NAME,
     VAE_NAME,
     WAN_VAE_NAME,
+    write_tiny_flux2_vae,
     write_tiny_vae,
     write_tiny_wan_vae,
 )
@@ -112,7 +114,9 @@ DEMOS: dict[str, Toy | Tiny] = {
         VAE_NAME,
         replace(SAMPLING, pooled_width=tiny("flux").vector_dim),
     ),
+    "flux2": Tiny("flux2", write_tiny_flux2_vae, FLUX2_VAE_NAME),
     "qwen_image": Tiny("qwen_image", write_tiny_wan_vae, WAN_VAE_NAME),
+    "wan": Tiny("wan", write_tiny_wan_vae, WAN_VAE_NAME),
 }
 
 
@@ -192,6 +196,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     device_args = () if torch.cuda.device_count() >= max(demo.group_sizes) else ("--cpu",)
     with (
+        own_temporary_folder(),
         nothing_left_over(),
         no_ray_left_over(),
         ComfyServer(extra_args=device_args, pack=demo.pack) as server,
@@ -201,7 +206,7 @@ def main() -> int:
             serve(server, demo.model_name)
             return 0
         good = compare(server, options.model, options.where)
-    print("nothing left over: no rank process, no entry in /dev/shm, nothing of Ray")
+    print("nothing left over: no rank process, no shared memory, no temporary file, nothing of Ray")
     return 0 if good else 1
 
 

@@ -2,12 +2,12 @@
 
     python scripts/make_templates.py [NAME ...]
 
-Each is built in ComfyUI's own page, which lays down the format, and photographed there. The tests
-run every template with tiny models of the same names (`tests/web/test_templates.py`).
+Each is built in ComfyUI's own page, which lays down the format. Its file's name is the title that
+the page shows, its picture a drawn card (`template_cards.py`). The tests run every template with
+tiny models of the same names (`tests/web/test_templates.py`).
 """
 
 import argparse
-import io
 import json
 import sys
 from collections.abc import Iterator
@@ -15,10 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY / "tests"))
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from template_cards import card  # noqa: E402
 
 from support.comfy_page import ComfyPage, chromium, comfy_page  # noqa: E402
 from support.comfy_server import ComfyServer  # noqa: E402
@@ -26,7 +28,7 @@ from support.comfy_server import ComfyServer  # noqa: E402
 FOLDER = REPOSITORY / "example_workflows"
 HUB = "https://huggingface.co"
 COLUMNS = {"load": 0, "condition": 400, "sample": 860, "save": 1240}
-GAP = 60
+GAP = 80
 
 Link = tuple[str, int]
 
@@ -56,7 +58,7 @@ def model(folder: str, name: str, url: str) -> dict[str, str]:
 
 def loader(name: str, url: str) -> Node:
     """Load Diffusion Model (TP), on as many GPUs as the machine has."""
-    widgets = {"model_name": name, "weight_dtype": "default", "gpu_count": "auto"}
+    widgets = {"unet_name": name, "weight_dtype": "default", "gpu_count": "auto"}
     file = model("diffusion_models", name, url)
     return Node("TPLoadDiffusionModel", "load", widgets, models=[file], size=(340, 180))
 
@@ -256,6 +258,57 @@ def flux_edit() -> Nodes:
     return nodes
 
 
+def flux2() -> Nodes:
+    """FLUX.2-dev, text to image: ComfyUI's own template, without its pictures."""
+    base = "Comfy-Org/flux2-dev/resolve/main/split_files"
+    model_name, encoder, vae_name = (
+        f"{name}.safetensors"
+        for name in ("flux2_dev_fp8mixed", "mistral_3_small_flux2_fp8", "flux2-vae")
+    )
+    size = {"width": 1024, "height": 1024}
+    return {
+        "model": loader(model_name, f"{base}/diffusion_models/{model_name}"),
+        "clip": clip("flux2", (encoder, f"{base}/text_encoders/{encoder}")),
+        "vae": vae(vae_name, f"{base}/vae/{vae_name}"),
+        "positive": prompt(CAT),
+        "latent": Node("EmptyFlux2LatentImage", "condition", {**size, "batch_size": 1}),
+        "guidance": Node(
+            "FluxGuidance", "condition", {"guidance": 4.0}, {"conditioning": ("positive", 0)}
+        ),
+        "guider": Node(
+            "BasicGuider", "sample", links={"model": ("model", 0), "conditioning": ("guidance", 0)}
+        ),
+        "method": Node("KSamplerSelect", "sample", {"sampler_name": "euler"}),
+        "schedule": Node("Flux2Scheduler", "sample", {"steps": 20, **size}),
+        "noise": Node("RandomNoise", "sample", {"noise_seed": 42}),
+        "sampler": Node(
+            "SamplerCustomAdvanced",
+            "sample",
+            links={
+                "noise": ("noise", 0),
+                "guider": ("guider", 0),
+                "sampler": ("method", 0),
+                "sigmas": ("schedule", 0),
+                "latent_image": ("latent", 0),
+            },
+        ),
+        **picture("flux2"),
+    }
+
+
+def flux2_edit() -> Nodes:
+    """FLUX.2-dev, image edit: up to ten pictures, each by a `ReferenceLatent` of its own."""
+    nodes = flux2() | input_picture()
+    nodes["positive"].widgets["text"] = EDIT
+    nodes["encoded"] = Node(
+        "VAEEncode", "condition", links={"pixels": ("scaled", 0), "vae": ("vae", 0)}
+    )
+    links: dict[str, Link] = {"conditioning": ("guidance", 0), "latent": ("encoded", 0)}
+    nodes["referring"] = Node("ReferenceLatent", "condition", links=links)
+    nodes["guider"].links["conditioning"] = ("referring", 0)
+    return nodes
+
+
 def qwen_image() -> Nodes:
     """Qwen-Image, text to image."""
     name = "qwen_image_fp8_e4m3fn.safetensors"
@@ -310,14 +363,16 @@ def input_picture() -> Nodes:
 
 
 TEMPLATES = {
-    "Z-Image text to image": z_image,
-    "Z-Image LoRA": z_image_lora,
-    "FLUX text to image": flux,
-    "FLUX LoRA": flux_lora,
-    "FLUX Kontext image edit": flux_edit,
-    "Qwen-Image text to image": qwen_image,
-    "Qwen-Image LoRA": qwen_image_lora,
-    "Qwen-Image edit": qwen_image_edit,
+    "Z-Image-Turbo - text to image": z_image,
+    "Z-Image-Turbo - with a LoRA": z_image_lora,
+    "FLUX.1 dev - text to image": flux,
+    "FLUX.1 dev - with a LoRA": flux_lora,
+    "FLUX.1 Kontext - edit a picture": flux_edit,
+    "FLUX.2 dev - text to image": flux2,
+    "FLUX.2 dev - edit a picture": flux2_edit,
+    "Qwen-Image - text to image": qwen_image,
+    "Qwen-Image - with a LoRA": qwen_image_lora,
+    "Qwen-Image-Edit - edit a picture": qwen_image_edit,
 }
 
 
@@ -334,7 +389,8 @@ _BUILD = """({nodes, gap}) => {
         if (spec.models.length) node.properties.models = spec.models;
         for (const [name, value] of Object.entries(spec.widgets))
             node.widgets.find((widget) => widget.name === name || !name).value = value;
-        node.setSize(spec.size ?? node.computeSize());
+        const [width, height] = spec.size ?? [0, 0], [least, lowest] = node.computeSize();
+        node.setSize([Math.max(width, least), Math.max(height, lowest)]);
         node.pos = [spec.x, bottom[spec.x] ?? 0];
         bottom[spec.x] = node.pos[1] + node.size[1] + gap;
     }
@@ -355,40 +411,27 @@ def build(page: ComfyPage, title: str) -> dict[str, Any]:
     return dict(workflow)
 
 
-def photograph(page: ComfyPage, path: Path) -> None:
-    """The whole graph, as a small JPEG."""
-    page.run_command("Comfy.Canvas.FitView")
-    page.page.wait_for_timeout(800)
-    shot = Image.open(io.BytesIO(page.page.locator("#graph-canvas").screenshot()))
-    shot.convert("RGB").resize((640, 640 * shot.height // shot.width)).save(path, quality=82)
-
-
-def file_name(title: str) -> str:
-    """`Z-Image LoRA` → `z_image_lora`."""
-    return title.lower().replace("-", "_").replace(" ", "_")
-
-
 def titles(names: list[str]) -> Iterator[str]:
     """The titles of the templates asked for, or all."""
     for title in TEMPLATES:
-        if not names or file_name(title) in names:
+        if not names or title in names:
             yield title
 
 
 def main() -> None:
     """Write the files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", help="only these, such as z_image_lora")
+    parser.add_argument("names", nargs="*", help="only these titles")
     options = parser.parse_args()
     FOLDER.mkdir(exist_ok=True)
     with ComfyServer() as server, chromium() as browser, comfy_page(browser, server) as page:
         page.open({"Comfy.Minimap.Visible": False})
-        page.run_command("Workspace.ToggleFocusMode")
         for title in titles(options.names):
             workflow = build(page, title)
-            path = FOLDER / f"{file_name(title)}.json"
+            path = FOLDER / f"{title}.json"
             path.write_text(json.dumps(workflow, indent=2, ensure_ascii=False) + "\n")
-            photograph(page, path.with_suffix(".jpg"))
+            name, _, what = title.partition(" - ")
+            card(name, what, "on several GPUs").save(FOLDER / f"{title}.jpg", quality=85)
             print(path.relative_to(REPOSITORY))
 
 

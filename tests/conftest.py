@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from support.comfy_server import NO_GPU, ComfyServer
-from support.leaks import RUN, nothing_left_over
+from support.leaks import RUN, nothing_left_over, own_temporary_folder
 from support.rotation import commit_of, left_out
 from support.tiny_models import write_tiny
 
@@ -70,9 +70,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> "GroupSchedu
 @pytest.fixture(autouse=True, scope="session")
 def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What the groups of this run keep is not mixed with a person's, nor its leaks with others'."""
-    with pytest.MonkeyPatch.context() as patch:
+    basetemp = str(tmp_path_factory.getbasetemp())  # made now: not in the folder that goes
+    with pytest.MonkeyPatch.context() as patch, own_temporary_folder():
         patch.setenv("TP_RUNTIME_HOME", str(tmp_path_factory.mktemp("tp-runtime")))
-        patch.setenv(RUN, str(tmp_path_factory.getbasetemp()))
+        patch.setenv(RUN, basetemp)
         yield
 
 

@@ -8,15 +8,15 @@ With ``settings``, the only place where the package reads environment variables 
                                waits for, is given up (default 300)
 ``TP_RUNTIME_CALL_TIMEOUT``    seconds until a computing group is given up (default 600);
                                less in evaluations whose time is known (``evaluation_times``)
-``TP_RUNTIME_HOST_RESERVE``    share of the host's memory that sleeping models leave free
-                               (default 0.125)
+``TP_RUNTIME_HOST_RESERVE``    share of the memory, of the host or its container, that sleeping
+                               models leave free (default 0.125)
 ``TP_RUNTIME_ATTENTION``       the ranks' attention on GPUs: auto (measured; the default), flash3,
                                cudnn, or sdpa (torch's choice)
 ``TP_RUNTIME_FAMILIES``        packages with more families of models, by spaces; on the PYTHONPATH
 ``TP_RUNTIME_LOG_LEVEL``       level of the ranks' logs (default INFO)
 ``TP_RUNTIME_RAY_ADDRESS``     Ray cluster, host:port, for groups that run on one (default:
                                one that is started on this machine for each group)
-``TP_RUNTIME_HOME``            folder for logs, rendezvous files and what ranks compile
+``TP_RUNTIME_HOME``            folder for logs and what ranks compile
                                (default: the user's state folder)
 =============================  ==========================================================
 """
@@ -30,6 +30,7 @@ from typing import Literal, get_args
 import msgspec
 
 from .errors import CheckpointError, DeviceError, TPRuntimeError
+from .reasons import printable
 from .settings import PACKAGE as PACKAGE
 from .settings import home as home
 from .settings import runtime_python as runtime_python
@@ -54,9 +55,12 @@ def _number(name: str, default: float) -> float:
     return value
 
 
-def ray_address(preferred: str | None = None) -> str:
-    """The Ray cluster's address: the environment's, else ``preferred``; empty: start one here."""
-    return os.environ.get("TP_RUNTIME_RAY_ADDRESS") or preferred or ""
+def ray_address() -> str:
+    """The Ray cluster's address; empty: Ray is started here.
+
+    Of the environment only: settings of the page arrive over the network.
+    """
+    return os.environ.get("TP_RUNTIME_RAY_ADDRESS", "")
 
 
 def log_level() -> str:
@@ -93,7 +97,7 @@ def fault_file() -> str:
 
 
 def host_reserve() -> float:
-    """Share of the host's memory, 0 to 1, that models which sleep there must leave free."""
+    """Share of the memory, 0 to 1, that models which sleep there must leave free."""
     text = os.environ.get("TP_RUNTIME_HOST_RESERVE", "0.125")
     try:
         share = float(text)
@@ -136,7 +140,8 @@ class Layout:
     def parse(cls, text: str) -> "Layout":
         """The layout that ``str`` gave. Raises ValueError."""
         tp_size, separator, batch_groups = text.partition("x")
-        if not (separator and tp_size.isdecimal() and batch_groups.isdecimal()):
+        sizes = tp_size.isdecimal() and batch_groups.isdecimal()
+        if not (separator and sizes and int(tp_size) and int(batch_groups)):
             raise ValueError(f"layout={text!r}: write TP size x batch groups, such as 2x2.")
         return cls(int(tp_size), int(batch_groups))
 
@@ -259,6 +264,13 @@ Optimize = Literal["auto", "off"]
 OPTIMIZE: tuple[Optimize, ...] = get_args(Optimize)
 
 
+# What linear weights may be held in.
+WEIGHT_DTYPES = (
+    *("float64", "float32", "float16", "bfloat16"),
+    *("float8_e4m3fn", "float8_e5m2"),
+)
+
+
 class ModelSpec(msgspec.Struct, frozen=True):
     """What identifies a model on a group: the file and the dtypes it runs in.
 
@@ -287,6 +299,11 @@ class ModelSpec(msgspec.Struct, frozen=True):
         fp8_products: bool = False,
     ) -> "ModelSpec":
         """The spec of the file as it is on disk now. Raises CheckpointError if it is not there."""
+        if path != printable(path):
+            raise CheckpointError(
+                f"The path of the model file {path} is no UTF-8, so that the ranks cannot be told "
+                "it. Rename the file, or the folder that it is in."
+            )
         try:
             version = file_version(path)
         except FileNotFoundError as error:
@@ -298,8 +315,10 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     """Everything that a rank is told at its start.
 
     ``local_rank``: index of its GPU among those that it sees. ``environment``: changes to the
-    environment that it starts in; None removes a variable. The file descriptors are the rank's
-    own; it learns of them when it gets them. ``mirrored``: its exchange memory is not the engine's.
+    environment that it starts in, as bytes, since names and values may be no UTF-8; None removes a
+    variable. The file descriptors are the rank's own, and so is the ``rendezvous`` of ranks of one
+    machine; it learns of them when it gets them. ``mirrored``: its exchange memory is not the
+    engine's.
     """
 
     rank: int
@@ -307,12 +326,12 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     tp_size: int
     batch_groups: int
     device: str
-    rendezvous: str
     num_threads: int
     log_level: str
+    rendezvous: str = ""
     fault_file: str = ""
     attention: AttentionKernel = "auto"
-    environment: dict[str, str | None] = {}
+    environment: list[tuple[bytes, bytes | None]] = []
     control_fd: int = -1
     exchange_fd: int = -1
     mirrored: bool = False

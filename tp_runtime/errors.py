@@ -6,9 +6,15 @@ group is alive and the next request works. The others end the group; the next re
 a new one.
 """
 
+from .reasons import printable
+
 
 class TPRuntimeError(RuntimeError):
     """Base of all errors of this package."""
+
+    def __init__(self, message: str = "") -> None:
+        # Names on Linux may be no UTF-8; what shows messages takes nothing else.
+        super().__init__(printable(message))
 
     def __init_subclass__(cls) -> None:
         # ComfyUI shows a type with its module, which for a pack is the path of its folder.
@@ -29,6 +35,10 @@ class DeviceError(TPRuntimeError, ValueError):
 
 class InputError(TPRuntimeError, ValueError):
     """A request's tensors or options do not fit the model. Nothing was computed."""
+
+
+class NotFiniteError(TPRuntimeError):
+    """The model's result has values that are NaN or infinite. The group is as it was before."""
 
 
 class GroupStartError(TPRuntimeError):

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 from .errors import CheckpointError
 from .files.checkpoint import CheckpointFile
@@ -13,6 +15,7 @@ from .files.safetensors_file import DTYPES, TensorInfo
 from .formats import QuantisedWeight
 from .models import families
 from .models.family import Family, Settings, Sizes
+from .models.inputs import checked_inputs
 from .sharding.table import Table
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -25,7 +28,8 @@ class CheckpointInfo:
 
     ``tensors`` are the model's own, with the shapes of their numbers; ``quantised``: those that are
     quantised, and how. ``metadata`` is the file's, without what it says of quantisation.
-    ``quantised_bytes``: of the quantised weights, with all that serves for them.
+    ``quantised_bytes``: of the quantised weights, with all that serves for them. ``extra``: tensors
+    that the architecture has not; nothing is computed with them.
     """
 
     path: str
@@ -35,6 +39,7 @@ class CheckpointInfo:
     metadata: Mapping[str, str] = field(repr=False)
     quantised: Mapping[str, QuantisedWeight] = field(repr=False)
     quantised_bytes: int = 0
+    extra: Mapping[str, TensorInfo] = field(repr=False, default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -48,6 +53,10 @@ class CheckpointInfo:
         """Bytes of the weights in a dtype of ``itemsize`` bytes; quantised ones stay so."""
         plain = self.tensors.keys() - self.quantised.keys()
         return self.quantised_bytes + itemsize * sum(self.tensors[x].num_elements for x in plain)
+
+    def checked_inputs(self, inputs: Mapping[str, Any], compute_dtype: str) -> dict[str, Any]:
+        """What the model computes with. Raises InputError; see ``models/inputs.py``."""
+        return checked_inputs(self.label, self.sizes, inputs, compute_dtype)
 
     def check_tp_size(self, tp_size: int) -> None:
         """Raises SizeError if the model cannot be split over ``tp_size`` ranks."""
@@ -67,8 +76,8 @@ def open_checkpoint(path: str) -> Iterator[CheckpointFile]:
     """
     tables = [family.published.table for family in families().values()]
     shapes = [item for table in tables for item in table.file_tensors.items()]
-    one_row = tuple(name for name, shape in shapes if shape[0] == 1 and len(shape) == 2)
-    with CheckpointFile.open(path, _names_in_folder, one_row) as file:
+    axes = {name: len(shape) for name, shape in shapes if shape[0] == 1}
+    with CheckpointFile.open(path, _names_in_folder, partial(_names_alone, path), axes) as file:
         yield file
 
 
@@ -77,24 +86,28 @@ def inspect_checkpoint(path: str) -> CheckpointInfo:
 
     Raises:
         CheckpointError: the file is missing, damaged, of an unknown architecture, lacks tensors,
-            has tensors that the architecture has not, or has them in other shapes.
+            or has them in other shapes. (ComfyUI leaves out tensors that the architecture has
+            not: they are ``extra``.)
     """
     with open_checkpoint(path) as file:
         stored = file.tensors()
-        quantised, extra = find_quantised(
+        quantised, companions = find_quantised(
             path, stored, file.metadata, lambda name: file.read(name, None, None)
         )
         metadata = {key: text for key, text in file.metadata.items() if key != QUANTIZATION}
-    tensors = {name: info for name, info in stored.items() if name not in extra}
+    tensors = {name: info for name, info in stored.items() if name not in companions}
     tensors |= {
         name: TensorInfo(weight.shape, stored[name].dtype) for name, weight in quantised.items()
     }
     family = _recognised(path, tensors)
     sizes = _sizes_of_file(path, family, tensors)
     tensors |= _without_padding(quantised, sizes.table)
-    _check_tensors(path, family, tensors, quantised, sizes.table)
-    quantised_bytes = sum(_bytes(stored[name]) for name in extra | quantised.keys())
-    return CheckpointInfo(path, family, sizes, tensors, metadata, quantised, quantised_bytes)
+    known = sizes.table.file_tensors.keys() | sizes.table.unused.keys()
+    own = {name: info for name, info in tensors.items() if name in known}
+    _check_tensors(path, family, own, quantised, sizes.table)
+    quantised_bytes = sum(_bytes(stored[name]) for name in companions | quantised.keys())
+    more = {name: info for name, info in tensors.items() if name not in known}
+    return CheckpointInfo(path, family, sizes, own, metadata, quantised, quantised_bytes, more)
 
 
 def _without_padding(
@@ -160,7 +173,7 @@ def _names_in_folder(path: str, settings: Settings) -> FileNames:
     for setting, variant in family.variants.items():
         if settings.get(setting):
             raise CheckpointError(
-                f"This is a {variant} folder (its {CONFIG} sets {setting}), which cannot be split "
+                f"This is {variant} (its {CONFIG} sets {setting}), which cannot be split "
                 "yet. Load the model with stock nodes."
             )
     try:
@@ -177,6 +190,39 @@ def _names_in_folder(path: str, settings: Settings) -> FileNames:
         ) from error
 
 
+def _names_alone(path: str, tensors: Mapping[str, TensorInfo]) -> FileNames | None:
+    """How the tensors of a single diffusers file are called in ComfyUI's file of the model.
+
+    Without its config.json, the sizes follow from the shapes: the blocks are counted, and the rows
+    of what lies one on another in ComfyUI's file add up. None: the names are not diffusers'.
+    """
+    for family in families().values():
+        stacks = tuple(
+            replace(stack, count=_num_blocks(tensors, stack.ours))
+            for stack in family.published.table.stacks
+        )
+        table = replace(family.published.table, stacks=stacks)
+        parts: dict[str, list[tuple[int, ...]]] = {}
+        for name in table.places.keys() & tensors.keys():
+            if shape := tensors[name].shape:
+                parts.setdefault(table.places[name].name, []).append(shape)
+        ours = table.places.keys() & tensors.keys()
+        if len(ours) <= len(table.file_tensors.keys() & tensors.keys()):
+            continue
+        if all(name in parts for name in family.signature):
+            stacked = {
+                name: TensorInfo((sum(rows for rows, *_ in shapes), *shapes[0][1:]), "")
+                for name, shapes in parts.items()
+            }
+            own = _sizes_of_file(path, family, stacked).table
+            return FileNames(family.label, own.places, own.file_tensors, own.swapped)
+    return None
+
+
+def _num_blocks(tensors: Mapping[str, TensorInfo], stack: str) -> int:
+    return len({name.split(".")[1] for name in tensors if name.startswith(f"{stack}.")})
+
+
 def _check_tensors(
     path: str,
     family: Family,
@@ -189,9 +235,6 @@ def _check_tensors(
     missing = sorted(set(expected) - set(found))
     if missing:
         problems.append(f"{len(missing)} missing ({_some(missing)})")
-    leftover = sorted(set(found) - set(expected) - set(table.unused))
-    if leftover:
-        problems.append(f"{len(leftover)} unknown ({_some(leftover)})")
     wrong = [
         f"{name} is {list(found[name].shape)}, not {list(shape)}"
         for name, shape in expected.items()

@@ -1,8 +1,8 @@
-// `2× · 5.7 GiB each · 55 ms/step` on the nodes that run on a group.
+// `2× · 5.7 GiB each · 55 ms/step` on the nodes that run on a group, and the subgraph nodes they are in.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { watchGroups } from "./groups.js";
-import { findNode, loaderOf } from "./graph.js";
+import { findPlace, loaderOf } from "./graph.js";
 import { gibibytes, layoutOf, milliseconds, text } from "./texts.js";
 
 // Node → what it runs on: { group, model }, both being ids.
@@ -20,9 +20,9 @@ export function showBadges(tab) {
     for (const [node, mark] of marks) show(node, mark);
   });
   api.addEventListener("tensor_parallel.node", ({ detail: { node: id, group, model } }) => {
-    const sampler = findNode(id);
-    for (const node of new Set([sampler, loaderOf(sampler)])) {
-      if (!node) continue;
+    const sampler = findPlace(id);
+    const places = [sampler, loaderOf(sampler)].filter(Boolean);
+    for (const node of new Set(places.flatMap((place) => [place.node, ...place.hosts]))) {
       addBadge(node);
       const mark = { group, model };
       marks.set(node, mark);
@@ -34,7 +34,7 @@ export function showBadges(tab) {
 /** Give a new node its badge, empty as yet: an HTML node asks once which badges it has. */
 export function prepareBadge(node) {
   const slots = [...(node.inputs ?? []), ...(node.outputs ?? [])];
-  if (slots.some(({ type }) => type === "MODEL" || type === "GUIDER")) addBadge(node);
+  if (node.subgraph || slots.some(({ type }) => type === "MODEL" || type === "GUIDER")) addBadge(node);
 }
 
 function addBadge(node) {

@@ -1,75 +1,89 @@
-// `gpu_count` offers what works here for the node's model, and its tooltip says why the rest does not.
+// `gpu_count` offers what works here for the node's model, and the node says why the rest does not.
 import { app } from "../../scripts/app.js";
 import { request } from "./groups.js";
-import { LOADER, SAMPLER, loaderOf, nodesOfType, widgetOf } from "./graph.js";
+import { LOADER, SAMPLER, decidingWidget, loaderOf, nodesOfType, placeOf, widgetOf } from "./graph.js";
+import { addNote, showReasons } from "./note.js";
 import { text } from "./texts.js";
 import { toast } from "./toast.js";
 
 export const DEFAULT_COUNT = "TensorParallel.Nodes.GpuCount";
 
+const DECIDE = ["unet_name", "devices", "where"]; // the loader's inputs that counts depend on
 const answers = new Map(); // query → promise of the route's answer
+const questions = new WeakMap(); // node → the query that it asked last
+const followed = new WeakSet(); // widgets whose changes are heard of
 
 /** Follow the model of a node that has just been made. */
 export function followModel(node) {
   if (node.comfyClass === LOADER) {
     widgetOf(node, "gpu_count").value = app.extensionManager.setting.get(DEFAULT_COUNT) ?? "auto";
-    for (const name of ["model_name", "devices", "where"]) {
-      chain(widgetOf(node, name), "callback", () => {
-        offerCounts(node);
-        nodesOfType(SAMPLER).forEach(offerCounts);
-      });
-    }
   }
-  if (node.comfyClass === SAMPLER) chain(node, "onConnectionsChange", () => later(node));
-  if ([LOADER, SAMPLER].includes(node.comfyClass)) later(node);
+  const counted = [LOADER, SAMPLER].includes(node.comfyClass);
+  if (counted) addNote(node);
+  // The way of a model may lead through any subgraph.
+  if (counted || node.subgraph) {
+    chain(node, "onConnectionsChange", later);
+    later();
+  }
 }
 
 /** Ask again for every node: the files or the settings have changed. */
 export function forgetAnswers() {
   answers.clear();
-  for (const type of [LOADER, SAMPLER]) nodesOfType(type).forEach(offerCounts);
+  offerEverywhere();
 }
 
-/** Once links and widgets of a loaded or pasted node are set. */
-function later(node) {
-  setTimeout(() => offerCounts(node));
+const offerEverywhere = () => nodesOfType(LOADER, SAMPLER).forEach(offerCounts);
+
+let waiting = false;
+
+/** Once links and widgets of loaded, pasted or moved nodes are set. */
+function later() {
+  if (waiting) return;
+  waiting = true;
+  setTimeout(() => {
+    waiting = false;
+    offerEverywhere();
+  });
 }
 
 async function offerCounts(node) {
-  const widget = widgetOf(node, "gpu_count");
-  const loader = loaderOf(node);
-  if (!node.graph || !widget) return;
+  const place = node.graph && placeOf(node);
+  const own = widgetOf(node, "gpu_count");
+  if (!place || !own) return;
+  const shown = decidingWidget(place, "gpu_count");
+  const loader = loaderOf(place);
   const inputs = new URLSearchParams();
-  for (const name of ["model_name", "devices", "where"]) {
-    const value = widgetOf(loader, name)?.value;
-    if (value) inputs.set(name, value);
+  for (const name of loader ? DECIDE : []) {
+    const widget = decidingWidget(loader, name);
+    if (widget) follow(widget);
+    if (widget?.value) inputs.set(name, widget.value);
   }
   const query = String(inputs);
-  widget.allCounts ??= [...widget.options.values];
-  widget.countsQuery = query;
+  own.allCounts ??= [...own.options.values];
+  questions.set(node, query);
   let answer;
   try {
     answer = await countsFor(query);
-    if (widget.countsQuery !== query) return; // a later question was answered sooner
   } catch (error) {
     answers.delete(query);
-    if (widget.countsQuery !== query) return;
-    offer(widget, widget.allCounts);
-    widget.tooltip = error.message;
-    return;
+    answer = { refused: {}, error: error.message };
   }
+  if (questions.get(node) !== query || !node.graph) return; // a later question was answered sooner
   const { refused } = answer;
-  offer(widget, widget.allCounts.filter((count) => !(count in refused)));
-  widget.tooltip = tooltip(answer);
-  if (!(widget.value in refused)) return;
-  const before = widget.value;
-  widget.value = nearest(widget.options.values, before);
-  toast("warn", text("countChanged", { node: node.title, before, after: widget.value }), refused[before]);
+  const values = own.allCounts.filter((count) => !(count in refused));
+  for (const widget of new Set([own, shown])) offer(widget, values, answer);
+  showReasons(node, answer, values);
+  if (!(shown.value in refused)) return;
+  const before = shown.value;
+  shown.value = nearest(values, before);
+  toast("warn", text("countChanged", { node: node.title, before, after: shown.value }), refused[before]);
   app.canvas.setDirty(true, true);
 }
 
-function offer(widget, values) {
+function offer(widget, values, answer) {
   widget.options = { ...widget.options, values }; // a new object: HTML nodes do not look into it
+  widget.tooltip = answer.error ?? tooltip(answer);
 }
 
 function countsFor(query) {
@@ -88,6 +102,12 @@ function tooltip({ num_gpus, refused }) {
   if (num_gpus === 0) lines.push(text("noGpu"));
   for (const [count, reason] of Object.entries(refused)) lines.push(`${count}: ${reason}`);
   return lines.join("\n");
+}
+
+function follow(widget) {
+  if (followed.has(widget)) return;
+  followed.add(widget);
+  chain(widget, "callback", offerEverywhere);
 }
 
 function chain(object, name, after) {

@@ -4,7 +4,10 @@ import { app } from "../../scripts/app.js";
 import { prepareBadge, showBadges } from "./badge.js";
 import { DEFAULT_COUNT, followModel, forgetAnswers } from "./gpu_counts.js";
 import { refreshGroups, releaseAll, showGroups } from "./groups.js";
+import { showWarnings } from "./note.js";
 import { closePanel, openPanel } from "./panel.js";
+import { openOldPrompts, renameInputs } from "./renamed.js";
+import { menuItems, swapAll } from "./swap.js";
 import { loadTexts, text } from "./texts.js";
 import { showError } from "./toast.js";
 
@@ -22,6 +25,8 @@ app.registerExtension({
         "Path of a Python that has vLLM and diffusers, for groups that start from now on. " +
         "Empty: ComfyUI's own. TP_RUNTIME_PYTHON overrides it.",
       type: "text",
+      attrs: { style: "width: 24rem" },
+      sortOrder: 40,
       defaultValue: "",
     },
     {
@@ -30,20 +35,19 @@ app.registerExtension({
       name: "GPUs to use",
       tooltip: "Their numbers in this order, such as 0,1. Empty: all that ComfyUI sees.",
       type: "text",
+      sortOrder: 30,
       defaultValue: "",
       onChange: (now, before) => devicesChanged("TensorParallel.Runtime.Devices", now, before),
     },
     {
-      id: "TensorParallel.Runtime.RayAddress",
-      category: ["Tensor Parallel", "Runtime", "RayAddress"],
-      name: "Ray cluster",
+      id: "TensorParallel.Runtime.KeepReady",
+      category: ["Tensor Parallel", "Runtime", "KeepReady"],
+      name: "Prepare the GPU processes when ComfyUI starts",
       tooltip:
-        "Address (host:port) of the Ray cluster for loaders with where = ray. ComfyUI's machine " +
-        "must be one of its nodes. Empty: Ray is started on this machine. " +
-        "TP_RUNTIME_RAY_ADDRESS overrides it.",
-      type: "text",
-      defaultValue: "",
-      onChange: (now, before) => devicesChanged("TensorParallel.Runtime.RayAddress", now, before),
+        "The first prompt starts about ten seconds sooner. Takes 700 MB of the machine's memory, " +
+        "none of a GPU's. From ComfyUI's next start on.",
+      type: "boolean",
+      defaultValue: false,
     },
     {
       id: DEFAULT_COUNT,
@@ -51,6 +55,7 @@ app.registerExtension({
       name: "GPU count of a new loader",
       tooltip: "What 'Load Diffusion Model (TP)' is set to when you add it to a workflow.",
       type: "combo",
+      sortOrder: 10,
       options: ["auto", "1", "2", "3", "4", "5", "6", "7", "8"],
       defaultValue: "auto",
     },
@@ -62,11 +67,25 @@ app.registerExtension({
       icon: "pi pi-power-off",
       function: () => releaseAll().catch(showError),
     },
+    {
+      id: "TensorParallel.UseInWorkflow",
+      label: "Use several GPUs (TP) in this workflow",
+      icon: "pi pi-microchip",
+      function: () => swapAll(),
+    },
+    {
+      id: "TensorParallel.UseStockInWorkflow",
+      label: "Use ComfyUI's own loaders in this workflow",
+      icon: "pi pi-undo",
+      function: () => swapAll(true),
+    },
   ],
-  menuCommands: [{ path: ["Extensions", "Tensor Parallel"], commands: ["TensorParallel.ReleaseAll"] }],
+  beforeConfigureGraph: renameInputs,
+  getNodeMenuItems: menuItems,
   async setup() {
     await loadTexts();
     addStyle();
+    openOldPrompts();
     app.extensionManager.registerSidebarTab({
       id: TAB,
       icon: "pi pi-microchip",
@@ -77,6 +96,7 @@ app.registerExtension({
       destroy: closePanel,
     });
     showBadges(app.extensionManager.getSidebarTabs().find(({ id }) => id === TAB));
+    showWarnings();
     refreshGroups().catch(showError);
     api.addEventListener("reconnected", () => {
       forgetAnswers(); // it may be another server now

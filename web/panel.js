@@ -1,7 +1,9 @@
 // The sidebar tab: what the groups are and hold, and buttons. Cards stay the same elements while
 // they are updated, so that the keyboard's focus stays where it is.
 import { app } from "../../scripts/app.js";
+import { element } from "./elements.js";
 import { changeGroup, refreshGroups, request, showGroups, watchGroups } from "./groups.js";
+import { ownPython } from "./own_python.js";
 import { gibibytes, layoutOf, milliseconds, text } from "./texts.js";
 import { showError } from "./toast.js";
 
@@ -14,6 +16,7 @@ export function openPanel(container) {
     element("h2", { textContent: text("title") }),
     groups,
     empty,
+    ownPython(),
     doctor(),
   ]);
   container.replaceChildren(panel);
@@ -48,6 +51,7 @@ function groupCard(id) {
   const facts = element("p", { className: "tp-facts" });
   const devices = element("ul", { className: "tp-devices" });
   const models = element("ul", { className: "tp-models" });
+  const start = startProgress();
   const error = element("p", { className: "tp-error" });
   const logTail = element("pre", { tabIndex: 0 });
   const log = element("details", {}, [element("summary", { textContent: text("log") }), logTail]);
@@ -57,6 +61,7 @@ function groupCard(id) {
   const card = element("article", { className: "tp-card" }, [
     element("header", {}, [heading, state]),
     facts,
+    start.element,
     devices,
     models,
     error,
@@ -77,6 +82,7 @@ function groupCard(id) {
       group.batch_groups > 1 ? layoutOf(group) : "",
       ready && group.step_ms ? text("perStep", { time: milliseconds(group.step_ms) }) : "",
     ].filter(Boolean).join(" · ");
+    start.update(group, count);
     devices.replaceChildren(...group.ranks.map(deviceRow));
     models.replaceChildren(...Object.entries(held).map(modelRow));
     error.textContent = group.error ?? "";
@@ -88,6 +94,37 @@ function groupCard(id) {
 
   const busy = () => Object.values(buttons).some(({ ariaBusy }) => ariaBusy === "true");
   return { element: card, update, busy };
+}
+
+/** How many processes have started, and for how long that has been going on. */
+function startProgress() {
+  const bar = element("progress", { ariaLabel: text("state.starting") });
+  const label = element("span");
+  const made = element("div", { className: "tp-start", hidden: true }, [bar, label]);
+  let since, ready, count, timer;
+
+  function show() {
+    clearTimeout(timer);
+    if (made.hidden || !made.isConnected) return;
+    const seconds = Math.round((Date.now() - since) / 1000);
+    label.textContent = text("startProgress", { ready, count, seconds });
+    timer = setTimeout(show, 1000);
+  }
+
+  function update(group, numRanks) {
+    const before = made.hidden;
+    made.hidden = group.state !== "starting";
+    [ready, count] = [group.ready_ranks, numRanks];
+    bar.max = count;
+    if (ready) bar.value = ready;
+    else bar.removeAttribute("value"); // nobody knows how far the imports are
+    if (before && !made.hidden) {
+      since = Date.now();
+      timer = setTimeout(show);
+    }
+  }
+
+  return { element: made, update };
 }
 
 function deviceRow(rank) {
@@ -170,16 +207,12 @@ function doctor() {
 function finding({ name, status, text: what, advice }) {
   const row = element("li", {}, [
     element("span", { className: "tp-state", textContent: text(`check.${status}`) }),
-    element("strong", { textContent: name }),
-    element("span", { textContent: what }),
-    ...(advice ? [element("em", { textContent: advice })] : []),
+    element("div", {}, [
+      element("strong", { textContent: name }),
+      element("span", { textContent: what }),
+      ...(advice ? [element("em", { textContent: advice })] : []),
+    ]),
   ]);
   row.firstChild.dataset.state = status;
   return row;
-}
-
-function element(tag, properties = {}, children = []) {
-  const made = Object.assign(document.createElement(tag), properties);
-  made.append(...children);
-  return made;
 }

@@ -26,6 +26,9 @@ from support.workflows import (
 MODEL = "tiny_z_image.safetensors"
 # The largest difference from the stock result, relative to its standard deviation.
 TOLERANCE = 1e-5
+# An adaptive sampler's next step follows from the difference of two results that are nearly equal,
+# in which rounding weighs more: Qwen-Image's 1.7e-6 became 4.8e-5.
+ADAPTIVE_TOLERANCE = 1e-4
 
 Compare = Callable[..., History]
 Pids = Callable[[], list[int]]
@@ -82,7 +85,8 @@ def same_as_stock(comfy_server: ComfyServer) -> Compare:
             assert latent.std() > 0.1
             difference = largest_difference(found[node_id], latent)
             print(f"{node_id}: {difference:.1e}")
-            assert difference <= tolerance, node_id
+            is_adaptive = "adapt" in node_id.lower()
+            assert difference <= max(tolerance, is_adaptive * ADAPTIVE_TOLERANCE), node_id
         return history
 
     return compare

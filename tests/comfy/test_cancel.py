@@ -106,7 +106,8 @@ def test_while_the_group_starts(comfy_server: ComfyServer, works: Works) -> None
     before = {process.pid for process in comfy_server.ranks()}
     prompt_id = comfy_server.queue(tp_text_to_latent(MODEL, sampling=Sampling(seed=60)))
     count = len(before) + 2
-    wait_until(lambda: len(comfy_server.ranks()) >= count, otherwise="no rank was started")
+    # The first start imports vLLM, which takes a minute where nothing is compiled yet.
+    wait_until(lambda: len(comfy_server.ranks()) >= count, 180, "no rank was started")
     interrupt(comfy_server, prompt_id)
     assert {process.pid for process in comfy_server.ranks()} == before
     works()

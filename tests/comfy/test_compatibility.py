@@ -17,6 +17,7 @@ from support.comfy_history import History, PromptError
 from support.comfy_server import ComfyServer
 from support.compatibility import (
     FAMILIES,
+    NEWER,
     PICTURE,
     FailsInStock,
     Family,
@@ -25,14 +26,17 @@ from support.compatibility import (
     on_latent,
     with_defaults,
 )
-from support.compatibility_rows import ELSEWHERE, SAMPLERS, SCHEDULERS
+from support.compatibility_rows import ELSEWHERE, NEWER_SAMPLERS, SAMPLERS, SCHEDULERS
 from support.rotation import cases
-from support.tiny_vae import write_tiny_vae, write_tiny_wan_vae
+from support.tiny_vae import write_tiny_flux2_vae, write_tiny_vae, write_tiny_wan_vae
 from support.workflows import Prompt
 
 pytestmark = pytest.mark.comfy
 
 TOLERANCE = 1e-5
+# One evaluation of FLUX.2 is as near as those of the others (tests/parity), but its guided steps
+# make more of that: 1.7e-5 was seen.
+TOLERANCES = {"flux2": 3e-5}
 BATCH_TOLERANCE = 1e-4
 
 Compare = Callable[..., History]
@@ -55,6 +59,7 @@ def node_info(comfy_server: ComfyServer) -> NodeInfo:
     models = comfy_server.models
     write_tiny_vae(models)
     write_tiny_wan_vae(models)
+    write_tiny_flux2_vae(models)
     _write_hypernetwork(models / "hypernetworks" / "tiny.pt")
     for seed, family in enumerate(FAMILIES):
         family.write(models / "diffusion_models" / family.file)
@@ -78,7 +83,7 @@ def test_workflow(
     row: Row,
 ) -> None:
     prompt = with_defaults(row.prompt(family), node_info)
-    match row.expected(family):
+    match row.expected(family, NEWER):
         case Refused(where, words, in_stock):
             if in_stock:
                 comfy_server.run(row.stock_prompt(prompt))
@@ -88,7 +93,7 @@ def test_workflow(
             _error(comfy_server, row.stock_prompt(prompt), where)
             _error(comfy_server, prompt, where)
         case _:
-            tolerance = BATCH_TOLERANCE if row.batched else TOLERANCE
+            tolerance = BATCH_TOLERANCE if row.batched else TOLERANCES.get(family.name, TOLERANCE)
             same_as_stock(prompt, tolerance, row.stock_prompt(prompt))
 
 
@@ -106,8 +111,14 @@ def test_every_node_of_a_model_is_in_the_table(node_info: NodeInfo) -> None:
 
 def test_every_sampler_and_scheduler_is_in_the_table(node_info: NodeInfo) -> None:
     inputs = node_info["KSampler"]["input"]["required"]
-    assert set(inputs["sampler_name"][0]) == set(SAMPLERS)
-    assert set(inputs["scheduler"][0]) == set(SCHEDULERS)
+    assert _choices(inputs["sampler_name"]) == {*SAMPLERS, *(NEWER_SAMPLERS if NEWER else ())}
+    assert _choices(inputs["scheduler"]) == set(SCHEDULERS)
+
+
+def _choices(declared: list[Any]) -> set[str]:
+    """Of a combo box, as 0.3.75 or as newer releases describe it."""
+    kind, *options = declared
+    return set(options[0]["options"] if kind == "COMBO" else kind)
 
 
 @pytest.mark.parametrize("method", ["none", "auto", "latent2rgb", "taesd"])

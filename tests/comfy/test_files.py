@@ -29,7 +29,7 @@ def files(comfy_server: ComfyServer) -> Path:
 def offered(server: ComfyServer) -> list[str]:
     """The loader's list of models, as ComfyUI's page gets it."""
     info = server.get("/object_info/TPLoadDiffusionModel")["TPLoadDiffusionModel"]
-    kind, options = info["input"]["required"]["model_name"]
+    kind, options = info["input"]["required"]["unet_name"]
     return list(options["options"] if kind == "COMBO" else kind)
 
 

@@ -44,7 +44,7 @@ def test_a_load_reads_the_header_once_and_a_replaced_file_again(
     monkeypatch.setattr(node, "hidden", SimpleNamespace(unique_id=None))
 
     def load() -> CheckpointInfo:
-        node.fingerprint_inputs(model_name="x", gpu_count="1", weight_dtype="default")
+        node.fingerprint_inputs(unet_name="x", gpu_count="1", weight_dtype="default")
         (model,) = node.execute("x", "default", "1").result
         info: CheckpointInfo = model.remote.info
         return info

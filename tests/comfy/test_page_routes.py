@@ -43,7 +43,7 @@ def counts(server: ComfyServer, query: str) -> tuple[int, Any]:
 
 
 def test_counts_of_a_model(comfy_server: ComfyServer) -> None:
-    status, answer = counts(comfy_server, f"model_name={MODEL}")
+    status, answer = counts(comfy_server, f"unet_name={MODEL}")
     assert (status, answer["num_gpus"], set(answer["refused"])) == (200, 0, {"7"})
     assert "num_heads=30" in answer["refused"]["7"]
 
@@ -56,14 +56,14 @@ def test_counts_of_any_model(comfy_server: ComfyServer) -> None:
     "name", ["../../comfyui.log", "/etc/passwd", "no such file", "..", "", "a/../../x"]
 )
 def test_only_models_of_comfyuis_folders(comfy_server: ComfyServer, name: str) -> None:
-    status, answer = counts(comfy_server, f"model_name={quote(name, safe='')}")
+    status, answer = counts(comfy_server, f"unet_name={quote(name, safe='')}")
     assert status == 404
     assert answer == {"error": f"There is no model {name!r} in ComfyUI's folders."}
 
 
 def test_a_file_that_is_no_model(comfy_server: ComfyServer) -> None:
     (comfy_server.models / "diffusion_models" / "empty.safetensors").write_bytes(b"")
-    status, answer = counts(comfy_server, "model_name=empty.safetensors")
+    status, answer = counts(comfy_server, "unet_name=empty.safetensors")
     assert status == 400
     assert "empty.safetensors" in answer["error"]
 
@@ -101,7 +101,7 @@ ROUTES = [
     ("POST", "/doctor"),
     ("POST", "/groups/x/release"),
     ("GET", "/groups"),
-    ("GET", f"/gpu_counts?model_name={MODEL}"),
+    ("GET", f"/gpu_counts?unet_name={MODEL}"),
 ]
 
 
@@ -112,6 +112,8 @@ ROUTES = [
         "https://127.0.0.1.evil.example",
         "http://my-machine:3000",
         "null",
+        "http://my-machine:99999",  # no address: a port that cannot be, brackets without an end
+        "http://[::1",
     ],
 )
 @pytest.mark.parametrize(("method", "path"), ROUTES)
@@ -175,6 +177,9 @@ def test_several_users(multi_user_server: ComfyServer) -> None:
         headers=headers,
     )
     urllib.request.urlopen(request, timeout=10).close()
+    status, answer = ask(multi_user_server, "/python/make", headers)
+    assert status == 403
+    assert "--multi-user" in answer["error"]
     status, answer = ask(multi_user_server, "/doctor", headers)
     assert status == 200
     assert answer["checks"][0]["status"] == "ok"

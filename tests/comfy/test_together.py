@@ -13,6 +13,7 @@ from support.pack import pack_module
 pytestmark = [pytest.mark.comfy, pytest.mark.timeout(60)]
 
 Question = dict[str, Any]
+MODEL = object()
 named: contextvars.ContextVar[str] = contextvars.ContextVar("named")
 
 
@@ -26,7 +27,7 @@ def asking(meeting_class: Any, name: str, times: int) -> Callable[[], list[float
     """A task that wants so many evaluations, one after the other."""
 
     def task() -> list[float]:
-        meeting = meeting_class.of_this_thread()
+        meeting = meeting_class.of_this_thread(MODEL)
         questions = ({"x": torch.tensor(float(i)), "name": name} for i in range(times))
         return [meeting.evaluate(question).item() for question in questions]
 
@@ -42,14 +43,19 @@ def test_whoever_still_asks_is_answered_together(meeting_class: Any) -> None:
         return [question["x"] + ord(question["name"]) for question in questions]
 
     tasks = [asking(meeting_class, name, times) for name, times in (("a", 1), ("b", 3), ("c", 0))]
-    results = meeting_class().run(tasks, evaluate_all)
+    results = meeting_class(MODEL).run(tasks, evaluate_all)
     assert rounds == [["a", "b"], ["b"], ["b"]]
     assert results == [[97.0], [98.0, 99.0, 100.0], []]
 
 
 def test_outside_of_a_meeting_there_is_none(meeting_class: Any) -> None:
-    meeting_class().run([lambda: None], lambda _: [])
-    assert meeting_class.of_this_thread() is None
+    meeting_class(MODEL).run([lambda: None], lambda _: [])
+    assert meeting_class.of_this_thread(MODEL) is None
+
+
+def test_another_model_is_not_asked_there(meeting_class: Any) -> None:
+    found = meeting_class(MODEL).run([lambda: meeting_class.of_this_thread(object())], lambda _: [])
+    assert found == [None]
 
 
 class Cancelled(BaseException):
@@ -63,7 +69,7 @@ def test_what_ends_the_request_ends_everything(meeting_class: Any) -> None:
     before = threading.active_count()
     tasks = [asking(meeting_class, name, 2) for name in "abc"]
     with pytest.raises(Cancelled, match="by the person"):
-        meeting_class().run(tasks, evaluate_all)
+        meeting_class(MODEL).run(tasks, evaluate_all)
     assert threading.active_count() == before
 
 
@@ -78,7 +84,7 @@ def test_a_task_that_fails_does_not_keep_the_others_waiting(meeting_class: Any) 
         raise ValueError("no condition")
 
     with pytest.raises(ValueError, match="no condition"):
-        meeting_class().run([asking(meeting_class, "a", 2), failing], evaluate_all)
+        meeting_class(MODEL).run([asking(meeting_class, "a", 2), failing], evaluate_all)
     assert answered == [1, 1]
 
 
@@ -90,5 +96,5 @@ def test_threads_are_as_the_one_that_starts_them(meeting_class: Any) -> None:
         return torch.is_inference_mode_enabled(), named.get()
 
     with torch.inference_mode():
-        assert meeting_class().run([task], lambda _: []) == [(True, "sampler")]
-    assert meeting_class().run([task], lambda _: []) == [(False, "sampler")]
+        assert meeting_class(MODEL).run([task], lambda _: []) == [(True, "sampler")]
+    assert meeting_class(MODEL).run([task], lambda _: []) == [(False, "sampler")]

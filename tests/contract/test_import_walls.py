@@ -17,19 +17,22 @@ from support.paths import REPOSITORY
 
 RUNTIME = REPOSITORY / "tp_runtime"
 COMFYUI = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "nodes", "server"}
+COMFYUI |= {"comfyui_version"}
 NODES_MAY_USE = {*sys.stdlib_module_names, *COMFYUI, "aiohttp", "safetensors", "torch"}
 
 # The forward half of `models/`, which only ranks import; the other half is data.
 FORWARD = "models/forward"
-SHARED = {"config", "errors", "formats", "settings"}
+SHARED = {"config", "errors", "formats", "machine", "reasons", "settings"}
 DATA = SHARED | {"files", "sharding"}
 # Room → rooms that its modules may import, beside their own.
 ROOMS: dict[str, set[str]] = {
     "__main__": {"tools"},
-    "errors": set(),
+    "reasons": set(),
+    "machine": set(),
+    "errors": {"reasons"},
     "formats": set(),
     "settings": {"errors"},
-    "config": {"errors", "settings"},
+    "config": {"errors", "reasons", "settings"},
     "fault_points": {"settings"},
     "wire": SHARED,
     "files": SHARED,
@@ -43,7 +46,7 @@ ROOMS: dict[str, set[str]] = {
     "rank": DATA | {"wire", "recognise", FORWARD, "gpu", "fault_points"},
     "ray_driver": SHARED | {"wire", "rank/ray_actor"},
     "tools": DATA | {"client", "layouts", "models", "recognise"},
-    "tools/doctor": {"settings"},
+    "tools/doctor": {"machine", "reasons", "settings"},
     "rank/ray_actor": SHARED | {"wire", "rank"},
 }
 # Packages → the only rooms that import them, also inside functions.

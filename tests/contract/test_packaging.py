@@ -27,6 +27,11 @@ def test_requirements_are_the_declared_dependencies(pyproject: dict[str, Any]) -
     assert requirement_lines("requirements.txt") == pyproject["project"]["dependencies"]
 
 
+def test_the_runtimes_requirements_are_the_extra(pyproject: dict[str, Any]) -> None:
+    extra = pyproject["project"]["optional-dependencies"]["runtime"]
+    assert requirement_lines("requirements-runtime.txt") == extra
+
+
 def test_requirements_leave_comfyuis_torch_alone() -> None:
     """vLLM pins an exact torch: installing it into ComfyUI's Python must be the user's decision."""
     heavy = {"torch", "vllm", "diffusers", "transformers"}
@@ -52,7 +57,7 @@ def test_every_template_has_a_picture() -> None:
     folder = REPOSITORY / "example_workflows"
     templates = {path.stem for path in folder.glob("*.json")}
     assert templates == {path.stem for path in folder.glob("*.jpg")}
-    assert len(templates) == 8
+    assert len(templates) == 10
 
 
 def test_every_help_page_shows_its_node() -> None:

@@ -12,11 +12,19 @@ from tp_runtime.models import families, family_named
 from tp_runtime.sharding.parts import Layer, Part, Sharding, layer_parts
 
 MAX_BYTES = 1.05  # of a rank's even share: padding and what is replicated
-LINEARS = {"z_image": 34 * 7 + 32 + 6, "flux": 19 * 14 + 38 * 6 + 10, "qwen_image": 60 * 14 + 6}
+LINEARS = {
+    "z_image": 34 * 7 + 32 + 6,
+    "flux": 19 * 14 + 38 * 6 + 10,
+    "flux2": 8 * 12 + 48 * 2 + 11,
+    "qwen_image": 60 * 14 + 6,
+    "wan": 40 * 10 + 6,
+}
 VALID_SIZES = {
     "z_image": (1, 2, 3, 4, 5, 6, 8),
     "flux": (1, 2, 3, 4, 5, 6, 8),
+    "flux2": (1, 2, 3, 4, 5, 6, 7, 8),
     "qwen_image": (1, 2, 3, 4, 5, 6, 8),
+    "wan": (1, 2, 3, 4, 5, 6, 7, 8),
 }
 SIZED = [(name, size) for name, sizes in VALID_SIZES.items() for size in sizes]
 FAMILIES = sorted(families())

@@ -4,7 +4,8 @@ import json
 import math
 from typing import Any
 
-from bench.errors import TOLERANCE
+from bench.errors import limit
+from bench.speed_table import as_table
 from support.paths import REPOSITORY
 
 SINCE = "2026-11-28"  # rows of before have no error, and are read by the cost model only
@@ -15,7 +16,7 @@ def uncompared(row: dict[str, Any]) -> bool:
     if not isinstance(error, float | int) or not math.isfinite(error):
         return True
     # The latents of whole prompts (`bench.in_comfyui`) differ by more than one evaluation does.
-    return "tp" in row and error > TOLERANCE
+    return "tp" in row and error > limit(row.get("noise"))
 
 
 def test_every_row_was_compared_with_one_gpu() -> None:
@@ -28,6 +29,16 @@ def test_every_row_was_compared_with_one_gpu() -> None:
 def test_what_counts_as_compared() -> None:
     row = {"tp": 2, "error": 2e-3}
     assert not uncompared(row)
+    assert not uncompared({"tp": 2, "error": 6e-2, "noise": 4e-2})  # twice the noise is 8e-2
+    assert uncompared({"tp": 2, "error": 6e-2, "noise": 1e-2})
     for error in (None, "0.002", math.nan, math.inf, 0.98):
         assert uncompared(row | {"error": error})
     assert uncompared({"tp": 2})
+
+
+def test_readme_has_the_newest_rows() -> None:
+    _, begin, rest = (REPOSITORY / "README.md").read_text().partition("<!-- speed -->\n")
+    table, end, _ = rest.partition("<!-- end of speed -->\n")
+    assert begin
+    assert end
+    assert table == as_table(), "write it: python -m bench.speed_table"

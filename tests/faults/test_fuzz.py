@@ -10,10 +10,11 @@ import struct
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import tp_runtime.files.gguf_file  # noqa: F401  what its import takes does not count
+from support.fuzz import examples
 from support.memory import at_most
 from tp_runtime.client import CheckpointError, inspect_checkpoint
 from tp_runtime.files.safetensors_file import DTYPES, MAX_HEADER_BYTES
@@ -37,7 +38,7 @@ entries = st.fixed_dictionaries(
 names = st.sampled_from(["x_pad_token", "img_in.weight", "__metadata__"]) | st.text(max_size=8)
 headers = st.dictionaries(names, entries | anything, max_size=6) | anything
 
-fuzzed = settings(max_examples=200)
+fuzzed = examples(200)
 
 
 def refused(path: Path, content: bytes) -> None:

@@ -25,6 +25,7 @@ from support.native import native_model
 from support.paths import REPOSITORY
 from support.tiny_models import write_tiny
 from support.waiting import wait_until
+from tp_runtime import machine
 from tp_runtime.client import (
     CallTimeoutError,
     CheckpointError,
@@ -115,6 +116,22 @@ def test_no_shared_memory_is_left(model: RemoteModel, observe: Observe) -> None:
         with limited(resource.RLIMIT_FSIZE, engine._sender.exchange.size):
             with pytest.raises(TPRuntimeError, match="bytes of shared memory are not to be had"):
                 model.evaluate(make_inputs(512))
+    works(model)
+    assert engine_of(model) is engine
+
+
+def test_the_container_has_no_memory_left(
+    model: RemoteModel, observe: Observe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the host has: Linux would end the rank, or ComfyUI, that asks for more."""
+    works(model)
+    engine = engine_of(model)
+    monkeypatch.setattr(machine, "memory", lambda: machine.Memory(2**30, 2**20))
+    inputs = make_inputs(512)
+    with timed(observe, case("evaluate", "the container has no memory left")):
+        with pytest.raises(TPRuntimeError, match=r"fewer than that are free.*container"):
+            model.evaluate(inputs)
+    monkeypatch.undo()
     works(model)
     assert engine_of(model) is engine
 

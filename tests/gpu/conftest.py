@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from support.tiny_models import write_tiny
+from support.tiny_models import tiny, write_tiny
 from tp_runtime.client import GroupConfig, ModelSpec, RemoteModel, Runtime
 
 WRITERS: dict[str, Callable[..., Path]] = {
     "z_image": functools.partial(write_tiny, "z_image"),
     "flux": functools.partial(write_tiny, "flux"),
+    "flux2": functools.partial(write_tiny, "flux2"),
     "qwen_image": functools.partial(write_tiny, "qwen_image"),
 }
 # What the order of sums may change in fp32.
@@ -71,12 +72,14 @@ def make_inputs(family: str, height: int = 12, width: int = 8, batch: int = 2) -
 
     frames = (1,) if family == "qwen_image" else ()
     inputs: dict[str, Any] = {
-        "x": normal(batch, 16, *frames, height, width),
+        "x": normal(batch, tiny(family).geometry.channels, *frames, height, width),
         "timesteps": torch.tensor([0.7, 0.3])[:batch],
         "context": normal(batch, 20, 64),
     }
     if family == "flux":
-        inputs |= {"y": normal(batch, 48), "guidance": torch.full((batch,), 4.0)}
+        inputs["y"] = normal(batch, 48)
+    if family in ("flux", "flux2"):
+        inputs["guidance"] = torch.full((batch,), 4.0)
     return inputs
 
 

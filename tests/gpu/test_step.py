@@ -26,6 +26,7 @@ pytestmark = pytest.mark.gpu
 PATCHED = {
     "z_image": ("attention.qkv", "feed_forward.w2", "feed_forward.w1"),
     "flux": ("img_attn.qkv", "txt_mlp.2", "img_mlp.0"),
+    "flux2": ("img_attn.qkv", "linear1", "img_mlp.0"),
     "qwen_image": ("attn.to_k", "img_mlp.net.2", "txt_mlp.net.0.proj"),
 }
 
@@ -119,14 +120,14 @@ def patches_of(model: RemoteModel, strength: float) -> dict[str, PatchedWeight]:
     """A LoRA of rank 4 on a few weights, by their names in the file."""
     found = {}
     for name, info in model.info.tensors.items():
-        if name.endswith(tuple(f"{path}.weight" for path in PATCHED[model.info.family])):
+        if name.endswith(tuple(f"{path}.weight" for path in PATCHED[model.info.family.name])):
             rows, columns = info.shape
             generator = torch.Generator().manual_seed(rows)
             up = torch.randn(rows, 4, generator=generator)
             down = torch.randn(4, columns, generator=generator) / columns**0.5
             lora = WeightPatch("lora", (up, down, None, None, None, None), strength)
             found[name] = PatchedWeight(0, ((lora,),))
-    assert len(found) >= len(PATCHED[model.info.family])
+    assert len(found) >= len(PATCHED[model.info.family.name])
     return found
 
 

@@ -29,7 +29,7 @@ class ExampleSizes(Sizes):
 
     @property
     def inputs(self) -> dict[str, Input]:
-        times = Input("Timesteps", ("batch", "positions"))
+        times = Input("Timesteps", ("batch", "positions"), kind="number")
         return {"timesteps": times, "context": of.captions(self.context_dim)}
 
     @cached_property

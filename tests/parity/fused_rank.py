@@ -56,7 +56,7 @@ def main() -> None:
     rank, layout, folder = int(sys.argv[1]), Layout.parse(sys.argv[2]), Path(sys.argv[3])
     rendezvous = f"file://{folder}/rendezvous"
     sizes = layout.tp_size, layout.batch_groups
-    config = WorkerConfig(rank, rank, *sizes, "cpu", rendezvous, 1, "WARNING")
+    config = WorkerConfig(rank, rank, *sizes, "cpu", 1, "WARNING", rendezvous)
     device = membership.select_device(config)
     every_input: list[dict[str, Any]] = torch.load(folder / "inputs.pt", weights_only=True)
     inputs = every_input[config.batch_group]

@@ -49,8 +49,13 @@ class Cases:
     other_sizes: Sequence[int] = (1, 4, 5)
     changes: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def sizes(self) -> Any:
+        """Of the tiny model."""
+        return tiny(self.family, **self.changes)
+
     def inputs(self, name: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-        return make_inputs(tiny(self.family, **self.changes), dtype=dtype, **self.each[name])
+        return make_inputs(self.sizes, dtype=dtype, **self.each[name])
 
     @property
     def sized(self) -> list[tuple[int, str]]:
@@ -59,8 +64,11 @@ class Cases:
         return [*((2, name) for name in self.each), *others]
 
 
-class ParityTests:
-    """Subclass it with ``cases``; pytest then finds its tests (``pytest_generate_tests``)."""
+class Fp32Tests:
+    """Subclass it with ``cases``; pytest then finds its tests (``pytest_generate_tests``).
+
+    For variants whose blocks another class has in bf16, too.
+    """
 
     cases: ClassVar[Cases]
 
@@ -74,6 +82,10 @@ class ParityTests:
     def test_fp32(self, checkpoint: Path, remote: Remote, sized: tuple[int, str]) -> None:
         tp_size, name = sized
         assert_equal_to_native(checkpoint, remote, tp_size, self.cases.inputs(name))
+
+
+class ParityTests(Fp32Tests):
+    """The same, and in bf16."""
 
     @pytest.mark.rotates(3)
     @pytest.mark.parametrize("tp_size", [2, 4])

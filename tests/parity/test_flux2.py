@@ -9,6 +9,7 @@ from parity.conftest import FP32_TOLERANCE, Remote, relative_error
 from parity.suite import Cases, ParityTests, assert_equal_to_native, native
 
 from support.inputs import make_inputs
+from support.newer_references import CASES, expected, inputs_of
 from support.tiny_models import tiny, write_tiny
 from tp_runtime.client import InputError, SizeError, inspect_checkpoint
 
@@ -85,6 +86,18 @@ def test_todays_names_of_the_norms(checkpoint: Path, tmp_path: Path, remote: Rem
     assert relative_error(found, native(checkpoint, inputs)) <= FP32_TOLERANCE
 
 
+NEWER = CASES["flux2"]
+
+
+@pytest.mark.rotates(3)
+@pytest.mark.parametrize(("tp_size", "case"), [(size, case) for size in (2, 5) for case in NEWER])
+def test_newer_comfyui(tmp_path: Path, remote: Remote, tp_size: int, case: str) -> None:
+    """What ComfyUI 0.3.75's class does not know, against what a newer one computed."""
+    path = write_tiny("flux2", tmp_path / "tiny.safetensors", **NEWER[case][0])
+    found = remote(path, tp_size).evaluate(inputs_of("flux2", case, torch.float32))
+    assert relative_error(found, expected("flux2", case, torch.float32)) <= FP32_TOLERANCE
+
+
 def test_sizes(checkpoint: Path) -> None:
     info = inspect_checkpoint(str(checkpoint))
     assert info.valid_tp_sizes() == (1, 2, 3, 4, 5, 6, 8)
@@ -96,15 +109,15 @@ def test_sizes(checkpoint: Path) -> None:
     ("change", "words"),
     [
         ({"x": torch.zeros(1, 16, 8, 8)}, "128"),
-        ({"context": torch.zeros(1, 20, 65)}, "width 96"),
-        ({"context": torch.zeros(2, 20, 96)}, "as many captions"),
+        ({"context": torch.zeros(1, 20, 65)}, "width 64"),
+        ({"context": torch.zeros(2, 20, 64)}, "as many captions"),
         ({"ref_latents": [torch.zeros(1, 16, 8, 8)]}, "Reference latents"),
         (
             {
                 "ref_latents": [torch.zeros(1, 128, 8, 8)],
-                "ref_latents_method": "index_timestep_zero",
+                "ref_latents_method": "behind",
             },
-            "'index_timestep_zero'",
+            "'behind'",
         ),
         ({"attention_mask": torch.zeros(1, 20, 20)}, "84 tokens"),
         ({"control": {"input": [torch.zeros(1, 64, SIZES.dim + 1)]}}, "ControlNet"),

@@ -12,9 +12,10 @@ from parity.conftest import FP32_TOLERANCE, relative_error
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from support.inputs import make_inputs
 from support.native import native_fp8
 from support.sparse_files import one_block
-from support.tiny_models import Fp8Layout, write_fp8, write_tiny
+from support.tiny_models import Fp8Layout, tiny, write_fp8, write_tiny
 from tp_runtime.client import CheckpointError, GroupConfig, ModelSpec, Runtime, inspect_checkpoint
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -23,7 +24,9 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 INPUTS: dict[str, dict[str, Any]] = {
     "z_image": test_z_image.make_inputs(1, 9, 8, 20),
     "flux": test_flux.make_inputs(references=((9, 8),)),
+    "flux2": make_inputs(tiny("flux2"), references=((9, 8),)),
     "qwen_image": test_qwen_image.make_inputs(references=((9, 8),)),
+    "wan": make_inputs(tiny("wan"), frames=2, height=5, width=6, time_scale=1000.0),
 }
 
 

@@ -29,6 +29,9 @@ def _inputs(family: str, batch: int, seed: int) -> dict[str, Any]:
         "timesteps": torch.tensor([0.7, 0.3][:batch]),
         "context": normal(batch, 7, 64),
     }
+    if family == "qwen_image":  # with modulation of its own
+        inputs["ref_latents"] = [normal(batch, 16, 1, 4, 4)]
+        inputs["ref_latents_method"] = "index_timestep_zero"
     if family == "flux":
         residuals = normal(batch, 9, tiny("flux").dim)
         inputs["control"] = {"input": [residuals], "output": [None, residuals]}

@@ -11,15 +11,20 @@ from parity import test_flux, test_qwen_image, test_z_image
 from parity.conftest import FP32_TOLERANCE, Remote, relative_error
 
 from support.gguf_files import ARCHITECTURES, dequantised, write_gguf
+from support.inputs import make_inputs
 from support.native import native_model
-from support.tiny_models import write_tiny
+from support.tiny_models import tiny, write_tiny
 
 pytestmark = pytest.mark.process
 
 INPUTS: dict[str, Callable[..., dict[str, Any]]] = {
     "z_image": functools.partial(test_z_image.make_inputs, 1, 9, 8, 20),
     "flux": functools.partial(test_flux.make_inputs, references=((9, 8),)),
+    "flux2": functools.partial(make_inputs, tiny("flux2"), references=((9, 8),)),
     "qwen_image": functools.partial(test_qwen_image.make_inputs, references=((9, 8),)),
+    "wan": functools.partial(
+        make_inputs, tiny("wan"), frames=2, height=5, width=6, time_scale=1000.0
+    ),
 }
 
 

@@ -10,9 +10,10 @@ import torch
 from parity import test_flux, test_qwen_image, test_z_image
 from parity.conftest import FP32_TOLERANCE, relative_error
 
+from support.inputs import make_inputs
 from support.native import import_comfy, native_patcher
 from support.pack import pack_module
-from support.tiny_models import Fp8Layout, write_fp8, write_tiny
+from support.tiny_models import Fp8Layout, tiny, write_fp8, write_tiny
 from tp_runtime.client import GroupConfig, ModelSpec, RemoteModel, Runtime, inspect_checkpoint
 from tp_runtime.client.engine import Engine
 from tp_runtime.wire.protocol import Request
@@ -22,7 +23,9 @@ pytestmark = pytest.mark.process
 INPUTS: dict[str, dict[str, Any]] = {
     "z_image": test_z_image.make_inputs(1, 9, 8, 20),
     "flux": test_flux.make_inputs(references=((9, 8),)),
+    "flux2": make_inputs(tiny("flux2"), references=((9, 8),)),
     "qwen_image": test_qwen_image.make_inputs(references=((9, 8),)),
+    "wan": make_inputs(tiny("wan"), frames=2, height=5, width=6, time_scale=1000.0),
 }
 # Family → one weight of every style: fused, column, row, gathered, replicated; a norm, a bias.
 WEIGHTS = {
@@ -36,11 +39,26 @@ WEIGHTS = {
         *("double_blocks.1.img_mlp.0", "double_blocks.1.txt_mlp.2", "single_blocks.0.linear1"),
         *("single_blocks.1.linear2", "single_blocks.0.modulation.lin", "final_layer.linear"),
     ),
+    "flux2": (
+        *("double_blocks.0.img_attn.qkv", "double_blocks.0.txt_attn.proj", "img_in"),
+        *("double_blocks.1.img_mlp.0", "double_blocks.1.txt_mlp.2", "single_blocks.0.linear1"),
+        *("single_blocks.1.linear2", "single_stream_modulation.lin", "final_layer.linear"),
+    ),
     "qwen_image": (
         *("transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_v", "txt_in", "img_in"),
         *("transformer_blocks.0.attn.to_out.0", "transformer_blocks.1.attn.add_k_proj"),
         *("transformer_blocks.1.img_mlp.net.0.proj", "transformer_blocks.1.txt_mlp.net.2"),
         *("transformer_blocks.0.img_mod.1", "proj_out"),
+    ),
+    "wan": (
+        *(
+            "blocks.0.self_attn.q",
+            "blocks.0.self_attn.o",
+            "blocks.0.cross_attn.k",
+            "blocks.1.ffn.2",
+        ),
+        *("blocks.1.ffn.0", "time_projection.1", "blocks.1.cross_attn.o", "text_embedding.2"),
+        *("head.head", "blocks.1.self_attn.v"),
     ),
 }
 KINDS = ("lora", "dora", "loha", "lokr", "glora", "oft", "diff")
@@ -96,6 +114,17 @@ def change(kind: str, shape: tuple[int, ...], seed: int) -> Any:
     return classes[kind](set(), factors)
 
 
+def convolution(shape: tuple[int, ...], seed: int) -> Any:
+    """A LoRA of a convolution's weight."""
+    import comfy.weight_adapter
+
+    rows, *kernel = shape
+    factors = random(rows, 4, *(len(kernel) - 1) * (1,), seed=seed), random(4, *kernel, seed=seed)
+    return comfy.weight_adapter.LoRAAdapter(
+        set(), (factors[0], 0.1 * factors[1], 2.0, *3 * (None,))
+    )
+
+
 def make_patches(patcher: Any, family: str, seed: int = 0) -> list[tuple[Patch, float]]:
     """Two sets of patches with their strengths: several kinds, parts of weights, norms, biases."""
     shapes = {k: tuple(v.shape) for k, v in patcher.model.state_dict().items()}
@@ -107,9 +136,15 @@ def make_patches(patcher: Any, family: str, seed: int = 0) -> list[tuple[Patch, 
         rows, columns = shapes[key]
         part = (0, rows // 3, rows // 3)  # k of a fused q, k, v
         second[(key, part)] = change("lora", (rows // 3, columns), seed + 50 + index)
-    vectors = [key for key, shape in shapes.items() if len(shape) == 1][:40:4]
-    for index, key in enumerate(vectors):
+    own = {key: shape for key, shape in shapes.items() if key.startswith("diffusion_model.")}
+    vectors = [key for key, shape in own.items() if len(shape) == 1][:40:4]
+    biases = [f"diffusion_model.{path}.bias" for path in WEIGHTS[family]]
+    for index, key in enumerate(sorted({*vectors, *biases} & own.keys())):
         first[key] = ("diff", (random(*shapes[key], seed=seed + index) * 0.1,))
+    for key, shape in own.items():
+        if len(shape) > 3:  # of a convolution
+            first[key] = ("diff", (random(*shape, seed=seed) * 0.1,))
+            second[key] = convolution(shape, seed)
     return [(first, 0.8), (second, -0.6)]
 
 
@@ -158,8 +193,8 @@ def test_apply_change_remove(
     inputs = INPUTS[family]
     path = write_tiny(family, tmp_path / "model.safetensors")
     patcher = native_patcher(path)
-    if tp_size == 4 and family == "flux":
-        tp_size = 5  # which pads its 24 heads
+    if tp_size == 4 and family in ("flux", "flux2"):
+        tp_size = 5  # which pads their 24 heads
     remote = on_ranks(runtime, path, tp_size)
     before = digests(runtime, remote)
     plain = remote.evaluate(inputs)
@@ -293,3 +328,44 @@ def test_a_patch_that_does_not_fit_is_left_out(
     patch = (1.0, change("lora", (480, 96), 0), 1.0, None, None)
     assert weights.patched_weights(inspect_checkpoint(str(path)), {key: [patch]}) == {}
     assert "layers.0.attention.out.weight is left out" in caplog.text
+
+
+def test_what_is_patched_is_what_comfyui_patches(
+    runtime: Runtime, weights: ModuleType, tmp_path: Path
+) -> None:
+    """Parameters beside modules, other shapes of as many values, keys that are no weights."""
+    path = write_tiny("z_image", tmp_path / "model.safetensors")
+    patcher, remote = native_patcher(path), on_ranks(runtime, path, 2)
+    out, prefix = "diffusion_model.layers.0.attention.out.weight", "diffusion_model."
+    whole = random(480, 480, seed=3)
+    sets = {
+        f"{prefix}x_pad_token": (random(1, 480, seed=1),),
+        f"{prefix}cap_pad_token": (random(1, 480, seed=2),),
+        f"{prefix}norm_final.weight": (random(480, seed=4),),
+        f"{prefix}layers.0.attention.q_norm.weight": (random(16, seed=5),),
+        f"{prefix}layers.1.attention.out.weight": (whole.flatten(),),
+        (f"{prefix}layers.0.attention.qkv.weight", (0, 480, 480)): (random(960, 240, seed=6),),
+    }
+    patcher.add_patches(sets, 0.5)
+    patcher.add_patches({out: (whole.flatten(),)}, 0.5, 0.7)  # its strength of the weight counts
+    model_sampling = next(key for key in patcher.model.state_dict() if prefix not in key)
+    patcher.add_patches({model_sampling: (torch.ones(3),)}, 0.5)
+    loaded = {
+        f"{prefix}{name}" for name in weights.patched_by_module(patcher.model.diffusion_model)
+    }
+    own = {key: of for key, of in patcher.patches.items() if key in loaded}
+    assert patcher.patches.keys() - own.keys() == {
+        *(f"{prefix}{name}" for name in ("x_pad_token", "cap_pad_token")),
+        model_sampling,
+    }
+    inputs = INPUTS["z_image"]
+    unpatched = remote.evaluate(inputs)
+    with torch.no_grad():
+        patcher.load(torch.device("cpu"), full_load=True)
+    remote.patch(object(), weights.patched_weights(remote.info, own))
+    found = remote.evaluate(inputs)
+    assert relative_error(found, unpatched) > 0.01
+    assert relative_error(found, native(patcher, inputs)) <= FP32_TOLERANCE
+    # Hooks reach what stands beside modules; what is no weight is left out there, too.
+    every = weights.patched_weights(remote.info, patcher.patches)
+    assert {"x_pad_token", "cap_pad_token"} == every.keys() - remote.patches.keys()

@@ -1,6 +1,8 @@
 """Qwen-Image on real ranks against ComfyUI's own QwenImageTransformer2DModel, on one tiny file."""
 
 import functools
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,12 @@ import torch
 from parity.conftest import FP32_TOLERANCE, Remote, relative_error
 from torch.utils import _pytree as pytree
 
+from support.diffusers_folders import write_folder
 from support.native import native_model
-from support.tiny_models import tiny, tiny_shapes, write, write_tiny
+from support.newer_references import CASES as CASES_OF_NEWER
+from support.newer_references import expected, inputs_of
+from support.pack import pack_module
+from support.tiny_models import tiny, write_tiny
 from tp_runtime.client import CheckpointError, InputError, SizeError, inspect_checkpoint
 
 pytestmark = pytest.mark.process
@@ -160,18 +166,88 @@ def test_sizes(checkpoint: Path) -> None:
         info.check_tp_size(7)
 
 
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`variants(changes)`: a tiny file of the variant with these sizes, written once."""
+    folder = tmp_path_factory.mktemp("variants")
+
+    def written(changes: Mapping[str, Any]) -> Path:
+        path = folder / f"{'-'.join(changes) or 'plain'}.safetensors"
+        return path if path.exists() else write_tiny("qwen_image", path, **changes)
+
+    return written
+
+
+NEWER = CASES_OF_NEWER["qwen_image"]
+SIZED = [
+    *((2, case) for case in NEWER),
+    *((size, "2511, batch") for size in (1, 4, 5)),
+    *((size, "layers with a reference") for size in (1, 4, 5)),
+]
+
+
+@pytest.mark.rotates(3)
+@pytest.mark.parametrize(("tp_size", "case"), SIZED)
+def test_newer_comfyui(
+    variants: Callable[..., Path], remote: Remote, tp_size: int, case: str
+) -> None:
+    """What ComfyUI 0.3.75 has no class for, against what a newer one computed on the same file."""
+    inputs = inputs_of("qwen_image", case, torch.float32)
+    found = remote(variants(NEWER[case][0]), tp_size).evaluate(inputs)
+    assert relative_error(found, expected("qwen_image", case, torch.float32)) <= FP32_TOLERANCE
+
+
+@pytest.mark.rotates(2)
+@pytest.mark.parametrize("tp_size", [2, 4])
+def test_bf16_of_newer_comfyui(variants: Callable[..., Path], remote: Remote, tp_size: int) -> None:
+    """No further from ComfyUI's results in bf16 than those are from its own in fp32, over all."""
+    ours = theirs = 0.0
+    for case, (changes, _) in NEWER.items():
+        model = remote(variants(changes), tp_size, torch.bfloat16)
+        comfy = expected("qwen_image", case, torch.bfloat16)
+        found = model.evaluate(inputs_of("qwen_image", case, torch.bfloat16))
+        ours += relative_error(found, comfy) ** 2
+        theirs += relative_error(comfy, expected("qwen_image", case, torch.float32)) ** 2
+    assert ours <= theirs
+
+
+def test_time_zero_and_layers_change_the_result(
+    variants: Callable[..., Path], remote: Remote
+) -> None:
+    inputs = inputs_of("qwen_image", "2511 with references", torch.float32)
+    plain = remote(variants({}), 2).evaluate(inputs)
+    assert relative_error(remote(variants({"zero_time": True}), 2).evaluate(inputs), plain) > 1e-3
+    inputs = make_inputs()
+    plain = remote(variants({}), 2).evaluate(inputs)
+    assert relative_error(remote(variants({"added_time": True}), 2).evaluate(inputs), plain) > 1e-3
+
+
 @pytest.mark.parametrize(
-    ("tensor", "variant"),
-    [
-        ("__index_timestep_zero__", "Qwen-Image-Edit-2511"),
-        ("time_text_embed.addition_t_embedding.weight", "Qwen-Image-Layered"),
-    ],
+    ("changes", "variant"),
+    [({"zero_time": True}, "Qwen-Image-Edit-2511"), ({"added_time": True}, "Qwen-Image-Layered")],
 )
-def test_variants_are_refused_by_name(tmp_path: Path, tensor: str, variant: str) -> None:
-    shapes = tiny_shapes("qwen_image", num_blocks=1)
-    path = write(tmp_path / "variant.safetensors", shapes | {tensor: (2, DIM)})
-    with pytest.raises(CheckpointError, match=variant):
-        inspect_checkpoint(str(path))
+def test_a_comfyui_without_the_class_is_told_which_has_it(
+    variants: Callable[..., Path], changes: dict[str, bool], variant: str
+) -> None:
+    info = inspect_checkpoint(str(variants(changes)))
+    with pack_module("nodes.skeleton") as skeleton:
+        if hasattr(
+            skeleton.build_skeleton(inspect_checkpoint(str(variants({}))), None).diffusion_model,
+            "default_ref_method",
+        ):
+            skeleton.build_skeleton(info, None)
+            return
+        with pytest.raises(CheckpointError, match=f"{variant} file .* Update ComfyUI: 0.33"):
+            skeleton.build_skeleton(info, None)
+
+
+def test_a_folder_does_not_say_that_references_are_at_time_zero(tmp_path: Path) -> None:
+    file = write_tiny("qwen_image", tmp_path / "file.safetensors", num_blocks=1)
+    folder = write_folder(file, tmp_path / "folder", "qwen_image")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"zero_cond_t": True}))
+    with pytest.raises(CheckpointError, match="Qwen-Image-Edit-2511 as a diffusers folder"):
+        inspect_checkpoint(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -183,12 +259,11 @@ def test_variants_are_refused_by_name(tmp_path: Path, tensor: str, variant: str)
         ({"context": torch.zeros(2, 20, 64)}, "as many captions"),
         ({"ref_latents": [torch.zeros(1, 16, 8, 8)]}, "Reference latents"),
         (
-            {
-                "ref_latents": [torch.zeros(1, 16, 1, 8, 8)],
-                "ref_latents_method": "index_timestep_zero",
-            },
-            "'index_timestep_zero'",
+            {"ref_latents": [torch.zeros(1, 16, 1, 8, 8)], "ref_latents_method": "behind"},
+            "'behind'. Supported: index, index_timestep_zero, negative_index, offset, uxo",
         ),
+        ({"ref_latents": [torch.zeros(1, 16, 2, 8, 8)]}, "16, 1, rows, columns"),
+        ({"attention_mask": torch.ones(1, 21)}, "the captions have \\(1, 20\\)"),
         ({"control": {"input": [torch.zeros(1, 64, DIM + 1)]}}, "ControlNet"),
         ({"additional_t_cond": torch.zeros(1)}, "additional_t_cond"),
         ({"guidance": torch.zeros(1)}, "guidance"),

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from parity.conftest import Remote
-from parity.suite import Cases, ParityTests, assert_equal_to_native
+from parity.conftest import FP32_TOLERANCE, Remote, relative_error
+from parity.suite import Cases, Fp32Tests, ParityTests, assert_equal_to_native, native
 
 from support.inputs import make_inputs
 from support.tiny_models import tiny, tiny_shapes, write, write_tiny
@@ -16,8 +16,10 @@ pytestmark = pytest.mark.process
 
 ROPE = {"scale_x": 1.5, "scale_y": 0.75, "shift_x": 2.0, "shift_y": -1.0, "shift_t": 3.0}
 VIDEO = {"frames": 3, "height": 6, "width": 8, "time_scale": 1000.0}
-# 20 heads: 21 on three ranks.
-SIZES = (1, 3, 4)
+ODD = VIDEO | {"frames": 2, "height": 5, "width": 7, "length": 33}
+CONTROLS = {"lengths": {"videos": 2, "control frames": 3, "rows": 6, "columns": 8}}
+PATH = {"camera frames": 3, "pixel rows": 48, "pixel columns": 64}
+PADDED = 3  # ranks, of 20 heads: 21
 
 
 class TestTextToVideo(ParityTests):
@@ -26,39 +28,37 @@ class TestTextToVideo(ParityTests):
     cases = Cases(
         "wan",
         {
-            "video": VIDEO,
-            "one frame": VIDEO | {"frames": 1},
-            "33 frames": VIDEO | {"frames": 9, "length": 512},
-            "odd sizes": VIDEO | {"height": 7, "width": 5, "length": 33},
+            "odd sizes": ODD,
+            "one frame": VIDEO | {"frames": 1, "length": 512},
+            "33 frames": VIDEO | {"frames": 9, "height": 4, "width": 4},
             "batch of 3": VIDEO | {"batch": 3, "length": 1},
             "timesteps of frames": VIDEO | {"times_per_item": 3, "batch": 2},
             "timesteps that do not divide": VIDEO | {"times_per_item": 5},
             "more frames": VIDEO | {"lengths": {"more frames": 2}},
             "rope options": VIDEO | {"transformer_options": {"rope_options": ROPE}},
         },
-        elsewhere=("video", "odd sizes", "timesteps of frames"),
-        other_sizes=SIZES,
+        elsewhere=("odd sizes", "timesteps of frames"),
+        other_sizes=(1, PADDED, 4),
     )
 
 
 class TestImageToVideo(ParityTests):
-    """2.1's: with CLIP's features; those of the first and last frame have positions."""
+    """2.1's: with CLIP's features."""
 
     cases = Cases(
         "wan",
         {
-            "video": VIDEO,
-            "odd sizes": VIDEO | {"height": 7, "width": 5, "batch": 2},
+            "odd sizes": ODD | {"batch": 2},
             "no features": VIDEO | {"without": ("clip_fea",)},
             "two pictures": VIDEO | {"lengths": {"patches": 514}},
         },
         elsewhere=("odd sizes",),
-        other_sizes=SIZES,
+        other_sizes=(PADDED, 4),
         changes={"in_channels": 36, "image_dim": 1280},
     )
 
 
-class TestFirstAndLastFrame(ParityTests):
+class TestFirstAndLastFrame(Fp32Tests):
     """2.1's: CLIP's features have positions."""
 
     cases = Cases(
@@ -68,37 +68,79 @@ class TestFirstAndLastFrame(ParityTests):
             "the first": VIDEO | {"lengths": {"patches": 257}},
         },
         elsewhere=("both",),
-        other_sizes=(3,),
-        changes={"in_channels": 36, "image_dim": 1280, "num_positions": 514},
+        other_sizes=(PADDED,),
+        changes={"in_channels": 36, "image_dim": 1280, "image_positions": 514},
     )
 
 
-class TestFunControl(ParityTests):
+class TestFunControl(Fp32Tests):
     """Fun Control: a picture before the first frame."""
 
     cases = Cases(
         "wan",
         {
-            "picture": VIDEO | {"lengths": {"rows": 6, "columns": 8}},
+            "picture": VIDEO | {"lengths": {"rows": 6, "columns": 8}, "times_per_item": 3},
             "no picture": VIDEO,
-            "timesteps of frames": VIDEO
-            | {"lengths": {"rows": 6, "columns": 8}, "times_per_item": 3},
         },
         elsewhere=("picture",),
-        other_sizes=(3,),
+        other_sizes=(PADDED,),
         changes={"in_channels": 48, "reference_channels": 16},
     )
 
 
-class TestFiveBillion(ParityTests):
-    """2.2's 5B: 48 channels."""
+class TestFiveBillion(Fp32Tests):
+    """2.2's 5B: 48 channels, timesteps of frames."""
 
     cases = Cases(
         "wan",
-        {"video": VIDEO, "timesteps of frames": VIDEO | {"times_per_item": 3}},
+        {"timesteps of frames": VIDEO | {"times_per_item": 3}},
         elsewhere=("timesteps of frames",),
-        other_sizes=(3,),
+        other_sizes=(PADDED,),
         changes={"in_channels": 48, "out_channels": 48},
+    )
+
+
+class TestVace(ParityTests):
+    """Control videos, which go through blocks of their own."""
+
+    cases = Cases(
+        "wan",
+        {
+            "two videos": VIDEO | CONTROLS | {"vace_strength": [0.7, 1.2]},
+            "batch of 2": VIDEO | CONTROLS | {"batch": 2, "vace_strength": [1.0, 1.0]},
+        },
+        elsewhere=("two videos",),
+        other_sizes=(1, PADDED, 4),
+        changes={"num_blocks": 4, "vace_blocks": 2, "vace_channels": 96},
+    )
+
+    @pytest.mark.rotates(3)
+    @pytest.mark.parametrize("left_out", [(0,), (1, 2), (0, 1, 2, 3)], ids=str)
+    def test_blocks_left_out(
+        self, checkpoint: Path, remote: Remote, left_out: tuple[int, ...]
+    ) -> None:
+        """What a VACE block adds is added all the same."""
+        lengths = CONTROLS["lengths"] | {"videos": 1}
+        inputs = make_inputs(self.cases.sizes, **VIDEO, lengths=lengths, vace_strength=[0.8])
+        returned = {("double_block", index): lambda given, _: given for index in left_out}
+        theirs = inputs | {"transformer_options": {"patches_replace": {"dit": returned}}}
+        ours = inputs | {"transformer_options": {"skip_blocks": {"double_block": [*left_out]}}}
+        found = remote(checkpoint, 2).evaluate(ours)
+        assert relative_error(found, native(checkpoint, theirs)) <= FP32_TOLERANCE
+
+
+class TestFunCamera(Fp32Tests):
+    """A camera's path."""
+
+    cases = Cases(
+        "wan",
+        {
+            "a path": VIDEO | {"lengths": PATH},
+            "no path": VIDEO,
+        },
+        elsewhere=("a path",),
+        other_sizes=(PADDED,),
+        changes={"in_channels": 32, "image_dim": 1280, "camera_channels": 24},
     )
 
 
@@ -129,7 +171,10 @@ def test_sizes(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize(
     ("tensor", "variant"),
-    [("vace_patch_embedding.weight", "Wan VACE"), ("patch_embedding_pose.weight", "SCAIL")],
+    [
+        ("patch_embedding_mask.weight", "SCAIL-2"),
+        ("face_adapter.fuser_blocks.0.k_norm.weight", "Wan Animate"),
+    ],
 )
 def test_variants_are_refused_by_name(tmp_path: Path, tensor: str, variant: str) -> None:
     shapes = tiny_shapes("wan", num_blocks=1)
@@ -147,7 +192,7 @@ def test_variants_are_refused_by_name(tmp_path: Path, tensor: str, variant: str)
         ({"timesteps": torch.zeros(2)}, "as many timesteps"),
         ({"timesteps": torch.zeros(1, 1, 1)}, r"\(batch,\) or \(batch, times\)"),
         ({"time_dim_concat": torch.zeros(1, 16, 1, 6, 9)}, "Latents of more frames"),
-        ({"vace_context": torch.zeros(1)}, "vace_context"),
+        ({"face_pixel_values": torch.zeros(1)}, "face_pixel_values"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(

@@ -17,7 +17,7 @@ from support.leaks import Footprint, fork_servers, is_marked, worker_processes
 from tp_runtime.config import GroupConfig
 
 TESTS = Path(__file__).resolve().parents[1]
-BEFORE = Footprint.now()
+BEFORE = Footprint.now()  # the files of the temporary folder are another's then: `own_home`
 
 PythonWith = Callable[..., str]
 
@@ -40,7 +40,8 @@ import sys
 
 sys.path.append({tests!r})
 sys.argv = sys.argv[2:]
-exec(sys.argv[0].rpartition("\\n")[0])  # all but running the server
+exec(sys.argv[0].rpartition("runpy.run_module(")[0])  # all but running the server
+sys.argv[0] = __file__  # which the server's title says
 
 from process import light_rank
 from tp_runtime.rank import fork_server
@@ -101,7 +102,7 @@ def ranks_of(home: Path) -> set[int]:
 
 
 def assert_nothing_left(home: Path, within_s: float = 5.0) -> None:
-    """Soon there is no rank of a group below `home`, and nothing of ours in /dev/shm.
+    """Soon there is no rank of a group below `home`, and nothing of ours with a name.
 
     Nor is there a fork server whose engine has ended; the others wait for the next group.
     """
@@ -109,7 +110,8 @@ def assert_nothing_left(home: Path, within_s: float = 5.0) -> None:
     while left := [
         *ranks_of(home),
         *fork_servers(),
-        *Footprint.now().added_since(BEFORE).shared_memory,
+        *(added := Footprint.now().added_since(BEFORE)).shared_memory,
+        *added.temporary,
     ]:
         assert time.monotonic() < deadline, f"left over after {within_s} s: {left}"
         time.sleep(0.05)

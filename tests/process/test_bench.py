@@ -35,7 +35,13 @@ def measured(folder: Path, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
     return status, json.loads(path.read_text())
 
 
-MODELS = ["flux", "qwen_image", "z_image"]
+MODELS = [
+    "flux",
+    "flux2",
+    "qwen_image",
+    "wan",
+    "z_image",
+]
 
 
 def test_every_model_is_measured_unless_told_otherwise() -> None:
@@ -45,7 +51,7 @@ def test_every_model_is_measured_unless_told_otherwise() -> None:
 @pytest.mark.rotates(3)
 @pytest.mark.parametrize("model", MODELS)
 def test_rows_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str) -> None:
-    layouts = ["--tp", "2", "--layouts", "1x2", "--diffusers"]
+    layouts = ["--tp", "2", "--layouts", "1x2", "--diffusers", "--exact"]
     status, rows = measured(tmp_path, "--models", model, *layouts, "--batches", "2")
     assert sorted(row["model"] for row in rows) == [f"diffusers {model}", model, model]
     for row in rows:
@@ -56,6 +62,7 @@ def test_rows_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], mod
         assert row["weights_gib"] > 0
         assert math.isfinite(row["error"])
         assert 0 <= row["error"] <= TOLERANCE
+        assert row["tp"] == 0 or 0 < row["noise"] <= TOLERANCE  # of bf16
         # Two ranks add up in another order, and diffusers computes some things in another.
         assert row["error"] > 0 or row["tp"] == 1
     assert status == 0

@@ -13,13 +13,10 @@ from process.conftest import PythonWith, assert_ended, cpu_group
 
 from support.leaks import SERVER_MARK, is_marked
 from support.workers import bound_s
-from tp_runtime.client import GroupDiedError, GroupStartError
+from tp_runtime.client import GroupDiedError, GroupStartError, prepare_start
 from tp_runtime.client.engine import Engine
 from tp_runtime.client.group_state import State
 from tp_runtime.client.launch import fork_client
-from tp_runtime.client.launch import local as local_launcher
-from tp_runtime.client.launch.local import LocalLauncher
-from tp_runtime.wire.exchange import Exchange
 from tp_runtime.wire.protocol import Report
 
 pytestmark = [pytest.mark.process, pytest.mark.rotates(2)]
@@ -144,6 +141,33 @@ def test_it_ends_when_it_is_idle(python_with: PythonWith, started: Groups) -> No
     assert works(started(python))
 
 
+def test_it_is_prepared_before_a_group_needs_it(python_with: PythonWith, started: Groups) -> None:
+    python = python_with()
+    prepare_start(python)
+    (server,) = servers(python)
+    assert started(python).is_up()
+    assert servers(python) == [server]
+
+
+def test_one_that_is_kept_does_not_end_when_it_is_idle(
+    python_with: PythonWith, started: Groups
+) -> None:
+    python = python_with(while_importing="fork_server.IDLE_S = 0.1")
+    prepare_start(python, keep=True)
+    (server,) = servers(python)
+    started(python).close()
+    time.sleep(0.5)
+    assert servers(python) == [server]
+    assert works(started(python))
+
+
+def test_preparing_leaves_errors_to_the_start() -> None:
+    nowhere = "/nowhere/python"
+    prepare_start(nowhere)
+    with pytest.raises(GroupStartError, match=nowhere):
+        Engine(cpu_group(1, python=nowhere)).start()
+
+
 def test_ranks_have_the_environment_of_their_start(
     python_with: PythonWith, started: Groups, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,73 +229,8 @@ os.fork = fork_if_there_is_room
 """
     )
     first = started(python)
-    with pytest.raises(GroupStartError, match=r"could not fork \(.*temporarily unavailable\)"):
+    with pytest.raises(GroupStartError, match=r"could not fork: .*temporarily unavailable"):
         started(python)
     assert works(first)
     assert works(started(python))
     assert len(servers(python)) == 1
-
-
-def test_a_rank_for_a_gpu_is_a_process_of_its_own(
-    python_with: PythonWith, started: Groups, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nothing is forked: each process imports for itself, and becomes its rank."""
-    monkeypatch.setattr(local_launcher, "_forks", lambda _: False)
-    python = python_with()
-    engine = started(python, 2)
-    assert works(engine)
-    us = psutil.Process()
-    assert {psutil.Process(rank.pid).ppid() for rank in engine.ranks} == {us.pid}
-    first, second = engine.ranks
-    name = f"tp_runtime.rank.worker: rank 0 of 2 in {first.log_path.parent}"
-    assert psutil.Process(first.pid).cmdline()[0] == name
-    os.kill(second.pid, signal.SIGKILL)
-    while engine.state is not State.FAILED:
-        time.sleep(0.01)
-    assert f"Rank 1 (process {second.pid}) was killed by signal 9" in str(engine.error)
-    assert_ended([first.pid, second.pid], within_s=1)
-
-    orderly = started(python, 2)
-    orderly.close()
-    assert_ended([rank.pid for rank in orderly.ranks], within_s=1)
-
-
-def test_a_start_on_gpus_that_is_closed_between_two_ranks(
-    python_with: PythonWith, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(local_launcher, "_forks", lambda _: False)
-    python = python_with()
-    config = cpu_group(3, python=python)
-    launcher = LocalLauncher()
-    launcher.prepare(config, lambda: None)
-    processes = [process.pid for process in servers(python)]
-    assert len(processes) == 3
-    polls = iter([None, None])
-    exchange = Exchange.create()
-    with pytest.raises(StopIteration):
-        launcher.launch(config, exchange, lambda: next(polls))
-    exchange.close()
-    assert_ended(processes, within_s=1)
-
-
-def test_a_start_on_gpus_that_is_given_up(
-    python_with: PythonWith, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever ends the wait for the imports, or fails them, leaves no process."""
-    monkeypatch.setattr(local_launcher, "_forks", lambda _: False)
-
-    class Interrupted(BaseException):
-        pass
-
-    def interrupt() -> None:
-        raise Interrupted
-
-    python = python_with(while_importing="import time; time.sleep(600)")
-    with pytest.raises(Interrupted):
-        Engine(cpu_group(2, python=python)).start(interrupt)
-    assert_ended([process.pid for process in servers(python)], within_s=1)
-
-    python = python_with(while_importing="import nothing_of_this_name")
-    with pytest.raises(GroupStartError, match="No module named 'nothing_of_this_name'"):
-        Engine(cpu_group(2, python=python)).start()
-    assert_ended([process.pid for process in servers(python)], within_s=1)

@@ -139,10 +139,10 @@ def python_without_ray(tmp_path: Path) -> str:
     script = tmp_path / "python"
     script.write_text(
         f"#!{sys.executable}\n"
-        "import runpy, sys\n"
+        "import sys\n"
         "sys.modules['ray'] = None\n"
         "del sys.argv[:2]\n"
-        "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)\n"
+        "exec(sys.argv[0])\n"
     )
     script.chmod(0o700)
     return str(script)

@@ -1,5 +1,6 @@
 """A group that does not come up: one clear error in a bounded time, and no process left."""
 
+import gc
 import signal
 import sys
 import threading
@@ -12,11 +13,12 @@ from typing import ClassVar
 import pytest
 from process.conftest import PythonWith, assert_ended, cpu_group
 
-from tp_runtime.client import GroupClosedError, GroupLostError, GroupStartError
+from tp_runtime.client import GroupClosedError, GroupLostError, GroupStartError, ModelSpec
 from tp_runtime.client.engine import Engine
 from tp_runtime.client.group_state import State
 from tp_runtime.client.launch import ray as ray_launcher
 from tp_runtime.client.launch.local import LocalLauncher
+from tp_runtime.client.runtime import Runtime
 from tp_runtime.wire.protocol import Report
 from tp_runtime.wire.ray_messages import Placed
 
@@ -168,7 +170,7 @@ def test_a_python_without_vllm_says_what_to_install(python_with: PythonWith) -> 
     message = failure_of(Engine(cpu_group(2, python=python)), within_s=60)
     assert "No module named 'vllm'" in message
     assert f"{python} -m pip install" in message
-    assert "[runtime]'" in message
+    assert "requirements-runtime.txt" in message
     assert "TP_RUNTIME_PYTHON" in message
 
 
@@ -188,6 +190,23 @@ def test_a_python_that_cannot_be_started(name: str, tmp_path: Path, home: Path) 
     assert f"{str(tmp_path / name)!r} could not be started" in message
     assert "TP_RUNTIME_PYTHON" in message
     assert set((home / "groups").glob("*")) == before
+
+
+def test_a_failed_group_is_shown_while_somebody_holds_its_models(
+    tiny_z_image: Path, tmp_path: Path
+) -> None:
+    runtime = Runtime()
+    spec = ModelSpec.of(str(tiny_z_image), "float32", "float32", "auto")
+    model = runtime.model(spec, cpu_group(2, python=str(tmp_path / "no python")))
+    with pytest.raises(GroupStartError):
+        model.ensure_loaded()
+    (failed,) = runtime.groups()
+    assert failed.state == "failed"
+    assert "could not be started" in (failed.error or "")
+    assert failed.ready_ranks == 0
+    del model
+    gc.collect()
+    assert runtime.groups() == runtime.reports() == []
 
 
 def test_a_home_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, sync_playwright
 from playwright.sync_api import TimeoutError as PageTimeoutError
 
 from support.comfy_server import ComfyServer
@@ -90,20 +90,34 @@ class ComfyPage:
 
     def add_node(self, name: str) -> None:
         """Look for a node in the search box, and take the first that it finds."""
-        box = self.page.get_by_placeholder(re.compile("Search|Add a node")).last
-        for _ in range(6):  # a page that is busy with a new workflow may miss a double click
-            self.page.mouse.dblclick(900, 700)
-            with suppress(PageTimeoutError):
-                box.wait_for(timeout=10_000)
-                break
-        box.fill(name)
-        found = self.page.locator(".p-autocomplete-option, [data-testid=node-preview-card] h3")
+        found = self._search(name)
         found.filter(has_text=name).first.wait_for()
         asks_for_place = self.page.get_by_test_id("node-preview-card").is_visible()
         self.page.keyboard.press("Enter")
         if asks_for_place:  # newer frontends do: the node follows the mouse
             self.page.wait_for_timeout(500)
             self.page.mouse.click(900, 700)
+
+    def search(self, words: str) -> list[str]:
+        """The names of the nodes that the search box finds, in its order."""
+        self._search(words)
+        found = self.page.locator(".p-autocomplete-option, [data-testid=result-item]")
+        found.first.wait_for()
+        self.page.wait_for_timeout(500)  # what it finds while words are typed
+        names = [text.partition("\n")[0] for text in found.all_inner_texts()]
+        self.page.keyboard.press("Escape")
+        return names
+
+    def _search(self, words: str) -> Locator:
+        """Open the search box and type; what it finds, node by node."""
+        box = self.page.get_by_placeholder(re.compile("Search|Add a node")).last
+        for _ in range(6):  # a page that is busy with a new workflow may miss a double click
+            self.page.mouse.dblclick(900, 700)
+            with suppress(PageTimeoutError):
+                box.wait_for(timeout=10_000)
+                break
+        box.fill(words)
+        return self.page.locator(".p-autocomplete-option, [data-testid=node-preview-card] h3")
 
     def toasts(self, severity: str | None = None) -> str:
         """The text of the messages that are shown, in frontend 1.32 and in newer ones."""

@@ -48,6 +48,7 @@ class ComfyServer:
         env: Mapping[str, str] | None = None,
         extra_args: Iterable[str] = ("--cpu",),
         pack: Path = TEST_PACK,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         """Start ComfyUI and wait until it answers.
 
@@ -55,6 +56,7 @@ class ComfyServer:
             env: variables to set for the server on top of this process's own.
             extra_args: ComfyUI's options; pass `()` to let it use the GPU.
             pack: the node pack to install besides this checkout.
+            settings: what a person has changed in ComfyUI's settings dialog before.
         """
         self._comfyui = comfyui_path()
         self.base = Path(tempfile.mkdtemp(prefix="comfy-server-"))
@@ -63,6 +65,10 @@ class ComfyServer:
         self._listener: EventListener | None = None
         self._orphans: list[psutil.Process] | None = None  # set by kill()
         self._link_packs(pack)
+        if settings is not None:
+            file = self.base / "user" / "default" / "comfy.settings.json"
+            file.parent.mkdir()
+            file.write_text(json.dumps(settings))
         self._port = _free_port()
         self.process = self._start(env or {}, extra_args)
         try:

@@ -10,15 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from support.paths import comfyui_path
 from support.tiny_controlnets import CONTROLNETS
 from support.tiny_models import write_tiny
-from support.tiny_vae import VAE_NAME, WAN_VAE_NAME
+from support.tiny_vae import FLUX2_VAE_NAME, VAE_NAME, WAN_VAE_NAME
 from support.workflows import Prompt, Sampling, node, stock_twin, text_to_latent, tp_loader
 from tp_runtime import models
 
 PICTURE = "picture.png"
 
 
+# Whether the ComfyUI that is tested has the nodes of newer releases (0.33) than 0.3.75.
+NEWER = (comfyui_path() / "comfy_extras" / "nodes_nag.py").is_file()
 SMALL = Sampling(steps=3, width=64, height=64)
 
 
@@ -29,6 +32,7 @@ class Family:
     name: str
     label: str
     vae: str
+    empty_latent: str  # the node for it
     latent_shape: tuple[int, ...]
     pooled_width: int
 
@@ -36,13 +40,16 @@ class Family:
     def of(cls, family: models.Family) -> "Family":
         """What follows from its small sizes."""
         sizes = family.small
-        video, pooled = sizes.geometry.video, sizes.inputs.get("y")
+        geometry, pooled = sizes.geometry, sizes.inputs.get("y")
+        of_flux2 = geometry.channels == 128
+        picture_vae = FLUX2_VAE_NAME if of_flux2 else VAE_NAME
         return cls(
             family.name,
             family.label,
-            WAN_VAE_NAME if video else VAE_NAME,
-            sizes.geometry.latent_shape(64, 64),
-            pooled.usual["features"] if pooled else 0,
+            WAN_VAE_NAME if geometry.video else picture_vae,
+            "EmptyFlux2LatentImage" if of_flux2 else "EmptySD3LatentImage",
+            geometry.latent_shape(64, 64),
+            pooled.axes[-1].length if pooled else 0,
         )
 
     @property
@@ -105,6 +112,7 @@ class FailsInStock:
 
 
 Expectation = Same | Refused | FailsInStock
+Expected = Expectation | Mapping[str, Expectation]
 Edit = Callable[[Prompt, Family], object]  # changes the prompt in place
 
 
@@ -118,7 +126,8 @@ class Row:
 
     `title` names the nodes as ComfyUI's class names, in backquotes. `batched`: the model evaluates
     a batch, for which the CPU adds up in another order in another process. `without`: a node that
-    the stock workflow leaves out.
+    the stock workflow leaves out. `newer`: what is expected on newer releases (NEWER) where that is
+    something else; with nothing in `expect`, the nodes are only there.
     """
 
     title: str
@@ -126,7 +135,8 @@ class Row:
     sampling: Sampling = SMALL
     sampler: Literal["KSampler", "TPSampler", "SamplerCustomAdvanced"] = "KSampler"
     batched: bool = False
-    expect: Expectation | Mapping[str, Expectation] = Same()
+    expect: Expected = Same()
+    newer: Expected | None = None
     without: str | None = None
 
     @property
@@ -134,11 +144,10 @@ class Row:
         """The title as a word of a test's id."""
         return re.sub(r"[^\w.]+", "-", self.title).strip("-")[:60]
 
-    def expected(self, family: Family) -> Expectation | None:
+    def expected(self, family: Family, newer: bool = False) -> Expectation | None:
         """What is expected on this model; None: the workflow is not for it."""
-        if isinstance(self.expect, Mapping):
-            return self.expect.get(family.name)
-        return self.expect
+        found = _of_family(self.newer, family) if newer else None
+        return found or _of_family(self.expect, family)
 
     def prompt(self, family: Family) -> Prompt:
         """The workflow on our MODEL."""
@@ -155,6 +164,10 @@ class Row:
             before = twin.pop(name)["inputs"]["model"]
             _relink(twin, [name, 0], before)
         return twin
+
+
+def _of_family(expected: Expected | None, family: Family) -> Expectation | None:
+    return expected.get(family.name) if isinstance(expected, Mapping) else expected
 
 
 # --- edits ---------------------------------------------------------------------------------------
@@ -227,7 +240,7 @@ def all_of(*edits: Edit) -> Edit:
 
 
 def share(values: Iterable[str], family: Family) -> list[str]:
-    """Every third of them: each is tested with one of the models."""
+    """The model's share of them: each is tested with one of the models."""
     return list(values)[FAMILIES.index(family) :: len(FAMILIES)]
 
 

@@ -33,6 +33,8 @@ def _words(text: str) -> list[str]:
     return text.split()
 
 
+NEWER_SAMPLERS = ["exp_heun_2_x0", "exp_heun_2_x0_sde"]
+
 # ComfyUI's samplers and schedulers, from KSampler's lists.
 SAMPLERS = _words(
     """
@@ -75,6 +77,13 @@ SCHEDULER_NODES: dict[str, dict[str, object]] = {
 }
 
 
+# The same, in newer releases only.
+NEWER_SCHEDULER_NODES: dict[str, dict[str, object]] = {
+    "Ideogram4Scheduler": {"steps": 3, "width": 256, "height": 256},
+    "ManualSigmas": {"sigmas": "1.0, 0.7, 0.3, 0.0"},
+}
+
+
 def _custom(prompt: Prompt, name: str, **links: object) -> None:
     """Another SamplerCustomAdvanced with its SaveLatent, like the one there but for `links`."""
     prompt[name] = node("SamplerCustomAdvanced", **prompt["sampler"]["inputs"] | links)
@@ -96,6 +105,28 @@ def _each_scheduler_node(prompt: Prompt, family: Family) -> None:
         steps = {"steps": 10 if name in ("AlignYourStepsScheduler", "GITSScheduler") else 3}
         prompt[f"sigmas {name}"] = node(name, **steps | inputs)
         _custom(prompt, name, sigmas=[f"sigmas {name}", 0])
+
+
+def _each_newer_node(prompt: Prompt, _: Family) -> None:
+    for name in ("SamplerLCM", "SamplerSEEDS2"):
+        prompt[f"method {name}"] = node(name)
+        _custom(prompt, name, sampler=[f"method {name}", 0])
+    for name, inputs in NEWER_SCHEDULER_NODES.items():
+        prompt[f"sigmas {name}"] = node(name, **inputs)
+        _custom(prompt, name, sigmas=[f"sigmas {name}", 0])
+
+
+def _dual_model(prompt: Prompt, family: Family) -> None:
+    """The negative conditioning goes to the stock loader's model of the same file."""
+    prompt["other"] = node("UNETLoader", unet_name=family.file, weight_dtype="default")
+    prompt["guider"] = node(
+        "DualModelGuider",
+        model=["model", 0],
+        model_negative=["other", 0],
+        positive=["positive", 0],
+        negative=["negative", 0],
+        cfg=2.0,
+    )
 
 
 def _each_way_to_change_sigmas(prompt: Prompt, _: Family) -> None:
@@ -332,7 +363,7 @@ def _picture_to_picture(prompt: Prompt, family: Family) -> None:
 def _composite(prompt: Prompt, family: Family) -> None:
     from_picture(prompt, family)
     with_pictures(prompt, family)
-    prompt["empty"] = node("EmptySD3LatentImage", width=64, height=64)
+    prompt["empty"] = node(family.empty_latent, width=64, height=64)
     insert(
         prompt,
         "latent",
@@ -384,7 +415,7 @@ def _model_patch(output: int, class_type: str) -> Edit:
 
 def _context_windows(prompt: Prompt, family: Family) -> None:
     """Windows over the rows of the picture."""
-    rows = 1 + family.latent_shape.index(8)
+    rows = len(family.latent_shape) - 1
     insert(
         prompt,
         "model",
@@ -393,6 +424,21 @@ def _context_windows(prompt: Prompt, family: Family) -> None:
         context_length=4,
         context_overlap=2,
         dim=rows,
+    )
+
+
+def _wan_context_windows(prompt: Prompt, family: Family) -> None:
+    """Windows over the frames, where a model makes more than one."""
+    if family.name == "wan":
+        size = {"width": 64, "height": 64, "length": 25}
+        prompt["latent"] = node("EmptyHunyuanLatentVideo", batch_size=1, **size)
+    insert(
+        prompt,
+        "model",
+        "WanContextWindowsManual",
+        "model",
+        context_length=13,
+        context_overlap=5,
     )
 
 
@@ -433,11 +479,11 @@ SAMPLING = (
     Row("`KSampler`"),
     Row("`TPSampler`", sampler="TPSampler"),
     Row(
-        "`KSampler`, every sampler, a third of them with each model",
+        "`KSampler`, every sampler, each with one of the models",
         each_value("sampler_name", SAMPLERS),
     ),
     Row(
-        "`KSampler`, every scheduler, a third of them with each model",
+        "`KSampler`, every scheduler, each with one of the models",
         each_value("scheduler", SCHEDULERS),
     ),
     Row("`KSampler`, denoise 0.5 from a latent", from_picture, HALF),
@@ -449,12 +495,12 @@ SAMPLING = (
         sampler="SamplerCustomAdvanced",
     ),
     Row(
-        "every sampler node, a third of them with each model: " + ", ".join(SAMPLER_NODES),
+        "every sampler node, each with one of the models: " + ", ".join(SAMPLER_NODES),
         _each_sampler_node,
         sampler="SamplerCustomAdvanced",
     ),
     Row(
-        "every scheduler node, a third of them with each model: " + ", ".join(SCHEDULER_NODES),
+        "every scheduler node, each with one of the models: " + ", ".join(SCHEDULER_NODES),
         _each_scheduler_node,
         sampler="SamplerCustomAdvanced",
     ),
@@ -505,6 +551,26 @@ SAMPLING = (
         sampler="SamplerCustomAdvanced",
         batched=True,
     ),
+    Row(
+        "`DualModelGuider`, the second model a stock one",
+        _dual_model,
+        sampler="SamplerCustomAdvanced",
+        expect={},
+        newer=Same(),
+    ),
+    Row(
+        "`KSampler`, the samplers of newer releases",
+        each_value("sampler_name", NEWER_SAMPLERS),
+        expect={},
+        newer={"z_image": Same(), "flux": Same()},
+    ),
+    Row(
+        "`SamplerLCM`, `SamplerSEEDS2`, `ManualSigmas`, `Ideogram4Scheduler`",
+        _each_newer_node,
+        sampler="SamplerCustomAdvanced",
+        expect={},
+        newer=Same(),
+    ),
     Row("classifier-free guidance, captions of different lengths", sampling=CFG),
     Row(
         "classifier-free guidance, captions of equal length (one batch)",
@@ -516,9 +582,18 @@ SAMPLING = (
     Row("high-resolution fix: `LatentUpscaleBy` and a second `KSampler`", _second_pass),
 )
 
-# Nodes that know no latents with a time axis, which Qwen-Image's have.
-_AREA = {"z_image": Same(), "flux": Same(), "qwen_image": FailsInStock("sampler")}
-_COMPOSITE = _AREA | {"qwen_image": FailsInStock("LatentCompositeMasked after latent")}
+# Nodes that know no latents with a time axis, which Qwen-Image's and Wan's have.
+_AREA = {
+    "z_image": Same(),
+    "flux": Same(),
+    "flux2": Same(),
+    "qwen_image": FailsInStock("sampler"),
+    "wan": FailsInStock("sampler"),
+}
+_COMPOSITE = _AREA | {
+    "qwen_image": FailsInStock("LatentCompositeMasked after latent"),
+    "wan": FailsInStock("LatentCompositeMasked after latent"),
+}
 
 LATENTS = (
     Row("`EmptySD3LatentImage`, batch of 2", given("latent", batch_size=2), batched=True),
@@ -546,20 +621,41 @@ LATENTS = (
     Row("`VAEEncode`, `VAEDecode`", _picture_to_picture, HALF),
 )
 
-_NOT_READ = {"z_image": NoEffect(), "flux": Same(), "qwen_image": NoEffect()}
-_REFERENCES = {"z_image": NoEffect(), "flux": Same(), "qwen_image": Same()}
+_NOT_READ = {
+    "z_image": NoEffect(),
+    "flux": Same(),
+    "flux2": Same(),
+    "qwen_image": NoEffect(),
+    "wan": NoEffect(),
+}
+_REFERENCES = {
+    "z_image": NoEffect(),
+    "flux": Same(),
+    "flux2": Same(),
+    "qwen_image": Same(),
+    "wan": NoEffect(),
+}
+_SKIPPED = {
+    "z_image": NoEffect(),
+    "flux": Same(),
+    "flux2": Same(),
+    "qwen_image": Same(),
+    "wan": Same(),
+}
+_OMNI = {"z_image": Refused("sampler", ("ref_latents", "Omni", "ComfyUI"))}
 _CONTROL = {"flux": Same(), "qwen_image": Same()}
 
 CONDITIONING = (
     Row("`FluxGuidance`", on_positive("FluxGuidance", guidance=2.0), expect=_NOT_READ),
     Row("`FluxDisableGuidance`", on_positive("FluxDisableGuidance"), expect=_NOT_READ),
-    Row("`ReferenceLatent`, one", _references(1), expect=_REFERENCES),
-    Row("`ReferenceLatent`, two", _references(2), expect=_REFERENCES),
+    Row("`ReferenceLatent`, one", _references(1), expect=_REFERENCES, newer=_OMNI),
+    Row("`ReferenceLatent`, two", _references(2), expect=_REFERENCES, newer=_OMNI),
     *(
         Row(
             f"`FluxKontextMultiReferenceLatentMethod`, {method}",
             _references(2, method),
             expect=_REFERENCES,
+            newer=_OMNI,
         )
         for method in ("offset", "index", "uxo/uno")
     ),
@@ -632,6 +728,12 @@ CONDITIONING = (
     ),
 )
 
+_SKIPPED = {
+    "z_image": NoEffect(),
+    "flux": Same(),
+    "flux2": Same(),
+    "qwen_image": Same(),
+}
 GUIDANCE = (
     *(
         Row(f"`{name}`", on_model(name, **inputs), CFG)
@@ -649,6 +751,24 @@ GUIDANCE = (
             "VideoTriangleCFGGuidance": {},
         }.items()
     ),
+    Row(
+        "`CFGOverride`",
+        on_model("CFGOverride", cfg=1.0, start_percent=0.0, end_percent=0.5),
+        CFG,
+        expect={},
+        newer=Same(),
+    ),
+    Row(
+        "`NAGuidance`",
+        on_model("NAGuidance"),
+        CFG,
+        expect={},
+        newer={
+            "z_image": NoEffect(),
+            "flux": Refused("sampler", ("NAGuidance", "nodes_nag", "attention layers")),
+            "qwen_image": NoEffect(),
+        },
+    ),
     # Its singular vectors make more of what rounding differs in, at every step anew.
     Row("`TCFG`", on_model("TCFG"), replace(CFG, steps=2)),
     Row("`PerpNeg`", _perp_neg, CFG),
@@ -663,19 +783,19 @@ GUIDANCE = (
             end_percent=1.0,
         ),
         CFG,
-        expect={"z_image": NoEffect(), "flux": Same(), "qwen_image": Same()},
+        expect=_SKIPPED,
     ),
     Row(
         "`SkipLayerGuidanceDiTSimple`",
         on_model("SkipLayerGuidanceDiTSimple", double_layers="0", single_layers="1"),
         CFG,
-        expect={"z_image": NoEffect(), "flux": Same(), "qwen_image": Same()},
+        expect=_SKIPPED,
     ),
     Row(
         "`SkipLayerGuidanceSD3`",
         on_model("SkipLayerGuidanceSD3", layers="0, 1", start_percent=0.0, end_percent=1.0),
         CFG,
-        expect={"z_image": NoEffect(), "flux": Same(), "qwen_image": Same()},
+        expect=_SKIPPED,
     ),
     Row(
         "`PerturbedAttentionGuidance`",
@@ -690,13 +810,25 @@ GUIDANCE = (
         expect={
             "z_image": FailsInStock("sampler"),
             "flux": FailsInStock("sampler"),
+            "flux2": FailsInStock("sampler"),
             "qwen_image": NoEffect(),
+            "wan": NoEffect(),
         },
     ),
 )
 
-_WAN_WINDOWS = {"z_image": Same(), "flux": Same(), "qwen_image": NoEffect()}
-_SCALE_ROPE = {"z_image": Same(), "flux": Same(), "qwen_image": NoEffect()}
+_WAN_WINDOWS = {
+    "z_image": Same(),
+    "flux": Same(),
+    "flux2": Same(),
+    "qwen_image": NoEffect(),
+    "wan": Same(),
+}
+_SCALE_ROPE = _WAN_WINDOWS
+# Newer releases of ComfyUI have these models call patches of attention layers.
+_ATTENTION_PATCHES = dict.fromkeys(
+    ("flux", "qwen_image"), Refused("sampler", ("Python function", "attention layers"), False)
+)
 MODEL = (
     Row("`ModelSamplingFlux`", on_model("ModelSamplingFlux", width=64, height=64)),
     Row("`ModelSamplingAuraFlow`", on_model("ModelSamplingAuraFlow", shift=6.0)),
@@ -714,7 +846,7 @@ MODEL = (
     Row("`ContextWindowsManual`", _context_windows),
     Row(
         "`WanContextWindowsManual`",
-        on_model("WanContextWindowsManual", context_length=13, context_overlap=5),
+        _wan_context_windows,
         expect=_WAN_WINDOWS,
     ),
     Row("`ScaleROPE`", on_model("ScaleROPE", scale_x=1.3, shift_y=2.0), expect=_SCALE_ROPE),
@@ -731,14 +863,37 @@ MODEL = (
         on_model("ChromaRadianceOptions", nerf_tile_size=16),
         expect=NoEffect(),
     ),
-    Row("`HyperTile`", on_model("HyperTile"), expect=NoEffect()),
-    Row("`TomePatchModel`", on_model("TomePatchModel"), expect=NoEffect()),
+    Row(
+        "`ModelAttentionBackend`, pytorch attention",
+        on_model("ModelAttentionBackend", attention="pytorch attention"),
+        expect={},
+        newer=Same(),
+    ),
+    Row("`FluxKVCache`", on_model("FluxKVCache"), expect={}, newer=NoEffect()),
+    Row(
+        "`FluxKVCache`, with reference images",
+        all_of(_references(1), on_model("FluxKVCache")),
+        expect={},
+        newer={
+            "flux": Refused("sampler", ("nodes_flux", "Remove or bypass")),
+            "qwen_image": Refused("sampler", ("nodes_flux", "Remove or bypass")),
+        },
+    ),
+    Row("`HyperTile`", on_model("HyperTile"), expect=NoEffect(), newer=_ATTENTION_PATCHES),
+    Row(
+        "`TomePatchModel`", on_model("TomePatchModel"), expect=NoEffect(), newer=_ATTENTION_PATCHES
+    ),
     Row(
         "`PatchModelAddDownscale`",
         on_model("PatchModelAddDownscale", end_percent=1.0),
         expect=NoEffect(),
     ),
-    Row("`HypernetworkLoader`", on_model("HypernetworkLoader"), expect=NoEffect()),
+    Row(
+        "`HypernetworkLoader`",
+        on_model("HypernetworkLoader"),
+        expect=NoEffect(),
+        newer=_ATTENTION_PATCHES,
+    ),
     Row("`FreeU`", on_model("FreeU"), expect=FailsInStock("FreeU after model")),
     Row("`FreeU_V2`", on_model("FreeU_V2"), expect=FailsInStock("FreeU_V2 after model")),
     Row(
@@ -767,6 +922,11 @@ WEIGHTS = (
         "`ModelMergeQwenImage`",
         _merged("ModelMergeQwenImage"),
         expect={"qwen_image": Refused("sampler", ("ModelMerge",))},
+    ),
+    Row(
+        "`ModelMergeWAN2_1`",
+        _merged("ModelMergeWAN2_1"),
+        expect={"wan": Refused("sampler", ("ModelMerge",))},
     ),
     Row(
         "any of them, our model as the second",
@@ -799,6 +959,16 @@ _LOADS = "gives a stock model; `TPLoadDiffusionModel` takes its place"
 _LORA = "LoRA; `tests/comfy/test_lora.py`"
 _SAVES = "reads weights: clear error, as `ModelSave`"
 _MERGES = "reads weights: clear error, as `ModelMergeSimple`; made for another model"
+_BYPASSES = "code inside the model: clear error; `tests/comfy/test_patcher.py`"
+_OF_OTHER_MODELS = _words(
+    """
+    ARVideoI2V AnimaLLLiteApply GetICLoRAParameters HiDreamO1PatchSeamSmoothing LTXVContextWindows
+    LTXVDualCFGGuider LTXVDurationPredictor LTXVModalityGuidance LTXVReferenceAudio
+    LTXVSpatioTemporalGuidance RTDETR_detect SAM3_Detect SAM3_VideoTrack SDPoseKeypointExtractor
+    SUPIRApply SamplerARVideo SeedVR2Conditioning TripoSplatSamplingPreview VOIDSampler
+    VOIDWarpedNoiseSource WanAnimate2Cache WanInfiniteTalkToVideo WanUni3CControlnetApply
+    """
+)
 _CONTROLS = (
     "changes what a ControlNet is given; its residuals are as with `ControlNetApplyAdvanced`"
 )
@@ -833,5 +1003,13 @@ ELSEWHERE = {
     "ModelMergeSD35_Large": _MERGES,
     "ModelMergeSD3_2B": _MERGES,
     "ModelMergeSDXL": _MERGES,
-    "ModelMergeWAN2_1": _MERGES,
+    "LoraLoaderBypass": _BYPASSES,
+    "LoraLoaderBypassModelOnly": _BYPASSES,
+    "ModelMergeKrea2": _MERGES,
+    "ZImageFunControlnet": "a ControlNet that is a model patch: clear error",
+    **dict.fromkeys(_OF_OTHER_MODELS, "made for another model (newer releases)"),
+    "MultiGPU_WorkUnits": "copies the model to other GPUs: clear error where there are any",
+    "SelectModelDevice": "chooses ComfyUI's device; ours is chosen by `devices`",
+    "ModelNoiseScale": "another model sampling, which is ComfyUI's own code",
+    "MiniMaxH3SigmaShift": "another model sampling, which is ComfyUI's own code",
 }

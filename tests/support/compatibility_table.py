@@ -13,7 +13,7 @@ if __name__ == "__main__":  # its own folder is on the path then, which is no pl
     TESTS = Path(__file__).resolve().parents[1]
     sys.path[:1] = [str(TESTS), str(TESTS.parent)]
 
-from support.compatibility import FAMILIES, Row
+from support.compatibility import FAMILIES, Family, Row
 from support.compatibility_rows import ELSEWHERE, SECTIONS
 from support.paths import REPOSITORY
 
@@ -45,8 +45,14 @@ def page(text: str) -> str:
 
 
 def _cells(row: Row) -> list[str]:
-    expected = [row.expected(family) for family in FAMILIES]
-    return ["–" if each is None else each.cell for each in expected]
+    return [_cell(row, family) for family in FAMILIES]
+
+
+def _cell(row: Row, family: Family) -> str:
+    """What is expected on 0.3.75, and on newer releases where that is something else."""
+    older, newer = row.expected(family), row.expected(family, newer=True)
+    cell = older.cell if older else "–"
+    return f"{cell}; 0.33: {newer.cell}" if newer and newer != older else cell
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> str:

@@ -120,11 +120,92 @@ def _flux(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]
         yield name, tensor
 
 
+_FLUX2_NAMES = {
+    r"^img_in": "x_embedder",
+    r"^txt_in": "context_embedder",
+    r"^time_in": "time_guidance_embed.timestep_embedder",
+    r"^guidance_in": "time_guidance_embed.guidance_embedder",
+    r"in_layer": "linear_1",
+    r"out_layer": "linear_2",
+    r"^final_layer\.linear": "proj_out",
+    r"^final_layer\.adaLN_modulation\.1": "norm_out.linear",
+    r"modulation(\w*)\.lin\.": r"modulation\1.linear.",
+    r"^double_blocks": "transformer_blocks",
+    r"^single_blocks": "single_transformer_blocks",
+    r"img_attn\.proj": "attn.to_out.0",
+    r"txt_attn\.proj": "attn.to_add_out",
+    r"img_attn\.norm\.query_norm\.scale": "attn.norm_q.weight",
+    r"img_attn\.norm\.key_norm\.scale": "attn.norm_k.weight",
+    r"txt_attn\.norm\.query_norm\.scale": "attn.norm_added_q.weight",
+    r"txt_attn\.norm\.key_norm\.scale": "attn.norm_added_k.weight",
+    r"norm\.query_norm\.scale": "attn.norm_q.weight",
+    r"norm\.key_norm\.scale": "attn.norm_k.weight",
+    r"img_mlp\.0": "ff.linear_in",
+    r"img_mlp\.2": "ff.linear_out",
+    r"txt_mlp\.0": "ff_context.linear_in",
+    r"txt_mlp\.2": "ff_context.linear_out",
+    r"linear1": "attn.to_qkv_mlp_proj",
+    r"linear2": "attn.to_out",
+}
+_STREAMS = {
+    "img_attn": ("to_q", "to_k", "to_v"),
+    "txt_attn": ("add_q_proj", "add_k_proj", "add_v_proj"),
+}
+
+
+def _flux2(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    for pattern, new in _FLUX2_NAMES.items():
+        name = re.sub(pattern, new, name)
+    stream = next((one for one in _STREAMS if f"{one}.qkv." in name), None)
+    if name.startswith("norm_out."):
+        shift, scale = tensor.chunk(2)
+        yield name, torch.cat((scale, shift))
+    elif stream:
+        for new, part in zip(_STREAMS[stream], tensor.chunk(3), strict=True):
+            yield name.replace(f"{stream}.qkv", f"attn.{new}"), part
+    else:
+        yield name, tensor
+
+
 def _qwen_image(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     yield name, tensor
 
 
-_Z, _F, _Q = tiny("z_image"), tiny("flux"), tiny("qwen_image")
+_WAN_NAMES = {
+    r"time_embedding\.0": "condition_embedder.time_embedder.linear_1",
+    r"time_embedding\.2": "condition_embedder.time_embedder.linear_2",
+    r"time_projection\.1": "condition_embedder.time_proj",
+    r"text_embedding\.0": "condition_embedder.text_embedder.linear_1",
+    r"text_embedding\.2": "condition_embedder.text_embedder.linear_2",
+    r"img_emb\.emb_pos": "condition_embedder.image_embedder.pos_embed",
+    r"img_emb\.proj\.0": "condition_embedder.image_embedder.norm1",
+    r"img_emb\.proj\.1": "condition_embedder.image_embedder.ff.net.0.proj",
+    r"img_emb\.proj\.3": "condition_embedder.image_embedder.ff.net.2",
+    r"img_emb\.proj\.4": "condition_embedder.image_embedder.norm2",
+    r"head\.head": "proj_out",
+    r"head\.modulation": "scale_shift_table",
+    r"modulation": "scale_shift_table",
+    r"self_attn": "attn1",
+    r"cross_attn": "attn2",
+    r"norm_k_img": "norm_added_k",
+    r"k_img": "add_k_proj",
+    r"v_img": "add_v_proj",
+    r"\.(q|k|v)\.": r".to_\1.",
+    r"\.o\.": ".to_out.0.",
+    r"ffn\.0": "ffn.net.0.proj",
+    r"ffn\.2": "ffn.net.2",
+    r"norm3": "norm2",
+}
+
+
+def _wan(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    for pattern, new in _WAN_NAMES.items():
+        name = re.sub(pattern, new, name)
+    yield name, tensor
+
+
+_Z, _F, _F2, _Q = tiny("z_image"), tiny("flux"), tiny("flux2"), tiny("qwen_image")
+_W = tiny("wan")
 
 FAMILIES = {
     "z_image": Family(
@@ -156,6 +237,20 @@ FAMILIES = {
         },
         _flux,
     ),
+    "flux2": Family(
+        functools.partial(write_tiny, "flux2"),
+        {
+            "_class_name": "Flux2Transformer2DModel",
+            "attention_head_dim": _F2.head_dim,
+            "num_attention_heads": _F2.num_heads,
+            "num_layers": _F2.num_doubles,
+            "num_single_layers": _F2.num_singles,
+            "in_channels": _F2.in_channels,
+            "out_channels": None,
+            "joint_attention_dim": _F2.context_dim,
+        },
+        _flux2,
+    ),
     "qwen_image": Family(
         functools.partial(write_tiny, "qwen_image"),
         {
@@ -168,5 +263,21 @@ FAMILIES = {
             "joint_attention_dim": _Q.context_dim,
         },
         _qwen_image,
+    ),
+    "wan": Family(
+        functools.partial(write_tiny, "wan"),
+        {
+            "_class_name": "WanTransformer3DModel",
+            "attention_head_dim": _W.head_dim,
+            "num_attention_heads": _W.num_heads,
+            "num_layers": _W.num_blocks,
+            "ffn_dim": _W.mlp_dim,
+            "in_channels": _W.in_channels,
+            "out_channels": _W.out_channels,
+            "text_dim": _W.context_dim,
+            "image_dim": _W.image_dim,
+            "pos_embed_seq_len": _W.image_positions,
+        },
+        _wan,
     ),
 }

@@ -18,7 +18,13 @@ WRITTEN = ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 K_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 # Type → where its blocks keep the fp16 scale, and that of the minimum if they have one.
 _SCALES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
-ARCHITECTURES = {"z_image": "lumina2", "flux": "flux", "qwen_image": "qwen_image"}
+ARCHITECTURES = {
+    "z_image": "lumina2",
+    "flux": "flux",
+    "flux2": "flux",
+    "qwen_image": "qwen_image",
+    "wan": "wan",
+}
 KEPT_ELEMENTS = 1024  # converters leave small tensors alone
 
 
@@ -29,20 +35,23 @@ def write_gguf(
     *,
     architecture: str = "flux",
     prefix: str = "",
-    flat_pad_tokens: bool = False,
+    flat: bool = False,
 ) -> Path:
     """Write the weights of a tiny ComfyUI file in blocks of this type, everything else as F32.
 
     A weight whose rows the blocks do not fit is reshaped to rows of one block, and its shape noted,
-    if its size allows; else it becomes F16. `flat_pad_tokens`: without their leading axis, as ggml
-    writes them.
+    if its size allows; else, and with five axes, it becomes F16. `flat`: what begins with axes of
+    length one is without them, as ggml writes it.
     """
     writer = gguf.GGUFWriter(path, architecture)
     for name, tensor in load_file(source).items():
         values, stored = tensor.float().numpy(), prefix + name
         qtype = GGMLQuantizationType[kind]
-        if values.ndim < 2 or values.size <= KEPT_ELEMENTS or "pad_token" in name:
+        begins_with_one = values.shape[0] == 1
+        if values.ndim < 2 or values.size <= KEPT_ELEMENTS or begins_with_one:
             qtype = GGMLQuantizationType.F32
+        elif values.ndim > 4:
+            qtype = GGMLQuantizationType.F16
         block_size = GGML_QUANT_SIZES[qtype][0]
         if values.shape[-1] % block_size:
             if values.size % block_size:
@@ -50,7 +59,7 @@ def write_gguf(
             else:
                 writer.add_array(f"comfy.gguf.orig_shape.{stored}", list(values.shape))
                 values = values.reshape(-1, block_size)
-        if flat_pad_tokens and name.endswith("pad_token"):
+        while flat and values.ndim > 1 and values.shape[0] == 1:
             values = values[0]
         writer.add_tensor(stored, quantise(values, qtype), raw_dtype=qtype)
     writer.write_header_to_file()

@@ -23,6 +23,9 @@ SHARED: dict[str, tuple[str, ...]] = {
     "ray": ("hosts/*.py", "process/test_local_ray.py", "comfy/test_ray.py"),
     # Servers of their own, each for its one file.
     "toy": ("comfy/test_toy.py",),
+    "early start": ("comfy/test_early_start.py",),
+    "ComfyUI benchmark": ("comfy/test_bench_in_comfyui.py",),
+    "own Python": ("web/test_own_python.py",),
     "ComfyUI": ("comfy/*.py", "web/*.py"),  # the one server of `comfy_server`, and its ranks
     # Both have the nodes' schemas written out by one ComfyUI.
     "schemas": ("contract/test_node_schemas.py", "contract/test_locales.py"),

@@ -1,13 +1,16 @@
-"""Checks that nothing outlives the pack: no process of its own, no entry in /dev/shm.
+"""Checks that nothing outlives the pack: no process, no entry in /dev/shm, no socket or file in the
+temporary folder.
 
 Ranks and the servers that they are forked from are recognised by their command line, wherever they
 were started from. Those of another test run on this machine are its own, and so is what its
-processes have open in /dev/shm; each worker of pytest-xdist is such a run.
+processes have open in /dev/shm; each worker of pytest-xdist is such a run, and has a temporary
+folder of its own (`TMPDIR`), which what it starts inherits.
 A fork server whose engine is alive is no leak: it waits for the next group, and ends with it.
 """
 
 import contextlib
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,22 +33,34 @@ class Footprint:
 
     worker_pids: frozenset[int]
     shared_memory: frozenset[str]
+    temporary: frozenset[str]
 
     @classmethod
     def now(cls) -> "Footprint":
-        """Look at the processes and the shared memory of the machine."""
+        """Look at the processes, the shared memory and the temporary folder."""
         pids = frozenset(process.pid for process in (*worker_processes(), *fork_servers()))
-        return cls(pids, frozenset(entry.name for entry in SHARED_MEMORY.iterdir()))
+        entries = frozenset(entry.name for entry in SHARED_MEMORY.iterdir())
+        return cls(pids, entries, _temporary())
 
     def added_since(self, before: "Footprint") -> "Footprint":
         """What is here, was not in `before`, and is not another run's."""
         return Footprint(
             self.worker_pids - before.worker_pids,
             without_those_of_others(self.shared_memory - before.shared_memory),
+            self.temporary - before.temporary,
         )
 
     def is_empty(self) -> bool:
-        return not self.worker_pids and not self.shared_memory
+        return not (self.worker_pids or self.shared_memory or self.temporary)
+
+
+def _temporary() -> frozenset[str]:
+    """The sockets and files of the temporary folder.
+
+    Its folders are those of tests, and what torch compiles.
+    """
+    folder = Path(tempfile.gettempdir())
+    return frozenset(entry.name for entry in folder.iterdir() if not entry.is_dir())
 
 
 def worker_processes() -> list[psutil.Process]:
@@ -143,6 +158,21 @@ def _entries_of(process: psutil.Process) -> set[str]:
     return {path.removeprefix(prefix) for path in paths if path.startswith(prefix)}
 
 
+@contextmanager
+def own_temporary_folder() -> Iterator[None]:
+    """What this process and its children write into the temporary folder is theirs alone."""
+    before = os.environ.get("TMPDIR")
+    with tempfile.TemporaryDirectory(prefix="tp-") as folder:
+        os.environ["TMPDIR"] = tempfile.tempdir = folder
+        try:
+            yield
+        finally:
+            tempfile.tempdir = None  # it is asked for again
+            del os.environ["TMPDIR"]
+            if before is not None:
+                os.environ["TMPDIR"] = before
+
+
 def assert_nothing_added(before: Footprint, within_s: float = 5.0) -> None:
     """Wait up to `within_s` for everything that came after `before` to go away.
 
@@ -154,7 +184,8 @@ def assert_nothing_added(before: Footprint, within_s: float = 5.0) -> None:
         if time.monotonic() > deadline:
             raise AssertionError(
                 f"left over after {within_s} s: processes {sorted(added.worker_pids)}, "
-                f"/dev/shm entries {sorted(added.shared_memory)}"
+                f"/dev/shm entries {sorted(added.shared_memory)}, "
+                f"temporary files {sorted(added.temporary)}"
             )
         time.sleep(0.05)
 

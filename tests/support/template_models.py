@@ -6,8 +6,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from support.lora_files import write_lora
-from support.tiny_models import tiny, write_tiny
-from support.tiny_vae import WAN_VAE_NAME, write_tiny_vae, write_tiny_wan_vae
+from support.tiny_models import tiny, write_fp8, write_tiny
+from support.tiny_vae import (
+    FLUX2_VAE_NAME,
+    WAN_VAE_NAME,
+    write_tiny_flux2_vae,
+    write_tiny_vae,
+    write_tiny_wan_vae,
+)
 
 _TEXT_ENCODER_MARK = "tp_test_text_encoder"  # as support/comfy_pack/text_encoder.py reads it
 
@@ -20,9 +26,30 @@ def write_template_models(models: Path) -> None:
         write_tiny("flux", diffusion / f"{name}.safetensors")
     for name in ("qwen_image_fp8_e4m3fn", "qwen_image_edit_2509_fp8_e4m3fn"):
         write_tiny("qwen_image", diffusion / f"{name}.safetensors")
+    write_flux2_template_models(models)
     _write_text_encoders(models / "text_encoders")
     _write_vaes(models)
     _write_loras(models / "loras")
+
+
+def write_flux2_template_models(models: Path) -> None:
+    """Those of FLUX.2's alone."""
+    name = "flux2_dev_fp8mixed.safetensors"
+    whole = write_tiny("flux2", models / "diffusion_models" / f"whole_{name}")
+    write_fp8(whole, models / "diffusion_models" / name, "mixed")
+    whole.unlink()
+    encoder = models / "text_encoders" / "mistral_3_small_flux2_fp8.safetensors"
+    _write_text_encoder(encoder, f"{tiny('flux2').context_dim}")
+    write_tiny_flux2_vae(models)
+    (models / "vae" / FLUX2_VAE_NAME).rename(models / "vae" / "flux2-vae.safetensors")
+    width = tiny("flux2").dim
+    layer = "double_blocks.0.img_attn.proj", (width, width)
+    write_lora(models / "loras" / "Flux_2-Turbo-LoRA_comfyui.safetensors", [layer])
+
+
+def _write_text_encoder(path: Path, widths: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"nothing": torch.zeros(1)}, path, metadata={_TEXT_ENCODER_MARK: widths})
 
 
 def _write_text_encoders(folder: Path) -> None:
@@ -33,10 +60,8 @@ def _write_text_encoders(folder: Path) -> None:
         "t5xxl_fp16": f"{flux.context_dim},{flux.vector_dim}",
         "qwen_2.5_vl_7b_fp8_scaled": f"{tiny('qwen_image').context_dim}",
     }
-    folder.mkdir(parents=True, exist_ok=True)
     for name, width in widths.items():
-        path = folder / f"{name}.safetensors"
-        save_file({"nothing": torch.zeros(1)}, path, metadata={_TEXT_ENCODER_MARK: width})
+        _write_text_encoder(folder / f"{name}.safetensors", width)
 
 
 def _write_vaes(models: Path) -> None:

@@ -124,9 +124,12 @@ def _random_tensor(key: str, shape: Shape, generator: torch.Generator) -> torch.
         return values
     if key.endswith(".bias"):
         return 0.2 * values
-    if len(shape) == 1:  # norms
+    if len(shape) == 1:  # norms, and markers, which are empty
         return 1 + 0.2 * values
     # The sinusoid and SiLU each halve it.
-    time = ("t_embedder.", "time_in.", "guidance_in.", "vector_in.", "time_text_embed.")
+    time = (
+        *("t_embedder.", "time_in.", "guidance_in.", "vector_in.", "time_text_embed."),
+        *("time_embedding.", "time_projection."),
+    )
     gain = 2.0 if key.startswith(time) else 1.0
     return values * gain / math.sqrt(shape[-1])

@@ -28,7 +28,7 @@ def tp_loader(
     """Load Diffusion Model (TP): by tensor parallelism, whatever the steps before took."""
     return node(
         "TPLoadDiffusionModel",
-        model_name=model_file,
+        unet_name=model_file,
         weight_dtype=weight_dtype,
         gpu_count=str(gpu_count),
         layout="tp",
@@ -127,7 +127,7 @@ def stock_twin(prompt: Prompt) -> Prompt:
         inputs = twin[node_id]["inputs"]
         match item["class_type"]:
             case "TPLoadDiffusionModel":
-                twin[node_id] = stock_loader(inputs["model_name"])
+                twin[node_id] = stock_loader(inputs["unet_name"])
             case "TPSampler":
                 twin[node_id]["class_type"] = "KSampler"
                 del inputs["gpu_count"]

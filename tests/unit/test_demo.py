@@ -11,4 +11,4 @@ def test_an_unknown_model_is_one_line() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == "MODEL=sdxl: choose one of z_image, flux, qwen_image.\n"
+    assert done.stderr == "MODEL=sdxl: choose one of z_image, flux, flux2, qwen_image, wan.\n"

@@ -126,7 +126,7 @@ def test_an_index_that_lies(flux_folder: Path) -> None:
     assert f"says that more.weight is in {shard}, but it is not" in message_for(flux_folder)
 
 
-@pytest.mark.parametrize("name", ["WanTransformer3DModel", None, 3, []])
+@pytest.mark.parametrize("name", ["MochiTransformer3DModel", None, 3, []])
 def test_a_class_that_is_unknown(flux_folder: Path, name: object) -> None:
     edit_json(flux_folder / "config.json", lambda c: c.update(_class_name=name))
     message = message_for(flux_folder)
@@ -195,4 +195,4 @@ def test_a_variant_that_computes_differently(tmp_path: Path) -> None:
     file = FAMILIES["qwen_image"].write(tmp_path / "model.safetensors")
     folder = write_folder(file, tmp_path / "folder", "qwen_image")
     edit_json(folder / "config.json", lambda c: c.update(zero_cond_t=True))
-    assert "Qwen-Image-Edit-2511 folder" in message_for(folder)
+    assert "This is Qwen-Image-Edit-2511 as a diffusers folder" in message_for(folder)

@@ -39,7 +39,7 @@ def test_this_machine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("script", "said"),
     [
-        ("echo broken pipe of pythons >&2; exit 3", "ended with status 3. broken pipe of pythons"),
+        ("echo broken pipe of pythons >&2; exit 3", "exited with status 3. broken pipe of pythons"),
         ("cat", "does not behave like a Python"),
     ],
 )
@@ -100,10 +100,16 @@ def test_it_needs_no_package(empty_python: Path) -> None:
     packages = {"torch", "vllm", "diffusers", "msgspec", "safetensors"}
     assert failed == {"This Python", "Log folder", *packages}
     assert "lacks msgspec, platformdirs, psutil, safetensors, torch." in lines["This Python"]
-    install = f"Run: {empty_python} -m pip install {REPOSITORY}"
+    install = f"Run: {empty_python} -m pip install -r {REPOSITORY}/requirements.txt"
     assert lines["This Python"].endswith(install)
     assert "Use ComfyUI's Python, which has torch." in lines["This Python"]
-    assert lines["msgspec"].endswith(install.replace(str(REPOSITORY), f"'{REPOSITORY}[runtime]'"))
+    files = f"-r {REPOSITORY}/requirements.txt -r {REPOSITORY}/requirements-runtime.txt"
+    for words in (
+        f"~/tp-runtime/bin/python -m pip install {files}",
+        "'Python of the GPU processes'",
+        f"(Installed into {empty_python} itself, vLLM replaces its torch",
+    ):
+        assert words in lines["msgspec"]
     assert "not known without platformdirs" in lines["Log folder"]
 
 

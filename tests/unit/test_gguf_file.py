@@ -28,7 +28,9 @@ KINDS = (*WRITTEN, *K_TYPES)
 SIZES = {
     "z_image": one_block("z_image") | {"num_heads": 18, "ffn_dim": 768, "time_dim": 288},
     "flux": one_block("flux") | {"num_heads": 12},
+    "flux2": one_block("flux2") | {"num_heads": 12},
     "qwen_image": one_block("qwen_image") | {"num_heads": 12},
+    "wan": one_block("wan") | {"num_heads": 12},
 }
 
 
@@ -55,7 +57,7 @@ def test_it_is_the_model_that_it_was_made_from(tmp_path: Path, family: str, pref
         "Q4_K",
         architecture=ARCHITECTURES[family],
         prefix=prefix,
-        flat_pad_tokens=True,
+        flat=True,
     )
     values = load_file(dequantised(path, source, tmp_path / "values.safetensors", prefix))
     info, info_of_source = inspect_checkpoint(str(path)), inspect_checkpoint(str(source))

@@ -1,9 +1,11 @@
 """Folders of groups: private, found again after a crash, and never taken from a live group."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -100,11 +102,25 @@ def test_starting_together(groups: Path) -> None:
         folder.release(keep=False)
 
 
-@pytest.mark.parametrize("name", ["a#b", "a?b"])
-def test_a_home_that_torch_would_misread(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+def test_a_home_as_people_write_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    monkeypatch.chdir(tmp_path)
+    for written, meant in (("~/x", "me/x"), ("relative", "relative")):
+        monkeypatch.setenv("TP_RUNTIME_HOME", written)
+        folder = GroupFolder.create()
+        assert folder.path.parent == tmp_path / meant / "groups"
+        folder.release(keep=False)
+    assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+def test_no_place_for_logs_says_where_to_find_one(
+    groups: Path, monkeypatch: pytest.MonkeyPatch, error: int
 ) -> None:
-    monkeypatch.setenv("TP_RUNTIME_HOME", str(tmp_path / name))
-    with pytest.raises(GroupStartError, match="TP_RUNTIME_HOME"):
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    with pytest.raises(GroupStartError, match=f"{os.strerror(error)}.*Set TP_RUNTIME_HOME to a"):
         GroupFolder.create()
-    assert not (tmp_path / name).exists()
+    assert not list(groups.iterdir())

@@ -1,10 +1,12 @@
 """The leak check itself: it sees what it is there to see."""
 
 import os
+import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -101,6 +103,22 @@ def test_a_process_that_ends_while_it_is_looked_at_is_no_leak(
         monkeypatch.setattr(leaks, "of_another_run", ends)
         assert process.pid not in Footprint.now().worker_pids
         assert process.returncode is not None
+
+
+def bind(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+
+
+@pytest.mark.parametrize("leave", [bind, Path.touch])
+def test_what_stays_in_the_temporary_folder_is_reported(leave: Callable[[Path], None]) -> None:
+    """Such as the sockets that vLLM's message queue leaves at a start."""
+    entry = Path(tempfile.gettempdir()) / "left"
+    before = Footprint.now()
+    leave(entry)
+    with pytest.raises(AssertionError, match=r"temporary files \['left'\]"):
+        assert_nothing_added(before, within_s=0.2)
+    entry.unlink()
 
 
 def test_shared_memory_that_stays_is_reported() -> None:

@@ -143,3 +143,29 @@ def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
     add(records, CFG, PLAIN, 70.0)
     records.save()
     assert records.usual_workload(MODEL, GPU) == CFG
+
+
+@pytest.mark.parametrize("layout", ["tp2", "0x9", "2x0", "2x", "-1x2"])
+def test_a_layout_that_cannot_be_is_passed_over(path: Path, layout: str) -> None:
+    """As another release may have written it; what is beside it counts."""
+    records = StepRecords(path)
+    add(records, CFG, PLAIN, *[70.0] * MIN_TIMES)
+    records.save()
+    path.write_text(
+        path.read_text().replace('"4x1": [', f'"{layout}": [1.0,1.0,1.0,1.0], "4x1": [')
+    )
+    assert StepRecords(path).times(MODEL, GPU, CFG) == {PLAIN: 70.0}
+
+
+@pytest.mark.parametrize(
+    "usual",
+    ["null", "[]", '{"latent_shape": [], "text_tokens": 1}', '{"latent_shape": [1,2,0,4]}'],
+)
+def test_an_entry_of_another_form_is_passed_over(path: Path, usual: str) -> None:
+    records = StepRecords(path)
+    add(records, CFG, PLAIN, *[70.0] * MIN_TIMES)
+    records.save()
+    odd = f'"other on {GPU}": {{"usual": {usual}}},'
+    path.write_text(path.read_text().replace("{", "{" + odd, 1))
+    assert StepRecords(path).usual_workload(MODEL, GPU) == CFG
+    assert StepRecords(path).usual_workload("other", GPU) is None

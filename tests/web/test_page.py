@@ -1,6 +1,7 @@
 """A person at ComfyUI's page: makes a picture on several ranks, looks at them, ends them."""
 
 import json
+import re
 import time
 from typing import Any
 
@@ -131,6 +132,8 @@ def test_nodes_drawn_in_html(web: ComfyPage) -> None:
         "app.graph.nodes.find((node) => node.comfyClass === 'TPLoadDiffusionModel')"
         ".widgets.find((widget) => widget.name === 'gpu_count').tooltip?.includes('7: ')"
     )
+    for drawn in (loader, sampler):
+        drawn.locator(".tp-note").get_by_text("7: Z-Image cannot be split").wait_for()
     loader.get_by_role("combobox").nth(2).click()
     offered = web.page.get_by_role("option").all_inner_texts()
     assert "6" in offered
@@ -141,6 +144,25 @@ def test_nodes_drawn_in_html(web: ComfyPage) -> None:
         badge = node.get_by_text("ms/step")
         badge.wait_for(timeout=START_MS)
         assert badge.inner_text().startswith("2× · ")
+
+
+@both_frontends
+def test_what_a_run_warns_of_is_on_the_node_and_nothing_grows(web: ComfyPage) -> None:
+    web.load_prompt(picture_prompt(gpu_count=3, steps=1))
+    sizes = "app.graph.nodes.map(({ size }) => [...size])"
+    before = web.page.evaluate(sizes)
+    web.page.get_by_role("button", name="Run", exact=True).click()
+    warning = web.page.locator(".tp-note.tp-warning").first
+    warning.get_by_text("No CUDA GPU is visible: the model runs on 3 CPU processes").wait_for(
+        timeout=START_MS
+    )
+    wait_for_picture(web)
+    after = web.page.evaluate(sizes)
+    picture = web.page.evaluate(
+        "app.graph.nodes.findIndex(({ comfyClass }) => comfyClass === 'SaveImage')"
+    )
+    del before[picture], after[picture]  # it shows the picture
+    assert after == before
 
 
 @both_frontends
@@ -215,6 +237,11 @@ def test_a_count_that_the_model_cannot_have_is_changed(web: ComfyPage) -> None:
         assert "7" not in web.widget(node_type, "gpu_count", "options.values")
     tooltip = web.widget("TPLoadDiffusionModel", "gpu_count", "tooltip")
     assert "7: Z-Image cannot be split over 7 GPUs" in tooltip
+    notes = web.page.locator(".tp-note").all_inner_texts()
+    assert len(notes) == 2
+    for note in notes:
+        assert "gpu_count can be 1–6, 8." in note
+        assert "7: Z-Image cannot be split over 7 GPUs" in note
 
 
 def test_a_workflow_of_four_gpus_on_a_machine_with_two(web: ComfyPage) -> None:
@@ -268,36 +295,95 @@ def test_saved_and_opened_again(web: ComfyPage) -> None:
 # --- looks -------------------------------------------------------------------------------------
 
 
+# The page's own store of palettes, which has no public name.
+PALETTES = """() => Object.keys(document.querySelector('#vue-app').__vue_app__.config
+    .globalProperties.$pinia._s.get('colorPalette').palettesLookup)"""
+# A group in each state, as an event tells the page of them.
+SHOW_STATES = """() => {
+    const ranks = [0, 1].map((rank) => ({ rank, device: `cuda:${rank}`, pid: rank, models: {},
+        memory: { allocated_bytes: 4e10, total_bytes: 8e10 } }));
+    const group = (state, more) => ({ id: state, state, tp_size: 2, batch_groups: 1,
+        device: 'cuda', devices: [0, 1], models: { file: { bytes: [1e9, 1e9], asleep: false } },
+        error: null, step_ms: 55, log_tail: '', ready_ranks: 0, ranks, ...more });
+    const failed = { error: 'Rank 1 was killed by signal 9.', log_tail: 'the last line' };
+    window.comfyAPI.api.api.dispatchCustomEvent('tensor_parallel.groups', { groups: [
+        group('starting', { ranks: [], models: {}, ready_ranks: 1 }),
+        group('ready'), group('busy'), group('failed', failed), group('closed') ] });
+}"""
+# Of every element of the tab with a text of its own: what it says, and its contrast.
+CONTRASTS = """() => {
+    const luminance = (colour) => {
+        const scale = colour.startsWith('color(') ? 1 : 255;
+        const [r, g, b] = colour.match(/[\\d.]+/g).slice(0, 3).map((part) => {
+            const value = part / scale;
+            return value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
+        });
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    const says = ({ childNodes }) => [...childNodes].some(
+        ({ nodeType, textContent }) => nodeType === Node.TEXT_NODE && textContent.trim());
+    return [...document.querySelectorAll('.tp-panel *')]
+        .filter((one) => says(one) && one.ariaDisabled !== 'true' && one.offsetParent)
+        .map((one) => {
+            let behind = one;
+            while (/, 0\\)|transparent|\\/ 0\\)/.test(getComputedStyle(behind).backgroundColor))
+                behind = behind.parentElement;
+            const [low, high] = [getComputedStyle(one).color,
+                getComputedStyle(behind).backgroundColor].map(luminance).sort((a, b) => a - b);
+            return [one.textContent, (high + 0.05) / (low + 0.05)];
+        });
+}"""
+
+
 @both_frontends
-@pytest.mark.parametrize("palette", ["light", "dark"])
-def test_readable_in_both_themes(web: ComfyPage, palette: str) -> None:
-    """With a group's card, and the place in it for an error."""
-    web.server.run(text_to_latent(tp_loader(MODEL, 2), sampling=Sampling(steps=1)))
-    web.open({"Comfy.ColorPalette": palette})
+def test_readable_in_every_palette(web: ComfyPage) -> None:
+    """Every text of the tab, with a group in each state and findings of the check."""
     web.open_tab()
-    web.page.locator(".tp-card").first.wait_for()
-    ratios = web.page.evaluate(
-        """() => [...document.querySelectorAll('.tp-panel p, .tp-panel h3, .tp-panel button')]
-            .map((element) => {
-                const luminance = (colour) => {
-                    const [r, g, b] = colour.match(/[\\d.]+/g).map((part) => {
-                        const value = part / 255;
-                        return value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
-                    });
-                    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-                };
-                let behind = element;
-                while (/, 0\\)|transparent/.test(getComputedStyle(behind).backgroundColor))
-                    behind = behind.parentElement;
-                const colours = [
-                    luminance(getComputedStyle(element).color),
-                    luminance(getComputedStyle(behind).backgroundColor),
-                ].sort();
-                return (colours[1] + 0.05) / (colours[0] + 0.05);
-            })"""
-    )
-    assert len(ratios) >= 5
-    assert min(ratios) >= 4.5, ratios  # WCAG 2.1, AA
+    web.page.get_by_role("button", name="Check").click()
+    web.page.locator(".tp-findings strong").first.wait_for(timeout=START_MS)
+    web.page.evaluate(SHOW_STATES)
+    palettes = web.page.evaluate(PALETTES)
+    assert {"dark", "light", "solarized", "arc", "nord", "github"} <= set(palettes)
+    for palette in palettes:
+        web.page.evaluate(
+            "(id) => app.extensionManager.setting.set('Comfy.ColorPalette', id)", palette
+        )
+        web.page.wait_for_timeout(500)
+        contrasts = dict(web.page.evaluate(CONTRASTS))
+        assert {"starting", "ready", "working", "failed", "Rank 1 was killed by signal 9."} <= set(
+            contrasts
+        )
+        low = {text: ratio for text, ratio in contrasts.items() if ratio < 4.5}  # WCAG 2.1, AA
+        assert not low, palette
+        if palette in ("dark", "light"):
+            web.page.screenshot(path=PICTURES / f"tab_{palette}.png")
+    web.server.post("/settings", {"Comfy.ColorPalette": "dark"})
+
+
+@both_frontends
+def test_buttons_stand_in_whole_rows(web: ComfyPage) -> None:
+    web.open_tab()
+    web.page.evaluate(SHOW_STATES)
+    for width in (220, 260, 320, 420, 600):
+        rows = web.page.evaluate(
+            """(width) => {
+                document.querySelector('.tp-panel').style.width = `${width}px`;
+                const tops = [...document.querySelector('.tp-card footer').children]
+                    .map((button) => button.getBoundingClientRect().top);
+                return [...new Set(tops)].map((top) => tops.filter((one) => one === top).length);
+            }""",
+            width,
+        )
+        assert rows in ([4], [2, 2]), width
+
+
+@both_frontends
+def test_a_start_shows_how_far_it_is(web: ComfyPage) -> None:
+    web.open_tab()
+    web.page.evaluate(SHOW_STATES)
+    card = web.page.locator(".tp-card").first
+    card.get_by_text(re.compile(r"^1 of 2 processes started, \d+ s$")).wait_for()
+    assert card.locator("progress").get_attribute("value") == "1"
 
 
 @pytest.mark.usefixtures("alone")

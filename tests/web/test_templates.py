@@ -3,6 +3,7 @@
 import json
 import urllib.request
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -48,11 +49,25 @@ def test_the_browser_of_templates_lists_them(web: ComfyPage) -> None:
     listed = web.server.get("/api/workflow_templates")[PACK_FOLDER]
     assert sorted(listed) == [path.stem for path in TEMPLATES]
     for name in listed:
-        url = f"{web.server.url}/api/workflow_templates/{PACK_FOLDER}/{name}.jpg"
+        url = f"{web.server.url}/api/workflow_templates/{PACK_FOLDER}/{quote(name)}.jpg"
         with urllib.request.urlopen(url, timeout=10) as reply:
             assert reply.headers["Content-Type"] == "image/jpeg"
     web.run_command("Comfy.BrowseTemplates")
     dialog = web.page.get_by_role("dialog")
     dialog.get_by_text(PACK_FOLDER).first.click()
-    dialog.get_by_text("z_image_text_to_image").first.click()
+    dialog.get_by_text("Z-Image-Turbo - text to image").first.click()
     web.page.wait_for_function("app.graph.nodes.some((node) => node.comfyClass === 'TPSampler')")
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
+def test_no_node_lies_on_another(template: Path) -> None:
+    """With the heights that the loader and TP Sampler have on the page."""
+    nodes = json.loads(template.read_text())["nodes"]
+    boxes = [(*node["pos"], *node["size"]) for node in nodes]
+    for index, (x, y, width, height) in enumerate(boxes):
+        for x2, y2, width2, height2 in boxes[index + 1 :]:
+            apart = x + width <= x2 or x2 + width2 <= x
+            assert apart or y + height + 40 <= y2 or y2 + height2 + 40 <= y  # and a title
+    heights = {node["type"]: node["size"][1] for node in nodes}
+    assert heights["TPLoadDiffusionModel"] >= 262
+    assert heights.get("TPSampler", 346) >= 346  # some have a stock sampler

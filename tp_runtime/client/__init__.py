@@ -28,6 +28,7 @@ whatever that does, and waits for the owner's thread, which takes only those fro
 from ..config import (
     MAX_TP_SIZE,
     OPTIMIZE,
+    WEIGHT_DTYPES,
     WHERE,
     GroupConfig,
     Layout,
@@ -64,7 +65,9 @@ from ..wire.weight_patches import KINDS as PATCH_KINDS
 from ..wire.weight_patches import PatchError, check_fits
 from .group_report import GroupReport
 from .inspection import checkpoint_info
+from .launch.local import prepare_start
 from .launch.ray_driver_client import cluster_gpu_count
+from .own_python import OwnPython
 from .remote_model import RemoteModel
 from .runtime import Runtime, get_runtime
 
@@ -74,6 +77,7 @@ __all__ = [
     "PATCH_FUNCTIONS",
     "PATCH_KINDS",
     "STORED_DTYPES",
+    "WEIGHT_DTYPES",
     "WHERE",
     "CallTimeoutError",
     "Check",
@@ -89,6 +93,7 @@ __all__ = [
     "InputError",
     "Layout",
     "ModelSpec",
+    "OwnPython",
     "PatchError",
     "PatchedWeight",
     "ProtocolError",
@@ -110,6 +115,7 @@ __all__ = [
     "get_runtime",
     "inspect_checkpoint",
     "open_checkpoint",
+    "prepare_start",
     "ray_address",
     "runtime_python",
     "visible_gpu_count",

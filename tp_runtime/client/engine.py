@@ -16,6 +16,7 @@ import torch
 from ..config import GroupConfig
 from ..errors import TPRuntimeError
 from ..wire.protocol import PatchedWeight, Request, Unload, encode
+from . import failures
 from .call import Call, OnProgress
 from .evaluation_times import EvaluationTimes, shapes_of
 from .group_state import State
@@ -39,11 +40,15 @@ class Engine:
     """
 
     def __init__(self, config: GroupConfig, launcher: Launcher | None = None) -> None:
+        """Raises TPRuntimeError: the system has no memory or no open files left for it."""
         self.config = config
         self._sender = TensorSender()
-        self.processes = RankProcesses(
-            config, launcher or launcher_of(config), self._sender.exchange
-        )
+        exchange = self._sender.exchange
+        try:
+            self.processes = RankProcesses(config, launcher or launcher_of(config), exchange)
+        except TPRuntimeError:
+            exchange.close()
+            raise
         self._evaluation_times = EvaluationTimes()
         self._numbers = itertools.count(1)
         self._turn = threading.Lock()  # held by the caller whose request is under way
@@ -118,6 +123,7 @@ class Engine:
 
         Raises:
             As ``call`` does, and ProtocolError if the inputs hold something that cannot be sent.
+            NotFiniteError: a result has values that are NaN or infinite.
         """
         results: list[torch.Tensor] = []
 
@@ -151,6 +157,10 @@ class Engine:
                 self.processes.listen(call, call.began + due[1])
             call.wait(poll)
             call.raise_error()
+            values: list[int | None] = [of.value for of in call.answers.values()]  # type: ignore[union-attr]
+            num_bad = sum(value or 0 for value in values)
+            if num_bad:
+                raise failures.not_finite(num_bad, asked)
             self._evaluation_times.record(kind, call.ended - call.began)
             return copied()
 

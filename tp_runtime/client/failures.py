@@ -1,21 +1,28 @@
 """How a group failed, as the error that a person sees."""
 
+import contextlib
 import logging
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from ..config import PACKAGE, GroupConfig
+from .. import reasons
+from ..config import GroupConfig
 from ..errors import (
     CallTimeoutError,
     GroupDiedError,
     GroupLostError,
     GroupStartError,
+    NotFiniteError,
     RankError,
     RankMemoryError,
     TPRuntimeError,
 )
+from ..tools.doctor import how_to_have_runtime
+from ..wire.exchange import dtype_name
 from ..wire.protocol import Failed
 from .launch.launcher import Rank
+from .tensor_sender import Asked
 
 logger = logging.getLogger("tp_runtime")
 
@@ -39,8 +46,14 @@ def not_started(
     tail = tails[blamed.index if blamed else 0]
     return GroupStartError(
         f"The process group of {config.num_ranks} {config.device.upper()} ranks did not start: "
-        f"{error} Runtime Python: {config.python}. The log ends:\n{tail}"
+        f"{advised(str(error), tail)} Runtime Python: {config.python}. The log ends:\n{tail}"
     )
+
+
+def advised(sentence: str, log: str) -> str:
+    """The sentence, and what to do about what the log shows, if it does not say so itself."""
+    what_to_do = reasons.advice(log)
+    return sentence if what_to_do in sentence else f"{sentence} {what_to_do}"
 
 
 def no_python(config: GroupConfig, error: OSError) -> GroupStartError:
@@ -48,8 +61,22 @@ def no_python(config: GroupConfig, error: OSError) -> GroupStartError:
     packages = "ray, vllm" if config.where == "ray" else "vllm"
     return GroupStartError(
         f"The runtime's Python {config.python!r} could not be started: {error}. "
-        f"Set TP_RUNTIME_PYTHON to a Python that has {packages} and diffusers installed."
+        + (
+            reasons.advice(str(error))
+            or f"Set TP_RUNTIME_PYTHON to a Python that has {packages} and diffusers installed."
+        )
     )
+
+
+@contextlib.contextmanager
+def on_ray() -> Iterator[None]:
+    """What the system refuses in the body ends as a GroupStartError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise GroupStartError(
+            f"A process group on Ray could not be started: {reasons.of(error)}"
+        ) from error
 
 
 def no_fork_server(config: GroupConfig, error: BaseException, log: str) -> GroupStartError:
@@ -57,8 +84,8 @@ def no_fork_server(config: GroupConfig, error: BaseException, log: str) -> Group
     logger.error("the fork server:\n%s", log)
     return GroupStartError(
         _lacking(config, [log])
-        or f"The process that imports what the ranks need {error}. Runtime Python: "
-        f"{config.python}. The log ends:\n{log}"
+        or f"The process that imports what the ranks need {advised(f'{error}.', log)} "
+        f"Runtime Python: {config.python}. The log ends:\n{log}"
     )
 
 
@@ -67,8 +94,7 @@ def _lacking(config: GroupConfig, logs: Sequence[str]) -> str | None:
     found = next(filter(None, map(_IMPORT_ERROR.search, logs)), None)
     return found and (
         f"The runtime's Python {config.python} cannot import what the ranks need ({found[0]}). "
-        f"Install it with: {config.python} -m pip install '{PACKAGE.parent}[runtime]', or set "
-        "TP_RUNTIME_PYTHON to a Python that has vllm and diffusers."
+        f"{how_to_have_runtime(config.python)}"
     )
 
 
@@ -104,8 +130,9 @@ def rank_error(config: GroupConfig, rank: Rank, failed: Failed, doing: str | Non
     if _NO_MEMORY.search(f"{failed.kind}: {failed.message}"):
         return _no_memory(config, rank, failed, doing)
     return RankError(
-        f"Rank {rank.index} raised {failed.kind}{_during(doing)}: {failed.message} The group "
-        f"was ended; the next request starts a new one. Log: {rank.log_path}"
+        f"Rank {rank.index} raised {failed.kind}{_during(doing)}: "
+        f"{advised(failed.message, failed.message)} The group was ended; the next request starts "
+        f"a new one. Log: {rank.log_path}"
     )
 
 
@@ -124,6 +151,20 @@ def _no_memory(
         f"({amounts or failed.message}). Use more GPUs (gpu_count), a smaller size or batch, or a "
         "model file in fp8. The group was ended, which freed what it held; the next request "
         f"starts a new one. Log: {rank.log_path}"
+    )
+
+
+def not_finite(num_bad: int, asked: Sequence[Asked]) -> NotFiniteError:
+    """For evaluations whose results have ``num_bad`` values that are no numbers."""
+    total = sum(math.prod(one.result_shape) for one in asked)
+    dtype = dtype_name(asked[0].inputs["x"].dtype)
+    advice = "Set weight_dtype of 'Load Diffusion Model (TP)' to bf16 or fp32."
+    if dtype != "float16":
+        advice = "Lower the strength of LoRAs and ControlNets, or download the model again."
+    return NotFiniteError(
+        f"{num_bad} of the {total} values of the model's result are NaN or infinite, at timestep "
+        f"{asked[0].inputs['timesteps'].flatten()[0].item():.4g}. The model overflowed in {dtype}, "
+        f"or its conditioning or weights are no numbers. {advice}"
     )
 
 

@@ -201,6 +201,11 @@ class Group:
         """Whether somebody holds a model that runs here."""
         return bool(self._users)
 
+    def has_failed(self) -> bool:
+        """Whether the present engine's group has ended by a fault."""
+        engine = self.engine
+        return engine is not None and engine.state is State.FAILED
+
     def _on_user_gone(self) -> None:
         # In a thread: the garbage collector may come while this one waits for the group.
         if self._alive():
@@ -238,6 +243,7 @@ class Group:
             models=residency.report() if residency else {},
             step_ms=self.step_ms,
             log_tail=engine.processes.log_tail() if engine else "",
+            ready_ranks=engine.processes.num_ready if engine else 0,
             ranks=ranks,
         )
 

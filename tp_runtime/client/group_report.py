@@ -14,7 +14,8 @@ class GroupReport:
 
     ``models``: name → ``bytes`` on each rank (None while it loads) and ``asleep``. ``step_ms``:
     how long the last evaluation took, as its caller saw it, up to its result being on the way to
-    the caller's device. ``log_tail``: the end of the log of the rank that failed. A rank's mapping:
+    the caller's device. ``log_tail``: the end of the log of the rank that failed. ``ready_ranks``:
+    how many ranks have started. A rank's mapping:
     ``rank``, ``tp_world_size`` (as vLLM reports it there), ``device``, ``pid``, ``place`` (its
     process and host, in words), ``mirrored`` (its tensors go by TCP), ``versions``,
     ``memory`` (bytes), ``models`` (bytes resident and read, ...), ``last_evaluation_ms``.
@@ -31,6 +32,7 @@ class GroupReport:
     models: dict[str, dict[str, Any]]
     step_ms: float | None = None
     log_tail: str = ""
+    ready_ranks: int = 0
     ranks: list[dict[str, Any]] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:

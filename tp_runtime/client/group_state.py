@@ -7,6 +7,7 @@
         └──────────┴──────────┴──► FAILED or CLOSED   (no process of the group is left)
 """
 
+import copy
 import enum
 import threading
 from collections.abc import Callable
@@ -100,7 +101,9 @@ class GroupState:
         with self._lock:
             if self.is_final:
                 return None
-            self.error = error
+            # A copy: what is raised keeps the frames that it goes through, and so the models that
+            # were to be used, for as long as it is kept.
+            self.error = copy.copy(error)
             self.now = final
             call, self.call = self.call, None
             return [] if call is None else [call]

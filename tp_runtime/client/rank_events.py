@@ -5,8 +5,17 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 
+from .. import reasons
+from ..errors import TPRuntimeError
 from ..wire.transport import Channel, Readiness
 from .launch.launcher import Rank
+
+
+def _eventfd() -> int:
+    try:
+        return os.eventfd(0, os.EFD_CLOEXEC)
+    except OSError as error:
+        raise TPRuntimeError(f"A process group cannot be watched: {reasons.of(error)}") from error
 
 
 class RankEvents:
@@ -17,7 +26,8 @@ class RankEvents:
     """
 
     def __init__(self) -> None:
-        self._call_fd = os.eventfd(0, os.EFD_CLOEXEC)  # readable when the owner is called; or -1
+        """Raises TPRuntimeError: no more files may be opened."""
+        self._call_fd = _eventfd()  # readable when the owner is called; or -1
         self._lock = threading.Lock()  # guards _call_fd; nothing else is taken while it is held
         self._channels: list[Channel] = []
         self._ends: Readiness | None = None  # the ends of the ranks' processes

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Sequence
 
+from .. import reasons
 from ..config import GroupConfig
 from ..errors import GroupClosedError, GroupStartError, TPRuntimeError
 from ..wire.exchange import Exchange
@@ -74,6 +75,12 @@ class RankProcesses:
         """What each rank said when it was ready."""
         return self._hearing.ready
 
+    @property
+    def num_ready(self) -> int:
+        """How many ranks have said so."""
+        call = self.call_under_way if self.state is State.STARTING else None
+        return len(self.ready) if call is None else len(call.answers)
+
     def is_up(self) -> bool:
         """Whether the group has started, and all its ranks live."""
         return self.state in (State.READY, State.BUSY) and not self._is_failing()
@@ -126,7 +133,12 @@ class RankProcesses:
             self._state.check_not_closed()
             call.deadline = time.monotonic() + call.timeout_s
             owner = threading.Thread(target=self._own, name="tp-runtime-group", daemon=True)
-            owner.start()
+            try:
+                owner.start()
+            except RuntimeError as error:  # threading's: there are too many
+                raise GroupStartError(
+                    f"The process group cannot be watched: {reasons.of(error)}"
+                ) from error
             self._owner = owner
         except GroupStartError as error:
             self._end(State.FAILED, error)
@@ -242,7 +254,7 @@ class RankProcesses:
         if to_finish is None:
             return
         if error is not None:
-            logger.error("%s", error)
+            logger.error("%s", str(error))  # not the object, which would keep what it went through
         try:
             end_ranks(self.ranks, grace_s)
             self._events.close()

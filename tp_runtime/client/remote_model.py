@@ -87,7 +87,13 @@ class RemoteModel:
         are as in ``Asked``, results as in ``Engine.evaluate``. A result has the shape of
         ``inputs["x"]``, but for the channels of a model that takes more of them (masks, control
         images) than it predicts.
+
+        Raises:
+            InputError: inputs that do not fit; nothing was sent.
+            NotFiniteError: a result has values that are NaN or infinite.
         """
+        dtype = self.spec.compute_dtype
+        inputs_of_each = [self.info.checked_inputs(inputs, dtype) for inputs in inputs_of_each]
         self.num_evaluations += len(inputs_of_each)
         batch_groups = self.group_config.batch_groups
         divided = divide_all(inputs_of_each, batch_groups)
@@ -128,4 +134,8 @@ class RemoteModel:
         if wait:
             self._group.sleep(self.name, poll)
         else:
-            threading.Thread(target=self._group.sleep, args=(self.name,), daemon=True).start()
+            sleeping = threading.Thread(target=self._group.sleep, args=(self.name,), daemon=True)
+            try:
+                sleeping.start()
+            except RuntimeError:  # there are too many threads: then now
+                self._group.sleep(self.name, poll)

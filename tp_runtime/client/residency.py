@@ -10,8 +10,7 @@ from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-import psutil
-
+from .. import machine
 from ..config import ROOM_BYTES, ROOM_FACTOR, host_reserve
 from ..errors import CheckpointError, InputError
 from ..wire.protocol import Load, Report, Sleep, Wake
@@ -201,7 +200,7 @@ class Residency:
     def _free_bytes(self, poll: Poll | None) -> int:
         """What is free on the device of the rank that has the least."""
         if self._on_cpu:
-            return psutil.virtual_memory().available // self.engine.config.num_ranks
+            return machine.memory().available // self.engine.config.num_ranks
         return min(value["memory"]["free_bytes"] for value in self.engine.call(Report, poll=poll))
 
     def _on_devices(self) -> list[str]:
@@ -220,9 +219,9 @@ class Residency:
         if self._on_cpu:
             return True  # the weights are in the host's memory already
         needed = sum(resident.rank_bytes or [])
-        reserve = host_reserve() * psutil.virtual_memory().total
+        reserve = host_reserve() * machine.memory().total
         for other in [n for n, resident in self._models.items() if resident.asleep]:
-            if psutil.virtual_memory().available - needed >= reserve:
+            if machine.memory().available - needed >= reserve:
                 break
             self._unload(other, poll)
-        return psutil.virtual_memory().available - needed >= reserve
+        return machine.memory().available - needed >= reserve

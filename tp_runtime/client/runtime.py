@@ -33,15 +33,19 @@ class Runtime:
         return RemoteModel(spec, group, self.records)
 
     def groups(self) -> list[GroupReport]:
-        """What is known of every group that was started and not released. Never waits."""
-        return [group.report(ask_ranks=False) for group in self._started()]
+        """What is known of every group that was started and not released. Never waits.
+
+        Without those that have failed and whose models nobody holds any more: they run elsewhere
+        now, or will never run again.
+        """
+        return [group.report(ask_ranks=False) for group in self._shown()]
 
     def reports(self, *, digests: bool = False, poll: Poll | None = None) -> list[GroupReport]:
         """The same with what the ranks say; waits for the requests that are under way.
 
         ``digests``: with a hash of the weights of every model on every rank, which takes long.
         """
-        return [group.report(digests=digests, poll=poll) for group in self._started()]
+        return [group.report(digests=digests, poll=poll) for group in self._shown()]
 
     def sleep(self, group_id: str, poll: Poll | None = None) -> None:
         """Free the devices of a group, which keeps its models in the host's memory."""
@@ -69,6 +73,9 @@ class Runtime:
             for group in self._started()
             if group.config != config and config.meets(group.config)
         ]
+
+    def _shown(self) -> list[Group]:
+        return [group for group in self._started() if group.is_used() or not group.has_failed()]
 
     def _started(self) -> list[Group]:
         return [group for group in list(self._groups.values()) if group.engine]

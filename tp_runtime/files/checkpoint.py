@@ -1,11 +1,12 @@
 """Reads model files: what is in them, and slices of their tensors.
 
-Safetensors files, GGUF files and diffusers folders; nothing is ever unpickled. Names are ComfyUI's,
-with the prefix that full checkpoints carry taken off.
+Safetensors files, GGUF files, diffusers folders and single files of theirs; nothing is ever
+unpickled. Names are ComfyUI's, with the prefix that full checkpoints carry taken off.
 """
 
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import CheckpointError
-from .diffusers_folder import DiffusersFolder, NamesOf
+from .diffusers_folder import DiffusersFolder, NamesAlone, NamesOf
 from .safetensors_file import FormatError, SafetensorsFile, TensorInfo
 
 if TYPE_CHECKING:
@@ -24,7 +25,25 @@ FORMATS = (
     *("bf16", "fp16", "fp32", "fp8, plain and scaled", "int8, also with ConvRot", "mxfp8", "nvfp4"),
     *("4 bits (convrot_w4a4, asym_w4a8_int8)", "GGUF", "diffusers folder"),
 )
-PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+# As ComfyUI 0.3.75 chooses one (unet_prefix_from_state_dict in comfy/model_detection.py): the most
+# frequent of the first three, if more tensors have it than _FEW, else the one after them. The last
+# is what training tools write.
+_PREFIXES = ("model.diffusion_model.", "model.model.", "net.")
+_OTHER_PREFIXES = ("model.", "diffusion_model.")
+_FEW = 5
+
+# What files begin with that are of another kind, whatever their names say; and what to do.
+_NO_MODEL = {
+    b"PK\x03\x04": (
+        "is a pickle (torch.save), which may hold code and is never read. Convert it to safetensors"
+    ),
+    b"\x80": "is a pickle, which may hold code and is never read. Convert it to safetensors",
+    b"GGUF": "is a GGUF file. Give it a name that ends in .gguf",
+    b"version https://git-lfs": (
+        "is a pointer of Git LFS in the place of the model. Download it again, with git lfs pull"
+    ),
+    b"<": "is a web page in the place of the model. Download it again",
+}
 
 
 class CheckpointFile:
@@ -33,26 +52,38 @@ class CheckpointFile:
     def __init__(self, file: "SafetensorsFile | DiffusersFolder | GGUFFile") -> None:
         self._file = file
         names = list(file.tensors)
-        prefix = next((p for p in PREFIXES if any(n.startswith(p) for n in names)), "")
+        prefix = _prefix(names)
         self._stored = {n[len(prefix) :]: n for n in names if n.startswith(prefix)}
         self.metadata = file.metadata
 
     @classmethod
     @contextmanager
     def open(
-        cls, path: str, names_of: NamesOf, one_row: tuple[str, ...] = ()
+        cls,
+        path: str,
+        names_of: NamesOf,
+        names_alone: NamesAlone = lambda _: None,
+        axes: Mapping[str, int] | None = None,
     ) -> Iterator["CheckpointFile"]:
         """Raises CheckpointError if the file is missing, cut short or not of its format.
 
         ``path`` may also be a diffusers folder, which then looks like the ComfyUI file, by the
-        names that ``names_of`` gives its tensors. ``one_row``: see ``GGUFFile``.
+        names that ``names_of`` gives its tensors; or a single file of one, which has the names that
+        ``names_alone`` gives. ``axes``: see ``GGUFFile``.
         """
         kind = _format(path)
-        given = {"DiffusersFolder": (names_of,), "GGUFFile": (one_row,)}.get(kind.__name__, ())
+        given = {"DiffusersFolder": (names_of,), "GGUFFile": (axes,)}.get(kind.__name__, ())
         try:
             with kind(path, *given) as file:
-                yield cls(file)
+                alone = isinstance(file, SafetensorsFile) and names_alone(file.tensors)
+                yield cls(DiffusersFolder.of_file(file, alone) if alone else file)
         except FormatError as error:
+            what = _no_model(path) if kind is SafetensorsFile else None
+            if what is not None:
+                raise CheckpointError(
+                    f"The model file {path} {what}, or load it with the stock 'Load Diffusion "
+                    "Model' node."
+                ) from error
             raise CheckpointError(
                 f"The model file {path} is not a whole {kind.FORMAT} file: {error}. Download it "
                 "again."
@@ -74,6 +105,22 @@ class CheckpointFile:
     ) -> torch.Tensor:
         """A tensor, or the given range of its first and second axes; to be copied at once."""
         return self._file.read(self._stored[name], rows, columns)
+
+
+def _prefix(names: Sequence[str]) -> str:
+    """What stands before the names of the diffusion model's tensors; empty: nothing does."""
+    counts = Counter(next((p for p in _PREFIXES if n.startswith(p)), "") for n in names)
+    found = max(_PREFIXES, key=counts.__getitem__)
+    if counts[found] > _FEW:
+        return found
+    return next((p for p in _OTHER_PREFIXES if any(n.startswith(p) for n in names)), "")
+
+
+def _no_model(path: str) -> str | None:
+    """What a file is that is no model; None: not known."""
+    with open(path, "rb") as file:
+        begin = file.read(64)
+    return next((what for magic, what in _NO_MODEL.items() if begin.startswith(magic)), None)
 
 
 def _format(path: str) -> "type[SafetensorsFile | DiffusersFolder | GGUFFile]":

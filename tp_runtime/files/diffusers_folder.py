@@ -22,6 +22,8 @@ from .safetensors_file import FormatError, SafetensorsFile, TensorInfo
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
+# In folders of a variant, its name stands before the last part: ….bf16.safetensors, ….bf16.json.
+_VARIANTS = ("diffusion_pytorch_model.*.safetensors", f"{WEIGHTS}.index.*.json")
 
 
 class Rows(Protocol):
@@ -53,6 +55,8 @@ class FileNames:
 
 # From a folder and what its config.json says; raises CheckpointError.
 NamesOf = Callable[[str, Mapping[str, Any]], FileNames]
+# From the tensors of a file that was taken out of its folder; None: they have no diffusers names.
+NamesAlone = Callable[[Mapping[str, TensorInfo]], FileNames | None]
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,20 @@ class DiffusersFolder:
             self._check_counts(settings)
             self._combine(names_of(path, settings))
             self._open = stack.pop_all()
+
+    @classmethod
+    def of_file(cls, file: Any, names: FileNames) -> "DiffusersFolder":
+        """A single file with diffusers' names, a ``SafetensorsFile`` that its opener closes.
+
+        Raises CheckpointError.
+        """
+        self = cls.__new__(cls)
+        self.path, self.metadata = file.path, file.metadata
+        self.tensors, self._stacks = {}, {}
+        self._files = dict.fromkeys(file.tensors, file)
+        self._open = ExitStack()
+        self._combine(names)
+        return self
 
     def __enter__(self) -> "DiffusersFolder":
         return self
@@ -125,7 +143,7 @@ class DiffusersFolder:
                 f"or a diffusers folder with {CONFIG} and {WEIGHTS}."
             )
         settings = self._read_json(CONFIG)
-        if "quantization_config" in settings:
+        if settings.get("quantization_config"):
             raise CheckpointError(
                 f"The folder {self.path} is quantised ({settings['quantization_config']!r:.80}), "
                 "which is only read from single files. Choose a bf16 or fp16 folder, or an fp8 or "
@@ -144,31 +162,43 @@ class DiffusersFolder:
 
     def _open_files(self, stack: ExitStack) -> Iterator[tuple[str, SafetensorsFile]]:
         """Every diffusers tensor, and the open file that it is in."""
-        folder = Path(self.path)
-        if (folder / INDEX).is_file():
-            places = self._read_json(INDEX).get("weight_map")
+        weights, index = self._weights_and_index()
+        places = None
+        if index is not None:
+            places = self._read_json(index).get("weight_map")
             if not isinstance(places, dict) or not all(isinstance(f, str) for f in places.values()):
                 raise CheckpointError(
-                    f"{INDEX} of the folder {self.path} does not say which tensor is in which file."
+                    f"{index} of the folder {self.path} does not say which tensor is in which file."
                     " Download it again."
                 )
-        elif (folder / WEIGHTS).is_file():
-            places = None
-        else:
-            raise CheckpointError(
-                f"The folder {self.path} has neither {WEIGHTS} nor {INDEX}. Download it again."
-            )
-        names = sorted(set(places.values())) if places is not None else [WEIGHTS]
+        names = sorted(set(places.values())) if places is not None else [weights]
         files = {name: stack.enter_context(self._open_file(name)) for name in names}
         if places is None:
-            places = dict.fromkeys(files[WEIGHTS].tensors, WEIGHTS)
+            places = dict.fromkeys(files[weights].tensors, weights)
         for tensor, name in places.items():
             if tensor not in files[name].tensors:
                 raise CheckpointError(
-                    f"{INDEX} of the folder {self.path} says that {tensor} is in {name}, but it is "
+                    f"{index} of the folder {self.path} says that {tensor} is in {name}, but it is "
                     "not. Download the folder again."
                 )
             yield tensor, files[name]
+
+    def _weights_and_index(self) -> tuple[str, str | None]:
+        """Names of the file with the weights, and of the index, where there is one."""
+        folder = Path(self.path)
+        if (folder / INDEX).is_file():
+            return WEIGHTS, INDEX
+        if (folder / WEIGHTS).is_file():
+            return WEIGHTS, None
+        files, indices = ([path.name for path in folder.glob(one)] for one in _VARIANTS)
+        whole = [name for name in files if len(name.split(".")) == 3 and "-of-" not in name]
+        if len(whole) + len(indices) == 1:
+            return (whole[0], None) if whole else (WEIGHTS, indices[0])
+        variants = f" Of its variants, keep one: {', '.join(whole + indices)}." if whole else ""
+        raise CheckpointError(
+            f"The folder {self.path} has neither {WEIGHTS} nor {INDEX}."
+            f"{variants or ' Download it again.'}"
+        )
 
     def _open_file(self, name: str) -> SafetensorsFile:
         path = Path(self.path) / name

@@ -10,6 +10,7 @@ import math
 import struct
 import sys
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import gguf
@@ -35,8 +36,8 @@ class GGUFFile:
 
     FORMAT = "GGUF"
 
-    def __init__(self, path: str, one_row: tuple[str, ...] = ()) -> None:
-        """``one_row``: names of matrices with a single row, which GGUF keeps as vectors.
+    def __init__(self, path: str, axes: Mapping[str, int] | None = None) -> None:
+        """``axes``: of tensors that begin with axes of length one, which ggml drops: how many.
 
         Raises:
             CheckpointError, OSError, FormatError.
@@ -55,7 +56,7 @@ class GGUFFile:
         self._check_types(reader)
         for tensor in reader.tensors:
             dtype = _FLOATS.get(tensor.tensor_type, "F32")
-            self.tensors[tensor.name] = TensorInfo(_shape(reader, tensor, one_row), dtype)
+            self.tensors[tensor.name] = TensorInfo(_shape(reader, tensor, axes or {}), dtype)
             self._stored[tensor.name] = tensor
 
     def __enter__(self) -> "GGUFFile":
@@ -184,7 +185,7 @@ def _is_readable(kind: gguf.GGMLQuantizationType) -> bool:
 
 
 def _shape(
-    reader: gguf.GGUFReader, tensor: gguf.ReaderTensor, one_row: tuple[str, ...]
+    reader: gguf.GGUFReader, tensor: gguf.ReaderTensor, axes: Mapping[str, int]
 ) -> tuple[int, ...]:
     """The tensor's shape in torch. Raises FormatError."""
     shape = tuple(reversed(tensor.shape.tolist()))
@@ -196,5 +197,5 @@ def _shape(
         if min(original, default=0) <= 0 or math.prod(original) != tensor.n_elements:
             raise FormatError(f"{tensor.name!r} of shape {list(shape)} cannot be {original}")
         shape = tuple(original)
-    # ggml drops leading axes of length one.
-    return (1, *shape) if len(shape) == 1 and tensor.name.endswith(one_row) else shape
+    count = next((count for name, count in axes.items() if tensor.name.endswith(name)), 0)
+    return (1,) * (count - len(shape)) + shape

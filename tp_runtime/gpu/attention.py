@@ -74,6 +74,11 @@ class FastAttention:
     def _candidates(self, q: torch.Tensor, k: torch.Tensor) -> dict[str, Kernel]:
         """What may compute these shapes, by name."""
         half = q.dtype in (torch.float16, torch.bfloat16)
+        if self._asked_for in ("cudnn", "flash3") and not half:
+            logger.warning(
+                "TP_RUNTIME_ATTENTION=%s is for fp16 and bf16; attention in %s is torch's.",
+                *(self._asked_for, q.dtype),
+            )
         if self._asked_for == "sdpa" or (self._asked_for == "cudnn" and not half):
             return {"sdpa": partial(_of_torch, None)}
         found: dict[str, Kernel] = {}

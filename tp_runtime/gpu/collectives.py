@@ -2,9 +2,12 @@
 
 import contextlib
 import functools
+import hashlib
+import platform
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from vllm.distributed import parallel_state
 from vllm.platforms import current_platform
 
@@ -17,6 +20,19 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
 def add_up(tensor: torch.Tensor) -> torch.Tensor:
     """The sum over the tensor-parallel group, element by element; equal on every rank."""
     return parallel_state.get_tp_group().all_reduce(tensor)
+
+
+def on_one_host(group: dist.ProcessGroup, source_rank: int = 0) -> list[bool]:
+    """For each rank of a group on the CPU, whether it is on the source's host. All must ask.
+
+    By the hosts' names. The same signature as vLLM's ``in_the_same_node_as``
+    (vllm/distributed/parallel_state.py, 0.32), which asks it of a named file in /dev/shm: where
+    that is full, it ends the process or waits for ever.
+    """
+    host = torch.tensor(list(hashlib.sha256(platform.node().encode()).digest()), dtype=torch.uint8)
+    hosts = [torch.empty_like(host) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(hosts, host, group=group)
+    return [torch.equal(one, hosts[source_rank]) for one in hosts]
 
 
 def _gpus() -> range | None:

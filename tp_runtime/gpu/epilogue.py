@@ -16,6 +16,8 @@ class Epilogue(NamedTuple):
     ``shift``, each if given. ``update_weight``: the update is RMS-normed with it, and its gate's
     tanh taken (Z-Image). ``limit``: in fp16, sums that overflow are brought back.
 
+    ``num_late``: of the last product's tokens the last so many are a stream of their own here.
+
     ``gate``, ``scale``, ``shift``: (S, B, D), one row for all tokens of an item in each of S
     streams; or, of one stream, (1, B, L, D), a row for each token. ``scale`` and ``shift`` have
     equal strides. ``weight``, ``bias``, ``update_weight``: (D,).
@@ -30,6 +32,7 @@ class Epilogue(NamedTuple):
     bias: torch.Tensor | None = None
     update_weight: torch.Tensor | None = None
     limit: bool = False
+    num_late: int = 0
 
     def of_stream(self, stream: int) -> "Epilogue":
         """The same of one stream: its rows are (B, 1, D) or (B, L, D)."""

@@ -179,6 +179,7 @@ def _residual_norm(
     first_row,
     num_tokens,
     num_text,
+    num_late,
     width,
     gate_stream_stride,
     gate_batch_stride,
@@ -215,7 +216,7 @@ def _residual_norm(
 
     batch = row // num_tokens
     token = row % num_tokens
-    stream = (token >= num_text).to(tl.int32)
+    stream = (token >= num_text).to(tl.int32) + (token >= num_tokens - num_late).to(tl.int32)
     of_gate = stream * gate_stream_stride + batch * gate_batch_stride + features
     of_norm = stream * norm_stream_stride + batch * norm_batch_stride + features
     if EACH_TOKEN:
@@ -271,7 +272,8 @@ def residual_norm(
 
     ``updates``, ``targets`` (num_ranks,) int64: addresses of buffers as large as ``tokens``; all
     ranks' updates are summed, and the result goes to all targets. ``tokens`` (B, L, D) changes in
-    the rows of this rank only; the first ``num_text`` of each item are stream 0, the others 1.
+    the rows of this rank only; the first ``num_text`` of each item are stream 0, the others 1,
+    but for the epilogue's last ``num_late``.
     """
     batch, num_tokens, width = tokens.shape
     rows = batch * num_tokens
@@ -295,6 +297,7 @@ def residual_norm(
         rank * share,
         num_tokens,
         num_text,
+        epilogue.num_late,
         width,
         *of_gate,
         *of_norm,

@@ -9,7 +9,7 @@ import platform
 import tempfile
 import time
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 
@@ -24,6 +24,11 @@ SAVE_INTERVAL_S = 5.0
 USUAL_STEPS = 40
 
 
+# What is read from the file is held to these.
+_Length = Annotated[int, msgspec.Meta(gt=0, lt=2**31)]
+_Milliseconds = Annotated[float, msgspec.Meta(gt=0)]
+
+
 class Workload(msgspec.Struct, frozen=True):
     """What one step of a sampler evaluates.
 
@@ -31,8 +36,8 @@ class Workload(msgspec.Struct, frozen=True):
     ``text_tokens``: of the longest text.
     """
 
-    latent_shape: tuple[int, ...]
-    text_tokens: int
+    latent_shape: Annotated[tuple[_Length, ...], msgspec.Meta(min_length=4)]
+    text_tokens: Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 
     @property
     def batch(self) -> int:
@@ -48,7 +53,7 @@ class _OfModel(msgspec.Struct):
     usual: Workload
     other: Workload | None = None
     other_steps: int = 0
-    times: dict[str, dict[str, list[float]]] = {}
+    times: dict[str, dict[str, list[_Milliseconds]]] = {}
 
     def count(self, workload: Workload) -> None:
         """A step had this workload."""
@@ -131,10 +136,31 @@ class StepRecords:
 
     def _read(self) -> _Book:
         try:
-            return msgspec.json.decode(self._path.read_bytes(), type=_Book)
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
-            # Not there yet, or another release's, or damaged.
-            return {}
+            book = msgspec.json.decode(self._path.read_bytes(), type=dict[str, msgspec.Raw])
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            return {}  # not there yet, or damaged
+        entries = ((key, _entry_of(raw)) for key, raw in book.items())
+        return {key: entry for key, entry in entries if entry is not None}
+
+
+def _entry_of(raw: msgspec.Raw) -> _OfModel | None:
+    """What was written of a model; None, or without some of its times: another release's."""
+    try:
+        entry = msgspec.json.decode(raw, type=_OfModel)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+    for by_layout in entry.times.values():
+        for layout in [text for text in by_layout if not _is_layout(text)]:
+            del by_layout[layout]
+    return entry
+
+
+def _is_layout(text: str) -> bool:
+    try:
+        Layout.parse(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _latest(entries: dict[str, T], number: int) -> dict[str, T]:

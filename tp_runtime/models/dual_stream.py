@@ -44,19 +44,24 @@ def heads_of(qkv: torch.Tensor, norm_q: Any, norm_k: Any) -> Heads:
 
 @dataclass(frozen=True)
 class BlockInputs:
-    """What every block of an evaluation is given beside its tokens. Text comes first."""
+    """What every block of an evaluation is given beside its tokens. Text comes first.
+
+    ``num_late``: the last tokens of the image that have a modulation of their own.
+    """
 
     num_text: int
     rotation: torch.Tensor
     mask: torch.Tensor | None = None
     limit: bool = False
+    num_late: int = 0
 
 
 @dataclass(frozen=True)
 class Block:
     """A block to evaluate. ``modulation`` (S, B, n, D): its own, the first norm's shift and scale
-    first. ``parts``: from normed tokens to the row-parallel linears that end its attention and its
-    MLP, or both at once; with each the index of its gate, and of the next norm's shift, if any.
+    first; of text, image and late tokens, or fewer where they are the same. ``parts``: from normed
+    tokens to the row-parallel linears that end its attention and its MLP, or both at once; with
+    each the index of its gate, and of the next norm's shift, if any.
     """
 
     name: BlockName
@@ -115,9 +120,10 @@ def run_blocks(
     norms = [*(block.modulation[..., :2, :] for block in blocks), last_norm]
     tokens = torch.cat((text, image), dim=1)
     _add_residuals(tokens, residuals[0], given.num_text)
-    first = norms[0].expand(2, -1, -1, -1).unbind(2)
-    ends = (slice(None, given.num_text), slice(given.num_text, None))
-    streams = [modulate(tokens[:, end], *of) for end, *of in zip(ends, *first, strict=True)]
+    cuts = [given.num_text, *([-given.num_late] if given.num_late else [])]
+    stretches = tokens.tensor_split(cuts, dim=1)
+    first = norms[0].expand(len(stretches), -1, -1, -1).unbind(2)
+    streams = [modulate(one, *of) for one, *of in zip(stretches, *first, strict=True)]
     normed = torch.cat(streams, dim=1)
     for block, next_norm, of_control in zip(blocks, norms[1:], residuals[1:], strict=True):
         for part, gate in block.parts:
@@ -125,17 +131,20 @@ def run_blocks(
             is_last = part is block.parts[-1][0]
             if is_last:  # the join after it only adds to the tokens
                 _add_residuals(tokens, of_control, given.num_text)
+            num_streams = len(products) + bool(given.num_late)
+            own = block.modulation[-num_streams:]  # all the same but for the late tokens'
             shift_and_scale = (
-                next_norm if is_last else block.modulation[..., gate + 1 : gate + 3, :]
+                next_norm[-num_streams:] if is_last else own[..., gate + 1 : gate + 3, :]
             )
-            shift, scale = shift_and_scale.expand(len(products), -1, -1, -1).unbind(2)
+            shift, scale = shift_and_scale.expand(num_streams, -1, -1, -1).unbind(2)
             epilogue = Epilogue(
                 NORM_EPS,
-                block.modulation[..., gate, :],
+                own[..., gate, :],
                 "layer",
                 scale,
                 shift,
                 limit=given.limit and is_last,
+                num_late=given.num_late,
             )
             tokens, normed = forward.join(products, tokens, epilogue)
     return normed[:, given.num_text :]
@@ -249,6 +258,7 @@ class DualStreamForward(ShardedForward):
         for residual in (item for stack in stacks for item in stack if item is not None):
             shape = tuple(residual.shape)
             fits = len(shape) == 3 and shape[0] in (1, batch) and shape[2] == width
+            fits &= residual.is_floating_point()
             if not fits or shape[1] > length:
                 raise InputError(
                     f"The ControlNet gives residuals of shape {shape}; {label} takes up to ({batch}"

@@ -7,14 +7,24 @@ only ranks need, the arithmetic, is the family's ``forward.py`` beside its ``fam
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from ..sharding.parts import Shape
 from ..sharding.table import Table, expanded
 
 Shapes = Mapping[str, Shape]  # of a file's tensors, by name
 Settings = Mapping[str, Any]  # of a diffusers folder's config.json
-Axis = str | tuple[str, int]  # its name, and its length where the model fixes it
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    """An axis that must be so long; what is beyond is left out."""
+
+    name: str
+    length: int
+
+
+Axis = str | tuple[str, int] | AtLeast  # its name, and its length where the model fixes it
 
 
 @dataclass(frozen=True)
@@ -22,9 +32,10 @@ class Input:
     """A tensor that the model is given. ``axes``: those of the same name as one of ``x`` are equal.
 
     ``what``: in the plural, as it begins a sentence. ``advice``: where it has another shape.
-    ``many``: a list of such tensors. ``optional``: the model also computes without it. ``usual``:
-    lengths of axes that the model does not fix, for benchmarks. ``or_axes``: of another shape that
-    the model also takes.
+    ``many``: a list of such tensors, ``at_most`` so many. ``optional``: the model also computes
+    without it. ``usual``: lengths of axes that the model does not fix, for benchmarks. ``or_axes``:
+    of another shape that the model also takes. ``axes`` empty: the forward knows. ``kind``: in the
+    dtype that is computed in; a number, in any float dtype; a mask, also bool; or in any dtype.
     """
 
     what: str
@@ -32,35 +43,37 @@ class Input:
     advice: str = ""
     optional: bool = False
     many: bool = False
+    at_most: int | None = None
     usual: Mapping[str, int] = field(default_factory=dict)
     or_axes: tuple[Axis, ...] = ()
+    kind: Literal["computed", "number", "mask", "any"] = "computed"
 
     def __str__(self) -> str:
         unnamed = ("channels", "frames")  # of latents, whose shapes people know by their order
 
+        def name(axis: Axis) -> str:
+            if isinstance(axis, str):
+                return axis
+            if isinstance(axis, AtLeast):
+                return f"at least {axis.length} {axis.name}"
+            return str(axis[1]) if axis[0] in unnamed else f"{axis[0]} {axis[1]}"
+
         def shape(axes: tuple[Axis, ...]) -> str:
-            names = [
-                axis
-                if isinstance(axis, str)
-                else str(axis[1])
-                if axis[0] in unnamed
-                else f"{axis[0]} {axis[1]}"
-                for axis in axes
-            ]
+            names = list(map(name, axes))
             return f"({', '.join(names)})" if len(names) > 1 else f"({names[0]},)"
 
         return " or ".join(map(shape, (self.axes, self.or_axes) if self.or_axes else (self.axes,)))
 
 
-TIMESTEPS = Input("Timesteps", ("batch",))
+TIMESTEPS = Input("Timesteps", ("batch",), kind="number")
 _ENCODER = "Use the text encoder that belongs to the model."
-GUIDANCES = Input("Guidances", ("batch",), optional=True)
+GUIDANCES = Input("Guidances", ("batch",), optional=True, kind="number")
+MASKS = Input("Attention masks", (), optional=True, kind="mask")
 
 
 def pooled_captions(width: int) -> Input:
     """What the text encoder says of each caption as a whole: ``width`` features, or more."""
-    axes = ("batch", "features")
-    return Input("Pooled captions", axes, _ENCODER, optional=True, usual={"features": width})
+    return Input("Pooled captions", ("batch", AtLeast("features", width)), _ENCODER, optional=True)
 
 
 def captions(width: int) -> Input:
@@ -100,10 +113,10 @@ class Geometry:
         advice = f"Use an empty latent node for {self.channels}-channel latents."
         return Input("Latents", (*self._first_axes(), "height", "width"), advice)
 
-    def references(self) -> Input:
+    def references(self, at_most: int | None = None) -> Input:
         """Latents of pictures that the model looks at, of sizes of their own."""
         axes = (*self._first_axes(), "rows", "columns")
-        return Input("Reference latents", axes, optional=True, many=True)
+        return Input("Reference latents", axes, optional=True, many=True, at_most=at_most)
 
     def _first_axes(self) -> tuple[Axis, ...]:
         frames: Axis = "frames" if self.num_frames is None else ("frames", self.num_frames)
@@ -194,6 +207,10 @@ class Sizes:
     # of diffusers' those that no field names, of ComfyUI's those that it does not read from a file.
     to_diffusers: ClassVar[str] = ""
     to_comfyui: ClassVar[str] = ""
+    # Arguments of ComfyUI's forward that are no tensors; and the keys of its transformer_options
+    # that it computes with, dictionaries of numbers.
+    plain_inputs: ClassVar[tuple[str, ...]] = ()
+    options: ClassVar[tuple[str, ...]] = ()
     num_heads: int
     head_dim: int
 
@@ -240,6 +257,11 @@ class Sizes:
         raise NotImplementedError
 
     @property
+    def unused_inputs(self) -> tuple[str, ...]:
+        """Arguments of ComfyUI's forward that it does nothing with in this model."""
+        return ()
+
+    @property
     def geometry(self) -> Geometry:
         """How pictures become tokens."""
         raise NotImplementedError
@@ -266,10 +288,14 @@ class Family:
     ``name``: in settings and records; ``label``: for people, and ``models`` those that are known to
     be of it. ``signature``: tensors that together only files of the family have. ``variants``: what
     only a variant has which cannot be split yet, a tensor of its file or a setting of its
-    config.json that is true → what the variant is called. ``comfyui_class``: of ComfyUI's
-    supported_models, where ComfyUI recognises only the published sizes. ``published`` and
-    ``small``: sizes of the released model, and of one with its structure for tests.
-    ``text_tokens``: of a usual caption, for benchmarks.
+    config.json that is true → what the variant is called. ``newer``: tensors that older releases of
+    ComfyUI do not know → the variant that has them, and a release that does. ``used_with``: an
+    input of the model → the attribute that ComfyUI's class has in the releases that use it.
+    ``refused_inputs``: what ComfyUI's class takes and the forward here does not, by its name there
+    → what it is. ``comfyui_class``: of ComfyUI's supported_models, where ComfyUI finds only the
+    published sizes. ``published`` and ``small``: sizes of the released model, and of one with its
+    structure for tests. ``text_tokens``: of a usual caption, and ``extents``: width, height and
+    frames of what is usually made, for benchmarks.
     """
 
     name: str
@@ -281,8 +307,12 @@ class Family:
     published: Sizes
     small: Sizes
     variants: Mapping[str, str] = field(default_factory=dict)
+    newer: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    used_with: Mapping[str, str] = field(default_factory=dict)
     comfyui_class: str | None = None
     text_tokens: int = 64
+    extents: tuple[tuple[int, int, int], ...] = ((1024, 1024, 1), (2048, 2048, 1))
+    refused_inputs: Mapping[str, str] = field(default_factory=dict)
 
     def forward(self) -> Any:
         """The family's subclass of ``models.forward.ShardedForward``. For ranks only."""

@@ -1,6 +1,5 @@
 """What evaluates a sharded model as ComfyUI's forward does: the part that all families share."""
 
-import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
@@ -12,7 +11,7 @@ from ..errors import InputError
 from ..fault_points import reach
 from ..gpu.epilogue import Epilogue, Product
 from ..gpu.graphs import optimising
-from .family import Family, Input, Sizes
+from .family import Family, Sizes
 from .layers import residual_norm
 
 MEMO_BYTES = 4 * 2**30
@@ -96,9 +95,6 @@ class ShardedForward:
         self.run: Callable[..., torch.Tensor] = self.evaluate
         self.memo = Memo()
         self._reduction = reduction
-        self._inputs = sizes.all_inputs
-        self._accepted = set(inspect.signature(self.condition).parameters)
-        self._accepted |= set(_PER_EVALUATION) & set(inspect.signature(self.evaluate).parameters)
 
     @classmethod
     def build(cls, sizes: Sizes) -> nn.Module:
@@ -156,12 +152,15 @@ class ShardedForward:
         """
         if self._reduction is not None and optimising():
             return tokens, self._reduction(products, tokens, epilogue)
+        updates = [linear(x) for linear, x in products]
+        if late := epilogue.num_late:
+            updates += updates.pop().tensor_split((-late,), dim=1)
         found = []
         start = 0
-        for stream, (linear, x) in enumerate(products):
-            here = tokens[:, start : start + x.shape[1]]
-            found.append(residual_norm(here, linear(x), epilogue.of_stream(stream)))
-            start += x.shape[1]
+        for stream, update in enumerate(updates):
+            here = tokens[:, start : start + update.shape[1]]
+            found.append(residual_norm(here, update, epilogue.of_stream(stream)))
+            start += update.shape[1]
         if len(found) == 1:
             return found[0]
         joined, normed = (torch.cat(same, dim=1) for same in zip(*found, strict=True))
@@ -170,11 +169,12 @@ class ShardedForward:
     def __call__(self, inputs: Mapping[str, Any], key: Hashable) -> torch.Tensor:
         """Evaluate the model. Inputs of one ``key`` have equal conditioning.
 
+        ``inputs``: as ``models.inputs.checked_inputs`` gives them.
+
         Raises:
-            InputError: an input does not fit, or the model has no use for it.
+            InputError: an input does not fit in a way that its declaration cannot tell.
         """
-        inputs = {name: value for name, value in inputs.items() if value is not None}
-        self._check(inputs)
+        inputs = dict(inputs)
         x, timesteps = inputs["x"], inputs.pop("timesteps")
         per_evaluation = {name: inputs.pop(name) for name in _PER_EVALUATION if name in inputs}
         key = (key, tuple(x.shape), x.dtype)
@@ -188,56 +188,6 @@ class ShardedForward:
         if per_evaluation:
             self.check_control(x.shape[0], conditioning, **per_evaluation)
         return self.run(x=x, timesteps=timesteps, **conditioning, **per_evaluation)
-
-    def _check(self, inputs: Mapping[str, Any]) -> None:
-        """Raises InputError unless every input is known, and of the shape that is declared."""
-        unknown = sorted(inputs.keys() - self._accepted - {"timesteps"})
-        if unknown:
-            raise InputError(
-                f"{self.label} on the process group does not support the model input "
-                f"{', '.join(unknown)}. Remove the node that sets it, or load the model with the "
-                "stock 'Load Diffusion Model' node."
-            )
-        lengths: dict[str, int] = {}
-        for name, declared in self._inputs.items():
-            if name not in inputs:
-                if not declared.optional:
-                    raise InputError(f"{self.label} needs the model input {name}.")
-                continue
-            for tensor in inputs[name] if declared.many else (inputs[name],):
-                named = self._named_axes(declared, tensor, lengths)
-                if name == "x":
-                    lengths = named
-
-    def _named_axes(
-        self, declared: Input, tensor: torch.Tensor, lengths: Mapping[str, int]
-    ) -> dict[str, int]:
-        """The axes of a tensor by name. Raises InputError if they are not as declared."""
-        shape = tuple(tensor.shape)
-        axes = declared.axes
-        if len(shape) == len(declared.or_axes):
-            axes = declared.or_axes
-        fits = len(shape) == len(axes)
-        pairs = list(zip(axes, shape, strict=False))
-        fits &= all(length == axis[1] for axis, length in pairs if isinstance(axis, tuple))
-        if not fits:
-            raise InputError(
-                f"{declared.what} of {self.label} have the shape {declared}; got {shape}."
-                f"{' ' * bool(declared.advice)}{declared.advice}"
-            )
-        named = {axis: length for axis, length in pairs if isinstance(axis, str)}
-        for axis, length in named.items():
-            if lengths.get(axis, length) == length:
-                continue
-            if axis == "batch":
-                raise InputError(
-                    f"{lengths[axis]} latents need as many {declared.what.lower()}; got {length}."
-                )
-            raise InputError(
-                f"{declared.what} of {self.label} have the shape {declared}, here with {axis} "
-                f"{lengths[axis]}; got {shape}."
-            )
-        return named
 
 
 def option(transformer_options: Mapping[str, Any] | None, name: str) -> Mapping[str, Any]:

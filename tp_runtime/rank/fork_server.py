@@ -5,11 +5,9 @@ it. It has one thread, computes nothing and never touches a GPU, so that a fork 
 
 Started by ``forking``, on whose socket requests come, each with a socket for the answers: a
 ``WorkerConfig`` and file descriptors, answered with the number of the new process and later with
-how it ended, or with a sentence if there can be none; or ``null``, answered once ranks can be
-forked. It ends with that socket or, while it has no rank, after some minutes without a request.
-
-With the word ``become`` on its command line it forks nothing: it becomes the first rank that it is
-asked for.
+how it ended, or with the reason if there can be none; or ``null``, answered once ranks can be
+forked. It ends with that socket or, while it has no rank, after some minutes without a request,
+unless the word ``keep`` follows the socket on its command line.
 """
 
 import contextlib
@@ -30,11 +28,13 @@ import msgspec
 from setproctitle import setproctitle
 
 from ..config import WorkerConfig
+from ..reasons import printable
 from ..wire.transport import receive_with_fds, wait
 
-BECOME = "become"
+KEEP = "keep"
 IDLE_S = 300.0
-_MAX_FDS = 4  # of one request: for the answers, of the rank's channel, shared memory and log
+# Of one request: for the answers, of the rank's channel, shared memory, log and rendezvous.
+_MAX_FDS = 5
 _PR_SET_PDEATHSIG = 1
 _NICENESS = 5
 # The driver's, once CUDA was asked for GPUs (there are none), and jemalloc's in pyarrow, which
@@ -46,6 +46,7 @@ class _Child:
     """A rank that was forked, and the socket on which its engine waits for news of it."""
 
     def __init__(self, pid: int, answers: socket.socket) -> None:
+        """Raises OSError: the process cannot be watched."""
         self.pid = pid
         self.pidfd = os.pidfd_open(pid)
         self._answers = answers
@@ -65,14 +66,14 @@ class _Child:
         self._answers.close()
 
 
-def serve(requests: socket.socket, becomes_rank: bool) -> WorkerConfig | None:
-    """Answer requests until there can be no more.
+def serve(requests: socket.socket, idle_s: float | None) -> WorkerConfig | None:
+    """Answer requests until there can be no more, or for ``idle_s`` without rank there is none.
 
     Returns once in every process that is to be a rank, with what that rank is told, and at last in
     the server itself, with None.
     """
     children: dict[int, _Child] = {}  # by pidfd
-    while ready := wait([requests, *children], None if children else IDLE_S):
+    while ready := wait([requests, *children], None if children else idle_s):
         for pidfd in children.keys() & set(ready):
             children.pop(pidfd).reap()
         if requests not in ready:
@@ -86,31 +87,45 @@ def serve(requests: socket.socket, becomes_rank: bool) -> WorkerConfig | None:
             with answers, contextlib.suppress(OSError):
                 answers.send(b"up")
             continue
-        if becomes_rank:
-            _Child(os.getpid(), answers).close()
-            return _become_rank(config, *fds[1:])
+        pid = os.getpid()
         try:
             pid = _fork()
-        except OSError as error:  # no process, or no memory: others go on
-            with answers, contextlib.suppress(OSError):
-                answers.send(msgspec.json.encode(str(error)))
-            for fd in fds[1:]:
-                os.close(fd)
-            continue
-        if pid == 0:
-            requests.close()
-            answers.close()
-            for sibling in children.values():
-                sibling.close()
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            os.setsid()
-            _give_way()
-            return _become_rank(config, *fds[1:])
+            if pid == 0:
+                _write_to_log(fds[3])  # from here on, what goes wrong is in it
+                requests.close()
+                answers.close()
+                for sibling in children.values():
+                    sibling.close()
+                ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+                os.setsid()
+                if config.device == "cpu":
+                    _give_way()
+                return _become_rank(config, *fds[1:])
+            child = _Child(pid, answers)
+        except OSError as error:  # no process, no memory, or a sandbox: others go on
+            if pid == 0:
+                raise
+            _refuse(answers, pid, error)
+        else:
+            children[child.pidfd] = child
         for fd in fds[1:]:
             os.close(fd)
-        child = _Child(pid, answers)
-        children[child.pidfd] = child
     return None
+
+
+def _refuse(answers: socket.socket, pid: int, error: OSError) -> None:
+    """There is no rank, or none that could be watched: nothing of it stays."""
+    if pid != os.getpid():
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    with answers, contextlib.suppress(OSError):
+        answers.send(msgspec.json.encode(str(error)))
+
+
+def _write_to_log(log_fd: int) -> None:
+    """Have what this process prints in the rank's log."""
+    for stream_fd in (1, 2):
+        os.dup2(log_fd, stream_fd)
 
 
 def _fork() -> int:
@@ -121,21 +136,25 @@ def _fork() -> int:
 
 
 def _become_rank(
-    config: WorkerConfig, control_fd: int, exchange_fd: int, log_fd: int
+    config: WorkerConfig, control_fd: int, exchange_fd: int, log_fd: int, rendezvous_fd: int
 ) -> WorkerConfig:
     """Make this process the rank's own; returns what the rank is told."""
-    for stream_fd in (1, 2):
-        os.dup2(log_fd, stream_fd)
+    folder = printable(Path(f"/proc/self/fd/{log_fd}").readlink().parent)
     os.close(log_fd)
-    for name, value in config.environment.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
-    folder = Path(config.rendezvous.removeprefix("file://")).parent
     setproctitle(f"tp_runtime.rank.worker: rank {config.rank} of {config.num_ranks} in {folder}")
+    for name, value in config.environment:
+        if value is None:
+            os.environb.pop(name, None)
+        else:
+            os.environb[name] = value
     gc.enable()
-    return msgspec.structs.replace(config, control_fd=control_fd, exchange_fd=exchange_fd)
+    return msgspec.structs.replace(
+        config,
+        control_fd=control_fd,
+        exchange_fd=exchange_fd,
+        # torch opens its file again and again. Each rank has its own number for it.
+        rendezvous=f"file:///proc/self/fd/{rendezvous_fd}",
+    )
 
 
 def _give_way() -> None:
@@ -145,7 +164,8 @@ def _give_way() -> None:
     equal weights Linux 6.18 let a process that was ending wait for seconds beside busy ranks, and
     they live until that process has ended.
     """
-    os.nice(_NICENESS)
+    with contextlib.suppress(OSError):  # a sandbox refuses it
+        os.nice(_NICENESS)
     while True:
         try:
             Path("/proc/self/autogroup").write_text(str(_NICENESS))
@@ -193,11 +213,13 @@ def _check_can_fork() -> None:
 def main() -> None:
     """Be the server of the socket on the command line; in what it forks, be a rank."""
     gc.disable()  # an eighth of the imports' time: they make hardly anything but what stays
-    becomes_rank = BECOME in sys.argv
+    # Before the imports: setproctitle finds the command line's memory in front of that of the first
+    # variable of the environment, which an import may replace (1.3.8, src/spt_setup.c). Then
+    # neither this process nor a rank could have a title.
+    setproctitle(f"tp_runtime.rank.fork_server: {sys.argv[0]}")
     try:
         _import_all()
-        if not becomes_rank:
-            _check_can_fork()
+        _check_can_fork()
     except BaseException:  # noqa: BLE001  the engine shows it
         traceback.print_exc()
         # Not sys.exit: it would wait for threads that an import has started.
@@ -206,11 +228,11 @@ def main() -> None:
     server_pid = os.getpid()
     with socket.socket(fileno=int(sys.argv[1])) as requests:
         requests.set_inheritable(False)
-        config = serve(requests, becomes_rank)
+        config = serve(requests, None if KEEP in sys.argv else IDLE_S)
     if config is not None:
         from . import worker
 
-        worker.run(config, parent_pid=os.getppid() if becomes_rank else server_pid)
+        worker.run(config, parent_pid=server_pid)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import msgspec
 import psutil
 import ray
 
+from .. import machine
 from ..wire.handshake import Member, join
 from ..wire.ray_messages import Run, Seat
 
@@ -57,7 +58,7 @@ class RankActor:
                 control_fd=stream.detach(),
                 exchange_fd=exchange_fd,
                 mirrored=mirrored,
-                num_threads=max(1, len(os.sched_getaffinity(0)) // num_local_ranks),
+                num_threads=max(1, machine.cores() // num_local_ranks),
             ),
             parent_pid=os.getppid(),
         )

@@ -40,6 +40,7 @@ class Runner:
         self._held: dict[int, torch.Tensor] = {}
         self._factors: dict[int, torch.Tensor] = {}  # of patches, in the host's memory
         self._last_evaluation_ms: float | None = None
+        self._num_bad = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
 
     def device_name(self) -> str:
         """``"cpu"``, or the GPU's index and product name."""
@@ -120,7 +121,8 @@ class Runner:
         for key in request.drop:
             del self._factors[key]
 
-    def _evaluate(self, request: Evaluate) -> None:
+    def _evaluate(self, request: Evaluate) -> int:
+        """How many values are NaN or infinite, of the result that this rank has written."""
         started = time.perf_counter()
         reach("evaluate")
         # Before anything can be refused: the engine takes it that these are held from now on.
@@ -128,6 +130,7 @@ class Runner:
         resolved = [self._resolve(evaluation.inputs) for evaluation in request.evaluations]
         for key in request.drop:
             del self._held[key]
+        self._num_bad.zero_()
         try:
             model = self._loaded(request.model)
             mine = self._config.batch_group
@@ -141,6 +144,7 @@ class Runner:
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
         self._last_evaluation_ms = (time.perf_counter() - started) * 1000
+        return int(self._num_bad)
 
     def _give(self, output: torch.Tensor, ref: TensorRef) -> None:
         result = self._exchange.view(ref)
@@ -148,6 +152,8 @@ class Runner:
             f"{output.shape} {output.dtype}, not {result.shape} {result.dtype}"
         )
         result.copy_(output, non_blocking=True)
+        # The difference is zero where a value is finite. Read after the wait for the result.
+        self._num_bad.copy_(torch.count_nonzero(output - output), non_blocking=True)
 
     def _resolve(self, value: Any) -> Any:
         """``value`` with every reference replaced by its tensor, on the rank's device."""

@@ -6,13 +6,14 @@ own, of which one is filled while the other travels.
 """
 
 import ctypes
-import os
 import threading
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
 import torch
+
+from .. import machine
 
 MAX_THREADS = 8
 BUFFER_BYTES = 8 * 2**20  # two a thread
@@ -31,7 +32,7 @@ class Uploads:
 
     def __init__(self, device: torch.device, num_ranks: int) -> None:
         """``num_ranks`` share the machine's cores."""
-        num_threads = max(1, min(MAX_THREADS, len(os.sched_getaffinity(0)) // num_ranks))
+        num_threads = max(1, min(MAX_THREADS, machine.cores() // num_ranks))
         self._memory = torch.empty(num_threads, 2, BUFFER_BYTES, dtype=torch.uint8)
         address, size = self._memory.data_ptr(), self._memory.nbytes
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, size, 0))

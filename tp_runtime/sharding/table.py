@@ -87,17 +87,19 @@ class Stack:
 class Table:
     """All tensors of a model: those outside of blocks, and stacks of blocks in their order.
 
-    ``unused``: names and shapes of what files may have and nothing computes with.
+    ``unused``: names and shapes of what files may have and nothing computes with. ``markers``: of
+    tensors without values, by which ComfyUI knows which variant a file is of.
     """
 
     rows: tuple[TableRow, ...]
     stacks: tuple[Stack, ...]
     unused: Mapping[str, Shape] = field(default_factory=dict)
+    markers: Mapping[str, Shape] = field(default_factory=dict)
 
     @cached_property
     def file_tensors(self) -> dict[str, Shape]:
         """Name and shape of every tensor of the file."""
-        shapes: dict[str, Shape] = {}
+        shapes = dict(self.markers)
         for _, prefix, row in self._all_rows():
             files = expanded(row.file or row.ours)
             if isinstance(row, Tensor):

@@ -5,6 +5,7 @@ this machine. Starts no group and changes nothing. Needs the standard library on
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -13,10 +14,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
+import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from .. import machine, reasons
 from ..settings import PACKAGE, home, runtime_python
 
 # Versions that the ranks work with; the extra `runtime` of pyproject.toml has the same.
@@ -27,6 +31,8 @@ DISTRIBUTION = "tensor-parallel"  # its name in pyproject.toml
 OLDEST_PYTHON = (3, 11)  # of vLLM and diffusers; ComfyUI's own may be older
 SHARED_MEMORY_BYTES = 2**30  # NCCL's buffers between GPUs that cannot reach each other directly
 TIMEOUT_S = 180.0
+# What a start of a small group opens and starts in ComfyUI's process, with some room.
+OPEN_FILES, THREADS = 64, 16
 
 _PROBE = Path(__file__).with_name("probe.py")
 _GIB = 2**30
@@ -80,13 +86,14 @@ def examine(python: str | None = None) -> list[Check]:
                 "Runtime Python",
                 "failed",
                 f"{python} does not run: {_one_line(error)}",
-                "Set TP_RUNTIME_PYTHON to a Python that has vllm and diffusers.",
+                reasons.advice(str(error))
+                or "Set TP_RUNTIME_PYTHON to a Python that has vllm and diffusers.",
             )
         ]
     checks = [_this_python(), _python(python, found["python"])]
     checks += [_package(python, name, package) for name, package in found["packages"].items()]
     checks += _gpus(found)
-    checks += [_shared_memory(len(found.get("gpus", []))), _log_folder()]
+    checks += [_shared_memory(found), _system_calls(), _limits(), _log_folder()]
     return checks
 
 
@@ -103,7 +110,7 @@ def _probe(python: str) -> dict[str, Any]:
     )
     if done.returncode:
         last = done.stderr.strip().rpartition("\n")[2]
-        raise subprocess.SubprocessError(f"it ended with status {done.returncode}. {last}")
+        raise subprocess.SubprocessError(f"it {reasons.how_ended(done.returncode)}. {last}")
     found: dict[str, Any] = json.loads(done.stdout.strip().rpartition("\n")[2])
     return found
 
@@ -122,7 +129,7 @@ def _this_python() -> Check:
     missing = [name for name in DEPENDENCIES if importlib.util.find_spec(name) is None]
     if not missing:
         return Check("This Python", "ok", f"{sys.executable}, with {', '.join(DEPENDENCIES)}")
-    advice = _install(sys.executable)
+    advice = f"Run: {_install(sys.executable)}"
     if "torch" in missing:
         advice = f"Use ComfyUI's Python, which has torch. {advice}"
     text = f"{sys.executable} lacks {', '.join(missing)}."
@@ -130,15 +137,36 @@ def _this_python() -> Check:
 
 
 def _install(python: str, extra: str = "") -> str:
-    """How to install what the package, or an extra of it, needs."""
+    """The command that installs what the package, or an extra of it, needs."""
     checkout = PACKAGE.parent
     if (checkout / "pyproject.toml").is_file():
-        needed = [f"{checkout}[{extra}]" if extra else str(checkout)]
+        names = ["requirements.txt", *([f"requirements-{extra}.txt"] if extra else [])]
+        needed = [word for name in names for word in ("-r", str(checkout / name))]
     else:  # installed from a wheel
         declared = [one.partition(";") for one in importlib.metadata.requires(DISTRIBUTION) or []]
         wanted = f'extra == "{extra}"' if extra else ""
         needed = [needed.strip() for needed, _, when in declared if when.strip() in ("", wanted)]
-    return f"Run: {python} -m pip install {' '.join(map(shlex.quote, needed))}"
+    return f"{python} -m pip install {' '.join(map(shlex.quote, needed))}"
+
+
+def how_to_have_runtime(python: str) -> str:
+    """What to do where the ranks' Python lacks vLLM or diffusers.
+
+    If it is this Python, ComfyUI's, the ranks had better have one of their own: vLLM would replace
+    its torch.
+    """
+    if python != sys.executable:
+        return (
+            f"Run: {_install(python, 'runtime')}, or set TP_RUNTIME_PYTHON to a Python that has "
+            "vllm and diffusers."
+        )
+    own = Path("~/tp-runtime")
+    return (
+        "Give the GPU processes a Python of their own: the tab 'Tensor Parallel' makes one, or "
+        f"run: python3 -m venv {own} && {_install(f'{own}/bin/python', 'runtime')}; and name "
+        f"{own}/bin/python in the setting 'Python of the GPU processes', or in TP_RUNTIME_PYTHON. "
+        f"(Installed into {python} itself, vLLM replaces its torch, torchvision and numpy.)"
+    )
 
 
 def _python(python: str, version: str) -> Check:
@@ -150,9 +178,10 @@ def _python(python: str, version: str) -> Check:
 
 
 def _package(python: str, name: str, found: dict[str, Any]) -> Check:
-    install = _install(python, "runtime")
+    install = how_to_have_runtime(python)
     if found["error"]:
-        return Check(name, "failed", f"cannot be imported ({found['error']}).", install)
+        text = f"cannot be imported ({found['error']})."
+        return Check(name, "failed", text, reasons.advice(found["error"]) or install)
     if not found["fits"]:
         text = f"{found['version']} is outside {REQUIREMENTS[name]}."
         return Check(name, "failed", text, install)
@@ -206,32 +235,57 @@ def _nccl(found: dict[str, Any]) -> Check:
     return Check("NCCL", "ok", f"{found['nccl']}, a sum over {len(found['gpus'])} GPUs is right")
 
 
-def _shared_memory(num_gpus: int) -> Check:
+def _shared_memory(found: dict[str, Any]) -> Check:
+    """NCCL's: nothing else makes files in /dev/shm."""
+    if len(found.get("gpus", [])) < 2:
+        return Check("Shared memory", "ok", "/dev/shm is not needed with fewer than two GPUs")
     try:
-        free = shutil.disk_usage("/dev/shm").free
+        free = shutil.disk_usage("/dev/shm").free if os.access("/dev/shm", os.W_OK) else 0
     except OSError:
         free = 0
     text = f"{free / _GIB:.1f} GiB free in /dev/shm"
     if free >= SHARED_MEMORY_BYTES:
         return Check("Shared memory", "ok", text)
     needed = "NCCL needs about 1 GiB there where GPUs do not reach each other directly"
-    advice = "In Docker: --shm-size=2g or --ipc=host; in Kubernetes: an emptyDir of medium Memory."
-    status: Literal["ok", "missing"] = "missing" if num_gpus != 1 else "ok"
-    return Check("Shared memory", status, f"{text}; {needed}.", advice)
+    status: Literal["failed", "missing"] = "failed" if found["apart"] else "missing"
+    return Check("Shared memory", status, f"{text}; {needed}.", reasons.advice("/dev/shm"))
+
+
+def _system_calls() -> Check:
+    if refused := machine.refused_system_call():
+        return Check("System calls", "failed", f"refused: {refused}.", reasons.advice(refused))
+    return Check("System calls", "ok", "what a group needs is allowed")
+
+
+def _limits() -> Check:
+    """Tried, not counted: many limits add up (of the user, of the process, of the container)."""
+    done = threading.Event()
+    try:
+        with contextlib.ExitStack() as at_end:
+            at_end.callback(done.set)
+            for _ in range(THREADS):
+                threading.Thread(target=done.wait, daemon=True).start()
+            for _ in range(OPEN_FILES):
+                at_end.callback(os.close, os.open("/dev/null", os.O_RDONLY))
+    except (OSError, RuntimeError) as error:
+        return Check("Limits", "failed", f"{error}.", reasons.advice(str(error)))
+    return Check("Limits", "ok", f"{OPEN_FILES} more open files and {THREADS} more threads")
 
 
 def _log_folder() -> Check:
-    own = "Set TP_RUNTIME_HOME to a folder of yours."
     try:
         folder = home()
     except ModuleNotFoundError as error:
         text = f"not known without {error.name}."
-        return Check("Log folder", "failed", text, f"{_install(sys.executable)}, or: {own}")
+        advice = f"Run: {_install(sys.executable)}, or: {reasons.STATE_FOLDER}"
+        return Check("Log folder", "failed", text, advice)
+    shown = reasons.printable(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
-    except OSError:
-        writable = False
-    if writable:
-        return Check("Log folder", "ok", str(folder))
-    return Check("Log folder", "failed", f"{folder} cannot be written.", own)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=folder) as inside:
+            (Path(inside) / "log").write_text("x" * 4096)
+    except OSError as error:
+        text = f"{shown} cannot be written ({error.strerror})."
+        advice = reasons.advice(str(error)) or reasons.STATE_FOLDER
+        return Check("Log folder", "failed", text, advice)
+    return Check("Log folder", "ok", shown)

@@ -10,9 +10,9 @@ import ctypes
 import mmap
 import os
 
-import psutil
 import torch
 
+from .. import machine, reasons
 from ..errors import InputError, ProtocolError, TPRuntimeError
 from .protocol import TensorRef
 
@@ -84,7 +84,7 @@ def is_plain(tensor: torch.Tensor) -> bool:
 def _lacking(size: int, reason: str) -> TPRuntimeError:
     return TPRuntimeError(
         f"{size} bytes of shared memory are not to be had ({reason}). "
-        "Free some RAM or use a smaller batch."
+        "Free some RAM, give the container more, or use a smaller batch."
     )
 
 
@@ -111,8 +111,7 @@ class Exchange:
             return cls(os.memfd_create("tp-runtime-exchange", os.MFD_CLOEXEC))
         except OSError as error:
             raise TPRuntimeError(
-                f"There is no shared memory for a process group ({error.strerror}). "
-                "Restart ComfyUI, or raise its limit of open files (ulimit -n)."
+                f"There is no shared memory for a process group: {reasons.of(error)}"
             ) from error
 
     @property
@@ -132,8 +131,8 @@ class Exchange:
             return
         size = max(_aligned(size), 2 * self._size)
         # The system itself has no bound here: it would hand out memory until it kills a process.
-        if size - self._size > psutil.virtual_memory().available:
-            raise _lacking(size, "fewer are free")
+        if size - self._size > machine.memory().available:
+            raise _lacking(size, "fewer than that are free here, on the host or in its container")
         try:
             # Without this, a lack of memory would be a SIGBUS at the first write.
             os.posix_fallocate(self.fd, 0, size)

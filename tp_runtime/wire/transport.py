@@ -9,6 +9,7 @@ frame is preceded by its length, four bytes, the highest first.
 import array
 import contextlib
 import errno
+import os
 import select
 import socket
 import struct
@@ -17,6 +18,7 @@ from collections.abc import Iterable
 from multiprocessing import connection
 from typing import Any
 
+from .. import reasons
 from ..errors import ProtocolError, TPRuntimeError
 from .protocol import MAX_FRAME_BYTES
 
@@ -47,8 +49,7 @@ class Readiness:
             self._epoll = select.epoll()
         except OSError as error:
             raise TPRuntimeError(
-                f"A process group cannot be watched ({error.strerror}). "
-                "Restart ComfyUI, or raise its limit of open files (ulimit -n)."
+                f"A process group cannot be watched: {reasons.of(error)}"
             ) from error
         self._sources = {
             source if isinstance(source, int) else source.fileno(): source for source in sources
@@ -79,13 +80,19 @@ class Readiness:
 def receive_with_fds(stream: socket.socket, max_fds: int) -> tuple[bytes, list[int]]:
     """One packet and its file descriptors, which no program that this process starts inherits.
 
+    Raises OSError: this process may not have so many.
+
     Not ``socket.recv_fds``, which ignores its flags (CPython 3.11).
     """
     fds = array.array("i")
     room = socket.CMSG_SPACE(max_fds * fds.itemsize)
-    packet, ancillary, *_ = stream.recvmsg(MAX_PACKET_BYTES, room, socket.MSG_CMSG_CLOEXEC)
+    packet, ancillary, flags, _ = stream.recvmsg(MAX_PACKET_BYTES, room, socket.MSG_CMSG_CLOEXEC)
     for _, _, data in ancillary:
         fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    if flags & socket.MSG_CTRUNC:  # the kernel gives as many as may be open, and no error
+        for fd in fds:
+            os.close(fd)
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
     return packet, list(fds)
 
 

@@ -63,9 +63,10 @@ def check_fits(patch: WeightPatch, shape: Sequence[int]) -> None:
     """Raises PatchError if the patch cannot be applied to a weight of that shape."""
     weight = torch.empty(tuple(shape), device="meta")
     try:
-        if patch.kind == "diff":  # which would be broadcast
+        if patch.kind == "diff" and patch.strength != 0.0:  # which would be broadcast
             place = weight if patch.offset is None else weight.narrow(*patch.offset)
-            patch.factors[0].view(place.shape)
+            if patch.factors[0].shape != place.shape:
+                raise PatchError(f"{tuple(patch.factors[0].shape)} is not {tuple(place.shape)}")
         patched(weight, [patch])
     except (RuntimeError, IndexError, TypeError) as error:
         raise PatchError(str(error)) from error

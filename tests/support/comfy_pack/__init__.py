@@ -19,6 +19,9 @@ from .nodes import (
     TPTestModelPatches,
     TPTestNaNLatent,
     TPTestPreviewMethod,
+    TPTestSeen,
+    TPTestTwoModels,
+    TPTestVideoVAE,
 )
 from .text_encoder import extend_clip_loader
 
@@ -38,7 +41,15 @@ class TestExtension(ComfyExtension):
     """The nodes of `nodes.py`."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [TPTestConditioning, TPTestModelPatches, TPTestNaNLatent, TPTestPreviewMethod]
+        return [
+            TPTestConditioning,
+            TPTestModelPatches,
+            TPTestNaNLatent,
+            TPTestPreviewMethod,
+            TPTestTwoModels,
+            TPTestSeen,
+            TPTestVideoVAE,
+        ]
 
 
 async def comfy_entrypoint() -> TestExtension:

@@ -31,7 +31,7 @@ def _correct_z_image(config: dict[str, Any], weights: StateDict, prefix: str) ->
         "ffn_dim_multiplier": 8.0 / 3.0,
         "z_image_modulation": True,
         "time_scale": 1000.0,
-        "pad_tokens_multiple": 32,
+        "pad_tokens_multiple": 32 if f"{prefix}cap_pad_token" in weights else None,
         "tiny": True,
     }
 

@@ -2,11 +2,16 @@
 
 from typing import Any
 
+import comfy.model_management
+import comfy.samplers
 import torch
 from comfy.cli_args import LatentPreviewMethod, args
 from comfy.clip_vision import Output
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
+
+# `io.MODEL_PATCH` has another name in newer releases; the socket's type is the same.
+_MODEL_PATCH = io.Custom("MODEL_PATCH")
 
 
 class TPTestConditioning(io.ComfyNode):
@@ -41,7 +46,7 @@ class TPTestConditioning(io.ComfyNode):
     ) -> io.NodeOutput:
         generator = torch.Generator().manual_seed(seed)
         embedding = torch.randn(batch, length, width, generator=generator)
-        more = {}
+        more: dict[str, Any] = {"pooled_output": None}  # as encoders without one have it
         if pooled_width:
             more["pooled_output"] = torch.randn(batch, pooled_width, generator=generator)
         return io.NodeOutput([[embedding, more]])
@@ -93,6 +98,62 @@ class TPTestPreviewMethod(io.ComfyNode):
         return io.NodeOutput(samples)
 
 
+class TPTestSeen(io.ComfyNode):
+    """What a CLIP vision model says of a picture, without the model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TPTestSeen",
+            category="testing",
+            description="Random features that depend on the inputs only.",
+            inputs=[
+                io.Int.Input("seed", default=0, min=0, max=2**63 - 1),
+                io.Int.Input("patches", default=257, min=1, max=4096),
+                io.Int.Input("width", default=1280, min=1, max=8192),
+            ],
+            outputs=[io.ClipVisionOutput.Output()],
+        )
+
+    @classmethod
+    def execute(cls, seed: int, patches: int, width: int) -> io.NodeOutput:
+        seen = Output()
+        generator = torch.Generator().manual_seed(seed)
+        seen.penultimate_hidden_states = torch.randn(1, patches, width, generator=generator)
+        return io.NodeOutput(seen)
+
+
+class TPTestVideoVAE(io.ComfyNode):
+    """What stands for Wan 2.2's VAE of 48 channels, which ComfyUI builds in its full size only."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TPTestVideoVAE",
+            category="testing",
+            description="Its latents are random, and the same for every picture of a size.",
+            outputs=[io.Vae.Output()],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(_VideoVAE())
+
+
+class _VideoVAE:
+    """Encodes one picture to one latent frame of a sixteenth of its sides."""
+
+    latent_channels = 48
+
+    def spacial_compression_encode(self) -> int:
+        return 16
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        _, height, width, _ = pixels.shape
+        generator = torch.Generator().manual_seed(height + width)
+        return torch.randn(1, 48, 1, height // 16, width // 16, generator=generator)
+
+
 class TPTestModelPatches(io.ComfyNode):
     """The two kinds of patches that ModelPatchLoader reads, for models of width 384."""
 
@@ -103,8 +164,8 @@ class TPTestModelPatches(io.ComfyNode):
             category="testing",
             description="ComfyUI's own classes; its loader has the sizes of the real models fixed.",
             outputs=[
-                io.MODEL_PATCH.Output("control"),
-                io.MODEL_PATCH.Output("style"),
+                _MODEL_PATCH.Output("control"),
+                _MODEL_PATCH.Output("style"),
                 io.ClipVisionOutput.Output("seen"),
             ],
         )
@@ -130,3 +191,59 @@ def _patcher(module: torch.nn.Module) -> ModelPatcher:
         torch.nn.init.normal_(weight, std=0.02)
     device = torch.device("cpu")
     return ModelPatcher(module, load_device=device, offload_device=device)
+
+
+class TwoModels(comfy.samplers.CFGGuider):
+    """The positive conditioning goes to one model, the negative to another, with one's options."""
+
+    def __init__(self, model: ModelPatcher, negative_model: ModelPatcher) -> None:
+        super().__init__(model)
+        self._negative = negative_model
+
+    def outer_sample(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        comfy.model_management.load_models_gpu([self._negative])
+        self._negative.pre_run()
+        try:
+            return super().outer_sample(*args, **kwargs)
+        finally:
+            self._negative.cleanup()
+
+    def predict_noise(
+        self, x: torch.Tensor, timestep: torch.Tensor, model_options: Any = None, _seed: Any = None
+    ) -> torch.Tensor:
+        halves = [
+            comfy.samplers.calc_cond_batch(model, [self.conds[name]], x, timestep, model_options)[0]
+            for name, model in (("positive", self.inner_model), ("negative", self._negative.model))
+        ]
+        return comfy.samplers.cfg_function(
+            self.inner_model, *halves, self.cfg, x, timestep, model_options=model_options
+        )
+
+
+class TPTestTwoModels(io.ComfyNode):
+    """A guider over two models, as newer releases of ComfyUI have one (DualModelGuider)."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TPTestTwoModels",
+            category="testing",
+            description="Evaluates the negative conditioning on another model.",
+            inputs=[
+                io.Model.Input("model"),
+                io.Model.Input("negative_model"),
+                io.Conditioning.Input("positive"),
+                io.Conditioning.Input("negative"),
+                io.Float.Input("cfg", default=2.0),
+            ],
+            outputs=[io.Guider.Output()],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: Any, negative_model: Any, positive: Any, negative: Any, cfg: float
+    ) -> io.NodeOutput:
+        guider = TwoModels(model, negative_model)
+        guider.set_conds(positive, negative)
+        guider.set_cfg(cfg)
+        return io.NodeOutput(guider)

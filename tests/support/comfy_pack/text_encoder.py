@@ -32,7 +32,7 @@ class TinyTextEncoder:
         seed = int.from_bytes(hashlib.sha256(tokens.encode()).digest()[:6], "big")
         generator = torch.Generator().manual_seed(seed)
         embedding = torch.randn(1, _TOKENS, self._width, generator=generator)
-        more = {}
+        more: dict[str, Any] = {"pooled_output": None}  # as encoders without one have it
         if self._pooled_width:
             more["pooled_output"] = torch.randn(1, self._pooled_width, generator=generator)
         return [[embedding, more]]

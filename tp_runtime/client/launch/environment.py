@@ -2,7 +2,7 @@
 
 import os
 
-from ...config import PACKAGE, log_level
+from ...config import PACKAGE, home, log_level
 
 # What vLLM, NCCL and torch must know before they are imported. NVLink multicast and vLLM's two uses
 # of it stay off: it is a shared resource of the whole NVSwitch fabric.
@@ -23,13 +23,32 @@ RANK_ENVIRONMENT = {
 _OF_COMFYUI = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
+COMPILE_CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+
+
+def compile_caches() -> dict[str, str]:
+    """Where what ranks compile is kept for the next start.
+
+    torch's own choice is in the temporary folder, where its import leaves an empty folder, too.
+    """
+    return {variable: str(home() / "compiled" / name) for variable, name in COMPILE_CACHES.items()}
+
+
+def code_that_runs(module: str) -> str:
+    """What a Python runs with ``-c`` to run a module of this package.
+
+    The package's folder is not on its PYTHONPATH: in that, a colon in a path separates two.
+    """
+    return (
+        f"import runpy, sys; sys.path.insert(0, {str(PACKAGE.parent)!r}); "
+        f'runpy.run_module({module!r}, run_name="__main__", alter_sys=True)'
+    )
+
+
 def inherited_environment() -> dict[str, str]:
     """This process's environment, made fit for one that runs this package."""
-    package_root = str(PACKAGE.parent)
-    inherited = os.environ.get("PYTHONPATH")
     return {
         **RANK_ENVIRONMENT,
         **{name: value for name, value in os.environ.items() if name not in _OF_COMFYUI},
         "VLLM_LOGGING_LEVEL": log_level(),
-        "PYTHONPATH": package_root + os.pathsep + inherited if inherited else package_root,
     }

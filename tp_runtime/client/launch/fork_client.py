@@ -1,13 +1,13 @@
 """Fork servers, seen from ComfyUI's process: starts them, asks them for ranks, ends them.
 
-``rank/fork_server.py`` is the program. One server serves all groups of this
-process that have the same Python and the same environment; but one that becomes a rank serves once.
+``rank/fork_server.py`` is the program. One server serves all groups of this process that have the
+same Python and the same environment.
 """
 
+import errno
 import os
 import socket
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Hashable, Mapping, Sequence
@@ -15,10 +15,12 @@ from concurrent.futures import Future
 
 import msgspec
 
+from ... import reasons
 from ...config import WorkerConfig
 from ...wire.transport import receive_with_fds, wait
 from ..poll import POLL_S, Poll
-from .launcher import describe_status, tail_of
+from .environment import COMPILE_CACHES, code_that_runs
+from .launcher import tail_of
 
 FORK_TIMEOUT_S = 30.0
 EXIT_TIMEOUT_S = 1.0  # the process ends a moment after its connection
@@ -27,13 +29,13 @@ MAX_ANSWER_BYTES = 64
 # PR_SET_PDEATHSIG: the kernel ends the server together with the thread that started it, whatever
 # it is doing. Set before the imports, which take seconds; if that was too late, the socket's other
 # end is closed.
-_SERVER_CODE = """\
-import ctypes, runpy, select, signal, sys
+_SERVER_CODE = f"""\
+import ctypes, select, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 stream = select.poll()
 stream.register(int(sys.argv[1]), select.POLLHUP)
 stream.poll(0) and sys.exit()
-runpy.run_module("tp_runtime.rank.fork_server", run_name="__main__", alter_sys=True)"""
+{code_that_runs("tp_runtime.rank.fork_server")}"""
 
 # What packages read of the environment while they are imported, so that it cannot be changed
 # afterwards; everything else each rank gets as it is when its group starts.
@@ -47,17 +49,19 @@ class ForkServerError(Exception):
 class ForkServer:
     """A fork server of this process. Thread-safe."""
 
-    def __init__(
-        self, python: str, environment: Mapping[str, str], becomes_rank: bool = False
-    ) -> None:
-        """Start the process, which takes a while until it is up. Raises OSError."""
+    def __init__(self, python: str, environment: Mapping[str, str], keep: bool = False) -> None:
+        """Start the process, which takes a while until it is up. Raises OSError.
+
+        ``keep``: it does not end when it has had no rank for long.
+        """
         self.is_up = False
         self._is_gone = False
         self._environment = environment
         self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as this object)
+        # On no disk: that of temporary files may be full, or read-only.
+        self._log = open(os.memfd_create("tp-runtime-fork-server-log", os.MFD_CLOEXEC), "r+b")  # noqa: SIM115  (open as long as this object)
         command = [python, "-c", _SERVER_CODE, str(theirs.fileno())]
-        command += ["become"] if becomes_rank else []
+        command += ["keep"] if keep else []
         started: Future[subprocess.Popen[bytes]] = Future()
 
         def own() -> None:
@@ -79,7 +83,11 @@ class ForkServer:
                 started.set_result(process)
                 process.wait()
 
-        threading.Thread(target=own, name="tp-runtime-fork-server", daemon=True).start()
+        try:
+            threading.Thread(target=own, name="tp-runtime-fork-server", daemon=True).start()
+        except RuntimeError as error:
+            theirs.close()
+            raise OSError(errno.EAGAIN, str(error)) from error
         self._process = started.result()
 
     @property
@@ -113,11 +121,11 @@ class ForkServer:
         Raises:
             ForkServerError: as ``wait_until_up``; or the system has no room for a process.
         """
-        changes = {
-            name: environment.get(name)
+        changes = [
+            (os.fsencode(name), None if value is None else os.fsencode(value))
             for name in environment.keys() | self._environment.keys()
-            if environment.get(name) != self._environment.get(name)
-        }
+            if (value := environment.get(name)) != self._environment.get(name)
+        ]
         answers = self._ask(msgspec.structs.replace(worker, environment=changes), fds)
         try:
             if not wait([answers], FORK_TIMEOUT_S):
@@ -128,9 +136,7 @@ class ForkServer:
                 raise self._gone()
             answer = msgspec.json.decode(packet, type=int | str)
             if isinstance(answer, str):
-                raise ForkServerError(
-                    f"could not fork ({answer}): free some memory, or raise the limit of processes"
-                )
+                raise ForkServerError(f"could not fork: {answer}")
             return answer, pidfds[0], answers
         except BaseException:
             answers.close()
@@ -143,7 +149,7 @@ class ForkServer:
             try:
                 packet = msgspec.json.encode(request)
                 socket.send_fds(self._requests, [packet], [theirs.fileno(), *fds])
-            except BrokenPipeError:
+            except ConnectionError:  # a reset where it ended with a request unread
                 answers.close()
                 raise self._gone() from None
         return answers
@@ -158,7 +164,7 @@ class ForkServer:
     def describe_exit(self) -> str:
         """How the process ended, for a message to a person; it has closed its connection."""
         try:
-            return describe_status(self._process.wait(EXIT_TIMEOUT_S))
+            return reasons.how_ended(self._process.wait(EXIT_TIMEOUT_S))
         except subprocess.TimeoutExpired:
             self._process.kill()
             return "closed its connection and was ended"
@@ -176,13 +182,17 @@ _servers: dict[Hashable, ForkServer] = {}
 _lock = threading.Lock()
 
 
-def fork_server(python: str, environment: Mapping[str, str]) -> ForkServer:
+def fork_server(python: str, environment: Mapping[str, str], *, keep: bool = False) -> ForkServer:
     """The running server for that Python and environment; it may be a new one, not yet up.
+
+    ``keep``: a new one ends with this process only, however long it has no rank.
 
     Raises OSError if it cannot be started.
     """
     fixed = {
-        name: value for name, value in environment.items() if name.startswith(_READ_BY_IMPORTS)
+        name: value
+        for name, value in environment.items()
+        if name.startswith(_READ_BY_IMPORTS) and name not in COMPILE_CACHES  # read by whom compiles
     }
     # A process that was forked from this one has none of its servers.
     key = (os.getpid(), python, frozenset(fixed.items()))
@@ -190,5 +200,5 @@ def fork_server(python: str, environment: Mapping[str, str]) -> ForkServer:
         for ended in [key for key, server in _servers.items() if server.has_ended()]:
             del _servers[ended]
         if key not in _servers:
-            _servers[key] = ForkServer(python, environment)
+            _servers[key] = ForkServer(python, environment, keep)
         return _servers[key]

@@ -1,4 +1,4 @@
-"""The folder of a group on disk: logs and rendezvous file."""
+"""The folder of a group on disk, which has its logs."""
 
 import contextlib
 import fcntl
@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from ... import reasons
 from ...config import home
 from ...errors import GroupStartError
 
@@ -14,7 +15,7 @@ KEPT_FOLDERS = 10  # of groups that are gone, so that their logs can still be re
 
 
 class GroupFolder:
-    """The private folder of a live group: its logs and its rendezvous file.
+    """The private folder of a live group, for its logs.
 
     A lock on it, which ends with this process, tells a live group's folder from one that a
     process left when it was killed. Process numbers would not: they are used again, and mean
@@ -35,20 +36,15 @@ class GroupFolder:
             GroupStartError: ``home()`` is not a place for it.
         """
         groups = home() / "groups"
-        if set(str(groups)) & set("#?"):
-            raise GroupStartError(
-                f"The folder {groups} cannot be used: torch reads '#' and '?' in its path as the "
-                "parts of an address. Set TP_RUNTIME_HOME to another folder."
-            )
         try:
             groups.mkdir(parents=True, exist_ok=True, mode=0o700)
             _sweep(groups)
             # mkdtemp makes the folder readable by its owner only.
-            return cls(Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=groups.absolute())))
+            return cls(Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=groups)))
         except OSError as error:
             raise GroupStartError(
                 f"The folder {groups} for the ranks' logs cannot be written ({error}). "
-                "Set TP_RUNTIME_HOME to a folder of yours."
+                f"{reasons.advice(str(error)) or reasons.STATE_FOLDER}"
             ) from error
 
     def release(self, keep: bool) -> None:

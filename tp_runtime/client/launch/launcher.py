@@ -7,13 +7,14 @@ Ray cluster.
 
 import logging
 import os
-import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from ... import machine, reasons
 from ...config import GroupConfig
+from ...errors import GroupStartError
 from ...wire.exchange import Exchange
 from ...wire.transport import Channel
 from ..poll import Poll
@@ -22,12 +23,6 @@ logger = logging.getLogger("tp_runtime")
 
 KILL_TIMEOUT_S = 10.0
 LOG_TAIL_BYTES = 4000
-
-# Signals that say what has happened.
-_SIGNALS: dict[int, str] = {
-    signal.SIGKILL: " (by somebody, or by Linux because the host's memory ran out)",
-    signal.SIGBUS: " (a file that it was reading was cut short, or the host's memory ran out)",
-}
 
 
 class Rank(Protocol):
@@ -101,26 +96,27 @@ class Launcher(Protocol):
         ...
 
 
-def describe_status(code: int) -> str:
-    """How a process ended, in words; ``code`` as ``subprocess`` counts it: signals below 0."""
-    if code < 0:
-        return f"was killed by signal {-code}{_SIGNALS.get(-code, '')}"
-    return f"exited with status {code}"
+def check_system_calls() -> None:
+    """Raises GroupStartError if a sandbox refuses what a group needs."""
+    if refused := machine.refused_system_call():
+        raise GroupStartError(
+            f"A process group needs the system call {refused}. {reasons.advice(refused)}"
+        )
 
 
 def tail_of(log: BinaryIO) -> str:
     """The end of a log, for a message to a person."""
     log.seek(max(0, log.seek(0, os.SEEK_END) - LOG_TAIL_BYTES))
-    return log.read(LOG_TAIL_BYTES).decode(errors="replace").strip()
+    return log.read(LOG_TAIL_BYTES).decode(errors="replace").strip() or "(It is empty.)"
 
 
 def tail_of_file(path: Path) -> str:
-    """The end of a log; empty if there is none."""
+    """The end of a log, or why it cannot be read."""
     try:
         with open(path, "rb") as log:
             return tail_of(log)
-    except FileNotFoundError:
-        return ""
+    except OSError as error:
+        return f"(The log cannot be read: {error}.)"
 
 
 def end_ranks(ranks: Sequence[Rank], grace_s: float) -> None:

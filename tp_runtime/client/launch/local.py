@@ -1,8 +1,6 @@
 """Runs the ranks of a group as processes of this machine.
 
-On the CPU they are forked from a process that has imported what they need (``fork_client``). For a
-GPU each is such a process itself: that a forked one can do all that a rank does on a GPU has not
-been shown.
+They are forked from a process that has imported what they need and sees no GPU (``fork_client``).
 """
 
 import contextlib
@@ -15,16 +13,17 @@ from pathlib import Path
 
 import msgspec
 
-from ...config import GroupConfig, WorkerConfig, attention_kernel, fault_file, home, log_level
+from ... import machine, reasons
+from ...config import GroupConfig, WorkerConfig, attention_kernel, fault_file, log_level
 from ...errors import GroupStartError
 from ...wire.exchange import Exchange
 from ...wire.transport import Channel, wait
 from .. import failures
 from ..poll import Poll
-from .environment import inherited_environment
+from .environment import compile_caches, inherited_environment
 from .fork_client import MAX_ANSWER_BYTES, ForkServer, ForkServerError, fork_server
 from .group_folder import GroupFolder
-from .launcher import Rank, describe_status, end_ranks, tail_of_file
+from .launcher import Rank, check_system_calls, end_ranks, tail_of_file
 
 STATUS_TIMEOUT_S = 1.0  # a rank's exit status comes a moment after its end
 
@@ -38,15 +37,10 @@ _ENVIRONMENT = {
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
 }
 
-_COMPILE_CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
-
 
 @dataclass
 class LocalRank:
-    """One running rank of this machine: a child of its fork server, or that server itself.
-
-    On a GPU, what was started as a server has become the rank.
-    """
+    """One running rank of this machine, a child of its fork server."""
 
     index: int
     channel: Channel
@@ -68,11 +62,9 @@ class LocalRank:
     def describe_exit(self) -> str:
         if not self.ended(STATUS_TIMEOUT_S):  # its stream ends a moment before the process does
             return "closed its connection"
-        if self.pid == self.server.pid:
-            return self.server.describe_exit()
         told = wait([self.status], STATUS_TIMEOUT_S)
         if told and (packet := self.status.recv(MAX_ANSWER_BYTES, socket.MSG_PEEK)):
-            return describe_status(msgspec.json.decode(packet, type=int))
+            return reasons.how_ended(msgspec.json.decode(packet, type=int))
         server = f"its fork server (process {self.server.pid})"
         return f"ended with {server}, which {self.server.describe_exit()}"
 
@@ -81,7 +73,11 @@ class LocalRank:
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.death_fd, signal.SIGKILL)
+            try:
+                signal.pidfd_send_signal(self.death_fd, signal.SIGKILL)
+            except OSError:  # a sandbox refuses it; the number is the process's while that lives
+                if not self.ended(0):
+                    os.kill(self.pid, signal.SIGKILL)
 
     def release(self) -> None:
         self.channel.close()
@@ -99,17 +95,15 @@ class LocalLauncher:
     """
 
     def __init__(self) -> None:
-        self._servers: list[ForkServer] = []  # each rank's, by its index
+        self._server: ForkServer | None = None
         self._folder: GroupFolder | None = None
 
     def prepare(self, config: GroupConfig, poll: Poll) -> None:
-        """Have the group's folder, and fork servers that are up."""
+        """Have the group's folder, and a fork server that is up."""
+        check_system_calls()
         try:
             self._folder = GroupFolder.create()
-            if _forks(config):
-                self._servers = [_running_server(config, poll)] * config.num_ranks
-            else:
-                self._servers = _future_ranks(config, poll)
+            self._server = _running_server(config, poll)
         except BaseException:
             self.clean_up(keep_logs=False)
             raise
@@ -117,35 +111,41 @@ class LocalLauncher:
     def launch(self, config: GroupConfig, exchange: Exchange, poll: Poll) -> Sequence[Rank]:
         ranks: list[Rank] = []
         try:
-            for index in range(config.num_ranks):
-                poll()
-                ranks.append(self._launch_rank(config, index, exchange))
+            # Where torch's ranks meet: like all that they share, without a name and on no disk.
+            rendezvous_fd = os.memfd_create("tp-runtime-rendezvous", os.MFD_CLOEXEC)
+            try:
+                for index in range(config.num_ranks):
+                    poll()
+                    ranks.append(self._launch_rank(config, index, exchange.fd, rendezvous_fd))
+            finally:
+                os.close(rendezvous_fd)
         except BaseException as error:
             end_ranks(ranks, grace_s=0)
-            if not _forks(config):
-                for server in self._servers:  # those that have not become ranks
-                    server.kill()
             self.clean_up(keep_logs=False)
             what = f"No process could be started for a rank of {config.num_ranks}:"
             if isinstance(error, ForkServerError):
-                raise GroupStartError(f"{what} the fork server {error}.") from error
+                assert self._server is not None, "prepare comes first"
+                log = self._server.log_tail()
+                sentence = failures.advised(f"{what} the fork server {error}.", f"{error} {log}")
+                raise GroupStartError(f"{sentence} Its log ends:\n{log}") from error
             if isinstance(error, OSError):
-                raise GroupStartError(f"{what} {error}.") from error
+                raise GroupStartError(f"{what} {reasons.of(error)}") from error
             raise
         return ranks
 
-    def _launch_rank(self, config: GroupConfig, index: int, exchange: Exchange) -> LocalRank:
+    def _launch_rank(
+        self, config: GroupConfig, index: int, exchange_fd: int, rendezvous_fd: int
+    ) -> LocalRank:
         assert self._folder is not None, "prepare comes first"
-        folder, server = self._folder.path, self._servers[index]
+        assert self._server is not None, "prepare comes first"
+        folder, server = self._folder.path, self._server
         worker = WorkerConfig(
             rank=index,
             local_rank=index,
             tp_size=config.tp_size,
             batch_groups=config.batch_groups,
             device=config.device,
-            # Not as_uri(): torch takes the path as it is, percent signs included.
-            rendezvous=f"file://{folder / 'rendezvous'}",
-            num_threads=max(1, _usable_cores() // config.num_ranks),
+            num_threads=max(1, machine.cores() // config.num_ranks),
             log_level=log_level(),
             fault_file=fault_file(),
             attention=attention_kernel(),
@@ -157,7 +157,7 @@ class LocalLauncher:
         with contextlib.ExitStack() as on_error, rank_end:
             on_error.callback(channel.close)
             with open(os.open(log_path, flags, 0o600), "ab") as log:
-                fds = (rank_end.fileno(), exchange.fd, log.fileno())
+                fds = (rank_end.fileno(), exchange_fd, log.fileno(), rendezvous_fd)
                 forked = server.fork(worker, _rank_environment(config), fds)
             on_error.pop_all()
         return LocalRank(index, channel, *forked, server, log_path)
@@ -166,6 +166,16 @@ class LocalLauncher:
         if self._folder is not None:
             self._folder.release(keep_logs)
             self._folder = None
+
+
+def prepare_start(python: str, *, keep: bool = False) -> None:
+    """Have what ranks are forked from import in the background, so that a group starts sooner.
+
+    ``keep``: that process stays until this one ends. Returns at once and raises nothing: the start
+    of a group says what is wrong.
+    """
+    with contextlib.suppress(OSError):
+        fork_server(python, _server_environment(), keep=keep)
 
 
 def _running_server(config: GroupConfig, poll: Poll) -> ForkServer:
@@ -184,37 +194,9 @@ def _running_server(config: GroupConfig, poll: Poll) -> ForkServer:
             # It has ended since the last group: it had no rank for long, or was killed.
 
 
-def _future_ranks(config: GroupConfig, poll: Poll) -> list[ForkServer]:
-    """For each rank a process that is about to become it. Raises GroupStartError."""
-    with contextlib.ExitStack() as on_error:
-        servers = []
-        try:
-            for _ in range(config.num_ranks):
-                environment = _rank_environment(config)
-                servers.append(ForkServer(config.python, environment, becomes_rank=True))
-                on_error.callback(servers[-1].kill)
-        except OSError as error:
-            raise failures.no_python(config, error) from error
-        for server in servers:
-            try:
-                server.wait_until_up(poll, config.start_timeout_s)
-            except ForkServerError as error:
-                raise failures.no_fork_server(config, error, server.log_tail()) from error
-        on_error.pop_all()
-    return servers
-
-
-def _forks(config: GroupConfig) -> bool:
-    return config.device == "cpu"
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
 def _environment() -> dict[str, str]:
     """What the environments of the fork server and of all ranks have in common."""
-    return inherited_environment() | _ENVIRONMENT
+    return compile_caches() | inherited_environment() | _ENVIRONMENT
 
 
 def _server_environment() -> dict[str, str]:
@@ -230,9 +212,6 @@ def _rank_environment(config: GroupConfig) -> dict[str, str]:
     """The environment of a rank: it sees the GPUs of its group only."""
     environment = _environment()
     if config.device == "cuda":
-        # What a rank compiles is there at the next start; torch's own choice is below /tmp.
-        for variable, name in _COMPILE_CACHES.items():
-            environment.setdefault(variable, str(home() / "compiled" / name))
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else None
         chosen = [names[index] if names else str(index) for index in config.devices]

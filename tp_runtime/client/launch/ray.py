@@ -16,10 +16,11 @@ from ...wire.exchange import Exchange
 from ...wire.handshake import Member, Reception, new_token
 from ...wire.ray_messages import Placed, Run, Waiting
 from ...wire.transport import SILENCE_S, Channel
+from .. import failures
 from ..poll import POLL_S, Poll
 from .environment import RANK_ENVIRONMENT
 from .group_folder import GroupFolder
-from .launcher import tail_of_file
+from .launcher import check_system_calls, tail_of_file
 from .ray_driver_client import Driver, forget_count
 
 logger = logging.getLogger("tp_runtime")
@@ -82,15 +83,18 @@ class RayLauncher:
         self._placed: Placed | None = None
 
     def prepare(self, config: GroupConfig, poll: Poll) -> None:
+        check_system_calls()
         self._address = config.ray_address
         self._folder = GroupFolder.create()
-        self._driver = Driver(config, config.num_ranks, self._folder.path)
+        with failures.on_ray():
+            self._driver = Driver(config, config.num_ranks, self._folder.path)
         self._placed = _placed(config, self._driver, poll)
 
     def launch(self, config: GroupConfig, exchange: Exchange, poll: Poll) -> Sequence[RayRank]:
         assert self._driver is not None, "not prepared"
         assert self._placed is not None, "not prepared"
-        return _connected(config, self._driver, self._placed, exchange, poll)
+        with failures.on_ray():
+            return _connected(config, self._driver, self._placed, exchange, poll)
 
     def clean_up(self, keep_logs: bool) -> None:
         forget_count(self._address)
@@ -181,7 +185,6 @@ def _order(config: GroupConfig, address: tuple[str, int], token: bytes, exchange
         device=config.device,
         control_fd=-1,
         exchange_fd=-1,
-        rendezvous="",
         num_threads=1,
         log_level=log_level(),
         fault_file=fault_file(),

@@ -18,14 +18,16 @@ from pathlib import Path
 import msgspec
 import psutil
 
+from ... import reasons
 from ...config import PACKAGE, GroupConfig
 from ...errors import GroupStartError
 from ...wire.handshake import new_token
 from ...wire.ray_messages import DriverConfig, Ended, FromDriver, Refused, Run, Waiting
 from ...wire.transport import Channel, wait
 from .. import failures
-from .environment import inherited_environment
+from .environment import code_that_runs, inherited_environment
 from .group_folder import GroupFolder
+from .launcher import tail_of_file
 
 END_TIMEOUT_S = 15.0
 ASK_TIMEOUT_S = 60.0
@@ -52,11 +54,8 @@ class Driver:
                 num_ranks=num_ranks,
                 device=config.device,
             )
-            arguments = [
-                "-m",
-                f"{PACKAGE.name}.ray_driver.driver",
-                msgspec.json.encode(driver).decode(),
-            ]
+            code = code_that_runs("tp_runtime.ray_driver.driver")
+            arguments = ["-c", code, msgspec.json.encode(driver).decode()]
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
             try:
                 with open(os.open(self.log_path, flags, 0o600), "ab") as log:
@@ -91,11 +90,17 @@ class Driver:
             if isinstance(message, Ended):
                 self.ended_ranks[message.rank] = message.why
         if self._channel.ended:
-            raise GroupStartError(f"The driver process for Ray has ended. Its log: {self.log_path}")
+            how = reasons.how_ended(self.process.wait()) if self.ended(1.0) else "hung up"
+            tail = tail_of_file(self.log_path)
+            raise GroupStartError(
+                f"The driver process for Ray {how}. {reasons.advice(tail)} "
+                f"Its log {self.log_path} ends:\n{tail}"
+            )
         return messages
 
     def send(self, order: Run) -> None:
-        self._channel.send(msgspec.msgpack.encode(order))
+        with contextlib.suppress(EOFError):  # it has ended: `receive` says how
+            self._channel.send(msgspec.msgpack.encode(order))
 
     def how_ended(self, rank: int, timeout_s: float) -> str:
         """How a rank ended; empty if the driver does not know after so long."""
@@ -169,7 +174,8 @@ def _ask(address: str, python: str) -> int:
     answer: Waiting | None = None
     with contextlib.ExitStack() as at_end:
         at_end.callback(lambda: folder.release(keep=answer is None))
-        driver = Driver(config, 0, folder.path)
+        with failures.on_ray():
+            driver = Driver(config, 0, folder.path)
         at_end.callback(driver.kill)
         deadline = time.monotonic() + ASK_TIMEOUT_S
         while answer is None and time.monotonic() < deadline:

@@ -25,6 +25,7 @@ class FluxSizes(Sizes):
     patch_size: ClassVar = 1  # diffusers packs patches outside of the model
     to_diffusers: ClassVar = "patch_size axes_dims_rope=axes_dims"
     to_comfyui: ClassVar = "num_heads out_channels axes_dim=axes_dims"
+    plain_inputs, options = ("control", "ref_latents_method"), ("rope_options",)
     num_heads: int = size(of.heads("img_in.weight", _EITHER), "num_attention_heads")
     head_dim: int = size(of.length(_EITHER), "attention_head_dim")
     num_doubles: int = size(of.blocks("double_blocks"), "num_layers")
@@ -44,7 +45,7 @@ class FluxSizes(Sizes):
     def inputs(self) -> dict[str, Input]:
         captions, pooled = of.captions(self.context_dim), of.pooled_captions(self.vector_dim)
         others = {"guidance": of.GUIDANCES, "ref_latents": self.geometry.references()}
-        return {"context": captions, "y": pooled, **others}
+        return {"context": captions, "y": pooled, "attention_mask": of.MASKS, **others}
 
     @cached_property
     def table(self) -> Table:

@@ -63,7 +63,9 @@ class Forward(DualStreamForward):
         check_method(self.label, ref_latents, ref_latents_method, REFERENCE_METHODS)
         rope_options = option(transformer_options, "rope_options")
         positions = positions_of(x, context, ref_latents, ref_latents_method, rope_options)
-        mask = None if attention_mask is None else mask_of(attention_mask, len(positions))
+        mask = None
+        if attention_mask is not None:
+            mask = mask_of(attention_mask, x.shape[0], len(positions))
         if y is None:
             y = x.new_zeros(x.shape[0], self.sizes.vector_dim)
         embedders = self.model.time_text_embed
@@ -187,15 +189,16 @@ def positions_of(
     return torch.cat([text, image, *others])
 
 
-def mask_of(mask: torch.Tensor, num_tokens: int) -> torch.Tensor:
+def mask_of(mask: torch.Tensor, batch: int, num_tokens: int) -> torch.Tensor:
     """(L, L), (B, L, L) or (B, 1, L, L) → four axes, as ComfyUI's attention understands them."""
     if mask.ndim == 2:
         mask = mask[None]
     if mask.ndim == 3:
         mask = mask[:, None]
-    if mask.ndim != 4 or mask.shape[1:] != (1, num_tokens, num_tokens):
+    fits = mask.ndim == 4 and mask.shape[0] in (1, batch)
+    if not fits or mask.shape[1:] != (1, num_tokens, num_tokens):
         raise InputError(
             f"The attention mask of the conditioning has the shape {tuple(mask.shape)}; these "
-            f"latents and captions are {num_tokens} tokens together."
+            f"{batch} latents and captions are {num_tokens} tokens together."
         )
     return mask

@@ -15,6 +15,7 @@ from ..family import Family, Geometry, Input, Sizes, size
 
 TIME_CHANNELS = 256
 MLP_RATIO = 3  # fixed in ComfyUI's model detection
+MAX_REFERENCES = 10  # which the models were published for
 _NORM = "double_blocks.0.img_attn.norm.query_norm"
 _EITHER = f"{_NORM}.{{scale,weight}}"
 
@@ -26,6 +27,8 @@ class Flux2Sizes(Sizes):
     patch_size: ClassVar = 1
     to_diffusers: ClassVar = "patch_size axes_dims_rope=axes_dims"
     to_comfyui: ClassVar = "num_heads out_channels axes_dim=axes_dims"
+    plain_inputs, unused_inputs = ("control", "ref_latents_method"), ("y",)
+    options: ClassVar = ("rope_options",)
     num_heads: int = size(of.heads("img_in.weight", _EITHER), "num_attention_heads")
     head_dim: int = size(of.length(_EITHER), "attention_head_dim")
     num_doubles: int = size(of.blocks("double_blocks"), "num_layers")
@@ -49,8 +52,10 @@ class Flux2Sizes(Sizes):
 
     @property
     def inputs(self) -> dict[str, Input]:
-        captions, references = of.captions(self.context_dim), self.geometry.references()
-        return {"context": captions, "guidance": of.GUIDANCES, "ref_latents": references}
+        captions = of.captions(self.context_dim)
+        references = self.geometry.references(at_most=MAX_REFERENCES)
+        others = {"ref_latents": references, "attention_mask": of.MASKS}
+        return {"context": captions, "guidance": of.GUIDANCES, **others}
 
     @cached_property
     def table(self) -> Table:
@@ -114,6 +119,6 @@ FAMILY = Family(
     signature=("double_stream_modulation_img.lin.weight", "single_stream_modulation.lin.weight"),
     diffusers_class="Flux2Transformer2DModel",
     published=Flux2Sizes(48, 128, 8, 48, 128, 128, 15360, True, "scale"),
-    small=Flux2Sizes(24, 16, 2, 2, 128, 128, 96, True, "scale"),
+    small=Flux2Sizes(24, 16, 2, 2, 128, 128, 64, True, "scale"),
     text_tokens=512,
 )

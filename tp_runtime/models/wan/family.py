@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2 (text to video, image to video, 5B, Fun Control): its files, sizes and split.
+"""Wan 2.1 and 2.2 (text and image to video, 5B, VACE, Fun): its files, sizes and split.
 
 Module: diffusers' ``WanTransformer3DModel`` (0.42, models/transformers/transformer_wan.py).
 File: ComfyUI's ``WanModel`` (0.3.75, comfy/ldm/wan/model.py).
@@ -15,7 +15,10 @@ from ..family import Family, Geometry, Input, Reader, Shapes, Sizes, size
 
 TIME_CHANNELS = 256
 PATCH = (1, 2, 2)
+CAMERA_DOWNSCALE = 8  # pixels of a camera's path along a side of a latent's
 _WIDTH = "head.modulation"
+_OF_VARIANTS = "clip_fea", "reference_latent", "vace_context", "camera_conditions"
+_VACE, _CAMERA = "vace_patch_embedding", "control_adapter"
 
 
 def _head_dim(shapes: Shapes) -> int:
@@ -23,20 +26,23 @@ def _head_dim(shapes: Shapes) -> int:
     return 16 if shapes[_WIDTH][2] % 128 else 128
 
 
-def _where_present(tensor: str, axis: int) -> Reader:
-    """How long an axis of a tensor is; None in files without the tensor."""
-    return lambda shapes: shapes[tensor][axis] if tensor in shapes else None
+def _where_present(tensor: str, axis: int, per: int = 1) -> Reader:
+    """How long an axis of a tensor is, as ``of.length``; None in files without the tensor."""
+    return lambda shapes: shapes[tensor][axis] // per if tensor in shapes else None
 
 
 @dataclass(frozen=True)
 class WanSizes(Sizes):
-    """``image_dim``: of the CLIP features that a model looks at. ``num_positions``: how many of
+    """``image_dim``: of the CLIP features that a model looks at. ``image_positions``: how many of
     them have a learned position (first and last frame). ``reference_channels``: of the picture that
-    goes before the first frame (Fun Control). None where a model has no such input.
+    goes before the first frame (Fun Control). ``vace_channels``: of control videos, which go
+    through ``vace_blocks`` of their own. ``camera_channels``: of a camera's path (Fun Camera). None
+    where a model has no such input.
     """
 
-    to_diffusers: ClassVar = "image_dim added_kv_proj_dim pos_embed_seq_len=num_positions"
+    to_diffusers: ClassVar = "image_dim added_kv_proj_dim pos_embed_seq_len=image_positions"
     to_comfyui: ClassVar = "num_heads text_dim=context_dim"
+    plain_inputs, options = ("vace_strength",), ("rope_options",)
     num_heads: int = size(lambda s: s[_WIDTH][2] // _head_dim(s), "num_attention_heads")
     head_dim: int = size(_head_dim, "attention_head_dim")
     mlp_dim: int = size(of.length("blocks.0.ffn.0.weight"), "ffn_dim")
@@ -47,10 +53,16 @@ class WanSizes(Sizes):
     image_dim: int | None = size(
         _where_present("img_emb.proj.1.weight", 1), lambda s: s.get("image_dim")
     )
-    num_positions: int | None = size(
+    image_positions: int | None = size(
         _where_present("img_emb.emb_pos", 1), lambda s: s.get("pos_embed_seq_len")
     )
     reference_channels: int | None = size(_where_present("ref_conv.weight", 1), lambda _: None)
+
+    vace_blocks: int = size(of.blocks("vace_blocks"), lambda _: 0)
+    vace_channels: int | None = size(_where_present(f"{_VACE}.weight", 1), lambda _: None)
+    camera_channels: int | None = size(
+        _where_present(f"{_CAMERA}.conv.weight", 1, per=CAMERA_DOWNSCALE**2), lambda _: None
+    )
 
     @property
     def added_kv_proj_dim(self) -> int | None:
@@ -64,6 +76,11 @@ class WanSizes(Sizes):
         return self.head_dim - 2 * along, along, along
 
     @property
+    def unused_inputs(self) -> tuple[str, ...]:
+        """Those of other models: `WanImageToVideo` sets CLIP features for every model."""
+        return tuple(name for name in _OF_VARIANTS if name not in self.inputs)
+
+    @property
     def geometry(self) -> Geometry:
         downscale = 16 if self.out_channels == 48 else 8  # 48 channels: the autoencoder of Wan 2.2
         return Geometry(
@@ -72,10 +89,12 @@ class WanSizes(Sizes):
 
     @property
     def inputs(self) -> dict[str, Input]:
-        frames = replace(of.TIMESTEPS, or_axes=("batch", "times"))
+        times = of.TIMESTEPS
+        if not self.vace_channels and not self.camera_channels:
+            times = replace(times, or_axes=("batch", "times"))
         more = ("batch", ("channels", self.in_channels), "more frames", "height", "width")
         found = {
-            "timesteps": frames,
+            "timesteps": times,
             "context": of.captions(self.context_dim),
             "time_dim_concat": Input("Latents of more frames", more, optional=True),
         }
@@ -88,6 +107,17 @@ class WanSizes(Sizes):
         if self.reference_channels:
             picture = ("batch", ("channels", self.reference_channels), "rows", "columns")
             found["reference_latent"] = Input("Reference latents", picture, optional=True)
+        if self.vace_channels:
+            size_of = ("channels", self.vace_channels), "control frames", "rows", "columns"
+            found["vace_context"] = Input("Control videos", ("batch", "videos", *size_of))
+        if self.camera_channels:
+            path = (
+                ("channels", self.camera_channels),
+                "camera frames",
+                "pixel rows",
+                "pixel columns",
+            )
+            found["camera_conditions"] = Input("Camera paths", ("batch", *path), optional=True)
         return found
 
     @cached_property
@@ -137,7 +167,32 @@ class WanSizes(Sizes):
         if self.reference_channels:
             shape = dim, self.reference_channels, *kernel[1:]
             outside += Tensor("ref_conv.weight", "", shape), Tensor("ref_conv.bias", "", (dim,))
-        return Table(outside, (Stack("blocks", "blocks", self.num_blocks, block, attentions),))
+        if self.camera_channels:
+            outside += self._of_cameras(self.camera_channels * CAMERA_DOWNSCALE**2)
+        stacks = [Stack("blocks", "blocks", self.num_blocks, block, attentions)]
+        if self.vace_channels:
+            outside += (
+                Tensor(f"{_VACE}.weight", "", (dim, self.vace_channels, *kernel), exact=True),
+                Tensor(f"{_VACE}.bias", "", (dim,), exact=True),
+                Linear("vace_blocks.0.proj_in", "vace_blocks.0.before_proj", gathered, dim, dim),
+            )
+            block += (Linear("proj_out", "after_proj", gathered, dim, dim, IMAGE),)
+            stacks.append(Stack("vace_blocks", "vace_blocks", self.vace_blocks, block, attentions))
+        return Table(outside, tuple(stacks))
+
+    def _of_cameras(self, channels: int) -> tuple[TableRow, ...]:
+        """The convolutions of a camera's path, which run once a generation, on every rank."""
+        dim, blocks = self.dim, f"{_CAMERA}.residual_block"
+        convolutions = [(f"{blocks}.conv{n}", f"{blocks}s.0.conv{n}") for n in (1, 2)]
+        return (
+            Tensor(f"{_CAMERA}.conv.weight", "", (dim, channels, *PATCH[1:])),
+            Tensor(f"{_CAMERA}.conv.bias", "", (dim,)),
+            *(
+                Tensor(f"{ours}.weight", f"{file}.weight", (dim, dim, 3, 3))
+                for ours, file in convolutions
+            ),
+            *(Tensor(f"{ours}.bias", f"{file}.bias", (dim,)) for ours, file in convolutions),
+        )
 
     def _of_pictures(self, width: int) -> tuple[TableRow, ...]:
         """What prepares CLIP's features for the blocks."""
@@ -148,8 +203,8 @@ class WanSizes(Sizes):
             Linear(f"{ours}.ff.net.2", f"{file}.3", Row(), width, dim),
             Tensor(f"{ours}.norm2.{{weight,bias}}", f"{file}.4.{{weight,bias}}", (dim,)),
         )
-        if self.num_positions:
-            shape = 1, self.num_positions, width
+        if self.image_positions:
+            shape = 1, self.image_positions, width
             rows += (Tensor(f"{ours}.pos_embed", "img_emb.emb_pos", shape),)
         return rows
 
@@ -166,15 +221,13 @@ def _embedder(ours: str, file: str, inputs: int, dim: int) -> tuple[Linear, ...]
 FAMILY = Family(
     name="wan",
     label="Wan",
-    models=("2.1", "2.2", "2.2 5B", "Fun Control"),
+    models=("2.1", "2.2", "2.2 5B", "VACE", "Fun Control", "Fun Camera"),
     sizes=WanSizes,
     signature=("head.modulation", "blocks.0.cross_attn.norm_q.weight", "patch_embedding.weight"),
     diffusers_class="WanTransformer3DModel",
-    published=WanSizes(40, 128, 13824, 40, 16, 16, 4096, None, None, None),
-    small=WanSizes(20, 16, 640, 2, 16, 16, 64, None, None, None),
+    published=WanSizes(40, 128, 13824, 40, 16, 16, 4096, None, None, None, 0, None, None),
+    small=WanSizes(20, 16, 640, 2, 16, 16, 64, None, None, None, 0, None, None),
     variants={
-        "vace_patch_embedding.weight": "Wan VACE",
-        "control_adapter.conv.weight": "Wan Fun Camera",
         "casual_audio_encoder.encoder.final_linear.weight": "Wan S2V",
         "audio_proj.audio_proj_glob_1.layer.bias": "HuMo",
         "face_adapter.fuser_blocks.0.k_norm.weight": "Wan Animate",
@@ -183,4 +236,5 @@ FAMILY = Family(
         "patch_embedding_global.weight": "WanDancer",
     },
     text_tokens=512,
+    extents=((832, 480, 81), (1280, 720, 81)),
 )

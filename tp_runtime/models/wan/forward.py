@@ -4,40 +4,50 @@ Shapes: B batch, C channels, T H W frames and size of the latent, L tokens, D mo
 on this rank, K head width.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...errors import InputError
 from ...gpu.epilogue import Epilogue, Product
 from ..dual_stream import BlockName, skipped_blocks
-from ..family import Sizes
 from ..forward import Conditioning, ShardedForward, option
 from ..layers import attention, project, rms_norm_over_ranks, rope_rotation, rotate_pairs
-from .family import FAMILY, PATCH, TIME_CHANNELS
+from .family import FAMILY, WanSizes
+from .layers import (
+    EPS,
+    as_tokens,
+    check_length,
+    embedded_picture,
+    modulated,
+    padded,
+    positions_of,
+    rows_of,
+    sinusoids,
+    unpatchified,
+    with_variants,
+)
 
-EPS = 1e-6
-CLIP_EPS = 1e-5
 ROPE_THETA = 10000.0
-AXES = (("scale_t", "shift_t"), ("scale_y", "shift_y"), ("scale_x", "shift_x"))
+
+Rows = Sequence[torch.Tensor]
+# Keys and values of what a block looks at beside its tokens: the caption, and a picture.
+Prompt = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 
 class Forward(ShardedForward):
     """Evaluates the sharded module on ComfyUI's forward arguments."""
 
     family = FAMILY
+    sizes: WanSizes
 
     @classmethod
-    def build(cls, sizes: Sizes) -> nn.Module:
-        """diffusers' module, with the convolution that it lacks where the file has one."""
-        module = super().build(sizes)
-        if sizes.reference_channels:  # type: ignore[attr-defined]
-            kernel = PATCH[1:]
-            module.ref_conv = nn.Conv2d(sizes.reference_channels, sizes.dim, kernel, kernel)  # type: ignore[attr-defined]
-        return module
+    def build(cls, sizes: WanSizes) -> nn.Module:  # type: ignore[override]
+        """diffusers' module, with what variants of the model have beside it."""
+        return with_variants(super().build(sizes), sizes)
 
     def condition(
         self,
@@ -46,38 +56,56 @@ class Forward(ShardedForward):
         clip_fea: torch.Tensor | None = None,
         reference_latent: torch.Tensor | None = None,
         time_dim_concat: torch.Tensor | None = None,
+        camera_conditions: torch.Tensor | None = None,
+        vace_context: torch.Tensor | None = None,
+        vace_strength: Sequence[float] = (),
         transformer_options: Mapping[str, Any] | None = None,
     ) -> Conditioning:
         """``keys``, ``values`` (blocks, B, L, N, K) of the caption in every block; ``rotation``.
 
         If present: ``picture_keys`` and ``picture_values`` of CLIP's features; ``reference``
-        (B, L, D), the tokens before the first frame's; ``more`` latents behind the last frame; and
-        the blocks to ``skip``.
+        (B, L, D), the tokens before the first frame's; ``more`` latents behind the last frame; the
+        ``camera``'s share of the tokens (B, L, D); ``vace`` (n, B, L, D), the tokens of n control
+        videos, with the ``vace_keys`` and ``vace_values`` of the caption in its blocks; and the
+        blocks to ``skip``.
         """
         more = None if time_dim_concat is None else padded(time_dim_concat)
         uses_reference = reference_latent is not None and self.sizes.reference_channels
         frames = x.shape[2] + (0 if more is None else more.shape[2]) + bool(uses_reference)
         rope_options = option(transformer_options, "rope_options")
-        positions = _positions((frames, *x.shape[3:]), rope_options, x)
+        positions = positions_of((frames, *x.shape[3:]), rope_options, x)
         text = self._embedded(context)
-        of_text = [(block.attn2.norm_k, block.attn2.to_kv) for block in self._blocks]
+        of_text = [(block.attn2.norm_k, block.attn2.to_kv) for block in self.model.blocks]
         found: Conditioning = {
             "rotation": rope_rotation(positions, self.sizes.axes_dims, ROPE_THETA)
         }
         found["keys"], found["values"] = self._keys_and_values(text, of_text)
         if self.sizes.image_dim:
             # Without features ComfyUI gives these layers the caption, too.
-            picture = text if clip_fea is None else self._embedded_picture(clip_fea)
+            embedder = self.model.condition_embedder.image_embedder
+            picture = text if clip_fea is None else embedded_picture(embedder, clip_fea)
             of_picture = [
-                (block.attn2.norm_added_k, block.attn2.to_added_kv) for block in self._blocks
+                (block.attn2.norm_added_k, block.attn2.to_added_kv) for block in self.model.blocks
             ]
             pair = self._keys_and_values(picture, of_picture)
             found["picture_keys"], found["picture_values"] = pair
         if uses_reference:
             assert reference_latent is not None
-            found["reference"] = _tokens(self.model.ref_conv(reference_latent))
+            found["reference"] = as_tokens(self.model.ref_conv(reference_latent))
         if more is not None:
             found["more"] = more
+        if camera_conditions is not None and self.sizes.camera_channels:
+            found["camera"] = as_tokens(self.model.control_adapter(camera_conditions))
+            check_length("Camera paths", camera_conditions, found["camera"], positions)
+        if vace_context is not None and self.sizes.vace_channels:
+            videos = vace_context.transpose(0, 1)
+            embedded = self.model.vace_patch_embedding(videos.flatten(0, 1).float())
+            tokens = as_tokens(embedded.to(x.dtype))
+            check_length("Control videos", vace_context, tokens, positions)
+            found["vace"] = tokens.unflatten(0, videos.shape[:2])
+            found["vace_strength"] = self._strengths(vace_strength, len(videos))
+            of_text = [(block.attn2.norm_k, block.attn2.to_kv) for block in self.model.vace_blocks]
+            found["vace_keys"], found["vace_values"] = self._keys_and_values(text, of_text)
         if skip := skipped_blocks(transformer_options):
             found["skip"] = skip
         return found
@@ -93,6 +121,11 @@ class Forward(ShardedForward):
         picture_values: torch.Tensor | None = None,
         reference: torch.Tensor | None = None,
         more: torch.Tensor | None = None,
+        camera: torch.Tensor | None = None,
+        vace: torch.Tensor | None = None,
+        vace_strength: Sequence[float] = (),
+        vace_keys: torch.Tensor | None = None,
+        vace_values: torch.Tensor | None = None,
         skip: Sequence[BlockName] = (),
     ) -> torch.Tensor:
         """(B, C, T, H, W) → (B, out_channels, T, H, W); ``timesteps`` (B,) or (B, T)."""
@@ -101,63 +134,116 @@ class Forward(ShardedForward):
         if more is not None:
             x = torch.cat((x, more), dim=2)
         embedded = model.patch_embedding(x.float()).to(x.dtype)
-        grid, tokens = embedded.shape[2:], _tokens(embedded)
+        grid, tokens = embedded.shape[2:], as_tokens(embedded)
+        if camera is not None:
+            tokens = tokens + camera
         num_before = 0
         if reference is not None:
             num_before = reference.shape[1]
             tokens = torch.cat((reference, tokens), dim=1)
         time, modulation = self._of_time(timesteps, x.dtype)
-        kept = [i for i in range(len(self._blocks)) if ("double_block", i) not in skip]
-        rows = [
-            _rows(self._blocks[i].scale_shift_table[None] + modulation, tokens.shape[1])
-            for i in kept
-        ]
-        last = _rows(model.scale_shift_table[None] + time[:, :, None], tokens.shape[1])
-        shift, scale = (rows[0] if rows else last)[:2]
-        normed = F.layer_norm(tokens, tokens.shape[-1:], eps=EPS)
-        normed = torch.addcmul(_of_tokens(shift), normed, 1 + _of_tokens(scale))
+        kept = [i for i in range(len(model.blocks)) if ("double_block", i) not in skip]
+        rows = [rows_of(model.blocks[i].scale_shift_table, modulation, tokens) for i in kept]
+        rows.append(rows_of(model.scale_shift_table, time[:, :, None], tokens))
+
+        # After which of the blocks that are kept each of VACE's adds something; -1: before them.
+        places = [sum(i <= layer for i in kept) - 1 for layer in self._vace_layers]
+        hints: Iterator[list[torch.Tensor]] = iter(())
+        if vace is not None and vace_keys is not None and vace_values is not None:
+            of_text = list(zip(vace_keys, vace_values, strict=True))
+            hints = self._hints(vace, vace_strength, tokens, rotation, modulation, of_text)
+
+        def next_hints(place: int) -> list[torch.Tensor]:
+            return [hint for _ in range(places.count(place)) for hint in next(hints, [])]
+
+        for hint in next_hints(-1):
+            tokens = tokens + hint
+        normed = modulated(tokens, rows[0])
         for place, index in enumerate(kept):
-            block = self._blocks[index]
-            _, _, gate, mlp_shift, mlp_scale, mlp_gate = rows[place]
-            affine = {"weight": block.norm2.weight, "bias": block.norm2.bias}
-            after = Epilogue(EPS, gate, "layer", **affine)
-            product = self._attend(block.attn1, normed, rotation)
-            tokens, normed = self.join([product], tokens, after)
-            pairs = [(keys[index], values[index])]
+            prompt = [(keys[index], values[index])]
             if picture_keys is not None and picture_values is not None:
-                pairs.append((picture_keys[index], picture_values[index]))
-            after = Epilogue(EPS, None, "layer", mlp_scale, mlp_shift)
-            product = self._attend_to_prompt(block.attn2, normed, pairs)
-            tokens, normed = self.join([product], tokens, after)
-            shift, scale = (rows[place + 1] if place + 1 < len(rows) else last)[:2]
-            after = Epilogue(EPS, mlp_gate, "layer", scale, shift)
-            up, down = block.ffn.net[0].proj, block.ffn.net[2]
-            tokens, normed = self.join([(down, project(up, normed, gelu=True))], tokens, after)
+                prompt.append((picture_keys[index], picture_values[index]))
+            added = next_hints(place)
+            after = None if added else rows[place + 1]
+            block = model.blocks[index], rows[place], prompt, rotation, after
+            tokens, normed = self._block(tokens, normed, *block)
+            if added:
+                tokens = normed
+                for hint in added:
+                    tokens = tokens + hint
+                normed = modulated(tokens, rows[place + 1])
         found = model.proj_out(normed[:, num_before:])
-        return _unpatchified(found, grid)[:, :, : shape[2], : shape[3], : shape[4]]
+        return unpatchified(found, grid)[:, :, : shape[2], : shape[3], : shape[4]]
+
+    def _block(
+        self,
+        tokens: torch.Tensor,
+        normed: torch.Tensor,
+        block: Any,
+        rows: Rows,
+        prompt: Prompt,
+        rotation: torch.Tensor,
+        following: Rows | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """``join``'s results at the end of a block.
+
+        Normed as the block that the rows ``following`` are of begins; None: not normed.
+        """
+        _, _, gate, mlp_shift, mlp_scale, mlp_gate = rows
+        affine = {"weight": block.norm2.weight, "bias": block.norm2.bias}
+        product = self._attend(block.attn1, normed, rotation)
+        tokens, normed = self.join([product], tokens, Epilogue(EPS, gate, "layer", **affine))
+        product = self._attend_to_prompt(block.attn2, normed, prompt)
+        after = Epilogue(EPS, None, "layer", mlp_scale, mlp_shift)
+        tokens, normed = self.join([product], tokens, after)
+        after = Epilogue(EPS, mlp_gate)
+        if following is not None:
+            shift, scale = following[:2]
+            after = Epilogue(EPS, mlp_gate, "layer", scale, shift)
+        up, down = block.ffn.net[0].proj, block.ffn.net[2]
+        return self.join([(down, project(up, normed, gelu=True))], tokens, after)
+
+    def _hints(
+        self,
+        videos: torch.Tensor,
+        strengths: Sequence[float],
+        tokens: torch.Tensor,
+        rotation: torch.Tensor,
+        modulation: torch.Tensor,
+        of_text: Prompt,
+    ) -> Iterator[list[torch.Tensor]]:
+        """For each VACE block what it adds to the tokens (B, L, D), of each control video.
+
+        ``tokens``: those that the first block begins with.
+        """
+        streams = list(videos)
+        for block, pair in zip(self.model.vace_blocks, of_text, strict=True):
+            if block.proj_in is not None:
+                streams = [block.proj_in(stream) + tokens for stream in streams]
+            rows = rows_of(block.scale_shift_table, modulation, tokens)
+            hints = []
+            for index, (stream, strength) in enumerate(zip(streams, strengths, strict=True)):
+                normed = modulated(stream, rows)
+                _, whole = self._block(stream, normed, block, rows, [pair], rotation, None)
+                hints.append(block.proj_out(whole) * strength)
+                streams[index] = whole.clone()  # the next sum overwrites it
+            yield hints
 
     @property
-    def _blocks(self) -> Any:
-        return self.model.blocks
+    def _vace_layers(self) -> Sequence[int]:
+        """The block that each VACE block adds to."""
+        if not self.sizes.vace_blocks:
+            return ()
+        return range(0, self.sizes.num_blocks, self.sizes.num_blocks // self.sizes.vace_blocks)
+
+    def _strengths(self, given: Sequence[float], count: int) -> tuple[float, ...]:
+        if len(given) != count:
+            raise InputError(f"{count} control videos of {self.label} need as many strengths.")
+        return tuple(given)
 
     def _embedded(self, context: torch.Tensor) -> torch.Tensor:
         embedder = self.model.condition_embedder.text_embedder
         return embedder.linear_2(project(embedder.linear_1, context, gelu=True))
-
-    def _embedded_picture(self, features: torch.Tensor) -> torch.Tensor:
-        embedder = self.model.condition_embedder.image_embedder
-        places = embedder.pos_embed
-        if places is not None:
-            features = features[:, : places.shape[1]] + places[:, : features.shape[1]]
-        norms = [
-            lambda y, norm=norm: F.layer_norm(
-                y, norm.weight.shape, norm.weight, norm.bias, CLIP_EPS
-            )
-            for norm in (embedder.norm1, embedder.norm2)
-        ]
-        up, down = embedder.ff.net[0].proj, embedder.ff.net[2]
-        found: torch.Tensor = norms[1](down(F.gelu(up(norms[0](features)))))
-        return found
 
     def _keys_and_values(
         self, tokens: torch.Tensor, layers: Sequence[tuple[Any, Any]]
@@ -183,7 +269,7 @@ class Forward(ShardedForward):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The embedding (B, F, D) of the timesteps, one or one a frame; of blocks (B, F, 6, D)."""
         embedder = self.model.condition_embedder
-        time = embedder.time_embedder(_sinusoids(timesteps.flatten()).to(dtype))
+        time = embedder.time_embedder(sinusoids(timesteps.flatten()).to(dtype))
         time = time.unflatten(0, (timesteps.shape[0], -1))
         return time, embedder.time_proj(F.silu(time)).unflatten(-1, (6, -1))
 
@@ -202,57 +288,3 @@ class Forward(ShardedForward):
         (q,) = self._normed([attend.to_q(normed)], [attend.norm_q.weight])
         found = [attention(self._heads(q), k, v) for k, v in pairs]
         return attend.to_out[0], found[0] if len(found) == 1 else found[0] + found[1]
-
-
-def padded(x: torch.Tensor) -> torch.Tensor:
-    """Latents (B, C, T, H, W) of a whole number of patches, padded circularly."""
-    rows, columns = x.shape[-2:]
-    return F.pad(x, (0, -columns % PATCH[2], 0, -rows % PATCH[1], 0, 0), mode="circular")
-
-
-def _tokens(embedded: torch.Tensor) -> torch.Tensor:
-    """(B, D, ...) → (B, L, D)."""
-    return embedded.flatten(2).transpose(1, 2)
-
-
-def _unpatchified(tokens: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
-    """(B, L, 4·C) → (B, C, T, H, W). Features are in the order of row, column, channel."""
-    count = math.prod(grid)
-    patches = tokens[:, :count].unflatten(2, (*PATCH[1:], -1)).unflatten(1, tuple(grid))
-    return patches.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4)  # B C f h p w q
-
-
-def _sinusoids(times: torch.Tensor) -> torch.Tensor:
-    """(n,) → (n, 256), cosines first. Frequencies are powers, as ComfyUI's: last bits show."""
-    half = TIME_CHANNELS // 2
-    steps = torch.arange(half, dtype=torch.float32, device=times.device)
-    angles = torch.outer(times.float(), torch.pow(10000, -steps / half))
-    return torch.cat((angles.cos(), angles.sin()), dim=1)
-
-
-def _rows(modulation: torch.Tensor, num_tokens: int) -> Sequence[torch.Tensor]:
-    """(B, F, n, D) → n of (1, B, D), or of (1, B, L, D) where frames have their own timesteps."""
-    frames = modulation.shape[1]
-    if frames == 1:
-        return modulation[:, 0][None].unbind(2)
-    repeats = -(-num_tokens // frames)
-    rows = modulation.repeat_interleave(repeats, dim=1)[:, :num_tokens]
-    return rows[None].unbind(3)
-
-
-def _of_tokens(row: torch.Tensor) -> torch.Tensor:
-    """(1, B, D) or (1, B, L, D) → what broadcasts with (B, L, D)."""
-    return row[0] if row.ndim == 4 else row[0][:, None]
-
-
-def _positions(
-    size: tuple[int, ...], options: Mapping[str, float], x: torch.Tensor
-) -> torch.Tensor:
-    """Positions (L, 3) of tokens by frame, row and column, rounded to the dtype of ``x``."""
-    lines = []
-    for length, patch, (scale, shift) in zip(size, PATCH, AXES, strict=True):
-        steps = -(-length // patch)
-        start = options.get(shift, 0.0)
-        stop = start + (steps - 1.0) * options.get(scale, 1.0)
-        lines.append(torch.linspace(start, stop, steps, dtype=x.dtype, device=x.device).float())
-    return torch.cartesian_prod(*lines)

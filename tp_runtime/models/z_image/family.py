@@ -29,6 +29,15 @@ class ZImageSizes(Sizes):
         "n_heads=num_heads n_kv_heads=num_heads n_refiner_layers=num_refiners axes_dims "
         "rope_theta time_scale multiple_of=ffn_dim"
     )
+    options: ClassVar = ("rope_options",)
+    # The last two go with reference latents, which are refused.
+    unused_inputs: ClassVar = (
+        "num_tokens",
+        "control",
+        "clip_text_pooled",
+        "ref_contexts",
+        "siglip_feats",
+    )
     num_heads: int = size(of.heads(f"{_CAPTION}.weight", _QK_NORM), "n_heads")
     head_dim: int = size(of.length(_QK_NORM), lambda s: s["dim"] // s["n_heads"])
     ffn_dim: int = size(of.length(_UP), lambda s: int(s["dim"] / 3 * 8))
@@ -106,4 +115,8 @@ FAMILY = Family(
     published=ZImageSizes(30, 128, 10240, 30, 2, 2560, 16, 1024, TOKEN_MULTIPLE),
     small=ZImageSizes(30, 16, 1280, 2, 2, 64, 16, 480, TOKEN_MULTIPLE),
     comfyui_class="ZImage",
+    refused_inputs={
+        "ref_latents": "reference images, for Z-Image Omni",
+        "attention_mask": "a mask over the tokens of captions of different lengths",
+    },
 )

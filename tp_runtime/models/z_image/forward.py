@@ -55,7 +55,6 @@ class Forward(ShardedForward):
         self,
         x: torch.Tensor,
         context: torch.Tensor,
-        num_tokens: int | None = None,  # noqa: ARG002  (ComfyUI passes it, the model has no use)
         transformer_options: Mapping[str, Any] | None = None,
     ) -> Conditioning:
         """``caption`` (B, L, D): refined caption ``context`` (B, L, cap_feat_dim), padded.

@@ -1,0 +1,57 @@
+"""README's table of speed: what a user of ComfyUI gets, out of the rows of `bench.in_comfyui`.
+
+python -m bench.speed_table
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tp_runtime.models import family_named
+
+RESULTS = Path(__file__).parent / "results"
+LAYOUTS = ("1x1", "2x1", "4x1", "2x2")
+HEADINGS = ("1 GPU", "2 GPUs", "4 GPUs", "4 GPUs as `2x2`")
+SIDE = 1024
+
+
+def newest_rows() -> dict[tuple[str, float], dict[str, dict[str, Any]]]:
+    """By model and CFG: layout → its last row in the last file that has the stock loader's, too.
+
+    Pictures of ``SIDE`` x ``SIDE`` pixels, one at a time, without previews.
+    """
+    found: dict[tuple[str, float], dict[str, dict[str, Any]]] = {}
+    for path in sorted(RESULTS.glob("*-comfyui.json")):
+        of_file: dict[tuple[str, float], dict[str, dict[str, Any]]] = {}
+        for row in json.loads(path.read_text()):
+            if (row["side"], row["batch"], row["previews"]) == (SIDE, 1, "none"):
+                of_file.setdefault((row["model"], row["cfg"]), {})[row["layout"]] = row
+        found |= {key: rows for key, rows in of_file.items() if "stock" in rows}
+    return found
+
+
+def as_table() -> str:
+    """The table, as Markdown: ms per sampler step, and how often the stock loader's speed."""
+    lines = [
+        "| | stock, 1 GPU | " + " | ".join(HEADINGS) + " | largest error | on |",
+        "|---" * (len(HEADINGS) + 4) + "|",
+    ]
+    for (model, cfg), rows in sorted(newest_rows().items()):
+        stock = rows["stock"]["ms_step"]
+        cells = [
+            f"{rows[layout]['ms_step']:.0f} ({stock / rows[layout]['ms_step']:.1f} ×)"
+            if layout in rows
+            else ""
+            for layout in LAYOUTS
+        ]
+        error = max(row["error"] for row in rows.values())
+        name = f"{family_named(model).label}, CFG {cfg:g}"
+        device = rows["stock"]["device"].removeprefix("NVIDIA ")
+        lines.append(
+            f"| {name} | {stock:.0f} | " + " | ".join(cells) + f" | {error:.0e} | {device} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(as_table(), end="")

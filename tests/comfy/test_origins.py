@@ -1,0 +1,110 @@
+"""What a refusal says of the Python code of a node, and what need not be refused."""
+
+import functools
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from support.pack import pack_module
+
+pytestmark = pytest.mark.comfy
+
+
+class OfPack:
+    """A patch that is an object, as a node pack's."""
+
+    def __call__(self, x: Any) -> Any:
+        return x
+
+
+class StockNode:
+    """As a node of ComfyUI."""
+
+    @staticmethod
+    def execute() -> Callable[[Any], Any]:
+        def attention_patch(x: Any) -> Any:
+            return x
+
+        return attention_patch
+
+
+@pytest.fixture(scope="module")
+def origins() -> Iterator[ModuleType]:
+    with pack_module("nodes.origins") as module:
+        yield module
+
+
+def of_module(code: Any, module: str) -> Any:
+    code.__module__ = module
+    return code
+
+
+def chosen(attention: Callable[..., Any]) -> Callable[..., Any]:
+    """What `set_model_optimized_attention` of newer releases makes of a choice."""
+    optimized_attention = attention
+
+    def override(_: Any, *args: Any, **kwargs: Any) -> Any:
+        return optimized_attention(*args, **kwargs)
+
+    return of_module(override, "comfy.model_patcher")  # type: ignore[no-any-return]
+
+
+def sage_attention(*_: Any) -> None:
+    """Rounds its inputs."""
+
+
+def test_the_node_and_the_module_are_said(origins: ModuleType) -> None:
+    patch = of_module(StockNode.execute(), "comfy_extras.nodes_nag")
+    assert origins.describe(patch) == (
+        "attention_patch of StockNode (comfy_extras.nodes_nag of ComfyUI)"
+    )
+    assert origins.describe(functools.partial(patch, 1)) == origins.describe(patch)
+
+
+@pytest.mark.parametrize("module", ["/x/custom_nodes/Some-Pack.nodes", "/x/custom_nodes/Some-Pack"])
+def test_the_node_pack_is_said(
+    origins: ModuleType, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    monkeypatch.setattr(OfPack, "__module__", module)
+    assert origins.describe(OfPack()) == "OfPack (of the node pack Some-Pack)"
+
+
+def test_exact_attention_is_no_reason_to_refuse(origins: ModuleType) -> None:
+    from comfy.ldm.modules import attention
+
+    registered = attention.REGISTERED_ATTENTION_FUNCTIONS
+    assert origins.is_exact_attention(chosen(registered["pytorch"]))
+    assert origins.is_exact_attention(chosen(registered["sub_quad"]))
+    assert not origins.is_exact_attention(chosen(sage_attention))
+    assert not origins.is_exact_attention(of_module(chosen(registered["pytorch"]), "a_pack"))
+
+
+def test_what_leaves_the_process(origins: ModuleType) -> None:
+    """A choice of exact attention does not, another is refused with the name of what was chosen."""
+    from comfy.ldm.modules import attention
+
+    with pack_module("nodes.arguments") as arguments:
+        pytorch = chosen(attention.REGISTERED_ATTENTION_FUNCTIONS["pytorch"])
+        assert arguments._plain_options({"optimized_attention_override": pytorch}) == {}
+        with pytest.raises(ValueError, match=r"sage_attention \(.*the place of the attention"):
+            arguments._plain_options({"optimized_attention_override": chosen(sage_attention)})
+
+
+@pytest.mark.parametrize("has_references", [False, True])
+def test_a_cache_of_reference_images_does_nothing_without_any(has_references: bool) -> None:
+    class KV_Attn_Input:
+        def __call__(self, *_: Any) -> dict[str, torch.Tensor]:
+            return {}
+
+    KV_Attn_Input.__module__, KV_Attn_Input.__qualname__ = "comfy_extras.nodes", "KV_Attn_Input"
+    with pack_module("nodes.block_patches") as patches:
+        options = {"patches": {"attn1_patch": [KV_Attn_Input()]}}
+        known = frozenset({"attn1_patch"})
+        if has_references:
+            with pytest.raises(ValueError, match="KV_Attn_Input"):
+                patches.skipped_blocks(options, known, has_references)
+        else:
+            assert patches.skipped_blocks(options, known, has_references) == {}

@@ -1,0 +1,83 @@
+"""ComfyUI's settings file with any content, and its flags for dtypes: settings, or one clear error.
+
+The pack's code and ComfyUI's are real, in this process; no server, no ranks.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from support.fuzz import examples
+from support.pack import pack_module
+from tp_runtime.client import CheckpointError, GroupConfig, GroupStartError
+
+pytestmark = pytest.mark.comfy
+
+PYTHON, DEVICES = "TensorParallel.Runtime.Python", "TensorParallel.Runtime.Devices"
+
+
+@pytest.fixture(scope="module")
+def settings() -> Iterator[ModuleType]:
+    with pack_module("nodes.settings") as module:
+        yield module
+
+
+@pytest.fixture
+def file(settings: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """ComfyUI's settings file."""
+    folder = tmp_path / "default"
+    folder.mkdir(exist_ok=True)
+    paths = SimpleNamespace(get_user_directory=lambda: str(tmp_path))
+    monkeypatch.setattr(settings, "folder_paths", paths)
+    monkeypatch.setattr(settings, "_WRITING_S", 0.0)
+    return folder / "comfy.settings.json"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"[]", b"null", b"1", b'"text"', b"{", b"\xff\xfe", b'{"a": ' * 100_000, b"", b"[" * 10**6],
+)
+def test_a_file_that_is_no_settings(settings: ModuleType, file: Path, content: bytes) -> None:
+    file.write_bytes(content)
+    for read in (settings.python_setting, settings.devices_setting):
+        with pytest.raises(GroupStartError, match=r"comfy\.settings\.json cannot be read \(.+\)"):
+            read()
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
+)
+paths = st.sampled_from(["~nobody/python3", "/python\0", "/" + "x" * 5000, "python3", "/dev/null"])
+
+
+@examples(100)
+@given(st.dictionaries(st.sampled_from([PYTHON, DEVICES, "other"]), anything | paths))
+def test_any_settings(settings: ModuleType, file: Path, stored: dict[str, Any]) -> None:
+    """A setting is what it is as text, none, or refused by name."""
+    file.write_text(json.dumps(stored))
+    assert isinstance(settings.devices_setting(), str)
+    if str(stored.get(PYTHON) or "").strip():
+        with pytest.raises(GroupStartError, match="which is no path of a Python"):
+            settings.python_setting()
+    else:
+        assert settings.python_setting() is None
+
+
+@pytest.mark.parametrize("flag", ["fp8_e8m0fnu_unet"])
+def test_a_flag_for_a_dtype_that_we_have_not(
+    tiny_z_image: Path, monkeypatch: pytest.MonkeyPatch, flag: str
+) -> None:
+    with pack_module("nodes.model") as models:
+        from comfy.cli_args import args
+
+        monkeypatch.setattr(args, flag, True)
+        group = GroupConfig(1, "cpu")
+        with pytest.raises(CheckpointError, match=r"weights in torch\.float8_e8m0fnu.*Allowed: "):
+            models.load_model(str(tiny_z_image), None, group, models.Placement(), "auto")

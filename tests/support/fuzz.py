@@ -1,0 +1,20 @@
+"""How much a fuzzer tries: in CI a fixed number of fixed examples, in `make soak` many random ones.
+
+`make soak` sets `SOAK_MINUTES`.
+"""
+
+import os
+
+from hypothesis import settings
+
+SOAKING = "SOAK_MINUTES" in os.environ
+MANY = 40  # times as many examples
+
+
+def examples(number: int) -> settings:
+    """A decorator for a hypothesis test: so many examples, the same in each run of CI."""
+    return settings(
+        max_examples=number * MANY if SOAKING else number,
+        derandomize=not SOAKING,
+        database=None,
+    )

@@ -1,0 +1,84 @@
+"""A Python for the GPU processes: made, failed, given up; with real environments and a real pip."""
+
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from support.waiting import wait_until
+from tp_runtime.client import InputError, OwnPython
+from tp_runtime.client import own_python as module
+
+
+@pytest.fixture
+def requirements(tmp_path: Path) -> Path:
+    return tmp_path / "requirements.txt"
+
+
+@pytest.fixture
+def own(tmp_path: Path, requirements: Path) -> Iterator[OwnPython]:
+    made = OwnPython(tmp_path / "home" / "python", [requirements])
+    yield made
+    made.cancel()
+
+
+@pytest.fixture
+def index_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.getsockname()[1]}/simple")
+        yield
+
+
+def ended(own: OwnPython) -> bool:
+    return own.progress().state != "making"
+
+
+def test_it_is_made(tmp_path: Path, own: OwnPython, requirements: Path) -> None:
+    requirements.write_text("# nothing\n")
+    assert own.progress().state == "absent"
+    own.make()
+    own.make()  # as impatient people do
+    assert own.progress().state == "making"
+    wait_until(lambda: ended(own), within_s=300)
+    assert own.progress().error == ""
+    assert own.progress().state == "ready"
+    prefix = subprocess.check_output([own.python, "-c", "import sys; print(sys.prefix)"], text=True)
+    assert Path(prefix.strip()) == tmp_path / "home" / "python"
+    # ComfyUI's next start finds it.
+    assert OwnPython(tmp_path / "home" / "python", [requirements]).progress().state == "ready"
+
+
+def test_what_pip_says_is_the_error(
+    tmp_path: Path, own: OwnPython, requirements: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    requirements.write_text("no-such-package==1\n")
+    own.make()
+    wait_until(lambda: ended(own), within_s=300)
+    assert own.progress().state == "failed"
+    assert "No matching distribution found for no-such-package==1" in own.progress().error
+    assert f"-m pip install --no-input --progress-bar off -r {requirements}" in own.progress().error
+    assert not (tmp_path / "home" / "python").exists()
+
+
+@pytest.mark.usefixtures("index_that_never_answers")
+def test_it_is_given_up(tmp_path: Path, own: OwnPython, requirements: Path) -> None:
+    requirements.write_text("some-package==1\n")
+    own.make()
+    wait_until(lambda: "some-package" in own.progress().line, within_s=300)
+    pip = [child for child in psutil.Process().children() if str(requirements) in child.cmdline()]
+    assert len(pip) == 1
+    own.cancel()
+    assert (own.progress().state, own.progress().error) == ("absent", "")
+    assert not pip[0].is_running()
+    assert not (tmp_path / "home" / "python").exists()
+
+
+def test_without_room_nothing_begins(own: OwnPython, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_free_bytes", lambda _: 3 * 2**30)
+    with pytest.raises(InputError, match=r"has 3\.0 GiB of free disk.*TP_RUNTIME_HOME"):
+        own.make()
+    assert own.progress().state == "absent"

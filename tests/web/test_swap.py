@@ -1,0 +1,185 @@
+"""One action puts our loader in the place of the stock one ("Use several GPUs"), and back."""
+
+from typing import Any
+
+import pytest
+
+from support.comfy_page import PICTURES, ComfyPage
+from support.workflows import Prompt, Sampling, node, stock_loader, text_to_latent, tp_loader
+
+pytestmark = pytest.mark.web
+both_frontends = pytest.mark.both_frontends
+
+MODEL = "tiny_z_image.safetensors"
+OURS, STOCK = "TPLoadDiffusionModel", "UNETLoader"
+SWAP, BACK = "Use several GPUs (TP)", "Use ComfyUI's own loader"
+
+PREPARE = """() => {
+    const loader = app.graph.nodes.find(({ comfyClass }) => comfyClass === 'UNETLoader');
+    Object.assign(loader, { color: '#322', bgcolor: '#533', title: 'My loader' });
+    loader.properties.models = [{ name: 'file', url: 'https://example.org/file' }];
+    const file = loader.widgets.find(({ name }) => name === 'unet_name');
+    file.value = 'z_image_turbo_bf16.safetensors';
+    const { subgraph } = app.graph.convertToSubgraph(new Set([loader])).node;
+    const inner = subgraph.nodes[0];
+    const slot = inner.inputs.find(({ name }) => name === 'unet_name');
+    subgraph.addInput('unet_name', 'COMBO').connect(slot, inner);
+}"""
+# What a workflow has of a loader, wherever it is.
+LOADERS = """() => {
+    const found = [];
+    const look = (graph) => graph.nodes.forEach((node) => {
+        if (['UNETLoader', 'TPLoadDiffusionModel'].includes(node.comfyClass)) found.push({
+            title: node.title === node.constructor.title ? null : node.title,
+            type: node.comfyClass, id: node.id, pos: [...node.pos], mode: node.mode,
+            color: node.color, models: node.properties.models,
+            file: node.widgets.find(({ name }) => name === 'unet_name').value,
+        });
+        if (node.subgraph) look(node.subgraph);
+    });
+    look(app.rootGraph ?? app.graph);
+    return found;
+}"""
+
+
+def loaders(web: ComfyPage) -> list[dict[str, Any]]:
+    return list(web.page.evaluate(LOADERS))
+
+
+def wait_for(web: ComfyPage, node_type: str) -> None:
+    web.page.wait_for_function(
+        f"(type) => ({LOADERS})().every((loader) => loader.type === type)", arg=node_type
+    )
+
+
+def stock_prompt() -> Prompt:
+    return text_to_latent(stock_loader(MODEL), sampling=Sampling(steps=1))
+
+
+def right_click(web: ComfyPage, node_type: str) -> None:
+    """Open the menu of a node, drawn on the canvas or in HTML."""
+    x, y = web.page.evaluate(
+        """(type) => {
+            const { pos, size } = app.graph.nodes.find(({ comfyClass }) => comfyClass === type);
+            return app.canvasPosToClientPos([pos[0] + size[0] / 2, pos[1] - 12]);
+        }""",
+        node_type,
+    )
+    web.page.mouse.click(x, y, button="right")
+
+
+@both_frontends
+def test_the_menu_of_a_node(web: ComfyPage) -> None:
+    swap_and_back(web, "swap_menu_canvas")
+
+
+@pytest.mark.parametrize("web", ["newer_page"], indirect=True)
+def test_the_menu_of_a_node_in_html(web: ComfyPage) -> None:
+    """Frontend 1.32 has no entries of packs there."""
+    web.open({"Comfy.VueNodes.Enabled": True})
+    swap_and_back(web, "swap_menu_html")
+
+
+def swap_and_back(web: ComfyPage, picture: str) -> None:
+    web.load_prompt(stock_prompt())
+    before = web.prompt()
+    web.run_command("Comfy.Canvas.FitView")
+    web.page.wait_for_timeout(800)
+    right_click(web, STOCK)
+    entry = web.page.get_by_text(SWAP, exact=True).last
+    entry.wait_for()
+    web.page.screenshot(path=PICTURES / f"{picture}.png")
+    entry.click()
+    wait_for(web, OURS)
+    (loader,) = [item for item in web.prompt().values() if item["class_type"] == OURS]
+    assert loader["inputs"]["unet_name"] == MODEL
+    assert loader["inputs"]["gpu_count"] == "auto"
+    web.page.wait_for_timeout(800)
+    right_click(web, OURS)
+    web.page.get_by_text(BACK, exact=True).last.click()
+    wait_for(web, STOCK)
+    assert web.prompt() == before
+
+
+@both_frontends
+def test_the_whole_workflow(web: ComfyPage) -> None:
+    """With what a subgraph shows of a loader; undone in one step."""
+    web.load_prompt(stock_prompt() | {"other": stock_loader(MODEL)})
+    web.page.evaluate(PREPARE)
+    before, sent = loaders(web), web.prompt()
+    web.run_command("TensorParallel.UseInWorkflow")
+    wait_for(web, OURS)
+    after = loaders(web)
+    assert [loader | {"type": STOCK} for loader in after] == before
+    ours = [item for item in web.prompt().values() if item["class_type"] == OURS]
+    assert [item["inputs"]["unet_name"] for item in ours] == [
+        item["inputs"]["unet_name"] for item in sent.values() if item["class_type"] == STOCK
+    ]
+    web.run_command("TensorParallel.UseStockInWorkflow")
+    wait_for(web, STOCK)
+    assert loaders(web) == before
+    assert web.prompt() == sent
+
+
+@both_frontends
+def test_tp_samplers_go_with_their_loader(web: ComfyPage) -> None:
+    web.load_prompt(text_to_latent(tp_loader(MODEL, 2), "TPSampler", Sampling(seed=9)))
+    web.run_command("TensorParallel.UseStockInWorkflow")
+    wait_for(web, STOCK)
+    sent = {item["class_type"]: item["inputs"] for item in web.prompt().values()}
+    assert sent["KSampler"]["seed"] == 9
+    assert "TPSampler" not in sent
+
+
+@both_frontends
+def test_a_value_that_ours_cannot_have_is_said(web: ComfyPage) -> None:
+    prompt = stock_prompt()
+    prompt["model"] = node(STOCK, unet_name=MODEL, weight_dtype="fp8_e5m2")
+    web.load_prompt(prompt)
+    web.run_command("TensorParallel.UseInWorkflow")
+    wait_for(web, OURS)
+    offered = web.widget(OURS, "weight_dtype", "options.values")
+    if "fp8_e5m2" in offered:
+        assert web.widget(OURS, "weight_dtype") == "fp8_e5m2"
+    else:
+        web.page.get_by_text("weight_dtype: fp8_e5m2 → default").last.wait_for()
+
+
+# --- workflows of before the file was called `unet_name` ------------------------------------------
+
+
+@both_frontends
+def test_an_old_prompt_opens_and_runs(web: ComfyPage) -> None:
+    prompt = text_to_latent(tp_loader(MODEL, 1), sampling=Sampling(seed=10, steps=1))
+    inputs = prompt["model"]["inputs"]
+    inputs["model_name"] = inputs.pop("unet_name")
+    web.load_prompt(prompt)
+    assert web.widget(OURS, "unet_name") == MODEL
+    web.server.run(prompt)
+
+
+@both_frontends
+def test_an_old_workflow_opens(web: ComfyPage) -> None:
+    web.load_prompt({"model": tp_loader(MODEL, 3)})
+    workflow = web.page.evaluate("app.graph.serialize()")
+    (saved,) = workflow["nodes"]
+    for slot in saved["inputs"]:
+        if slot["name"] == "unet_name":
+            slot["name"] = slot["widget"]["name"] = "model_name"
+    web.load(workflow)
+    assert web.widget(OURS, "unet_name") == MODEL
+    assert web.widget(OURS, "gpu_count") == "3"
+    names = "app.graph.nodes[0].inputs.map(({ name }) => name)"
+    assert "model_name" not in web.page.evaluate(names)
+
+
+@both_frontends
+def test_the_search_finds_ours(web: ComfyPage) -> None:
+    """With the words for the stock loader; by "unet" where ComfyUI knows other names of nodes."""
+    web.load_prompt({"model": stock_loader(MODEL)})
+    found = web.search("load diffusion model")
+    assert any("(TP)" in title for title in found[:3]), found
+    newer = "search_aliases" in web.server.get(f"/object_info/{OURS}")[OURS]
+    if newer:  # which ranks what a node's own name begins with before other names
+        found = web.search("unet")
+        assert any("(TP)" in title for title in found), found

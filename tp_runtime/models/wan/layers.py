@@ -1,0 +1,151 @@
+"""Wan's tokens, positions and timesteps, and what models of it have beside their blocks."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ...errors import InputError
+from .family import CAMERA_DOWNSCALE, FAMILY, PATCH, TIME_CHANNELS, WanSizes
+
+EPS = 1e-6
+CLIP_EPS = 1e-5
+AXES = (("scale_t", "shift_t"), ("scale_y", "shift_y"), ("scale_x", "shift_x"))
+
+
+def padded(x: torch.Tensor) -> torch.Tensor:
+    """Latents (B, C, T, H, W) of a whole number of patches, padded circularly."""
+    rows, columns = x.shape[-2:]
+    return F.pad(x, (0, -columns % PATCH[2], 0, -rows % PATCH[1], 0, 0), mode="circular")
+
+
+def as_tokens(embedded: torch.Tensor) -> torch.Tensor:
+    """(B, D, ...) → (B, L, D)."""
+    return embedded.flatten(2).transpose(1, 2)
+
+
+def unpatchified(tokens: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
+    """(B, L, 4·C) → (B, C, T, H, W). Features are in the order of row, column, channel."""
+    count = math.prod(grid)
+    patches = tokens[:, :count].unflatten(2, (*PATCH[1:], -1)).unflatten(1, tuple(grid))
+    return patches.permute(0, 6, 1, 2, 4, 3, 5).flatten(5).flatten(3, 4)  # B C f h p w q
+
+
+def sinusoids(times: torch.Tensor) -> torch.Tensor:
+    """(n,) → (n, 256), cosines first. Frequencies are powers, as ComfyUI's: last bits show."""
+    half = TIME_CHANNELS // 2
+    steps = torch.arange(half, dtype=torch.float32, device=times.device)
+    angles = torch.outer(times.float(), torch.pow(10000, -steps / half))
+    return torch.cat((angles.cos(), angles.sin()), dim=1)
+
+
+def rows_of(
+    table: torch.Tensor, of_time: torch.Tensor, tokens: torch.Tensor
+) -> Sequence[torch.Tensor]:
+    """A block's table (1, n, D) plus (B, F, n or 1, D) of F timesteps, as n rows for the tokens.
+
+    (1, B, D) each, or (1, B, L, D) where frames have their own timesteps.
+    """
+    modulation = table[None] + of_time
+    num_tokens, frames = tokens.shape[1], of_time.shape[1]
+    if frames == 1:
+        return modulation[:, 0][None].unbind(2)
+    repeats = -(-num_tokens // frames)
+    rows = modulation.repeat_interleave(repeats, dim=1)[:, :num_tokens]
+    return rows[None].unbind(3)
+
+
+def of_tokens(row: torch.Tensor) -> torch.Tensor:
+    """(1, B, D) or (1, B, L, D) → what broadcasts with (B, L, D)."""
+    return row[0] if row.ndim == 4 else row[0][:, None]
+
+
+def positions_of(
+    size: tuple[int, ...], options: Mapping[str, float], x: torch.Tensor
+) -> torch.Tensor:
+    """Positions (L, 3) of tokens by frame, row and column, rounded to the dtype of ``x``."""
+    lines = []
+    for length, patch, (scale, shift) in zip(size, PATCH, AXES, strict=True):
+        steps = -(-length // patch)
+        start = options.get(shift, 0.0)
+        stop = start + (steps - 1.0) * options.get(scale, 1.0)
+        lines.append(torch.linspace(start, stop, steps, dtype=x.dtype, device=x.device).float())
+    return torch.cartesian_prod(*lines)
+
+
+def modulated(tokens: torch.Tensor, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Layer norm without weights of (B, L, D), scaled and shifted as a block begins."""
+    shift, scale = rows[:2]
+    normed = F.layer_norm(tokens, tokens.shape[-1:], eps=EPS)
+    return torch.addcmul(of_tokens(shift), normed, 1 + of_tokens(scale))
+
+
+def embedded_picture(embedder: Any, features: torch.Tensor) -> torch.Tensor:
+    """CLIP's features (B, n, C) as the blocks look at them (B, n, D)."""
+    places = embedder.pos_embed
+    if places is not None:
+        features = features[:, : places.shape[1]] + places[:, : features.shape[1]]
+
+    def normed(norm: Any, y: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(y, norm.weight.shape, norm.weight, norm.bias, CLIP_EPS)
+
+    up, down = embedder.ff.net[0].proj, embedder.ff.net[2]
+    return normed(embedder.norm2, down(F.gelu(up(normed(embedder.norm1, features)))))
+
+
+def check_length(
+    what: str, given: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor
+) -> None:
+    """Raises InputError unless what goes with the video is as many tokens as the video."""
+    if tokens.shape[1] != len(positions):
+        raise InputError(
+            f"{what} of {FAMILY.label} must have the frames and the size of the video: of the "
+            f"shape {tuple(given.shape)} they are {tokens.shape[1]} tokens, the video is "
+            f"{len(positions)}. Give both the same length, width and height, multiples of 16."
+        )
+
+
+class CameraAdapter(nn.Module):
+    """From a camera's path (B, C, T, H, W) in pixels to what is added to tokens (B, D, T, h, w)."""
+
+    def __init__(self, channels: int, dim: int) -> None:
+        super().__init__()
+        kernel = PATCH[1:]
+        self.conv = nn.Conv2d(channels * CAMERA_DOWNSCALE**2, dim, kernel, kernel)
+        convolutions = {name: nn.Conv2d(dim, dim, 3, padding=1) for name in ("conv1", "conv2")}
+        self.residual_block = nn.ModuleDict(convolutions)
+
+    def forward(self, path: torch.Tensor) -> torch.Tensor:
+        frames = path.transpose(1, 2).flatten(0, 1)
+        found = self.conv(F.pixel_unshuffle(frames, CAMERA_DOWNSCALE))
+        block = self.residual_block
+        found = found + block["conv2"](F.relu(block["conv1"](found)))
+        return found.unflatten(0, (path.shape[0], -1)).transpose(1, 2)
+
+
+def with_variants(module: nn.Module, sizes: WanSizes) -> nn.Module:
+    """diffusers' module with what variants of the model have beside it."""
+    dim, kernel = sizes.dim, PATCH[1:]
+    if sizes.reference_channels:
+        module.ref_conv = nn.Conv2d(sizes.reference_channels, dim, kernel, kernel)
+    if sizes.camera_channels:
+        module.control_adapter = CameraAdapter(sizes.camera_channels, dim)
+    if sizes.vace_channels:
+        from diffusers.models.transformers.transformer_wan_vace import WanVACETransformerBlock
+
+        module.vace_patch_embedding = nn.Conv3d(sizes.vace_channels, dim, PATCH, PATCH)
+        module.vace_blocks = nn.ModuleList(
+            WanVACETransformerBlock(
+                dim,
+                sizes.mlp_dim,
+                sizes.num_heads,
+                cross_attn_norm=True,
+                apply_input_projection=index == 0,
+                apply_output_projection=True,
+            )
+            for index in range(sizes.vace_blocks)
+        )
+    return module

@@ -1,0 +1,72 @@
+// What a node says below its inputs: which counts work, why others do not, and what its last run
+// warned of. Its height never changes, so nothing grows over the nodes below.
+import { api } from "../../scripts/api.js";
+import { findPlace } from "./graph.js";
+import { text } from "./texts.js";
+
+const HEIGHT = 68; // three lines and litegraph's margins; more lines scroll
+const notes = new WeakMap(); // node → { element, reasons, warning }
+
+export function addNote(node) {
+  const element = Object.assign(document.createElement("div"), { className: "tp-note", tabIndex: 0 });
+  const widget = node.addDOMWidget("tp_note", "tp_note", element, {
+    serialize: false, // no input of the prompt
+    getValue: () => "",
+    setValue: () => {},
+    getMinHeight: () => HEIGHT,
+    getMaxHeight: () => HEIGHT,
+  });
+  widget.serialize = false; // nor a value of the workflow
+  notes.set(node, { element, reasons: [], warning: "" });
+}
+
+/** Say which of the counts work, and why others do not. `answer` is the route's. */
+export function showReasons(node, { num_gpus, refused, error }, offered) {
+  const note = notes.get(node);
+  if (!note) return;
+  const numbers = offered.map(Number).filter(Number.isInteger);
+  note.reasons = error ? [error] : [text("countsWork", { counts: ranges(numbers) })];
+  for (const [counts, reason] of grouped(refused)) note.reasons.push(`${ranges(counts)}: ${reason}`);
+  if (num_gpus === 0) note.reasons.push(text("noGpu"));
+  show(note);
+}
+
+/** Show what runs warn of, as nodes/notices.py sends it; an empty text takes it back. */
+export function showWarnings() {
+  api.addEventListener("tensor_parallel.warning", ({ detail: { node: id, text: warning } }) => {
+    const note = notes.get(findPlace(id)?.node);
+    if (!note) return;
+    note.warning = warning;
+    show(note);
+  });
+}
+
+function show({ element, reasons, warning }) {
+  const lines = warning ? [`⚠ ${warning}`, ...reasons] : reasons;
+  element.replaceChildren(
+    ...lines.map((line) => Object.assign(document.createElement("p"), { textContent: line })),
+  );
+  element.classList.toggle("tp-warning", Boolean(warning));
+  element.title = lines.join("\n");
+}
+
+/** Counts whose reasons differ in the number only, with the first one's reason. */
+function grouped(refused) {
+  const groups = new Map();
+  for (const [count, reason] of Object.entries(refused)) {
+    const kind = reason.replace(new RegExp(`\\b${count}\\b`, "g"), "#");
+    if (!groups.has(kind)) groups.set(kind, [[], reason]);
+    groups.get(kind)[0].push(Number(count));
+  }
+  return groups.values();
+}
+
+/** "1–3, 5". */
+function ranges(numbers) {
+  const found = [];
+  for (const number of numbers) {
+    if (found.at(-1)?.[1] === number - 1) found.at(-1)[1] = number;
+    else found.push([number, number]);
+  }
+  return found.map(([first, last]) => (first === last ? `${first}` : `${first}–${last}`)).join(", ");
+}

@@ -1,0 +1,80 @@
+// Makes a Python for the GPU processes where ComfyUI's lacks vLLM: shown, asked for, watched, cancelled.
+import { app } from "../../scripts/app.js";
+import { element } from "./elements.js";
+import { request } from "./groups.js";
+import { gibibytes, text } from "./texts.js";
+import { showError } from "./toast.js";
+
+const SETTING = "TensorParallel.Runtime.Python";
+const LOOK_MS = 1000;
+
+/** The part of the tab for it; empty where the GPU processes have what they need. */
+export function ownPython() {
+  const part = element("div", { className: "tp-python", role: "status" });
+  show(part).catch(showError);
+  return part;
+}
+
+async function show(part) {
+  await follow(part, await request("/python"));
+}
+
+async function follow(part, found) {
+  while (found.state === "making") {
+    progress(part, found);
+    await new Promise((resolve) => setTimeout(resolve, LOOK_MS));
+    if (!part.isConnected) return; // the tab was closed; it goes on
+    found = await request("/python");
+  }
+  if (found.state === "ready" && found.missing) {
+    await app.extensionManager.setting.set(SETTING, found.python);
+    part.replaceChildren(heading(), paragraph(text("python.ready", { python: found.python })));
+  } else if (found.missing) {
+    offer(part, found);
+  } else {
+    part.replaceChildren();
+  }
+}
+
+function offer(part, found) {
+  const size = gibibytes(found.needed_bytes);
+  const free = gibibytes(found.free_bytes);
+  part.replaceChildren(
+    heading(),
+    paragraph(text("python.what")),
+    paragraph(text("python.size", { size, free, folder: found.folder })),
+    element("pre", { textContent: found.commands.join("\n"), tabIndex: 0 }),
+    ...(found.refusal ? [paragraph(found.refusal)] : [button(part, "make")]),
+    ...(found.error ? [element("pre", { className: "tp-error", textContent: found.error, tabIndex: 0 })] : []),
+  );
+}
+
+function progress(part, found) {
+  const seconds = Math.round(found.seconds);
+  part.replaceChildren(
+    heading(),
+    paragraph(text("python.making", { minutes: Math.floor(seconds / 60), seconds: seconds % 60 })),
+    element("pre", { textContent: found.line }),
+    button(part, "cancel"),
+  );
+}
+
+function button(part, action) {
+  const made = element("button", { textContent: text(`python.${action}`) });
+  made.addEventListener("click", async () => {
+    if (made.ariaBusy === "true") return;
+    made.ariaBusy = "true";
+    try {
+      const found = await request(`/python/${action}`, "POST");
+      // While it is made, the loop of the first click goes on.
+      if (action === "make") await follow(part, found);
+    } catch (error) {
+      showError(error);
+    }
+    made.ariaBusy = "false";
+  });
+  return made;
+}
+
+const heading = () => element("h3", { textContent: text("python.title") });
+const paragraph = (textContent) => element("p", { textContent });

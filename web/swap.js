@@ -1,0 +1,117 @@
+// "Use several GPUs (TP)": our loader in the place of the stock one, and back, in one action.
+//
+// The workflow is changed as it is saved and then opened again, as undo does it. So whatever a node
+// has in a saved workflow (links, place, mode, colour, what a subgraph shows of it) stays.
+import { app } from "../../scripts/app.js";
+import { DEFAULT_COUNT } from "./gpu_counts.js";
+import { LOADER, SAMPLER, loaderOf, placeOf, placesOf } from "./graph.js";
+import { text } from "./texts.js";
+import { showError, toast } from "./toast.js";
+
+const OURS = { UNETLoader: LOADER, CheckpointLoaderSimple: "TPLoadCheckpoint" };
+const STOCK = Object.fromEntries(Object.entries(OURS).map(([stock, ours]) => [ours, stock]));
+const OF_A_PACK = ["cnr_id", "aux_id", "ver"]; // properties that say which pack a node is of
+
+const toOurs = (node) => known(OURS[node.type]);
+const toStock = (node) => known(STOCK[node.type]);
+
+function known(type) {
+  return type in globalThis.LiteGraph.registered_node_types ? type : undefined;
+}
+
+/** The entry of a node's menu that replaces it; none for other nodes. */
+export function menuItems(node) {
+  const [title, target] = toOurs(node) ? [text("swap"), toOurs] : [text("swapBack"), toStock];
+  if (!target(node)) return [];
+  return [{ content: title, callback: () => swap([node], target).catch(showError) }];
+}
+
+/** Replace every loader of the workflow, those in subgraphs included. */
+export function swapAll(back = false) {
+  const target = back ? toStock : toOurs;
+  const nodes = [...new Set(placesOf(target).map(({ node }) => node))];
+  if (nodes.length === 0) {
+    toast("info", text("title"), text(back ? "swapBack.none" : "swap.none"));
+    return undefined;
+  }
+  return swap(nodes, target).catch(showError);
+}
+
+async function swap(nodes, target) {
+  const types = new Map(nodes.map((node) => [node, target(node)]));
+  if (target === toStock) {
+    for (const { node } of placesOf(({ type }) => type === SAMPLER)) {
+      if (types.has(loaderOf(placeOf(node))?.node)) types.set(node, "KSampler");
+    }
+  }
+  for (const [node, type] of types) disconnectLost(node, sample(type));
+  const root = app.rootGraph ?? app.graph;
+  const shown = app.canvas.graph?.id;
+  const workflow = JSON.parse(JSON.stringify(root.serialize()));
+  const graphs = [workflow, ...(workflow.definitions?.subgraphs ?? [])];
+  const changed = [];
+  for (const [node, type] of types) {
+    const graph = node.graph === root ? workflow : graphs.find(({ id }) => id === node.graph.id);
+    const saved = graph.nodes.find(({ id }) => id === node.id);
+    changed.push(...replace(saved, node, sample(type)));
+    for (const host of graphs.flatMap((each) => each.nodes)) forgetLost(host, graph.id, node.id, type);
+  }
+  const { activeWorkflow } = app.extensionManager.workflow;
+  await app.loadGraphData(workflow, false, false, activeWorkflow);
+  const subgraph = (app.rootGraph ?? app.graph).subgraphs?.get(shown);
+  if (subgraph) app.canvas.setGraph(subgraph);
+  const { changeTracker } = activeWorkflow ?? {};
+  (changeTracker?.captureCanvasState ?? changeTracker?.checkState)?.call(changeTracker);
+  if (changed.length) toast("warn", text("swap.changed"), changed.join("\n"));
+}
+
+/** A node of a type that is in no graph: its widgets and properties are those of a new one. */
+function sample(type) {
+  return globalThis.LiteGraph.createNode(type);
+}
+
+const saves = ({ serialize }) => serialize !== false;
+const inputNames = ({ inputs, widgets }) => [...(inputs ?? []), ...(widgets ?? [])].map(({ name }) => name);
+
+/** Cut the links of inputs that the new node has not. */
+function disconnectLost(node, made) {
+  const names = inputNames(made);
+  node.inputs?.forEach(({ name }, slot) => {
+    if (!names.includes(name) && node.isInputConnected(slot)) node.disconnectInput(slot);
+  });
+}
+
+/** Make a saved node one of another type. Returns which values the new one cannot have. */
+function replace(saved, node, made) {
+  const names = inputNames(made);
+  const lost = [];
+  const valueOf = (widget) => {
+    const before = node.widgets.find(({ name }) => name === widget.name);
+    if (before === undefined) return countOf(widget);
+    const choices = widget.options?.values;
+    // Names of files are checked where they are used: a file may be missing here.
+    if (widget.name !== "weight_dtype" || choices.includes(before.value)) return before.value;
+    lost.push(text("swap.lost", { name: widget.name, before: before.value, after: widget.value }));
+    return widget.value;
+  };
+  saved.widgets_values = made.widgets.filter(saves).map(valueOf);
+  saved.type = made.type;
+  saved.inputs = saved.inputs?.filter(({ name }) => names.includes(name));
+  for (const name of OF_A_PACK) delete saved.properties?.[name];
+  saved.properties = { ...saved.properties, ...made.properties };
+  return lost;
+}
+
+function countOf({ name, value }) {
+  return name === "gpu_count" ? (app.extensionManager.setting.get(DEFAULT_COUNT) ?? value) : value;
+}
+
+/** Have a saved subgraph node show nothing of a node inside that this has no longer. */
+function forgetLost(host, graphId, nodeId, type) {
+  const shown = host.properties?.proxyWidgets;
+  if (host.type !== graphId || !shown) return;
+  const names = inputNames(sample(type));
+  host.properties.proxyWidgets = shown.filter(
+    ([id, name]) => String(id) !== String(nodeId) || names.includes(name),
+  );
+}
