@@ -101,7 +101,7 @@ def compare(tokens: int, inputs: int, outputs: int, count: int) -> bool:
         only_product = partial(products.multiplied, *rows, codes, scale, bias, x.dtype)
         times = [milliseconds(run, count) for run in (whole, only_rows, only_product)]
         tensors = {"weight": codes, "weight_scale": scale}
-        plain = error(product(form, tensors, x, bias, [outputs]), exact)
+        plain = error(product(form, tensors, x, bias, [outputs], of_integers=True), exact)
         # In plain torch fp8's input is not quantised, which adds as much again.
         bound = plain * (MORE if dtype == torch.int8 else 2**0.5 * MORE)
         found = error(whole(), exact)

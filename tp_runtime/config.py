@@ -12,6 +12,8 @@ With ``settings``, the only place where the package reads environment variables 
                                models leave free (default 0.125)
 ``TP_RUNTIME_ATTENTION``       the ranks' attention on GPUs: auto (measured; the default), flash3,
                                cudnn, or sdpa (torch's choice)
+``TP_RUNTIME_QUANTISED_PRODUCTS``  on: GPUs multiply quantised weights in int8 and fp8, if they
+                               can (off: not measured yet)
 ``TP_RUNTIME_FAMILIES``        packages with more families of models, by spaces; on the PYTHONPATH
 ``TP_RUNTIME_LOG_LEVEL``       level of the ranks' logs (default INFO)
 ``TP_RUNTIME_RAY_ADDRESS``     Ray cluster, host:port, for groups that run on one (default:
@@ -84,6 +86,14 @@ def attention_kernel() -> AttentionKernel:
     raise TPRuntimeError(
         f"TP_RUNTIME_ATTENTION={name!r}: use one of {', '.join(get_args(AttentionKernel))}."
     )
+
+
+def quantised_products() -> bool:
+    """Whether GPUs multiply quantised weights in int8 and fp8 (not measured yet: off)."""
+    chosen = os.environ.get("TP_RUNTIME_QUANTISED_PRODUCTS", "off").lower()
+    if chosen not in ("on", "off"):
+        raise TPRuntimeError(f"TP_RUNTIME_QUANTISED_PRODUCTS={chosen!r}: use on or off.")
+    return chosen == "on"
 
 
 def family_packages() -> list[str]:

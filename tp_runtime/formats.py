@@ -116,14 +116,18 @@ class LayerFormat:
         smoothed = "+awq" if "pre_quant_scale" in self.companions else ""
         return f"{self.name}{rotation}{smoothed}"
 
-    def compute(self, capability: tuple[int, int] | None) -> str:
-        """How products are computed on a GPU of that compute capability; None: on a CPU."""
-        if not self.full_precision:
-            if self.name in (INT8, W4A8, W4A4) and (capability is None or capability >= INT8_SINCE):
-                return (
-                    "int4 products" if self.name == W4A4 and capability is None else "int8 products"
-                )
-            if self.name == E4M3 and capability is not None and capability >= FP8_SINCE:
+    def compute(self, capability: tuple[int, int] | None, quantised_products: bool) -> str:
+        """How products are computed on a GPU of that compute capability; None: on a CPU.
+
+        ``quantised_products``: the GPU is to multiply in int8 and fp8 if it can (``config``).
+        """
+        integers = self.name in (INT8, W4A8, W4A4) and not self.full_precision
+        if capability is None and integers:
+            return "int4 products" if self.name == W4A4 else "int8 products"
+        if capability is not None and quantised_products:
+            if integers and capability >= INT8_SINCE:
+                return "int8 products"
+            if self.name == E4M3 and not self.full_precision and capability >= FP8_SINCE:
                 return "fp8 products"
         return "dequantised at every use"
 

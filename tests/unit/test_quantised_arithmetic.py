@@ -73,10 +73,21 @@ def test_products_of_integers(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     weight, tensors = quantised(name, torch.randn(ROWS, COLUMNS))
     x, bias = torch.randn(2, 7, COLUMNS).to(dtype), torch.randn(ROWS).to(dtype)
-    found = product(weight.format, tensors, x, bias, [ROWS])
+    found = product(weight.format, tensors, x, bias, [ROWS], of_integers=True)
     expected = expected_product(name, weight, tensors, x, bias)
     assert found.dtype == dtype
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["int8", "int8_convrot", "w4a4", "w4a8", "w4a8_plain"])
+def test_products_with_dequantised_integers(name: str) -> None:
+    """The input is rotated in the weight's place: the same but for rounding."""
+    torch.manual_seed(0)
+    weight, tensors = quantised(name, torch.randn(ROWS, COLUMNS))
+    x, bias = torch.randn(2, 7, COLUMNS), torch.randn(ROWS)
+    found = product(weight.format, tensors, x, bias, [ROWS], of_integers=False)
+    values = dequantised(weight.format, tensors, torch.float32, [ROWS])
+    torch.testing.assert_close(found, torch.nn.functional.linear(x, values, bias))
 
 
 def test_sums_beyond_fp32_are_exact() -> None:
@@ -84,7 +95,7 @@ def test_sums_beyond_fp32_are_exact() -> None:
     weight, tensors = quantised("int8", torch.ones(16, 4096))
     x = torch.ones(3, 4096) + 0.01 * torch.rand(3, 4096)
     expected = expected_product("int8", weight, tensors, x, None)
-    assert torch.equal(product(weight.format, tensors, x, None, [16]), expected)
+    assert torch.equal(product(weight.format, tensors, x, None, [16], of_integers=True), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from ..config import AttentionKernel, ModelSpec, file_version
+from ..config import AttentionKernel, ModelSpec, file_version, quantised_products
 from ..errors import CheckpointError
 from ..fault_points import reach
 from ..formats import QuantisedWeight
@@ -82,11 +82,18 @@ def load_model(
         weight_dtype,
         compute_dtype,
         quantisation.held,
-        fast=fast,
-        fast_plain=fast and spec.fp8_products,
+        fast=fast and quantised_products(),
+        fast_plain=fast and quantised_products() and spec.fp8_products,
     )
     if rank == 0:
         _log_quantisation(spec.path, quantisation, device)
+        if spec.fp8_products and not (fast and quantised_products()):
+            logging.info(
+                "%s: fp8_e4m3fn_fast multiplies in %s here, not in fp8: see "
+                "TP_RUNTIME_QUANTISED_PRODUCTS.",
+                spec.path,
+                spec.compute_dtype,
+            )
 
     def parts_of(rank: int) -> list[Part]:
         return quantisation.parts(sharding, rank, tp_size, table.sources)
@@ -133,7 +140,7 @@ def _log_quantisation(path: str, quantisation: Quantisation, device: torch.devic
     """Say once how a file's quantised weights are held and multiplied."""
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     counts = Counter(
-        f"{layer_format.label} ({layer_format.compute(capability)})"
+        f"{layer_format.label} ({layer_format.compute(capability, quantised_products())})"
         for layer_format in quantisation.held.values()
     )
     counts += Counter(f"held dequantised, as {why}" for why in quantisation.dequantised.values())

@@ -100,15 +100,21 @@ def product(
     x: torch.Tensor,
     bias: torch.Tensor | None,
     linears: Sequence[int],
+    *,
+    of_integers: bool,
 ) -> torch.Tensor:
     """(..., columns) → (..., rows), as ComfyUI computes it where no kernel serves the format.
 
-    In int8 and int4 the input is quantised, too: token by token, over this rank's features. Under
-    a row cut that is finer than over all features, and needs no exchange (docs/formats.md).
+    ``of_integers``: int8 and int4 weights are multiplied by an input that is quantised, too: token
+    by token, over this rank's features. Under a row cut that is finer than over all features, and
+    needs no exchange (docs/formats.md). If not, they are dequantised, and the input is rotated in
+    their place, which is smaller.
     """
     if layer_format.name in _INTEGERS and not layer_format.full_precision:
         x = rotated(x, layer_format.rotation)
         codes, scale = codes_of(layer_format, tensors, linears), tensors["weight_scale"]
+        if not of_integers:
+            return F.linear(x, _scaled(codes, scale, x.dtype), bias)
         if layer_format.name == W4A4:
             return _int4_product(x, codes, scale, bias)
         return _int8_product(x, codes, scale, bias)

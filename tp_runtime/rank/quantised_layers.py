@@ -65,7 +65,10 @@ class QuantisedLinearMethod(UnquantizedLinearMethod):
             if products.can_multiply(weight.dtype, x, weight):
                 scale, rotation = tensors["weight_scale"], self.layer_format.rotation
                 return products.product(x, weight, scale, cast_bias, rotation)
-        return product(self.layer_format, tensors, x, cast_bias, self._linears)
+        # In plain torch a GPU multiplies integers more slowly than floats.
+        return product(
+            self.layer_format, tensors, x, cast_bias, self._linears, of_integers=not x.is_cuda
+        )
 
 
 class CastLinearMethod(UnquantizedLinearMethod):

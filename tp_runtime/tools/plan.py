@@ -7,6 +7,7 @@ from collections import Counter
 
 import torch
 
+from ..config import quantised_products
 from ..errors import InputError
 from ..layouts.cost_model import DEVICES, LINKS, Prediction, device_of, layouts, predict
 from ..models import families
@@ -78,7 +79,8 @@ def _weights(layer: Layer, quantisation: Quantisation) -> str:
         return f"{held:28} {'-':26} {'as it is' if why is None else f'as it is: {why}'}"
     scales = ", ".join(name.removesuffix("_scale") for name in layer_format.companions)
     block = f" of {layer_format.block}" if layer_format.block else ""
-    return f"{layer_format.label:28} {scales + block:26} {layer_format.compute(_capability())}"
+    compute = layer_format.compute(_capability(), quantised_products())
+    return f"{layer_format.label:28} {scales + block:26} {compute}"
 
 
 def _show_quantisation(info: CheckpointInfo, found: Footprint, tp_size: int) -> None:
