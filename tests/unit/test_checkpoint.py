@@ -273,13 +273,14 @@ def test_a_description_of_fp8_that_is_none(
 
 
 def test_the_size_of_fp8_follows_the_dtype_that_is_asked_for(tmp_path: Path) -> None:
-    """Without a scale it is held in that; with one it stays in fp8."""
+    """Without a scale it is held in that; what is quantised stays as it is."""
     tensors = holes(tiny_shapes("z_image", **ONE_BLOCK), torch.float8_e4m3fn)
     path = write_sparse(tmp_path / "plain.safetensors", tensors)
     info = inspect_checkpoint(str(path))
     assert [info.weight_bytes(n) for n in (1, 2, 4)] == [n * info.num_parameters for n in (1, 2, 4)]
-    scaled = dataclasses.replace(info, scales=dict.fromkeys(info.tensors, "scale"))
-    assert scaled.weight_bytes(2) == info.num_parameters
+    name, weight = next(iter(info.tensors.items()))
+    mixed = dataclasses.replace(info, quantised=dict.fromkeys([name]), quantised_bytes=7)
+    assert mixed.weight_bytes(2) == 7 + 2 * (info.num_parameters - weight.num_elements)
 
 
 def test_a_width_that_heads_do_not_divide(changed: Changed) -> None:
