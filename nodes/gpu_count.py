@@ -10,6 +10,7 @@ from ..tp_runtime.client import (
     DeviceError,
     GroupConfig,
     Layout,
+    Poll,
     SizeError,
     checkpoint_info,
     choose_layout,
@@ -22,16 +23,19 @@ from ..tp_runtime.client import (
 from .layouts import possible_layouts
 from .placement import AUTO, HERE, Placement
 from .schema import check_choice
-from .settings import devices_setting, python_setting
+from .settings import devices_setting, python_setting, reproducible_setting
 
 MAX_GPU_COUNT = 8
 CHOICES = (AUTO, *(str(count) for count in range(1, MAX_GPU_COUNT + 1)))
 
 
 def choose_group(
-    placement: Placement, info: CheckpointInfo, warn: Callable[[str], None]
+    placement: Placement,
+    info: CheckpointInfo,
+    warn: Callable[[str], None],
+    poll: Poll | None = None,
 ) -> GroupConfig:
-    """The group for a model file. Starts nothing.
+    """The group for a model file. Starts nothing; `poll` is called while a cluster is asked.
 
     Warns where it will be on the CPU, and where 'auto' does not mean as many GPUs as possible.
 
@@ -44,13 +48,16 @@ def choose_group(
     """
     check_choice("gpu_count", placement.gpu_count, CHOICES)
     check_choice("where", placement.where, WHERE)
-    gpus, shown_by = _gpus_for(placement)
+    gpus, shown_by = _gpus_for(placement, poll)
     count = None if placement.gpu_count == AUTO else int(placement.gpu_count)
     layouts = possible_layouts(placement.layout, count, info, max(len(gpus), 1))
     _check_enough(layouts[0].num_gpus, gpus, shown_by)
     if placement.where == "ray":
         return _on_ray(layouts[0], bool(gpus), warn)
-    chosen = choose_layout(info, layouts, gpus, get_runtime().records)
+    is_reproducible = reproducible_setting()
+    # The first of them needs no record of steps to be chosen.
+    considered = layouts[:1] if is_reproducible else layouts
+    chosen = choose_layout(info, considered, gpus, get_runtime().records)
     if chosen.reason:
         warn(chosen.reason)
     size, batch_groups = chosen.layout.tp_size, chosen.layout.batch_groups
@@ -59,7 +66,8 @@ def choose_group(
     if group.device == "cpu":
         ranks = "1 CPU process" if num_ranks == 1 else f"{num_ranks} CPU processes"
         warn(f"No CUDA GPU is visible: the model runs on {ranks}. Results are right, but slow.")
-    return dataclasses.replace(group, python=runtime_python(python_setting()))
+    python = runtime_python(python_setting())
+    return dataclasses.replace(group, python=python, reproducible=is_reproducible)
 
 
 def _on_ray(layout: Layout, on_gpus: bool, warn: Callable[[str], None]) -> GroupConfig:
@@ -73,6 +81,7 @@ def _on_ray(layout: Layout, on_gpus: bool, warn: Callable[[str], None]) -> Group
         python=runtime_python(python_setting()),
         where="ray",
         ray_address=ray_address(),
+        reproducible=reproducible_setting(),
     )
 
 
@@ -96,7 +105,7 @@ def refused_counts(path: str | None, placement: Placement) -> dict[str, Any]:
     return {"num_gpus": len(gpus), "refused": refused}
 
 
-def _gpus_for(placement: Placement) -> tuple[tuple[int, ...], str]:
+def _gpus_for(placement: Placement, poll: Poll | None = None) -> tuple[tuple[int, ...], str]:
     """The GPUs to choose from, and who says that there are these.
 
     Without any, the model runs in CPU processes.
@@ -111,7 +120,7 @@ def _gpus_for(placement: Placement) -> tuple[tuple[int, ...], str]:
     address = ray_address()
     if not address:
         return tuple(range(visible_gpu_count())), "Ray on this machine has"
-    num_gpus = cluster_gpu_count(address, runtime_python(python_setting()))
+    num_gpus = cluster_gpu_count(address, runtime_python(python_setting()), poll)
     return tuple(range(num_gpus)), f"the Ray cluster at {address} has"
 
 

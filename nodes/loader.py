@@ -4,6 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path, PurePath
 from typing import Any
 
+import comfy.model_management as management
 import folder_paths
 import torch
 from comfy_api.latest import io
@@ -11,6 +12,7 @@ from comfy_api.latest import io
 from ..tp_runtime.client import (
     OPTIMIZE,
     WHERE,
+    GroupStartError,
     TPRuntimeError,
     checkpoint_info,
     file_version,
@@ -175,7 +177,8 @@ class TPLoadDiffusionModel(io.ComfyNode):
             return f"{path} {version}"
         placement = Placement(gpu_count, devices, layout, where)
         try:
-            group = choose_group(placement, checkpoint_info(path), warn=lambda _: None)
+            info = checkpoint_info(path)
+            group = choose_group(placement, info, lambda _: None, _stop_if_cancelled)
         except (TPRuntimeError, ValueError):  # whatever runs with it raises it
             return f"{path} {version}"
         return f"{path} {version} {group}"
@@ -204,13 +207,21 @@ class TPLoadDiffusionModel(io.ComfyNode):
                 f"{unet_name} has {len(info.extra)} tensors that {info.label} does not use, such "
                 f"as {min(info.extra)}. They are left out."
             )
-        group = choose_group(placement, info, warn=warnings)
+        group = choose_group(
+            placement, info, warnings, management.throw_exception_if_processing_interrupted
+        )
         dtype, fp8_products = _DTYPES[weight_dtype]
         model = load_model(path, dtype, group, placement, optimize, fp8_products)
         # Ready, or nearly so, when the text encoder has run.
         if group.where != "ray":
             prepare_start(group.python)
         return io.NodeOutput(model)
+
+
+def _stop_if_cancelled() -> None:
+    """Leaves the cancel to the prompt: ComfyUI goes on if a fingerprint raises it."""
+    if management.processing_interrupted():
+        raise GroupStartError("The prompt is cancelled.")
 
 
 def _model_names() -> list[str]:

@@ -2,8 +2,9 @@
 
     GET  /tensor_parallel/groups                        what runs now
     POST /tensor_parallel/groups/{id}/{action}          sleep, wake, restart or release a group
-    GET  /tensor_parallel/gpu_counts?unet_name&devices&where
+    POST /tensor_parallel/gpu_counts?unet_name&devices&where
                                                         which counts do not work there, and why
+                                                        (a Ray cluster is asked by a process)
     POST /tensor_parallel/doctor                        the checks of `python -m tp_runtime doctor`
     GET  /tensor_parallel/python                        how a Python for the GPU processes stands
     POST /tensor_parallel/python/{make,cancel}          make it, or give that up
@@ -70,7 +71,7 @@ def serve_page(server: Any) -> None:
     routes = server.routes
     routes.get("/tensor_parallel/groups")(_answer(groups))
     routes.post("/tensor_parallel/groups/{group_id}/{action}")(_answer(_asked_first(change_group)))
-    routes.get("/tensor_parallel/gpu_counts")(_answer(_gpu_counts))
+    routes.post("/tensor_parallel/gpu_counts")(_answer(_asked_first(_gpu_counts)))
     routes.post("/tensor_parallel/doctor")(_answer(_asked_first(_doctor)))
     routes.get("/tensor_parallel/python")(_answer(python))
     routes.post("/tensor_parallel/python/{action:make|cancel}")(

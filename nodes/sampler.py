@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import comfy.model_management
 import comfy.samplers
 from comfy_api.latest import io
 
@@ -147,5 +148,6 @@ class TPSampler(io.ComfyNode):
         return choose_group(
             dataclasses.replace(model.model.tp_placement, gpu_count=gpu_count),
             model.remote.info,
-            warn=warnings_of_node(cls.hidden.unique_id),
+            warnings_of_node(cls.hidden.unique_id),
+            comfy.model_management.throw_exception_if_processing_interrupted,
         )

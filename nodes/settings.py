@@ -12,11 +12,12 @@ from typing import Any
 import folder_paths
 from comfy.cli_args import args
 
-from ..tp_runtime.client import GroupStartError
+from ..tp_runtime.client import GroupStartError, reproducible
 
 _PYTHON = "TensorParallel.Runtime.Python"
 _DEVICES = "TensorParallel.Runtime.Devices"
 _KEEP_READY = "TensorParallel.Runtime.KeepReady"
+_REPRODUCIBLE = "TensorParallel.Runtime.Reproducible"
 _TRIES, _WRITING_S = 3, 0.05
 
 
@@ -46,6 +47,11 @@ def python_setting() -> str | None:
 def keep_ready_setting() -> bool:
     """Whether what the GPU processes are forked from runs from ComfyUI's start on."""
     return _stored().get(_KEEP_READY) is True
+
+
+def reproducible_setting() -> bool:
+    """Whether what was measured decides neither layout nor attention kernel."""
+    return reproducible(_stored().get(_REPRODUCIBLE) is True)
 
 
 def devices_setting() -> str:

@@ -10,8 +10,11 @@ With ``settings``, the only place where the package reads environment variables 
                                less in evaluations whose time is known (``evaluation_times``)
 ``TP_RUNTIME_HOST_RESERVE``    share of the memory, of the host or its container, that sleeping
                                models leave free (default 0.125)
-``TP_RUNTIME_ATTENTION``       the ranks' attention on GPUs: auto (measured; the default), flash3,
-                               cudnn, or sdpa (torch's choice)
+``TP_RUNTIME_ATTENTION``       the ranks' attention on GPUs: auto (measured; the default), fixed
+                               (flash3 if the GPU has it, else cudnn), flash3, cudnn, or sdpa
+                               (torch's choice)
+``TP_RUNTIME_REPRODUCIBLE``    on: the layout and the attention kernel follow from the model and the
+                               GPUs alone, not from what was measured (default: the setting, off)
 ``TP_RUNTIME_QUANTISED_PRODUCTS``  on: GPUs multiply quantised weights in int8 and fp8, if they
                                can (off: not measured yet)
 ``TP_RUNTIME_FAMILIES``        packages with more families of models, by spaces; on the PYTHONPATH
@@ -74,7 +77,7 @@ def log_level() -> str:
     return level
 
 
-AttentionKernel = Literal["auto", "flash3", "cudnn", "sdpa"]
+AttentionKernel = Literal["auto", "fixed", "flash3", "cudnn", "sdpa"]
 
 
 def attention_kernel() -> AttentionKernel:
@@ -90,9 +93,18 @@ def attention_kernel() -> AttentionKernel:
 
 def quantised_products() -> bool:
     """Whether GPUs multiply quantised weights in int8 and fp8 (not measured yet: off)."""
-    chosen = os.environ.get("TP_RUNTIME_QUANTISED_PRODUCTS", "off").lower()
+    return _switch("TP_RUNTIME_QUANTISED_PRODUCTS", preferred=False)
+
+
+def reproducible(preferred: bool) -> bool:
+    """Whether what was measured decides nothing: the environment's word, else ``preferred``."""
+    return _switch("TP_RUNTIME_REPRODUCIBLE", preferred)
+
+
+def _switch(variable: str, preferred: bool) -> bool:
+    chosen = os.environ.get(variable, "on" if preferred else "off").lower()
     if chosen not in ("on", "off"):
-        raise TPRuntimeError(f"TP_RUNTIME_QUANTISED_PRODUCTS={chosen!r}: use on or off.")
+        raise TPRuntimeError(f"{variable}={chosen!r}: use on or off.")
     return chosen == "on"
 
 
@@ -169,7 +181,8 @@ class GroupConfig:
 
     ``devices`` are indices among the CUDA devices visible to this process, one per rank;
     empty on CPU, and on Ray, which chooses them. Timeouts are in seconds. ``ray_address``: the
-    cluster's, ``host:port``; empty: one is started on this machine.
+    cluster's, ``host:port``; empty: one is started on this machine. ``reproducible``: attention is
+    computed by a kernel that was not chosen by its speed.
     """
 
     tp_size: int
@@ -183,6 +196,7 @@ class GroupConfig:
     call_timeout_s: float = field(default_factory=lambda: _number("TP_RUNTIME_CALL_TIMEOUT", 600.0))
     where: Where = "this machine"
     ray_address: str = ""
+    reproducible: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.tp_size <= MAX_TP_SIZE:
@@ -231,6 +245,12 @@ class GroupConfig:
         if self.device == other.device == "cpu":
             return True
         return not set(self.devices).isdisjoint(other.devices)
+
+    @property
+    def attention(self) -> AttentionKernel:
+        """What the ranks compute attention with."""
+        kernel = attention_kernel()
+        return "fixed" if self.reproducible and kernel == "auto" else kernel
 
     @property
     def layout(self) -> Layout:
@@ -328,7 +348,7 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     environment that it starts in, as bytes, since names and values may be no UTF-8; None removes a
     variable. The file descriptors are the rank's own, and so is the ``rendezvous`` of ranks of one
     machine; it learns of them when it gets them. ``mirrored``: its exchange memory is not the
-    engine's.
+    engine's. ``kernel_choices``: the file of what was fastest on its machine; empty: none is kept.
     """
 
     rank: int
@@ -341,6 +361,7 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     rendezvous: str = ""
     fault_file: str = ""
     attention: AttentionKernel = "auto"
+    kernel_choices: str = ""
     environment: list[tuple[bytes, bytes | None]] = []
     control_fd: int = -1
     exchange_fd: int = -1

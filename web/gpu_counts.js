@@ -87,7 +87,7 @@ function offer(widget, values, answer) {
 }
 
 function countsFor(query) {
-  if (!answers.has(query)) answers.set(query, request(`/gpu_counts?${query}`));
+  if (!answers.has(query)) answers.set(query, request(`/gpu_counts?${query}`, "POST"));
   return answers.get(query);
 }
 

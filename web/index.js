@@ -40,6 +40,17 @@ app.registerExtension({
       onChange: (now, before) => devicesChanged("TensorParallel.Runtime.Devices", now, before),
     },
     {
+      id: "TensorParallel.Runtime.Reproducible",
+      category: ["Tensor Parallel", "Runtime", "Reproducible"],
+      name: "Same seed, same bits",
+      tooltip:
+        "What was measured decides neither the layout that 'auto' takes nor the kernel of " +
+        "attention, so that a prompt gives the same bits tomorrow. May be slower. " +
+        "TP_RUNTIME_REPRODUCIBLE overrides it.",
+      type: "boolean",
+      defaultValue: false,
+    },
+    {
       id: "TensorParallel.Runtime.KeepReady",
       category: ["Tensor Parallel", "Runtime", "KeepReady"],
       name: "Prepare the GPU processes when ComfyUI starts",

@@ -39,7 +39,7 @@ def ask(
 
 
 def counts(server: ComfyServer, query: str) -> tuple[int, Any]:
-    return ask(server, f"/gpu_counts?{query}", method="GET")
+    return ask(server, f"/gpu_counts?{query}", JSON)
 
 
 def test_counts_of_a_model(comfy_server: ComfyServer) -> None:
@@ -101,7 +101,7 @@ ROUTES = [
     ("POST", "/doctor"),
     ("POST", "/groups/x/release"),
     ("GET", "/groups"),
-    ("GET", f"/gpu_counts?unet_name={MODEL}"),
+    ("POST", f"/gpu_counts?unet_name={MODEL}"),
 ]
 
 

@@ -35,6 +35,7 @@ from ..config import (
     ModelSpec,
     file_version,
     ray_address,
+    reproducible,
     runtime_python,
     visible_gpu_count,
 )
@@ -68,6 +69,7 @@ from .inspection import checkpoint_info
 from .launch.local import prepare_start
 from .launch.ray_driver_client import cluster_gpu_count
 from .own_python import OwnPython
+from .poll import Poll
 from .remote_model import RemoteModel
 from .runtime import Runtime, get_runtime
 
@@ -96,6 +98,7 @@ __all__ = [
     "OwnPython",
     "PatchError",
     "PatchedWeight",
+    "Poll",
     "ProtocolError",
     "RankError",
     "RankMemoryError",
@@ -117,6 +120,7 @@ __all__ = [
     "open_checkpoint",
     "prepare_start",
     "ray_address",
+    "reproducible",
     "runtime_python",
     "visible_gpu_count",
 ]

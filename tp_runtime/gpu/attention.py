@@ -1,13 +1,14 @@
 """Attention of an optimised step: the fastest kernel that this GPU has. GPUs only.
 
-Which one that is depends on the device and on the shape, so it is measured, once a shape, in the
-step before the one that is recorded. ``TP_RUNTIME_ATTENTION`` names one instead.
+Which one that is depends on the device and on the shape, so it is measured, once a shape on a
+machine, in the step before the one that is recorded. ``TP_RUNTIME_ATTENTION`` names one instead.
 """
 
 import logging
 import statistics
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
+from importlib.metadata import version
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..config import AttentionKernel
 from ..errors import InputError
+from .kernel_choices import KernelChoices
 
 logger = logging.getLogger("tp_runtime.gpu.attention")
 
@@ -38,9 +40,10 @@ class FastAttention:
     N is a multiple of N', the key and value heads, which neighbouring query heads share.
     """
 
-    def __init__(self, kernel: AttentionKernel) -> None:
-        """Raises InputError if the kernel that is asked for is not to be had here."""
+    def __init__(self, kernel: AttentionKernel, choices: KernelChoices | None) -> None:
+        """``choices``: those of this machine. Raises InputError if there is no such kernel here."""
         self._asked_for = kernel
+        self._choices = choices
         self._chosen: dict[Hashable, Kernel] = {}
         if kernel == "flash3":
             reason = _why_no_flash3()
@@ -56,24 +59,33 @@ class FastAttention:
         """``mask`` as ``models.layers.attention`` takes it."""
         if mask is not None:
             return _of_torch(_TORCH_ORDER, q, k, v, mask)
-        key = q.shape, k.shape, v.shape, q.dtype
+        key = *(part.shape for part in (q, k, v)), *(part.stride() for part in (q, k, v)), q.dtype
         if key not in self._chosen:
-            self._chosen[key] = self._choose(q, k, v)
+            self._chosen[key] = self._choose(q, k, v, str(key))
         return self._chosen[key](q, k, v)
 
-    def _choose(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Kernel:
+    def _choose(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shapes: str) -> Kernel:
         candidates = self._candidates(q, k)
         if len(candidates) == 1:
             return next(iter(candidates.values()))
+        key = f"{torch.cuda.get_device_name()}, torch {version('torch')}, vLLM {version('vllm')}: "
+        key += f"{', '.join(candidates)} for {shapes}"
+        if self._choices is not None and (known := self._choices.get(key)) in candidates:
+            return candidates[known]
         taken = {name: _milliseconds(kernel, q, k, v) for name, kernel in candidates.items()}
         best = min(taken, key=taken.__getitem__)
-        shapes = tuple(q.shape), tuple(k.shape)
-        logger.info("attention of %s over %s, %s: %s (ms: %s)", *shapes, q.dtype, best, taken)
+        logger.info("attention, %s: %s (ms: %s)", key, best, taken)
+        if self._choices is not None and (kept := self._choices.keep(key, best)) in candidates:
+            best = kept
         return candidates[best]
 
     def _candidates(self, q: torch.Tensor, k: torch.Tensor) -> dict[str, Kernel]:
         """What may compute these shapes, by name."""
         half = q.dtype in (torch.float16, torch.bfloat16)
+        if self._asked_for == "fixed":
+            if half and _why_no_flash3() is None:
+                return {"flash3": _flash3(q, k)}
+            return {"cudnn": partial(_of_torch, _TORCH_ORDER)}
         if self._asked_for in ("cudnn", "flash3") and not half:
             logger.warning(
                 "TP_RUNTIME_ATTENTION=%s is for fp16 and bf16; attention in %s is torch's.",

@@ -6,6 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -42,11 +43,12 @@ def load_model(
     tp_size: int,
     report_progress: ReportProgress,
     attention: AttentionKernel = "auto",
+    kernel_choices: str = "",
 ) -> LoadedModel:
     """Read the slices of the file that this rank holds, and nothing else of it.
 
     ``report_progress(done, total)`` is called with bytes now and then. ``attention``: of optimised
-    steps.
+    steps. ``kernel_choices``: see ``WorkerConfig``.
 
     Raises:
         CheckpointError: the file is not what it was when the model was chosen.
@@ -121,10 +123,12 @@ def load_model(
     if fast:
         # Here, since without a GPU there may be no Triton.
         from ..gpu.attention import FastAttention
+        from ..gpu.kernel_choices import KernelChoices
         from ..gpu.reduction import fused_reduction
 
         reduction = fused_reduction(device)
-        fast_attention = FastAttention(attention)
+        choices = KernelChoices(Path(kernel_choices)) if kernel_choices else None
+        fast_attention = FastAttention(attention, choices)
     forward: ShardedForward = kind(model.eval(), info.sizes, collectives, reduction)
 
     def new_run() -> Callable[..., torch.Tensor]:

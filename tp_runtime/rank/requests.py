@@ -87,6 +87,7 @@ class Runner:
                 self._config.tp_size,
                 report_progress,
                 self._config.attention,
+                self._config.kernel_choices,
             )
             self._models[request.model] = model
         return {"resident_bytes": model.resident_bytes, "bytes_read": model.bytes_read}

@@ -14,8 +14,9 @@ from pathlib import Path
 import msgspec
 
 from ... import machine, reasons
-from ...config import GroupConfig, WorkerConfig, attention_kernel, fault_file, log_level
+from ...config import GroupConfig, WorkerConfig, fault_file, log_level
 from ...errors import GroupStartError
+from ...settings import home
 from ...wire.exchange import Exchange
 from ...wire.transport import Channel, wait
 from .. import failures
@@ -148,7 +149,8 @@ class LocalLauncher:
             num_threads=max(1, machine.cores() // config.num_ranks),
             log_level=log_level(),
             fault_file=fault_file(),
-            attention=attention_kernel(),
+            attention=config.attention,
+            kernel_choices=str(home() / "kernel_choices.jsonl"),
         )
         log_path = folder / f"rank{index}.log"
         # For appending, so that the rank can shorten it; readable by its owner only.

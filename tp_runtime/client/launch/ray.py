@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Sequence
 
-from ...config import GroupConfig, WorkerConfig, attention_kernel, fault_file, log_level
+from ...config import GroupConfig, WorkerConfig, fault_file, log_level
 from ...errors import GroupStartError
 from ...wire.exchange import Exchange
 from ...wire.handshake import Member, Reception, new_token
@@ -188,7 +188,7 @@ def _order(config: GroupConfig, address: tuple[str, int], token: bytes, exchange
         num_threads=1,
         log_level=log_level(),
         fault_file=fault_file(),
-        attention=attention_kernel(),
+        attention=config.attention,
     )
     environment = {**RANK_ENVIRONMENT, "VLLM_LOGGING_LEVEL": log_level()}
     return Run(

@@ -25,12 +25,14 @@ from ...wire.handshake import new_token
 from ...wire.ray_messages import DriverConfig, Ended, FromDriver, Refused, Run, Waiting
 from ...wire.transport import Channel, wait
 from .. import failures
+from ..poll import POLL_S, Poll, acquired
 from .environment import code_that_runs, inherited_environment
 from .group_folder import GroupFolder
 from .launcher import tail_of_file
 
 END_TIMEOUT_S = 15.0
 ASK_TIMEOUT_S = 60.0
+FAILURE_S = 10.0
 
 
 class Driver:
@@ -148,18 +150,30 @@ def _end_session(leader: int) -> None:
 
 
 _gpu_counts: dict[str, int] = {}  # by the cluster's address
+_failures: dict[tuple[str, str], tuple[float, str]] = {}  # by address and Python: when, and what
 _asking = threading.Lock()
 
 
-def cluster_gpu_count(address: str, python: str) -> int:
-    """GPUs of the Ray cluster at ``address``. It is asked once, until ``forget_count``.
+def cluster_gpu_count(address: str, python: str, poll: Poll | None = None) -> int:
+    """GPUs of the Ray cluster at ``address``.
+
+    One thread asks a cluster at a time. What it answers stands until ``forget_count``; that it
+    does not, for ``FAILURE_S``, so that whoever waited for that answer does not wait again.
 
     Raises:
         GroupStartError: the cluster cannot be reached, or the Python has no ray.
     """
-    with _asking:
-        if address not in _gpu_counts:
-            _gpu_counts[address] = _ask(address, python)
+    with acquired(_asking, poll):
+        if address in _gpu_counts:
+            return _gpu_counts[address]
+        failed_at, message = _failures.get((address, python), (-math.inf, ""))
+        if time.monotonic() - failed_at < FAILURE_S:
+            raise GroupStartError(message)
+        try:
+            _gpu_counts[address] = _ask(address, python, poll)
+        except GroupStartError as error:
+            _failures[address, python] = time.monotonic(), str(error)
+            raise
         return _gpu_counts[address]
 
 
@@ -168,7 +182,7 @@ def forget_count(address: str) -> None:
     _gpu_counts.pop(address, None)
 
 
-def _ask(address: str, python: str) -> int:
+def _ask(address: str, python: str, poll: Poll | None) -> int:
     folder = GroupFolder.create()
     config = GroupConfig(1, "cuda", python=python, where="ray", ray_address=address)
     answer: Waiting | None = None
@@ -179,7 +193,9 @@ def _ask(address: str, python: str) -> int:
         at_end.callback(driver.kill)
         deadline = time.monotonic() + ASK_TIMEOUT_S
         while answer is None and time.monotonic() < deadline:
-            for message in driver.receive(1.0):
+            if poll is not None:
+                poll()
+            for message in driver.receive(POLL_S):
                 if isinstance(message, Waiting):
                     answer = message
     if answer is None:
