@@ -14,8 +14,9 @@ export COMFYUI_PATH ?= $(CURDIR)/.comfyui
 TEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup
 
 # What tries inputs at random (tests/support/fuzz.py); in `make test`, the same few each time.
-FUZZERS := tests/faults/test_fuzz.py tests/comfy/test_any_file.py tests/comfy/test_strange_state.py \
-	tests/comfy/test_settings_and_flags.py
+FUZZERS := tests/faults/test_fuzz.py tests/parity/test_random.py tests/comfy/test_any_file.py \
+	tests/comfy/test_strange_state.py tests/comfy/test_settings_and_flags.py \
+	tests/comfy/test_random_graphs.py
 
 .PHONY: help demo serve test test-all soak kills bench bench-comfyui check lint format venv comfyui browser hosts clean
 

@@ -6,7 +6,7 @@ import torch
 
 from bench.extents import Extent
 from tp_runtime.models import family_named
-from tp_runtime.models.family import AtLeast, Input, Sizes
+from tp_runtime.models.family import Input, Sizes, axis_length
 
 
 def make_inputs(model: str, sizes: Sizes, extent: Extent, batch: int) -> dict[str, Any]:
@@ -26,18 +26,12 @@ def make_inputs(model: str, sizes: Sizes, extent: Extent, batch: int) -> dict[st
 
     def is_made(declared: Input) -> bool:
         axes = {axis for axis in declared.axes if isinstance(axis, str)}
-        is_optional = declared.optional and axes - known(declared).keys()
-        return not declared.many and bool(declared.axes) and not is_optional
+        if declared.many or declared.kind in ("mask", "any"):
+            return False
+        return not (declared.optional and axes - known(declared).keys())
 
     def tensor(declared: Input) -> torch.Tensor:
-        shape = [
-            known(declared)[axis]
-            if isinstance(axis, str)
-            else axis.length
-            if isinstance(axis, AtLeast)
-            else axis[1]
-            for axis in declared.axes
-        ]
+        shape = [axis_length(axis, known(declared)) for axis in declared.axes]
         if len(shape) == 1:  # a number for each picture; times 1000 it is exact in bf16, too
             return torch.full(shape, 0.5)
         return torch.randn(shape, generator=generator)

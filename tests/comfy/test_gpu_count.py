@@ -185,6 +185,20 @@ def test_auto_divides_a_batch_where_that_was_measured_to_be_faster(
     assert on_machine(4, "2").num_ranks == 2
 
 
+def test_what_was_measured_decides_nothing_where_bits_are_to_be_the_same(
+    choose: tuple[Choose, list[str]],
+    records: StepRecords,
+    tiny_z_image: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    on_machine, warnings = choose
+    measured(records, tiny_z_image, CFG, tp4x1=72.0, tp2x2=60.0, tp1x4=30.0)
+    monkeypatch.setenv("TP_RUNTIME_REPRODUCIBLE", "on")
+    group = on_machine(4, "auto")
+    assert (str(group.layout), group.reproducible) == ("4x1", True)
+    assert not warnings
+
+
 def test_what_was_not_measured_is_predicted(
     choose: tuple[Choose, list[str]], records: StepRecords, tiny_z_image: Path
 ) -> None:

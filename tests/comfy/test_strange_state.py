@@ -16,6 +16,7 @@ from comfy.conftest import largest_difference
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.extents import Extent
 from bench.inputs import make_inputs
 from support.fuzz import examples
 from support.native import native_model
@@ -55,7 +56,7 @@ def pair(models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
 @functools.cache
 def arguments(family: str) -> dict[str, Any]:
-    inputs = make_inputs(family, tiny(family), 64, 1)
+    inputs = make_inputs(family, tiny(family), Extent(64, 64), 1)
     inputs = {name: value.float() for name, value in inputs.items() if torch.is_tensor(value)}
     inputs["context"] = inputs["context"][:, :20]
     return inputs | ({"num_tokens": 20} if family == "z_image" else {})

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from tp_runtime.models.family import Input, Sizes
+from tp_runtime.models.family import Input, Sizes, axis_length
 
 
 def make_inputs(
@@ -42,12 +42,14 @@ def make_inputs(
         return torch.randn(shape, generator=generator).to(dtype)
 
     def tensor(declared: Input, own: Mapping[str, int]) -> torch.Tensor:
-        return random(*(own[axis] if isinstance(axis, str) else axis[1] for axis in declared.axes))
+        return random(*(axis_length(axis, own) for axis in declared.axes))
 
     inputs: dict[str, Any] = {"transformer_options": {}}
     for name, declared in sizes.all_inputs.items():
         own = {**declared.usual, **known}
         axes = {axis for axis in declared.axes if isinstance(axis, str)}
+        if declared.kind in ("mask", "any"):  # only if it is asked for
+            continue
         if name == "timesteps":
             shape = (batch, times_per_item) if times_per_item else (batch,)
             inputs[name] = time_scale * torch.rand(shape, generator=generator)

@@ -1,5 +1,6 @@
 """Settings: what is refused, and what the message says."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -53,8 +54,35 @@ def test_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TP_RUNTIME_ATTENTION", "CUDNN")
     assert config.attention_kernel() == "cudnn"
     monkeypatch.setenv("TP_RUNTIME_ATTENTION", "best")
-    with pytest.raises(TPRuntimeError, match="'best': use one of auto, flash3, cudnn, sdpa"):
+    with pytest.raises(TPRuntimeError, match="'best': use one of auto, fixed, flash3, cudnn"):
         config.attention_kernel()
+
+
+def test_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel that was chosen by its speed; a kernel that somebody names is no such one."""
+    see_gpus(monkeypatch, 0)
+    group = GroupConfig.local(1)
+    assert group.attention == "auto"
+    steady = dataclasses.replace(group, reproducible=True)
+    assert steady != group
+    assert steady.attention == "fixed"
+    monkeypatch.setenv("TP_RUNTIME_ATTENTION", "sdpa")
+    assert steady.attention == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("variable", "preferred", "expected"),
+    [(None, False, False), (None, True, True), ("ON", False, True), ("off", True, False)],
+)
+def test_the_environment_decides_what_is_reproducible(
+    monkeypatch: pytest.MonkeyPatch, variable: str | None, preferred: bool, expected: bool
+) -> None:
+    if variable is not None:
+        monkeypatch.setenv("TP_RUNTIME_REPRODUCIBLE", variable)
+    assert config.reproducible(preferred) is expected
+    monkeypatch.setenv("TP_RUNTIME_REPRODUCIBLE", "maybe")
+    with pytest.raises(TPRuntimeError, match="TP_RUNTIME_REPRODUCIBLE='maybe': use on or off"):
+        config.reproducible(preferred)
 
 
 @pytest.mark.parametrize("tp_size", [-1, 0, 9])

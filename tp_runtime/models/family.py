@@ -27,6 +27,13 @@ class AtLeast:
 Axis = str | tuple[str, int] | AtLeast  # its name, and its length where the model fixes it
 
 
+def axis_length(axis: Axis, lengths: Mapping[str, int]) -> int:
+    """The least length that an axis can have; ``lengths``: of those that the model does not fix."""
+    if isinstance(axis, str):
+        return lengths[axis]
+    return axis.length if isinstance(axis, AtLeast) else axis[1]
+
+
 @dataclass(frozen=True)
 class Input:
     """A tensor that the model is given. ``axes``: those of the same name as one of ``x`` are equal.
