@@ -98,7 +98,9 @@ def _named_axes(
     shape = tuple(tensor.shape)
     if not declared.axes:
         return {}
-    axes = declared.or_axes if len(shape) == len(declared.or_axes) else declared.axes
+    axes = declared.axes
+    if declared.or_axes and len(shape) == len(declared.or_axes):
+        axes = declared.or_axes
     if len(shape) != len(axes) or not all(map(_axis_fits, axes, shape)):
         raise InputError(
             f"{declared.what} of {label} have the shape {declared}; got {shape}."

@@ -31,7 +31,7 @@ from .group_folder import GroupFolder
 from .launcher import tail_of_file
 
 END_TIMEOUT_S = 15.0
-ASK_TIMEOUT_S = 60.0
+ASK_TIMEOUT_S, ASK_END_S = 60.0, 3.0
 FAILURE_S = 10.0
 
 
@@ -126,10 +126,10 @@ class Driver:
         """Have the driver end its job. Does not wait. Idempotent."""
         self._channel.close()
 
-    def kill(self) -> None:
+    def kill(self, patience_s: float = END_TIMEOUT_S) -> None:
         """Leave nothing of it, after it was given its time. Idempotent."""
         self.close()
-        if not self.ended(END_TIMEOUT_S):
+        if not self.ended(patience_s):
             self.process.kill()
             self.process.wait()
         if self._ray_folder:
@@ -190,7 +190,7 @@ def _ask(address: str, python: str, poll: Poll | None) -> int:
         at_end.callback(lambda: folder.release(keep=answer is None))
         with failures.on_ray():
             driver = Driver(config, 0, folder.path)
-        at_end.callback(driver.kill)
+        at_end.callback(driver.kill, ASK_END_S)  # it has no ranks that it would have to end
         deadline = time.monotonic() + ASK_TIMEOUT_S
         while answer is None and time.monotonic() < deadline:
             if poll is not None:
