@@ -48,7 +48,7 @@ def test_every_model_is_measured_unless_told_otherwise() -> None:
     assert sorted(parsed().models) == MODELS
 
 
-@pytest.mark.rotates(3)
+@pytest.mark.rotates(5)
 @pytest.mark.parametrize("model", MODELS)
 def test_rows_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str) -> None:
     layouts = ["--tp", "2", "--layouts", "1x2", "--diffusers", "--exact"]
