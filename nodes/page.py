@@ -68,6 +68,7 @@ def serve_page(server: Any) -> None:
         await _in_thread({"make": own.make, "cancel": own.cancel}[request.match_info["action"]])
         return await python(request)
 
+    server.app.middlewares.insert(0, _check_origins)
     routes = server.routes
     routes.get("/tensor_parallel/groups")(_answer(groups))
     routes.post("/tensor_parallel/groups/{group_id}/{action}")(_answer(_asked_first(change_group)))
@@ -212,7 +213,6 @@ def _answer(handler: Handler) -> Handler:
     @functools.wraps(handler)
     async def answer(request: web.Request) -> web.Response:
         try:
-            _check_origin(request)
             return web.json_response(await handler(request))
         except _Refusal as error:
             return web.json_response({"error": str(error)}, status=error.status)
@@ -220,6 +220,17 @@ def _answer(handler: Handler) -> Handler:
             return web.json_response({"error": str(error)}, status=400)
 
     return answer
+
+
+@web.middleware
+async def _check_origins(request: web.Request, handler: Handler) -> Any:
+    """Before ComfyUI's own middleware, which answers 500 to what is no address."""
+    if "/tensor_parallel/" in request.path:
+        try:
+            _check_origin(request)
+        except _Refusal as error:
+            return web.json_response({"error": str(error)}, status=error.status)
+    return await handler(request)
 
 
 def _check_origin(request: web.Request) -> None:
@@ -249,7 +260,7 @@ def _check_origin(request: web.Request) -> None:
 def _asked_first(handler: Handler) -> Handler:
     """Refuse what a browser sends to another site without asking that first: it names no JSON.
 
-    For what changes something. Where it asks, `_check_origin` sees the origin.
+    For what changes something. Where it asks, `_check_origins` sees the origin.
     """
 
     @functools.wraps(handler)

@@ -58,14 +58,15 @@ def _state_dict(info: CheckpointInfo) -> dict[str, torch.Tensor]:
     tensors = {}
     with open_checkpoint(info.path) as file:
         for name, tensor in (*info.tensors.items(), *info.extra.items()):
+            if name in info.quantised:  # in any dtype: nobody looks at its numbers
+                tensors[name] = torch.empty(tensor.shape, dtype=torch.bfloat16, device="meta")
+                continue
             if tensor.dtype not in STORED_DTYPES:
                 raise CheckpointError(
                     f"Tensor {name} of {info.path} is stored as {tensor.dtype}. Supported: "
                     f"{', '.join(STORED_DTYPES)}. Choose another file of this model."
                 )
-            if name in info.quantised:  # in any dtype: nobody looks at its numbers
-                tensors[name] = torch.empty(tensor.shape, dtype=torch.bfloat16, device="meta")
-            elif 0 < tensor.num_elements < _SMALL_NUMEL:
+            if 0 < tensor.num_elements < _SMALL_NUMEL:
                 tensors[name] = file.read(name, None, None).clone()
             else:
                 dtype = STORED_DTYPES[tensor.dtype]

@@ -158,9 +158,12 @@ LAYER = "layers.0.attention.out"
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda t: t.pop(f"{LAYER}.weight_scale"), f"lacks {LAYER}.weight or its scale"),
+        (lambda t: t.pop(f"{LAYER}.weight_scale"), f"lacks the scales {LAYER}.weight_scale"),
         (lambda t: t.update({f"{LAYER}.weight_scale": torch.ones(480)}), "has the shape [480]"),
-        (lambda t: t.update({f"{LAYER}.weight": torch.ones(480, 480).char()}), "as I8"),
+        (
+            lambda t: t.update({f"{LAYER}.weight": torch.ones(480, 480).char()}),
+            "stored: layers.0.attention.out.weight is I8",
+        ),
         (lambda t: t.pop(f"{LAYER}.weight"), f"1 missing ({LAYER}.weight)"),
     ],
     ids=["no scale", "scales of rows", "int8", "no weight"],

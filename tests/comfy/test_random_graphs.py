@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from comfy.conftest import TOLERANCE, largest_difference
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 
 from support.comfy_history import PromptError
@@ -117,8 +117,7 @@ def outcome(server: ComfyServer, prompt: Prompt) -> Any:
 def test_any_graph(comfy_server: ComfyServer) -> None:
     pids: set[frozenset[int]] = set()
 
-    @settings(suppress_health_check=list(HealthCheck))
-    @examples(12)
+    @examples(12, suppress_health_check=list(HealthCheck))
     @given(graphs())
     def check(prompt: Prompt) -> None:
         expected = outcome(comfy_server, stock_twin(prompt))
@@ -126,8 +125,12 @@ def test_any_graph(comfy_server: ComfyServer) -> None:
         if isinstance(expected, PromptError):
             assert isinstance(found, PromptError), expected
             return
-        assert not isinstance(found, PromptError), found
         latent = comfy_server.latent(expected)
+        if not latent.isfinite().all():  # stock saves them: `kl_optimal` has no sigmas of one step
+            assert isinstance(found, PromptError)
+            assert "NaN" in found.message
+            return
+        assert not isinstance(found, PromptError), found
         assert largest_difference(comfy_server.latent(found), latent) <= RANDOM_TOLERANCE
         pids.add(frozenset(rank_pids(found)))
 

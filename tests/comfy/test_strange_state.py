@@ -164,7 +164,11 @@ def test_arguments_that_a_forward_takes_and_leaves(pair: Callable[[str], Pair]) 
         ("flux", {"patches": {"post_input": Odd()}}, "patches.post_input"),
         ("qwen_image", {"patches_replace": {"dit": [1]}}, "patches_replace.dit"),
         ("qwen_image", {"patches_replace": {"dit": {("double_block", 0): Odd()}}}, "double_block"),
-        ("z_image", {"optimized_attention_override": print}, "SageAttention"),
+        (
+            "z_image",
+            {"optimized_attention_override": print},
+            "takes the place of the attention function",
+        ),
     ],
 )
 def test_what_a_model_reads_is_refused_by_name(
@@ -189,7 +193,7 @@ def test_a_replacement_that_raises_when_it_is_looked_at(
     options = {"patches_replace": {"dit": {("double_block", 0): replacement}}}
     error = outcome(pair("qwen_image")[1], "qwen_image", options, {})
     assert isinstance(error, TPRuntimeError)
-    assert "replaces blocks of the model" in str(error)
+    assert "takes the place of a block" in str(error)
 
 
 numbers = st.integers() | st.floats(allow_nan=False) | st.booleans()

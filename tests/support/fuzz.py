@@ -4,6 +4,7 @@
 """
 
 import os
+from typing import Any
 
 from hypothesis import settings
 
@@ -11,10 +12,14 @@ SOAKING = "SOAK_MINUTES" in os.environ
 MANY = 40  # times as many examples
 
 
-def examples(number: int) -> settings:
-    """A decorator for a hypothesis test: so many examples, the same in each run of CI."""
+def examples(number: int, **more: Any) -> settings:
+    """A decorator for a hypothesis test: so many examples, the same in each run of CI.
+
+    `more`: other settings of hypothesis.
+    """
     return settings(
         max_examples=number * MANY if SOAKING else number,
         derandomize=not SOAKING,
         database=None,
+        **more,
     )
