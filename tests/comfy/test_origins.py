@@ -1,6 +1,7 @@
 """What a refusal says of the Python code of a node, and what need not be refused."""
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -86,11 +87,20 @@ def test_what_leaves_the_process(origins: ModuleType) -> None:
     """A choice of exact attention does not, another is refused with the name of what was chosen."""
     from comfy.ldm.modules import attention
 
-    with pack_module("nodes.arguments") as arguments:
-        pytorch = chosen(attention.REGISTERED_ATTENTION_FUNCTIONS["pytorch"])
-        assert arguments._plain_options({"optimized_attention_override": pytorch}) == {}
+    def forward(x: int, timesteps: int, transformer_options: dict[str, Any]) -> None:
+        """Of a model that looks for such a choice."""
+
+    with pack_module("nodes.arguments") as arguments, pack_module("nodes.native_code") as native:
+        option = "optimized_attention_override"
+        code = native.NativeCode(frozenset(), frozenset(), frozenset({option}))
+
+        def sent(choice: Any) -> Any:
+            bound = inspect.signature(forward).bind(1, 2, {option: chosen(choice)})
+            return arguments.remote_inputs(bound, code)["transformer_options"]
+
+        assert sent(attention.REGISTERED_ATTENTION_FUNCTIONS["pytorch"]) == {}
         with pytest.raises(ValueError, match=r"sage_attention \(.*the place of the attention"):
-            arguments._plain_options({"optimized_attention_override": chosen(sage_attention)})
+            sent(sage_attention)
 
 
 @pytest.mark.parametrize("has_references", [False, True])

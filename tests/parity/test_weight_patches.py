@@ -161,7 +161,7 @@ def test_plain_patches_in_their_order() -> None:
     ("patch", "words"),
     [
         (WeightPatch("lora", lora(), 1.0), "shape"),
-        (WeightPatch("diff", (random(1, 16),), 1.0), "shape"),
+        (WeightPatch("diff", (random(1, 16),), 1.0), r"\(1, 16\) is not \(16, 16\)"),
         (WeightPatch("oft", (random(5, 8, 8), None, None, None), 1.0), "shape"),
         (WeightPatch("boft", (random(2, 2, 8, 8), None, None, None), 1.0), "alpha"),
     ],

@@ -39,6 +39,7 @@ def _load(
     tp_size: int,
     report_progress: Callable[[int, int], None],
     attention: str,
+    kernel_choices: str,
 ) -> SimpleNamespace:
     shapes = set()
 
