@@ -417,6 +417,7 @@ def test_the_devices_of_the_settings_are_heeded_at_once(web: ComfyPage) -> None:
         "app.graph.nodes.find(({ comfyClass }) => comfyClass === 'TPLoadDiffusionModel')"
         ".widgets.find(({ name }) => name === 'gpu_count').tooltip"
     )
+    tooltip = f"({tooltip} ?? '')"  # it has none before the counts are known
     web.load_prompt({"model": tp_loader(MODEL)})
     try:
         for devices in ("7", "5"):
