@@ -1,6 +1,7 @@
 """Carries out requests on one rank: loads shards, holds constant tensors, evaluates."""
 
 import ctypes
+import os
 import time
 from typing import Any
 
@@ -87,7 +88,7 @@ class Runner:
                 self._config.tp_size,
                 report_progress,
                 self._config.attention,
-                self._config.kernel_choices,
+                os.fsdecode(self._config.kernel_choices),
             )
             self._models[request.model] = model
         return {"resident_bytes": model.resident_bytes, "bytes_read": model.bytes_read}

@@ -150,7 +150,7 @@ class LocalLauncher:
             log_level=log_level(),
             fault_file=fault_file(),
             attention=config.attention,
-            kernel_choices=str(home() / "kernel_choices.jsonl"),
+            kernel_choices=os.fsencode(home() / "kernel_choices.jsonl"),
         )
         log_path = folder / f"rank{index}.log"
         # For appending, so that the rank can shorten it; readable by its owner only.
