@@ -117,7 +117,7 @@ async def _send_events(server: Any, status: _Status) -> None:
             if now != shown:
                 server.send_sync(GROUPS_EVENT, await _in_thread(status.read))
                 shown = now
-        except Exception as error:
+        except Exception as error:  # of whatever type: logged, and the events go on
             if repr(error) != failed:
                 logger.exception("The page could not be told what runs; it is tried again.")
             failed = repr(error)
@@ -206,6 +206,9 @@ class _Refusal(Exception):
         super().__init__(message)
         self.status = status
 
+    def answer(self) -> web.Response:
+        return web.json_response({"error": str(self)}, status=self.status)
+
 
 def _answer(handler: Handler) -> Handler:
     """Make a handler's result, or the error that it raises for a person, the JSON answer."""
@@ -215,9 +218,9 @@ def _answer(handler: Handler) -> Handler:
         try:
             return web.json_response(await handler(request))
         except _Refusal as error:
-            return web.json_response({"error": str(error)}, status=error.status)
+            return error.answer()
         except TPRuntimeError as error:
-            return web.json_response({"error": str(error)}, status=400)
+            return _Refusal(400, str(error)).answer()
 
     return answer
 
@@ -225,11 +228,11 @@ def _answer(handler: Handler) -> Handler:
 @web.middleware
 async def _check_origins(request: web.Request, handler: Handler) -> Any:
     """Before ComfyUI's own middleware, which answers 500 to what is no address."""
-    if "/tensor_parallel/" in request.path:
+    if request.path.removeprefix("/api").startswith("/tensor_parallel/"):
         try:
             _check_origin(request)
         except _Refusal as error:
-            return web.json_response({"error": str(error)}, status=error.status)
+            return error.answer()
     return await handler(request)
 
 

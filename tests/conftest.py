@@ -14,6 +14,7 @@ from support.comfy_server import NO_GPU, ComfyServer
 from support.leaks import RUN, nothing_left_over, own_temporary_folder
 from support.rotation import commit_of, left_out
 from support.tiny_models import write_tiny
+from tp_runtime.client import Runtime
 
 if TYPE_CHECKING:
     from support.groups import GroupScheduling
@@ -65,6 +66,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> "GroupSchedu
     from support.groups import GroupScheduling
 
     return GroupScheduling(config, log)
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Iterator[Runtime]:
+    """Groups of the module's own."""
+    runtime = Runtime()
+    yield runtime
+    runtime.release()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -52,7 +52,10 @@ CONDITIONING_NODES: dict[str, Inputs] = {
     "ConditioningSetAreaStrength": {"strength": numbers},
     "FluxGuidance": {"guidance": numbers},
 }
-PAIRS = ("ConditioningCombine", "ConditioningConcat")
+PAIR_NODES = {
+    "ConditioningCombine": ("conditioning_1", "conditioning_2"),
+    "ConditioningConcat": ("conditioning_to", "conditioning_from"),
+}
 SAMPLERS = ("euler", "heun", "dpmpp_2m", "dpmpp_sde", "lms", "ddim", "uni_pc", "res_multistep")
 SCHEDULERS = ("simple", "normal", "karras", "beta", "sgm_uniform", "kl_optimal")
 
@@ -80,11 +83,11 @@ def graphs(draw: Callable[[Any], Any]) -> Prompt:
         uses["model"] = name
     for role in ("positive", "negative"):
         for index, name in enumerate(
-            draw(st.lists(st.sampled_from([*CONDITIONING_NODES, *PAIRS]), max_size=3))
+            draw(st.lists(st.sampled_from([*CONDITIONING_NODES, *PAIR_NODES]), max_size=3))
         ):
             place = f"{role} {index}"
-            if name in PAIRS:
-                first, second = PAIR_INPUTS[name]
+            if name in PAIR_NODES:
+                first, second = PAIR_NODES[name]
                 other = draw(st.sampled_from(["positive", "negative"]))
                 links = {first: [uses[role], 0], second: [other, 0]}
                 prompt[place] = node(name, **links)
@@ -97,12 +100,6 @@ def graphs(draw: Callable[[Any], Any]) -> Prompt:
             for role in uses.keys() & item["inputs"].keys():
                 item["inputs"][role] = [uses[role], 0]
     return with_report(prompt)
-
-
-PAIR_INPUTS = {
-    "ConditioningCombine": ("conditioning_1", "conditioning_2"),
-    "ConditioningConcat": ("conditioning_to", "conditioning_from"),
-}
 
 
 def outcome(server: ComfyServer, prompt: Prompt) -> Any:

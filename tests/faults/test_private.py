@@ -6,7 +6,6 @@ import os
 import socket
 import stat
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,6 @@ from tp_runtime.config import log_level
 pytestmark = pytest.mark.process
 
 SECRET = "a prompt that is nobody's business"
-
-
-@pytest.fixture(scope="module")
-def runtime() -> Iterator[Runtime]:
-    runtime = Runtime()
-    yield runtime
-    runtime.release()
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Real groups of CPU ranks for the parity tests, kept for a module: a start takes seconds."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,9 +15,8 @@ Remote = Callable[..., RemoteModel]
 
 
 @pytest.fixture(scope="module")
-def remote() -> Iterator[Remote]:
+def remote(runtime: Runtime) -> Remote:
     """`remote(path, tp_size, dtype, batch_groups)`: the file, loaded on such a group on the CPU."""
-    runtime = Runtime()
 
     def load(
         path: Path, tp_size: int, dtype: torch.dtype = torch.float32, batch_groups: int = 1
@@ -28,8 +27,7 @@ def remote() -> Iterator[Remote]:
         model.ensure_loaded()
         return model
 
-    yield load
-    runtime.release()
+    return load
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -72,13 +72,6 @@ def weights() -> Iterator[ModuleType]:
         yield module
 
 
-@pytest.fixture(scope="module")
-def runtime() -> Iterator[Runtime]:
-    runtime = Runtime()
-    yield runtime
-    runtime.release()
-
-
 def random(*shape: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator)

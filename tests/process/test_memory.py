@@ -25,13 +25,6 @@ from tp_runtime.wire.protocol import Evaluate, Load, Request, Sleep, Unload, Wak
 pytestmark = pytest.mark.process
 
 
-@pytest.fixture(scope="module")
-def runtime() -> Iterator[Runtime]:
-    runtime = Runtime()
-    yield runtime
-    runtime.release()
-
-
 @pytest.fixture
 def models(runtime: Runtime, tmp_path: Path) -> list[RemoteModel]:
     """Two files on one group; nothing is loaded."""

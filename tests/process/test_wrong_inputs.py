@@ -14,21 +14,13 @@ import torch
 from process.conftest import cpu_group
 from safetensors.torch import load_file, save_file
 
-from bench.extents import Extent
-from bench.inputs import make_inputs
+from support.inputs import make_inputs
 from support.tiny_models import tiny, write_tiny
 from tp_runtime.client import InputError, ModelSpec, RemoteModel, Runtime, TPRuntimeError
 from tp_runtime.models import families
 from tp_runtime.models.family import AtLeast, Input
 
 pytestmark = pytest.mark.process
-
-
-@pytest.fixture(scope="module")
-def runtime() -> Iterator[Runtime]:
-    runtime = Runtime()
-    yield runtime
-    runtime.release()
 
 
 def loaded(runtime: Runtime, path: Path, dtype: str = "float32") -> RemoteModel:
@@ -39,14 +31,7 @@ def loaded(runtime: Runtime, path: Path, dtype: str = "float32") -> RemoteModel:
 
 def good(family: str) -> dict[str, Any]:
     """Of every declared input one that fits, references included."""
-    sizes = tiny(family)
-    inputs = make_inputs(family, sizes, Extent(64, 64), 1)
-    references = [inputs["x"].clone()]
-    inputs |= {name: references for name, one in sizes.all_inputs.items() if one.many}
-    return {
-        name: value.float() if isinstance(value, torch.Tensor) else value
-        for name, value in inputs.items()
-    } | {name: [one.float() for one in references] for name in inputs if inputs[name] is references}
+    return make_inputs(tiny(family), height=8, width=8, length=80, references=[(8, 8)])
 
 
 def wrong(declared: Input, right: torch.Tensor) -> Iterator[tuple[str, Any]]:

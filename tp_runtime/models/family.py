@@ -7,6 +7,7 @@ only ranks need, the arithmetic, is the family's ``forward.py`` beside its ``fam
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 from ..sharding.parts import Shape
@@ -278,9 +279,9 @@ class Sizes:
         """The tensors that the model is given, by ComfyUI's names; all but ``x``."""
         raise NotImplementedError
 
-    @property
+    @cached_property
     def all_inputs(self) -> dict[str, Input]:
-        """The same with ``x``."""
+        """The same with ``x``. Every evaluation asks for them."""
         return {"x": self.geometry.latents(), "timesteps": TIMESTEPS, **self.inputs}
 
 

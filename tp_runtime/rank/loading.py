@@ -77,6 +77,7 @@ def load_model(
     model.requires_grad_(False)
     sharding, quantisation = sharded(model, table.plan, table.sources, info.quantised, tp_size)
     fast = device.type == "cuda" and spec.optimize == "auto"
+    products = fast and quantised_products()
     shard_module(
         model,
         sharding,
@@ -84,13 +85,13 @@ def load_model(
         weight_dtype,
         compute_dtype,
         quantisation.held,
-        fast=fast and quantised_products(),
-        fast_plain=fast and quantised_products() and spec.fp8_products,
+        fast=products,
+        fast_plain=products and spec.fp8_products,
     )
     if rank == 0:
         _log_quantisation(spec.path, quantisation, device)
-        if spec.fp8_products and not (fast and quantised_products()):
-            logging.info(
+        if spec.fp8_products and not products:
+            logger.info(
                 "%s: fp8_e4m3fn_fast multiplies in %s here, not in fp8: see "
                 "TP_RUNTIME_QUANTISED_PRODUCTS.",
                 spec.path,

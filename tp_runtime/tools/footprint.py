@@ -12,7 +12,7 @@ from ..recognise import CheckpointInfo
 from ..sharding.parts import Layer, Part, Sharding, whole_parts
 from ..sharding.quantisation import Quantisation, sharded
 
-_PLAIN_BYTES = 2  # an element of a weight that is not quantised: bf16
+PLAIN_BYTES = 2  # an element of a weight that is not quantised: bf16
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def model_footprint(info: CheckpointInfo, tp_size: int) -> Footprint:
     others = sum(_elements(part, info) for part in whole)
     others += sum(split.local(tp_size) for split in sharding.vectors.values())
     held = others + sum(_held(layer, tp_size) for layer in sharding.layers)
-    held_bytes = _PLAIN_BYTES * others
+    held_bytes = PLAIN_BYTES * others
     held_bytes += sum(_held_bytes(layer, quantisation, tp_size) for layer in sharding.layers)
     reads = (_read(sharding, rank, tp_size, info) for rank in range(tp_size))
     shares = tuple(RankShare(held, held_bytes, read) for read in reads)
@@ -71,7 +71,7 @@ def _held_bytes(layer: Layer, quantisation: Quantisation, tp_size: int) -> int:
     in_features, out_features = layer.local(tp_size)
     layer_format = quantisation.held.get(layer.path)
     if layer_format is None:
-        return _PLAIN_BYTES * _held(layer, tp_size)
+        return PLAIN_BYTES * _held(layer, tp_size)
     storage = layer_format.storage
     weight = out_features * (in_features // storage.packed) * storage.dtype.itemsize
     companions = sum(
@@ -79,7 +79,7 @@ def _held_bytes(layer: Layer, quantisation: Quantisation, tp_size: int) -> int:
         * layer_format.companion_dtype(name).itemsize
         for name in layer_format.companions
     )
-    return weight + companions + _PLAIN_BYTES * layer.bias * out_features
+    return weight + companions + PLAIN_BYTES * layer.bias * out_features
 
 
 def _elements(part: Part, info: CheckpointInfo) -> int:

@@ -14,7 +14,7 @@ from ..models import families
 from ..recognise import CheckpointInfo, inspect_checkpoint
 from ..sharding.parts import Layer
 from ..sharding.quantisation import Quantisation
-from .footprint import Footprint, model_footprint
+from .footprint import PLAIN_BYTES, Footprint, model_footprint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,13 +85,13 @@ def _weights(layer: Layer, quantisation: Quantisation) -> str:
 
 def _show_quantisation(info: CheckpointInfo, found: Footprint, tp_size: int) -> None:
     """Bytes, and what layers cost that are held dequantised."""
-    file = info.weight_bytes(2)
+    file = info.weight_bytes(PLAIN_BYTES)
     (share, *_), dequantised = found.shares, found.quantisation.dequantised
     ratio = share.held_bytes * tp_size / file
     print(f"each rank: {share.held_bytes / 1e9:.3f} GB of weights ({ratio:.3f} of 1/{tp_size})")
     for why, count in Counter(dequantised.values()).items():
         size = sum(
-            2 * math.prod(layer.local(tp_size))
+            PLAIN_BYTES * math.prod(layer.local(tp_size))
             for layer in found.layers
             if dequantised.get(layer.path) == why
         )

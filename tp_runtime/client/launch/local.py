@@ -14,9 +14,8 @@ from pathlib import Path
 import msgspec
 
 from ... import machine, reasons
-from ...config import GroupConfig, WorkerConfig, fault_file, log_level
+from ...config import GroupConfig, WorkerConfig, fault_file, home, log_level
 from ...errors import GroupStartError
-from ...settings import home
 from ...wire.exchange import Exchange
 from ...wire.transport import Channel, wait
 from .. import failures

@@ -75,7 +75,7 @@ class WanSizes(Sizes):
         along = 2 * (self.head_dim // 6)
         return self.head_dim - 2 * along, along, along
 
-    @property
+    @cached_property
     def unused_inputs(self) -> tuple[str, ...]:
         """Those of other models: `WanImageToVideo` sets CLIP features for every model."""
         return tuple(name for name in _OF_VARIANTS if name not in self.inputs)
