@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
+import comfy.float
 import comfy.utils
 import comfy.weight_adapter
 import torch
@@ -28,6 +29,9 @@ _PREFIX = "diffusion_model."
 _FUNCTIONS = {
     getattr(comfy.utils, name, None): name for name in PATCH_FUNCTIONS if name is not None
 }
+
+# ComfyUI's stochastic rounding to fp8 draws other random numbers where it has comfy-kitchen.
+_BY_BYTES: bool = getattr(comfy.float, "_CK_STOCHASTIC_ROUNDING_AVAILABLE", False)
 
 Patches = Mapping[str, list[tuple[Any, ...]]]
 
@@ -59,7 +63,9 @@ def patched_weights(info: CheckpointInfo, *stages: Patches) -> dict[str, Patched
             if fitting:
                 found.setdefault(name, []).append(tuple(fitting))
                 seeds[name] = zlib.crc32(key.encode())  # comfy.model_patcher.string_to_seed
-    return {name: PatchedWeight(seeds[name], tuple(stages)) for name, stages in found.items()}
+    return {
+        name: PatchedWeight(seeds[name], tuple(stages), _BY_BYTES) for name, stages in found.items()
+    }
 
 
 def patched_by_module(model: torch.nn.Module) -> frozenset[str]:

@@ -63,7 +63,7 @@ def assert_as_good_as_comfyui(
     if name not in OF_INTEGERS:
         assert apart <= FP32_TOLERANCE
         return
-    assert ours <= 1.02 * theirs
+    assert ours <= 1.05 * theirs  # of a tiny model: two draws of the same size
     if tp_size == 1:
         assert apart <= TIPPED * theirs
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import comfy_kitchen as kitchen
 import pytest
 import torch
 
@@ -183,3 +184,14 @@ def test_rounding(dtype: torch.dtype) -> None:
     found = rounded(weight.clone(), dtype, seed=1234)
     assert found.dtype == dtype
     assert torch.equal(found.float(), expected.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_rounding_by_bytes(dtype: torch.dtype) -> None:
+    """As `comfy/float.py` of ComfyUI 0.33 does where it has comfy-kitchen."""
+    weight = random(4200, 4097, seed=1) * torch.logspace(-6, 4, 4097)
+    generator = torch.Generator().manual_seed(1234)
+    drawn = torch.randint(0, 256, weight.size(), dtype=torch.uint8, generator=generator)
+    expected = kitchen.stochastic_rounding_fp8(weight.clone(), drawn, dtype)
+    found = rounded(weight, dtype, seed=1234, by_bytes=True)
+    assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))

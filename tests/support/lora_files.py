@@ -1,10 +1,13 @@
 """Random patches of a model's weights, and LoRA files of them under ComfyUI's names."""
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+
+from support.random_numbers import normal
 
 RANK = 4
 
@@ -17,8 +20,10 @@ def factors(
     tensors = {}
     for path, (rows, columns) in layers:
         prefix = f"diffusion_model.{path}"
-        tensors[f"{prefix}.lora_up.weight"] = torch.randn(rows, RANK, generator=generator)
-        down = torch.randn(RANK, columns, generator=generator) * scale / columns**0.5
+        # Few bits and a power of two: the product of both is exact on every CPU.
+        small = 2.0 ** round(math.log2(scale / columns**0.5))
+        tensors[f"{prefix}.lora_up.weight"] = normal((rows, RANK), generator, bits=5)
+        down = small * normal((RANK, columns), generator, bits=5)
         tensors[f"{prefix}.lora_down.weight"] = down
         tensors[f"{prefix}.alpha"] = torch.tensor(RANK / 2)
     return tensors

@@ -73,7 +73,8 @@ def nvfp4(weight: torch.Tensor) -> Quantised:
 
 def nvfp4_awq(weight: torch.Tensor) -> Quantised:
     """The same, with columns evened out before, which the layer's input makes up for."""
-    smooth = (weight.abs().mean(0) / weight.abs().mean()).sqrt()
+    exact = weight.abs().double()  # the order of additions is the CPU's
+    smooth = (exact.mean(0) / exact.mean()).sqrt().float()
     tensors, said = nvfp4(weight / smooth)
     return tensors | {"pre_quant_scale": smooth}, said
 

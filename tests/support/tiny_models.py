@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from support.random_numbers import normal
 from tp_runtime.models import families
 
 Shape = tuple[int, ...]
@@ -119,7 +120,7 @@ def write_fp8(
 
 
 def _random_tensor(key: str, shape: Shape, generator: torch.Generator) -> torch.Tensor:
-    values = torch.randn(shape, generator=generator)
+    values = normal(shape, generator)
     if key.endswith("pad_token"):
         return values
     if key.endswith(".bias"):

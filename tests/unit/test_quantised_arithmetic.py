@@ -135,7 +135,7 @@ def test_values(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["int8", "int8_scalar", "int8_convrot", "w4a4", "w4a8", "w4a8_plain"]
+    "name", ["int8", "int8_scalar", "int8_convrot", "mxfp8", "w4a4", "w4a8", "w4a8_plain"]
 )
 def test_new_roundings(name: str) -> None:
     """Of a patched weight, with the seed that ComfyUI would take."""
@@ -152,6 +152,16 @@ def test_new_roundings(name: str) -> None:
             int8_utils._rotate_weight(values, int8_utils._build_hadamard(ROTATION), ROTATION),
             stochastic_rounding=SEED,
         )
+    elif name == "mxfp8":  # comfy/float.py of 0.33
+        _, tiles = kitchen.quantize_mxfp8(values, pad_32x=True)
+        scales = kitchen.from_blocked(tiles.view(torch.uint8), ROWS, COLUMNS // 32)
+        assert torch.equal(found["block_scale"].view(torch.uint8), scales)
+        generator = torch.Generator().manual_seed(SEED)
+        drawn = torch.randint(0, 256, values.shape, dtype=torch.uint8, generator=generator)
+        exact = values / 2.0 ** (scales.repeat_interleave(32, dim=1).float() - 127)
+        codes = kitchen.stochastic_rounding_fp8(exact, drawn, torch.float8_e4m3fn)
+        assert torch.equal(found["weight"].view(torch.uint8), codes.view(torch.uint8))
+        return
     elif name == "w4a4":
         codes, scale = kitchen.quantize_convrot_w4a4_weight(
             values, ROTATION, stochastic_rounding=SEED

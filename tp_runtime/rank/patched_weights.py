@@ -100,7 +100,7 @@ class PatchedWeights:
             values = self._whole(name)
             for stage in change.stages:
                 values = _patched(values.to(torch.float32, copy=True), stage, held)
-                values = rounded(values, stored.dtype, change.seed)
+                values = rounded(values, stored.dtype, change.seed, change.by_bytes)
             self._write(name, values)
             return
         names = self._tensors_of(name)
@@ -108,7 +108,7 @@ class PatchedWeights:
         for stage in change.stages:
             values = dequantised(stored.quantised.format, tensors, torch.float32)
             values = _patched(values, stage, held)
-            tensors = requantised(stored.quantised, values, tensors, change.seed)
+            tensors = requantised(stored.quantised, values, tensors, change.seed, change.by_bytes)
         for kind, stored_name in names.items():
             self._write(stored_name, tensors[kind])
 

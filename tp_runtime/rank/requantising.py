@@ -19,11 +19,16 @@ _E2M1_LIMIT, _E4M3_LIMIT = 6.0, 448.0
 
 
 def requantised(
-    weight: QuantisedWeight, values: torch.Tensor, before: Tensors, seed: int
+    weight: QuantisedWeight,
+    values: torch.Tensor,
+    before: Tensors,
+    seed: int,
+    by_bytes: bool = False,
 ) -> dict[str, torch.Tensor]:
     """The weight and its companions for new values (rows, columns) in fp32.
 
-    Companions that patching does not change are those of ``before``.
+    Companions that patching does not change are those of ``before``. ``by_bytes``: of
+    ``weight_patches.rounded``; it counts for formats that older releases of ComfyUI read, too.
 
     Raises:
         CheckpointError: the package that does it for a format is not installed.
@@ -42,7 +47,7 @@ def requantised(
     else:
         one = values.abs().amax() / torch.finfo(dtype).max
         values, scale = values * (1.0 / one), one.expand(len(values))
-    return {"weight": rounded(values, dtype, seed), "weight_scale": scale}
+    return {"weight": rounded(values, dtype, seed, by_bytes), "weight_scale": scale}
 
 
 def _in_integers(
@@ -73,7 +78,8 @@ def _in_blocks(
         exponent = (largest / _E4M3_LIMIT).clamp(min=2.0**-127).log2().ceil().int() + 127
         exponent = torch.where(largest == 0, 127, exponent.clamp(0, 254))
         scale = (exponent << 23).view(torch.float32)
-        codes = rounded((blocks / scale[..., None]).flatten(1), torch.float8_e4m3fn, seed)
+        scaled = (blocks / scale[..., None]).flatten(1)
+        codes = rounded(scaled, torch.float8_e4m3fn, seed, by_bytes=True)
         stored = torch.where(largest == 0, 0, exponent).to(torch.uint8)
         return {"weight": codes, "block_scale": stored.view(torch.float8_e8m0fnu)}
     whole = values.abs().amax() / (_E4M3_LIMIT * _E2M1_LIMIT)

@@ -53,11 +53,12 @@ class WeightPatch(msgspec.Struct, frozen=True, array_like=True):
 class PatchedWeight(msgspec.Struct, frozen=True, array_like=True):
     """All changes of one weight. After each of the stages the weight is rounded to its dtype.
 
-    ``seed``: of the rounding to fp8, which is stochastic.
+    ``seed``: of the rounding to fp8, which is stochastic; ``by_bytes``: with random bytes.
     """
 
     seed: int
     stages: tuple[tuple[WeightPatch, ...], ...]
+    by_bytes: bool = False
 
 
 class _Message(msgspec.Struct, frozen=True, tag=True):

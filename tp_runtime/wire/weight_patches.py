@@ -239,14 +239,31 @@ FUNCTIONS: dict[str | None, Callable[[torch.Tensor], torch.Tensor]] = {
 # --- rounding ------------------------------------------------------------------------------------
 
 
-def rounded(weight: torch.Tensor, dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """``weight`` in another dtype; to fp8 stochastically, with ``seed``, as ComfyUI does."""
+def rounded(
+    weight: torch.Tensor, dtype: torch.dtype, seed: int, by_bytes: bool = False
+) -> torch.Tensor:
+    """``weight`` in another dtype; to fp8 stochastically, with ``seed``, as ComfyUI does.
+
+    ``by_bytes``: with random bytes, which ComfyUI draws where it has comfy-kitchen
+    (``comfy/float.py`` of 0.33), and not with random numbers in fp16 (0.3.75).
+    """
     if dtype not in FP8_DTYPES:
         return weight.to(dtype)
-    generator = torch.Generator(device=weight.device).manual_seed(seed)
+    device = weight.device
+    generator = torch.Generator(device=device).manual_seed(seed)
+    bytes_drawn = (
+        torch.randint(0, 256, weight.shape, dtype=torch.uint8, device=device, generator=generator)
+        if by_bytes
+        else None
+    )
     result = torch.empty_like(weight, dtype=dtype)
     for piece in _pieces(weight):
-        result[piece].copy_(_rounded_to_fp8(weight[piece], dtype, generator))
+        if bytes_drawn is None:
+            size = weight[piece].shape
+            chance = torch.rand(size, dtype=torch.float16, device=device, generator=generator)
+        else:
+            chance = bytes_drawn[piece].half() / 256
+        result[piece].copy_(_rounded_to_fp8(weight[piece], dtype, chance))
     return result
 
 
@@ -281,10 +298,10 @@ def _pieces(weight: torch.Tensor) -> Iterator[slice]:
         yield slice(start, start + rows)
 
 
-def _rounded_to_fp8(
-    weight: torch.Tensor, dtype: torch.dtype, generator: torch.Generator
-) -> torch.Tensor:
-    """The numbers of ``dtype`` next to ``weight``, up or down by chance, in fp16."""
+def _rounded_to_fp8(weight: torch.Tensor, dtype: torch.dtype, chance: torch.Tensor) -> torch.Tensor:
+    """The numbers of ``dtype`` next to ``weight`` in fp16; ``chance``, below 1, is added before
+    they are rounded down.
+    """
     exponent_bits, mantissa_bits = (4, 3) if dtype == torch.float8_e4m3fn else (5, 2)
     bias = 2 ** (exponent_bits - 1) - 1
     steps = 2**mantissa_bits
@@ -296,10 +313,7 @@ def _rounded_to_fp8(
     mantissa = torch.where(
         normal, (size / unit - 1.0) * steps, size / 2.0 ** (1 - bias - mantissa_bits)
     )
-    mantissa += torch.rand(
-        mantissa.size(), dtype=mantissa.dtype, device=mantissa.device, generator=generator
-    )
-    mantissa = mantissa.floor() / steps
+    mantissa = (mantissa + chance).floor() / steps
     sign = torch.where(size == 0, 0, values.sign())
     result = sign * torch.where(normal, unit * (1.0 + mantissa), 2.0 ** (1 - bias) * mantissa)
     limits = torch.finfo(dtype)
