@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from support.random_numbers import normal
 from tp_runtime.models.family import Input, Sizes, axis_length
 
 
@@ -40,7 +39,7 @@ def make_inputs(
     known |= lengths or {}
 
     def random(*shape: int) -> torch.Tensor:
-        return normal(shape, generator).to(dtype)
+        return torch.randn(shape, generator=generator).to(dtype)
 
     def tensor(declared: Input, own: Mapping[str, int]) -> torch.Tensor:
         return random(*(axis_length(axis, own) for axis in declared.axes))

@@ -1,29 +1,31 @@
 """Random patches of a model's weights, and LoRA files of them under ComfyUI's names."""
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from support.random_numbers import normal
+from support import random_numbers
+from support.random_numbers import Numbers
 
 RANK = 4
 
 
 def factors(
-    layers: Iterable[tuple[str, tuple[int, int]]], *, seed: int = 0, scale: float = 0.3
+    layers: Iterable[tuple[str, tuple[int, int]]],
+    *,
+    seed: int = 0,
+    scale: float = 0.3,
+    numbers: Numbers = random_numbers.normal,
 ) -> dict[str, torch.Tensor]:
     """A LoRA of layers: (path under `diffusion_model.`, (outputs, inputs)) each."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for path, (rows, columns) in layers:
         prefix = f"diffusion_model.{path}"
-        # Few bits and a power of two: the product of both is exact on every CPU.
-        small = 2.0 ** round(math.log2(scale / columns**0.5))
-        tensors[f"{prefix}.lora_up.weight"] = normal((rows, RANK), generator, bits=5)
-        down = small * normal((RANK, columns), generator, bits=5)
+        tensors[f"{prefix}.lora_up.weight"] = numbers((rows, RANK), generator)
+        down = numbers((RANK, columns), generator) * scale / columns**0.5
         tensors[f"{prefix}.lora_down.weight"] = down
         tensors[f"{prefix}.alpha"] = torch.tensor(RANK / 2)
     return tensors

@@ -17,7 +17,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from support.random_numbers import normal
+from support import random_numbers
+from support.random_numbers import Numbers
 from tp_runtime.models import families
 
 Shape = tuple[int, ...]
@@ -55,6 +56,7 @@ def write(
     dtype: torch.dtype = torch.float32,
     prefix: str = "",
     seed: int = 0,
+    numbers: Numbers = random_numbers.normal,
 ) -> Path:
     """Write random tensors of these shapes.
 
@@ -64,7 +66,7 @@ def write(
     """
     generator = torch.Generator().manual_seed(seed)
     tensors = {
-        prefix + key: _random_tensor(key, shape, generator).to(dtype)
+        prefix + key: _random_tensor(key, shape, numbers, generator).to(dtype)
         for key, shape in sorted(shapes.items())
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,8 +121,10 @@ def write_fp8(
     return path
 
 
-def _random_tensor(key: str, shape: Shape, generator: torch.Generator) -> torch.Tensor:
-    values = normal(shape, generator)
+def _random_tensor(
+    key: str, shape: Shape, numbers: Numbers, generator: torch.Generator
+) -> torch.Tensor:
+    values = numbers(shape, generator)
     if key.endswith("pad_token"):
         return values
     if key.endswith(".bias"):
