@@ -14,7 +14,7 @@ from .files.quantised import find_quantised
 from .files.safetensors_file import DTYPES, TensorInfo
 from .formats import QuantisedWeight
 from .models import families
-from .models.family import Family, Settings, Sizes
+from .models.family import Family, Settings, Sizes, blocks
 from .models.inputs import checked_inputs
 from .sharding.table import Table
 
@@ -198,7 +198,7 @@ def _names_alone(path: str, tensors: Mapping[str, TensorInfo]) -> FileNames | No
     """
     for family in families().values():
         stacks = tuple(
-            replace(stack, count=_num_blocks(tensors, stack.ours))
+            replace(stack, count=blocks(stack.ours)(dict.fromkeys(tensors, ())))
             for stack in family.published.table.stacks
         )
         table = replace(family.published.table, stacks=stacks)
@@ -217,10 +217,6 @@ def _names_alone(path: str, tensors: Mapping[str, TensorInfo]) -> FileNames | No
             own = _sizes_of_file(path, family, stacked).table
             return FileNames(family.label, own.places, own.file_tensors, own.swapped)
     return None
-
-
-def _num_blocks(tensors: Mapping[str, TensorInfo], stack: str) -> int:
-    return len({name.split(".")[1] for name in tensors if name.startswith(f"{stack}.")})
 
 
 def _check_tensors(

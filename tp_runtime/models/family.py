@@ -155,7 +155,10 @@ def length(tensor: str, axis: int = 0, per: int = 1) -> Reader:
 
 def blocks(stack: str) -> Reader:
     """How many blocks ``stack.0.…``, ``stack.1.…``, … there are."""
-    return lambda shapes: len({n.split(".")[1] for n in shapes if n.startswith(f"{stack}.")})
+    start = f"{stack}."
+    return lambda shapes: len(
+        {name.removeprefix(start).split(".")[0] for name in shapes if name.startswith(start)}
+    )
 
 
 def has(tensor: str, yes: Any = True, no: Any = False) -> Reader:
@@ -339,6 +342,11 @@ class Family:
     refused_inputs: Mapping[str, str] = field(default_factory=dict)
     left_to_ranks: tuple[str, ...] = ()
     numbers: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def since(self) -> str | None:
+        """The release of ComfyUI that first has its class; None: all that the pack runs in."""
+        return next((self.newer[name][1] for name in self.signature if name in self.newer), None)
 
     def forward(self) -> Any:
         """The family's subclass of ``models.forward.ShardedForward``. For ranks only."""

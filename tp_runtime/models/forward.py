@@ -109,7 +109,9 @@ class ShardedForward:
         module: nn.Module = getattr(diffusers, cls.family.diffusers_class)(**sizes.for_diffusers())
         linears = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.Linear)]
         for path, linear in linears:
-            place = sizes.table.places[f"{path}.weight"]
+            place = sizes.table.places.get(f"{path}.weight")
+            if place is None:  # a subclass takes it out
+                continue
             inputs, outputs = sizes.table.file_tensors[place.name][1], place.stop - place.start
             if (linear.in_features, linear.out_features) != (inputs, outputs):
                 module.set_submodule(path, nn.Linear(inputs, outputs, linear.bias is not None))
