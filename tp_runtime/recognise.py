@@ -101,6 +101,13 @@ def inspect_checkpoint(path: str) -> CheckpointInfo:
     }
     family = _recognised(path, tensors)
     sizes = _sizes_of_file(path, family, tensors)
+    try:
+        sizes.check_settings(metadata)
+    except ValueError as error:
+        raise CheckpointError(
+            f"The {family.label} file {path} cannot be split yet: {error}. Load it with the stock "
+            "'Load Diffusion Model' node."
+        ) from error
     tensors |= _without_padding(quantised, sizes.table)
     known = sizes.table.file_tensors.keys() | sizes.table.unused.keys()
     own = {name: info for name, info in tensors.items() if name in known}

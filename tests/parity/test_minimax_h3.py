@@ -1,5 +1,6 @@
 """MiniMax H3 on real ranks against what ComfyUI 0.33's own class computed on the same files."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from parity.conftest import FP32_TOLERANCE, Remote, relative_error
+from safetensors.torch import load_file, save_file
 
 from support.inputs import make_inputs
 from support.minimax_payloads import CASES, VIDEO, keyframe, payload, picture, random
@@ -96,6 +98,20 @@ def test_sparse_attention_is_refused_by_name(tmp_path: Path) -> None:
     path = write(tmp_path / "fast.safetensors", tiny_shapes("minimax_h3") | gate)
     with pytest.raises(CheckpointError, match="FastH3"):
         inspect_checkpoint(str(path))
+
+
+def test_settings_that_no_shape_shows_are_refused(tmp_path: Path) -> None:
+    """ComfyUI's class would compute with them."""
+
+    def file(**settings: Any) -> str:
+        said = {"config": json.dumps({"transformer": settings})}
+        path = write_tiny("minimax_h3", tmp_path / "said.safetensors")
+        save_file(load_file(path), path, metadata=said)
+        return str(path)
+
+    inspect_checkpoint(file(norm_eps=1e-5, patch_size=[1, 2, 2], sigma_shift_audio=4.0))
+    with pytest.raises(CheckpointError, match=r"sets qk_norm_eps to 1e-06, not to 1e-05.*stock"):
+        inspect_checkpoint(file(qk_norm_eps=1e-6))
 
 
 _FRAME, _PICTURE = keyframe(0, 1), picture(4, 6, 3)

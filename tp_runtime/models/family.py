@@ -284,6 +284,13 @@ class Sizes:
         """The tensors that the model is given, by ComfyUI's names; all but ``x``."""
         raise NotImplementedError
 
+    def check_settings(self, metadata: Mapping[str, str]) -> None:
+        """Look at what a file says of its model beside its tensors.
+
+        Raises:
+            ValueError: it says what is not computed here.
+        """
+
     def prepared(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """What the forward on the ranks takes for inputs that are as they are declared.
 

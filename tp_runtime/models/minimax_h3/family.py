@@ -6,6 +6,7 @@ Rows of ``qkv_proj`` are q, then k, then v, as in every single file that is publ
 ComfyUI takes them; in MiniMaxAI's own shards they lie head by head, which no file says of itself.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -28,6 +29,14 @@ from .. import family as of
 from ..family import Family, Geometry, Input, Reader, Sizes, size
 from .payload import AUDIO_SHIFT, PATCH, SIDES, VIDEO_SHIFT, frames_of, prepared
 
+EPS = 1e-5
+# Settings that show in no shape.
+_COMPUTED = {
+    "norm_eps": EPS,
+    "qk_norm_eps": EPS,
+    "final_norm_eps": EPS,
+    "patch_size": list(PATCH),
+}
 MODALITIES = 3  # video, text, audio: each has its own modulation
 _TABLE = "adaln_t_table"
 _HEAD = "blocks.0.attn.q_norm.weight"
@@ -106,7 +115,8 @@ class MiniMaxH3Sizes(Sizes):
         one = ("batch", ("channels", 1))
         sides = ("sides", SIDES), "samples"
         advice = "Use 'Empty MiniMax H3 Latent AV'."
-        audio = Input("Audio latents", ("batch", ("channels", self.audio_channels), *sides), advice)
+        axes = ("batch", ("channels", self.audio_channels), *sides)
+        audio = Input("Audio latents", axes, advice, usual={"samples": 207})
         return {
             "x": replace(self.geometry.latents(), advice=advice, besides=(audio,)),
             "context": of.captions(self.context_dim),
@@ -117,6 +127,13 @@ class MiniMaxH3Sizes(Sizes):
                 "Audio denoise masks", (*one, *sides), optional=True, kind="mask"
             ),
         }
+
+    def check_settings(self, metadata: Mapping[str, str]) -> None:
+        # ComfyUI's class takes what is said there (comfy/model_detection.py).
+        said = json.loads(metadata.get("config", "{}")).get("transformer", {})
+        for name, value in _COMPUTED.items():
+            if said.get(name, value) != value:
+                raise ValueError(f"its metadata sets {name} to {said[name]}, not to {value}")
 
     def prepared(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         return prepared(inputs, self.in_channels, self.audio_channels)

@@ -19,7 +19,7 @@ from ...gpu.graphs import fused
 from ..dual_stream import BlockName, skipped_blocks
 from ..forward import Conditioning, ShardedForward
 from ..layers import attention, rms_norm, silu_gate, timestep_embedding
-from .family import FAMILY, MODALITIES, MiniMaxH3Sizes
+from .family import EPS, FAMILY, MODALITIES, MiniMaxH3Sizes
 from .layers import (
     AUDIO,
     TEXT,
@@ -35,7 +35,6 @@ from .layers import (
 )
 from .payload import AUDIO_CONDITION, AUDIO_TIME, CONDITION, PATCH, VIDEO_TIME
 
-EPS = 1e-5
 # Scale and shift, if there are any, and weight.
 NormRows = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor]
 _EXACT = ("proj_in", "audio_proj_in", "proj_out", "audio_proj_out")

@@ -1,0 +1,172 @@
+"""MiniMax H3 in ComfyUI's own samplers: our MODEL gives what the stock one does (ComfyUI 0.33).
+
+Without nodes: they would need the text encoder and the autoencoders. What the nodes put into the
+conditioning is made here, and `MiniMaxH3.extra_conds` makes the payload of it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from support.compatibility import NEWER
+from support.minimax_payloads import TAGS, keyframe, masks, picture, random, sound, video
+from support.native import native_patcher
+from support.pack import pack_module
+from support.tiny_models import write_tiny
+from tp_runtime.client import CheckpointError, GroupConfig, get_runtime, inspect_checkpoint
+
+pytestmark = pytest.mark.comfy
+
+# Largest difference from the stock result, relative to its standard deviation.
+TOLERANCE = 1e-5
+of_newer = pytest.mark.skipif(not NEWER, reason="ComfyUI has MiniMax H3 since 0.33")
+
+Sample = Callable[..., list[torch.Tensor]]
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny("minimax_h3", tmp_path_factory.mktemp("minimax_h3") / "h3.safetensors")
+
+
+@pytest.fixture(scope="module")
+def loading() -> Iterator[ModuleType]:
+    with pack_module("nodes.model") as module:
+        yield module
+    get_runtime().release()
+
+
+@pytest.fixture(scope="module")
+def ours(loading: ModuleType, file: Path) -> Any:
+    group, placement = GroupConfig(2, "cpu"), loading.Placement()
+    return loading.load_model(str(file), torch.float32, group, placement, "auto")
+
+
+@pytest.fixture(scope="module")
+def stock(file: Path) -> Any:
+    return native_patcher(file)
+
+
+def sampled(
+    patcher: Any,
+    conditioning: Mapping[str, Any],
+    *,
+    masked: bool = False,
+    cfg: float = 1.0,
+    seed: int = 5,
+    steps: int = 2,
+) -> list[torch.Tensor]:
+    """The latents of a video and of its sound, after a few steps of ComfyUI's KSampler."""
+    import comfy.sample
+    from comfy.nested_tensor import NestedTensor
+
+    noise = NestedTensor((random(1, 1, 24, 3, 6, 8), random(2, 1, 32, 2, 5)))
+    latent = NestedTensor((random(3, 1, 24, 3, 6, 8), random(4, 1, 32, 2, 5)))
+    mask = NestedTensor(tuple(masks().values())) if masked else None
+    positive = [[random(5, 1, 12, 64), dict(conditioning)]]
+    negative = [[random(6, 1, 9, 64), dict(conditioning) | {"minimax_token_tags": None}]]
+    found = comfy.sample.sample(
+        patcher,
+        noise,
+        steps,
+        cfg,
+        "euler",
+        "simple",
+        positive,
+        negative,
+        latent,
+        noise_mask=mask,
+        seed=seed,
+        disable_pbar=True,
+    )
+    return list(found.unbind())
+
+
+def assert_like_stock(ours: Any, stock: Any, *args: Any, **kwargs: Any) -> None:
+    expected = sampled(stock, *args, **kwargs)
+    found = sampled(ours, *args, **kwargs)
+    assert [one.shape for one in found] == [(1, 24, 3, 6, 8), (1, 32, 2, 5)]
+    for one, of_stock in zip(found, expected, strict=True):
+        assert float((one - of_stock).abs().max() / of_stock.std()) <= TOLERANCE
+
+
+KEYFRAMES = {"minimax_keyframes": [keyframe(0, 1), keyframe(8, 2, samples=2)]}
+REFERENCES = {
+    "minimax_refs": [picture(4, 6, 3), video(2, 4, 4), sound(3, 5)],
+    "minimax_token_tags": TAGS,
+}
+
+
+@of_newer
+@pytest.mark.parametrize(
+    ("conditioning", "options"),
+    [
+        ({}, {"seed": 2**64 - 2}),
+        ({}, {"cfg": 3.0}),
+        (KEYFRAMES, {"masked": True}),
+        (REFERENCES, {"steps": 3}),
+    ],
+    ids=["text", "two prompts", "keyframes and masks", "references"],
+)
+def test_sampling(
+    ours: Any, stock: Any, conditioning: Mapping[str, Any], options: Mapping[str, Any]
+) -> None:
+    assert_like_stock(ours, stock, conditioning, **options)
+
+
+@of_newer
+def test_shifts(ours: Any, stock: Any) -> None:
+    """'ModelSamplingMiniMaxH3': of the schedule, and numbers that the model reads."""
+    from comfy_extras.nodes_minimax_h3 import MiniMaxH3SigmaShift
+
+    shifted = [MiniMaxH3SigmaShift.execute(one, 5.0, 2.0)[0] for one in (ours, stock)]
+    assert_like_stock(*shifted, {})
+    usual, other = (sampled(one, {}) for one in (ours, shifted[0]))
+    assert not torch.allclose(usual[1], other[1], rtol=1e-2)
+
+
+@of_newer
+def test_wrappers_see_the_sound_as_the_model_does(ours: Any, stock: Any) -> None:
+    """ComfyUI's class scales it outside of them."""
+    from comfy.patcher_extension import WrappersMP
+
+    seen: list[list[torch.Tensor]] = []
+
+    def wrapper(executor: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        found = executor(x, *args, **kwargs)
+        seen.append([x[1].clone(), found[1].clone()])
+        return found
+
+    for patcher in (ours, stock):
+        clone = patcher.clone()
+        clone.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", wrapper)
+        sampled(clone, {})
+    half = len(seen) // 2
+    assert half == 2
+    for found, expected in zip(seen[:half], seen[half:], strict=True):
+        for one, of_stock in zip(found, expected, strict=True):
+            assert float((one - of_stock).abs().max() / of_stock.std()) <= TOLERANCE
+
+
+@of_newer
+def test_steps_are_recorded_by_the_videos_size(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sampler has video and sound in one row, of which `auto` could tell nothing."""
+    workloads: list[Any] = []
+    monkeypatch.setattr(
+        type(ours.remote), "record_step", lambda _, workload, _ms: workloads.append(workload)
+    )
+    sampled(ours, {})
+    assert {one.latent_shape for one in workloads} == {(1, 24, 3, 6, 8)}
+
+
+@pytest.mark.skipif(NEWER, reason="this ComfyUI knows MiniMax H3")
+def test_an_older_comfyui_is_told_which_knows_it(file: Path) -> None:
+    with (
+        pack_module("nodes.skeleton") as skeleton,
+        pytest.raises(CheckpointError, match=r"does not know the MiniMax H3 .*: 0\.33 knows it"),
+    ):
+        skeleton.build_skeleton(inspect_checkpoint(str(file)), None)
