@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+from support.accuracy import relative_error
 from support.compatibility import NEWER
+from support.lora_files import factors
 from support.minimax_payloads import TAGS, keyframe, masks, picture, random, sound, video
 from support.native import native_patcher
 from support.pack import pack_module
-from support.tiny_models import write_tiny
+from support.quantised_files import write_quantised
+from support.tiny_models import tiny_shapes, write_tiny
 from tp_runtime.client import CheckpointError, GroupConfig, get_runtime, inspect_checkpoint
 
 pytestmark = pytest.mark.comfy
@@ -170,3 +173,39 @@ def test_an_older_comfyui_is_told_which_knows_it(file: Path) -> None:
         pytest.raises(CheckpointError, match=r"does not know the MiniMax H3 .*: 0\.33 knows it"),
     ):
         skeleton.build_skeleton(inspect_checkpoint(str(file)), None)
+
+
+@of_newer
+@pytest.mark.parametrize("name", ["int8_convrot", "fp8"])
+def test_quantised_files(
+    loading: ModuleType, ours: Any, file: Path, tmp_path: Path, name: str
+) -> None:
+    """As near to what ComfyUI makes of the file as that is to the plain one; on ranks, heads are
+    cut where the format's groups are not, so some layers are held dequantised.
+    """
+    path = write_quantised(file, tmp_path / "quantised.safetensors", name)
+    group, placement = GroupConfig(2, "cpu"), loading.Placement()
+    quantised = loading.load_model(str(path), torch.float32, group, placement, "auto")
+    found, comfy, plain = (
+        sampled(one, KEYFRAMES, steps=1) for one in (quantised, native_patcher(path), ours)
+    )
+    for one, of_comfy, of_plain in zip(found, comfy, plain, strict=True):
+        assert relative_error(one, of_comfy) <= relative_error(of_comfy, of_plain) > 1e-4
+
+
+LAYERS = ("attn.qkv_proj", "attn.out_proj", "mlp.fc1", "mlp.fc2", "adaln_proj.linear")
+
+
+@of_newer
+def test_lora(ours: Any, stock: Any) -> None:
+    """On every kind of layer, those in fp32 included; q, k and v in one, as 'Turbo' LoRAs are."""
+    import comfy.sd
+
+    shapes = tiny_shapes("minimax_h3")
+    paths = [f"blocks.{index}.{layer}" for index in (0, 1) for layer in LAYERS]
+    paths += ["token_refiner.blocks.0.attn.qkv_proj", "condition_proj", "video_patch_proj"]
+    lora = factors([(path, shapes[f"{path}.weight"]) for path in paths])
+    patched = [comfy.sd.load_lora_for_models(one, None, lora, 0.8, 0)[0] for one in (ours, stock)]
+    assert_like_stock(*patched, KEYFRAMES, steps=1)
+    for one, other in zip(sampled(ours, {}), sampled(patched[0], {}), strict=True):
+        assert relative_error(one, other) > 1e-3
