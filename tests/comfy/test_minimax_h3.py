@@ -124,9 +124,24 @@ def test_sampling(
 @of_newer
 def test_shifts(ours: Any, stock: Any) -> None:
     """'ModelSamplingMiniMaxH3': of the schedule, and numbers that the model reads."""
-    from comfy_extras.nodes_minimax_h3 import MiniMaxH3SigmaShift
+    from comfy.model_sampling import CONST, ModelSamplingAV
 
-    shifted = [MiniMaxH3SigmaShift.execute(one, 5.0, 2.0)[0] for one in (ours, stock)]
+    class Shifted(ModelSamplingAV, CONST):
+        pass
+
+    def with_shifts(patcher: Any) -> Any:  # as the node does, which imports ComfyUI's `nodes`
+        clone = patcher.clone()
+        sampling = Shifted(clone.model.model_config)
+        sampling.set_parameters(shift=5.0, audio_shift=2.0)
+        clone.add_object_patch("model_sampling", sampling)
+        options = clone.model_options.setdefault("transformer_options", {})
+        options |= {
+            "minimax_h3_sigma_shift_video": 5.0,
+            "minimax_h3_sigma_shift_audio": 2.0,
+        }
+        return clone
+
+    shifted = [with_shifts(one) for one in (ours, stock)]
     assert_like_stock(*shifted, {})
     usual, other = (sampled(one, {}) for one in (ours, shifted[0]))
     assert not torch.allclose(usual[1], other[1], rtol=1e-2)

@@ -65,7 +65,12 @@ def prepared(inputs: Mapping[str, Any], video_channels: int, audio_channels: int
     found = {**inputs, "minimax_payload": payload}
     masks = (
         ("denoise_mask", _of_patches, sigma, max(video_time, CONDITION_TIME)),
-        ("audio_denoise_mask", torch.flatten, 1.0 - audio_time, max(audio_time, 1.0)),
+        (
+            "audio_denoise_mask",
+            torch.flatten,
+            1.0 - audio_time,
+            max(audio_time, AUDIO_CONDITION_TIME),
+        ),
     )
     table = [torch.tensor(times, dtype=torch.float32)]
     for name, of_tokens, strength, at_most in masks:
