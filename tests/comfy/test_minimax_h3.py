@@ -171,6 +171,24 @@ def test_wrappers_see_the_sound_as_the_model_does(ours: Any, stock: Any) -> None
 
 
 @of_newer
+@pytest.mark.parametrize(
+    ("payload", "where"),
+    [
+        ({"seed": object()}, "minimax_payload.seed"),
+        ({"keyframes": [{"resolved_frame_index": print}]}, "keyframes.0.resolved_frame_index"),
+    ],
+    ids=["a number", "in a list"],
+)
+def test_what_is_no_plain_data_is_refused_by_name(
+    ours: Any, payload: Mapping[str, Any], where: str
+) -> None:
+    latents = [random(1, 1, 24, 3, 6, 8), random(2, 1, 32, 2, 5)]
+    inputs = latents, torch.tensor([500.0]), random(5, 1, 12, 64)
+    with pytest.raises(ValueError, match=where):
+        ours.model.diffusion_model(*inputs, minimax_payload=payload)
+
+
+@of_newer
 def test_steps_are_recorded_by_the_videos_size(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sampler has video and sound in one row, of which `auto` could tell nothing."""
     workloads: list[Any] = []

@@ -137,7 +137,7 @@ WRONG: list[tuple[Mapping[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "words"), WRONG, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("change", "words"), WRONG, ids=[words for _, words in WRONG])
 def test_inputs_that_do_not_fit_are_refused(
     variants: Variants, change: Mapping[str, Any], words: str
 ) -> None:
