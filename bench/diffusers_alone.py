@@ -50,6 +50,8 @@ def _call(module: Any, inputs: dict[str, Any], patch: int) -> Callable[[], torch
     """
     x, text, batch = inputs["x"], inputs["context"], len(inputs["x"])
     takes = inspect.signature(module.forward).parameters
+    if not isinstance(x, torch.Tensor):
+        raise SystemExit("A model of several latents is not measured alone: leave --diffusers out.")
     if "cap_feats" in takes:  # one picture at a time, the time backwards
         images, texts, times = list(x.unsqueeze(2)), list(text), 1 - inputs["timesteps"]
         return lambda: -torch.stack(module(images, times, texts, return_dict=False)[0]).squeeze(2)

@@ -14,7 +14,7 @@ from .files.quantised import find_quantised
 from .files.safetensors_file import DTYPES, TensorInfo
 from .formats import QuantisedWeight
 from .models import families
-from .models.family import Family, Settings, Sizes
+from .models.family import Family, Settings, Sizes, blocks
 from .models.inputs import checked_inputs
 from .sharding.table import Table
 
@@ -54,7 +54,7 @@ class CheckpointInfo:
         plain = self.tensors.keys() - self.quantised.keys()
         return self.quantised_bytes + itemsize * sum(self.tensors[x].num_elements for x in plain)
 
-    def checked_inputs(self, inputs: Mapping[str, Any], compute_dtype: str) -> dict[str, Any]:
+    def checked_inputs(self, inputs: Mapping[str, Any], compute_dtype: str) -> Mapping[str, Any]:
         """What the model computes with. Raises InputError; see ``models/inputs.py``."""
         return checked_inputs(self.label, self.sizes, inputs, compute_dtype)
 
@@ -101,6 +101,13 @@ def inspect_checkpoint(path: str) -> CheckpointInfo:
     }
     family = _recognised(path, tensors)
     sizes = _sizes_of_file(path, family, tensors)
+    try:
+        sizes.check_settings(metadata)
+    except ValueError as error:
+        raise CheckpointError(
+            f"The {family.label} file {path} cannot be split yet: {error}. Load it with the stock "
+            "'Load Diffusion Model' node."
+        ) from error
     tensors |= _without_padding(quantised, sizes.table)
     known = sizes.table.file_tensors.keys() | sizes.table.unused.keys()
     own = {name: info for name, info in tensors.items() if name in known}
@@ -198,7 +205,7 @@ def _names_alone(path: str, tensors: Mapping[str, TensorInfo]) -> FileNames | No
     """
     for family in families().values():
         stacks = tuple(
-            replace(stack, count=_num_blocks(tensors, stack.ours))
+            replace(stack, count=blocks(stack.ours)(dict.fromkeys(tensors, ())))
             for stack in family.published.table.stacks
         )
         table = replace(family.published.table, stacks=stacks)
@@ -217,10 +224,6 @@ def _names_alone(path: str, tensors: Mapping[str, TensorInfo]) -> FileNames | No
             own = _sizes_of_file(path, family, stacked).table
             return FileNames(family.label, own.places, own.file_tensors, own.swapped)
     return None
-
-
-def _num_blocks(tensors: Mapping[str, TensorInfo], stack: str) -> int:
-    return len({name.split(".")[1] for name in tensors if name.startswith(f"{stack}.")})
 
 
 def _check_tensors(

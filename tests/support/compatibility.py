@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from support.native import EVERYWHERE
 from support.paths import comfyui_path
 from support.tiny_controlnets import CONTROLNETS
 from support.tiny_models import write_tiny
@@ -71,7 +72,7 @@ class Family:
         return CONTROLNETS.get(self.name)
 
 
-FAMILIES = tuple(map(Family.of, models.families().values()))
+FAMILIES = tuple(Family.of(models.family_named(name)) for name in EVERYWHERE)
 
 # --- what is expected ----------------------------------------------------------------------------
 

@@ -1,15 +1,15 @@
 """What classes of newer releases of ComfyUI compute, stored for tests on a release without them.
 
-    COMFYUI_PATH=CHECKOUT PYTHON tests/support/newer_references.py
+    COMFYUI_PATH=CHECKOUT PYTHON tests/support/newer_references.py [FAMILY …]
 
-computes every case on tiny files with the classes of that checkout, and writes the results below
-`tests/data`. PYTHON has the packages of that ComfyUI. Weights and inputs are made again from their
-seeds wherever they are needed (`support.tiny_models`, `support.inputs`).
+computes every case, or those of some families, on tiny files with the classes of that checkout, and
+writes the results below `tests/data`. PYTHON has the packages of that ComfyUI. Weights and inputs
+are made again from their seeds wherever they are needed (`support.tiny_models`, `support.inputs`).
 """
 
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from support import minimax_payloads
 from support.inputs import make_inputs
 from support.native import import_comfy, native_model
 from support.paths import REPOSITORY
@@ -48,6 +49,7 @@ CASES: dict[str, dict[str, Case]] = {
             _REFERENCES | _AT_ZERO | {"residuals": {"input": (90, None), "output": (None, 200)}},
         ),
     },
+    "minimax_h3": dict(minimax_payloads.CASES),
     "qwen_image": {
         "2511 without references": (_EDIT_2511, {}),
         "2511 with references": (_EDIT_2511, _REFERENCES),
@@ -83,11 +85,14 @@ def inputs_of(family: str, case: str, dtype: torch.dtype) -> dict[str, Any]:
     return make_inputs(tiny(family, **changes), dtype=dtype, **arguments)
 
 
-def expected(family: str, case: str, dtype: torch.dtype) -> torch.Tensor:
-    """What the newer class computed in that dtype."""
+def expected(family: str, case: str, dtype: torch.dtype) -> Any:
+    """What the newer class computed in that dtype: a tensor, or a list of them."""
+    name = _name(case, dtype)
     with safe_open(_path(family), framework="pt") as file:
-        found: torch.Tensor = file.get_tensor(_name(case, dtype))
-    return found
+        if name in file.keys():  # noqa: SIM118  (not a dict)
+            return file.get_tensor(name)
+        parts = sorted(key for key in file.keys() if key.startswith(f"{name}, "))  # noqa: SIM118
+        return [file.get_tensor(key) for key in parts]
 
 
 def _path(family: str) -> Path:
@@ -98,17 +103,20 @@ def _name(case: str, dtype: torch.dtype) -> str:
     return f"{case} ({str(dtype).removeprefix('torch.')})"
 
 
-def _computed(family: str, case: str, dtype: torch.dtype, folder: Path) -> torch.Tensor:
+def _computed(family: str, case: str, dtype: torch.dtype, folder: Path) -> dict[str, torch.Tensor]:
     path = write_tiny(family, folder / "tiny.safetensors", **CASES[family][case][0])
     inputs = inputs_of(family, case, dtype)
     with torch.inference_mode():
         model = native_model(path, dtype)
-        found: torch.Tensor = model(inputs.pop("x"), inputs.pop("timesteps"), **inputs)
-    return found.contiguous()
+        found = model(inputs.pop("x"), inputs.pop("timesteps"), **inputs)
+    name = _name(case, dtype)
+    if isinstance(found, torch.Tensor):
+        return {name: found.contiguous()}
+    return {f"{name}, {index}": one.contiguous() for index, one in enumerate(found)}
 
 
-def main() -> None:
-    """Write the files."""
+def main(families: Collection[str]) -> None:
+    """Write the files; of these families, or of all."""
     import_comfy()
     from comfyui_version import __version__
 
@@ -116,14 +124,15 @@ def main() -> None:
     about = {"comfyui": __version__, "torch": torch.__version__, "made_by": Path(__file__).name}
     with tempfile.TemporaryDirectory() as folder:
         for family, cases in CASES.items():
-            results = {
-                _name(case, dtype): _computed(family, case, dtype, Path(folder))
-                for case in cases
-                for dtype in DTYPES
-            }
+            if families and family not in families:
+                continue
+            results: dict[str, torch.Tensor] = {}
+            for case in cases:
+                for dtype in DTYPES:
+                    results |= _computed(family, case, dtype, Path(folder))
             save_file(results, _path(family), metadata=about)
             print(_path(family).relative_to(REPOSITORY), _path(family).stat().st_size, about)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -110,6 +110,30 @@ for dtype, tolerance in ((torch.float32, 3e-6), (torch.float16, 2e-2), (torch.bf
 print("equal")
 """
 
+# Every token's stream in a list; one rank.
+_LISTED = """
+import torch
+from tp_runtime.gpu import kernels
+from tp_runtime.gpu.epilogue import Epilogue
+from tp_runtime.models.layers import residual_norm
+
+length, width = 7, 48
+streams = torch.tensor([1, 1, 4, 0, 4, 2, 2])
+for norm, modulated in (("rms", True), ("rms", False), ("layer", True)):
+    tokens, update, target = torch.randn(3, 1, length, width).unbind(0)
+    gate, shift, scale = torch.randn(5, 1, 3, width).unbind(2)
+    rows = (scale, shift) if modulated else (None, None)
+    weight = 1 + 0.1 * torch.randn(width)
+    epilogue = Epilogue(1e-5, gate, norm, *rows, weight, streams=streams)
+    expected = residual_norm(tokens, update, epilogue.of_stream(0))
+    assert torch.equal(epilogue.of_stream(0).gate[0, 2], gate[4, 0])
+    places = (torch.tensor([one.data_ptr()]) for one in (update, target))
+    kernels.residual_norm(*places, tokens, epilogue, length, 0, 1)
+    for found, wanted in zip((tokens, target), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=3e-6, atol=3e-6)
+print("equal")
+"""
+
 _GELU = """
 import torch
 import torch.nn.functional as F
@@ -128,7 +152,9 @@ print("equal")
 
 
 @pytest.mark.parametrize(
-    "comparison", [_COMPARISON, _GELU, _REDUCTION], ids=["rotation", "gelu", "reduction"]
+    "comparison",
+    [_COMPARISON, _GELU, _REDUCTION, _LISTED],
+    ids=["rotation", "gelu", "reduction", "listed streams"],
 )
 def test_equal_plain_torch(comparison: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(REPOSITORY)}

@@ -176,6 +176,7 @@ def _residual_norm(
     update_weight,
     weight,
     bias,
+    streams,
     first_row,
     num_tokens,
     num_text,
@@ -190,6 +191,7 @@ def _residual_norm(
     eps,
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
+    LISTED: tl.constexpr,
     EACH_TOKEN: tl.constexpr,
     GATE: tl.constexpr,
     NORM_UPDATE: tl.constexpr,
@@ -216,7 +218,10 @@ def _residual_norm(
 
     batch = row // num_tokens
     token = row % num_tokens
-    stream = (token >= num_text).to(tl.int32) + (token >= num_tokens - num_late).to(tl.int32)
+    if LISTED:
+        stream = tl.load(streams + token)
+    else:
+        stream = (token >= num_text).to(tl.int32) + (token >= num_tokens - num_late).to(tl.int32)
     of_gate = stream * gate_stream_stride + batch * gate_batch_stride + features
     of_norm = stream * norm_stream_stride + batch * norm_batch_stride + features
     if EACH_TOKEN:
@@ -273,7 +278,7 @@ def residual_norm(
     ``updates``, ``targets`` (num_ranks,) int64: addresses of buffers as large as ``tokens``; all
     ranks' updates are summed, and the result goes to all targets. ``tokens`` (B, L, D) changes in
     the rows of this rank only; the first ``num_text`` of each item are stream 0, the others 1,
-    but for the epilogue's last ``num_late``.
+    but for the epilogue's last ``num_late``, and where it lists the stream of each token.
     """
     batch, num_tokens, width = tokens.shape
     rows = batch * num_tokens
@@ -294,6 +299,7 @@ def residual_norm(
         epilogue.update_weight,
         epilogue.weight,
         epilogue.bias,
+        epilogue.streams,
         rank * share,
         num_tokens,
         num_text,
@@ -304,6 +310,7 @@ def residual_norm(
         epilogue.eps,
         RANK=rank,
         RANKS=num_ranks,
+        LISTED=epilogue.streams is not None,
         EACH_TOKEN=of_gate[2] > 0 or of_norm[2] > 0,
         GATE=epilogue.gate is not None,
         NORM_UPDATE=epilogue.update_weight is not None,
