@@ -64,7 +64,7 @@ def room_of(module: str) -> str:
     first, *rest = module.split("/")
     if module in ROOMS:
         return module
-    if first == "models" and rest and rest[-1] in ("forward", "layers", "dual_stream"):
+    if first == "models" and rest and rest[-1] in ("forward", "layers", "blocks", "dual_stream"):
         return FORWARD
     return first
 

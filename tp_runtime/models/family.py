@@ -146,6 +146,33 @@ class Geometry:
 Reader = Callable[[Shapes], Any]  # a size, from the shapes of a file's tensors
 
 
+@dataclass(frozen=True)
+class Told:
+    """A size, or another setting, that ComfyUI's class takes from a file's metadata.
+
+    ``name``: there, in ``config`` below ``transformer``. ``absent``: what stands for one that is
+    missing, or where to read it; None: a file without it is refused.
+    """
+
+    name: str
+    absent: "Reader | Told | int | float | str | tuple[float, ...] | None" = None
+
+    def read(self, shapes: Shapes, told: Settings) -> Any:
+        """The value. Raises UntoldError."""
+        found: Any = told.get(self.name, self.absent)
+        if found is None:
+            raise UntoldError(self.name)
+        if isinstance(found, Told):
+            return found.read(shapes, told)
+        if callable(found):
+            return found(shapes)
+        return tuple(found) if isinstance(found, list) else found
+
+
+class UntoldError(Exception):
+    """A file's metadata lacks a setting, which is named."""
+
+
 def length(tensor: str, axis: int = 0, per: int = 1) -> Reader:
     """How long an axis of a tensor is, counted in ``per`` features."""
     return lambda shapes: _shape(shapes, tensor)[axis] // per
@@ -153,7 +180,10 @@ def length(tensor: str, axis: int = 0, per: int = 1) -> Reader:
 
 def blocks(stack: str) -> Reader:
     """How many blocks ``stack.0.…``, ``stack.1.…``, … there are."""
-    return lambda shapes: len({n.split(".")[1] for n in shapes if n.startswith(f"{stack}.")})
+    start = f"{stack}."
+    return lambda shapes: len(
+        {name[len(start) :].split(".")[0] for name in shapes if name.startswith(start)}
+    )
 
 
 def has(tensor: str, yes: Any = True, no: Any = False) -> Reader:
@@ -181,12 +211,12 @@ def _shape(shapes: Shapes, name: str) -> Shape:
 
 
 def size(
-    file: Reader,
+    file: Reader | Told,
     setting: "str | Callable[[Settings], Any]",
     times: int = 1,
     absent: "str | bool | None" = None,
 ) -> Any:
-    """A field of ``Sizes``: where a file has it, and a diffusers folder's config.json.
+    """A field of ``Sizes``: where a file has or tells it, and a diffusers folder's config.json.
 
     ``setting``: its name there, which is also an argument of diffusers' class, or what computes it
     from the others. diffusers' value is ``times`` ours. ``absent``: what stands for a setting that
@@ -234,9 +264,17 @@ class Sizes:
         return self.head_dim - 2 * along, along, along
 
     @classmethod
-    def of_file(cls, shapes: Shapes) -> "Sizes":
-        """From the tensors of ComfyUI's file. Raises KeyError for one that is missing."""
-        return cls(*(one.metadata["file"](shapes) for one in _fields(cls)))
+    def of_file(cls, shapes: Shapes, told: Settings | None = None) -> "Sizes":
+        """From the tensors of ComfyUI's file, and the settings that its metadata tell.
+
+        Raises:
+            KeyError, UntoldError: a tensor is missing, or a setting.
+        """
+
+        def value(source: Reader | Told) -> Any:
+            return source.read(shapes, told or {}) if isinstance(source, Told) else source(shapes)
+
+        return cls(*(value(one.metadata["file"]) for one in _fields(cls)))
 
     @classmethod
     def of_folder(cls, settings: Settings) -> "Sizes":
@@ -252,8 +290,17 @@ class Sizes:
         return self._arguments(self.to_diffusers) | sizes
 
     def for_comfyui(self) -> dict[str, Any]:
-        """The arguments of ComfyUI's class that it does not read from a file."""
-        return self._arguments(self.to_comfyui)
+        """The arguments of ComfyUI's class that it does not read from a file's tensors."""
+        return self._arguments(self.to_comfyui) | self.told()
+
+    def told(self) -> dict[str, Any]:
+        """What a file's metadata tell of the model."""
+        sources = {one.name: one.metadata["file"] for one in _fields(type(self))}
+        return {
+            source.name: getattr(self, name)
+            for name, source in sources.items()
+            if isinstance(source, Told)
+        }
 
     def _arguments(self, names: str) -> dict[str, Any]:
         pairs = (name.partition("=") for name in names.split())
