@@ -55,7 +55,7 @@ class CheckpointInfo:
         plain = self.tensors.keys() - self.quantised.keys()
         return self.quantised_bytes + itemsize * sum(self.tensors[x].num_elements for x in plain)
 
-    def checked_inputs(self, inputs: Mapping[str, Any], compute_dtype: str) -> dict[str, Any]:
+    def checked_inputs(self, inputs: Mapping[str, Any], compute_dtype: str) -> Mapping[str, Any]:
         """What the model computes with. Raises InputError; see ``models/inputs.py``."""
         return checked_inputs(self.label, self.sizes, inputs, compute_dtype)
 

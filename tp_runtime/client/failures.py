@@ -21,6 +21,7 @@ from ..errors import (
 from ..tools.doctor import how_to_have_runtime
 from ..wire.exchange import dtype_name
 from ..wire.protocol import Failed
+from .batch_split import tensors_in
 from .launch.launcher import Rank
 from .tensor_sender import Asked
 
@@ -156,14 +157,15 @@ def _no_memory(
 
 def not_finite(num_bad: int, asked: Sequence[Asked]) -> NotFiniteError:
     """For evaluations whose results have ``num_bad`` values that are no numbers."""
-    total = sum(math.prod(one.result_shape) for one in asked)
-    dtype = dtype_name(asked[0].inputs["x"].dtype)
+    total = sum(math.prod(shape) for one in asked for shape in one.result_shapes)
+    x, timesteps = (next(tensors_in(asked[0].inputs[name])) for name in ("x", "timesteps"))
+    dtype = dtype_name(x.dtype)
     advice = "Set weight_dtype of 'Load Diffusion Model (TP)' to bf16 or fp32."
     if dtype != "float16":
         advice = "Lower the strength of LoRAs and ControlNets, or download the model again."
     return NotFiniteError(
         f"{num_bad} of the {total} values of the model's result are NaN or infinite, at timestep "
-        f"{asked[0].inputs['timesteps'].flatten()[0].item():.4g}. The model overflowed in {dtype}, "
+        f"{timesteps.flatten()[0].item():.4g}. The model overflowed in {dtype}, "
         f"or its conditioning or weights are no numbers. {advice}"
     )
 

@@ -74,7 +74,7 @@ class _Graph:
 
     def __init__(
         self,
-        evaluate: Callable[..., torch.Tensor],
+        evaluate: Callable[..., Any],
         leaves: Sequence[Any],
         tree: pytree.TreeSpec,
         capture: Callable[[], contextlib.AbstractContextManager[torch.cuda.Stream]],
@@ -87,7 +87,7 @@ class _Graph:
             self._output = evaluate(**arguments)
         self._last: list[Any] = [None] * len(leaves)
 
-    def replay(self, leaves: Sequence[Any]) -> torch.Tensor:
+    def replay(self, leaves: Sequence[Any]) -> Any:
         """The result for other tensors of the same shapes; valid until the next replay."""
         for index, leaf in enumerate(leaves):
             # Conditioning is the same object at every evaluation of a generation: copied once.
@@ -107,7 +107,7 @@ class RecordedEvaluation:
 
     def __init__(
         self,
-        evaluate: Callable[..., torch.Tensor],
+        evaluate: Callable[..., Any],
         capture: Callable[[], contextlib.AbstractContextManager[torch.cuda.Stream]],
         attention: Attention,
     ) -> None:
@@ -117,7 +117,7 @@ class RecordedEvaluation:
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: OrderedDict[Any, _Graph | None] = OrderedDict()
 
-    def __call__(self, **inputs: Any) -> torch.Tensor:
+    def __call__(self, **inputs: Any) -> Any:
         """Same arguments and result as the evaluation."""
         leaves, tree = pytree.tree_flatten(inputs)
         key = tree, *map(_described, leaves)

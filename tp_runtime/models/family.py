@@ -44,6 +44,7 @@ class Input:
     without it. ``usual``: lengths of axes that the model does not fix, for benchmarks. ``or_axes``:
     of another shape that the model also takes. ``axes`` empty: the forward knows. ``kind``: in the
     dtype that is computed in; a number, in any float dtype; a mask, also bool; or in any dtype.
+    ``besides``: what follows it in a list of all of them, as a video's latents do those of sound.
     """
 
     what: str
@@ -55,6 +56,7 @@ class Input:
     usual: Mapping[str, int] = field(default_factory=dict)
     or_axes: tuple[Axis, ...] = ()
     kind: Literal["computed", "number", "mask", "any"] = "computed"
+    besides: tuple["Input", ...] = ()
 
     def __str__(self) -> str:
         unnamed = ("channels", "frames")  # of latents, whose shapes people know by their order
@@ -326,6 +328,17 @@ class Sizes:
         """The tensors that the model is given, by ComfyUI's names; all but ``x``."""
         raise NotImplementedError
 
+    def prepared(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What the forward on the ranks takes for inputs that are as they are declared.
+
+        Decisions on values are made here, in the process that asks for an evaluation, and go to
+        the ranks as tables: theirs is recorded, and decides nothing.
+
+        Raises:
+            InputError: an input does not fit in a way that its declaration cannot tell.
+        """
+        return inputs
+
     @cached_property
     def all_inputs(self) -> dict[str, Input]:
         """The same with ``x``. Every evaluation asks for them."""
@@ -347,10 +360,13 @@ class Family:
     ComfyUI do not know → the variant that has them, and a release that does. ``used_with``: an
     input of the model → the attribute that ComfyUI's class has in the releases that use it.
     ``refused_inputs``: what ComfyUI's class takes and the forward here does not, by its name there
-    → what it is. ``comfyui_class``: of ComfyUI's supported_models, where ComfyUI finds only the
-    published sizes. ``published`` and ``small``: sizes of the released model, and of one with its
-    structure for tests. ``text_tokens``: of a usual caption, and ``extents``: width, height and
-    frames of what is usually made, for benchmarks.
+    → what it is. ``left_to_ranks``: methods of ComfyUI's class that prepare an input for its
+    forward, which the forward here does. ``numbers``: keys of transformer_options that are numbers
+    → the attribute of ComfyUI's class that stands for it. ``comfyui_class``: of ComfyUI's
+    supported_models, where ComfyUI finds only the published sizes. ``published`` and ``small``:
+    sizes of the released model, and of one with its structure for tests. ``text_tokens``: of a
+    usual caption, and ``extents``: width, height and frames of what is usually made, for
+    benchmarks.
     """
 
     name: str
@@ -368,6 +384,8 @@ class Family:
     text_tokens: int = 64
     extents: tuple[tuple[int, int, int], ...] = ((1024, 1024, 1), (2048, 2048, 1))
     refused_inputs: Mapping[str, str] = field(default_factory=dict)
+    left_to_ranks: tuple[str, ...] = ()
+    numbers: Mapping[str, str] = field(default_factory=dict)
 
     def forward(self) -> Any:
         """The family's subclass of ``models.forward.ShardedForward``. For ranks only."""

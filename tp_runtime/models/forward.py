@@ -19,6 +19,7 @@ MEMO_BYTES = 4 * 2**30
 _PER_EVALUATION = ("control",)
 
 Conditioning = dict[str, Any]  # tensors, and plain data that changes what is computed
+Prediction = torch.Tensor | list[torch.Tensor]  # as ``x`` is
 
 
 class Collectives(Protocol):
@@ -77,7 +78,8 @@ class ShardedForward:
 
     ``condition`` is what stays the same over a generation (refined text, positions, ...): a
     function of every input but ``timesteps`` and of ``x`` only through its shape. ``evaluate`` is
-    the rest: tensors in, one tensor out, so that it can be recorded; ``run`` is what runs it.
+    the rest: tensors in, tensors out, one for each latent, so that it can be recorded; ``run`` is
+    what runs it.
     """
 
     family: ClassVar[Family]
@@ -92,7 +94,7 @@ class ShardedForward:
         self.model: Any = model
         self.sizes: Any = sizes
         self.collectives = collectives
-        self.run: Callable[..., torch.Tensor] = self.evaluate
+        self.run: Callable[..., Prediction] = self.evaluate
         self.memo = Memo()
         self._reduction = reduction
 
@@ -135,8 +137,11 @@ class ShardedForward:
         """
         raise NotImplementedError
 
-    def evaluate(self, *args: Any, **inputs: Any) -> torch.Tensor:
-        """The model's prediction, in the dtype of ``x``; ``timesteps`` are fp32."""
+    def evaluate(self, *args: Any, **inputs: Any) -> Prediction:
+        """The model's prediction, in the dtype of ``x``; ``timesteps`` are fp32.
+
+        Of several latents in a list (a video's, and its sound's), a list of as many.
+        """
         raise NotImplementedError
 
     def join(
@@ -166,7 +171,7 @@ class ShardedForward:
         joined, normed = (torch.cat(same, dim=1) for same in zip(*found, strict=True))
         return joined, normed
 
-    def __call__(self, inputs: Mapping[str, Any], key: Hashable) -> torch.Tensor:
+    def __call__(self, inputs: Mapping[str, Any], key: Hashable) -> Prediction:
         """Evaluate the model. Inputs of one ``key`` have equal conditioning.
 
         ``inputs``: as ``models.inputs.checked_inputs`` gives them.
@@ -177,7 +182,8 @@ class ShardedForward:
         inputs = dict(inputs)
         x, timesteps = inputs["x"], inputs.pop("timesteps")
         per_evaluation = {name: inputs.pop(name) for name in _PER_EVALUATION if name in inputs}
-        key = (key, tuple(x.shape), x.dtype)
+        latents = [x] if isinstance(x, torch.Tensor) else x
+        key = (key, *((tuple(latent.shape), latent.dtype) for latent in latents))
 
         def condition() -> Conditioning:
             assert not optimising(), "what is remembered must not lie in memory of a reduction"
@@ -186,7 +192,7 @@ class ShardedForward:
 
         conditioning = self.memo.get(key, condition)
         if per_evaluation:
-            self.check_control(x.shape[0], conditioning, **per_evaluation)
+            self.check_control(latents[0].shape[0], conditioning, **per_evaluation)
         return self.run(x=x, timesteps=timesteps, **conditioning, **per_evaluation)
 
 

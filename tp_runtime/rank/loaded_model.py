@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from ..models.forward import Memo, ShardedForward
+from ..models.forward import Memo, Prediction, ShardedForward
 from ..wire.protocol import PatchedWeight
 from .host_copy import HostCopy
 from .patched_weights import PatchedWeights
@@ -19,7 +19,7 @@ class LoadedModel:
         forward: ShardedForward,
         weights: PatchedWeights,
         device: torch.device,
-        new_run: Callable[[], Callable[..., torch.Tensor]],
+        new_run: Callable[[], Callable[..., Prediction]],
         bytes_read: int,
     ) -> None:
         self.forward = forward
