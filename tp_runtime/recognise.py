@@ -162,8 +162,8 @@ def _sizes_of_file(
     except UntoldError as error:
         raise CheckpointError(
             f"The {family.label} file {path} does not tell the setting {error}: it belongs into "
-            "the file's metadata, as 'config', below 'transformer', and was lost where the file was "
-            "converted or merged. Take the published file, or one that has kept its metadata."
+            "the file's metadata, as 'config', below 'transformer', and was lost where the file "
+            "was converted or merged. Take the published file, or one that has kept its metadata."
         ) from error
     except (IndexError, TypeError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(

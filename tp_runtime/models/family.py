@@ -44,7 +44,8 @@ class Input:
     without it. ``usual``: lengths of axes that the model does not fix, for benchmarks. ``or_axes``:
     of another shape that the model also takes. ``axes`` empty: the forward knows. ``kind``: in the
     dtype that is computed in; a number, in any float dtype; a mask, also bool; or in any dtype.
-    ``besides``: what follows it in a list of all of them, as a video's latents do those of sound.
+    ``besides``: what follows it in a list of all of them, as a video's latents do those of sound;
+    the last may be optional.
     """
 
     what: str
@@ -248,9 +249,10 @@ class Sizes:
     to_diffusers: ClassVar[str] = ""
     to_comfyui: ClassVar[str] = ""
     # Arguments of ComfyUI's forward that are no tensors; and the keys of its transformer_options
-    # that it computes with, dictionaries of numbers.
+    # that it computes with, dictionaries of numbers, or numbers and lists of them.
     plain_inputs: ClassVar[tuple[str, ...]] = ()
     options: ClassVar[tuple[str, ...]] = ()
+    plain_options: ClassVar[tuple[str, ...]] = ()
     num_heads: int
     head_dim: int
 
@@ -339,6 +341,16 @@ class Sizes:
         """
         return inputs
 
+    def connected(self, caption: Shape, *, unprocessed: bool) -> Shape | None:  # noqa: ARG002
+        """The shape of what the model makes of a caption before a generation; None: nothing.
+
+        ``unprocessed``: what the text encoder says of its captions, in ComfyUI's word.
+
+        Raises:
+            InputError: the caption is of no shape that the model can make something of.
+        """
+        return None
+
     @cached_property
     def all_inputs(self) -> dict[str, Input]:
         """The same with ``x``. Every evaluation asks for them."""
@@ -359,6 +371,7 @@ class Family:
     config.json that is true → what the variant is called. ``newer``: tensors that older releases of
     ComfyUI do not know → the variant that has them, and a release that does. ``used_with``: an
     input of the model → the attribute that ComfyUI's class has in the releases that use it.
+    ``connects``: the method of ComfyUI's class that makes captions ready (``Sizes.connected``).
     ``refused_inputs``: what ComfyUI's class takes and the forward here does not, by its name there
     → what it is. ``left_to_ranks``: methods of ComfyUI's class that prepare an input for its
     forward, which the forward here does. ``numbers``: keys of transformer_options that are numbers
@@ -386,6 +399,7 @@ class Family:
     refused_inputs: Mapping[str, str] = field(default_factory=dict)
     left_to_ranks: tuple[str, ...] = ()
     numbers: Mapping[str, str] = field(default_factory=dict)
+    connects: str | None = None
 
     def forward(self) -> Any:
         """The family's subclass of ``models.forward.ShardedForward``. For ranks only."""

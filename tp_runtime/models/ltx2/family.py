@@ -8,11 +8,15 @@ The connectors, which ComfyUI runs over a caption once a generation, are split o
 the blocks: they are up to a tenth of the model's bytes.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
+
+from ...errors import InputError
+from ...sharding.parts import Shape
 from ...sharding.plan import QKV, Column, MergedColumn, Replicated, Row, Split
 from ...sharding.table import (
     IMAGE,
@@ -60,6 +64,7 @@ class LTX2Sizes(Sizes):
         "caption_proj_before_connector=takes_projected caption_projection_first_linear=projects "
         "connector_num_layers=connector_blocks connector_apply_gated_attention=connector_gated"
     )
+    plain_options = "a2v_cross_attn", "v2a_cross_attn", "stg_self_attn_blocks"
     plain_inputs = "frame_rate", "guide_attention_entries", "ref_audio", "generated_keyframes"
     unused_inputs = ("audio_denoise_mask",)
     num_heads: int = size(Told("num_attention_heads", 32), "num_attention_heads")
@@ -148,14 +153,60 @@ class LTX2Sizes(Sizes):
 
     @property
     def inputs(self) -> dict[str, Input]:
-        masks = "batch", ("channels", 1), "frames", "height", "width"
+        masks = "batch", "mask channels", "frames", "height", "width"
         places = "batch", ("axes", 3), "guide tokens", ("ends", 2)
+        channels, bins = ("channels", AUDIO_CHANNELS), ("bins", AUDIO_BINS)
+        sound = Input(
+            "Latents of sound",
+            ("batch", channels, "sound frames", bins),
+            "Use 'LTXVEmptyLatentAudio'.",
+            optional=True,
+        )
+        of_video, of_sound = (("batch", name, ("one", 1)) for name in ("tokens", "sound frames"))
+        times = replace(of.TIMESTEPS, or_axes=of_video)
+        sound_times = Input("Timesteps of sound", ("batch",), or_axes=of_sound, kind="number")
         return {
+            "x": replace(self.geometry.latents(), besides=(sound,)),
+            "timesteps": times,
+            "a_timestep": replace(sound_times, optional=True),
             "context": of.captions(sum(self.caption_dims)),
-            "attention_mask": of.MASKS,
+            "attention_mask": replace(of.MASKS, kind="any"),
             "keyframe_idxs": Input("Positions of guides", places, optional=True, kind="any"),
             "denoise_mask": Input("Masks of the video", masks, optional=True, kind="any"),
         }
+
+    def prepared(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The same. Raises InputError for timesteps of another number of tokens."""
+        x, times = inputs["x"], inputs["timesteps"]
+        video = x if isinstance(x, torch.Tensor) else x[0]
+        tokens = self.geometry.image_tokens(tuple(video.shape))
+        if times.ndim > 1 and times.shape[1] != tokens:
+            raise InputError(
+                f"A video of {FAMILY.label} of {tokens} tokens has as many timesteps, or one; got "
+                f"{times.shape[1]}. The mask of its latent must be of the latent's size."
+            )
+        return inputs
+
+    def connected(self, caption: Shape, *, unprocessed: bool) -> Shape | None:
+        """See ``Sizes``; ComfyUI's ``LTXAVModel.preprocess_text_embeds`` decides so (0.33)."""
+        batch, length, width = caption
+        of_streams = self.dim, self.audio_dim
+        if not unprocessed and width in (sum(of_streams), 2 * self.caption_channels):
+            return None
+        widths = [heads * head_dim for _, heads, head_dim in self.connectors]
+        if not widths:
+            raise InputError(
+                f"This {FAMILY.label} file has no connectors, and the captions are not ready "
+                f"(their width is {width}). Take a file that has them (its tensors "
+                "'video_embeddings_connector…'), or a text encoder file that has."
+            )
+        if width != sum(of_streams) and {width} != set(widths):
+            usual = sum(of_streams) if self.takes_projected else widths[0]
+            raise InputError(
+                f"Captions of {FAMILY.label} have the width {usual}; got {width}. Use the text "
+                "encoder that belongs to the model."
+            )
+        return batch, -(-max(MIN_CAPTION, length) // REGISTERS) * REGISTERS, sum(widths)
 
     @cached_property
     def table(self) -> Table:
@@ -343,6 +394,7 @@ FAMILY = Family(
         time_scale=1000.0,
         cross_time_scale=1000.0,
     ),
+    connects="preprocess_text_embeds",
     text_tokens=MIN_CAPTION,
     extents=((960, 544, 121), (1920, 1088, 121)),
 )

@@ -67,7 +67,7 @@ class Forward(StreamsForward):
 
     def condition(
         self,
-        x: Sequence[torch.Tensor],
+        x: torch.Tensor | Sequence[torch.Tensor],
         context: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         frame_rate: float = 25,
@@ -87,7 +87,7 @@ class Forward(StreamsForward):
         is added to tokens that are one picture each; the ``reference`` (B, L, C), sound that goes
         before; the captions' ``mask``; ``plain`` blocks, and those to ``skip``.
         """
-        video, *sounds = x
+        video, *sounds = _latents(x)
         size, sizes = video.shape[2:], self.sizes
         options = transformer_options or {}
         pixels = video_positions(size, sizes.causal, video.device)
@@ -150,8 +150,8 @@ class Forward(StreamsForward):
 
     def evaluate(
         self,
-        x: Sequence[torch.Tensor],
-        timesteps: Sequence[torch.Tensor],
+        x: torch.Tensor | Sequence[torch.Tensor],
+        timesteps: torch.Tensor,
         captions: Sequence[torch.Tensor],
         rotations: Sequence[torch.Tensor],
         by_frame: bool,
@@ -164,14 +164,15 @@ class Forward(StreamsForward):
         mask: torch.Tensor | None = None,
         plain: Sequence[int] = (),
         skip: Sequence[BlockName] = (),
+        a_timestep: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
         """(B, C, T, H, W), and (B, 8, T', 16) of sound if there is any → the same.
 
-        ``timesteps`` of each: (B,), or (B, L, 1).
+        ``timesteps`` of the video, ``a_timestep`` of the sound: (B,), or (B, L, 1).
         """
-        model, (video, *sounds) = self.model, x
+        model, (video, *sounds) = self.model, _latents(x)
         per_frame, repeats = math.prod(video.shape[3:]), 1
-        times = timesteps[0].reshape(len(video), -1)
+        times = timesteps.reshape(len(video), -1)
         if by_frame and times.shape[1] % per_frame == 0:
             times, repeats = times[:, ::per_frame], per_frame
             times = times if kept_frames is None else times[:, kept_frames]
@@ -184,7 +185,8 @@ class Forward(StreamsForward):
             tokens = tokens + mark
         streams, sound_times = [], None
         for sound in sounds:
-            sound_times = timesteps[-1].reshape(len(sound), -1)
+            of_sound = timesteps if a_timestep is None else a_timestep
+            sound_times = of_sound.reshape(len(sound), -1)
             of_sound = sound.transpose(1, 2).flatten(2)
             if reference is not None:  # which is at time 0
                 of_sound = torch.cat((reference, of_sound), dim=1)
@@ -271,18 +273,18 @@ class Forward(StreamsForward):
             found = whole
         return found.transpose(1, 2).unflatten(2, shape[2:])
 
-    def prepare(self, context: torch.Tensor) -> torch.Tensor:
+    def connect(self, caption: torch.Tensor) -> torch.Tensor:
         """ComfyUI's ``preprocess_text_embeds`` of what the text encoder gives (B, L, width).
 
         Side by side for video and for sound (B, L', sum of ``caption_dims``), at least 1024 tokens.
         """
         sizes = self.sizes
         both = sizes.dim, sizes.audio_dim
-        captions = context.split(both, dim=-1) if context.shape[-1] == sum(both) else 2 * (context,)
+        captions = caption.split(both, dim=-1) if caption.shape[-1] == sum(both) else 2 * (caption,)
         found = []
-        for (which, heads, head_dim), caption in zip(sizes.connectors, captions, strict=True):
+        for (which, heads, head_dim), given in zip(sizes.connectors, captions, strict=True):
             connector = getattr(self.model, f"{which}_embeddings_connector")
-            found.append(self._connected(connector, caption, heads, head_dim))
+            found.append(self._connected(connector, given, heads, head_dim))
         return torch.cat(found, dim=-1)
 
     def _connected(
@@ -382,6 +384,10 @@ class Forward(StreamsForward):
             first = keyframes["first_latent_frame"] * per_frame
             chosen[first : first + keyframes["num_keyframes"] * per_frame] = True
         return chosen[left]
+
+
+def _latents(x: torch.Tensor | Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    return [x] if isinstance(x, torch.Tensor) else x
 
 
 def _modulation(
