@@ -218,10 +218,9 @@ def _names_alone(path: str, tensors: Mapping[str, TensorInfo]) -> FileNames | No
     Without its config.json, the sizes follow from the shapes: the blocks are counted, and the rows
     of what lies one on another in ComfyUI's file add up. None: the names are not diffusers'.
     """
-    shapes = {name: info.shape for name, info in tensors.items()}
     for family in families().values():
         stacks = tuple(
-            replace(stack, count=blocks(stack.ours)(shapes))
+            replace(stack, count=blocks(stack.ours)(dict.fromkeys(tensors, ())))
             for stack in family.published.table.stacks
         )
         table = replace(family.published.table, stacks=stacks)

@@ -14,6 +14,7 @@ import torch
 from process.conftest import cpu_group
 from safetensors.torch import load_file, save_file
 
+from support.accuracy import relative_error
 from support.inputs import make_inputs
 from support.tiny_models import tiny, write_tiny
 from tp_runtime.client import InputError, ModelSpec, RemoteModel, Runtime, TPRuntimeError
@@ -69,11 +70,12 @@ def test_every_input_is_checked_before_anything_is_sent(
     for name, one in declared.items():
         if name not in inputs:
             continue  # masks, which the forward checks
-        for what, value in wrong(one, inputs[name][0] if one.many else inputs[name]):
+        listed = one.many or bool(one.besides)
+        for what, value in wrong(one, inputs[name][0] if listed else inputs[name]):
             if name == "x" and what == "more batch":
                 continue  # is right: it is the others that are too few
             kinds += 1
-            given = [value] if one.many else value
+            given = [value, *inputs[name][1:]] if listed else value
             with pytest.raises(InputError) as error:
                 model.evaluate(inputs | {name: given})
             assert one.what in str(error.value) or one.what.lower() in str(error.value), what
@@ -85,7 +87,7 @@ def test_every_input_is_checked_before_anything_is_sent(
                 model.evaluate(inputs | {name: None})
     assert kinds > 30
     assert model.num_evaluations == sent, "nothing was sent"
-    assert torch.equal(model.evaluate(inputs), expected)
+    assert relative_error(model.evaluate(inputs), expected) == 0
 
 
 # Sizes of models of a family that are given more than its small one.
@@ -103,7 +105,7 @@ def test_the_declaration_is_the_forwards_signature(family: str) -> None:
     """What is declared is what the family's forward takes: neither more nor less."""
     forward, sizes = families()[family].forward(), tiny(family)
     taken = set(inspect.signature(forward.condition).parameters) | {"timesteps"}
-    taken |= {"control"} & set(inspect.signature(forward.evaluate).parameters)
+    taken |= {"control", "a_timestep"} & set(inspect.signature(forward.evaluate).parameters)
     variants = [sizes, *(replace(sizes, **changes) for changes in VARIANTS.get(family, ()))]
     declared = {name for one in variants for name in one.all_inputs}
     declared |= {*sizes.plain_inputs, "transformer_options"}

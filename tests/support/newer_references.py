@@ -150,7 +150,7 @@ IN_BF16 = {"ltx2": ("2.5", "2.3", "2.0", "a part of both", "a guide with a mask"
 CAPTIONS = {
     "ltx2": {"2.5": (1, 9, 192), "2.0": (2, 1100, 96), "other rotary embedding": (1, 3, 192)}
 }
-KEPT_TOKENS = 53
+KEPT_TOKENS = 106
 MAKERS = {"ltx2": make_ltx2_inputs}  # of families with other inputs than `make_inputs` makes
 
 
@@ -161,13 +161,13 @@ def inputs_of(family: str, case: str, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def expected(family: str, case: str, dtype: torch.dtype) -> Any:
-    """What the newer class computed in that dtype: a tensor; of several latents, a list."""
+    """What the newer class computed in that dtype: a tensor, or a list of them."""
     name = _name(case, dtype)
     with safe_open(_path(family), framework="pt") as file:
         if name in file.keys():  # noqa: SIM118  (not a dict)
             return file.get_tensor(name)
-        parts = sorted(key for key in file.keys() if key.startswith(f"{name} of "))  # noqa: SIM118
-        return [file.get_tensor(part) for part in parts]
+        parts = sorted(key for key in file.keys() if key.startswith(f"{name}, "))  # noqa: SIM118
+        return [file.get_tensor(key) for key in parts]
 
 
 def _path(family: str) -> Path:
@@ -191,7 +191,7 @@ def _computed(family: str, case: str, dtype: torch.dtype, folder: Path) -> dict[
     if isinstance(x, torch.Tensor):
         return {name: found.contiguous()}
     parts = [found] if isinstance(found, torch.Tensor) else found
-    return {f"{name} of {index}": part.contiguous() for index, part in enumerate(parts)}
+    return {f"{name}, {index}": part.contiguous() for index, part in enumerate(parts)}
 
 
 def caption_of(family: str, case: str) -> torch.Tensor:

@@ -185,7 +185,7 @@ def blocks(stack: str) -> Reader:
     """How many blocks ``stack.0.…``, ``stack.1.…``, … there are."""
     start = f"{stack}."
     return lambda shapes: len(
-        {name[len(start) :].split(".")[0] for name in shapes if name.startswith(start)}
+        {name.removeprefix(start).split(".")[0] for name in shapes if name.startswith(start)}
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from ..errors import InputError
 from ..fault_points import reach
@@ -70,7 +71,8 @@ class Memo:
 
 
 def _num_bytes(conditioning: Conditioning) -> int:
-    return sum(one.nbytes for one in conditioning.values() if isinstance(one, torch.Tensor))
+    leaves = pytree.tree_leaves(conditioning)
+    return sum(one.nbytes for one in leaves if isinstance(one, torch.Tensor))
 
 
 class ShardedForward:

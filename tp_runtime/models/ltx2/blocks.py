@@ -14,16 +14,8 @@ import torch.nn.functional as F
 from ...gpu.epilogue import Epilogue, Product
 from ..forward import ShardedForward
 from ..layers import attention, project, rms_norm_over_ranks
-from .layers import (
-    EPS,
-    QK_EPS,
-    Guides,
-    gated_heads,
-    guided_attention,
-    modulated,
-    rotated,
-    row_of,
-)
+from .guides import Guides, guided_attention
+from .layers import EPS, QK_EPS, gated_heads, modulated, rotated, row_of
 
 # Rows of the tables: the shift and the scale before an attention, an MLP and so on, and its gate.
 BEFORE_ITSELF, _BEFORE_MLP, _BEFORE_CAPTION = (0, 1), (3, 4), (6, 7)

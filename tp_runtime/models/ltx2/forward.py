@@ -14,56 +14,38 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from ...errors import InputError
-from ...gpu.epilogue import Epilogue
-from ...sharding.plan import Split
 from ..dual_stream import BlockName, skipped_blocks
 from ..forward import Conditioning
 from ..layers import timestep_embedding
-from .blocks import BEFORE_ITSELF, NORM, Norm, Stream, StreamsForward, at_itself, first_norm, mlp
-from .family import AUDIO_BINS, FAMILY, MIN_CAPTION, REGISTERS, TIME_CHANNELS, LTX2Sizes
-from .layers import (
-    EPS,
+from .blocks import BEFORE_ITSELF, Norm, Stream, first_norm
+from .connectors import ConnectorsForward
+from .family import AUDIO_BINS, FAMILY, LTX2Sizes
+from .guides import (
     Guides,
-    Heads,
+    check_plain,
+    looked_at,
+    single_pictures,
+    tokens_of,
+    varies_in_a_frame,
+)
+from .layers import (
     audio_positions,
-    guide_weights,
-    guides_of,
     middle_of,
     reference_positions,
     rotation_of,
     row_of,
-    video_positions,
 )
+from .rows import TIME_CHANNELS
 
-CAPTION_POSITIONS = 4096
+PERTURBED = "stg_self_attn_blocks"
 
 
-class Forward(StreamsForward):
+class Forward(ConnectorsForward):
     """Evaluates the sharded module on ComfyUI's forward arguments."""
 
     family = FAMILY
     sizes: LTX2Sizes
-
-    @classmethod
-    def build(cls, sizes: LTX2Sizes) -> nn.Module:  # type: ignore[override]
-        """diffusers' module, with the connectors."""
-        module = super().build(sizes)
-        if sizes.connector_blocks:
-            from diffusers.pipelines.ltx2.connectors import LTX2ConnectorTransformer1d
-
-            for which, heads, head_dim in sizes.connectors:
-                connector = LTX2ConnectorTransformer1d(
-                    heads,
-                    head_dim,
-                    sizes.connector_blocks,
-                    REGISTERS,
-                    gated_attention=sizes.connector_gated,
-                )
-                setattr(module, f"{which}_embeddings_connector", connector)
-        return module
 
     def condition(
         self,
@@ -90,35 +72,19 @@ class Forward(StreamsForward):
         video, *sounds = _latents(x)
         size, sizes = video.shape[2:], self.sizes
         options = transformer_options or {}
-        pixels = video_positions(size, sizes.causal, video.device)
-        found: Conditioning = {"by_frame": not _varies_in_a_frame(denoise_mask)}
-        num_guides = 0
-        left = torch.ones(pixels.shape[2], dtype=torch.bool, device=video.device)
-        if keyframe_idxs is not None and keyframe_idxs.shape[2]:
-            self._check_guides(keyframe_idxs, denoise_mask, size)
-            assert denoise_mask is not None
-            left = ~(denoise_mask.flatten(2) < 0).any(dim=1)[0]
-            found["kept"] = left.nonzero()[:, 0]
-            found["kept_frames"] = left[:: math.prod(size[1:])].nonzero()[:, 0]
-            of_guides = left[-keyframe_idxs.shape[2] :]
-            places = keyframe_idxs[:, :, of_guides].long()  # whole pixels, as ComfyUI has them
-            num_guides = places.shape[2]
-            before = pixels[:, :, left][:, :, : int(left.sum()) - num_guides]
-            pixels = torch.cat((before.expand(len(places), -1, -1, -1), places), dim=2)
-            if guides := self._guides(guide_attention_entries, of_guides, pixels.shape[2], video):
-                found["guides"] = guides
-        elif guide_attention_entries:
-            raise InputError(
-                f"{self.label} was told how much to look at guides, but not where these are "
-                "(keyframe_idxs). Add guides with 'LTXVAddGuide', which sets both."
-            )
+        check_plain(sizes, frame_rate, ref_audio, options.get(PERTURBED))
+        placed = size, sizes.causal, keyframe_idxs, denoise_mask, video.device
+        tokens = tokens_of(*placed)
+        found: Conditioning = {"by_frame": not varies_in_a_frame(denoise_mask)}
+        if len(tokens.guides_left):
+            found["kept"] = tokens.left.nonzero()[:, 0]
+            found["kept_frames"] = tokens.left[:: math.prod(size[1:])].nonzero()[:, 0]
+        if guides := looked_at(guide_attention_entries, tokens, video):
+            found["guides"] = guides
         if sizes.keyframe_mark:
-            marked = pixels[:, 0, :, 0] == 0
-            marked[:, pixels.shape[2] - num_guides :] = False
-            marked = marked | self._generated(generated_keyframes, size, left)
-            mark = self.model.keyframes_abs_pos_embedding
-            found["mark"] = marked[..., None].to(video.dtype) * mark
-        positions = pixels.float()
+            marked = single_pictures(tokens, size, generated_keyframes)[..., None]
+            found["mark"] = marked.to(video.dtype) * self.model.keyframes_abs_pos_embedding
+        positions = tokens.pixels.float()
         positions[:, 0] *= 1.0 / frame_rate
         found["rotations"] = self._rotations(
             positions, sizes.num_heads, sizes.head_dim, video.dtype
@@ -142,7 +108,7 @@ class Forward(StreamsForward):
             found["rotations"] += self._rotations(positions, *heads, video.dtype)
         if attention_mask is not None:
             found["mask"] = _scores(attention_mask, video.dtype)
-        if plain := options.get("stg_self_attn_blocks"):
+        if plain := options.get(PERTURBED):
             found["plain"] = tuple(plain)
         if skip := skipped_blocks(options):
             found["skip"] = skip
@@ -273,43 +239,6 @@ class Forward(StreamsForward):
             found = whole
         return found.transpose(1, 2).unflatten(2, shape[2:])
 
-    def connect(self, caption: torch.Tensor) -> torch.Tensor:
-        """ComfyUI's ``preprocess_text_embeds`` of what the text encoder gives (B, L, width).
-
-        Side by side for video and for sound (B, L', sum of ``caption_dims``), at least 1024 tokens.
-        """
-        sizes = self.sizes
-        both = sizes.dim, sizes.audio_dim
-        captions = caption.split(both, dim=-1) if caption.shape[-1] == sum(both) else 2 * (caption,)
-        found = []
-        for (which, heads, head_dim), given in zip(sizes.connectors, captions, strict=True):
-            connector = getattr(self.model, f"{which}_embeddings_connector")
-            found.append(self._connected(connector, given, heads, head_dim))
-        return torch.cat(found, dim=-1)
-
-    def _connected(
-        self, connector: Any, caption: torch.Tensor, num_heads: int, head_dim: int
-    ) -> torch.Tensor:
-        """A caption, filled up with learned tokens, through a connector: (B, L, D) → (B, L', D)."""
-        count = -(-max(MIN_CAPTION, caption.shape[1]) // REGISTERS)
-        registers = connector.learnable_registers.tile(count, 1)[caption.shape[1] :]
-        tokens = torch.cat((caption, registers.to(caption).expand(len(caption), -1, -1)), dim=1)
-        places = torch.arange(tokens.shape[1], dtype=torch.float32, device=tokens.device)
-        heads = self._heads(num_heads, head_dim)
-        given = places[None, None], (CAPTION_POSITIONS,), heads, "float64", tokens.dtype
-        rotation = rotation_of(*given)
-        normed = F.rms_norm(tokens, tokens.shape[-1:], eps=EPS)
-        for block in connector.transformer_blocks:
-            look = at_itself(block.attn1, num_heads * head_dim, head_dim, normed, rotation)
-            (product,) = self.attend([look])
-            tokens, normed = self.join([product], tokens, Epilogue(EPS, **NORM))
-            tokens, normed = self.join([mlp(block.ff, normed)], tokens, Epilogue(EPS, **NORM))
-        return normed
-
-    def _heads(self, num_heads: int, head_dim: int) -> Heads:
-        layer = self.model.transformer_blocks[0].attn1.to_qkv
-        return Heads(Split(num_heads, head_dim), layer.tp_rank, layer.tp_size)
-
     def _rotations(
         self, positions: torch.Tensor, num_heads: int, head_dim: int, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -317,73 +246,13 @@ class Forward(StreamsForward):
         sizes = self.sizes
         limits = sizes.max_positions if positions.shape[1] > 1 else sizes.audio_max_positions
         meeting = (max(sizes.max_positions[0], sizes.audio_max_positions[0]),)
-        given = middle_of(positions, sizes.middle), limits, self._heads(num_heads, head_dim)
-        sound = self._heads(sizes.audio_heads, sizes.audio_head_dim)
+        given = middle_of(positions, sizes.middle), limits, self.heads(num_heads, head_dim)
+        sound = self.heads(sizes.audio_heads, sizes.audio_head_dim)
         along_time = middle_of(positions[:, :1]), meeting, sound
         return (
             rotation_of(*given, sizes.precision, dtype),
             rotation_of(*along_time, sizes.precision, dtype),
         )
-
-    def _check_guides(
-        self, places: torch.Tensor, mask: torch.Tensor | None, size: Sequence[int]
-    ) -> None:
-        """Raises InputError unless guides are frames of the video, which its mask knows."""
-        per_frame, count = math.prod(size[1:]), places.shape[2]
-        if mask is None:
-            raise InputError(
-                f"Guides of {self.label} need the mask that 'LTXVAddGuide' puts into the latent. "
-                "Give its latent to the sampler, together with its conditioning."
-            )
-        if count % per_frame or count > math.prod(size):
-            raise InputError(
-                f"The guides of {self.label} are {count} tokens; they must be whole frames of "
-                f"{per_frame} tokens here, at most {size[0]}. They were made for a video of "
-                "another size: crop guides ('LTXVCropGuides') before the latent is made larger."
-            )
-
-    def _guides(
-        self,
-        entries: Sequence[Mapping[str, Any]],
-        left: torch.Tensor,
-        num_tokens: int,
-        video: torch.Tensor,
-    ) -> Guides | None:
-        """How much guides are looked at; None if as much as all else. ``left`` (n,): which of their
-        tokens are. Raises InputError.
-        """
-        counts = [int(entry["pre_filter_count"]) for entry in entries]
-        if entries and sum(counts) != len(left):
-            raise InputError(
-                f"The guides of {self.label} are {len(left)} tokens, but {sum(counts)} by what was "
-                "said of how much to look at them. Add every guide with 'LTXVAddGuide'."
-            )
-        each = zip(entries, left.split(counts) if counts else (), strict=True)
-        weights = [guide_weights(entry, int(own.sum()), video) for entry, own in each]
-        if not weights or bool((together := torch.cat(weights)).eq(1).all()):
-            return None
-        return guides_of(together, num_tokens, num_tokens - int(left.sum()))
-
-    def _generated(
-        self, keyframes: Mapping[str, int] | None, size: Sequence[int], left: torch.Tensor
-    ) -> torch.Tensor:
-        """Which tokens, of those that are left, are pictures that the model makes: (L,) bool.
-
-        Raises:
-            InputError: they were asked for at another size.
-        """
-        chosen = torch.zeros_like(left)
-        if keyframes is not None:
-            per_frame = math.prod(size[1:])
-            if keyframes["tokens_per_frame"] != per_frame:
-                raise InputError(
-                    f"Generated keyframes of {self.label} were made for frames of "
-                    f"{keyframes['tokens_per_frame']} tokens; those of this latent are "
-                    f"{per_frame}. Separate them before the latent is made larger."
-                )
-            first = keyframes["first_latent_frame"] * per_frame
-            chosen[first : first + keyframes["num_keyframes"] * per_frame] = True
-        return chosen[left]
 
 
 def _latents(x: torch.Tensor | Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
@@ -396,14 +265,6 @@ def _modulation(
     """Rows (B, F, n, D) of timesteps (B, F), and their embedding (B, F, D)."""
     embedded = module.emb.timestep_embedder(timestep_embedding(times, TIME_CHANNELS).to(dtype))
     return module.linear(F.silu(embedded)).unflatten(-1, (-1, embedded.shape[-1])), embedded
-
-
-def _varies_in_a_frame(mask: torch.Tensor | None) -> bool:
-    """Whether a mask (B, C, T, H, W) has more than one value in a frame of its first item."""
-    if mask is None:
-        return False
-    frames = mask[0, 0].flatten(1)
-    return bool((frames.amin(dim=1) != frames.amax(dim=1)).any())
 
 
 def _scores(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -1,22 +1,21 @@
-"""LTX-2's positions, guides and timesteps: what its two streams are computed with."""
+"""LTX-2's positions, rotary embedding and modulation: what its two streams are computed with."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from ...gpu.graphs import fused
 from ...sharding.plan import Split
-from ..layers import attention, rotate_halves, rotate_pairs
+from ..layers import rotate_halves, rotate_pairs
 
 EPS = 1e-6
 QK_EPS = 1e-5
 THETA = 10000.0  # ComfyUI's class passes no other on
 SCALES = 8, 32, 32  # pixels of a latent along frames, rows and columns
-SECONDS_PER_MEL = 160 / 16000
+HOP, SAMPLE_RATE = 160, 16000  # of sound: samples of a mel, and of a second
 MELS_PER_LATENT = 4
 
 
@@ -100,7 +99,7 @@ def audio_positions(start: int, stop: int, device: torch.device) -> torch.Tensor
     def seconds(first: int, last: int) -> torch.Tensor:
         latents = torch.arange(first, last, dtype=torch.float32, device=device)
         mels = (latents * MELS_PER_LATENT + 1 - MELS_PER_LATENT).clip(min=0)
-        return mels * 160 / 16000
+        return mels * HOP / SAMPLE_RATE
 
     return torch.stack((seconds(start, stop), seconds(start + 1, stop + 1)), dim=-1)[None, None]
 
@@ -108,82 +107,12 @@ def audio_positions(start: int, stop: int, device: torch.device) -> torch.Tensor
 def reference_positions(length: int, device: torch.device) -> torch.Tensor:
     """Of ``length`` latents of sound that end just before the first: (1, 1, length, 2)."""
     places = audio_positions(0, length, device)
-    return places - (places[0, 0, -1, 1].item() + MELS_PER_LATENT * SECONDS_PER_MEL)
+    return places - (places[0, 0, -1, 1].item() + HOP * MELS_PER_LATENT / SAMPLE_RATE)
 
 
 def middle_of(positions: torch.Tensor, middle: bool = True) -> torch.Tensor:
     """(..., 2) → (...): where it is in between, or begins."""
     return (positions[..., 0] + positions[..., 1]) / 2.0 if middle else positions[..., 0]
-
-
-class Guides(NamedTuple):
-    """Tokens from ``start`` on that are attended to more or less than others, and how much.
-
-    ``to_them`` (1, 1, 1, L) is added to the scores of the tokens before them, ``from_them``
-    (1, 1, n, L) to those of their own.
-    """
-
-    start: int
-    to_them: torch.Tensor
-    from_them: torch.Tensor
-
-
-def guides_of(weights: torch.Tensor, num_tokens: int, start: int) -> Guides:
-    """Of the weights (n,) of n tokens from ``start`` on."""
-    limits = torch.finfo(weights.dtype)
-    logarithms = torch.where(
-        weights > 0, weights.clamp(min=limits.tiny).log(), torch.full_like(weights, limits.min)
-    )
-    to_them = weights.new_zeros(1, 1, 1, num_tokens)
-    to_them[..., start : start + len(weights)] = logarithms
-    from_them = weights.new_zeros(1, 1, len(weights), num_tokens)
-    from_them[..., :start] = logarithms[:, None]
-    return Guides(start, to_them, from_them)
-
-
-def guided_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, guides: Guides
-) -> torch.Tensor:
-    """Attention with ``guides``, without a mask of all tokens by all tokens."""
-    stop = guides.start + guides.from_them.shape[2]
-    parts = [
-        attention(q[:, : guides.start], k, v, guides.to_them),
-        attention(q[:, guides.start : stop], k, v, guides.from_them),
-    ]
-    if stop < q.shape[1]:
-        parts.append(attention(q[:, stop:], k, v))
-    return torch.cat(parts, dim=1)
-
-
-def guide_weights(entry: Mapping[str, Any], surviving: int, like: torch.Tensor) -> torch.Tensor:
-    """What a guide's tokens, of which so many are left, weigh: (n,) in the dtype of ``like``.
-
-    ``entry``: ``strength``; ``pixel_mask`` (B, 1, frames, height, width) and the guide's
-    ``latent_shape``, or None.
-    """
-    mask, shape = entry.get("pixel_mask"), entry.get("latent_shape")
-    if mask is None or shape is None:
-        return like.new_full((surviving,), entry["strength"])
-    of_latents = _mask_of_latents(mask[:1].to(like), *shape)
-    return of_latents.flatten()[:surviving] * entry["strength"]
-
-
-def _mask_of_latents(mask: torch.Tensor, frames: int, height: int, width: int) -> torch.Tensor:
-    """(1, 1, F, H, W) in pixels → (frames, height, width): means of what a latent stands for."""
-    small = F.interpolate(mask[0].transpose(0, 1), size=(height, width), mode="area")[:, 0]
-    first, rest = small[:1], small[1:]
-    if frames <= 1:
-        return first
-    if not len(rest):
-        return first.expand(frames, -1, -1)
-    each = len(rest) // (frames - 1)
-    if each:
-        rest = rest[: each * (frames - 1)].unflatten(0, (-1, each)).mean(dim=1)
-    else:  # fewer pictures than latents
-        lines = rest.flatten(1).T[None]
-        rest = F.interpolate(lines, size=frames - 1, mode="nearest")[0].T
-        rest = rest.unflatten(1, (height, width))
-    return torch.cat((first, rest))
 
 
 def row_of(
