@@ -33,12 +33,14 @@ def remote_inputs(
     unused: Collection[str] = (),
     options: Collection[str] = (),
     numbers: Mapping[str, float] = MappingProxyType({}),
+    plain: Collection[str] = (),
 ) -> dict[str, Any]:
     """The inputs of one evaluation: `x`, `timesteps` and the other arguments by their own names.
 
     `bound` are the arguments of a native forward; the models call their second one `timesteps` or
     `timestep`. `unused` and `options`: those of the model's `Sizes`. `numbers`: options that are
-    numbers, and what they are where nobody sets them.
+    numbers, and what they are where nobody sets them. `plain`: options that are numbers, or lists
+    of whole ones.
 
     Raises:
         UnsupportedFeatureError: something that only works inside ComfyUI's process.
@@ -52,7 +54,8 @@ def remote_inputs(
             plain = _plain_argument(value, name, code.words, unused)
             if not _is_absent(plain):
                 inputs[name] = plain
-    plain_options = dict(numbers) | dict(_plain_options(given_options, code, options, numbers))
+    found = _plain_options(given_options, code, options, numbers, plain)
+    plain_options = dict(numbers) | dict(found)
     has_references = bool(named.get("ref_latents"))
     if skipped := skipped_blocks(given_options, code.words, has_references):
         plain_options["skip_blocks"] = skipped
@@ -110,8 +113,11 @@ def _plain_options(
     code: NativeCode,
     supported: Collection[str],
     numbers: Collection[str],
-) -> Iterator[tuple[str, dict[str, float] | float]]:
-    """Of `transformer_options`, what the native model computes with: numbers, and dictionaries."""
+    plain: Collection[str],
+) -> Iterator[tuple[str, Any]]:
+    """Of `transformer_options`, what the native model computes with: numbers, and lists and
+    dictionaries of them.
+    """
     for name in sorted(code.options - set(_PATCHES)):
         value = options.get(name)
         if value is None:
@@ -122,6 +128,9 @@ def _plain_options(
             raise python_code_in_options(name, value)
         if name in numbers:
             yield name, _number(value, name)
+            continue
+        if name in plain:
+            yield name, _plain_option(value, name)
             continue
         if not isinstance(value, Mapping) or name not in supported:
             raise unknown_option(name, value)
@@ -136,6 +145,15 @@ def _number(value: Any, where: str) -> float:
     if not isinstance(value, Real) or abs(value) > _MAX_NUMBER:
         raise unknown_option(where, value)
     return float(value)
+
+
+def _plain_option(value: Any, where: str) -> float | list[int]:
+    """A number, or a list of whole ones. A set of them, too, in order."""
+    if not isinstance(value, set | frozenset | list | tuple):
+        return _number(value, where)
+    if len(value) > _MAX_ITEMS or not all(isinstance(item, Integral) for item in value):
+        raise unknown_option(where, value)
+    return sorted(map(int, value))
 
 
 def _is_absent(plain: Any) -> bool:

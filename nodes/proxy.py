@@ -41,8 +41,11 @@ class RemoteDiffusionModel(torch.nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         # Called only for what is not found otherwise.
-        if name in self.__dict__["remote"].info.family.left_to_ranks:
+        family = self.__dict__["remote"].info.family
+        if name in family.left_to_ranks:
             return _unchanged
+        if name == family.connects:
+            return self._connected
         return getattr(self.__dict__["skeleton"], name)
 
     @property
@@ -67,7 +70,9 @@ class RemoteDiffusionModel(torch.nn.Module):
 
         It has the wrappers called, and does what a model does outside of them.
         """
-        return type(self.skeleton).forward(self, *args, **kwargs)
+        native = type(self.skeleton).forward
+        calls_super = "__class__" in native.__code__.co_freevars
+        return native(_AsNative(self) if calls_super else self, *args, **kwargs)
 
     def check_code(self) -> None:
         """Raises UnsupportedFeatureError if code was put into the skeleton, which nobody runs."""
@@ -95,7 +100,14 @@ class RemoteDiffusionModel(torch.nn.Module):
         numbers = {
             name: getattr(self.skeleton, attribute) for name, attribute in family.numbers.items()
         }
-        inputs = remote_inputs(bound, self.native_code, sizes.unused_inputs, sizes.options, numbers)
+        inputs = remote_inputs(
+            bound,
+            self.native_code,
+            sizes.unused_inputs,
+            sizes.options,
+            numbers,
+            sizes.plain_options,
+        )
         for name, attribute in family.used_with.items():
             if not hasattr(self.skeleton, attribute):
                 inputs.pop(name, None)
@@ -121,18 +133,28 @@ class RemoteDiffusionModel(torch.nn.Module):
             for one, latent in zip(result, latents, strict=True)
         ]
 
+    def _connected(self, caption: torch.Tensor, unprocessed: bool = False) -> torch.Tensor:
+        """What the native model makes of a caption before a generation, made by the ranks."""
+        self._check_kind(caption)
+        poll = comfy.model_management.throw_exception_if_processing_interrupted
+        found = self.remote.connected(caption, poll, unprocessed=unprocessed)
+        return found.to(device=caption.device, dtype=caption.dtype)
+
     def _reference_method(self) -> str | None:
         holders = (self, getattr(self, "params", None))
         found = [getattr(holder, REFERENCE_METHOD, None) for holder in holders]
         return next((method for method in found if method is not None), None)
 
+    def _check_kind(self, tensor: torch.Tensor) -> None:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype != self.remote.spec.compute_dtype:
+            raise other_compute_dtype(dtype, self.remote.spec.compute_dtype)
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            raise gradients()
+
     def _check(self, latents: Sequence[torch.Tensor], inputs: Mapping[str, Any]) -> None:
         for latent in latents:
-            dtype = str(latent.dtype).removeprefix("torch.")
-            if dtype != self.remote.spec.compute_dtype:
-                raise other_compute_dtype(dtype, self.remote.spec.compute_dtype)
-            if torch.is_grad_enabled() and latent.requires_grad:
-                raise gradients()
+            self._check_kind(latent)
         total = sum(latent.numel() for latent in latents)
         num_bad = total - int(sum(latent.isfinite().sum() for latent in latents))
         if num_bad:
@@ -145,6 +167,20 @@ class RemoteDiffusionModel(torch.nn.Module):
                 "sampler is broken; at a later one the model overflowed: set weight_dtype to bf16 "
                 "or fp32."
             )
+
+
+class _AsNative:
+    """A proxy as an instance of its native class: `super()` in that one's forward asks for one."""
+
+    def __init__(self, proxy: RemoteDiffusionModel) -> None:
+        self._proxy = proxy
+
+    @property
+    def __class__(self) -> type:
+        return type(self._proxy.skeleton)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._proxy, name)
 
 
 def _unchanged(value: Any, *_args: Any, **_kwargs: Any) -> Any:

@@ -1,5 +1,6 @@
 """What a model file is, from its header: its family, sizes and tensors."""
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from .files.quantised import find_quantised
 from .files.safetensors_file import DTYPES, TensorInfo
 from .formats import QuantisedWeight
 from .models import families
-from .models.family import Family, Settings, Sizes, blocks
+from .models.family import Family, Settings, Sizes, UntoldError, blocks
 from .models.inputs import checked_inputs
 from .sharding.table import Table
 
@@ -100,9 +101,9 @@ def inspect_checkpoint(path: str) -> CheckpointInfo:
         name: TensorInfo(weight.shape, stored[name].dtype) for name, weight in quantised.items()
     }
     family = _recognised(path, tensors)
-    sizes = _sizes_of_file(path, family, tensors)
+    sizes = _sizes_of_file(path, family, tensors, metadata)
     try:
-        sizes.check_settings(metadata)
+        sizes.check_settings(_told(metadata))
     except ValueError as error:
         raise CheckpointError(
             f"The {family.label} file {path} cannot be split yet: {error}. Load it with the stock "
@@ -145,7 +146,12 @@ def _recognised(path: str, tensors: Mapping[str, TensorInfo]) -> Family:
     )
 
 
-def _sizes_of_file(path: str, family: Family, tensors: Mapping[str, TensorInfo]) -> Sizes:
+def _sizes_of_file(
+    path: str,
+    family: Family,
+    tensors: Mapping[str, TensorInfo],
+    metadata: Mapping[str, str] | None = None,
+) -> Sizes:
     for name, variant in family.variants.items():
         if name in tensors:
             raise CheckpointError(
@@ -153,18 +159,34 @@ def _sizes_of_file(path: str, family: Family, tensors: Mapping[str, TensorInfo])
                 "Load it with the stock 'Load Diffusion Model' node."
             )
     try:
-        sizes = family.sizes.of_file({name: info.shape for name, info in tensors.items()})
+        shapes = {name: info.shape for name, info in tensors.items()}
+        sizes = family.sizes.of_file(shapes, _told(metadata or {}))
         _ = sizes.table.file_tensors  # fails here if a size is none
     except KeyError as error:
         raise CheckpointError(
             f"The {family.label} file {path} lacks the tensor {error}. Download it again."
         ) from error
-    except (IndexError, ValueError, ZeroDivisionError) as error:
+    except UntoldError as error:
         raise CheckpointError(
-            f"The {family.label} file {path} has tensors of impossible shapes ({error}). "
-            "Download it again."
+            f"The {family.label} file {path} does not tell the setting {error}: it belongs into "
+            "the file's metadata, as 'config', below 'transformer', and was lost where the file "
+            "was converted or merged. Take the published file, or one that has kept its metadata."
+        ) from error
+    except (IndexError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            f"The {family.label} file {path} has tensors of impossible shapes, or metadata that do "
+            f"not fit them ({error}). Download it again."
         ) from error
     return sizes
+
+
+def _told(metadata: Mapping[str, str]) -> Settings:
+    """What a file's metadata say of its transformer. Raises ValueError for what is no JSON."""
+    config = json.loads(metadata.get("config", "{}"))
+    found = config.get("transformer", {}) if isinstance(config, dict) else config
+    if not isinstance(found, dict):
+        raise ValueError(f"the metadata's config is {config!r:.80}")
+    return found
 
 
 def _names_in_folder(path: str, settings: Settings) -> FileNames:

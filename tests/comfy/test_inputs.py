@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from support.compatibility import NEWER
-from support.native import EVERYWHERE
+from support.newer import is_known, known
 from support.pack import pack_module
 from support.tiny_models import write_tiny
 from tp_runtime import models
@@ -31,7 +30,7 @@ def loading() -> Iterator[ModuleType]:
 
 def proxy(loading: ModuleType, family: str, folder: Path) -> Any:
     """The weightless model of a tiny file."""
-    if family not in EVERYWHERE and not NEWER:
+    if not is_known(family):
         pytest.skip(f"this ComfyUI has no class for {family}: {FAMILIES[family].since} has")
     path = write_tiny(family, folder / f"{family}.safetensors")
     placement = loading.Placement()
@@ -56,7 +55,7 @@ def native_inputs(native: type) -> set[str]:
     return found - {"self"}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", known())
 def test_every_input_of_the_native_class_is_known(
     loading: ModuleType, family: str, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ from tp_runtime.models import families, family_named
 from tp_runtime.sharding.parts import Layer, Part, Sharding, layer_parts
 
 MAX_BYTES = 1.05  # of a rank's even share: padding and what is replicated
+PADDED_BYTES = {"ltx2": 1.08}  # of 32 heads, 36 on six GPUs, and more than half are attention
 LINEARS = {
     "z_image": 34 * 7 + 32 + 6,
     "flux": 19 * 14 + 38 * 6 + 10,
@@ -19,6 +20,7 @@ LINEARS = {
     "qwen_image": 60 * 14 + 6,
     "wan": 40 * 10 + 6,
     "minimax_h3": 50 * 7 + 2 * 6 + 2,
+    "ltx2": 48 * 34 + 16 * 7 + 28,
 }
 VALID_SIZES = {
     "z_image": (1, 2, 3, 4, 5, 6, 8),
@@ -27,6 +29,7 @@ VALID_SIZES = {
     "qwen_image": (1, 2, 3, 4, 5, 6, 8),
     "wan": (1, 2, 3, 4, 5, 6, 7, 8),
     "minimax_h3": (1, 2, 3, 4, 5, 6, 7, 8),
+    "ltx2": (1, 2, 3, 4, 5, 6, 7, 8),
 }
 SIZED = [(name, size) for name, sizes in VALID_SIZES.items() for size in sizes]
 FAMILIES = sorted(families())
@@ -111,7 +114,9 @@ def test_a_rank_holds_its_share_of_the_bytes(name: str, tp_size: int) -> None:
     full = sum(parameter.numel() for parameter in model.parameters())
     ratio = elements * tp_size / full
     print(f"{name} on {tp_size}: {ratio:.4f} of an even share, {2 * elements / 2**30:.2f} GiB bf16")
-    assert ratio <= MAX_BYTES
+    heads = family_named(name).published.num_heads
+    padded = -heads % tp_size / heads > 1 / 16
+    assert ratio <= (PADDED_BYTES.get(name, MAX_BYTES) if padded else MAX_BYTES)
 
 
 def assert_tiles(ranges: list[tuple[int, int]], length: int) -> None:

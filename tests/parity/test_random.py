@@ -15,7 +15,7 @@ from parity.suite import native
 
 from support.fuzz import examples
 from support.inputs import make_inputs
-from support.native import EVERYWHERE
+from support.newer import known
 from support.tiny_models import tiny, write_tiny
 
 pytestmark = pytest.mark.process
@@ -60,7 +60,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.mark.rotates(3)
-@pytest.mark.parametrize("family", EVERYWHERE)
+@pytest.mark.parametrize("family", known())
 @pytest.mark.parametrize("tp_size", [2, "padded", 4])
 def test_any_inputs(
     file: Callable[[str], Path], remote: Remote, family: str, tp_size: int | str

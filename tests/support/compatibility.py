@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from support.native import EVERYWHERE
+from support.newer import is_newer
 from support.paths import comfyui_path
 from support.tiny_controlnets import CONTROLNETS
 from support.tiny_models import write_tiny
@@ -72,7 +72,10 @@ class Family:
         return CONTROLNETS.get(self.name)
 
 
-FAMILIES = tuple(Family.of(models.family_named(name)) for name in EVERYWHERE)
+# Those that every ComfyUI that is tested knows.
+FAMILIES = tuple(
+    Family.of(family) for name, family in models.families().items() if not is_newer(name)
+)
 
 # --- what is expected ----------------------------------------------------------------------------
 

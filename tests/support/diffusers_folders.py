@@ -198,6 +198,24 @@ _WAN_NAMES = {
 }
 
 
+_LTX2_NAMES = {
+    r"^(audio_)?patchify_proj": r"\1proj_in",
+    r"^(audio_)?adaln_single": r"\1time_embed",
+    r"^(audio_)?prompt_adaln_single": r"\1prompt_adaln",
+    r"^av_ca_(video|audio)_scale_shift_adaln_single": r"av_cross_attn_\1_scale_shift",
+    r"^av_ca_a2v_gate_adaln_single": "av_cross_attn_video_a2v_gate",
+    r"^av_ca_v2a_gate_adaln_single": "av_cross_attn_audio_v2a_gate",
+    r"scale_shift_table_a2v_ca_(video|audio)": r"\1_a2v_cross_attn_scale_shift_table",
+    r"\.([qk])_norm": r".norm_\1",
+}
+
+
+def _ltx2(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    for pattern, new in _LTX2_NAMES.items():
+        name = re.sub(pattern, new, name)
+    yield name, tensor
+
+
 def _wan(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     for pattern, new in _WAN_NAMES.items():
         name = re.sub(pattern, new, name)
@@ -206,6 +224,17 @@ def _wan(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
 
 _Z, _F, _F2, _Q = tiny("z_image"), tiny("flux"), tiny("flux2"), tiny("qwen_image")
 _W = tiny("wan")
+
+# The connectors of its text are in a folder of their own.
+FOLDER_LTX2 = {
+    "connector_blocks": 0,
+    "connector_heads": 30,
+    "connector_head_dim": 128,
+    "audio_connector_heads": 30,
+    "audio_connector_head_dim": 128,
+    "connector_gated": False,
+}
+_L = tiny("ltx2", **FOLDER_LTX2)
 
 FAMILIES = {
     "z_image": Family(
@@ -279,5 +308,34 @@ FAMILIES = {
             "pos_embed_seq_len": _W.image_positions,
         },
         _wan,
+    ),
+    "ltx2": Family(
+        functools.partial(write_tiny, "ltx2", **FOLDER_LTX2),
+        {
+            "_class_name": "LTX2VideoTransformer3DModel",
+            "attention_head_dim": _L.head_dim,
+            "num_attention_heads": _L.num_heads,
+            "audio_attention_head_dim": _L.audio_head_dim,
+            "audio_num_attention_heads": _L.audio_heads,
+            "num_layers": _L.num_blocks,
+            "in_channels": _L.in_channels,
+            "audio_in_channels": _L.audio_channels,
+            "caption_channels": _L.caption_channels,
+            "cross_attn_mod": True,
+            "gated_attn": True,
+            "ff_bias": False,
+            "use_prompt_embeddings": False,
+            "use_keyframes_abs_pos_embedding": True,
+            "rope_type": "split",
+            "rope_double_precision": True,
+            "causal_offset": 1,
+            "pos_embed_max_pos": 20,
+            "base_height": 2048,
+            "base_width": 2048,
+            "audio_pos_embed_max_pos": 20,
+            "timestep_scale_multiplier": 1000,
+            "cross_attn_timestep_scale_multiplier": 1000,
+        },
+        _ltx2,
     ),
 }

@@ -8,10 +8,6 @@ import torch
 from safetensors import safe_open
 
 from support.paths import comfyui_path
-from tp_runtime.models import families
-
-# Families whose class is in every ComfyUI that the pack runs in, the one of the tests included.
-EVERYWHERE = tuple(name for name, family in families().items() if family.since is None)
 
 
 def import_comfy() -> None:

@@ -1,6 +1,6 @@
 """What classes of newer releases of ComfyUI compute, stored for tests on a release without them.
 
-    COMFYUI_PATH=CHECKOUT PYTHON tests/support/newer_references.py [FAMILY …]
+    COMFYUI_PATH=CHECKOUT PYTHON tests/support/newer_references.py [FAMILY ...]
 
 computes every case, or those of some families, on tiny files with the classes of that checkout, and
 writes the results below `tests/data`. PYTHON has the packages of that ComfyUI. Weights and inputs
@@ -9,7 +9,7 @@ are made again from their seeds wherever they are needed (`support.tiny_models`,
 
 import sys
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ from safetensors.torch import save_file
 
 from support import minimax_payloads
 from support.inputs import make_inputs
+from support.ltx2_inputs import make_ltx2_inputs
 from support.native import import_comfy, native_model
 from support.paths import REPOSITORY
+from support.random_numbers import normal
 from support.tiny_models import tiny, write_tiny
 
 DATA = REPOSITORY / "tests" / "data"
@@ -34,6 +36,24 @@ _REFERENCES = {"references": ((9, 8), (16, 12), (6, 30)), "height": 12, "width":
 _EDIT_2511, _LAYERED = {"zero_time": True}, {"added_time": True}
 _MASK = torch.tensor([[1] * 20, [1] * 13 + [0] * 7])
 _AT_ZERO = {"ref_latents_method": "index_timestep_zero"}
+
+_2_3 = {"ff_bias": True, "keyframe_mark": False}
+_2_0 = _2_3 | {
+    "text_modulation": False,
+    "gated": False,
+    "projects": True,
+    "connector_head_dim": 12,
+    "audio_connector_head_dim": 12,
+    "connector_gated": False,
+}
+_OTHER_ROPE = {
+    "rope_type": "interleaved",
+    "precision": "float32",
+    "middle": False,
+    "causal": False,
+    "cross_time_scale": 1.0,
+}
+_GUIDES = {"frames": 5, "guides": 2}
 
 # Family → case → changes of the tiny model's sizes, and arguments of `make_inputs`.
 Case = tuple[Mapping[str, Any], Mapping[str, Any]]
@@ -76,13 +96,70 @@ CASES: dict[str, dict[str, Case]] = {
         ),
         "captions of different lengths": ({}, {"batch": 2, "attention_mask": _MASK}),
     },
+    "ltx2": {
+        "2.5": ({}, {}),
+        "2.3": (_2_3, {"batch": 2, "first": 0.0}),
+        "2.0": (_2_0, {"batch": 2, "height": 3}),
+        "2.0, image to video": (_2_0, {"first": 0.0}),
+        "other rotary embedding": (_OTHER_ROPE, {"frames": 2, "width": 5, "sound": 3}),
+        "odd sizes, batch": ({}, {"batch": 3, "height": 3, "width": 1, "length": 33}),
+        "one token": ({}, {"frames": 1, "height": 1, "width": 1, "sound": 1, "length": 1}),
+        "without sound": ({}, {"sound": 0, "batch": 2}),
+        "without sound, image to video": ({}, {"sound": 0, "first": 0.1}),
+        "image to video": ({}, {"batch": 2, "first": 0.0}),
+        "a part of the picture": ({}, {"spatial": True, "batch": 2}),
+        "a part of the sound": ({}, {"sound_mask": True, "batch": 2}),
+        "a part of both": ({}, {"sound_mask": True, "spatial": True, "first": 0.3}),
+        "guides": ({}, _GUIDES | {"batch": 2}),
+        "guides of a strength": ({}, _GUIDES | {"strengths": (0.5, 1.4)}),
+        "a guide with a mask": ({}, _GUIDES | {"strengths": (0.8, 1.0), "masks": (1, None)}),
+        "a video as guide": ({}, {"frames": 6, "guides": 3, "strengths": (0.8,), "masks": (17,)}),
+        "a short mask": ({}, {"frames": 6, "guides": 3, "strengths": (0.8,), "masks": (2,)}),
+        "guides that are not looked at": ({}, _GUIDES | {"strengths": (0.0, 1.0)}),
+        "a guide of few tokens": (
+            {},
+            {"frames": 4, "height": 4, "guides": 1, "dilated": True, "strengths": (0.7,)},
+        ),
+        "a guide that is dropped": ({}, _GUIDES | {"dropped": (-1,), "strengths": (0.7, 0.9)}),
+        "a voice": ({}, {"reference": 4, "batch": 2}),
+        "a voice, and a part of the sound": ({}, {"reference": 4, "sound_mask": True}),
+        "generated keyframes": (
+            {},
+            {
+                "frames": 4,
+                "generated_keyframes": {
+                    "tokens_per_frame": 6,
+                    "first_latent_frame": 2,
+                    "num_keyframes": 1,
+                },
+            },
+        ),
+        "perturbed": ({}, {"transformer_options": {"stg_self_attn_blocks": [1]}}),
+        "apart": (
+            {},
+            {"transformer_options": {"a2v_cross_attn": False, "v2a_cross_attn": False}},
+        ),
+        "sound is not heard": ({}, {"transformer_options": {"a2v_cross_attn": False}}),
+        "video is not seen": ({}, {"transformer_options": {"v2a_cross_attn": False}}),
+    },
 }
+
+
+# Families of which not all cases are kept in bf16, too, and those that are.
+IN_BF16 = {"ltx2": ("2.5", "2.3", "2.0", "a part of both", "a guide with a mask")}
+# Family → case → batch, tokens and width of a caption that its model makes ready; of the result,
+# every so many tokens are kept.
+CAPTIONS = {
+    "ltx2": {"2.5": (1, 9, 192), "2.0": (2, 1100, 96), "other rotary embedding": (1, 3, 192)}
+}
+KEPT_TOKENS = 106
+MAKERS = {"ltx2": make_ltx2_inputs}  # of families with other inputs than `make_inputs` makes
 
 
 def inputs_of(family: str, case: str, dtype: torch.dtype) -> dict[str, Any]:
     """The arguments of the model's forward."""
     changes, arguments = CASES[family][case]
-    return make_inputs(tiny(family, **changes), dtype=dtype, **arguments)
+    return MAKERS.get(family, make_inputs)(tiny(family, **changes), dtype=dtype, **arguments)
 
 
 def expected(family: str, case: str, dtype: torch.dtype) -> Any:
@@ -106,17 +183,48 @@ def _name(case: str, dtype: torch.dtype) -> str:
 def _computed(family: str, case: str, dtype: torch.dtype, folder: Path) -> dict[str, torch.Tensor]:
     path = write_tiny(family, folder / "tiny.safetensors", **CASES[family][case][0])
     inputs = inputs_of(family, case, dtype)
+    x, timesteps = inputs.pop("x"), inputs.pop("timesteps")
+    if "a_timestep" in inputs:
+        timesteps = timesteps, inputs.pop("a_timestep")
     with torch.inference_mode():
         model = native_model(path, dtype)
-        found = model(inputs.pop("x"), inputs.pop("timesteps"), **inputs)
+        found = model(x, timesteps, **inputs)
     name = _name(case, dtype)
-    if isinstance(found, torch.Tensor):
+    if isinstance(x, torch.Tensor):
         return {name: found.contiguous()}
-    return {f"{name}, {index}": one.contiguous() for index, one in enumerate(found)}
+    parts = [found] if isinstance(found, torch.Tensor) else found
+    return {f"{name}, {index}": part.contiguous() for index, part in enumerate(parts)}
 
 
-def main(families: Collection[str]) -> None:
-    """Write the files; of these families, or of all."""
+def caption_of(family: str, case: str) -> torch.Tensor:
+    """What the text encoder might give."""
+    return normal(CAPTIONS[family][case], torch.Generator().manual_seed(11))
+
+
+def expected_caption(family: str, case: str) -> torch.Tensor:
+    """What the newer class makes of ``caption_of`` (B, some of the tokens, width), in fp32."""
+    with safe_open(_path(family), framework="pt") as file:
+        found: torch.Tensor = file.get_tensor(_caption_name(case))
+    return found
+
+
+def _caption_name(case: str) -> str:
+    return f"{case} (caption)"
+
+
+def _connected(family: str, case: str, folder: Path) -> torch.Tensor:
+    path = write_tiny(family, folder / "tiny.safetensors", **CASES[family][case][0])
+    with torch.inference_mode():
+        model = native_model(path, torch.float32)
+        found = model.preprocess_text_embeds(caption_of(family, case), unprocessed=True)
+    kept: torch.Tensor = found[:, ::KEPT_TOKENS].contiguous()
+    return kept
+
+
+def main() -> None:
+    """Write the files."""
+    chosen = sys.argv[1:]
+    sys.argv = sys.argv[:1]  # ComfyUI reads them, too
     import_comfy()
     from comfyui_version import __version__
 
@@ -124,15 +232,18 @@ def main(families: Collection[str]) -> None:
     about = {"comfyui": __version__, "torch": torch.__version__, "made_by": Path(__file__).name}
     with tempfile.TemporaryDirectory() as folder:
         for family, cases in CASES.items():
-            if families and family not in families:
+            if chosen and family not in chosen:
                 continue
             results: dict[str, torch.Tensor] = {}
             for case in cases:
-                for dtype in DTYPES:
+                few = case not in IN_BF16.get(family, cases)
+                for dtype in DTYPES[:1] if few else DTYPES:
                     results |= _computed(family, case, dtype, Path(folder))
+                if case in CAPTIONS.get(family, {}):
+                    results[_caption_name(case)] = _connected(family, case, Path(folder))
             save_file(results, _path(family), metadata=about)
             print(_path(family).relative_to(REPOSITORY), _path(family).stat().st_size, about)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -158,15 +158,16 @@ def _no_memory(
 def not_finite(num_bad: int, asked: Sequence[Asked]) -> NotFiniteError:
     """For evaluations whose results have ``num_bad`` values that are no numbers."""
     total = sum(math.prod(shape) for one in asked for shape in one.result_shapes)
-    x, timesteps = (next(tensors_in(asked[0].inputs[name])) for name in ("x", "timesteps"))
-    dtype = dtype_name(x.dtype)
+    inputs = asked[0].inputs
+    dtype = dtype_name(next(tensors_in(inputs["x"])).dtype)
+    times = next(tensors_in(inputs.get("timesteps")), None)  # none: of a caption
+    when = "" if times is None else f", at timestep {times.flatten()[0].item():.4g}"
     advice = "Set weight_dtype of 'Load Diffusion Model (TP)' to bf16 or fp32."
     if dtype != "float16":
         advice = "Lower the strength of LoRAs and ControlNets, or download the model again."
     return NotFiniteError(
-        f"{num_bad} of the {total} values of the model's result are NaN or infinite, at timestep "
-        f"{timesteps.flatten()[0].item():.4g}. The model overflowed in {dtype}, "
-        f"or its conditioning or weights are no numbers. {advice}"
+        f"{num_bad} of the {total} values of the model's result are NaN or infinite{when}. The "
+        f"model overflowed in {dtype}, or its conditioning or weights are no numbers. {advice}"
     )
 
 

@@ -108,6 +108,20 @@ class RemoteModel:
             for latents, inputs in zip(together, inputs_of_each, strict=True)
         ]
 
+    def connected(
+        self, caption: torch.Tensor, poll: Poll | None = None, *, unprocessed: bool
+    ) -> torch.Tensor:
+        """What the model makes of a caption before a generation; see ``Sizes.connected``.
+
+        Raises:
+            InputError: the caption is of another shape or dtype.
+        """
+        shape = self.info.sizes.connected(tuple(caption.shape), unprocessed=unprocessed)
+        if shape is None:
+            return caption
+        ((found,),) = self._group.evaluate(self, [Asked({"x": caption}, (shape,))], poll)
+        return found
+
     def record_step(self, workload: Workload, ms: float) -> None:
         """Remember, beyond this process, how long a step of a sampler took."""
         config = self.group_config

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from ..errors import InputError
 from ..fault_points import reach
@@ -16,7 +17,7 @@ from .layers import residual_norm
 
 MEMO_BYTES = 4 * 2**30
 # What a generation's evaluations differ in, beside the latent.
-_PER_EVALUATION = ("control",)
+_PER_EVALUATION = ("a_timestep", "control")
 
 Conditioning = dict[str, Any]  # tensors, and plain data that changes what is computed
 Prediction = torch.Tensor | list[torch.Tensor]  # as ``x`` is
@@ -70,7 +71,8 @@ class Memo:
 
 
 def _num_bytes(conditioning: Conditioning) -> int:
-    return sum(one.nbytes for one in conditioning.values() if isinstance(one, torch.Tensor))
+    leaves = pytree.tree_leaves(conditioning)
+    return sum(one.nbytes for one in leaves if isinstance(one, torch.Tensor))
 
 
 class ShardedForward:
@@ -122,11 +124,15 @@ class ShardedForward:
         return self.family.label
 
     def condition(self, *args: Any, **inputs: Any) -> Conditioning:
-        """The tensors that ``evaluate`` takes besides ``x``, ``timesteps`` and ``control``.
+        """The tensors that ``evaluate`` takes besides those that differ at every evaluation.
 
         Raises:
             InputError: an input does not fit in a way that its declaration cannot tell.
         """
+        raise NotImplementedError
+
+    def connect(self, caption: torch.Tensor) -> torch.Tensor:
+        """What the model makes of a caption before a generation: see ``Sizes.connected``."""
         raise NotImplementedError
 
     def check_control(
@@ -176,12 +182,16 @@ class ShardedForward:
     def __call__(self, inputs: Mapping[str, Any], key: Hashable) -> Prediction:
         """Evaluate the model. Inputs of one ``key`` have equal conditioning.
 
+        Without ``timesteps``, ``x`` is a caption that is to be made ready.
+
         ``inputs``: as ``models.inputs.checked_inputs`` gives them.
 
         Raises:
             InputError: an input does not fit in a way that its declaration cannot tell.
         """
         inputs = dict(inputs)
+        if "timesteps" not in inputs:
+            return self.connect(inputs["x"])
         x, timesteps = inputs["x"], inputs.pop("timesteps")
         per_evaluation = {name: inputs.pop(name) for name in _PER_EVALUATION if name in inputs}
         latents = [x] if isinstance(x, torch.Tensor) else x
@@ -193,8 +203,8 @@ class ShardedForward:
             return self.condition(**inputs)
 
         conditioning = self.memo.get(key, condition)
-        if per_evaluation:
-            self.check_control(latents[0].shape[0], conditioning, **per_evaluation)
+        if "control" in per_evaluation:
+            self.check_control(latents[0].shape[0], conditioning, per_evaluation["control"])
         return self.run(x=x, timesteps=timesteps, **conditioning, **per_evaluation)
 
 

@@ -73,13 +73,14 @@ def _tensors(
     if declared.many:
         each = len(tensors) * each
     strange = [one for one in tensors if not isinstance(one, torch.Tensor)]
-    if strange or len(tensors) != len(each):
+    least = len(each) - sum(one.optional for one in declared.besides)
+    if strange or not least <= len(tensors) <= len(each):
         got = type(strange[0]).__name__ if strange else f"{len(tensors)} of them"
         raise InputError(
             f"{declared.what} of {label} (the model input {name}) must be {what}; got {got}. "
             f"{declared.advice or 'Remove the node that sets it.'}"
         )
-    return list(zip(each, tensors, strict=True))
+    return list(zip(each, tensors, strict=False))
 
 
 def _check_kind(label: str, declared: Input, tensor: torch.Tensor, compute_dtype: str) -> None:

@@ -134,8 +134,7 @@ def residual_norm(
     if epilogue.norm == "none":
         return tokens, tokens
     if epilogue.norm == "rms":
-        assert weight is not None
-        normed = rms_norm(tokens, weight, eps)
+        normed = F.rms_norm(tokens, tokens.shape[-1:], weight, eps)
     else:
         normed = F.layer_norm(tokens, tokens.shape[-1:], weight, epilogue.bias, eps)
     if epilogue.scale is None:
@@ -162,12 +161,32 @@ def rms_norm_over_ranks(
     """RMS norms over all heads, of which each rank has some: (B, L, n) of each → the same.
 
     ``widths``: of each part the features of all ranks, without those that only pad and are zero.
-    ``add_up`` sums a tensor over the ranks: once, in fp32, for all parts, of as many tokens each.
+    ``add_up`` sums a tensor over the ranks: once, in fp32, for all parts.
     """
-    squares = add_up(torch.stack([part.float().square().sum(-1) for part in parts]))
+    squares = [part.float().square().sum(-1) for part in parts]
+    summed = add_up(torch.cat([one.flatten() for one in squares]))
+    of_parts = summed.split([one.numel() for one in squares])
     return [
-        (part.float() * torch.rsqrt(of_part / width + eps)[..., None] * weight.float()).to(
-            part.dtype
+        (
+            part.float()
+            * torch.rsqrt(of_part.view_as(own) / width + eps)[..., None]
+            * weight.float()
+        ).to(part.dtype)
+        for part, of_part, own, width, weight in zip(
+            parts, of_parts, squares, widths, weights, strict=True
         )
-        for part, of_part, width, weight in zip(parts, squares, widths, weights, strict=True)
     ]
+
+
+def rotate_halves(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """Rotate the first half of the features of (B, L, N, K) against the second.
+
+    In the dtype of ``rotation`` (B, L, N, K/2, 2); keeps that of ``x``.
+    """
+    first, second = x.to(rotation.dtype).chunk(2, dim=-1)
+    cos, sin = rotation.unbind(-1)
+    rotated = (
+        torch.addcmul(first * cos, second, sin, value=-1),
+        torch.addcmul(second * cos, first, sin),
+    )
+    return torch.cat(rotated, dim=-1).type_as(x)

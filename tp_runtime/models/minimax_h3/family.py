@@ -6,7 +6,6 @@ Rows of ``qkv_proj`` are q, then k, then v, as in every single file that is publ
 ComfyUI takes them; in MiniMaxAI's own shards they lie head by head, which no file says of itself.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,7 +25,7 @@ from ...sharding.table import (
     Tensor,
 )
 from .. import family as of
-from ..family import Family, Geometry, Input, Reader, Sizes, size
+from ..family import Family, Geometry, Input, Reader, Settings, Sizes, size
 from .payload import AUDIO_SHIFT, PATCH, SIDES, VIDEO_SHIFT, frames_of, prepared
 
 EPS = 1e-5
@@ -128,12 +127,11 @@ class MiniMaxH3Sizes(Sizes):
             ),
         }
 
-    def check_settings(self, metadata: Mapping[str, str]) -> None:
+    def check_settings(self, settings: Settings) -> None:
         # ComfyUI's class takes what is said there (comfy/model_detection.py).
-        said = json.loads(metadata.get("config", "{}")).get("transformer", {})
         for name, value in _COMPUTED.items():
-            if said.get(name, value) != value:
-                raise ValueError(f"its metadata sets {name} to {said[name]}, not to {value}")
+            if settings.get(name, value) != value:
+                raise ValueError(f"its metadata sets {name} to {settings[name]}, not to {value}")
 
     def prepared(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         return prepared(inputs, self.in_channels, self.audio_channels)
