@@ -100,6 +100,7 @@ def write_fp8(
     limit = torch.finfo(dtype).max
     scale_name = "scale_weight" if layout == "scaled" else "weight_scale"
     with safe_open(source, framework="pt") as file:
+        metadata = dict(file.metadata())
         for key in file.keys():  # noqa: SIM118  (not a dict)
             value = file.get_tensor(key)
             layer = key.removesuffix(".weight")
@@ -112,7 +113,6 @@ def write_fp8(
                 tensors[key] = (value / scale).to(dtype)
                 tensors[f"{layer}.{scale_name}"] = scale
                 layers[layer] = {"format": format_name}
-    metadata = {"format": "pt"}
     if layout == "scaled":
         tensors["scaled_fp8"] = torch.zeros(2).to(dtype)
     elif layout == "mixed":

@@ -152,11 +152,12 @@ class StreamsForward(ShardedForward):
             looks.append(self._at_caption(block, stream, mask))
         products = self.attend(looks)
         if len(streams) > 1 and any(directions):
-            products = self._at_each_other(block, *streams, products, *directions)
+            sound, video = streams
+            products = self._at_each_other(block, sound, video, products, directions)
         else:
             for index, stream in enumerate(streams):
-                gate = stream.caption_gate(block)
-                self._join(stream, products[index], gate, stream.norm(block, _BEFORE_MLP))
+                norm = stream.norm(block, _BEFORE_MLP)
+                self._join(stream, products[index], stream.caption_gate(block), norm)
                 products[index] = mlp(stream.part(block, "ff"), stream.normed)
         for stream, product, norm in zip(streams, products, following, strict=True):
             self._join(stream, product, stream.row(block, _MLP), norm)
@@ -179,10 +180,10 @@ class StreamsForward(ShardedForward):
         sound: Stream,
         video: Stream,
         products: Sequence[Product],
-        to_video: bool,
-        to_sound: bool,
+        directions: tuple[bool, bool],
     ) -> list[Product]:
         """After the attention to the caption: the products of both MLPs."""
+        to_video, to_sound = directions
         from_sound, from_video = block.audio_to_video_attn, block.video_to_audio_attn
         sizes = sound.width, sound.head_dim
         self._join(sound, products[0], sound.caption_gate(block), NORM)
@@ -198,8 +199,9 @@ class StreamsForward(ShardedForward):
         self._join(video, products[1], video.caption_gate(block), norm)
         if to_video:
             rotations = video.rotations[1], sound.rotations[1]
-            own = from_sound.to_q(video.normed), *pair, _gates(from_sound, video.normed)
-            (product,) = self.attend([Look(from_sound, *sizes, *own, rotations)])
+            own, logits = from_sound.to_q(video.normed), _gates(from_sound, video.normed)
+            look = Look(from_sound, *sizes, own, *pair, logits, rotations)
+            (product,) = self.attend([look])
             norm = NORM if to_sound else video.norm(block, _BEFORE_MLP)
             self._join(video, product, video.cross_gate(block), norm)
         if not to_sound:

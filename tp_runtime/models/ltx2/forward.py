@@ -73,8 +73,7 @@ class Forward(ConnectorsForward):
         size, sizes = video.shape[2:], self.sizes
         options = transformer_options or {}
         check_plain(sizes, frame_rate, ref_audio, options.get(PERTURBED))
-        placed = size, sizes.causal, keyframe_idxs, denoise_mask, video.device
-        tokens = tokens_of(*placed)
+        tokens = tokens_of(size, sizes.causal, keyframe_idxs, denoise_mask, video.device)
         found: Conditioning = {"by_frame": not varies_in_a_frame(denoise_mask)}
         if len(tokens.guides_left):
             found["kept"] = tokens.left.nonzero()[:, 0]
