@@ -14,7 +14,7 @@ from .files.quantised import find_quantised
 from .files.safetensors_file import DTYPES, TensorInfo
 from .formats import QuantisedWeight
 from .models import families
-from .models.family import Family, Settings, Sizes
+from .models.family import Family, Settings, Sizes, blocks
 from .models.inputs import checked_inputs
 from .sharding.table import Table
 
@@ -220,7 +220,7 @@ def _names_alone(path: str, tensors: Mapping[str, TensorInfo]) -> FileNames | No
 
 
 def _num_blocks(tensors: Mapping[str, TensorInfo], stack: str) -> int:
-    return len({name.split(".")[1] for name in tensors if name.startswith(f"{stack}.")})
+    return blocks(stack)(tensors)
 
 
 def _check_tensors(

@@ -12,6 +12,7 @@ from ..config import family_packages
 from .family import Family
 from .flux.family import FAMILY as FLUX
 from .flux2.family import FAMILY as FLUX2
+from .krea2.family import FAMILY as KREA2
 from .qwen_image.family import FAMILY as QWEN_IMAGE
 from .wan.family import FAMILY as WAN
 from .z_image.family import FAMILY as Z_IMAGE
@@ -19,7 +20,7 @@ from .z_image.family import FAMILY as Z_IMAGE
 
 def families() -> dict[str, Family]:
     """Every family, by its name. Raises ImportError for a package that is not there."""
-    found = [Z_IMAGE, FLUX, FLUX2, QWEN_IMAGE, WAN, *map(_elsewhere, family_packages())]
+    found = [Z_IMAGE, FLUX, FLUX2, KREA2, QWEN_IMAGE, WAN, *map(_elsewhere, family_packages())]
     return {family.name: family for family in found}
 
 

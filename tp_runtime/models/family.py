@@ -5,7 +5,7 @@ only ranks need, the arithmetic, is the family's ``forward.py`` beside its ``fam
 """
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -151,9 +151,12 @@ def length(tensor: str, axis: int = 0, per: int = 1) -> Reader:
     return lambda shapes: _shape(shapes, tensor)[axis] // per
 
 
-def blocks(stack: str) -> Reader:
-    """How many blocks ``stack.0.…``, ``stack.1.…``, … there are."""
-    return lambda shapes: len({n.split(".")[1] for n in shapes if n.startswith(f"{stack}.")})
+def blocks(stack: str) -> Callable[[Iterable[str]], int]:
+    """How many blocks ``stack.0.…``, ``stack.1.…``, … there are among names of tensors."""
+    first = f"{stack}."
+    return lambda names: len(
+        {name.removeprefix(first).split(".")[0] for name in names if name.startswith(first)}
+    )
 
 
 def has(tensor: str, yes: Any = True, no: Any = False) -> Reader:

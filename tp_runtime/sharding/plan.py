@@ -100,19 +100,22 @@ class Column:
 class MergedColumn:
     """``MergedColumnParallelLinear``: several column-parallel linears of one input, as one.
 
-    ``units``: of how many features each is dealt out at a time; empty means single features, and
-    these in ``group``s.
+    ``units``: of how many features each is dealt out at a time, or how; empty means single
+    features, and these in ``group``s.
     """
 
     axis: ClassVar[int] = 0
     into: str
-    units: tuple[int, ...] = ()
+    units: tuple[int | Split, ...] = ()
     group: int = 1
 
     def splits(self, inputs: int, outputs: Sequence[int]) -> tuple[Split, ...]:  # noqa: ARG002
         """How the outputs of each linear are dealt out."""
         units = self.units or (1,) * len(outputs)
-        splits = (Split(size // unit, unit) for size, unit in zip(outputs, units, strict=True))
+        splits = (
+            unit if isinstance(unit, Split) else Split(size // unit, unit)
+            for size, unit in zip(outputs, units, strict=True)
+        )
         return _in_groups(splits, self.group)
 
 
@@ -185,11 +188,13 @@ class Plan:
     """The styles of a model's linears, and how vectors are split, by pattern.
 
     ``vectors``: parameters of one axis that belong to split features (the weight of a norm over all
-    heads); every other parameter that is no linear's is whole on every rank.
+    heads); every other parameter that is no linear's is whole on every rank. ``once``: the patterns
+    of linears that compute nothing in an evaluation: padding does not slow them down.
     """
 
     linears: Mapping[str, Style] = field(default_factory=dict)
     vectors: Mapping[str, Split] = field(default_factory=dict)
+    once: frozenset[str] = frozenset()
 
     def split_vectors(self, names: Iterable[str]) -> dict[str, Split]:
         """Those of the parameters that are split. Raises PlanError for a pattern without any."""
@@ -242,7 +247,7 @@ class Plan:
             else style
             for pattern, style in self.linears.items()
         }
-        return Plan(linears, self.vectors)
+        return replace(self, linears=linears)
 
     def valid_tp_sizes(self, limit: int) -> tuple[int, ...]:
         """The sizes from 1 to ``limit`` that the model can be split over."""
@@ -261,14 +266,14 @@ class Plan:
 
     def _obstacles(self, tp_size: int) -> Iterator[str]:
         """Why the model cannot be split over so many ranks: heads are dealt out whole."""
-        for style in self.linears.values():
+        for pattern, style in self.linears.items():
             for split in _fixed_splits(style):
                 groups = split.groups
                 if groups and max(tp_size, groups) % min(tp_size, groups):
                     yield f"num_kv_heads={groups} and {tp_size} do not divide one another"
                     continue
                 padded = split.local_count(tp_size) * tp_size
-                if padded > split.count * (1 + MAX_HEAD_PADDING):
+                if padded > split.count * (1 + MAX_HEAD_PADDING) and pattern not in self.once:
                     yield (
                         f"its num_heads={split.count} would have to be padded to {padded}, "
                         f"which wastes {padded / split.count - 1:.0%}"
