@@ -18,6 +18,7 @@ LINEARS = {
     "flux2": 8 * 12 + 48 * 2 + 11,
     "qwen_image": 60 * 14 + 6,
     "wan": 40 * 10 + 6,
+    "krea2": 28 * 8 + 4 * 8 + 8,
 }
 VALID_SIZES = {
     "z_image": (1, 2, 3, 4, 5, 6, 8),
@@ -25,6 +26,7 @@ VALID_SIZES = {
     "flux2": (1, 2, 3, 4, 5, 6, 7, 8),
     "qwen_image": (1, 2, 3, 4, 5, 6, 8),
     "wan": (1, 2, 3, 4, 5, 6, 7, 8),
+    "krea2": (1, 2, 3, 4, 6),
 }
 SIZED = [(name, size) for name, sizes in VALID_SIZES.items() for size in sizes]
 FAMILIES = sorted(families())

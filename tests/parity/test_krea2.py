@@ -3,6 +3,7 @@
 ComfyUI 0.3.75 has no such class: the results are those of a newer one (`support.newer_references`).
 """
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from parity.conftest import FP32_TOLERANCE, Remote, relative_error
 
 from support.inputs import make_inputs
 from support.newer_references import CASES, expected, inputs_of
+from support.pack import pack_module
 from support.tiny_models import tiny, write_tiny
-from tp_runtime.client import InputError, SizeError, inspect_checkpoint
+from tp_runtime.client import CheckpointError, InputError, SizeError, inspect_checkpoint
 
 pytestmark = pytest.mark.process
 
@@ -85,6 +87,17 @@ def test_any_method_is_by_index(written: Written, remote: Remote) -> None:
     found = remote(written({}), 2).evaluate(inputs)
     by_index = expected("krea2", "references by index", torch.float32)
     assert relative_error(found, by_index) <= FP32_TOLERANCE
+
+
+def test_a_comfyui_without_the_class_is_told_which_has_it(written: Written) -> None:
+    info = inspect_checkpoint(str(written({})))
+    with pack_module("nodes.skeleton") as skeleton:
+        if importlib.util.find_spec("comfy.ldm.krea2") is None:
+            with pytest.raises(CheckpointError, match=r"Krea 2 file .* Update ComfyUI: 0\.33"):
+                skeleton.build_skeleton(info, None)
+            return
+        model = skeleton.build_skeleton(info, None).diffusion_model
+    assert model.state_dict().keys() == info.tensors.keys()
 
 
 def test_sizes(written: Written) -> None:
