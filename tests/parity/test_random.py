@@ -15,13 +15,14 @@ from parity.suite import native
 
 from support.fuzz import examples
 from support.inputs import make_inputs
+from support.newer import known
 from support.tiny_models import tiny, write_tiny
-from tp_runtime.models import families
 
 pytestmark = pytest.mark.process
 
 METHODS = {"flux": ("offset", "index", "uxo"), "flux2": ("index", "offset", "uxo")}
 METHODS["qwen_image"] = ("index", "offset", "uxo")
+METHODS["krea2"] = ("index", "uxo", "index_timestep_zero")
 sides = st.integers(2, 20)
 
 
@@ -60,7 +61,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.mark.rotates(3)
-@pytest.mark.parametrize("family", families())
+@pytest.mark.parametrize("family", known())
 @pytest.mark.parametrize("tp_size", [2, "padded", 4])
 def test_any_inputs(
     file: Callable[[str], Path], remote: Remote, family: str, tp_size: int | str

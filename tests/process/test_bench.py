@@ -38,6 +38,7 @@ def measured(folder: Path, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
 MODELS = [
     "flux",
     "flux2",
+    "krea2",
     "qwen_image",
     "wan",
     "z_image",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from support.newer import is_known, is_newer
 from support.paths import comfyui_path
 from support.tiny_controlnets import CONTROLNETS
 from support.tiny_models import write_tiny
@@ -53,6 +54,11 @@ class Family:
         )
 
     @property
+    def is_newer(self) -> bool:
+        """Whether only newer releases of ComfyUI know it."""
+        return is_newer(self.name)
+
+    @property
     def file(self) -> str:
         return f"compatibility_{self.name}.safetensors"
 
@@ -72,6 +78,9 @@ class Family:
 
 
 FAMILIES = tuple(map(Family.of, models.families().values()))
+KNOWN = tuple(
+    family for family in FAMILIES if is_known(family.name)
+)  # to the ComfyUI that is tested
 
 # --- what is expected ----------------------------------------------------------------------------
 
@@ -241,7 +250,8 @@ def all_of(*edits: Edit) -> Edit:
 
 def share(values: Iterable[str], family: Family) -> list[str]:
     """The model's share of them: each is tested with one of the models."""
-    return list(values)[FAMILIES.index(family) :: len(FAMILIES)]
+    among = KNOWN if family in KNOWN else FAMILIES
+    return list(values)[among.index(family) :: len(among)]
 
 
 def each_value(name: str, values: Sequence[str]) -> Edit:

@@ -28,6 +28,15 @@ def attention(
     return found.transpose(1, 2).flatten(2)
 
 
+def spread_heads(x: torch.Tensor, sharers: Sequence[int]) -> torch.Tensor:
+    """Each key or value head as often as queries share it, where these numbers differ.
+
+    (B, L, N', K) → (B, L, N, K); ``sharers``: of this rank, ``Split.sharers``.
+    """
+    heads = zip(x.split(1, dim=2), sharers, strict=True)
+    return torch.cat([one.expand(-1, -1, count, -1) for one, count in heads], dim=2)
+
+
 def project(linear: Any, x: torch.Tensor, *, gelu: bool = False) -> torch.Tensor:
     """A column-parallel linear of (B, L, D), and its GELU, by tanh, if that is asked for."""
     if optimising():

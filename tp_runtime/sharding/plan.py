@@ -26,13 +26,16 @@ class Split:
 
     ``groups`` > 0: the units belong to that many groups (query heads to key/value heads), and
     a rank's units never cross a group. ``shared``: with fewer units than ranks, neighbouring
-    ranks hold the same unit (key/value heads of grouped-query attention).
+    ranks hold the same unit (key/value heads of grouped-query attention). ``queries`` > 0: the
+    units serve so many others, neighbours the same, which are dealt out evenly: a rank holds those
+    that its own need, so neighbouring ranks may hold the same (``sharers``).
     """
 
     count: int
     unit: int = 1
     groups: int = 0
     shared: bool = False
+    queries: int = 0
 
     def in_groups(self, group: int) -> "Split":
         """The same with single features dealt out in groups, if those divide them."""
@@ -47,6 +50,9 @@ class Split:
 
     def local_count(self, tp_size: int) -> int:
         """Units on each rank, padding included."""
+        if self.queries:
+            ranges = (self._needed(rank, tp_size) for rank in range(tp_size))
+            return max(stop - start for start, stop in ranges)
         if self.groups:
             per_group = self.count // self.groups
             if tp_size <= self.groups:
@@ -62,7 +68,9 @@ class Split:
         """The features [start, stop) of the whole axis that ``rank`` holds, without padding."""
         local = self.local_count(tp_size)
         start, end = rank * local, self.count
-        if self.shared and tp_size > self.count:
+        if self.queries:
+            start, end = self._needed(rank, tp_size)
+        elif self.shared and tp_size > self.count:
             start = rank // (tp_size // self.count)
         elif self.groups and tp_size > self.groups:
             ranks_per_group = tp_size // self.groups
@@ -71,6 +79,31 @@ class Split:
             start, end = group * per_group + place * local, (group + 1) * per_group
         start = min(start, end)
         return start * self.unit, min(start + local, end) * self.unit
+
+    def sharers(self, rank: int, tp_size: int) -> tuple[int, ...]:
+        """Of each unit on ``rank``, how many of its ``queries`` use it, padding included."""
+        served, local = -(-self.queries // tp_size), self.local_count(tp_size)
+        first, per_unit = rank * served, self.queries // self.count
+        used = [(first + one) // per_unit - first // per_unit for one in range(served)]
+        return tuple(sum(min(one, local - 1) == unit for one in used) for unit in range(local))
+
+    def _needed(self, rank: int, tp_size: int) -> tuple[int, int]:
+        """The units [start, stop) that the rank's share of ``queries`` uses."""
+        served, per_unit = -(-self.queries // tp_size), self.queries // self.count
+        start = min(rank * served, self.queries)
+        stop = min(start + served, self.queries)
+        return start // per_unit, -(-stop // per_unit)
+
+
+def grouped_heads(num_heads: int, num_kv_heads: int, head_dim: int) -> tuple[Split, Split]:
+    """Heads of queries, dealt out evenly, and of keys and values: on any number of ranks.
+
+    Raises:
+        ValueError: they do not belong together.
+    """
+    if num_heads % num_kv_heads:
+        raise ValueError(f"{num_heads} heads of queries cannot share {num_kv_heads} of keys")
+    return Split(num_heads, head_dim), Split(num_kv_heads, head_dim, queries=num_heads)
 
 
 def _in_groups(splits: Iterable[Split], group: int) -> tuple[Split, ...]:

@@ -8,28 +8,16 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import ClassVar
 
-from ...sharding.plan import QKV, Column, MergedColumn, Replicated, Row
+from ...sharding.plan import Column, MergedColumn, Replicated, Row, Split, grouped_heads
 from ...sharding.table import ALL, PROMPT, Attention, Linear, Stack, Table, TableRow, Tensor
 from .. import family as of
-from ..family import Family, Geometry, Input, Shapes, Sizes, size
+from ..family import Family, Geometry, Input, Sizes, size
 
 PATCH, TIME_CHANNELS = 2, 256
 FUSION_BLOCKS = 2  # of each kind; fixed in ComfyUI's class
 _MARK = "txtfusion.projector.weight"
 _BLOCK, _FUSION = "blocks.0", "txtfusion.layerwise_blocks.0"
-
-
-def _kv_heads(block: str) -> of.Reader:
-    """The key and value heads of a block's attention; ValueError if they do not divide q's."""
-    norm, of_q, of_k = (f"{block}.attn.{name}" for name in ("qknorm.qnorm.scale", "wq", "wk"))
-
-    def count(shapes: Shapes) -> int:
-        heads, kv_heads = (of.heads(f"{one}.weight", norm)(shapes) for one in (of_q, of_k))
-        if heads % kv_heads:
-            raise ValueError(f"{heads} heads of queries, {kv_heads} of keys")
-        return int(kv_heads)
-
-    return count
+_NORM, _TEXT_NORM = (f"{block}.attn.qknorm.qnorm.scale" for block in (_BLOCK, _FUSION))
 
 
 @dataclass(frozen=True)
@@ -41,21 +29,18 @@ class Krea2Sizes(Sizes):
         "heads=num_heads kvheads=num_kv_heads txtheads=num_text_heads txtkvheads=num_text_kv_heads"
     )
     plain_inputs, unused_inputs = ("ref_latents_method",), ("attention_mask",)
-    num_heads: int = size(
-        of.heads("first.weight", f"{_BLOCK}.attn.qknorm.qnorm.scale"), "num_attention_heads"
-    )
-    head_dim: int = size(of.length(f"{_BLOCK}.attn.qknorm.qnorm.scale"), "attention_head_dim")
-    num_kv_heads: int = size(_kv_heads(_BLOCK), "num_key_value_heads")
+    num_heads: int = size(of.heads("first.weight", _NORM), "num_attention_heads")
+    head_dim: int = size(of.length(_NORM), "attention_head_dim")
+    num_kv_heads: int = size(of.heads(f"{_BLOCK}.attn.wk.weight", _NORM), "num_key_value_heads")
     num_blocks: int = size(of.blocks("blocks"), "num_layers")
     ffn_dim: int = size(of.length(f"{_BLOCK}.mlp.up.weight"), "intermediate_size")
     channels: int = size(of.length("first.weight", 1, PATCH**2), "in_channels", times=PATCH**2)
     text_dim: int = size(of.length("txtmlp.0.scale"), "text_hidden_dim")
     num_text_layers: int = size(of.length(_MARK, 1), "num_text_layers")
-    num_text_heads: int = size(
-        of.heads("txtmlp.0.scale", f"{_FUSION}.attn.qknorm.qnorm.scale"),
-        "text_num_attention_heads",
+    num_text_heads: int = size(of.heads("txtmlp.0.scale", _TEXT_NORM), "text_num_attention_heads")
+    num_text_kv_heads: int = size(
+        of.heads(f"{_FUSION}.attn.wk.weight", _TEXT_NORM), "text_num_key_value_heads"
     )
-    num_text_kv_heads: int = size(_kv_heads(_FUSION), "text_num_key_value_heads")
     text_ffn_dim: int = size(of.length(f"{_FUSION}.mlp.up.weight"), "text_intermediate_size")
 
     @property
@@ -73,13 +58,21 @@ class Krea2Sizes(Sizes):
         captions = of.captions(self.num_text_layers * self.text_dim)
         return {"context": captions, "ref_latents": self.geometry.references()}
 
+    @property
+    def heads(self) -> tuple[Split, Split]:
+        """Of queries, and of keys and values."""
+        return grouped_heads(self.num_heads, self.num_kv_heads, self.head_dim)
+
+    @property
+    def text_heads(self) -> tuple[Split, Split]:
+        """The same of the blocks that fuse the text."""
+        head_dim = self.text_dim // self.num_text_heads
+        return grouped_heads(self.num_text_heads, self.num_text_kv_heads, head_dim)
+
     @cached_property
     def table(self) -> Table:
         dim, text, patch = self.dim, self.text_dim, PATCH**2 * self.channels
-        heads = QKV("", self.head_dim, self.num_heads, self.num_kv_heads)
-        text_heads = QKV(
-            "", text // self.num_text_heads, self.num_text_heads, self.num_text_kv_heads
-        )
+        heads, text_heads = self.heads, self.text_heads
         once = partial(Linear, over=PROMPT)
         outside = (
             Linear("img_in", "first", Replicated(), patch, dim),
@@ -107,14 +100,14 @@ class Krea2Sizes(Sizes):
             Stack(f"text_fusion.{kind}", f"txtfusion.{kind}", FUSION_BLOCKS, fused)
             for kind in ("layerwise_blocks", "refiner_blocks")
         )
-        attention = (Attention(heads.splits()[0]),)
+        attention = (Attention(heads[0]),)
         blocks = Stack("transformer_blocks", "blocks", self.num_blocks, block, attention)
         return Table(outside, (*fusion, blocks))
 
 
-def _block(heads: QKV, ffn: int, over: str = ALL) -> tuple[TableRow, ...]:
+def _block(heads: tuple[Split, Split], ffn: int, over: str = ALL) -> tuple[TableRow, ...]:
     """Attention, with a gate for each of its outputs, and an MLP."""
-    q, kv, _ = heads.splits()
+    q, kv = heads
     dim, qkv_gate = q.full, MergedColumn("to_qkv_gate", (q, kv, kv, q))
     linear = partial(Linear, over=over, bias=False)
     return (
@@ -128,7 +121,7 @@ def _block(heads: QKV, ffn: int, over: str = ALL) -> tuple[TableRow, ...]:
         linear("attn.to_out.0", "attn.wo", Row((q,)), dim, dim),
         linear("ff.{gate,up}", "mlp.{gate,up}", MergedColumn("gate_up"), dim, (ffn, ffn)),
         linear("ff.down", "mlp.down", Row(), ffn, dim),
-        Tensor("attn.norm_{q,k}.weight", "attn.qknorm.{qnorm,knorm}.scale", (heads.head_dim,)),
+        Tensor("attn.norm_{q,k}.weight", "attn.qknorm.{qnorm,knorm}.scale", (q.unit,)),
         Tensor("norm{1,2}.weight", "{prenorm,postnorm}.scale", (dim,)),
     )
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from ...gpu.epilogue import Epilogue, Product
 from ...gpu.graphs import fused
+from ...sharding.plan import Split
 from ..dual_stream import grid_positions, pack_patches, unpack_patches
 from ..family import Sizes
 from ..forward import Conditioning, ShardedForward
@@ -26,6 +27,7 @@ from ..layers import (
     rope_rotation,
     rotated_heads,
     silu_gate,
+    spread_heads,
     timestep_embedding,
 )
 from .family import FAMILY, PATCH, TIME_CHANNELS
@@ -120,6 +122,7 @@ class Forward(ShardedForward):
         weights = _weights([*norms, model.final_layer.norm])
         normed = self._run_blocks(
             blocks,
+            self.sizes.heads[1],
             torch.cat(tokens, dim=1),
             [
                 _rms(weight, *of, num_late=num_late)
@@ -138,16 +141,18 @@ class Forward(ShardedForward):
         layers, tokens = fusion.layerwise_blocks, fusion.refiner_blocks
         of_tokens = context.unflatten(-1, (self.sizes.num_text_layers, -1)).flatten(0, 1)
         # One token's layers look at each other, and then the tokens.
-        found = self._run_blocks(layers, of_tokens, [*_norms_of(layers), Epilogue(NORM_EPS)])
+        kv_heads, no_norm = self.sizes.text_heads[1], Epilogue(NORM_EPS)
+        found = self._run_blocks(layers, kv_heads, of_tokens, [*_norms_of(layers), no_norm])
         found = fusion.projector(found.unflatten(0, context.shape[:2]).transpose(2, 3)).squeeze(-1)
         last = _rms(_weights([embed.norm])[0])
-        normed = self._run_blocks(tokens, found, [*_norms_of(tokens), last])
+        normed = self._run_blocks(tokens, kv_heads, found, [*_norms_of(tokens), last])
         text: torch.Tensor = embed.linear_2(project(embed.linear_1, normed, gelu=True))
         return text
 
     def _run_blocks(
         self,
         blocks: Sequence[Any],
+        kv_heads: Split,
         tokens: torch.Tensor,
         norms: Sequence[Epilogue],
         gates: Sequence[torch.Tensor | None] | None = None,
@@ -162,7 +167,10 @@ class Forward(ShardedForward):
         of_heads = _weights([norm for one in attends for norm in (one.norm_q, one.norm_k)])
         parts: list[Callable[[torch.Tensor], Product]] = []
         for attend, block, own in zip(attends, blocks, of_heads.unflatten(0, (-1, 2)), strict=True):
-            parts += partial(_attend, attend, own, rotation), partial(_feed_forward, block.ff)
+            parts += (
+                partial(_attend, attend, own, kv_heads, rotation),
+                partial(_feed_forward, block.ff),
+            )
         num_late = norms[0].num_late
         stretches = tokens.tensor_split((-num_late,), dim=1) if num_late else (tokens,)
         streams = [
@@ -199,17 +207,25 @@ def _norms_of(blocks: Sequence[Any]) -> list[Epilogue]:
 
 
 def _attend(
-    module: Any, norms: torch.Tensor, rotation: torch.Tensor | None, normed: torch.Tensor
+    module: Any,
+    norms: torch.Tensor,
+    kv_heads: Split,
+    rotation: torch.Tensor | None,
+    normed: torch.Tensor,
 ) -> Product:
     """Attention with its gate; returns what is left to project. ``norms`` (2, K): of q and k."""
-    counts = [width // norms.shape[1] for width in module.to_qkv_gate.output_partition_sizes[:3]]
-    heads = project(module.to_qkv_gate, normed).unflatten(-1, (-1, norms.shape[1]))
+    linear = module.to_qkv_gate
+    counts = [width // kv_heads.unit for width in linear.output_partition_sizes[:3]]
+    heads = project(linear, normed).unflatten(-1, (-1, kv_heads.unit))
     qkv, gate = heads.split((sum(counts), counts[0]), dim=2)
     if rotation is None:
         q, k, v = qkv.split(counts, dim=2)
         q, k = (rms_norm(one, norm, NORM_EPS) for one, norm in zip((q, k), norms, strict=True))
     else:
         q, k, v = rotated_heads([(qkv, *norms)], rotation, NORM_EPS, counts[1])
+    sharers = kv_heads.sharers(linear.tp_rank, linear.tp_size)
+    if len(set(sharers)) > 1:
+        k, v = spread_heads(k, sharers), spread_heads(v, sharers)
     return module.to_out[0], _gated(attention(q, k, v), gate.flatten(2))
 
 
