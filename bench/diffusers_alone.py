@@ -39,6 +39,8 @@ def _build(info: CheckpointInfo) -> torch.nn.Module:
             rows = file.read(place.name, (place.start, place.stop), None)
             if name in table.swapped:
                 rows = torch.cat(rows.chunk(2)[::-1])
+            if rows.numel() == parameter.numel():
+                rows = rows.view_as(parameter)  # what is a vector in ComfyUI may be a table
             parameter.data = rows.to(DEVICE)  # a small model may have sizes that are fixed there
     return module.eval()
 
@@ -61,13 +63,15 @@ def _call(module: Any, inputs: dict[str, Any], patch: int) -> Callable[[], torch
     rows, columns = x.shape[-2] // patch, x.shape[-1] // patch
     # A token is channels, rows, columns.
     patches = x.reshape(batch, -1, rows, patch, columns, patch).permute(0, 2, 4, 1, 3, 5)
-    num_axes = len(module.pos_embed.axes_dim)
+    num_axes = len((module.rotary_emb if "position_ids" in takes else module.pos_embed).axes_dim)
     positions = torch.zeros(rows, columns, num_axes, device=x.device)
     positions[..., 1] = torch.arange(rows, device=x.device)[:, None]
     positions[..., 2] = torch.arange(columns, device=x.device)
     text_positions = torch.zeros(text.shape[1], num_axes, device=x.device)
     if num_axes > 3:  # a token of text has its place on an axis of its own
         text_positions[:, 3] = torch.arange(text.shape[1], device=x.device)
+    if "position_ids" in takes:  # of the text encoder's layers, one behind another
+        text = text.unflatten(-1, (module.config.num_text_layers, -1))
     known = {
         "hidden_states": patches.reshape(batch, rows * columns, -1),
         "encoder_hidden_states": text,
@@ -77,6 +81,7 @@ def _call(module: Any, inputs: dict[str, Any], patch: int) -> Callable[[], torch
         "guidance": inputs.get("guidance"),
         "img_ids": positions.flatten(0, 1),
         "txt_ids": text_positions,
+        "position_ids": torch.cat((text_positions, positions.flatten(0, 1))),
     }
     given = {name: value for name, value in known.items() if name in takes and value is not None}
 

@@ -6,7 +6,7 @@ weights: its layers compute nothing. The model is the standard BaseModel of the 
 samplers, latent formats and LoRA key maps are its own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 import comfy.model_detection
@@ -96,6 +96,16 @@ def _model_config(info: CheckpointInfo, state_dict: Mapping[str, torch.Tensor]) 
     return config
 
 
+def _refuse_newer(info: CheckpointInfo, unknown: Iterable[str]) -> None:
+    """Raises CheckpointError if the running ComfyUI is too old for the file."""
+    for name in info.family.newer.keys() & set(unknown):
+        variant, version = info.family.newer[name]
+        raise CheckpointError(
+            f"{info.path} is a {variant} file (it has the tensor {name}), which this ComfyUI does "
+            f"not know. Update ComfyUI: {version} knows it."
+        )
+
+
 def _set_dtypes(
     config: Any,
     info: CheckpointInfo,
@@ -143,12 +153,7 @@ def _assign_tensors(
     strange = [
         name for name in tensors if name not in own or own[name].shape != tensors[name].shape
     ] + sorted(extra.keys() & own.keys())
-    for name in info.family.newer.keys() & set(strange):
-        variant, version = info.family.newer[name]
-        raise CheckpointError(
-            f"{info.path} is a {variant} file (it has the tensor {name}), which this ComfyUI does "
-            f"not know. Update ComfyUI: {version} knows it."
-        )
+    _refuse_newer(info, strange)
     if strange:
         raise CheckpointError(
             f"This ComfyUI builds {info.label} differently from the file {info.path}: "

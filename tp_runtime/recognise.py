@@ -212,7 +212,7 @@ def _names_in_folder(path: str, settings: Settings) -> FileNames:
         raise CheckpointError(
             f"{CONFIG} of the folder {path} lacks the setting {error}. Download it again."
         ) from error
-    except (TypeError, ArithmeticError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(
             f"{CONFIG} of the folder {path} has a setting that is no size ({error}). "
             "Download it again."

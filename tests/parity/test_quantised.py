@@ -43,6 +43,8 @@ OTHER_SIZES = [
     ("flux", "fp8", 5),
     ("flux2", "int8_convrot", 4),
     ("ltx2", "int8_convrot", 3),
+    ("krea2", "int8_convrot", 1),
+    ("krea2", "int8_convrot", 3),
 ]
 
 

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.process
 
 METHODS = {"flux": ("offset", "index", "uxo"), "flux2": ("index", "offset", "uxo")}
 METHODS["qwen_image"] = ("index", "offset", "uxo")
+METHODS["krea2"] = ("index", "uxo", "index_timestep_zero")
 sides = st.integers(2, 20)
 
 

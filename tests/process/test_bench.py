@@ -40,6 +40,7 @@ MODELS = [
     "flux2",
     "minimax_h3",
     "ltx2",
+    "krea2",
     "qwen_image",
     "wan",
     "z_image",

@@ -222,8 +222,39 @@ def _wan(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     yield name, tensor
 
 
+_KREA2_NAMES = {
+    r"^first": "img_in",
+    r"^tmlp\.0": "time_embed.linear_1",
+    r"^tmlp\.2": "time_embed.linear_2",
+    r"^tproj\.1": "time_mod_proj",
+    r"^txtmlp\.0\.scale": "txt_in.norm.weight",
+    r"^txtmlp\.1": "txt_in.linear_1",
+    r"^txtmlp\.3": "txt_in.linear_2",
+    r"^txtfusion": "text_fusion",
+    r"^blocks": "transformer_blocks",
+    r"^last\.modulation\.lin": "final_layer.scale_shift_table",
+    r"^last\.norm\.scale": "final_layer.norm.weight",
+    r"^last": "final_layer",
+    r"attn\.w([qkv])": r"attn.to_\1",
+    r"attn\.wo": "attn.to_out.0",
+    r"attn\.gate": "attn.to_gate",
+    r"qknorm\.([qk])norm\.scale": r"norm_\1.weight",
+    r"mlp": "ff",
+    r"prenorm\.scale": "norm1.weight",
+    r"postnorm\.scale": "norm2.weight",
+    r"mod\.lin": "scale_shift_table",
+}
+
+
+def _krea2(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    flat = name.endswith("mod.lin")  # each block's six modulations; diffusers has them in rows
+    for pattern, new in _KREA2_NAMES.items():
+        name = re.sub(pattern, new, name)
+    yield name, tensor.unflatten(0, (6, -1)) if flat else tensor
+
+
 _Z, _F, _F2, _Q = tiny("z_image"), tiny("flux"), tiny("flux2"), tiny("qwen_image")
-_W = tiny("wan")
+_W, _K = tiny("wan"), tiny("krea2")
 
 # The connectors of its text are in a folder of their own.
 FOLDER_LTX2 = {
@@ -337,5 +368,23 @@ FAMILIES = {
             "cross_attn_timestep_scale_multiplier": 1000,
         },
         _ltx2,
+    ),
+    "krea2": Family(
+        functools.partial(write_tiny, "krea2"),
+        {
+            "_class_name": "Krea2Transformer2DModel",
+            "attention_head_dim": _K.head_dim,
+            "num_attention_heads": _K.num_heads,
+            "num_key_value_heads": _K.num_kv_heads,
+            "num_layers": _K.num_blocks,
+            "intermediate_size": _K.ffn_dim,
+            "in_channels": 4 * _K.channels,
+            "text_hidden_dim": _K.text_dim,
+            "num_text_layers": _K.num_text_layers,
+            "text_num_attention_heads": _K.num_text_heads,
+            "text_num_key_value_heads": _K.num_text_kv_heads,
+            "text_intermediate_size": _K.text_ffn_dim,
+        },
+        _krea2,
     ),
 }

@@ -5,6 +5,7 @@ from tp_runtime.models import families
 
 # Family → the file of ComfyUI that has its class.
 _CLASSES = {
+    "krea2": "comfy/ldm/krea2/model.py",
     "ltx2": "comfy/ldm/lightricks/av_model.py",
     "minimax_h3": "comfy/ldm/minimax/model.py",
 }

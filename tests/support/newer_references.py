@@ -33,6 +33,8 @@ DATA = REPOSITORY / "tests" / "data"
 DTYPES = (torch.float32, torch.bfloat16)
 
 _REFERENCES = {"references": ((9, 8), (16, 12), (6, 30)), "height": 12, "width": 15}
+_SMALL_REFERENCES = {"references": ((5, 4), (8, 6), (3, 15)), "height": 6, "width": 7}
+_BY_INDEX = {"ref_latents_method": "index"}
 _EDIT_2511, _LAYERED = {"zero_time": True}, {"added_time": True}
 _MASK = torch.tensor([[1] * 20, [1] * 13 + [0] * 7])
 _AT_ZERO = {"ref_latents_method": "index_timestep_zero"}
@@ -70,6 +72,26 @@ CASES: dict[str, dict[str, Case]] = {
         ),
     },
     "minimax_h3": dict(minimax_payloads.CASES),
+    "krea2": {
+        "text to image": ({}, {}),
+        "odd sizes": ({}, {"height": 17, "width": 15, "length": 33}),
+        "batch of 3": ({}, {"batch": 3, "height": 4, "width": 6, "length": 1}),
+        "wide": ({}, {"height": 2, "width": 320}),  # positions that bf16 rounds
+        "references without a method": ({}, _SMALL_REFERENCES),
+        "references by index": ({}, _SMALL_REFERENCES | _BY_INDEX),
+        "references by index, batch": ({}, _SMALL_REFERENCES | _BY_INDEX | {"batch": 2}),
+        "references at time 0": ({}, _SMALL_REFERENCES | _AT_ZERO),
+        "references at time 0, batch": ({}, _SMALL_REFERENCES | _AT_ZERO | {"batch": 2}),
+        "any other method": ({}, _SMALL_REFERENCES | {"ref_latents_method": "uxo"}),
+        "mask, which it does not look at": (
+            {},
+            {"batch": 2, "height": 6, "width": 6, "attention_mask": _MASK},
+        ),
+        "fewer heads of the text's keys": (
+            {"num_text_heads": 4, "num_text_kv_heads": 2, "text_dim": 64},
+            {"height": 8, "width": 6},
+        ),
+    },
     "qwen_image": {
         "2511 without references": (_EDIT_2511, {}),
         "2511 with references": (_EDIT_2511, _REFERENCES),

@@ -28,7 +28,7 @@ from support.tiny_models import tiny, write_tiny
 DATA = REPOSITORY / "tests" / "data"
 FILE = "quantised_references.safetensors"
 # Families that came later have files of their own.
-OWN_FILES = {"ltx2": "quantised_references_ltx2.safetensors"}
+OWN_FILES = {name: f"quantised_references_{name}.safetensors" for name in ("krea2", "ltx2")}
 PLAIN = "plain"  # the same weights before they are quantised
 STRENGTH = 0.8
 
@@ -41,6 +41,7 @@ INPUTS = {
     "flux2": _PICTURE,
     "wan": _VIDEO,
     "ltx2": {"frames": 2, "height": 2, "width": 3, "length": 9, "lengths": {"sound frames": 5}},
+    "krea2": _PICTURE,
 }
 # Every family in the format that most people download; two of them in the others, one with q, k and
 # v in one tensor.

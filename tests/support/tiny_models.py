@@ -125,6 +125,13 @@ def write_fp8(
     return path
 
 
+# Norms that have how far they are from one, and what is added to a modulation.
+_AROUND_ZERO = (
+    *("prenorm.scale", "postnorm.scale", "qnorm.scale", "knorm.scale", "txtmlp.0.scale"),
+    *("last.norm.scale", "mod.lin", "modulation.lin"),
+)
+
+
 def _random_tensor(
     key: str, shape: Shape, numbers: Numbers, generator: torch.Generator
 ) -> torch.Tensor:
@@ -133,12 +140,15 @@ def _random_tensor(
         return values
     if key.endswith(".bias"):
         return 0.2 * values
+    if key.endswith(_AROUND_ZERO):
+        return 0.2 * values
     if len(shape) == 1:  # norms, and markers, which are empty
         return 1 + 0.2 * values
     # The sinusoid and SiLU each halve it.
     time = (
         *("t_embedder.", "time_in.", "guidance_in.", "vector_in.", "time_text_embed."),
         *("time_embedding.", "time_projection."),
+        *("tmlp.", "tproj."),
     )
     gain = 2.0 if key.startswith(time) or "adaln_single." in key else 1.0
     return values * gain / math.sqrt(shape[-1])

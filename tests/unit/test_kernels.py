@@ -13,21 +13,24 @@ import torch
 from tp_runtime.gpu import kernels
 from tp_runtime.models.layers import rotated_heads
 
-def heads(length, num_heads, dtype, extra=0):
-    rows = torch.randn(2, length, 3 * num_heads * 16 + extra).to(dtype)
-    qkv = rows[..., : 3 * num_heads * 16].unflatten(-1, (3, num_heads, 16))
-    norms = [(1 + 0.1 * torch.randn(16)).to(dtype) for _ in range(2)]
-    return qkv, *norms
+def heads(length, num_heads, num_kv, dtype, extra=0, norms_in=None):
+    width = (num_heads + 2 * num_kv) * 16
+    rows = torch.randn(2, length, width + extra).to(dtype)
+    norms = [(1 + 0.1 * torch.randn(16)).to(norms_in or dtype) for _ in range(2)]
+    return rows[..., :width].unflatten(-1, (-1, 16)), *norms
 
 # A step of bf16 between 4 and 8, where the largest values of these lie.
 for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 2**-5)):
-    for num_heads in (6, 8, 15):
+    for num_heads, num_kv in ((6, 6), (8, 8), (15, 15), (12, 3), (9, 1)):
         for lengths in ((5,), (3, 7)):
-            parts = [heads(n, num_heads, dtype, extra=16 * (len(lengths) - 1)) for n in lengths]
+            exact = torch.float32 if num_kv < num_heads else None
+            of = num_heads, num_kv, dtype, 16 * (len(lengths) - 1), exact
+            parts = [heads(n, *of) for n in lengths]
             angle = torch.randn(sum(lengths), 8)
             rotation = torch.stack((angle.cos(), angle.sin()), dim=-1)[None, :, None]
-            expected = rotated_heads(parts, rotation, 1e-6)
-            found = kernels.rotated_heads(parts, rotation, 1e-6)
+            expected = rotated_heads(parts, rotation, 1e-6, num_kv)
+            found = kernels.rotated_heads(parts, rotation, 1e-6, num_kv)
+            assert found[0].shape[2] == num_heads and found[1].shape[2] == num_kv
             for one, other in zip(found, expected, strict=True):
                 assert one.shape == other.shape and one.dtype == other.dtype
                 torch.testing.assert_close(one, other, rtol=0, atol=tolerance)

@@ -5,7 +5,7 @@ only ranks need, the arithmetic, is the family's ``forward.py`` beside its ``fam
 """
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -181,11 +181,11 @@ def length(tensor: str, axis: int = 0, per: int = 1) -> Reader:
     return lambda shapes: _shape(shapes, tensor)[axis] // per
 
 
-def blocks(stack: str) -> Reader:
-    """How many blocks ``stack.0.…``, ``stack.1.…``, … there are."""
-    start = f"{stack}."
-    return lambda shapes: len(
-        {name.removeprefix(start).split(".")[0] for name in shapes if name.startswith(start)}
+def blocks(stack: str) -> Callable[[Iterable[str]], int]:
+    """How many blocks ``stack.0.…``, ``stack.1.…``, … there are among names of tensors."""
+    first = f"{stack}."
+    return lambda names: len(
+        {name.removeprefix(first).split(".")[0] for name in names if name.startswith(first)}
     )
 
 

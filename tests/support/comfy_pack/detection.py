@@ -68,6 +68,21 @@ def _correct_wan(config: dict[str, Any], weights: StateDict, prefix: str) -> dic
     }
 
 
+def _correct_krea2(config: dict[str, Any], weights: StateDict, prefix: str) -> dict[str, Any]:
+    attention, fusion = "blocks.0.attn", "txtfusion.layerwise_blocks.0.attn"
+
+    def heads(path: str, linear: str) -> int:
+        norm = weights[f"{prefix}{path}.qknorm.qnorm.scale"]
+        return weights[f"{prefix}{path}.{linear}.weight"].shape[0] // norm.shape[0]
+
+    return config | {
+        "heads": heads(attention, "wq"),
+        "kvheads": heads(attention, "wk"),
+        "txtheads": heads(fusion, "wq"),
+        "txtkvheads": heads(fusion, "wk"),
+    }
+
+
 def _axes_dims(head_dim: int) -> list[int]:
     """16, 56, 56 for the real 128."""
     along = head_dim * 7 // 32 * 2
@@ -81,6 +96,7 @@ _CORRECTIONS: dict[str, Callable[[dict[str, Any], StateDict, str], dict[str, Any
     "flux2": _correct_flux2,
     "qwen_image": _correct_qwen_image,
     "wan2.1": _correct_wan,
+    "krea2": _correct_krea2,
 }
 
 
