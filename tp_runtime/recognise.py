@@ -30,7 +30,8 @@ class CheckpointInfo:
     ``tensors`` are the model's own, with the shapes of their numbers; ``quantised``: those that are
     quantised, and how. ``metadata`` is the file's, without what it says of quantisation.
     ``quantised_bytes``: of the quantised weights, with all that serves for them. ``extra``: tensors
-    that the architecture has not; nothing is computed with them.
+    that the architecture has not; nothing is computed with them. ``prefix``: what the
+    file has before the names; what has another one, in a full checkpoint, is not the model's.
     """
 
     path: str
@@ -41,6 +42,7 @@ class CheckpointInfo:
     quantised: Mapping[str, QuantisedWeight] = field(repr=False)
     quantised_bytes: int = 0
     extra: Mapping[str, TensorInfo] = field(repr=False, default_factory=dict)
+    prefix: str = ""
 
     @property
     def label(self) -> str:
@@ -91,7 +93,7 @@ def inspect_checkpoint(path: str) -> CheckpointInfo:
             not: they are ``extra``.)
     """
     with open_checkpoint(path) as file:
-        stored = file.tensors()
+        stored, prefix = file.tensors(), file.prefix
         quantised, companions = find_quantised(
             path, stored, file.metadata, lambda name: file.read(name, None, None)
         )
@@ -115,7 +117,9 @@ def inspect_checkpoint(path: str) -> CheckpointInfo:
     _check_tensors(path, family, own, quantised, sizes.table)
     quantised_bytes = sum(_bytes(stored[name]) for name in companions | quantised.keys())
     more = {name: info for name, info in tensors.items() if name not in known}
-    return CheckpointInfo(path, family, sizes, own, metadata, quantised, quantised_bytes, more)
+    return CheckpointInfo(
+        path, family, sizes, own, metadata, quantised, quantised_bytes, more, prefix
+    )
 
 
 def _without_padding(

@@ -77,8 +77,8 @@ class Family:
         return CONTROLNETS.get(self.name)
 
 
-# Those whose latents come alone: with a sound's beside them they need other nodes, and have tests of
-# their own.
+# Those whose latents come alone: with a sound's beside them they need other nodes, and have tests
+# of their own.
 FAMILIES = tuple(
     Family.of(family)
     for family in models.families().values()
