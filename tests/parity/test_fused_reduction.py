@@ -11,7 +11,7 @@ import pytest
 import torch
 from parity.conftest import FP32_TOLERANCE, relative_error
 
-from support.newer_references import inputs_of
+from support.inputs import make_inputs
 from support.paths import REPOSITORY
 from support.tiny_models import tiny, write_tiny
 from tp_runtime.config import Layout
@@ -21,8 +21,19 @@ pytestmark = pytest.mark.process
 
 def _inputs(family: str, batch: int, seed: int) -> dict[str, Any]:
     """Latents and captions of 9 and 7 tokens; a ControlNet's residuals where they fit."""
-    if family == "minimax_h3":  # of several times and modalities
-        return dict(tiny(family).prepared(inputs_of(family, "masks", torch.float32)))
+    if family == "minimax_h3":  # few tokens, of several times and modalities
+        mask = torch.ones(1, 1, 1, 4, 4)
+        mask[..., :2] = 0.5
+        given = make_inputs(
+            tiny(family),
+            height=4,
+            width=4,
+            length=5,
+            lengths={"samples": 1},
+            time_scale=1000.0,
+            masks={"denoise_mask": mask},
+        )
+        return dict(tiny(family).prepared(given))
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)))

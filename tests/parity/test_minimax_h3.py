@@ -116,7 +116,16 @@ def test_settings_that_no_shape_shows_are_refused(tmp_path: Path) -> None:
 
 _FRAME, _PICTURE = keyframe(0, 1), picture(4, 6, 3)
 WRONG: list[tuple[Mapping[str, Any], str]] = [
-    ({"x": [random(1, 2, 24, 3, 6, 8), random(2, 2, 32, 2, 5)]}, "as many captions|batch of 2"),
+    ({"x": [random(1, 2, 24, 3, 6, 8), random(2, 2, 32, 2, 5)]}, "2 latents need as many"),
+    (
+        {
+            "x": [random(1, 2, 24, 3, 6, 8), random(2, 2, 32, 2, 5)],
+            "timesteps": torch.ones(2),
+            "context": random(3, 2, 12, 64),
+        },
+        "one video at a time; got a batch of 2",
+    ),
+    ({"x": [random(1, 1, 24, 3, 6, 8), random(2, 2, 32, 2, 5)]}, "as many audio latents; got 2"),
     ({"x": random(1, 1, 24, 3, 6, 8)}, r"a list of 2 tensors \(latents, audio latents\)"),
     ({"x": [random(1, 1, 24, 3, 6, 8)]}, "got 1 of them"),
     ({"x": [random(1, 1, 24, 3, 6, 8), random(2, 1, 32, 3, 5)]}, "sides 2"),
