@@ -33,14 +33,14 @@ def remote_inputs(
     unused: Collection[str] = (),
     options: Collection[str] = (),
     numbers: Mapping[str, float] = MappingProxyType({}),
-    plain: Collection[str] = (),
+    listed: Collection[str] = (),
 ) -> dict[str, Any]:
     """The inputs of one evaluation: `x`, `timesteps` and the other arguments by their own names.
 
     `bound` are the arguments of a native forward; the models call their second one `timesteps` or
     `timestep`. `unused` and `options`: those of the model's `Sizes`. `numbers`: options that are
-    numbers, and what they are where nobody sets them. `plain`: options that are numbers, or lists
-    of whole ones.
+    numbers, and what they are where nobody sets them. `listed`: options that are numbers, or
+    lists of whole ones.
 
     Raises:
         UnsupportedFeatureError: something that only works inside ComfyUI's process.
@@ -54,7 +54,7 @@ def remote_inputs(
             plain = _plain_argument(value, name, code.words, unused)
             if not _is_absent(plain):
                 inputs[name] = plain
-    found = _plain_options(given_options, code, options, numbers, plain)
+    found = _plain_options(given_options, code, options, numbers, listed)
     plain_options = dict(numbers) | dict(found)
     has_references = bool(named.get("ref_latents"))
     if skipped := skipped_blocks(given_options, code.words, has_references):
@@ -113,7 +113,7 @@ def _plain_options(
     code: NativeCode,
     supported: Collection[str],
     numbers: Collection[str],
-    plain: Collection[str],
+    listed: Collection[str],
 ) -> Iterator[tuple[str, Any]]:
     """Of `transformer_options`, what the native model computes with: numbers, and lists and
     dictionaries of them.
@@ -129,7 +129,7 @@ def _plain_options(
         if name in numbers:
             yield name, _number(value, name)
             continue
-        if name in plain:
+        if name in listed:
             yield name, _plain_option(value, name)
             continue
         if not isinstance(value, Mapping) or name not in supported:

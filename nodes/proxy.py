@@ -128,10 +128,11 @@ class RemoteDiffusionModel(torch.nn.Module):
             )
         if isinstance(x, torch.Tensor):
             return result.to(device=x.device, dtype=x.dtype)
-        return [
+        found = [
             one.to(device=latent.device, dtype=latent.dtype)
             for one, latent in zip(result, latents, strict=True)
         ]
+        return found if len(found) > 1 else found[0]  # as native models have it
 
     def _connected(self, caption: torch.Tensor, unprocessed: bool = False) -> torch.Tensor:
         """What the native model makes of a caption before a generation, made by the ranks."""

@@ -210,8 +210,10 @@ def _names_in_folder(path: str, settings: Settings) -> FileNames:
                 "yet. Load the model with stock nodes."
             )
     try:
-        table = family.sizes.of_folder(settings).table
-        return FileNames(family.label, table.places, table.file_tensors, table.swapped)
+        sizes = family.sizes.of_folder(settings)
+        table, config = sizes.table, {"transformer": sizes.for_comfyui()}
+        told = {"config": json.dumps(config)} if sizes.told() else {}
+        return FileNames(family.label, table.places, table.file_tensors, table.swapped, told)
     except KeyError as error:
         raise CheckpointError(
             f"{CONFIG} of the folder {path} lacks the setting {error}. Download it again."

@@ -1,15 +1,13 @@
 """What ComfyUI 0.33 computes with tiny quantised files: which files, on which inputs, and where the
-results are kept (`tests/data/quantised_references*.safetensors`).
+results are kept (`tests/data/quantised_references.safetensors`).
 
-`python -m support.quantised_references [FILE ...]` makes those files, or some, in the Python of a
-ComfyUI which knows the formats and with `COMFYUI_PATH` at its source (`CONTRIBUTING.md`). The
-results are of fp32.
+`python -m support.quantised_references` makes that file, in the Python of a ComfyUI which knows the
+formats and with `COMFYUI_PATH` at its source (`CONTRIBUTING.md`). The results are of fp32.
 """
 
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,10 +23,7 @@ from support.quantised_files import FORMATS, write_quantised
 from support.random_numbers import on_every_cpu
 from support.tiny_models import tiny, write_tiny
 
-DATA = REPOSITORY / "tests" / "data"
-FILE = "quantised_references.safetensors"
-# Families that came later have files of their own.
-OWN_FILES = {name: f"quantised_references_{name}.safetensors" for name in ("krea2", "ltx2")}
+FILE = REPOSITORY / "tests" / "data" / "quantised_references.safetensors"
 PLAIN = "plain"  # the same weights before they are quantised
 STRENGTH = 0.8
 
@@ -40,8 +35,6 @@ INPUTS = {
     "qwen_image": _PICTURE,
     "flux2": _PICTURE,
     "wan": _VIDEO,
-    "ltx2": {"frames": 2, "height": 2, "width": 3, "length": 9, "lengths": {"sound frames": 5}},
-    "krea2": _PICTURE,
 }
 # Every family in the format that most people download; two of them in the others, one with q, k and
 # v in one tensor.
@@ -49,7 +42,6 @@ CASES = [
     *((family, "int8_convrot") for family in INPUTS),
     *(("qwen_image", name) for name in FORMATS if name != "int8_convrot"),
     *(("flux", name) for name in ("fp8", "nvfp4_awq", "w4a8")),
-    ("ltx2", "fp8"),
 ]
 # Patched, in each format that is quantised anew in a way of its own.
 PATCHED = ("int8_convrot", "nvfp4", "mxfp8", "w4a4", "w4a8", "int8_scalar")
@@ -83,21 +75,18 @@ def write_case(family: str, name: str, folder: Path) -> Path:
 
 
 @cache
-def reference(family: str, name: str, patched: bool = False) -> Any:
-    """What ComfyUI computes: a tensor, or a list of them."""
-    key = _key(family, name, patched)
-    with safe_open(DATA / OWN_FILES.get(family, FILE), framework="pt") as file:
-        if key in file.keys():  # noqa: SIM118  (not a dict)
-            return file.get_tensor(key)
-        parts = sorted(part for part in file.keys() if part.startswith(f"{key}, "))  # noqa: SIM118
-        return [file.get_tensor(part) for part in parts]
+def reference(family: str, name: str, patched: bool = False) -> torch.Tensor:
+    """What ComfyUI computes."""
+    with safe_open(FILE, framework="pt") as file:
+        found: torch.Tensor = file.get_tensor(_key(family, name, patched))
+    return found
 
 
 def _key(family: str, name: str, patched: bool) -> str:
     return f"{family} {name}{' patched' if patched else ''}"
 
 
-def _make(files: Sequence[str]) -> None:
+def _make() -> None:
     from importlib.metadata import version
 
     from support.native import import_comfy, native_patcher
@@ -110,39 +99,28 @@ def _make(files: Sequence[str]) -> None:
     made_with = {"ComfyUI": comfyui_version.__version__} | {
         name: version(name) for name in packages
     }
-    results: dict[str, dict[str, torch.Tensor]] = {name: {} for name in files}
+    results: dict[str, torch.Tensor] = {}
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         cases = [*((family, PLAIN) for family in INPUTS), *CASES]
         todo = [(family, name, False) for family, name in cases]
         todo[10:10] = [(PATCHED_FAMILY, name, True) for name in (PLAIN, *PATCHED)]
         for family, name, patched in todo:
-            of_file = OWN_FILES.get(family, FILE)
-            if of_file not in results:
-                continue
             patcher = native_patcher(write_case(family, name, Path(folder)))
             if patched:
                 patcher, _ = comfy.sd.load_lora_for_models(patcher, None, lora(), STRENGTH, 0)
                 patcher.load(torch.device("cpu"), full_load=True)
             inputs = inputs_of(family)
             model = patcher.model.diffusion_model
-            x, timesteps = inputs.pop("x"), inputs.pop("timesteps")
-            if "a_timestep" in inputs:  # BaseModel gives both at once
-                timesteps = timesteps, inputs.pop("a_timestep")
-            found = model(x, timesteps, **inputs)
-            parts = found if isinstance(found, list) else [found]
-            for index, part in enumerate(parts):
-                of_part = f", {index}" * isinstance(found, list)
-                exact = results[of_file].get(_key(family, PLAIN, patched) + of_part, part)
-                error = ((part - exact).norm() / exact.norm()).item()
-                key = _key(family, name, patched) + of_part
-                print(f"{key:32} {error:.4f} from plain", flush=True)
-                results[of_file][key] = part.float().contiguous()
-    for of_file, found_there in results.items():
-        save_file(found_there, DATA / of_file, metadata={"made_with": json.dumps(made_with)})
-        print(f"{of_file}: {(DATA / of_file).stat().st_size} bytes, {made_with}")
+            found = model(inputs.pop("x"), inputs.pop("timesteps"), **inputs)
+            exact = results.get(_key(family, PLAIN, patched), found)
+            error = ((found - exact).norm() / exact.norm()).item()
+            print(f"{_key(family, name, patched):32} {error:.4f} from plain", flush=True)
+            results[_key(family, name, patched)] = found.float().contiguous()
+            FILE.parent.mkdir(exist_ok=True)
+            save_file(results, FILE, metadata={"made_with": json.dumps(made_with)})
+    print(f"{FILE}: {FILE.stat().st_size} bytes, {made_with}")
 
 
 if __name__ == "__main__":
-    asked = sys.argv[1:] or [FILE, *OWN_FILES.values()]
     sys.argv = sys.argv[:1]  # ComfyUI reads them, too
-    _make(asked)
+    _make()

@@ -49,7 +49,7 @@ def message_for(path: Path) -> str:
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SIZES)
 def test_it_is_the_model_that_it_was_made_from(tmp_path: Path, family: str, prefix: str) -> None:
     source = FAMILIES[family].write(tmp_path / "whole.safetensors", **SIZES[family])
     path = write_gguf(

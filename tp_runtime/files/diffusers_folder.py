@@ -9,7 +9,7 @@ files needs to know of folders.
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,13 +45,15 @@ class FileNames:
 
     ``places``: diffusers' name → rows of the file. ``expected``: every tensor of the file, and its
     shape; what is a vector there may be a table in diffusers, row by row. ``swapped``: diffusers'
-    names of tensors that have their halves the other way round.
+    names of tensors that have their halves the other way round. ``metadata``: what the file would
+    have.
     """
 
     label: str
     places: Mapping[str, Rows]
     expected: Mapping[str, tuple[int, ...]]
     swapped: frozenset[str]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 # From a folder and what its config.json says; raises CheckpointError.
@@ -77,7 +79,6 @@ class DiffusersFolder:
     def __init__(self, path: str, names_of: NamesOf) -> None:
         """Raises CheckpointError, OSError."""
         self.path = path
-        self.metadata: dict[str, str] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self._stacks: dict[str, list[_FolderRows]] = {}
         self._flat: set[str] = set()
@@ -85,7 +86,9 @@ class DiffusersFolder:
         with ExitStack() as stack:
             self._files = dict(self._open_files(stack))
             self._check_counts(settings)
-            self._combine(names_of(path, settings))
+            names = names_of(path, settings)
+            self.metadata = dict(names.metadata)
+            self._combine(names)
             self._open = stack.pop_all()
 
     @classmethod

@@ -189,7 +189,7 @@ class StreamsForward(ShardedForward):
         self._join(sound, products[0], sound.caption_gate(block), NORM)
         if to_video:
             given = sound.modulated(sound.cross_norm(block, _SOUND_TO_VIDEO))
-            pair = from_sound.to_kv(given).chunk(2, dim=-1)
+            k, v = from_sound.to_kv(given).chunk(2, dim=-1)
         if to_sound:
             asking = sound.modulated(sound.cross_norm(block, _VIDEO_TO_SOUND))
             q, gates = from_video.to_q(asking), _gates(from_video, asking)
@@ -200,17 +200,17 @@ class StreamsForward(ShardedForward):
         if to_video:
             rotations = video.rotations[1], sound.rotations[1]
             own, logits = from_sound.to_q(video.normed), _gates(from_sound, video.normed)
-            look = Look(from_sound, *sizes, own, *pair, logits, rotations)
+            look = Look(from_sound, *sizes, own, k, v, logits, rotations)
             (product,) = self.attend([look])
             norm = NORM if to_sound else video.norm(block, _BEFORE_MLP)
             self._join(video, product, video.cross_gate(block), norm)
         if not to_sound:
             return [sound_mlp, mlp(block.ff, video.normed)]
         given = video.modulated(video.cross_norm(block, _VIDEO_TO_SOUND))
-        pair = from_video.to_kv(given).chunk(2, dim=-1)
+        k, v = from_video.to_kv(given).chunk(2, dim=-1)
         video_mlp = mlp(block.ff, video.modulated(video.norm(block, _BEFORE_MLP)))
         rotations = sound.rotations[1], video.rotations[1]
-        (product,) = self.attend([Look(from_video, *sizes, q, *pair, gates, rotations)])
+        (product,) = self.attend([Look(from_video, *sizes, q, k, v, gates, rotations)])
         self._join(sound, product, sound.cross_gate(block), sound.norm(block, _BEFORE_MLP))
         return [mlp(block.audio_ff, sound.normed), video_mlp]
 
