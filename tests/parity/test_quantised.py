@@ -39,8 +39,6 @@ OTHER_SIZES = [
     ("z_image", "int8_convrot", 4),
     ("flux", "fp8", 5),
     ("flux2", "int8_convrot", 4),
-    ("krea2", "int8_convrot", 1),
-    ("krea2", "int8_convrot", 3),
 ]
 
 

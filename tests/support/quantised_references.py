@@ -1,15 +1,13 @@
 """What ComfyUI 0.33 computes with tiny quantised files: which files, on which inputs, and where the
-results are kept (`tests/data/quantised_references*.safetensors`).
+results are kept (`tests/data/quantised_references.safetensors`).
 
-`python -m support.quantised_references [FILE ...]` makes those files, or some, in the Python of a
-ComfyUI which knows the formats and with `COMFYUI_PATH` at its source (`CONTRIBUTING.md`). The
-results are of fp32.
+`python -m support.quantised_references` makes that file, in the Python of a ComfyUI which knows the
+formats and with `COMFYUI_PATH` at its source (`CONTRIBUTING.md`). The results are of fp32.
 """
 
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,10 +22,7 @@ from support.paths import REPOSITORY
 from support.quantised_files import FORMATS, write_quantised
 from support.tiny_models import tiny, write_tiny
 
-DATA = REPOSITORY / "tests" / "data"
-FILE = "quantised_references.safetensors"
-# Families that came later have files of their own.
-OWN_FILES = {"krea2": "quantised_references_krea2.safetensors"}
+FILE = REPOSITORY / "tests" / "data" / "quantised_references.safetensors"
 PLAIN = "plain"  # the same weights before they are quantised
 STRENGTH = 0.8
 
@@ -39,7 +34,6 @@ INPUTS = {
     "qwen_image": _PICTURE,
     "flux2": _PICTURE,
     "wan": _VIDEO,
-    "krea2": _PICTURE,
 }
 # Every family in the format that most people download; two of them in the others, one with q, k and
 # v in one tensor.
@@ -80,7 +74,7 @@ def write_case(family: str, name: str, folder: Path) -> Path:
 @cache
 def reference(family: str, name: str, patched: bool = False) -> torch.Tensor:
     """What ComfyUI computes."""
-    with safe_open(DATA / OWN_FILES.get(family, FILE), framework="pt") as file:
+    with safe_open(FILE, framework="pt") as file:
         found: torch.Tensor = file.get_tensor(_key(family, name, patched))
     return found
 
@@ -89,7 +83,7 @@ def _key(family: str, name: str, patched: bool) -> str:
     return f"{family} {name}{' patched' if patched else ''}"
 
 
-def _make(files: Sequence[str]) -> None:
+def _make() -> None:
     from importlib.metadata import version
 
     from support.native import import_comfy, native_patcher
@@ -102,15 +96,12 @@ def _make(files: Sequence[str]) -> None:
     made_with = {"ComfyUI": comfyui_version.__version__} | {
         name: version(name) for name in packages
     }
-    results: dict[str, dict[str, torch.Tensor]] = {name: {} for name in files}
+    results: dict[str, torch.Tensor] = {}
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         cases = [*((family, PLAIN) for family in INPUTS), *CASES]
         todo = [(family, name, False) for family, name in cases]
         todo[10:10] = [(PATCHED_FAMILY, name, True) for name in (PLAIN, *PATCHED)]
         for family, name, patched in todo:
-            of_file = OWN_FILES.get(family, FILE)
-            if of_file not in results:
-                continue
             patcher = native_patcher(write_case(family, name, Path(folder)))
             if patched:
                 patcher, _ = comfy.sd.load_lora_for_models(patcher, None, lora(), STRENGTH, 0)
@@ -118,16 +109,15 @@ def _make(files: Sequence[str]) -> None:
             inputs = inputs_of(family)
             model = patcher.model.diffusion_model
             found = model(inputs.pop("x"), inputs.pop("timesteps"), **inputs)
-            exact = results[of_file].get(_key(family, PLAIN, patched), found)
+            exact = results.get(_key(family, PLAIN, patched), found)
             error = ((found - exact).norm() / exact.norm()).item()
             print(f"{_key(family, name, patched):32} {error:.4f} from plain", flush=True)
-            results[of_file][_key(family, name, patched)] = found.float().contiguous()
-    for of_file, found_there in results.items():
-        save_file(found_there, DATA / of_file, metadata={"made_with": json.dumps(made_with)})
-        print(f"{of_file}: {(DATA / of_file).stat().st_size} bytes, {made_with}")
+            results[_key(family, name, patched)] = found.float().contiguous()
+            FILE.parent.mkdir(exist_ok=True)
+            save_file(results, FILE, metadata={"made_with": json.dumps(made_with)})
+    print(f"{FILE}: {FILE.stat().st_size} bytes, {made_with}")
 
 
 if __name__ == "__main__":
-    asked = sys.argv[1:] or [FILE, *OWN_FILES.values()]
     sys.argv = sys.argv[:1]  # ComfyUI reads them, too
-    _make(asked)
+    _make()
