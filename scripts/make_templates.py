@@ -309,34 +309,6 @@ def flux2_edit() -> Nodes:
     return nodes
 
 
-def krea2() -> Nodes:
-    """Krea 2 Turbo, text to image: ComfyUI's own template, without what writes a longer prompt."""
-    base = "Comfy-Org/Krea-2/resolve/main"
-    model_name, encoder, vae_name = (
-        f"{name}.safetensors"
-        for name in ("krea2_turbo_fp8_scaled", "qwen3vl_4b_fp8_scaled", "qwen_image_vae")
-    )
-    return {
-        "model": loader(model_name, f"{base}/diffusion_models/{model_name}"),
-        "clip": clip("krea2", (encoder, f"{base}/text_encoders/{encoder}")),
-        "vae": vae(vae_name, f"{base}/vae/{vae_name}"),
-        "positive": prompt(CAT),
-        "negative": no_negative(),
-        "latent": empty_latent(1024),
-        "sampler": sampler("model", "positive", "latent", steps=8, cfg=1.0, sampler_name="euler"),
-        **picture("krea2"),
-    }
-
-
-def krea2_lora() -> Nodes:
-    """Krea 2 Turbo with a LoRA of a style, which its prompt names."""
-    nodes, name = krea2(), "krea2_darkbrush.safetensors"
-    nodes["lora"] = lora(name, f"Comfy-Org/Krea-2/resolve/main/loras/{name}")
-    nodes["sampler"].links["model"] = ("lora", 0)
-    nodes["positive"].widgets["text"] = f"{CAT}, monochrome ink wash style"
-    return nodes
-
-
 def qwen_image() -> Nodes:
     """Qwen-Image, text to image."""
     name = "qwen_image_fp8_e4m3fn.safetensors"
@@ -398,8 +370,6 @@ TEMPLATES = {
     "FLUX.1 Kontext - edit a picture": flux_edit,
     "FLUX.2 dev - text to image": flux2,
     "FLUX.2 dev - edit a picture": flux2_edit,
-    "Krea 2 Turbo - text to image": krea2,
-    "Krea 2 Turbo - with a LoRA": krea2_lora,
     "Qwen-Image - text to image": qwen_image,
     "Qwen-Image - with a LoRA": qwen_image_lora,
     "Qwen-Image-Edit - edit a picture": qwen_image_edit,

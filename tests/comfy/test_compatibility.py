@@ -16,7 +16,7 @@ from PIL import Image
 from support.comfy_history import History, PromptError
 from support.comfy_server import ComfyServer
 from support.compatibility import (
-    KNOWN,
+    FAMILIES,
     NEWER,
     PICTURE,
     FailsInStock,
@@ -61,7 +61,7 @@ def node_info(comfy_server: ComfyServer) -> NodeInfo:
     write_tiny_wan_vae(models)
     write_tiny_flux2_vae(models)
     _write_hypernetwork(models / "hypernetworks" / "tiny.pt")
-    for seed, family in enumerate(KNOWN):
+    for seed, family in enumerate(FAMILIES):
         family.write(models / "diffusion_models" / family.file)
         if family.write_controlnet:
             family.write_controlnet(models / "controlnet" / family.file)
@@ -122,7 +122,7 @@ def _choices(declared: list[Any]) -> set[str]:
 
 
 @pytest.mark.parametrize("method", ["none", "auto", "latent2rgb", "taesd"])
-@pytest.mark.parametrize("family", KNOWN, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_previews(
     comfy_server: ComfyServer, node_info: NodeInfo, family: Family, method: str
 ) -> None:

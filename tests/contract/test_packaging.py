@@ -57,7 +57,7 @@ def test_every_template_has_a_picture() -> None:
     folder = REPOSITORY / "example_workflows"
     templates = {path.stem for path in folder.glob("*.json")}
     assert templates == {path.stem for path in folder.glob("*.jpg")}
-    assert len(templates) == 12
+    assert len(templates) == 10
 
 
 def test_every_help_page_shows_its_node() -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from support.newer import is_known, is_newer
+from support.newer import is_newer
 from support.paths import comfyui_path
 from support.tiny_controlnets import CONTROLNETS
 from support.tiny_models import write_tiny
@@ -54,11 +54,6 @@ class Family:
         )
 
     @property
-    def is_newer(self) -> bool:
-        """Whether only newer releases of ComfyUI know it."""
-        return is_newer(self.name)
-
-    @property
     def file(self) -> str:
         return f"compatibility_{self.name}.safetensors"
 
@@ -77,14 +72,10 @@ class Family:
         return CONTROLNETS.get(self.name)
 
 
-# Those whose latents come alone: with a sound's beside them they need other nodes, and have tests
-# of their own.
+# Those of 0.3.75: nothing can be expected there of a family that only newer releases know.
 FAMILIES = tuple(
-    Family.of(family)
-    for family in models.families().values()
-    if not family.small.all_inputs["x"].besides
+    Family.of(family) for name, family in models.families().items() if not is_newer(name)
 )
-KNOWN = tuple(family for family in FAMILIES if is_known(family.name))  # to the ComfyUI of the tests
 
 # --- what is expected ----------------------------------------------------------------------------
 
@@ -254,8 +245,7 @@ def all_of(*edits: Edit) -> Edit:
 
 def share(values: Iterable[str], family: Family) -> list[str]:
     """The model's share of them: each is tested with one of the models."""
-    among = KNOWN if family in KNOWN else FAMILIES
-    return list(values)[among.index(family) :: len(among)]
+    return list(values)[FAMILIES.index(family) :: len(FAMILIES)]
 
 
 def each_value(name: str, values: Sequence[str]) -> Edit:

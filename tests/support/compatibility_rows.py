@@ -589,12 +589,10 @@ _AREA = {
     "flux2": Same(),
     "qwen_image": FailsInStock("sampler"),
     "wan": FailsInStock("sampler"),
-    "krea2": FailsInStock("sampler"),
 }
 _COMPOSITE = _AREA | {
     "qwen_image": FailsInStock("LatentCompositeMasked after latent"),
     "wan": FailsInStock("LatentCompositeMasked after latent"),
-    "krea2": FailsInStock("LatentCompositeMasked after latent"),
 }
 
 LATENTS = (
@@ -629,7 +627,6 @@ _NOT_READ = {
     "flux2": Same(),
     "qwen_image": NoEffect(),
     "wan": NoEffect(),
-    "krea2": NoEffect(),
 }
 _REFERENCES = {
     "z_image": NoEffect(),
@@ -637,9 +634,7 @@ _REFERENCES = {
     "flux2": Same(),
     "qwen_image": Same(),
     "wan": NoEffect(),
-    "krea2": Same(),
 }
-_BY_DEFAULT = _REFERENCES | {"krea2": NoEffect()}  # which looks at them only by some method
 _SKIPPED = {
     "z_image": NoEffect(),
     "flux": Same(),
@@ -653,8 +648,8 @@ _CONTROL = {"flux": Same(), "qwen_image": Same()}
 CONDITIONING = (
     Row("`FluxGuidance`", on_positive("FluxGuidance", guidance=2.0), expect=_NOT_READ),
     Row("`FluxDisableGuidance`", on_positive("FluxDisableGuidance"), expect=_NOT_READ),
-    Row("`ReferenceLatent`, one", _references(1), expect=_BY_DEFAULT, newer=_OMNI),
-    Row("`ReferenceLatent`, two", _references(2), expect=_BY_DEFAULT, newer=_OMNI),
+    Row("`ReferenceLatent`, one", _references(1), expect=_REFERENCES, newer=_OMNI),
+    Row("`ReferenceLatent`, two", _references(2), expect=_REFERENCES, newer=_OMNI),
     *(
         Row(
             f"`FluxKontextMultiReferenceLatentMethod`, {method}",
@@ -738,7 +733,6 @@ _SKIPPED = {
     "flux": Same(),
     "flux2": Same(),
     "qwen_image": Same(),
-    "krea2": NoEffect(),
 }
 GUIDANCE = (
     *(
@@ -773,7 +767,6 @@ GUIDANCE = (
             "z_image": NoEffect(),
             "flux": Refused("sampler", ("NAGuidance", "nodes_nag", "attention layers")),
             "qwen_image": NoEffect(),
-            "krea2": Refused("sampler", ("NAGuidance", "nodes_nag", "attention layers")),
         },
     ),
     # Its singular vectors make more of what rounding differs in, at every step anew.
@@ -820,7 +813,6 @@ GUIDANCE = (
             "flux2": FailsInStock("sampler"),
             "qwen_image": NoEffect(),
             "wan": NoEffect(),
-            "krea2": NoEffect(),
         },
     ),
 )
@@ -831,13 +823,11 @@ _WAN_WINDOWS = {
     "flux2": Same(),
     "qwen_image": NoEffect(),
     "wan": Same(),
-    "krea2": NoEffect(),
 }
 _SCALE_ROPE = _WAN_WINDOWS
 # Newer releases of ComfyUI have these models call patches of attention layers.
 _ATTENTION_PATCHES = dict.fromkeys(
-    ("flux", "qwen_image", "krea2"),
-    Refused("sampler", ("Python function", "attention layers"), False),
+    ("flux", "qwen_image"), Refused("sampler", ("Python function", "attention layers"), False)
 )
 MODEL = (
     Row("`ModelSamplingFlux`", on_model("ModelSamplingFlux", width=64, height=64)),
@@ -887,7 +877,6 @@ MODEL = (
         newer={
             "flux": Refused("sampler", ("nodes_flux", "Remove or bypass")),
             "qwen_image": Refused("sampler", ("nodes_flux", "Remove or bypass")),
-            "krea2": Refused("sampler", ("nodes_flux", "Remove or bypass")),
         },
     ),
     Row("`HyperTile`", on_model("HyperTile"), expect=NoEffect(), newer=_ATTENTION_PATCHES),
@@ -938,12 +927,6 @@ WEIGHTS = (
         "`ModelMergeWAN2_1`",
         _merged("ModelMergeWAN2_1"),
         expect={"wan": Refused("sampler", ("ModelMerge",))},
-    ),
-    Row(
-        "`ModelMergeKrea2`",
-        _merged("ModelMergeKrea2"),
-        expect={},
-        newer={"krea2": Refused("sampler", ("ModelMerge",))},
     ),
     Row(
         "any of them, our model as the second",
@@ -1022,6 +1005,7 @@ ELSEWHERE = {
     "ModelMergeSDXL": _MERGES,
     "LoraLoaderBypass": _BYPASSES,
     "LoraLoaderBypassModelOnly": _BYPASSES,
+    "ModelMergeKrea2": _MERGES,
     "ZImageFunControlnet": "a ControlNet that is a model patch: clear error",
     **dict.fromkeys(_OF_OTHER_MODELS, "made for another model (newer releases)"),
     "MultiGPU_WorkUnits": "copies the model to other GPUs: clear error where there are any",

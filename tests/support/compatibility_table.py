@@ -25,7 +25,7 @@ END = "<!-- end of what is written -->"
 def tables() -> str:
     """A table for each section, and one of the nodes without a workflow, in Markdown."""
     parts = []
-    heads = [f"{family.label}{' (0.33)' * family.is_newer}" for family in FAMILIES]
+    heads = [family.label for family in FAMILIES]
     for title, rows in SECTIONS.items():
         cells = [[row.title, *_cells(row)] for row in rows]
         parts.append(f"### {title}\n\n{_table(['workflow with', *heads], cells)}")
@@ -51,8 +51,6 @@ def _cells(row: Row) -> list[str]:
 def _cell(row: Row, family: Family) -> str:
     """What is expected on 0.3.75, and on newer releases where that is something else."""
     older, newer = row.expected(family), row.expected(family, newer=True)
-    if family.is_newer:
-        return newer.cell if newer else "–"
     cell = older.cell if older else "–"
     return f"{cell}; 0.33: {newer.cell}" if newer and newer != older else cell
 

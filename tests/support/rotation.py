@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import pytest
 
-from support.compatibility import KNOWN, NEWER, Family, Row
+from support.compatibility import FAMILIES, NEWER, Family, Row
 from support.compatibility_rows import ROWS
 from support.paths import REPOSITORY
 
@@ -87,7 +87,7 @@ def rotates(row: Row) -> bool:
 
     A row whose workflow differs (each model its share of the samplers, say) runs on all of them.
     """
-    workflows = {tuple(sorted(row.prompt(family))) for family in KNOWN}
+    workflows = {tuple(sorted(row.prompt(family))) for family in FAMILIES}
     alike = not isinstance(row.expect, Mapping) and not isinstance(row.newer, Mapping)
     return alike and len(workflows) == 1
 
@@ -96,8 +96,8 @@ def cases(commit: str | None) -> list[tuple[Family, Row]]:
     """The rows to run at a commit, each with its model; `None`: every row on every model."""
     return [
         (family, row)
-        for family in KNOWN
+        for family in FAMILIES
         for row in ROWS
         if row.expected(family, NEWER)
-        if commit is None or not rotates(row) or chosen(KNOWN, row.name, commit) is family
+        if commit is None or not rotates(row) or chosen(FAMILIES, row.name, commit) is family
     ]

@@ -27,7 +27,6 @@ def write_template_models(models: Path) -> None:
     for name in ("qwen_image_fp8_e4m3fn", "qwen_image_edit_2509_fp8_e4m3fn"):
         write_tiny("qwen_image", diffusion / f"{name}.safetensors")
     write_flux2_template_models(models)
-    write_krea2_template_models(models)
     _write_text_encoders(models / "text_encoders")
     _write_vaes(models)
     _write_loras(models / "loras")

@@ -9,7 +9,6 @@ import pytest
 
 from support.comfy_page import ComfyPage
 from support.comfy_server import PACK_FOLDER
-from support.newer import is_known
 from support.paths import REPOSITORY
 from support.workflows import Prompt
 
@@ -30,8 +29,6 @@ def small(prompt: Prompt) -> Prompt:
 @pytest.mark.rotates(3)
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
 def test_a_template_opens_and_runs(web: ComfyPage, template: Path) -> None:
-    if template.stem.startswith("Krea 2") and not is_known("krea2"):
-        pytest.skip("this ComfyUI has no Krea 2")
     web.load(json.loads(template.read_text()))
     unknown = web.page.evaluate(
         "app.graph.nodes.map(({ type }) => type)"
