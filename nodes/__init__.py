@@ -9,7 +9,7 @@ they are forked from when a loader does, or with ComfyUI if the settings say so.
     sampler.py, runtime_nodes.py              the other nodes
     placement.py, gpu_count.py, layouts.py    what a person asks about GPUs, and what it means here
     model.py                                  makes MODELs, out of:
-      skeleton.py                               ComfyUI's own model of a file, without its weights
+      skeleton.py, absent.py                    ComfyUI's own model of a file, without its weights
       proxy.py, arguments.py                    the module whose forward runs on the ranks
       patcher.py                                what ComfyUI loads, frees, clones and patches
     unsupported.py, origins.py                the refusals; whose code is refused

@@ -2,8 +2,8 @@
 
 What ComfyUI's stock loader does (`load_diffusion_model_state_dict` in comfy/sd.py), step by step,
 on a state dict whose large tensors are on the meta device and without the scales of quantised
-weights: its layers compute nothing. The model is the standard BaseModel of the running ComfyUI, so
-samplers, latent formats and LoRA key maps are its own.
+weights. The model is the standard BaseModel of the running ComfyUI, so samplers, latent formats and
+LoRA key maps are its own; who computes with its weights gets an error (`absent.py`).
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,6 +22,7 @@ from ..tp_runtime.client import (
     CheckpointInfo,
     open_checkpoint,
 )
+from .absent import make_absent
 from .unsupported import reading_weights
 
 # Tensors below this size are read: model detection looks at their values.
@@ -39,6 +40,7 @@ def build_skeleton(info: CheckpointInfo, dtype: torch.dtype | None) -> Any:
     _set_dtypes(config, info, state_dict, dtype)
     model = config.get_model(state_dict, "", device="meta")
     _assign_tensors(info, model, state_dict)
+    make_absent(model.diffusion_model)
     model.device = comfy.model_management.unet_offload_device()
     model.state_dict_for_saving = _refuse_saving
     return model.eval()

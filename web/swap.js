@@ -10,8 +10,6 @@ import { showError, toast } from "./toast.js";
 
 const OURS = { UNETLoader: "TPLoadDiffusionModel", CheckpointLoaderSimple: "TPLoadCheckpoint" };
 const STOCK = Object.fromEntries(Object.entries(OURS).map(([stock, ours]) => [ours, stock]));
-const DTYPE = "weight_dtype";
-const AS_STOCK = "default"; // a stock loader without that input does the same
 const OF_A_PACK = ["cnr_id", "aux_id", "ver"]; // properties that say which pack a node is of
 
 const toOurs = (node) => known(OURS[node.type]);
@@ -87,15 +85,13 @@ function disconnectLost(node, made) {
 function replace(saved, node, made) {
   const names = inputNames(made);
   const lost = [];
-  const gone = node.widgets.find(({ name }) => name === DTYPE && !names.includes(name));
-  if (gone && gone.value !== AS_STOCK) lost.push(lostValue(DTYPE, gone.value, AS_STOCK));
   const valueOf = (widget) => {
     const before = node.widgets.find(({ name }) => name === widget.name);
     if (before === undefined) return countOf(widget);
     const choices = widget.options?.values;
     // Names of files are checked where they are used: a file may be missing here.
-    if (widget.name !== DTYPE || choices.includes(before.value)) return before.value;
-    lost.push(lostValue(DTYPE, before.value, widget.value));
+    if (widget.name !== "weight_dtype" || choices.includes(before.value)) return before.value;
+    lost.push(text("swap.lost", { name: widget.name, before: before.value, after: widget.value }));
     return widget.value;
   };
   saved.widgets_values = made.widgets.filter(saves).map(valueOf);
@@ -105,8 +101,6 @@ function replace(saved, node, made) {
   saved.properties = { ...saved.properties, ...made.properties };
   return lost;
 }
-
-const lostValue = (name, before, after) => text("swap.lost", { name, before, after });
 
 function countOf({ name, value }) {
   return name === "gpu_count" ? (app.extensionManager.setting.get(DEFAULT_COUNT) ?? value) : value;

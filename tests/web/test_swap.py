@@ -122,31 +122,6 @@ def test_the_whole_workflow(web: ComfyPage) -> None:
 
 
 @both_frontends
-def test_a_checkpoint(web: ComfyPage) -> None:
-    """Its three outputs stay connected; what the stock loader cannot have is said."""
-    prompt = stock_prompt() | {
-        "model": node("CheckpointLoaderSimple", ckpt_name="some.safetensors"),
-        "positive": node("CLIPTextEncode", clip=["model", 1], text="a circle"),
-        "decoded": node("VAEDecode", samples=["sampler", 0], vae=["model", 2]),
-    }
-    web.load_prompt(prompt)
-    before = web.prompt()
-    web.run_command("TensorParallel.UseInWorkflow")
-    web.page.wait_for_function("app.graph.nodes.some(({ type }) => type === 'TPLoadCheckpoint')")
-    swapped = web.prompt()
-    (name,) = [name for name in swapped if swapped[name] != before[name]]
-    assert swapped[name]["class_type"] == "TPLoadCheckpoint"
-    assert swapped[name]["inputs"]["ckpt_name"] == "some.safetensors"
-    web.page.evaluate(
-        "app.graph.nodes.find(({ type }) => type === 'TPLoadCheckpoint')"
-        ".widgets.find(({ name }) => name === 'weight_dtype').value = 'bf16'"
-    )
-    web.run_command("TensorParallel.UseStockInWorkflow")
-    web.page.get_by_text("weight_dtype: bf16 → default").last.wait_for()
-    assert web.prompt() == before
-
-
-@both_frontends
 def test_tp_samplers_go_with_their_loader(web: ComfyPage) -> None:
     web.load_prompt(text_to_latent(tp_loader(MODEL, 2), "TPSampler", Sampling(seed=9)))
     web.run_command("TensorParallel.UseStockInWorkflow")
