@@ -48,7 +48,9 @@ def remote_inputs(
             plain = _plain_argument(value, name, code.words)
             if not _is_absent(plain):
                 inputs[name] = plain
-    plain_options = dict(_plain_options(given_options, code, options))
+    plain_options = dict(
+        _plain_options(given_options, code.options - {*unused}, code.words, options)
+    )
     has_references = bool(named.get("ref_latents"))
     if skipped := skipped_blocks(given_options, code.words, has_references):
         plain_options["skip_blocks"] = skipped
@@ -95,10 +97,13 @@ def _plain_argument(value: Any, where: str, words: frozenset[str], depth: int = 
 
 
 def _plain_options(
-    options: Mapping[Any, Any], code: NativeCode, supported: Collection[str]
+    options: Mapping[Any, Any],
+    read: frozenset[str],
+    words: frozenset[str],
+    supported: Collection[str],
 ) -> Iterator[tuple[str, dict[str, float]]]:
     """Of `transformer_options`, what the native model computes with: dictionaries of numbers."""
-    for name in sorted(code.options - set(_PATCHES)):
+    for name in sorted(read - set(_PATCHES)):
         value = options.get(name)
         if value is None:
             continue
@@ -108,7 +113,7 @@ def _plain_options(
             raise python_code_in_options(name, value)
         if not isinstance(value, Mapping) or name not in supported:
             raise unknown_option(name, value)
-        known = {key: number for key, number in value.items() if key in code.words}
+        known = {key: number for key, number in value.items() if key in words}
         if found := {key: _number(number, f"{name}.{key}") for key, number in known.items()}:
             yield name, found
 

@@ -17,6 +17,7 @@ LINEARS = {
     "flux": 19 * 14 + 38 * 6 + 10,
     "flux2": 8 * 12 + 48 * 2 + 11,
     "qwen_image": 60 * 14 + 6,
+    "qwen_image_21": 32 * 7 + 8,
     "wan": 40 * 10 + 6,
 }
 VALID_SIZES = {
@@ -24,6 +25,7 @@ VALID_SIZES = {
     "flux": (1, 2, 3, 4, 5, 6, 8),
     "flux2": (1, 2, 3, 4, 5, 6, 7, 8),
     "qwen_image": (1, 2, 3, 4, 5, 6, 8),
+    "qwen_image_21": (1, 2, 3, 4, 5, 6, 7, 8),
     "wan": (1, 2, 3, 4, 5, 6, 7, 8),
 }
 SIZED = [(name, size) for name, sizes in VALID_SIZES.items() for size in sizes]

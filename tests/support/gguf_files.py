@@ -23,6 +23,7 @@ ARCHITECTURES = {
     "flux": "flux",
     "flux2": "flux",
     "qwen_image": "qwen_image",
+    "qwen_image_21": "qwen_image21",
     "wan": "wan",
 }
 KEPT_ELEMENTS = 1024  # converters leave small tensors alone

@@ -1,17 +1,19 @@
 """What classes of newer releases of ComfyUI compute, stored for tests on a release without them.
 
-    COMFYUI_PATH=CHECKOUT PYTHON tests/support/newer_references.py
+    COMFYUI_PATH=CHECKOUT PYTHON tests/support/newer_references.py [FAMILY ...]
 
-computes every case on tiny files with the classes of that checkout, and writes the results below
-`tests/data`. PYTHON has the packages of that ComfyUI. Weights and inputs are made again from their
-seeds wherever they are needed (`support.tiny_models`, `support.inputs`).
+computes every case (of these families) on tiny files with the classes of that checkout, and writes
+the results below `tests/data`. PYTHON has the packages of that ComfyUI. Weights and inputs are made
+again from their seeds wherever they are needed (`support.tiny_models`, `support.inputs`).
 """
 
+import contextlib
 import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 if __name__ == "__main__":  # its own folder is on the path then, which is no place to import from
     TESTS = Path(__file__).resolve().parents[1]
@@ -33,6 +35,16 @@ _REFERENCES = {"references": ((9, 8), (16, 12), (6, 30)), "height": 12, "width":
 _EDIT_2511, _LAYERED = {"zero_time": True}, {"added_time": True}
 _MASK = torch.tensor([[1] * 20, [1] * 13 + [0] * 7])
 _AT_ZERO = {"ref_latents_method": "index_timestep_zero"}
+
+# Such that bf16, to which the model rounds 1000 t and t, does not change: then it is the arithmetic
+# that differs from fp32's.
+_EXACT_TIMES = {"timesteps": torch.tensor([0.5])}
+_SMALL = {"height": 6, "width": 7}
+_SLOTS = _SMALL | {"references": ((5, 4), (8, 6), (3, 9)), "image_slots": [3, 3, 11]}
+
+# Their class gives attention a mask of truth values, which ComfyUI's attention for CPUs adds to the
+# scores as ones and zeros. Here it is torch's, as on GPUs.
+WITH_ATTENTION_OF_TORCH = ("qwen_image_21",)
 
 # Family → case → changes of the tiny model's sizes, and arguments of `make_inputs`.
 Case = tuple[Mapping[str, Any], Mapping[str, Any]]
@@ -74,6 +86,39 @@ CASES: dict[str, dict[str, Case]] = {
         ),
         "captions of different lengths": ({}, {"batch": 2, "attention_mask": _MASK}),
     },
+    "qwen_image_21": {
+        "text to image": ({}, _EXACT_TIMES | {"height": 8, "width": 8}),
+        "times that bf16 rounds": ({}, _SMALL | {"timesteps": torch.tensor([0.7131])}),
+        "odd sizes, gate and up apart": (
+            {"fused": False},
+            _EXACT_TIMES | {"height": 7, "width": 9, "length": 33},
+        ),
+        "batch of 3": (
+            {},
+            {"batch": 3, "height": 4, "width": 6, "length": 1}
+            | {"timesteps": torch.tensor([1.0, 0.5, 0.25])},
+        ),
+        "references behind the text": (
+            {},
+            _EXACT_TIMES | _SMALL | {"references": ((5, 4), (8, 6))},
+        ),
+        "references in the text": ({}, _EXACT_TIMES | _SLOTS),
+        "references at its ends, batch": (
+            {},
+            _SMALL
+            | {"references": ((5, 4), (8, 6)), "image_slots": [0, 20], "batch": 2}
+            | {"timesteps": torch.tensor([0.5, 0.25])},
+        ),
+        "fewer places than references": (
+            {},
+            _EXACT_TIMES | _SMALL | {"references": ((5, 4), (4, 6)), "image_slots": [7]},
+        ),
+        "more places than references": (
+            {},
+            _EXACT_TIMES | _SMALL | {"references": ((5, 4),), "image_slots": [7, 9]},
+        ),
+        "places without references": ({}, _EXACT_TIMES | _SMALL | {"image_slots": [7, 9]}),
+    },
 }
 
 
@@ -101,8 +146,13 @@ def _name(case: str, dtype: torch.dtype) -> str:
 def _computed(family: str, case: str, dtype: torch.dtype, folder: Path) -> torch.Tensor:
     path = write_tiny(family, folder / "tiny.safetensors", **CASES[family][case][0])
     inputs = inputs_of(family, case, dtype)
-    with torch.inference_mode():
-        model = native_model(path, dtype)
+    model = native_model(path, dtype)
+    attention: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if family in WITH_ATTENTION_OF_TORCH:
+        from comfy.ldm.modules.attention import attention_pytorch
+
+        attention = mock.patch(f"{type(model).__module__}.optimized_attention", attention_pytorch)
+    with torch.inference_mode(), attention:
         found: torch.Tensor = model(inputs.pop("x"), inputs.pop("timesteps"), **inputs)
     return found.contiguous()
 
@@ -115,10 +165,10 @@ def main() -> None:
     DATA.mkdir(exist_ok=True)
     about = {"comfyui": __version__, "torch": torch.__version__, "made_by": Path(__file__).name}
     with tempfile.TemporaryDirectory() as folder:
-        for family, cases in CASES.items():
+        for family in sys.argv[1:] or CASES:
             results = {
                 _name(case, dtype): _computed(family, case, dtype, Path(folder))
-                for case in cases
+                for case in CASES[family]
                 for dtype in DTYPES
             }
             save_file(results, _path(family), metadata=about)

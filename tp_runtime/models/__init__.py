@@ -13,13 +13,22 @@ from .family import Family
 from .flux.family import FAMILY as FLUX
 from .flux2.family import FAMILY as FLUX2
 from .qwen_image.family import FAMILY as QWEN_IMAGE
+from .qwen_image_21.family import FAMILY as QWEN_IMAGE_21
 from .wan.family import FAMILY as WAN
 from .z_image.family import FAMILY as Z_IMAGE
 
 
 def families() -> dict[str, Family]:
     """Every family, by its name. Raises ImportError for a package that is not there."""
-    found = [Z_IMAGE, FLUX, FLUX2, QWEN_IMAGE, WAN, *map(_elsewhere, family_packages())]
+    found = [
+        Z_IMAGE,
+        FLUX,
+        FLUX2,
+        QWEN_IMAGE,
+        QWEN_IMAGE_21,
+        WAN,
+        *map(_elsewhere, family_packages()),
+    ]
     return {family.name: family for family in found}
 
 

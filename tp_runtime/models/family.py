@@ -266,7 +266,7 @@ class Sizes:
 
     @property
     def unused_inputs(self) -> tuple[str, ...]:
-        """Arguments of ComfyUI's forward that it does nothing with in this model."""
+        """Arguments of ComfyUI's forward, and keys of its options, without effect in this model."""
         return ()
 
     @property

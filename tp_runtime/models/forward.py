@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from ..errors import InputError
 from ..fault_points import reach
@@ -18,7 +19,7 @@ MEMO_BYTES = 4 * 2**30
 # What a generation's evaluations differ in, beside the latent.
 _PER_EVALUATION = ("control",)
 
-Conditioning = dict[str, Any]  # tensors, and plain data that changes what is computed
+Conditioning = dict[str, Any]  # tensors, lists of them, and plain data that changes the result
 
 
 class Collectives(Protocol):
@@ -41,6 +42,13 @@ class Reduction(Protocol):
     ) -> torch.Tensor:
         """The second result of ``join``."""
         ...
+
+
+def memo_bytes(device: torch.device) -> int:
+    """How much memory what is remembered may take: 4 GiB, or an eighth of a larger GPU's."""
+    if device.type != "cuda":
+        return MEMO_BYTES
+    return max(MEMO_BYTES, torch.cuda.get_device_properties(device).total_memory // 8)
 
 
 class Memo:
@@ -69,7 +77,7 @@ class Memo:
 
 
 def _num_bytes(conditioning: Conditioning) -> int:
-    return sum(one.nbytes for one in conditioning.values() if isinstance(one, torch.Tensor))
+    return sum(x.nbytes for x in pytree.tree_leaves(conditioning) if isinstance(x, torch.Tensor))
 
 
 class ShardedForward:
