@@ -6,7 +6,7 @@ weights: its layers compute nothing. The model is the standard BaseModel of the 
 samplers, latent formats and LoRA key maps are its own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any, NoReturn
 
 import comfy.model_detection
@@ -80,6 +80,7 @@ def _model_config(info: CheckpointInfo, state_dict: Mapping[str, torch.Tensor]) 
         state_dict, "", metadata=dict(info.metadata)
     )
     if detected is None:
+        _refuse_newer(info, info.tensors.keys())
         raise CheckpointError(
             f"This ComfyUI does not know the {info.label} model of {info.path}. Update ComfyUI."
         )
@@ -141,12 +142,7 @@ def _assign_tensors(
     strange = [
         name for name in tensors if name not in own or own[name].shape != tensors[name].shape
     ] + sorted(extra.keys() & own.keys())
-    for name in info.family.newer.keys() & set(strange):
-        variant, version = info.family.newer[name]
-        raise CheckpointError(
-            f"{info.path} is a {variant} file (it has the tensor {name}), which this ComfyUI does "
-            f"not know. Update ComfyUI: {version} knows it."
-        )
+    _refuse_newer(info, set(strange))
     if strange:
         raise CheckpointError(
             f"This ComfyUI builds {info.label} differently from the file {info.path}: "
@@ -154,3 +150,13 @@ def _assign_tensors(
             "pack, or load the file with the stock 'Load Diffusion Model' node."
         )
     model.diffusion_model.load_state_dict(tensors, strict=False, assign=True)
+
+
+def _refuse_newer(info: CheckpointInfo, unknown: Set[str]) -> None:
+    """Raises CheckpointError if one of these tensors is of a variant that newer releases know."""
+    for name in info.family.newer.keys() & unknown:
+        variant, version = info.family.newer[name]
+        raise CheckpointError(
+            f"{info.path} is a {variant} file (it has the tensor {name}), which this ComfyUI does "
+            f"not know. Update ComfyUI: {version} knows it."
+        )

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from support.native import native_families
 from support.pack import pack_module
 from support.tiny_models import write_tiny
 from tp_runtime import models
@@ -52,7 +53,7 @@ def native_inputs(native: type) -> set[str]:
     return found - {"self"}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", native_families())
 def test_every_input_of_the_native_class_is_known(
     loading: ModuleType, family: str, tmp_path: Path
 ) -> None:

@@ -12,17 +12,26 @@ import torch
 from parity.conftest import FP32_TOLERANCE, Remote, relative_error
 
 from support.inputs import make_inputs
-from support.newer_references import CASES, expected, inputs_of
-from support.tiny_models import tiny, write_tiny
-from tp_runtime.client import InputError, SizeError, inspect_checkpoint
+from support.native import native_families
+from support.newer_references import CASES, STORED_AS, expected, inputs_of, write_case
+from support.pack import pack_module
+from support.tiny_models import tiny
+from tp_runtime.client import CheckpointError, InputError, SizeError, inspect_checkpoint
 
 pytestmark = pytest.mark.process
 
 FAMILY = "qwen_image_21"
 EACH = CASES[FAMILY]
+PLAIN = [case for case, (changes, _) in EACH.items() if STORED_AS not in changes]
 ROUNDED = "times that bf16 rounds"
 ELSEWHERE = ("odd sizes, gate and up apart", "references in the text")
-SIZED = [*((2, case) for case in EACH), *((n, case) for n in (1, 3, 4, 5) for case in ELSEWHERE)]
+SIZED = [*((2, case) for case in PLAIN), *((n, case) for n in (1, 3, 4, 5) for case in ELSEWHERE)]
+# Format → the same inputs without it.
+QUANTISED = {
+    "int8_convrot": "references in the text",
+    "int8_convrot, gate and up apart": "references in the text, gate and up apart",
+    "fp8": "references in the text",
+}
 
 Written = Callable[..., Path]
 
@@ -34,7 +43,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
 
     def write(**changes: Any) -> Path:
         path = folder / f"{'-'.join(map(str, changes.values())) or 'tiny'}.safetensors"
-        return path if path.is_file() else write_tiny(FAMILY, path, **changes)
+        return path if path.is_file() else write_case(FAMILY, path, changes)
 
     return write
 
@@ -53,15 +62,36 @@ def test_fp32(written: Written, remote: Remote, tp_size: int, case: str) -> None
 def test_bf16_is_as_close_as_comfyui(written: Written, remote: Remote, tp_size: int) -> None:
     """Over all cases in which bf16 does not change the time."""
     ours = theirs = 0.0
-    for case, (changes, _) in EACH.items():
+    for case in PLAIN:
         if case == ROUNDED:
             continue
-        model = remote(written(**changes), tp_size, torch.bfloat16)
+        model = remote(written(**EACH[case][0]), tp_size, torch.bfloat16)
         comfy = expected(FAMILY, case, torch.bfloat16)
         found = model.evaluate(inputs_of(FAMILY, case, torch.bfloat16))
         ours += relative_error(found, comfy) ** 2
         theirs += relative_error(comfy, expected(FAMILY, case, torch.float32)) ** 2
     assert ours <= theirs
+
+
+@pytest.mark.rotates(3)
+@pytest.mark.parametrize(("tp_size", "case"), [(n, case) for n in (1, 2, 4) for case in QUANTISED])
+def test_quantised(written: Written, remote: Remote, tp_size: int, case: str) -> None:
+    """fp8 is equal to ComfyUI's; int8 is no further from the plain model than ComfyUI's."""
+    found = remote(written(**EACH[case][0]), tp_size).evaluate(
+        inputs_of(FAMILY, case, torch.float32)
+    )
+    comfy = expected(FAMILY, case, torch.float32)
+    exact = expected(FAMILY, QUANTISED[case], torch.float32)
+    apart, ours, theirs = (
+        relative_error(*both) for both in ((found, comfy), (found, exact), (comfy, exact))
+    )
+    print(f"{case} on {tp_size}: {apart:.1e} from ComfyUI's, {ours:.4f} from plain ({theirs:.4f})")
+    assert 1e-3 < theirs < 0.5
+    if case == "fp8":
+        assert apart <= FP32_TOLERANCE
+    else:
+        assert ours <= 1.05 * theirs
+        assert apart <= (0.35 if tp_size == 1 else 1.4) * theirs
 
 
 def test_the_time_is_rounded_as_comfyui_does(written: Written, remote: Remote) -> None:
@@ -127,6 +157,16 @@ def test_sizes(written: Written) -> None:
     assert info.valid_tp_sizes() == (1, 2, 3, 4, 5, 6, 8)
     with pytest.raises(SizeError, match="num_heads=24 would have to be padded to 28"):
         info.check_tp_size(7)
+
+
+@pytest.mark.skipif(FAMILY in native_families(), reason="this ComfyUI has a class for it")
+def test_a_comfyui_without_the_class_is_told_which_has_it(written: Written) -> None:
+    info = inspect_checkpoint(str(written()))
+    with (
+        pack_module("nodes.skeleton") as skeleton,
+        pytest.raises(CheckpointError, match=r"is a Qwen-Image-2.1 file .*Update ComfyUI: 0.37"),
+    ):
+        skeleton.build_skeleton(info, None)
 
 
 LATENT = torch.zeros(1, 64, 4, 4)

@@ -39,6 +39,7 @@ MODELS = [
     "flux",
     "flux2",
     "qwen_image",
+    "qwen_image_21",
     "wan",
     "z_image",
 ]

@@ -8,6 +8,19 @@ import torch
 from safetensors import safe_open
 
 from support.paths import comfyui_path
+from tp_runtime.models import families
+
+# Families that ComfyUI 0.3.75 has no class for → where newer releases have it.
+NEWER_CLASSES = {"qwen_image_21": "comfy/ldm/qwen_image21"}
+
+
+def native_families() -> list[str]:
+    """The families that the running ComfyUI has a class for."""
+    return [
+        name
+        for name in families()
+        if name not in NEWER_CLASSES or (comfyui_path() / NEWER_CLASSES[name]).is_dir()
+    ]
 
 
 def import_comfy() -> None:
@@ -22,6 +35,9 @@ def import_comfy() -> None:
     from comfy.cli_args import args
 
     args.cpu = True
+    from support.comfy_pack.attention import mend_attention
+
+    mend_attention()
 
 
 def native_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:

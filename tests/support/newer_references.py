@@ -7,13 +7,11 @@ the results below `tests/data`. PYTHON has the packages of that ComfyUI. Weights
 again from their seeds wherever they are needed (`support.tiny_models`, `support.inputs`).
 """
 
-import contextlib
 import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 if __name__ == "__main__":  # its own folder is on the path then, which is no place to import from
     TESTS = Path(__file__).resolve().parents[1]
@@ -24,12 +22,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from support.inputs import make_inputs
-from support.native import import_comfy, native_model
+from support.native import import_comfy, native_model, native_patcher
 from support.paths import REPOSITORY
 from support.tiny_models import tiny, write_tiny
 
 DATA = REPOSITORY / "tests" / "data"
 DTYPES = (torch.float32, torch.bfloat16)
+STORED_AS = "stored_as"
 
 _REFERENCES = {"references": ((9, 8), (16, 12), (6, 30)), "height": 12, "width": 15}
 _EDIT_2511, _LAYERED = {"zero_time": True}, {"added_time": True}
@@ -42,11 +41,8 @@ _EXACT_TIMES = {"timesteps": torch.tensor([0.5])}
 _SMALL = {"height": 6, "width": 7}
 _SLOTS = _SMALL | {"references": ((5, 4), (8, 6), (3, 9)), "image_slots": [3, 3, 11]}
 
-# Their class gives attention a mask of truth values, which ComfyUI's attention for CPUs adds to the
-# scores as ones and zeros. Here it is torch's, as on GPUs.
-WITH_ATTENTION_OF_TORCH = ("qwen_image_21",)
-
-# Family → case → changes of the tiny model's sizes, and arguments of `make_inputs`.
+# Family → case → changes of the tiny model's sizes, and arguments of `make_inputs`. Among the first
+# may be a quantised format that the file is `stored_as`; it computes in fp32 only.
 Case = tuple[Mapping[str, Any], Mapping[str, Any]]
 CASES: dict[str, dict[str, Case]] = {
     "flux2": {
@@ -103,6 +99,7 @@ CASES: dict[str, dict[str, Case]] = {
             _EXACT_TIMES | _SMALL | {"references": ((5, 4), (8, 6))},
         ),
         "references in the text": ({}, _EXACT_TIMES | _SLOTS),
+        "references in the text, gate and up apart": ({"fused": False}, _EXACT_TIMES | _SLOTS),
         "references at its ends, batch": (
             {},
             _SMALL
@@ -118,6 +115,12 @@ CASES: dict[str, dict[str, Case]] = {
             _EXACT_TIMES | _SMALL | {"references": ((5, 4),), "image_slots": [7, 9]},
         ),
         "places without references": ({}, _EXACT_TIMES | _SMALL | {"image_slots": [7, 9]}),
+        "int8_convrot": ({"stored_as": "int8_convrot"}, _EXACT_TIMES | _SLOTS),
+        "int8_convrot, gate and up apart": (
+            {"stored_as": "int8_convrot", "fused": False},
+            _EXACT_TIMES | _SLOTS,
+        ),
+        "fp8": ({"stored_as": "fp8"}, _EXACT_TIMES | _SLOTS),
     },
 }
 
@@ -125,7 +128,19 @@ CASES: dict[str, dict[str, Case]] = {
 def inputs_of(family: str, case: str, dtype: torch.dtype) -> dict[str, Any]:
     """The arguments of the model's forward."""
     changes, arguments = CASES[family][case]
-    return make_inputs(tiny(family, **changes), dtype=dtype, **arguments)
+    sizes = {name: value for name, value in changes.items() if name != STORED_AS}
+    return make_inputs(tiny(family, **sizes), dtype=dtype, **arguments)
+
+
+def write_case(family: str, path: Path, changes: Mapping[str, Any]) -> Path:
+    """The tiny file of a case with these changes."""
+    sizes = dict(changes)
+    stored_as = sizes.pop(STORED_AS, None)
+    if stored_as is None:
+        return write_tiny(family, path, **sizes)
+    from support.quantised_files import write_quantised  # of a package that not every test needs
+
+    return write_quantised(write_tiny(family, path.with_suffix(".whole"), **sizes), path, stored_as)
 
 
 def expected(family: str, case: str, dtype: torch.dtype) -> torch.Tensor:
@@ -144,15 +159,12 @@ def _name(case: str, dtype: torch.dtype) -> str:
 
 
 def _computed(family: str, case: str, dtype: torch.dtype, folder: Path) -> torch.Tensor:
-    path = write_tiny(family, folder / "tiny.safetensors", **CASES[family][case][0])
+    changes = CASES[family][case][0]
+    path = write_case(family, folder / "tiny.safetensors", changes)
     inputs = inputs_of(family, case, dtype)
-    model = native_model(path, dtype)
-    attention: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-    if family in WITH_ATTENTION_OF_TORCH:
-        from comfy.ldm.modules.attention import attention_pytorch
-
-        attention = mock.patch(f"{type(model).__module__}.optimized_attention", attention_pytorch)
-    with torch.inference_mode(), attention:
+    quantised = STORED_AS in changes
+    model = native_patcher(path).model.diffusion_model if quantised else native_model(path, dtype)
+    with torch.inference_mode():
         found: torch.Tensor = model(inputs.pop("x"), inputs.pop("timesteps"), **inputs)
     return found.contiguous()
 
@@ -168,8 +180,8 @@ def main() -> None:
         for family in sys.argv[1:] or CASES:
             results = {
                 _name(case, dtype): _computed(family, case, dtype, Path(folder))
-                for case in CASES[family]
-                for dtype in DTYPES
+                for case, (changes, _) in CASES[family].items()
+                for dtype in DTYPES[: 1 if STORED_AS in changes else 2]
             }
             save_file(results, _path(family), metadata=about)
             print(_path(family).relative_to(REPOSITORY), _path(family).stat().st_size, about)

@@ -13,6 +13,7 @@ import comfy.controlnet
 import comfy.sd
 from comfy_api.latest import ComfyExtension, io
 
+from .attention import mend_attention
 from .detection import tiny_models_detected
 from .nodes import (
     TPTestConditioning,
@@ -21,7 +22,7 @@ from .nodes import (
     TPTestPreviewMethod,
     TPTestSeen,
     TPTestTwoModels,
-    TPTestVideoVAE,
+    TPTestVAE,
 )
 from .text_encoder import extend_clip_loader
 
@@ -48,7 +49,7 @@ class TestExtension(ComfyExtension):
             TPTestPreviewMethod,
             TPTestTwoModels,
             TPTestSeen,
-            TPTestVideoVAE,
+            TPTestVAE,
         ]
 
 
@@ -57,4 +58,5 @@ async def comfy_entrypoint() -> TestExtension:
     _extend_stock_loader(comfy.sd, "load_diffusion_model")
     _extend_stock_loader(comfy.controlnet, "load_controlnet")
     extend_clip_loader()
+    mend_attention()
     return TestExtension()
