@@ -44,7 +44,8 @@ class QwenImage21Sizes(Sizes):
 
     @property
     def geometry(self) -> Geometry:
-        return Geometry(self.in_channels, self.out_channels, downscale=16, patch=(1, 1, 1))
+        channels = self.in_channels, self.out_channels
+        return Geometry(*channels, downscale=16, patch=(1, 1, 1), references_once=True)
 
     @property
     def inputs(self) -> dict[str, Input]:
