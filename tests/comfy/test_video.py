@@ -194,7 +194,7 @@ def test_five_billion(same_as_stock: Compare, start_image: dict[str, Any]) -> No
     """Its first frame is kept by a mask, which is made timesteps of frames."""
     size = {"width": 128, "height": 96, "length": 9, "batch_size": 1}
     maker = node("Wan22ImageToVideoLatent", vae=["vae", 0], **size, **start_image)
-    prompt = video("5b", maker) | {"vae": node("TPTestVAE", channels=48, video=True)}
+    prompt = video("5b", maker) | {"vae": node("TPTestVideoVAE")}
     same_as_stock(prompt)
 
 

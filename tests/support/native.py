@@ -1,6 +1,7 @@
 """ComfyUI's own models, loaded in this process from the tiny checkpoints: the parity reference."""
 
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from safetensors import safe_open
 from support.paths import comfyui_path
 from tp_runtime.models import families
 
+_WITH_TRUTH_VALUES = ("comfy.ldm.qwen_image21.model",)  # see `_mend_attention`
 # Families that ComfyUI 0.3.75 has no class for → where newer releases have it.
 NEWER_CLASSES = {"qwen_image_21": "comfy/ldm/qwen_image21"}
 
@@ -35,9 +37,19 @@ def import_comfy() -> None:
     from comfy.cli_args import args
 
     args.cpu = True
-    from support.comfy_pack.attention import mend_attention
+    _mend_attention()
 
-    mend_attention()
+
+def _mend_attention() -> None:
+    """Classes that give attention masks of truth values get torch's attention, as on GPUs.
+
+    ComfyUI's for CPUs adds such a mask to the scores, as ones and zeros.
+    """
+    for name in _WITH_TRUTH_VALUES:
+        if (comfyui_path() / name.replace(".", "/")).with_suffix(".py").is_file():
+            from comfy.ldm.modules.attention import attention_pytorch
+
+            import_module(name).optimized_attention = attention_pytorch  # type: ignore[attr-defined]
 
 
 def native_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:

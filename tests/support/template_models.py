@@ -39,7 +39,7 @@ def write_flux2_template_models(models: Path) -> None:
     write_fp8(whole, models / "diffusion_models" / name, "mixed")
     whole.unlink()
     encoder = models / "text_encoders" / "mistral_3_small_flux2_fp8.safetensors"
-    write_text_encoder(encoder, f"{tiny('flux2').context_dim}")
+    _write_text_encoder(encoder, f"{tiny('flux2').context_dim}")
     write_tiny_flux2_vae(models)
     (models / "vae" / FLUX2_VAE_NAME).rename(models / "vae" / "flux2-vae.safetensors")
     width = tiny("flux2").dim
@@ -47,7 +47,7 @@ def write_flux2_template_models(models: Path) -> None:
     write_lora(models / "loras" / "Flux_2-Turbo-LoRA_comfyui.safetensors", [layer])
 
 
-def write_text_encoder(path: Path, widths: str) -> None:
+def _write_text_encoder(path: Path, widths: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({"nothing": torch.zeros(1)}, path, metadata={_TEXT_ENCODER_MARK: widths})
 
@@ -61,7 +61,7 @@ def _write_text_encoders(folder: Path) -> None:
         "qwen_2.5_vl_7b_fp8_scaled": f"{tiny('qwen_image').context_dim}",
     }
     for name, width in widths.items():
-        write_text_encoder(folder / f"{name}.safetensors", width)
+        _write_text_encoder(folder / f"{name}.safetensors", width)
 
 
 def _write_vaes(models: Path) -> None:

@@ -13,7 +13,6 @@ import comfy.controlnet
 import comfy.sd
 from comfy_api.latest import ComfyExtension, io
 
-from .attention import mend_attention
 from .detection import tiny_models_detected
 from .nodes import (
     TPTestConditioning,
@@ -22,7 +21,7 @@ from .nodes import (
     TPTestPreviewMethod,
     TPTestSeen,
     TPTestTwoModels,
-    TPTestVAE,
+    TPTestVideoVAE,
 )
 from .text_encoder import extend_clip_loader
 
@@ -49,7 +48,7 @@ class TestExtension(ComfyExtension):
             TPTestPreviewMethod,
             TPTestTwoModels,
             TPTestSeen,
-            TPTestVAE,
+            TPTestVideoVAE,
         ]
 
 
@@ -58,5 +57,4 @@ async def comfy_entrypoint() -> TestExtension:
     _extend_stock_loader(comfy.sd, "load_diffusion_model")
     _extend_stock_loader(comfy.controlnet, "load_controlnet")
     extend_clip_loader()
-    mend_attention()
     return TestExtension()

@@ -123,30 +123,27 @@ class TPTestSeen(io.ComfyNode):
         return io.NodeOutput(seen)
 
 
-class TPTestVAE(io.ComfyNode):
-    """What stands for a VAE that ComfyUI builds in its full size only, or not in every release."""
+class TPTestVideoVAE(io.ComfyNode):
+    """What stands for Wan 2.2's VAE of 48 channels, which ComfyUI builds in its full size only."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
-            node_id="TPTestVAE",
+            node_id="TPTestVideoVAE",
             category="testing",
             description="Its latents are random, and the same for every picture of a size.",
-            inputs=[io.Int.Input("channels"), io.Boolean.Input("video")],
             outputs=[io.Vae.Output()],
         )
 
     @classmethod
-    def execute(cls, channels: int, video: bool) -> io.NodeOutput:
-        return io.NodeOutput(_VAE(channels, video))
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(_VideoVAE())
 
 
-class _VAE:
-    """Encodes one picture to a latent of a sixteenth of its sides; of a video, to one frame."""
+class _VideoVAE:
+    """Encodes one picture to one latent frame of a sixteenth of its sides."""
 
-    def __init__(self, channels: int, video: bool) -> None:
-        self.latent_channels = channels
-        self._frames = (1,) if video else ()
+    latent_channels = 48
 
     def spacial_compression_encode(self) -> int:
         return 16
@@ -154,8 +151,7 @@ class _VAE:
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         _, height, width, _ = pixels.shape
         generator = torch.Generator().manual_seed(height + width)
-        shape = self.latent_channels, *self._frames, height // 16, width // 16
-        return torch.randn(1, *shape, generator=generator)
+        return torch.randn(1, 48, 1, height // 16, width // 16, generator=generator)
 
 
 class TPTestModelPatches(io.ComfyNode):

@@ -25,22 +25,16 @@ class TinyTextEncoder:
         self._width = width
         self._pooled_width = pooled_width
 
-    def tokenize(
-        self, text: str, images: Sequence[Any] = (), keep_vision: bool = True, **_: Any
-    ) -> tuple[str, int]:
-        """The text, and how many pictures are to stand between its tokens."""
-        return text, 0 if keep_vision else len(images)
+    def tokenize(self, text: str, **_: Any) -> str:
+        return text
 
-    def encode_from_tokens_scheduled(self, tokens: tuple[str, int], **_: Any) -> list[Any]:
-        text, num_pictures = tokens
-        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
+    def encode_from_tokens_scheduled(self, tokens: str, **_: Any) -> list[Any]:
+        seed = int.from_bytes(hashlib.sha256(tokens.encode()).digest()[:6], "big")
         generator = torch.Generator().manual_seed(seed)
         embedding = torch.randn(1, _TOKENS, self._width, generator=generator)
         more: dict[str, Any] = {"pooled_output": None}  # as encoders without one have it
         if self._pooled_width:
             more["pooled_output"] = torch.randn(1, self._pooled_width, generator=generator)
-        if num_pictures:
-            more["image_slots"] = [min(3 * (1 + i), _TOKENS) for i in range(num_pictures)]
         return [[embedding, more]]
 
 
