@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import diffusers
 import torch
@@ -84,6 +84,8 @@ def _call(module: Any, inputs: dict[str, Any], patch: int) -> Callable[[], torch
         "position_ids": torch.cat((text_positions, positions.flatten(0, 1))),
     }
     given = {name: value for name, value in known.items() if name in takes and value is not None}
+    if "kv_cache" in takes:  # its keys and values of the text once
+        given |= _of_one_sequence(module, given, takes["kv_cache"].annotation)
 
     def evaluate() -> torch.Tensor:
         tokens = module(**given, return_dict=False)[0]
@@ -91,6 +93,20 @@ def _call(module: Any, inputs: dict[str, Any], patch: int) -> Callable[[], torch
         return found.reshape(x.shape)
 
     return evaluate
+
+
+def _of_one_sequence(module: Any, given: dict[str, Any], cache_or_none: Any) -> dict[str, Any]:
+    """What a model also takes whose text and image are one sequence, of which the text is kept."""
+    text, num_tokens = given["encoder_hidden_states"], given["hidden_states"].shape[1]
+    slots = torch.arange(
+        text.shape[1] + num_tokens // 4, device=text.device
+    )  # one for 2 x 2 tokens
+    more = {
+        "img_mask": (slots >= text.shape[1]).expand(len(text), -1),
+        "kv_cache": get_args(cache_or_none)[0](len(module.transformer_blocks)),
+    }
+    module(**given, **more, kv_cache_mode="extract")
+    return more | {"kv_cache_mode": "cached"}
 
 
 def _synchronize() -> None:

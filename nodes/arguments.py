@@ -54,7 +54,8 @@ def remote_inputs(
             plain = _plain_argument(value, name, code.words, unused)
             if not _is_absent(plain):
                 inputs[name] = plain
-    found = _plain_options(given_options, code, options, numbers, listed)
+    read = code.options - {*unused}
+    found = _plain_options(given_options, read, code.words, options, numbers, listed)
     plain_options = dict(numbers) | dict(found)
     has_references = bool(named.get("ref_latents"))
     if skipped := skipped_blocks(given_options, code.words, has_references):
@@ -110,7 +111,8 @@ def _plain_argument(
 
 def _plain_options(
     options: Mapping[Any, Any],
-    code: NativeCode,
+    read: frozenset[str],
+    words: frozenset[str],
     supported: Collection[str],
     numbers: Collection[str],
     listed: Collection[str],
@@ -118,7 +120,7 @@ def _plain_options(
     """Of `transformer_options`, what the native model computes with: numbers, and lists and
     dictionaries of them.
     """
-    for name in sorted(code.options - set(_PATCHES)):
+    for name in sorted(read - set(_PATCHES)):
         value = options.get(name)
         if value is None:
             continue
@@ -134,7 +136,7 @@ def _plain_options(
             continue
         if not isinstance(value, Mapping) or name not in supported:
             raise unknown_option(name, value)
-        known = {key: number for key, number in value.items() if key in code.words}
+        known = {key: number for key, number in value.items() if key in words}
         if found := {key: _number(number, f"{name}.{key}") for key, number in known.items()}:
             yield name, found
 

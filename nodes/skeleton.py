@@ -82,10 +82,9 @@ def _model_config(info: CheckpointInfo, state_dict: Mapping[str, torch.Tensor]) 
         state_dict, "", metadata=dict(info.metadata)
     )
     if detected is None:
-        knows = f": {info.family.since} knows it" if info.family.since else ""
+        _refuse_newer(info, info.tensors)
         raise CheckpointError(
-            f"This ComfyUI does not know the {info.label} model of {info.path}. Update "
-            f"ComfyUI{knows}."
+            f"This ComfyUI does not know the {info.label} model of {info.path}. Update ComfyUI."
         )
     # ComfyUI recognises models by what is in the file, but hard-codes sizes that it cannot see
     # there: head counts above all (0.3.75: FLUX 24, Z-Image 30 at width 3840). Ours are read from

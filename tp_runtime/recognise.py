@@ -232,6 +232,8 @@ def _names_alone(path: str, tensors: Mapping[str, TensorInfo]) -> FileNames | No
     of what lies one on another in ComfyUI's file add up. None: the names are not diffusers'.
     """
     for family in families().values():
+        if _has_comfyuis_names(family, tensors):
+            return None
         stacks = tuple(
             replace(stack, count=blocks(stack.ours)(dict.fromkeys(tensors, ())))
             for stack in family.published.table.stacks
@@ -252,6 +254,23 @@ def _names_alone(path: str, tensors: Mapping[str, TensorInfo]) -> FileNames | No
             own = _sizes_of_file(path, family, stacked).table
             return FileNames(family.label, own.places, own.file_tensors, own.swapped)
     return None
+
+
+def _has_comfyuis_names(family: Family, tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether all that the family's file must hold is there already."""
+    if not all(name in tensors for name in family.signature):
+        return False
+    try:
+        sizes = family.sizes.of_file({name: info.shape for name, info in tensors.items()})
+        return sizes.table.file_tensors.keys() <= tensors.keys()
+    except (
+        KeyError,
+        IndexError,
+        UntoldError,
+        ValueError,
+        ZeroDivisionError,
+    ):  # said when the file is read
+        return False
 
 
 def _check_tensors(

@@ -42,6 +42,7 @@ MODELS = [
     "ltx2",
     "krea2",
     "qwen_image",
+    "qwen_image_21",
     "wan",
     "z_image",
 ]

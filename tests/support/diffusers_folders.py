@@ -167,7 +167,7 @@ def _flux2(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]
         yield name, tensor
 
 
-def _qwen_image(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+def _as_they_are(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     yield name, tensor
 
 
@@ -254,7 +254,7 @@ def _krea2(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]
 
 
 _Z, _F, _F2, _Q = tiny("z_image"), tiny("flux"), tiny("flux2"), tiny("qwen_image")
-_W, _K = tiny("wan"), tiny("krea2")
+_Q21, _W, _K = tiny("qwen_image_21"), tiny("wan"), tiny("krea2")
 
 # The connectors of its text are in a folder of their own.
 FOLDER_LTX2 = {
@@ -322,7 +322,21 @@ FAMILIES = {
             "out_channels": 16,
             "joint_attention_dim": _Q.context_dim,
         },
-        _qwen_image,
+        _as_they_are,
+    ),
+    "qwen_image_21": Family(
+        functools.partial(write_tiny, "qwen_image_21", fused=False),
+        {
+            "_class_name": "QwenImage21Transformer2DModel",
+            "attention_head_dim": _Q21.head_dim,
+            "num_attention_heads": _Q21.num_heads,
+            "num_layers": _Q21.num_blocks,
+            "in_channels": _Q21.in_channels,
+            "out_channels": None,
+            "context_in_dim": _Q21.context_dim,
+            "mlp_ratio": _Q21.mlp_ratio,
+        },
+        _as_they_are,
     ),
     "wan": Family(
         functools.partial(write_tiny, "wan"),

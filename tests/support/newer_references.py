@@ -24,13 +24,14 @@ from safetensors.torch import save_file
 from support import minimax_payloads
 from support.inputs import make_inputs
 from support.ltx2_inputs import make_ltx2_inputs
-from support.native import import_comfy, native_model
+from support.native import import_comfy, native_model, native_patcher
 from support.paths import REPOSITORY
 from support.random_numbers import normal
 from support.tiny_models import tiny, write_tiny
 
 DATA = REPOSITORY / "tests" / "data"
 DTYPES = (torch.float32, torch.bfloat16)
+STORED_AS = "stored_as"
 
 _REFERENCES = {"references": ((9, 8), (16, 12), (6, 30)), "height": 12, "width": 15}
 _SMALL_REFERENCES = {"references": ((5, 4), (8, 6), (3, 15)), "height": 6, "width": 7}
@@ -57,7 +58,14 @@ _OTHER_ROPE = {
 }
 _GUIDES = {"frames": 5, "guides": 2}
 
-# Family → case → changes of the tiny model's sizes, and arguments of `make_inputs`.
+# Such that bf16, to which the model rounds 1000 t and t, does not change: then it is the arithmetic
+# that differs from fp32's.
+_EXACT_TIMES = {"timesteps": torch.tensor([0.5])}
+_SMALL = {"height": 6, "width": 7}
+_SLOTS = _SMALL | {"references": ((5, 4), (8, 6), (3, 9)), "image_slots": [3, 3, 11]}
+
+# Family → case → changes of the tiny model's sizes, and arguments of `make_inputs`. Among the first
+# may be a quantised format that the file is `stored_as`; it computes in fp32 only.
 Case = tuple[Mapping[str, Any], Mapping[str, Any]]
 CASES: dict[str, dict[str, Case]] = {
     "flux2": {
@@ -164,6 +172,46 @@ CASES: dict[str, dict[str, Case]] = {
         "sound is not heard": ({}, {"transformer_options": {"a2v_cross_attn": False}}),
         "video is not seen": ({}, {"transformer_options": {"v2a_cross_attn": False}}),
     },
+    "qwen_image_21": {
+        "text to image": ({}, _EXACT_TIMES | {"height": 8, "width": 8}),
+        "times that bf16 rounds": ({}, _SMALL | {"timesteps": torch.tensor([0.7131])}),
+        "odd sizes, gate and up apart": (
+            {"fused": False},
+            _EXACT_TIMES | {"height": 7, "width": 9, "length": 33},
+        ),
+        "batch of 3": (
+            {},
+            {"batch": 3, "height": 4, "width": 6, "length": 1}
+            | {"timesteps": torch.tensor([1.0, 0.5, 0.25])},
+        ),
+        "references behind the text": (
+            {},
+            _EXACT_TIMES | _SMALL | {"references": ((5, 4), (8, 6))},
+        ),
+        "references in the text": ({}, _EXACT_TIMES | _SLOTS),
+        "references in the text, gate and up apart": ({"fused": False}, _EXACT_TIMES | _SLOTS),
+        "references at its ends, batch": (
+            {},
+            _SMALL
+            | {"references": ((5, 4), (8, 6)), "image_slots": [0, 20], "batch": 2}
+            | {"timesteps": torch.tensor([0.5, 0.25])},
+        ),
+        "fewer places than references": (
+            {},
+            _EXACT_TIMES | _SMALL | {"references": ((5, 4), (4, 6)), "image_slots": [7]},
+        ),
+        "more places than references": (
+            {},
+            _EXACT_TIMES | _SMALL | {"references": ((5, 4),), "image_slots": [7, 9]},
+        ),
+        "places without references": ({}, _EXACT_TIMES | _SMALL | {"image_slots": [7, 9]}),
+        "int8_convrot": ({"stored_as": "int8_convrot"}, _EXACT_TIMES | _SLOTS),
+        "int8_convrot, gate and up apart": (
+            {"stored_as": "int8_convrot", "fused": False},
+            _EXACT_TIMES | _SLOTS,
+        ),
+        "fp8": ({"stored_as": "fp8"}, _EXACT_TIMES | _SLOTS),
+    },
 }
 
 
@@ -181,7 +229,19 @@ MAKERS = {"ltx2": make_ltx2_inputs}  # of families with other inputs than `make_
 def inputs_of(family: str, case: str, dtype: torch.dtype) -> dict[str, Any]:
     """The arguments of the model's forward."""
     changes, arguments = CASES[family][case]
-    return MAKERS.get(family, make_inputs)(tiny(family, **changes), dtype=dtype, **arguments)
+    sizes = {name: value for name, value in changes.items() if name != STORED_AS}
+    return MAKERS.get(family, make_inputs)(tiny(family, **sizes), dtype=dtype, **arguments)
+
+
+def write_case(family: str, path: Path, changes: Mapping[str, Any]) -> Path:
+    """The tiny file of a case with these changes."""
+    sizes = dict(changes)
+    stored_as = sizes.pop(STORED_AS, None)
+    if stored_as is None:
+        return write_tiny(family, path, **sizes)
+    from support.quantised_files import write_quantised  # of a package that not every test needs
+
+    return write_quantised(write_tiny(family, path.with_suffix(".whole"), **sizes), path, stored_as)
 
 
 def expected(family: str, case: str, dtype: torch.dtype) -> Any:
@@ -203,13 +263,15 @@ def _name(case: str, dtype: torch.dtype) -> str:
 
 
 def _computed(family: str, case: str, dtype: torch.dtype, folder: Path) -> dict[str, torch.Tensor]:
-    path = write_tiny(family, folder / "tiny.safetensors", **CASES[family][case][0])
+    changes = CASES[family][case][0]
+    path = write_case(family, folder / "tiny.safetensors", changes)
     inputs = inputs_of(family, case, dtype)
     x, timesteps = inputs.pop("x"), inputs.pop("timesteps")
     if "a_timestep" in inputs:
         timesteps = timesteps, inputs.pop("a_timestep")
+    quantised = STORED_AS in changes
+    model = native_patcher(path).model.diffusion_model if quantised else native_model(path, dtype)
     with torch.inference_mode():
-        model = native_model(path, dtype)
         found = model(x, timesteps, **inputs)
     name = _name(case, dtype)
     if isinstance(x, torch.Tensor):
@@ -258,7 +320,7 @@ def main() -> None:
                 continue
             results: dict[str, torch.Tensor] = {}
             for case in cases:
-                few = case not in IN_BF16.get(family, cases)
+                few = case not in IN_BF16.get(family, cases) or STORED_AS in cases[case][0]
                 for dtype in DTYPES[:1] if few else DTYPES:
                     results |= _computed(family, case, dtype, Path(folder))
                 if case in CAPTIONS.get(family, {}):

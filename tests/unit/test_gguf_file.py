@@ -30,6 +30,7 @@ SIZES = {
     "flux": one_block("flux") | {"num_heads": 12},
     "flux2": one_block("flux2") | {"num_heads": 12},
     "qwen_image": one_block("qwen_image") | {"num_heads": 12},
+    "qwen_image_21": one_block("qwen_image_21") | {"num_heads": 12},
     "wan": one_block("wan") | {"num_heads": 12},
     "krea2": one_block("krea2") | {"num_heads": 12},
 }

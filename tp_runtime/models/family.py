@@ -100,6 +100,7 @@ class Geometry:
     ``frames_per_latent``; ``num_frames``: how many there must be. ``patch``: frames, rows and
     columns of a latent in one token. ``token_multiple``: streams of tokens are padded to a multiple
     of it. ``out_channels``: of a prediction, where a model takes more than it predicts.
+    ``references_once``: reference pictures pass through the blocks once a prompt, as the text does.
     """
 
     channels: int
@@ -110,6 +111,7 @@ class Geometry:
     frames_per_latent: int = 4
     patch: tuple[int, int, int] = (1, 2, 2)
     token_multiple: int = 1
+    references_once: bool = False
 
     def latent_shape(self, width: int, height: int, frames: int = 1) -> Shape:
         """Shape of what is sampled, for ``frames`` pictures of ``width`` x ``height`` pixels."""
@@ -317,7 +319,7 @@ class Sizes:
 
     @property
     def unused_inputs(self) -> tuple[str, ...]:
-        """Arguments of ComfyUI's forward that it does nothing with in this model."""
+        """Arguments of ComfyUI's forward, and keys of its options, without effect in this model."""
         return ()
 
     @property

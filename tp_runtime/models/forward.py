@@ -19,7 +19,7 @@ MEMO_BYTES = 4 * 2**30
 # What a generation's evaluations differ in, beside the latent.
 _PER_EVALUATION = ("a_timestep", "control")
 
-Conditioning = dict[str, Any]  # tensors, and plain data that changes what is computed
+Conditioning = dict[str, Any]  # tensors, lists of them, and plain data that changes the result
 Prediction = torch.Tensor | list[torch.Tensor]  # as ``x`` is
 
 
@@ -43,6 +43,13 @@ class Reduction(Protocol):
     ) -> torch.Tensor:
         """The second result of ``join``."""
         ...
+
+
+def memo_bytes(device: torch.device) -> int:
+    """How much memory what is remembered may take: 4 GiB, or an eighth of a larger GPU's."""
+    if device.type != "cuda":
+        return MEMO_BYTES
+    return max(MEMO_BYTES, torch.cuda.get_device_properties(device).total_memory // 8)
 
 
 class Memo:

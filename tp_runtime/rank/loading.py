@@ -17,7 +17,7 @@ from ..fault_points import reach
 from ..formats import QuantisedWeight
 from ..gpu import collectives
 from ..gpu.graphs import RecordedEvaluation
-from ..models.forward import Prediction, ShardedForward
+from ..models.forward import Prediction, ShardedForward, memo_bytes
 from ..recognise import inspect_checkpoint, open_checkpoint
 from ..sharding.parts import Part
 from ..sharding.quantisation import Quantisation, sharded, stored_weights
@@ -136,7 +136,7 @@ def load_model(
         if not fast:
             return forward.evaluate
         capture = functools.partial(collectives.graph_capture, device)
-        return RecordedEvaluation(forward.evaluate, capture, fast_attention)
+        return RecordedEvaluation(forward.evaluate, capture, fast_attention, memo_bytes(device))
 
     return LoadedModel(forward, weights, device, new_run, bytes_read)
 
