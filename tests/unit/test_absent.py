@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from support.inputs import make_inputs
+from support.newer import known
 from support.pack import pack_module
 from support.tiny_models import tiny, write_tiny
-from tp_runtime import models
 from tp_runtime.client import TPRuntimeError, checkpoint_info
 
 
@@ -50,7 +50,7 @@ def absent() -> Iterator[ModuleType]:
         yield module
 
 
-@pytest.fixture(scope="module", params=models.families())
+@pytest.fixture(scope="module", params=known())
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
