@@ -26,7 +26,7 @@ from support.inputs import make_inputs
 from support.ltx2_inputs import make_ltx2_inputs
 from support.native import import_comfy, native_model, native_patcher
 from support.paths import REPOSITORY
-from support.random_numbers import normal
+from support.random_numbers import normal, on_every_cpu
 from support.tiny_models import tiny, write_tiny
 
 DATA = REPOSITORY / "tests" / "data"
@@ -241,7 +241,8 @@ def write_case(family: str, path: Path, changes: Mapping[str, Any]) -> Path:
         return write_tiny(family, path, **sizes)
     from support.quantised_files import write_quantised  # of a package that not every test needs
 
-    return write_quantised(write_tiny(family, path.with_suffix(".whole"), **sizes), path, stored_as)
+    whole = write_tiny(family, path.with_suffix(".whole"), numbers=on_every_cpu, **sizes)
+    return write_quantised(whole, path, stored_as)
 
 
 def expected(family: str, case: str, dtype: torch.dtype) -> Any:
