@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import diffusers
 import torch
@@ -39,6 +39,8 @@ def _build(info: CheckpointInfo) -> torch.nn.Module:
             rows = file.read(place.name, (place.start, place.stop), None)
             if name in table.swapped:
                 rows = torch.cat(rows.chunk(2)[::-1])
+            if rows.numel() == parameter.numel():
+                rows = rows.view_as(parameter)  # what is a vector in ComfyUI may be a table
             parameter.data = rows.to(DEVICE)  # a small model may have sizes that are fixed there
     return module.eval()
 
@@ -50,6 +52,8 @@ def _call(module: Any, inputs: dict[str, Any], patch: int) -> Callable[[], torch
     """
     x, text, batch = inputs["x"], inputs["context"], len(inputs["x"])
     takes = inspect.signature(module.forward).parameters
+    if not isinstance(x, torch.Tensor):
+        raise SystemExit("A model of several latents is not measured alone: leave --diffusers out.")
     if "cap_feats" in takes:  # one picture at a time, the time backwards
         images, texts, times = list(x.unsqueeze(2)), list(text), 1 - inputs["timesteps"]
         return lambda: -torch.stack(module(images, times, texts, return_dict=False)[0]).squeeze(2)
@@ -59,13 +63,15 @@ def _call(module: Any, inputs: dict[str, Any], patch: int) -> Callable[[], torch
     rows, columns = x.shape[-2] // patch, x.shape[-1] // patch
     # A token is channels, rows, columns.
     patches = x.reshape(batch, -1, rows, patch, columns, patch).permute(0, 2, 4, 1, 3, 5)
-    num_axes = len(module.pos_embed.axes_dim)
+    num_axes = len((module.rotary_emb if "position_ids" in takes else module.pos_embed).axes_dim)
     positions = torch.zeros(rows, columns, num_axes, device=x.device)
     positions[..., 1] = torch.arange(rows, device=x.device)[:, None]
     positions[..., 2] = torch.arange(columns, device=x.device)
     text_positions = torch.zeros(text.shape[1], num_axes, device=x.device)
     if num_axes > 3:  # a token of text has its place on an axis of its own
         text_positions[:, 3] = torch.arange(text.shape[1], device=x.device)
+    if "position_ids" in takes:  # of the text encoder's layers, one behind another
+        text = text.unflatten(-1, (module.config.num_text_layers, -1))
     known = {
         "hidden_states": patches.reshape(batch, rows * columns, -1),
         "encoder_hidden_states": text,
@@ -75,8 +81,11 @@ def _call(module: Any, inputs: dict[str, Any], patch: int) -> Callable[[], torch
         "guidance": inputs.get("guidance"),
         "img_ids": positions.flatten(0, 1),
         "txt_ids": text_positions,
+        "position_ids": torch.cat((text_positions, positions.flatten(0, 1))),
     }
     given = {name: value for name, value in known.items() if name in takes and value is not None}
+    if "kv_cache" in takes:  # its keys and values of the text once
+        given |= _of_one_sequence(module, given, takes["kv_cache"].annotation)
 
     def evaluate() -> torch.Tensor:
         tokens = module(**given, return_dict=False)[0]
@@ -84,6 +93,20 @@ def _call(module: Any, inputs: dict[str, Any], patch: int) -> Callable[[], torch
         return found.reshape(x.shape)
 
     return evaluate
+
+
+def _of_one_sequence(module: Any, given: dict[str, Any], cache_or_none: Any) -> dict[str, Any]:
+    """What a model also takes whose text and image are one sequence, of which the text is kept."""
+    text, num_tokens = given["encoder_hidden_states"], given["hidden_states"].shape[1]
+    slots = torch.arange(
+        text.shape[1] + num_tokens // 4, device=text.device
+    )  # one for 2 x 2 tokens
+    more = {
+        "img_mask": (slots >= text.shape[1]).expand(len(text), -1),
+        "kv_cache": get_args(cache_or_none)[0](len(module.transformer_blocks)),
+    }
+    module(**given, **more, kv_cache_mode="extract")
+    return more | {"kv_cache_mode": "cached"}
 
 
 def _synchronize() -> None:

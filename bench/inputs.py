@@ -37,8 +37,10 @@ def make_inputs(model: str, sizes: Sizes, extent: Extent, batch: int) -> dict[st
         return torch.randn(shape, generator=generator)
 
     declared = {name: one for name, one in sizes.all_inputs.items() if is_made(one)}
-    inputs = {name: tensor(one) for name, one in declared.items()}
     dtypes = {"timesteps": torch.float32}
-    return {
-        name: value.to(device, dtypes.get(name, torch.bfloat16)) for name, value in inputs.items()
-    } | {"transformer_options": {}}
+    inputs: dict[str, Any] = {"transformer_options": {}}
+    for name, one in declared.items():
+        dtype = dtypes.get(name, torch.bfloat16)
+        found = [tensor(each).to(device, dtype) for each in (one, *one.besides)]
+        inputs[name] = found if one.besides else found[0]
+    return inputs

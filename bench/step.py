@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from bench.dummy import dummy_file, sizes_of
 from bench.errors import limit, relative_error
@@ -105,7 +106,7 @@ def cases(
                 inputs = [
                     _with_latent(model, sizes, extent, batch, seed) for seed in range(num_latents)
                 ]
-                expected = [remote.evaluate(one).cpu() for one in inputs]
+                expected = [flat(remote.evaluate(one)).cpu() for one in inputs]
                 found[extent, batch] = Case(inputs, expected)
     finally:
         runtime.release()
@@ -126,7 +127,7 @@ def _with_noise(
             key: dataclasses.replace(
                 case,
                 noise=max(
-                    relative_error(expected, exact.evaluate(_in_fp32(inputs)).cpu())
+                    relative_error(expected, flat(exact.evaluate(_in_fp32(inputs))).cpu())
                     for inputs, expected in zip(case.inputs, case.expected, strict=True)
                 ),
             )
@@ -137,16 +138,24 @@ def _with_noise(
 
 
 def _in_fp32(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: value.float() if isinstance(value, torch.Tensor) else value
-        for name, value in inputs.items()
-    }
+    return pytree.tree_map_only(torch.Tensor, torch.Tensor.float, inputs)
 
 
 def _with_latent(model: str, sizes: Sizes, extent: Extent, batch: int, seed: int) -> dict[str, Any]:
     inputs = make_inputs(model, sizes, extent, batch)
-    latent = torch.randn(inputs["x"].shape, generator=torch.Generator().manual_seed(seed))
-    return inputs | {"x": latent.to(inputs["x"])}
+    generator = torch.Generator().manual_seed(seed)
+
+    def latent(like: torch.Tensor) -> torch.Tensor:
+        return torch.randn(like.shape, generator=generator).to(like)
+
+    return inputs | {"x": pytree.tree_map(latent, inputs["x"])}
+
+
+def flat(result: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+    """A video's latents and its sound's in one row; one tensor alone as it is."""
+    if isinstance(result, torch.Tensor):
+        return result
+    return torch.cat([one.flatten() for one in result])
 
 
 def is_wrong(row: dict[str, Any]) -> bool:
@@ -214,7 +223,7 @@ def _time_steps(remote: RemoteModel, runtime: Runtime, case: Case, steps: int) -
     def milliseconds() -> float:
         fresh = _like_a_sampler(case.inputs[len(results) % len(case.inputs)])
         started = time.perf_counter()
-        result = remote.evaluate(fresh)
+        result = flat(remote.evaluate(fresh))
         if result.is_cuda:
             torch.cuda.synchronize()  # its way back is part of the step
         elapsed = 1000 * (time.perf_counter() - started)
@@ -248,7 +257,8 @@ def _time_steps(remote: RemoteModel, runtime: Runtime, case: Case, steps: int) -
 
 def _flops(sizes: Sizes, inputs: dict[str, Any]) -> int:
     """What the model's products and attention of one evaluation count."""
-    (batch, *latent), geometry = inputs["x"].shape, sizes.geometry
+    x, geometry = inputs["x"], sizes.geometry
+    batch, *latent = (x if isinstance(x, torch.Tensor) else x[0]).shape
     text, image = inputs["context"].shape[1], geometry.image_tokens(tuple(latent))
     blocks = sizes.table.block_costs(geometry.padded(text), geometry.padded(image))
     return batch * count_flops(blocks)
@@ -261,13 +271,13 @@ def _error(remote: RemoteModel, case: Case, at_once: int) -> float:
         chosen = [(first + index) % len(case.inputs) for index in range(at_once)]
         results = remote.evaluate_all([_like_a_sampler(case.inputs[index]) for index in chosen])
         pairs = zip(results, chosen, strict=True)
-        errors += [relative_error(result, case.expected[index]) for result, index in pairs]
+        errors += [relative_error(flat(result), case.expected[index]) for result, index in pairs]
     return max(errors)
 
 
 def _like_a_sampler(inputs: dict[str, Any]) -> dict[str, Any]:
     """New tensors for everything, as samplers make them at every step."""
-    inputs = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    inputs = pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, inputs)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return inputs

@@ -4,10 +4,12 @@ Runs in ComfyUI's process. Sees ComfyUI's modules and the public names of `tp_ru
 vLLM or diffusers. The rank processes are started when a sampler first runs, not on import; what
 they are forked from when a loader does, or with ComfyUI if the settings say so.
 
-    loader.py, sampler.py, runtime_nodes.py   the nodes
+    loader.py, checkpoint_loader.py           the nodes that load; what both share:
+      loading.py                                inputs, and what they mean
+    sampler.py, runtime_nodes.py              the other nodes
     placement.py, gpu_count.py, layouts.py    what a person asks about GPUs, and what it means here
     model.py                                  makes MODELs, out of:
-      skeleton.py                               ComfyUI's own model of a file, without its weights
+      skeleton.py, absent.py                    ComfyUI's own model of a file, without its weights
       proxy.py, arguments.py                    the module whose forward runs on the ranks
       patcher.py                                what ComfyUI loads, frees, clones and patches
     unsupported.py, origins.py                the refusals; whose code is refused
@@ -23,6 +25,7 @@ import logging
 from comfy_api.latest import ComfyExtension, io
 
 from ..tp_runtime.client import GroupStartError, prepare_start, runtime_python
+from .checkpoint_loader import TPLoadCheckpoint
 from .loader import TPLoadDiffusionModel
 from .notices import comfy_server
 from .page import serve_page
@@ -38,7 +41,7 @@ class TensorParallelExtension(ComfyExtension):
     """What ComfyUI asks a pack for."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [TPLoadDiffusionModel, TPSampler, TPRuntimeInfo, TPReleaseRuntime]
+        return [TPLoadDiffusionModel, TPLoadCheckpoint, TPSampler, TPRuntimeInfo, TPReleaseRuntime]
 
 
 async def comfy_entrypoint() -> TensorParallelExtension:

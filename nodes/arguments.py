@@ -6,8 +6,9 @@ left out, since every native model treats it as absent; so is what it never look
 """
 
 import inspect
-import numbers
 from collections.abc import Collection, Iterator, Mapping
+from numbers import Integral, Real
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ _PATCHES = ("patches", "patches_replace")  # of which `skip_blocks` is sent
 _MAX_ITEMS = 1024
 _MAX_DEPTH = 3
 _MAX_TEXT = 256
-_MAX_INTEGER = 2**63
+_INTEGERS = range(-(2**63), 2**64)  # of 64 bits, with or without a sign: seeds have none
+_MAX_NUMBER = 2**63
 
 
 def remote_inputs(
@@ -30,11 +32,15 @@ def remote_inputs(
     code: NativeCode,
     unused: Collection[str] = (),
     options: Collection[str] = (),
+    numbers: Mapping[str, float] = MappingProxyType({}),
+    listed: Collection[str] = (),
 ) -> dict[str, Any]:
     """The inputs of one evaluation: `x`, `timesteps` and the other arguments by their own names.
 
     `bound` are the arguments of a native forward; the models call their second one `timesteps` or
-    `timestep`. `unused` and `options`: those of the model's `Sizes`.
+    `timestep`. `unused` and `options`: those of the model's `Sizes`. `numbers`: options that are
+    numbers, and what they are where nobody sets them. `listed`: options that are numbers, or
+    lists of whole ones.
 
     Raises:
         UnsupportedFeatureError: something that only works inside ComfyUI's process.
@@ -45,10 +51,12 @@ def remote_inputs(
     given_options = named.pop("transformer_options", None) or {}
     for name, value in named.items():
         if name not in unused:
-            plain = _plain_argument(value, name, code.words)
+            plain = _plain_argument(value, name, code.words, unused)
             if not _is_absent(plain):
                 inputs[name] = plain
-    plain_options = dict(_plain_options(given_options, code, options))
+    read = code.options - {*unused}
+    found = _plain_options(given_options, read, code.words, options, numbers, listed)
+    plain_options = dict(numbers) | dict(found)
     has_references = bool(named.get("ref_latents"))
     if skipped := skipped_blocks(given_options, code.words, has_references):
         plain_options["skip_blocks"] = skipped
@@ -68,7 +76,13 @@ def _by_name(bound: inspect.BoundArguments, code: NativeCode) -> dict[str, Any]:
     return named
 
 
-def _plain_argument(value: Any, where: str, words: frozenset[str], depth: int = _MAX_DEPTH) -> Any:
+def _plain_argument(
+    value: Any,
+    where: str,
+    words: frozenset[str],
+    unused: Collection[str],
+    depth: int = _MAX_DEPTH,
+) -> Any:
     """`value` as plain data; of dictionaries, the keys among `words`, which the model looks for."""
     if isinstance(value, Mapping | list | tuple):
         if not depth or len(value) > _MAX_ITEMS:
@@ -76,29 +90,37 @@ def _plain_argument(value: Any, where: str, words: frozenset[str], depth: int = 
         if isinstance(value, Mapping):
             items = {key: item for key, item in value.items() if key in words}
             return {
-                key: _plain_argument(item, f"{where}.{key}", words, depth - 1)
+                key: _plain_argument(item, f"{where}.{key}", words, unused, depth - 1)
                 for key, item in items.items()
+                if f"{where}.{key}" not in unused
             }
         return [
-            _plain_argument(item, f"{where}.{index}", words, depth - 1)
+            _plain_argument(item, f"{where}.{index}", words, unused, depth - 1)
             for index, item in enumerate(value)
         ]
     if value is None or isinstance(value, bool | torch.Tensor):
         return value
     if isinstance(value, str) and len(value) <= _MAX_TEXT and value.isprintable():
         return value
-    if isinstance(value, numbers.Integral) and -_MAX_INTEGER <= value < _MAX_INTEGER:
+    if isinstance(value, Integral) and int(value) in _INTEGERS:
         return int(value)
-    if isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral):
+    if isinstance(value, Real) and not isinstance(value, Integral):
         return float(value)
     raise unknown_argument(where, value)
 
 
 def _plain_options(
-    options: Mapping[Any, Any], code: NativeCode, supported: Collection[str]
-) -> Iterator[tuple[str, dict[str, float]]]:
-    """Of `transformer_options`, what the native model computes with: dictionaries of numbers."""
-    for name in sorted(code.options - set(_PATCHES)):
+    options: Mapping[Any, Any],
+    read: frozenset[str],
+    words: frozenset[str],
+    supported: Collection[str],
+    numbers: Collection[str],
+    listed: Collection[str],
+) -> Iterator[tuple[str, Any]]:
+    """Of `transformer_options`, what the native model computes with: numbers, and lists and
+    dictionaries of them.
+    """
+    for name in sorted(read - set(_PATCHES)):
         value = options.get(name)
         if value is None:
             continue
@@ -106,9 +128,15 @@ def _plain_options(
             continue
         if callable(value):
             raise python_code_in_options(name, value)
+        if name in numbers:
+            yield name, _number(value, name)
+            continue
+        if name in listed:
+            yield name, _plain_option(value, name)
+            continue
         if not isinstance(value, Mapping) or name not in supported:
             raise unknown_option(name, value)
-        known = {key: number for key, number in value.items() if key in code.words}
+        known = {key: number for key, number in value.items() if key in words}
         if found := {key: _number(number, f"{name}.{key}") for key, number in known.items()}:
             yield name, found
 
@@ -116,9 +144,18 @@ def _plain_options(
 def _number(value: Any, where: str) -> float:
     if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_meta:
         value = value.item()
-    if not isinstance(value, numbers.Real) or abs(value) > _MAX_INTEGER:
+    if not isinstance(value, Real) or abs(value) > _MAX_NUMBER:
         raise unknown_option(where, value)
     return float(value)
+
+
+def _plain_option(value: Any, where: str) -> float | list[int]:
+    """A number, or a list of whole ones. A set of them, too, in order."""
+    if not isinstance(value, set | frozenset | list | tuple):
+        return _number(value, where)
+    if len(value) > _MAX_ITEMS or not all(isinstance(item, Integral) for item in value):
+        raise unknown_option(where, value)
+    return sorted(map(int, value))
 
 
 def _is_absent(plain: Any) -> bool:

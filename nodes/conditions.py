@@ -61,7 +61,7 @@ def calc_cond_batch(
     else:
         results = executor(model, conds, x_in, timestep, model_options)
     if remote.num_evaluations > evaluations:
-        workload = _workload(conds, x_in)
+        workload = _workload(model, conds, x_in)
         remote.record_step(workload, (time.perf_counter() - began) * 1000)
     return results
 
@@ -83,9 +83,12 @@ def _can_be_apart(conds: Conditions) -> bool:
     return any(size != sizes[0] for size in sizes)
 
 
-def _workload(conds: Conditions, x_in: torch.Tensor) -> Workload:
+def _workload(model: Any, conds: Conditions, x_in: torch.Tensor) -> Workload:
     entries = list(_entries(conds))
     batch, *shape = x_in.shape
+    packed = getattr(model, "latent_shapes", None) or ()  # since ComfyUI 0.33
+    if len(packed) > 1:  # a video's latents and its sound's in one row: the sound's follow from it
+        shape = packed[0][1:]
     return Workload((batch * len(entries), *shape), max(map(_text_tokens, entries), default=0))
 
 

@@ -1,11 +1,15 @@
 """The `gpu_count` input: its choices, and the process group that a choice means on this machine."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from ..tp_runtime.client import (
     WHERE,
+    CheckpointError,
     CheckpointInfo,
     DeviceError,
     GroupConfig,
@@ -15,6 +19,7 @@ from ..tp_runtime.client import (
     checkpoint_info,
     choose_layout,
     cluster_gpu_count,
+    file_version,
     get_runtime,
     ray_address,
     runtime_python,
@@ -24,8 +29,10 @@ from .layouts import possible_layouts
 from .placement import AUTO, HERE, Placement
 from .schema import check_choice
 from .settings import devices_setting, python_setting, reproducible_setting
+from .skeleton import build_skeleton
 
 MAX_GPU_COUNT = 8
+_KEPT = 64  # files of which it is remembered whether this ComfyUI knows their model
 CHOICES = (AUTO, *(str(count) for count in range(1, MAX_GPU_COUNT + 1)))
 
 
@@ -89,10 +96,12 @@ def refused_counts(path: str | None, placement: Placement) -> dict[str, Any]:
     """The counts that do not work there, each with why; `path` None: for any model.
 
     Raises:
-        CheckpointError: the file cannot be used.
+        CheckpointError: the file cannot be used, or not by this ComfyUI: what a loader would raise.
         DeviceError: `devices`, or the setting, names a GPU that is not there.
     """
     info = None if path is None else checkpoint_info(path)
+    if info is not None and (refusal := _refusal_of_comfyui(info.path, file_version(info.path))):
+        raise CheckpointError(refusal)
     gpus, shown_by = _gpus_for(placement)
     refused = {}
     for count in range(1, MAX_GPU_COUNT + 1):
@@ -103,6 +112,16 @@ def refused_counts(path: str | None, placement: Placement) -> dict[str, Any]:
         except (SizeError, DeviceError) as error:
             refused[str(count)] = str(error)
     return {"num_gpus": len(gpus), "refused": refused}
+
+
+@functools.lru_cache(_KEPT)
+def _refusal_of_comfyui(path: str, _version: tuple[int, int]) -> str:
+    """Why this ComfyUI cannot build the file's model; empty: it can. Pages ask many times."""
+    try:
+        build_skeleton(checkpoint_info(path), torch.bfloat16)
+    except CheckpointError as error:
+        return str(error)
+    return ""
 
 
 def _gpus_for(placement: Placement, poll: Poll | None = None) -> tuple[tuple[int, ...], str]:

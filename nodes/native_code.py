@@ -22,7 +22,8 @@ _WRITTEN = re.compile(rf"{_OPTION}\]\s*=[^=]")
 
 @dataclass(frozen=True)
 class NativeCode:
-    """`words`: every word in quotes. `arguments`: what the model's forward takes by name.
+    """`words`: every word in quotes, also of plain classes beside the model's, which take parts of
+    its arguments. `arguments`: what the model's forward takes by name.
 
     `options`: keys of `transformer_options` that are read, but for those that the model has put
     there itself.
@@ -43,8 +44,14 @@ class NativeCode:
             method for base in own for name, method in vars(base).items() if "forward" in name
         ]
         named = {name for method in forwards for name in inspect.signature(method).parameters}
+        beside = [
+            found
+            for found in vars(inspect.getmodule(type(model))).values()
+            if isinstance(found, type) and found.__module__ == type(model).__module__
+        ]
+        plain = [_source(found) for found in beside if not issubclass(found, torch.nn.Module)]
         return cls(
-            _all(_QUOTED, sources),
+            _all(_QUOTED, [*sources, *plain]),
             _all(_KEYWORD, map(_source, own)) | named,
             _all(_READ, options) - _all(_WRITTEN, options),
         )

@@ -21,8 +21,13 @@ def origin(code: Any) -> tuple[str, str]:
 
 def describe(code: Any) -> str:
     """`patch of NAGuidance (comfy_extras.nodes_nag of ComfyUI)`, as an error says it."""
-    module, qualified = origin(chosen_attention(code) or code)
+    return described(*origin(chosen_attention(code) or code))
+
+
+def described(module: str, qualified: str) -> str:
+    """The same, for a function of that name in that module."""
     names = [name for name in qualified.split(".") if name not in ("<locals>", "execute")]
+    names = names or [qualified]
     what = names[-1] if len(names) == 1 else f"{names[-1]} of {names[0]}"
     return f"{what} ({_owner(module)})"
 

@@ -3,6 +3,7 @@
     GET  /tensor_parallel/groups                        what runs now
     POST /tensor_parallel/groups/{id}/{action}          sleep, wake, restart or release a group
     POST /tensor_parallel/gpu_counts?unet_name&devices&where
+    POST /tensor_parallel/gpu_counts?ckpt_name&devices&where
                                                         which counts do not work there, and why
                                                         (a Ray cluster is asked by a process)
     POST /tensor_parallel/doctor                        the checks of `python -m tp_runtime doctor`
@@ -30,6 +31,7 @@ from aiohttp import web
 from comfy.cli_args import args
 
 from ..tp_runtime.client import OwnPython, TPRuntimeError, examine, get_runtime, runtime_python
+from .checkpoint_loader import checkpoint_path
 from .gpu_count import refused_counts
 from .loader import model_path
 from .placement import Placement
@@ -40,6 +42,8 @@ logger = logging.getLogger("tensor_parallel")
 GROUPS_EVENT = "tensor_parallel.groups"
 _INTERVAL_S = 0.5
 _WORKING = ("starting", "busy")
+# The input of a loader that names its file → where that is.
+_PATHS = {"unet_name": model_path, "ckpt_name": checkpoint_path}
 
 Handler = Callable[[web.Request], Awaitable[Any]]
 T = TypeVar("T")
@@ -138,10 +142,12 @@ def _change_group(group_id: str, action: str) -> None:
 
 async def _gpu_counts(request: web.Request) -> Any:
     """Without a name: what any model can have on this machine."""
-    name = request.query.get("unet_name")
-    path = None if name is None else model_path(name)
-    if name is not None and path is None:
-        raise _Refusal(404, f"There is no model {name!r} in ComfyUI's folders.")
+    path = None
+    for key in _PATHS.keys() & request.query.keys():
+        name = request.query[key]
+        path = _PATHS[key](name)
+        if path is None:
+            raise _Refusal(404, f"There is no model {name!r} in ComfyUI's folders.")
     inputs = {key: request.query[key] for key in ("devices", "where") if key in request.query}
     return await _in_thread(refused_counts, path, Placement(**inputs))
 

@@ -2,12 +2,11 @@
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import comfy.model_management
 import torch
-from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 
 from ..tp_runtime.client import InputError, RemoteModel
 from .arguments import remote_inputs
@@ -42,6 +41,11 @@ class RemoteDiffusionModel(torch.nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         # Called only for what is not found otherwise.
+        family = self.__dict__["remote"].info.family
+        if name in family.left_to_ranks:
+            return _unchanged
+        if name == family.connects:
+            return self._connected
         return getattr(self.__dict__["skeleton"], name)
 
     @property
@@ -61,14 +65,14 @@ class RemoteDiffusionModel(torch.nn.Module):
         return self
 
     @torch.compiler.disable  # the ranks compile; a node that compiles the model changes nothing
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Same arguments and result as the native forward, local wrappers included."""
-        bound = self.native_signature.bind(*args, **kwargs)
-        bound.apply_defaults()  # native models hand the wrappers every positional argument
-        options = kwargs.get("transformer_options") or {}
-        return WrapperExecutor.new_class_executor(
-            self._forward_on_ranks, self, get_all_wrappers(WrappersMP.DIFFUSION_MODEL, options)
-        ).execute(*bound.args, **bound.kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The native forward, with `_forward` on the ranks.
+
+        It has the wrappers called, and does what a model does outside of them.
+        """
+        native = type(self.skeleton).forward
+        calls_super = "__class__" in native.__code__.co_freevars
+        return native(_AsNative(self) if calls_super else self, *args, **kwargs)
 
     def check_code(self) -> None:
         """Raises UnsupportedFeatureError if code was put into the skeleton, which nobody runs."""
@@ -89,11 +93,21 @@ class RemoteDiffusionModel(torch.nn.Module):
             if _is_foreign(vars(self)[name], getattr(type(self.skeleton), name)):
                 raise code_in_model(name, vars(self)[name])
 
-    def _forward_on_ranks(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
         self._check_methods()  # some nodes replace them during an evaluation
         bound = self.native_signature.bind(*args, **kwargs)
         family, sizes = self.remote.info.family, self.remote.info.sizes
-        inputs = remote_inputs(bound, self.native_code, sizes.unused_inputs, sizes.options)
+        numbers = {
+            name: getattr(self.skeleton, attribute) for name, attribute in family.numbers.items()
+        }
+        inputs = remote_inputs(
+            bound,
+            self.native_code,
+            sizes.unused_inputs,
+            sizes.options,
+            numbers,
+            sizes.plain_options,
+        )
         for name, attribute in family.used_with.items():
             if not hasattr(self.skeleton, attribute):
                 inputs.pop(name, None)
@@ -102,8 +116,9 @@ class RemoteDiffusionModel(torch.nn.Module):
         method = self._reference_method()
         if method is not None and "ref_latents" in inputs:
             inputs.setdefault("ref_latents_method", method)
-        x: torch.Tensor = inputs["x"]
-        self._check(x, inputs)
+        x = inputs["x"]
+        latents = [x] if isinstance(x, torch.Tensor) else x
+        self._check(latents, inputs)
         meeting = Meeting.of_this_thread(self.remote)
         if meeting is not None:
             result = meeting.evaluate(inputs)
@@ -111,28 +126,67 @@ class RemoteDiffusionModel(torch.nn.Module):
             result = self.remote.evaluate(
                 inputs, poll=comfy.model_management.throw_exception_if_processing_interrupted
             )
-        return result.to(device=x.device, dtype=x.dtype)
+        if isinstance(x, torch.Tensor):
+            return result.to(device=x.device, dtype=x.dtype)
+        found = [
+            one.to(device=latent.device, dtype=latent.dtype)
+            for one, latent in zip(result, latents, strict=True)
+        ]
+        return found if len(found) > 1 else found[0]  # as native models have it
+
+    def _connected(self, caption: torch.Tensor, unprocessed: bool = False) -> torch.Tensor:
+        """What the native model makes of a caption before a generation, made by the ranks."""
+        self._check_kind(caption)
+        poll = comfy.model_management.throw_exception_if_processing_interrupted
+        found = self.remote.connected(caption, poll, unprocessed=unprocessed)
+        return found.to(device=caption.device, dtype=caption.dtype)
 
     def _reference_method(self) -> str | None:
         holders = (self, getattr(self, "params", None))
         found = [getattr(holder, REFERENCE_METHOD, None) for holder in holders]
         return next((method for method in found if method is not None), None)
 
-    def _check(self, x: torch.Tensor, inputs: Mapping[str, Any]) -> None:
-        dtype = str(x.dtype).removeprefix("torch.")
+    def _check_kind(self, tensor: torch.Tensor) -> None:
+        dtype = str(tensor.dtype).removeprefix("torch.")
         if dtype != self.remote.spec.compute_dtype:
             raise other_compute_dtype(dtype, self.remote.spec.compute_dtype)
-        if torch.is_grad_enabled() and x.requires_grad:
+        if torch.is_grad_enabled() and tensor.requires_grad:
             raise gradients()
-        num_bad = int(x.numel() - x.isfinite().sum())
+
+    def _check(self, latents: Sequence[torch.Tensor], inputs: Mapping[str, Any]) -> None:
+        for latent in latents:
+            self._check_kind(latent)
+        total = sum(latent.numel() for latent in latents)
+        num_bad = total - int(sum(latent.isfinite().sum() for latent in latents))
         if num_bad:
-            sigma = inputs["timesteps"].flatten()[0].item()
+            timesteps = inputs["timesteps"]
+            first = timesteps if isinstance(timesteps, torch.Tensor) else timesteps[0]
+            sigma = first.flatten()[0].item()
             raise InputError(
-                f"{num_bad} of the {x.numel()} values of the latent are NaN or infinite (at "
+                f"{num_bad} of the {total} values of the latent are NaN or infinite (at "
                 f"timestep {sigma:.4g}). At the first step the latent that was given to the "
                 "sampler is broken; at a later one the model overflowed: set weight_dtype to bf16 "
                 "or fp32."
             )
+
+
+class _AsNative:
+    """A proxy as an instance of its native class: `super()` in that one's forward asks for one."""
+
+    def __init__(self, proxy: RemoteDiffusionModel) -> None:
+        self._proxy = proxy
+
+    @property
+    def __class__(self) -> type:
+        return type(self._proxy.skeleton)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._proxy, name)
+
+
+def _unchanged(value: Any, *_args: Any, **_kwargs: Any) -> Any:
+    """What the model would make of it here, the ranks make."""
+    return value
 
 
 def is_compiled(value: Any) -> bool:

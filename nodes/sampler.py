@@ -29,11 +29,14 @@ class TPSampler(io.ComfyNode):
             display_name="TP Sampler",
             description=(
                 "Denoises a latent with a model that is split over several GPUs. Like KSampler, "
-                "plus a GPU count. Takes a model from 'Load Diffusion Model (TP)'."
+                "plus a GPU count. Takes a model from 'Load Diffusion Model (TP)' or 'Load "
+                "Checkpoint (TP)'."
             ),
             search_aliases=["tensor parallel", "multi gpu", "ksampler", "parallel", "vllm"],
             inputs=[
-                io.Model.Input("model", tooltip="The model, from 'Load Diffusion Model (TP)'."),
+                io.Model.Input(
+                    "model", tooltip="The model, from a loader whose name ends in (TP)."
+                ),
                 io.Int.Input(
                     "seed",
                     default=0,
@@ -124,7 +127,7 @@ class TPSampler(io.ComfyNode):
         if not isinstance(model, TPModelPatcher):
             raise UnsupportedFeatureError(
                 "TP Sampler got a model from another loader. Load it with 'Load Diffusion Model "
-                "(TP)', or sample it with KSampler."
+                "(TP)' or 'Load Checkpoint (TP)', or sample it with KSampler."
             )
         model = on_group(model, cls._group(model, gpu_count))
         samples = nodes.common_ksampler(

@@ -2,11 +2,11 @@
 
 What ComfyUI's stock loader does (`load_diffusion_model_state_dict` in comfy/sd.py), step by step,
 on a state dict whose large tensors are on the meta device and without the scales of quantised
-weights: its layers compute nothing. The model is the standard BaseModel of the running ComfyUI, so
-samplers, latent formats and LoRA key maps are its own.
+weights. The model is the standard BaseModel of the running ComfyUI, so samplers, latent formats and
+LoRA key maps are its own; who computes with its weights gets an error (`absent.py`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 import comfy.model_detection
@@ -22,6 +22,7 @@ from ..tp_runtime.client import (
     CheckpointInfo,
     open_checkpoint,
 )
+from .absent import make_absent
 from .unsupported import reading_weights
 
 # Tensors below this size are read: model detection looks at their values.
@@ -39,6 +40,7 @@ def build_skeleton(info: CheckpointInfo, dtype: torch.dtype | None) -> Any:
     _set_dtypes(config, info, state_dict, dtype)
     model = config.get_model(state_dict, "", device="meta")
     _assign_tensors(info, model, state_dict)
+    make_absent(model.diffusion_model)
     model.device = comfy.model_management.unet_offload_device()
     model.state_dict_for_saving = _refuse_saving
     return model.eval()
@@ -80,6 +82,7 @@ def _model_config(info: CheckpointInfo, state_dict: Mapping[str, torch.Tensor]) 
         state_dict, "", metadata=dict(info.metadata)
     )
     if detected is None:
+        _refuse_newer(info, info.tensors)
         raise CheckpointError(
             f"This ComfyUI does not know the {info.label} model of {info.path}. Update ComfyUI."
         )
@@ -92,6 +95,16 @@ def _model_config(info: CheckpointInfo, state_dict: Mapping[str, torch.Tensor]) 
         if name not in vars(config):
             setattr(config, name, value)
     return config
+
+
+def _refuse_newer(info: CheckpointInfo, unknown: Iterable[str]) -> None:
+    """Raises CheckpointError if the running ComfyUI is too old for the file."""
+    for name in info.family.newer.keys() & set(unknown):
+        variant, version = info.family.newer[name]
+        raise CheckpointError(
+            f"{info.path} is a {variant} file (it has the tensor {name}), which this ComfyUI does "
+            f"not know. Update ComfyUI: {version} knows it."
+        )
 
 
 def _set_dtypes(
@@ -141,12 +154,7 @@ def _assign_tensors(
     strange = [
         name for name in tensors if name not in own or own[name].shape != tensors[name].shape
     ] + sorted(extra.keys() & own.keys())
-    for name in info.family.newer.keys() & set(strange):
-        variant, version = info.family.newer[name]
-        raise CheckpointError(
-            f"{info.path} is a {variant} file (it has the tensor {name}), which this ComfyUI does "
-            f"not know. Update ComfyUI: {version} knows it."
-        )
+    _refuse_newer(info, strange)
     if strange:
         raise CheckpointError(
             f"This ComfyUI builds {info.label} differently from the file {info.path}: "

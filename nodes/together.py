@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 Inputs = Mapping[str, Any]
-EvaluateAll = Callable[[list[Inputs]], list[torch.Tensor]]
+EvaluateAll = Callable[[list[Inputs]], list[Any]]  # results of RemoteModel.evaluate
 T = TypeVar("T")
 
 _meeting: contextvars.ContextVar["Meeting | None"] = contextvars.ContextVar("meeting", default=None)
@@ -35,13 +35,13 @@ class Meeting:
         meeting = _meeting.get()
         return meeting if meeting is not None and meeting._model is model else None
 
-    def evaluate(self, inputs: Inputs) -> torch.Tensor:
+    def evaluate(self, inputs: Inputs) -> Any:
         """In a thread of ``run``: the result, once every thread has asked for one or ended.
 
         Raises:
             What the ``evaluate_all`` of ``run`` raises.
         """
-        answer: Future[torch.Tensor] = Future()
+        answer: Future[Any] = Future()
         self._events.put((inputs, answer))
         return answer.result()  # `_answer` always gives one
 
@@ -80,7 +80,7 @@ class Meeting:
                 questions = []
 
 
-_Question = tuple[Inputs, "Future[torch.Tensor]"]
+_Question = tuple[Inputs, "Future[Any]"]
 
 
 def _answer(questions: list[_Question], evaluate_all: EvaluateAll) -> None:

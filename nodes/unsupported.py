@@ -6,7 +6,7 @@ A refusal names the node's feature that causes it and what to do. Nothing is com
 from comfyui_version import __version__
 
 from ..tp_runtime.client import TPRuntimeError
-from .origins import describe, origin
+from .origins import describe, described, origin
 
 
 class UnsupportedFeatureError(TPRuntimeError, ValueError):
@@ -144,6 +144,14 @@ def reading_weights() -> UnsupportedFeatureError:
         "A node wants to read the model's weights (ModelMerge, ModelSave, LoRA extraction or "
         "training nodes). The weights of a tensor-parallel model are split over other processes. "
         f"{_INSTEAD}"
+    )
+
+
+def absent_weight(name: str, user: tuple[str, str]) -> UnsupportedFeatureError:
+    """For the function `user` (module, qualified name) that computes with a weight, or reads it."""
+    return UnsupportedFeatureError(
+        f"{described(*user)} uses the weight '{name}' of the model in ComfyUI's process. A "
+        f"tensor-parallel model has its weights in other processes. {_INSTEAD}"
     )
 
 

@@ -19,6 +19,7 @@ sys.path.insert(0, str(REPOSITORY / "tests"))
 from support.comfy_page import ComfyPage, chromium, comfy_page  # noqa: E402
 from support.comfy_server import ComfyServer  # noqa: E402
 from support.paths import TOY_PACK  # noqa: E402
+from support.workflows import node  # noqa: E402
 
 README = REPOSITORY / "docs/images"
 HELP = REPOSITORY / "web/docs/images"
@@ -92,6 +93,31 @@ def end_node(page: ComfyPage, node_type: str) -> None:
     page.page.wait_for_timeout(4000)
 
 
+def checkpoint(page: ComfyPage, name: str) -> None:
+    """The loader of a checkpoint, and what takes its three outputs."""
+    prompt = {
+        "load": node("TPLoadCheckpoint", ckpt_name=name, gpu_count="2"),
+        "sampler": node("TPSampler", model=["load", 0]),
+        "text": node("CLIPTextEncode", clip=["load", 1], text="a red circle on blue"),
+        "decode": node("VAEDecode", vae=["load", 2]),
+    }
+    page.load_prompt(prompt)
+    places = {
+        "TPLoadCheckpoint": (0, 0),
+        "TPSampler": (400, 0),
+        "CLIPTextEncode": (400, 500),
+        "VAEDecode": (400, 740),
+    }
+    page.page.evaluate(
+        "(places) => { for (const node of app.graph.nodes) node.pos = places[node.comfyClass];"
+        " app.canvas.ds.scale = 0.7; app.canvas.ds.offset = [120, 200];"
+        " app.canvas.setDirty(true, true); }",
+        places,
+    )
+    page.page.wait_for_timeout(3000)
+    nodes(page, HELP / "checkpoint.png", *places)
+
+
 def main() -> None:
     """Write them all."""
     gpu_free = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
@@ -100,7 +126,12 @@ def main() -> None:
         chromium() as browser,
         comfy_page(browser, server) as page,
     ):
+        checkpoints = server.models / "checkpoints"
+        checkpoints.mkdir(exist_ok=True)
+        (model,) = (TOY_PACK / "models/diffusion_models").glob("*.safetensors")
+        (checkpoints / model.name).symlink_to(model)
         page.open({"Comfy.Minimap.Visible": False})
+        checkpoint(page, model.name)
         run(page, 2)
         nodes(page, HELP / "nodes.png", "TPLoadDiffusionModel", "TPSampler")
         page.open_tab()

@@ -1,5 +1,6 @@
 """What a model file is, from its header: its family, sizes and tensors."""
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from .files.quantised import find_quantised
 from .files.safetensors_file import DTYPES, TensorInfo
 from .formats import QuantisedWeight
 from .models import families
-from .models.family import Family, Settings, Sizes
+from .models.family import Family, Settings, Sizes, UntoldError, blocks
 from .models.inputs import checked_inputs
 from .sharding.table import Table
 
@@ -29,7 +30,8 @@ class CheckpointInfo:
     ``tensors`` are the model's own, with the shapes of their numbers; ``quantised``: those that are
     quantised, and how. ``metadata`` is the file's, without what it says of quantisation.
     ``quantised_bytes``: of the quantised weights, with all that serves for them. ``extra``: tensors
-    that the architecture has not; nothing is computed with them.
+    that the architecture has not; nothing is computed with them. ``prefix``: what the
+    file has before the names; what has another one, in a full checkpoint, is not the model's.
     """
 
     path: str
@@ -40,6 +42,7 @@ class CheckpointInfo:
     quantised: Mapping[str, QuantisedWeight] = field(repr=False)
     quantised_bytes: int = 0
     extra: Mapping[str, TensorInfo] = field(repr=False, default_factory=dict)
+    prefix: str = ""
 
     @property
     def label(self) -> str:
@@ -54,7 +57,7 @@ class CheckpointInfo:
         plain = self.tensors.keys() - self.quantised.keys()
         return self.quantised_bytes + itemsize * sum(self.tensors[x].num_elements for x in plain)
 
-    def checked_inputs(self, inputs: Mapping[str, Any], compute_dtype: str) -> dict[str, Any]:
+    def checked_inputs(self, inputs: Mapping[str, Any], compute_dtype: str) -> Mapping[str, Any]:
         """What the model computes with. Raises InputError; see ``models/inputs.py``."""
         return checked_inputs(self.label, self.sizes, inputs, compute_dtype)
 
@@ -90,7 +93,7 @@ def inspect_checkpoint(path: str) -> CheckpointInfo:
             not: they are ``extra``.)
     """
     with open_checkpoint(path) as file:
-        stored = file.tensors()
+        stored, prefix = file.tensors(), file.prefix
         quantised, companions = find_quantised(
             path, stored, file.metadata, lambda name: file.read(name, None, None)
         )
@@ -100,14 +103,23 @@ def inspect_checkpoint(path: str) -> CheckpointInfo:
         name: TensorInfo(weight.shape, stored[name].dtype) for name, weight in quantised.items()
     }
     family = _recognised(path, tensors)
-    sizes = _sizes_of_file(path, family, tensors)
+    sizes = _sizes_of_file(path, family, tensors, metadata)
+    try:
+        sizes.check_settings(_told(metadata))
+    except ValueError as error:
+        raise CheckpointError(
+            f"The {family.label} file {path} cannot be split yet: {error}. Load it with the stock "
+            "'Load Diffusion Model' node."
+        ) from error
     tensors |= _without_padding(quantised, sizes.table)
     known = sizes.table.file_tensors.keys() | sizes.table.unused.keys()
     own = {name: info for name, info in tensors.items() if name in known}
     _check_tensors(path, family, own, quantised, sizes.table)
     quantised_bytes = sum(_bytes(stored[name]) for name in companions | quantised.keys())
     more = {name: info for name, info in tensors.items() if name not in known}
-    return CheckpointInfo(path, family, sizes, own, metadata, quantised, quantised_bytes, more)
+    return CheckpointInfo(
+        path, family, sizes, own, metadata, quantised, quantised_bytes, more, prefix
+    )
 
 
 def _without_padding(
@@ -138,7 +150,12 @@ def _recognised(path: str, tensors: Mapping[str, TensorInfo]) -> Family:
     )
 
 
-def _sizes_of_file(path: str, family: Family, tensors: Mapping[str, TensorInfo]) -> Sizes:
+def _sizes_of_file(
+    path: str,
+    family: Family,
+    tensors: Mapping[str, TensorInfo],
+    metadata: Mapping[str, str] | None = None,
+) -> Sizes:
     for name, variant in family.variants.items():
         if name in tensors:
             raise CheckpointError(
@@ -146,18 +163,34 @@ def _sizes_of_file(path: str, family: Family, tensors: Mapping[str, TensorInfo])
                 "Load it with the stock 'Load Diffusion Model' node."
             )
     try:
-        sizes = family.sizes.of_file({name: info.shape for name, info in tensors.items()})
+        shapes = {name: info.shape for name, info in tensors.items()}
+        sizes = family.sizes.of_file(shapes, _told(metadata or {}))
         _ = sizes.table.file_tensors  # fails here if a size is none
     except KeyError as error:
         raise CheckpointError(
             f"The {family.label} file {path} lacks the tensor {error}. Download it again."
         ) from error
-    except (IndexError, ValueError, ZeroDivisionError) as error:
+    except UntoldError as error:
         raise CheckpointError(
-            f"The {family.label} file {path} has tensors of impossible shapes ({error}). "
-            "Download it again."
+            f"The {family.label} file {path} does not tell the setting {error}: it belongs into "
+            "the file's metadata, as 'config', below 'transformer', and was lost where the file "
+            "was converted or merged. Take the published file, or one that has kept its metadata."
+        ) from error
+    except (IndexError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            f"The {family.label} file {path} has tensors of impossible shapes, or metadata that do "
+            f"not fit them ({error}). Download it again."
         ) from error
     return sizes
+
+
+def _told(metadata: Mapping[str, str]) -> Settings:
+    """What a file's metadata say of its transformer. Raises ValueError for what is no JSON."""
+    config = json.loads(metadata.get("config", "{}"))
+    found = config.get("transformer", {}) if isinstance(config, dict) else config
+    if not isinstance(found, dict):
+        raise ValueError(f"the metadata's config is {config!r:.80}")
+    return found
 
 
 def _names_in_folder(path: str, settings: Settings) -> FileNames:
@@ -177,13 +210,15 @@ def _names_in_folder(path: str, settings: Settings) -> FileNames:
                 "yet. Load the model with stock nodes."
             )
     try:
-        table = family.sizes.of_folder(settings).table
-        return FileNames(family.label, table.places, table.file_tensors, table.swapped)
+        sizes = family.sizes.of_folder(settings)
+        table, config = sizes.table, {"transformer": sizes.for_comfyui()}
+        told = {"config": json.dumps(config)} if sizes.told() else {}
+        return FileNames(family.label, table.places, table.file_tensors, table.swapped, told)
     except KeyError as error:
         raise CheckpointError(
             f"{CONFIG} of the folder {path} lacks the setting {error}. Download it again."
         ) from error
-    except (TypeError, ArithmeticError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(
             f"{CONFIG} of the folder {path} has a setting that is no size ({error}). "
             "Download it again."
@@ -197,8 +232,10 @@ def _names_alone(path: str, tensors: Mapping[str, TensorInfo]) -> FileNames | No
     of what lies one on another in ComfyUI's file add up. None: the names are not diffusers'.
     """
     for family in families().values():
+        if _has_comfyuis_names(family, tensors):
+            return None
         stacks = tuple(
-            replace(stack, count=_num_blocks(tensors, stack.ours))
+            replace(stack, count=blocks(stack.ours)(dict.fromkeys(tensors, ())))
             for stack in family.published.table.stacks
         )
         table = replace(family.published.table, stacks=stacks)
@@ -219,8 +256,21 @@ def _names_alone(path: str, tensors: Mapping[str, TensorInfo]) -> FileNames | No
     return None
 
 
-def _num_blocks(tensors: Mapping[str, TensorInfo], stack: str) -> int:
-    return len({name.split(".")[1] for name in tensors if name.startswith(f"{stack}.")})
+def _has_comfyuis_names(family: Family, tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether all that the family's file must hold is there already."""
+    if not all(name in tensors for name in family.signature):
+        return False
+    try:
+        sizes = family.sizes.of_file({name: info.shape for name, info in tensors.items()})
+        return sizes.table.file_tensors.keys() <= tensors.keys()
+    except (
+        KeyError,
+        IndexError,
+        UntoldError,
+        ValueError,
+        ZeroDivisionError,
+    ):  # said when the file is read
+        return False
 
 
 def _check_tensors(

@@ -1,24 +1,24 @@
 // `gpu_count` offers what works here for the node's model, and the node says why the rest does not.
 import { app } from "../../scripts/app.js";
 import { request } from "./groups.js";
-import { LOADER, SAMPLER, decidingWidget, loaderOf, nodesOfType, placeOf, widgetOf } from "./graph.js";
+import { LOADERS, SAMPLER, decidingWidget, loaderOf, nodesOfType, placeOf, widgetOf } from "./graph.js";
 import { addNote, showReasons } from "./note.js";
 import { text } from "./texts.js";
 import { toast } from "./toast.js";
 
 export const DEFAULT_COUNT = "TensorParallel.Nodes.GpuCount";
 
-const DECIDE = ["unet_name", "devices", "where"]; // the loader's inputs that counts depend on
+const DECIDE = ["unet_name", "ckpt_name", "devices", "where"]; // the loader's inputs that counts depend on
 const answers = new Map(); // query → promise of the route's answer
 const questions = new WeakMap(); // node → the query that it asked last
 const followed = new WeakSet(); // widgets whose changes are heard of
 
 /** Follow the model of a node that has just been made. */
 export function followModel(node) {
-  if (node.comfyClass === LOADER) {
+  if (LOADERS.includes(node.comfyClass)) {
     widgetOf(node, "gpu_count").value = app.extensionManager.setting.get(DEFAULT_COUNT) ?? "auto";
   }
-  const counted = [LOADER, SAMPLER].includes(node.comfyClass);
+  const counted = [...LOADERS, SAMPLER].includes(node.comfyClass);
   if (counted) addNote(node);
   // The way of a model may lead through any subgraph.
   if (counted || node.subgraph) {
@@ -33,7 +33,7 @@ export function forgetAnswers() {
   offerEverywhere();
 }
 
-const offerEverywhere = () => nodesOfType(LOADER, SAMPLER).forEach(offerCounts);
+const offerEverywhere = () => nodesOfType(...LOADERS, SAMPLER).forEach(offerCounts);
 
 let waiting = false;
 

@@ -3,7 +3,7 @@
 // A place is { node, hosts }: `hosts` are the subgraph nodes that it lies in, outermost first.
 import { app } from "../../scripts/app.js";
 
-export const LOADER = "TPLoadDiffusionModel";
+export const LOADERS = ["TPLoadDiffusionModel", "TPLoadCheckpoint"];
 export const SAMPLER = "TPSampler";
 
 // Whether a link comes from the node of a subgraph's inputs; newer frontends have ids as texts.
@@ -52,7 +52,7 @@ export function nodesOfType(...types) {
 /** The place of the TP loader whose model reaches a place, if the way there is one of MODEL inputs. */
 export function loaderOf(place) {
   const seen = new Set();
-  while (place && place.node.comfyClass !== LOADER) {
+  while (place && !LOADERS.includes(place.node.comfyClass)) {
     if (seen.has(place.node)) return undefined;
     seen.add(place.node);
     place = modelSource(place);

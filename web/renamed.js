@@ -1,7 +1,7 @@
 // Workflows of before the loader's file was called `unet_name`, as in ComfyUI's Load Diffusion Model.
 import { app } from "../../scripts/app.js";
-import { LOADER } from "./graph.js";
 
+const LOADER = "TPLoadDiffusionModel";
 const OLD = "model_name";
 const NEW = "unet_name";
 

@@ -4,11 +4,11 @@
 // has in a saved workflow (links, place, mode, colour, what a subgraph shows of it) stays.
 import { app } from "../../scripts/app.js";
 import { DEFAULT_COUNT } from "./gpu_counts.js";
-import { LOADER, SAMPLER, loaderOf, placeOf, placesOf } from "./graph.js";
+import { SAMPLER, loaderOf, placeOf, placesOf } from "./graph.js";
 import { text } from "./texts.js";
 import { showError, toast } from "./toast.js";
 
-const OURS = { UNETLoader: LOADER, CheckpointLoaderSimple: "TPLoadCheckpoint" };
+const OURS = { UNETLoader: "TPLoadDiffusionModel", CheckpointLoaderSimple: "TPLoadCheckpoint" };
 const STOCK = Object.fromEntries(Object.entries(OURS).map(([stock, ours]) => [ours, stock]));
 const OF_A_PACK = ["cnr_id", "aux_id", "ver"]; // properties that say which pack a node is of
 

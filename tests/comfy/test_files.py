@@ -1,5 +1,6 @@
 """Every file format gives, in a real ComfyUI, what the stock nodes make of the same weights."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from support.gguf_files import ARCHITECTURES, dequantised, write_gguf
 from support.lora_files import write_lora
 from support.quantised_files import write_quantised
 from support.tiny_models import Fp8Layout, tiny_shapes, write_fp8
-from support.workflows import node, stock_loader, stock_twin, tp_text_to_latent
+from support.workflows import node, stock_loader, stock_twin, text_to_latent, tp_text_to_latent
 
 pytestmark = pytest.mark.comfy
 
@@ -34,6 +35,19 @@ def offered(server: ComfyServer) -> list[str]:
     info = server.get("/object_info/TPLoadDiffusionModel")["TPLoadDiffusionModel"]
     kind, options = info["input"]["required"]["unet_name"]
     return list(options["options"] if kind == "COMBO" else kind)
+
+
+@pytest.mark.parametrize("file_input", ["unet_name", "model_name"])
+def test_a_prompt_that_was_edited_by_hand(
+    tiny_z_image: Path, same_as_stock: Compare, file_input: str
+) -> None:
+    """The stock loader's with just the type changed; and with the input's name of before."""
+    stock = text_to_latent(stock_loader(tiny_z_image.name))
+    edited = copy.deepcopy(stock)
+    edited["model"]["class_type"] = "TPLoadDiffusionModel"
+    inputs = edited["model"]["inputs"]
+    inputs[file_input] = inputs.pop("unet_name")
+    same_as_stock(edited, stock=stock)
 
 
 @pytest.mark.rotates(2)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from support.newer import is_known, known
 from support.pack import pack_module
 from support.tiny_models import write_tiny
 from tp_runtime import models
@@ -29,6 +30,8 @@ def loading() -> Iterator[ModuleType]:
 
 def proxy(loading: ModuleType, family: str, folder: Path) -> Any:
     """The weightless model of a tiny file."""
+    if not is_known(family):
+        pytest.skip(f"this ComfyUI has no class for {family}: {FAMILIES[family].since} has")
     path = write_tiny(family, folder / f"{family}.safetensors")
     placement = loading.Placement()
     group = GroupConfig(2, "cpu")
@@ -52,7 +55,7 @@ def native_inputs(native: type) -> set[str]:
     return found - {"self"}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", known())
 def test_every_input_of_the_native_class_is_known(
     loading: ModuleType, family: str, tmp_path: Path
 ) -> None:

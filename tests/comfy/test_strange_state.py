@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from support.fuzz import examples
 from support.inputs import make_inputs
 from support.native import native_model
+from support.newer import known
 from support.pack import pack_module
 from support.tiny_models import tiny, write_tiny
 from tp_runtime.client import GroupConfig, TPRuntimeError, get_runtime
-from tp_runtime.models import families
 
 pytestmark = pytest.mark.comfy
 
@@ -120,7 +120,7 @@ STRANGE: dict[str, Callable[[], Any]] = {
 UNREAD = ("easycache_state", "", "\ud800", "sigmas.next", 7, (1, 2), None, "skip_blocks")
 
 
-@pytest.mark.parametrize("family", families())
+@pytest.mark.parametrize("family", known())
 def test_what_no_model_reads_has_no_effect(pair: Callable[[str], Pair], family: str) -> None:
     native, ours = pair(family)
     expected = outcome(native, family, {}, {})
@@ -213,7 +213,7 @@ options_of_packs = st.dictionaries(keys, trees, max_size=4) | st.fixed_dictionar
 )
 
 
-@pytest.mark.parametrize("family", families())
+@pytest.mark.parametrize("family", known())
 def test_any_options(pair: Callable[[str], Pair], family: str) -> None:
     """ComfyUI's result, or one error that names the option."""
     native, ours = pair(family)

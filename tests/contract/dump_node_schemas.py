@@ -22,7 +22,7 @@ SNAPSHOT = Path(__file__).with_name("node_schemas.json")
 ENGLISH = REPOSITORY / "locales/en/nodeDefs.json"
 
 # What ComfyUI and a person's disk decide.
-_FILES = "<files in diffusion_models>"
+_FOLDERS = {"unet_name": "diffusion_models", "ckpt_name": "checkpoints"}
 _SAMPLERS = "<ComfyUI's samplers>"
 _SCHEDULERS = "<ComfyUI's schedulers>"
 _NOT_FROZEN = ("tooltip", "display_name")
@@ -78,7 +78,7 @@ def _frozen(node: Any) -> dict[str, Any]:
         "display_name": schema.display_name,
         "is_output_node": schema.is_output_node,
         "inputs": [
-            {"id": item.id, "type": str(item.get_io_type()), **_options(item.as_dict())}
+            {"id": item.id, "type": str(item.get_io_type()), **_options(item.id, item.as_dict())}
             for item in schema.inputs
         ],
         "outputs": [{"id": item.id, "type": str(item.io_type)} for item in schema.outputs],
@@ -120,16 +120,14 @@ def _stock_inputs(name: str) -> list[dict[str, Any]]:
         options = dict(rest[0]) if rest else {}
         if isinstance(kind, list):
             kind, options = "COMBO", options | {"options": kind}
-        inputs.append({"id": input_id, "type": kind, **_options(options)})
+        inputs.append({"id": input_id, "type": kind, **_options(input_id, options)})
     return inputs
 
 
-def _options(options: dict[str, Any]) -> dict[str, Any]:
+def _options(input_id: str, options: dict[str, Any]) -> dict[str, Any]:
     import comfy.samplers
-    import folder_paths
 
     named = {
-        _FILES: folder_paths.get_filename_list("diffusion_models"),
         _SAMPLERS: comfy.samplers.KSampler.SAMPLERS,
         _SCHEDULERS: comfy.samplers.KSampler.SCHEDULERS,
     }
@@ -137,7 +135,9 @@ def _options(options: dict[str, Any]) -> dict[str, Any]:
     for name in ("multiselect", "optional"):  # said only where true by some releases of ComfyUI
         if not kept.get(name, True):
             del kept[name]
-    if "options" in kept:
+    if input_id in _FOLDERS:
+        kept["options"] = f"<files in {_FOLDERS[input_id]}>"
+    elif "options" in kept:
         choices = list(kept["options"])
         kept["options"] = next((name for name, known in named.items() if known == choices), choices)
     return kept

@@ -15,8 +15,8 @@ from support.paths import REPOSITORY
 FAMILIES = REPOSITORY / "tp_runtime" / "models"
 # As a word (`FLUX.1`, `flux_text`), or as a word of a class's name (`TinyFluxSizes`); not `influx`.
 NAME = re.compile(
-    r"(?<![A-Za-z])(?i:z_image|z-image|flux|qwen_image|qwen-image|wan)(?![a-z])"
-    r"|(ZImage|Flux|QwenImage|Wan)(?![a-z])"
+    r"(?<![A-Za-z])(?i:z_image|z-image|flux|qwen_image|qwen-image|wan|ltx|krea|minimax)(?![a-z])"
+    r"|(ZImage|Flux|QwenImage|Wan|LTX|Krea|MiniMax)(?![a-z])"
 )
 # File → pieces of its code that name a family: texts for a person, and rows that were measured.
 ALLOWED = {
@@ -102,6 +102,8 @@ def test_what_is_allowed_is_there(name: str, pieces: tuple[str, ...]) -> None:
         ("f(flux=1)", 1),
         ("wanted = 'what we want'", 0),
         ("class WanSizes: ...", 1),
+        ("class LTX2Sizes: ...", 1),
+        ("class Krea2Sizes: ...", 1),
     ],
 )
 def test_names_are_found_in_code_only(source: str, count: int) -> None:

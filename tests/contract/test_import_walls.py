@@ -64,7 +64,8 @@ def room_of(module: str) -> str:
     first, *rest = module.split("/")
     if module in ROOMS:
         return module
-    if first == "models" and rest and rest[-1] in ("forward", "layers", "dual_stream"):
+    of_a_family = len(rest) == 2 and rest[1] not in ("family", "payload", "rows", "__init__")
+    if first == "models" and rest and (of_a_family or rest[0] in ("layers", "dual_stream")):
         return FORWARD
     return first
 

@@ -12,19 +12,28 @@ from tp_runtime.models import families, family_named
 from tp_runtime.sharding.parts import Layer, Part, Sharding, layer_parts
 
 MAX_BYTES = 1.05  # of a rank's even share: padding and what is replicated
+PADDED_BYTES = {"ltx2": 1.08}  # of 32 heads, 36 on six GPUs, and more than half are attention
 LINEARS = {
     "z_image": 34 * 7 + 32 + 6,
     "flux": 19 * 14 + 38 * 6 + 10,
     "flux2": 8 * 12 + 48 * 2 + 11,
     "qwen_image": 60 * 14 + 6,
+    "qwen_image_21": 32 * 7 + 8,
     "wan": 40 * 10 + 6,
+    "minimax_h3": 50 * 7 + 2 * 6 + 2,
+    "ltx2": 48 * 34 + 16 * 7 + 28,
+    "krea2": 28 * 8 + 4 * 8 + 8,
 }
 VALID_SIZES = {
     "z_image": (1, 2, 3, 4, 5, 6, 8),
     "flux": (1, 2, 3, 4, 5, 6, 8),
     "flux2": (1, 2, 3, 4, 5, 6, 7, 8),
     "qwen_image": (1, 2, 3, 4, 5, 6, 8),
+    "qwen_image_21": (1, 2, 3, 4, 5, 6, 7, 8),
     "wan": (1, 2, 3, 4, 5, 6, 7, 8),
+    "minimax_h3": (1, 2, 3, 4, 5, 6, 7, 8),
+    "ltx2": (1, 2, 3, 4, 5, 6, 7, 8),
+    "krea2": (1, 2, 3, 4, 5, 6, 7, 8),
 }
 SIZED = [(name, size) for name, sizes in VALID_SIZES.items() for size in sizes]
 FAMILIES = sorted(families())
@@ -79,9 +88,16 @@ def test_ranks_together_hold_every_split_weight_once(name: str, tp_size: int) ->
     _, sharding = built(name)
     table = family_named(name).published.table
     held: dict[tuple[str, tuple[int, int] | None], list[tuple[int, int]]] = defaultdict(list)
+    shared = set()  # heads of keys and values that neighbouring ranks may both need
     for layer in sharding.layers:
         if layer.axis is None:
             continue
+        shared |= {
+            source.name
+            for section in layer.sections
+            if section.split.queries
+            for source in table.sources(f"{section.path}.weight")
+        }
         for rank in range(tp_size):
             for part in layer_parts(layer, rank, tp_size, table.sources):
                 assert_inside(part, layer, tp_size)
@@ -91,7 +107,8 @@ def test_ranks_together_hold_every_split_weight_once(name: str, tp_size: int) ->
                     held[part.source, None].append(part.rows)
     assert held
     for (tensor, rows), ranges in held.items():
-        assert_tiles(ranges, table.file_tensors[tensor][0 if rows is None else 1])
+        length = table.file_tensors[tensor][0 if rows is None else 1]
+        assert_tiles(ranges, length, tensor in shared)
 
 
 @pytest.mark.parametrize(("name", "tp_size"), SIZED)
@@ -109,15 +126,17 @@ def test_a_rank_holds_its_share_of_the_bytes(name: str, tp_size: int) -> None:
     full = sum(parameter.numel() for parameter in model.parameters())
     ratio = elements * tp_size / full
     print(f"{name} on {tp_size}: {ratio:.4f} of an even share, {2 * elements / 2**30:.2f} GiB bf16")
-    assert ratio <= MAX_BYTES
+    heads = family_named(name).published.num_heads
+    padded = -heads % tp_size / heads > 1 / 16
+    assert ratio <= (PADDED_BYTES.get(name, MAX_BYTES) if padded else MAX_BYTES)
 
 
-def assert_tiles(ranges: list[tuple[int, int]], length: int) -> None:
-    """The ranges cover [0, length) without a gap or an overlap."""
+def assert_tiles(ranges: list[tuple[int, int]], length: int, shared: bool = False) -> None:
+    """The ranges cover [0, length) without a gap, and unless they are shared without an overlap."""
     end = 0
     for start, stop in sorted(ranges):
-        assert start == end, ranges
-        end = stop
+        assert start <= end if shared else start == end, ranges
+        end = max(end, stop)
     assert end == length, ranges
 
 

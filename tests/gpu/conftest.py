@@ -16,6 +16,7 @@ WRITERS: dict[str, Callable[..., Path]] = {
     "flux": functools.partial(write_tiny, "flux"),
     "flux2": functools.partial(write_tiny, "flux2"),
     "qwen_image": functools.partial(write_tiny, "qwen_image"),
+    "qwen_image_21": functools.partial(write_tiny, "qwen_image_21"),
 }
 # What the order of sums may change in fp32.
 FP32_TOLERANCE = 1e-5

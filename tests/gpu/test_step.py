@@ -28,6 +28,7 @@ PATCHED = {
     "flux": ("img_attn.qkv", "txt_mlp.2", "img_mlp.0"),
     "flux2": ("img_attn.qkv", "linear1", "img_mlp.0"),
     "qwen_image": ("attn.to_k", "img_mlp.net.2", "txt_mlp.net.0.proj"),
+    "qwen_image_21": ("attn.to_k", "img_mlp.out", "img_mlp.gate_up"),
 }
 
 

@@ -27,7 +27,10 @@ def native(path: Path, inputs: dict[str, Any], dtype: torch.dtype = torch.float3
     named = pytree.tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, inputs)
     with torch.inference_mode():
         model = cached_native_model(path, dtype)
-        found: torch.Tensor = model(named.pop("x"), named.pop("timesteps"), **named)
+        x, timesteps = named.pop("x"), named.pop("timesteps")
+        if "a_timestep" in named:  # BaseModel gives both at once
+            timesteps = timesteps, named.pop("a_timestep")
+        found: torch.Tensor = model(x, timesteps, **named)
     return found
 
 

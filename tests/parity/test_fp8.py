@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from support.inputs import make_inputs
 from support.native import native_fp8
+from support.newer import is_known
 from support.sparse_files import one_block
 from support.tiny_models import Fp8Layout, tiny, write_fp8, write_tiny
 from tp_runtime.client import CheckpointError, GroupConfig, ModelSpec, Runtime, inspect_checkpoint
@@ -27,7 +28,9 @@ INPUTS: dict[str, dict[str, Any]] = {
     "flux2": make_inputs(tiny("flux2"), references=((9, 8),)),
     "qwen_image": test_qwen_image.make_inputs(references=((9, 8),)),
     "wan": make_inputs(tiny("wan"), frames=2, height=5, width=6, time_scale=1000.0),
+    "krea2": make_inputs(tiny("krea2"), references=((9, 8),), ref_latents_method="index"),
 }
+KNOWN = [family for family in INPUTS if is_known(family)]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +64,7 @@ def remote(
 
 @pytest.mark.process
 @pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=str)
-@pytest.mark.parametrize("family", INPUTS)
+@pytest.mark.parametrize("family", KNOWN)
 def test_plain(
     runtime: Runtime, wholes: dict[str, Path], tmp_path: Path, family: str, dtype: torch.dtype
 ) -> None:
@@ -76,7 +79,7 @@ def test_plain(
 
 @pytest.mark.process
 @pytest.mark.parametrize("layout", ["scaled", "mixed"])
-@pytest.mark.parametrize("family", INPUTS)
+@pytest.mark.parametrize("family", KNOWN)
 def test_with_scales(
     runtime: Runtime, wholes: dict[str, Path], tmp_path: Path, family: str, layout: Fp8Layout
 ) -> None:

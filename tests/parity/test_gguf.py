@@ -13,6 +13,7 @@ from parity.conftest import FP32_TOLERANCE, Remote, relative_error
 from support.gguf_files import ARCHITECTURES, dequantised, write_gguf
 from support.inputs import make_inputs
 from support.native import native_model
+from support.newer import is_known
 from support.tiny_models import tiny, write_tiny
 
 pytestmark = pytest.mark.process
@@ -25,7 +26,11 @@ INPUTS: dict[str, Callable[..., dict[str, Any]]] = {
     "wan": functools.partial(
         make_inputs, tiny("wan"), frames=2, height=5, width=6, time_scale=1000.0
     ),
+    "krea2": functools.partial(
+        make_inputs, tiny("krea2"), references=((9, 8),), ref_latents_method="index"
+    ),
 }
+KNOWN = [family for family in INPUTS if is_known(family)]
 
 
 def write_both(folder: Path, family: str, kind: str, **options: Any) -> tuple[Path, Path]:
@@ -45,7 +50,7 @@ def native(path: Path, inputs: dict[str, Any], dtype: torch.dtype = torch.float3
 
 @pytest.mark.rotates(3)
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "Q4_K", "Q6_K"])
-@pytest.mark.parametrize("family", INPUTS)
+@pytest.mark.parametrize("family", KNOWN)
 def test_fp32(tmp_path: Path, remote: Remote, family: str, kind: str) -> None:
     path, values = write_both(tmp_path, family, kind)
     inputs = INPUTS[family]()

@@ -1,7 +1,8 @@
 """Grouped-query attention over more ranks than key/value heads, on simulated ranks.
 
-No model has it yet. The slices come from the same `layer_parts` that loading follows; here every
-rank is a plain matrix product in this process, and the all-reduce a sum.
+As vLLM's layer of q, k and v deals heads out, which no model has yet. The slices come from the same
+`layer_parts` that loading follows; here every rank is a plain matrix product in this process, and
+the all-reduce a sum.
 """
 
 import pytest

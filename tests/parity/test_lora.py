@@ -12,6 +12,7 @@ from parity.conftest import FP32_TOLERANCE, relative_error
 
 from support.inputs import make_inputs
 from support.native import import_comfy, native_patcher
+from support.newer import is_known
 from support.pack import pack_module
 from support.tiny_models import Fp8Layout, tiny, write_fp8, write_tiny
 from tp_runtime.client import GroupConfig, ModelSpec, RemoteModel, Runtime, inspect_checkpoint
@@ -26,7 +27,9 @@ INPUTS: dict[str, dict[str, Any]] = {
     "flux2": make_inputs(tiny("flux2"), references=((9, 8),)),
     "qwen_image": test_qwen_image.make_inputs(references=((9, 8),)),
     "wan": make_inputs(tiny("wan"), frames=2, height=5, width=6, time_scale=1000.0),
+    "krea2": make_inputs(tiny("krea2"), references=((9, 8),), ref_latents_method="index"),
 }
+KNOWN = [family for family in INPUTS if is_known(family)]
 # Family → one weight of every style: fused, column, row, gathered, replicated; a norm, a bias.
 WEIGHTS = {
     "z_image": (
@@ -59,6 +62,11 @@ WEIGHTS = {
         ),
         *("blocks.1.ffn.0", "time_projection.1", "blocks.1.cross_attn.o", "text_embedding.2"),
         *("head.head", "blocks.1.self_attn.v"),
+    ),
+    "krea2": (
+        *("blocks.0.attn.wq", "blocks.0.attn.wk", "blocks.1.attn.gate", "blocks.0.attn.wo"),
+        *("blocks.1.mlp.up", "blocks.1.mlp.down", "first", "tproj.1", "last.linear"),
+        *("txtfusion.layerwise_blocks.0.attn.wv", "txtfusion.refiner_blocks.1.attn.wo", "tmlp.2"),
     ),
 }
 KINDS = ("lora", "dora", "loha", "lokr", "glora", "oft", "diff")
@@ -178,7 +186,7 @@ def digests(runtime: Runtime, model: RemoteModel) -> list[str]:
 
 @pytest.mark.rotates(3)
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
-@pytest.mark.parametrize("family", INPUTS)
+@pytest.mark.parametrize("family", KNOWN)
 def test_apply_change_remove(
     runtime: Runtime, weights: ModuleType, tmp_path: Path, family: str, tp_size: int
 ) -> None:

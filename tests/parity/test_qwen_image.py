@@ -239,6 +239,11 @@ def test_a_comfyui_without_the_class_is_told_which_has_it(
             return
         with pytest.raises(CheckpointError, match=f"{variant} file .* Update ComfyUI: 0.33"):
             skeleton.build_skeleton(info, None)
+    # Also where the page asks, before anything runs.
+    with pack_module("nodes.gpu_count") as gpu_count:
+        for _ in range(2):
+            with pytest.raises(CheckpointError, match=f"{variant} file .* Update ComfyUI: 0.33"):
+                gpu_count.refused_counts(info.path, gpu_count.Placement())
 
 
 def test_a_folder_does_not_say_that_references_are_at_time_zero(tmp_path: Path) -> None:

@@ -15,13 +15,15 @@ from parity.suite import native
 
 from support.fuzz import examples
 from support.inputs import make_inputs
+from support.newer import known
 from support.tiny_models import tiny, write_tiny
-from tp_runtime.models import families
 
 pytestmark = pytest.mark.process
 
 METHODS = {"flux": ("offset", "index", "uxo"), "flux2": ("index", "offset", "uxo")}
 METHODS["qwen_image"] = ("index", "offset", "uxo")
+METHODS["krea2"] = ("index", "uxo", "index_timestep_zero")
+WITHOUT_METHODS = ("qwen_image_21",)  # references, and places for them in the text
 sides = st.integers(2, 20)
 
 
@@ -37,10 +39,13 @@ def inputs_of(draw: Callable[[Any], Any], family: str) -> dict[str, Any]:
     }
     if geometry.video and geometry.num_frames is None:
         given_ones |= {"frames": draw(st.integers(1, 5)), "time_scale": 1000.0}
-    if family in METHODS:
+    if family in (*METHODS, *WITHOUT_METHODS):
         given_ones["references"] = draw(st.lists(st.tuples(sides, sides), max_size=3))
-        if given_ones["references"]:
-            given_ones["ref_latents_method"] = draw(st.sampled_from(METHODS[family]))
+    if family in WITHOUT_METHODS:
+        places = st.lists(st.integers(0, given_ones["length"]), max_size=4)
+        given_ones["image_slots"] = sorted(draw(places))
+    elif family in METHODS and given_ones["references"]:
+        given_ones["ref_latents_method"] = draw(st.sampled_from(METHODS[family]))
     optional = [name for name, one in sizes.inputs.items() if one.optional and name != "context"]
     given_ones["without"] = draw(st.sets(st.sampled_from(optional))) if optional else ()
     if family == "z_image":
@@ -60,7 +65,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.mark.rotates(3)
-@pytest.mark.parametrize("family", families())
+@pytest.mark.parametrize("family", known())
 @pytest.mark.parametrize("tp_size", [2, "padded", 4])
 def test_any_inputs(
     file: Callable[[str], Path], remote: Remote, family: str, tp_size: int | str

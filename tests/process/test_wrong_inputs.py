@@ -31,7 +31,10 @@ def loaded(runtime: Runtime, path: Path, dtype: str = "float32") -> RemoteModel:
 
 def good(family: str) -> dict[str, Any]:
     """Of every declared input one that fits, references included."""
-    return make_inputs(tiny(family), height=8, width=8, length=80, references=[(8, 8)])
+    lengths = {"samples": 4}
+    return make_inputs(
+        tiny(family), height=8, width=8, length=80, references=[(8, 8)], lengths=lengths
+    )
 
 
 def wrong(declared: Input, right: torch.Tensor) -> Iterator[tuple[str, Any]]:
@@ -69,14 +72,23 @@ def test_every_input_is_checked_before_anything_is_sent(
     for name, one in declared.items():
         if name not in inputs:
             continue  # masks, which the forward checks
-        for what, value in wrong(one, inputs[name][0] if one.many else inputs[name]):
-            if name == "x" and what == "more batch":
-                continue  # is right: it is the others that are too few
-            kinds += 1
-            given = [value] if one.many else value
-            with pytest.raises(InputError) as error:
-                model.evaluate(inputs | {name: given})
-            assert one.what in str(error.value) or one.what.lower() in str(error.value), what
+        listed = one.many or one.besides
+        rights = inputs[name] if listed else [inputs[name]]
+        for place, each in enumerate((one, *one.besides)):
+            for what, value in wrong(each, rights[place]):
+                if name == "x" and place == 0 and what == "more batch":
+                    continue  # is right: it is the others that are too few
+                kinds += 1
+                given = [*rights[:place], value, *rights[place + 1 :]]
+                with pytest.raises(InputError) as error:
+                    model.evaluate(inputs | {name: given if listed else value})
+                words = {each.what, each.what.lower(), one.what}
+                assert any(word in str(error.value) for word in words), what
+        if one.besides:
+            too_few = [] if one.besides[-1].optional else [rights[0], rights[:1]]
+            for given in (*too_few, [*rights, rights[0]], {"0": rights[0]}):
+                with pytest.raises(InputError, match=f"must be a list of {len(rights)} tensors"):
+                    model.evaluate(inputs | {name: given})
         if one.many:
             with pytest.raises(InputError, match="must be a list of tensors"):
                 model.evaluate(inputs | {name: {"0": inputs[name][0]}})
@@ -85,7 +97,15 @@ def test_every_input_is_checked_before_anything_is_sent(
                 model.evaluate(inputs | {name: None})
     assert kinds > 30
     assert model.num_evaluations == sent, "nothing was sent"
-    assert torch.equal(model.evaluate(inputs), expected)
+    assert same(model.evaluate(inputs), expected)
+
+
+def same(
+    found: torch.Tensor | list[torch.Tensor], expected: torch.Tensor | list[torch.Tensor]
+) -> bool:
+    if isinstance(found, torch.Tensor):
+        return torch.equal(found, expected)
+    return all(map(torch.equal, found, expected))
 
 
 # Sizes of models of a family that are given more than its small one.
@@ -103,7 +123,7 @@ def test_the_declaration_is_the_forwards_signature(family: str) -> None:
     """What is declared is what the family's forward takes: neither more nor less."""
     forward, sizes = families()[family].forward(), tiny(family)
     taken = set(inspect.signature(forward.condition).parameters) | {"timesteps"}
-    taken |= {"control"} & set(inspect.signature(forward.evaluate).parameters)
+    taken |= {"control", "a_timestep"} & set(inspect.signature(forward.evaluate).parameters)
     variants = [sizes, *(replace(sizes, **changes) for changes in VARIANTS.get(family, ()))]
     declared = {name for one in variants for name in one.all_inputs}
     declared |= {*sizes.plain_inputs, "transformer_options"}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from support.newer import is_newer
 from support.paths import comfyui_path
 from support.tiny_controlnets import CONTROLNETS
 from support.tiny_models import write_tiny
@@ -71,7 +72,10 @@ class Family:
         return CONTROLNETS.get(self.name)
 
 
-FAMILIES = tuple(map(Family.of, models.families().values()))
+# Those of 0.3.75: nothing can be expected there of a family that only newer releases know.
+FAMILIES = tuple(
+    Family.of(family) for name, family in models.families().items() if not is_newer(name)
+)
 
 # --- what is expected ----------------------------------------------------------------------------
 

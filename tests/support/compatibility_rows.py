@@ -1012,4 +1012,5 @@ ELSEWHERE = {
     "SelectModelDevice": "chooses ComfyUI's device; ours is chosen by `devices`",
     "ModelNoiseScale": "another model sampling, which is ComfyUI's own code",
     "MiniMaxH3SigmaShift": "another model sampling, which is ComfyUI's own code",
+    "QwenImage21Cache": "where ComfyUI keeps its keys and values (Qwen-Image-2.1): no effect",
 }

@@ -167,7 +167,7 @@ def _flux2(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]
         yield name, tensor
 
 
-def _qwen_image(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+def _as_they_are(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     yield name, tensor
 
 
@@ -198,14 +198,74 @@ _WAN_NAMES = {
 }
 
 
+_LTX2_NAMES = {
+    r"^(audio_)?patchify_proj": r"\1proj_in",
+    r"^(audio_)?adaln_single": r"\1time_embed",
+    r"^(audio_)?prompt_adaln_single": r"\1prompt_adaln",
+    r"^av_ca_(video|audio)_scale_shift_adaln_single": r"av_cross_attn_\1_scale_shift",
+    r"^av_ca_a2v_gate_adaln_single": "av_cross_attn_video_a2v_gate",
+    r"^av_ca_v2a_gate_adaln_single": "av_cross_attn_audio_v2a_gate",
+    r"scale_shift_table_a2v_ca_(video|audio)": r"\1_a2v_cross_attn_scale_shift_table",
+    r"\.([qk])_norm": r".norm_\1",
+}
+
+
+def _ltx2(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    for pattern, new in _LTX2_NAMES.items():
+        name = re.sub(pattern, new, name)
+    yield name, tensor
+
+
 def _wan(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     for pattern, new in _WAN_NAMES.items():
         name = re.sub(pattern, new, name)
     yield name, tensor
 
 
+_KREA2_NAMES = {
+    r"^first": "img_in",
+    r"^tmlp\.0": "time_embed.linear_1",
+    r"^tmlp\.2": "time_embed.linear_2",
+    r"^tproj\.1": "time_mod_proj",
+    r"^txtmlp\.0\.scale": "txt_in.norm.weight",
+    r"^txtmlp\.1": "txt_in.linear_1",
+    r"^txtmlp\.3": "txt_in.linear_2",
+    r"^txtfusion": "text_fusion",
+    r"^blocks": "transformer_blocks",
+    r"^last\.modulation\.lin": "final_layer.scale_shift_table",
+    r"^last\.norm\.scale": "final_layer.norm.weight",
+    r"^last": "final_layer",
+    r"attn\.w([qkv])": r"attn.to_\1",
+    r"attn\.wo": "attn.to_out.0",
+    r"attn\.gate": "attn.to_gate",
+    r"qknorm\.([qk])norm\.scale": r"norm_\1.weight",
+    r"mlp": "ff",
+    r"prenorm\.scale": "norm1.weight",
+    r"postnorm\.scale": "norm2.weight",
+    r"mod\.lin": "scale_shift_table",
+}
+
+
+def _krea2(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    flat = name.endswith("mod.lin")  # each block's six modulations; diffusers has them in rows
+    for pattern, new in _KREA2_NAMES.items():
+        name = re.sub(pattern, new, name)
+    yield name, tensor.unflatten(0, (6, -1)) if flat else tensor
+
+
 _Z, _F, _F2, _Q = tiny("z_image"), tiny("flux"), tiny("flux2"), tiny("qwen_image")
-_W = tiny("wan")
+_Q21, _W, _K = tiny("qwen_image_21"), tiny("wan"), tiny("krea2")
+
+# The connectors of its text are in a folder of their own.
+FOLDER_LTX2 = {
+    "connector_blocks": 0,
+    "connector_heads": 30,
+    "connector_head_dim": 128,
+    "audio_connector_heads": 30,
+    "audio_connector_head_dim": 128,
+    "connector_gated": False,
+}
+_L = tiny("ltx2", **FOLDER_LTX2)
 
 FAMILIES = {
     "z_image": Family(
@@ -262,7 +322,21 @@ FAMILIES = {
             "out_channels": 16,
             "joint_attention_dim": _Q.context_dim,
         },
-        _qwen_image,
+        _as_they_are,
+    ),
+    "qwen_image_21": Family(
+        functools.partial(write_tiny, "qwen_image_21", fused=False),
+        {
+            "_class_name": "QwenImage21Transformer2DModel",
+            "attention_head_dim": _Q21.head_dim,
+            "num_attention_heads": _Q21.num_heads,
+            "num_layers": _Q21.num_blocks,
+            "in_channels": _Q21.in_channels,
+            "out_channels": None,
+            "context_in_dim": _Q21.context_dim,
+            "mlp_ratio": _Q21.mlp_ratio,
+        },
+        _as_they_are,
     ),
     "wan": Family(
         functools.partial(write_tiny, "wan"),
@@ -279,5 +353,52 @@ FAMILIES = {
             "pos_embed_seq_len": _W.image_positions,
         },
         _wan,
+    ),
+    "ltx2": Family(
+        functools.partial(write_tiny, "ltx2", **FOLDER_LTX2),
+        {
+            "_class_name": "LTX2VideoTransformer3DModel",
+            "attention_head_dim": _L.head_dim,
+            "num_attention_heads": _L.num_heads,
+            "audio_attention_head_dim": _L.audio_head_dim,
+            "audio_num_attention_heads": _L.audio_heads,
+            "num_layers": _L.num_blocks,
+            "in_channels": _L.in_channels,
+            "audio_in_channels": _L.audio_channels,
+            "caption_channels": _L.caption_channels,
+            "cross_attn_mod": True,
+            "gated_attn": True,
+            "ff_bias": False,
+            "use_prompt_embeddings": False,
+            "use_keyframes_abs_pos_embedding": True,
+            "rope_type": "split",
+            "rope_double_precision": True,
+            "causal_offset": 1,
+            "pos_embed_max_pos": 20,
+            "base_height": 2048,
+            "base_width": 2048,
+            "audio_pos_embed_max_pos": 20,
+            "timestep_scale_multiplier": 1000,
+            "cross_attn_timestep_scale_multiplier": 1000,
+        },
+        _ltx2,
+    ),
+    "krea2": Family(
+        functools.partial(write_tiny, "krea2"),
+        {
+            "_class_name": "Krea2Transformer2DModel",
+            "attention_head_dim": _K.head_dim,
+            "num_attention_heads": _K.num_heads,
+            "num_key_value_heads": _K.num_kv_heads,
+            "num_layers": _K.num_blocks,
+            "intermediate_size": _K.ffn_dim,
+            "in_channels": 4 * _K.channels,
+            "text_hidden_dim": _K.text_dim,
+            "num_text_layers": _K.num_text_layers,
+            "text_num_attention_heads": _K.num_text_heads,
+            "text_num_key_value_heads": _K.num_text_kv_heads,
+            "text_intermediate_size": _K.text_ffn_dim,
+        },
+        _krea2,
     ),
 }

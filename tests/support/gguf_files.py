@@ -23,6 +23,8 @@ ARCHITECTURES = {
     "flux": "flux",
     "flux2": "flux",
     "qwen_image": "qwen_image",
+    "krea2": "krea2",
+    "qwen_image_21": "qwen_image21",
     "wan": "wan",
 }
 KEPT_ELEMENTS = 1024  # converters leave small tensors alone

@@ -23,6 +23,7 @@ def make_inputs(
     lengths: Mapping[str, int] | None = None,
     time_scale: float = 1.0,
     times_per_item: int = 0,
+    masks: Mapping[str, torch.Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
     **others: Any,
 ) -> dict[str, Any]:
@@ -31,8 +32,8 @@ def make_inputs(
     ``length``: tokens of the caption. ``references``: height and width of each (frames before
     them). ``residuals``: of a ControlNet, by ComfyUI's name of the blocks, the tokens for each.
     ``lengths``: of other axes; an optional input that has an axis of unknown length is left out, as
-    is what ``without`` names. ``times_per_item``: of timesteps with a second axis. ``others`` are
-    passed on as they are.
+    is what ``without`` names. ``times_per_item``: of timesteps with a second axis. ``masks`` are in
+    the dtype of the latents, and ``others`` passed on as they are.
     """
     generator = torch.Generator().manual_seed(1000 * batch + height + length)
     known = {"batch": batch, "frames": frames, "height": height, "width": width, "tokens": length}
@@ -61,7 +62,8 @@ def make_inputs(
             if sizes_of:
                 inputs[name] = [tensor(declared, own | of_one) for of_one in sizes_of]
         elif axes <= own.keys():
-            inputs[name] = tensor(declared, own)
+            found = [tensor(one, own) for one in (declared, *declared.besides)]
+            inputs[name] = found if declared.besides else found[0]
         else:
             assert declared.optional, name
     if mask:
@@ -72,4 +74,5 @@ def make_inputs(
             name: [None if n is None else random(batch, n, sizes.dim) for n in counts]
             for name, counts in stacks.items()
         }
+    inputs |= {name: one.to(dtype) for name, one in (masks or {}).items()}
     return {name: value for name, value in inputs.items() if name not in without} | others

@@ -1,6 +1,7 @@
 """ComfyUI's own models, loaded in this process from the tiny checkpoints: the parity reference."""
 
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch
 from safetensors import safe_open
 
 from support.paths import comfyui_path
+
+_WITH_TRUTH_VALUES = ("comfy.ldm.qwen_image21.model",)  # see `_mend_attention`
 
 
 def import_comfy() -> None:
@@ -22,6 +25,19 @@ def import_comfy() -> None:
     from comfy.cli_args import args
 
     args.cpu = True
+    _mend_attention()
+
+
+def _mend_attention() -> None:
+    """Classes that give attention masks of truth values get torch's attention, as on GPUs.
+
+    ComfyUI's for CPUs adds such a mask to the scores, as ones and zeros.
+    """
+    for name in _WITH_TRUTH_VALUES:
+        if (comfyui_path() / name.replace(".", "/")).with_suffix(".py").is_file():
+            from comfy.ldm.modules.attention import attention_pytorch
+
+            import_module(name).optimized_attention = attention_pytorch  # type: ignore[attr-defined]
 
 
 def native_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:

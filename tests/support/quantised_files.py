@@ -136,6 +136,7 @@ def write_quantised(
     tensors: dict[str, torch.Tensor] = {}
     layers: dict[str, dict[str, Any]] = {}
     with safe_open(source, framework="pt") as file:
+        metadata = dict(file.metadata())
         for key in file.keys():  # noqa: SIM118  (not a dict)
             value = file.get_tensor(key)
             layer = key.removesuffix(".weight")
@@ -147,7 +148,6 @@ def write_quantised(
                 continue
             found, layers[prefix + layer] = quantise(value)
             tensors |= {f"{prefix}{layer}.{kind}": one for kind, one in found.items()}
-    metadata = {"format": "pt"}
     if saying == "metadata":
         metadata["_quantization_metadata"] = json.dumps({"format_version": "1.0", "layers": layers})
     else:

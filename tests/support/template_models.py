@@ -47,6 +47,21 @@ def write_flux2_template_models(models: Path) -> None:
     write_lora(models / "loras" / "Flux_2-Turbo-LoRA_comfyui.safetensors", [layer])
 
 
+def write_krea2_template_models(models: Path) -> None:
+    """Those of Krea 2's alone."""
+    name = "krea2_turbo_fp8_scaled.safetensors"
+    whole = write_tiny("krea2", models / "diffusion_models" / f"whole_{name}")
+    write_fp8(whole, models / "diffusion_models" / name, "comfy_quant")
+    whole.unlink()
+    sizes = tiny("krea2")
+    encoder = models / "text_encoders" / "qwen3vl_4b_fp8_scaled.safetensors"
+    _write_text_encoder(encoder, f"{sizes.num_text_layers * sizes.text_dim}")
+    write_tiny_wan_vae(models)
+    (models / "vae" / WAN_VAE_NAME).rename(models / "vae" / "qwen_image_vae.safetensors")
+    layer = "blocks.0.attn.wo", (sizes.dim, sizes.dim)
+    write_lora(models / "loras" / "krea2_darkbrush.safetensors", [layer])
+
+
 def _write_text_encoder(path: Path, widths: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({"nothing": torch.zeros(1)}, path, metadata={_TEXT_ENCODER_MARK: widths})

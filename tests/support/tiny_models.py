@@ -9,7 +9,7 @@ paths shows in a comparison. `native.py` loads these files with ComfyUI's own co
 import dataclasses
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,7 +46,9 @@ def write_tiny(family: str, path: Path, **changes_and_options: Any) -> Path:
     fields = {field.name for field in dataclasses.fields(tiny(family))}
     changes = {name: value for name, value in changes_and_options.items() if name in fields}
     options = {name: value for name, value in changes_and_options.items() if name not in fields}
-    return write(path, tiny_shapes(family, **changes), **options)
+    sizes = tiny(family, **changes)
+    told = sizes.for_comfyui() if sizes.told() else None
+    return write(path, tiny_shapes(family, **changes), told=told, **options)
 
 
 def write(
@@ -57,8 +59,9 @@ def write(
     prefix: str = "",
     seed: int = 0,
     numbers: Numbers = random_numbers.normal,
+    told: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write random tensors of these shapes.
+    """Write random tensors of these shapes. `told`: settings for the file's metadata.
 
     The values depend on `seed` and `shapes` only, not on the order of the keys: another dtype
     rounds the same weights, another prefix (ComfyUI itself also reads files with
@@ -70,7 +73,8 @@ def write(
         for key, shape in sorted(shapes.items())
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata={"format": "pt"})
+    config = {"config": json.dumps({"transformer": dict(told)})} if told else {}
+    save_file(tensors, path, metadata={"format": "pt"} | config)
     return path
 
 
@@ -96,6 +100,7 @@ def write_fp8(
     limit = torch.finfo(dtype).max
     scale_name = "scale_weight" if layout == "scaled" else "weight_scale"
     with safe_open(source, framework="pt") as file:
+        metadata = dict(file.metadata())
         for key in file.keys():  # noqa: SIM118  (not a dict)
             value = file.get_tensor(key)
             layer = key.removesuffix(".weight")
@@ -108,7 +113,6 @@ def write_fp8(
                 tensors[key] = (value / scale).to(dtype)
                 tensors[f"{layer}.{scale_name}"] = scale
                 layers[layer] = {"format": format_name}
-    metadata = {"format": "pt"}
     if layout == "scaled":
         tensors["scaled_fp8"] = torch.zeros(2).to(dtype)
     elif layout == "mixed":
@@ -121,6 +125,13 @@ def write_fp8(
     return path
 
 
+# Norms that have how far they are from one, and what is added to a modulation.
+_AROUND_ZERO = (
+    *("prenorm.scale", "postnorm.scale", "qnorm.scale", "knorm.scale", "txtmlp.0.scale"),
+    *("last.norm.scale", "mod.lin", "modulation.lin"),
+)
+
+
 def _random_tensor(
     key: str, shape: Shape, numbers: Numbers, generator: torch.Generator
 ) -> torch.Tensor:
@@ -129,12 +140,15 @@ def _random_tensor(
         return values
     if key.endswith(".bias"):
         return 0.2 * values
+    if key.endswith(_AROUND_ZERO):
+        return 0.2 * values
     if len(shape) == 1:  # norms, and markers, which are empty
         return 1 + 0.2 * values
     # The sinusoid and SiLU each halve it.
     time = (
         *("t_embedder.", "time_in.", "guidance_in.", "vector_in.", "time_text_embed."),
         *("time_embedding.", "time_projection."),
+        *("tmlp.", "tproj."),
     )
-    gain = 2.0 if key.startswith(time) else 1.0
+    gain = 2.0 if key.startswith(time) or "adaln_single." in key else 1.0
     return values * gain / math.sqrt(shape[-1])

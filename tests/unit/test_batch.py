@@ -45,6 +45,14 @@ def test_what_serves_every_item_goes_to_every_part() -> None:
     assert second["control"]["output"][0].tolist() == [[2.0, 3.0]]
 
 
+def test_latents_in_a_list_are_divided_alike() -> None:
+    inputs = inputs_of(3)
+    both = [inputs["x"], torch.arange(3.0)[:, None]]
+    first, second = divide(inputs | {"x": both}, 2)
+    assert [one.tolist() for one in first["x"]] == [both[0][:2].tolist(), [[0.0], [1.0]]]
+    assert [one.tolist() for one in second["x"]] == [both[0][2:].tolist(), [[2.0]]]
+
+
 def test_a_batch_with_other_tensors_stays_whole() -> None:
     inputs = inputs_of(2, table=torch.ones(3))
     assert divide(inputs, 2) == [inputs]

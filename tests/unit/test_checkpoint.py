@@ -245,6 +245,7 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
         "flux2",
         "qwen_image",
         "wan",
+        "krea2",
     )
 }
 

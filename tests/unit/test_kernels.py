@@ -13,24 +13,27 @@ import torch
 from tp_runtime.gpu import kernels
 from tp_runtime.models.layers import rotated_heads
 
-def heads(length, num_heads, dtype, extra=0):
-    rows = torch.randn(2, length, 3 * num_heads * 16 + extra).to(dtype)
-    qkv = rows[..., : 3 * num_heads * 16].unflatten(-1, (3, num_heads, 16))
-    norms = [(1 + 0.1 * torch.randn(16)).to(dtype) for _ in range(2)]
-    return qkv, *norms
+def heads(length, num_heads, num_kv, dtype, extra=0, norms_in=None):
+    width = (num_heads + 2 * num_kv) * 16
+    rows = torch.randn(2, length, width + extra).to(dtype)
+    norms = [(1 + 0.1 * torch.randn(16)).to(norms_in or dtype) for _ in range(2)]
+    return rows[..., :width].unflatten(-1, (-1, 16)), *norms
 
 # In bf16 against plain torch in fp32: both of a pair's normed values are rounded, by 2**-6 at most
 # (they are below 8), and so is their rotation.
 torch.manual_seed(0)
 for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, (1 + 2**0.5) * 2**-6)):
-    for num_heads in (6, 8, 15):
+    for num_heads, num_kv in ((6, 6), (8, 8), (15, 15), (12, 3), (9, 1)):
         for lengths in ((5,), (3, 7)):
-            parts = [heads(n, num_heads, dtype, extra=16 * (len(lengths) - 1)) for n in lengths]
+            exact = torch.float32 if num_kv < num_heads else None
+            of = num_heads, num_kv, dtype, 16 * (len(lengths) - 1), exact
+            parts = [heads(n, *of) for n in lengths]
             angle = torch.randn(sum(lengths), 8)
             rotation = torch.stack((angle.cos(), angle.sin()), dim=-1)[None, :, None]
             in_fp32 = [tuple(tensor.float() for tensor in part) for part in parts]
-            expected = rotated_heads(in_fp32, rotation, 1e-6)
-            found = kernels.rotated_heads(parts, rotation, 1e-6)
+            expected = rotated_heads(in_fp32, rotation, 1e-6, num_kv)
+            found = kernels.rotated_heads(parts, rotation, 1e-6, num_kv)
+            assert found[0].shape[2] == num_heads and found[1].shape[2] == num_kv
             for one, other in zip(found, expected, strict=True):
                 assert one.shape == other.shape and one.dtype == dtype
                 assert other.abs().max() < 8
@@ -115,6 +118,30 @@ for dtype, tolerance in ((torch.float32, 3e-6), (torch.float16, 2e-2), (torch.bf
 print("equal")
 """
 
+# Every token's stream in a list; one rank.
+_LISTED = """
+import torch
+from tp_runtime.gpu import kernels
+from tp_runtime.gpu.epilogue import Epilogue
+from tp_runtime.models.layers import residual_norm
+
+length, width = 7, 48
+streams = torch.tensor([1, 1, 4, 0, 4, 2, 2])
+for norm, modulated in (("rms", True), ("rms", False), ("layer", True)):
+    tokens, update, target = torch.randn(3, 1, length, width).unbind(0)
+    gate, shift, scale = torch.randn(5, 1, 3, width).unbind(2)
+    rows = (scale, shift) if modulated else (None, None)
+    weight = 1 + 0.1 * torch.randn(width)
+    epilogue = Epilogue(1e-5, gate, norm, *rows, weight, streams=streams)
+    expected = residual_norm(tokens, update, epilogue.of_stream(0))
+    assert torch.equal(epilogue.of_stream(0).gate[0, 2], gate[4, 0])
+    places = (torch.tensor([one.data_ptr()]) for one in (update, target))
+    kernels.residual_norm(*places, tokens, epilogue, length, 0, 1)
+    for found, wanted in zip((tokens, target), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=3e-6, atol=3e-6)
+print("equal")
+"""
+
 _GELU = """
 import torch
 import torch.nn.functional as F
@@ -134,7 +161,9 @@ print("equal")
 
 
 @pytest.mark.parametrize(
-    "comparison", [_COMPARISON, _GELU, _REDUCTION], ids=["rotation", "gelu", "reduction"]
+    "comparison",
+    [_COMPARISON, _GELU, _REDUCTION, _LISTED],
+    ids=["rotation", "gelu", "reduction", "listed streams"],
 )
 def test_equal_plain_torch(comparison: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(REPOSITORY)}

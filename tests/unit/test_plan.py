@@ -14,6 +14,7 @@ from tp_runtime.sharding.plan import (
     Replicated,
     Row,
     Split,
+    grouped_heads,
 )
 
 tp_sizes = st.integers(1, 8)
@@ -50,6 +51,29 @@ def test_query_heads_stay_with_their_group(
         for head in range(start // unit, stop // unit):
             assert key_start // unit <= head // per_group < key_stop // unit
     assert held == list(range(query.full))
+
+
+@given(st.integers(1, 16), st.integers(1, 12), units, st.integers(1, 16))
+def test_key_heads_follow_the_queries_wherever_they_are(
+    count: int, per_head: int, unit: int, tp_size: int
+) -> None:
+    query, key = grouped_heads(count * per_head, count, unit)
+    held: set[int] = set()
+    for rank in range(tp_size):
+        start, stop = (end // unit for end in query.range(rank, tp_size))
+        first, last = (end // unit for end in key.range(rank, tp_size))
+        assert last - first <= key.local_count(tp_size)
+        assert list(range(first, last)) == sorted({one // per_head for one in range(start, stop)})
+        held.update(range(first, last))
+        sharers = key.sharers(rank, tp_size)
+        assert (len(sharers), sum(sharers)) == (
+            key.local_count(tp_size),
+            query.local_count(tp_size),
+        )
+        of_queries = [one for one, sharing in enumerate(sharers) for _ in range(sharing)]
+        for query_head, key_head in zip(range(start, stop), of_queries, strict=False):
+            assert first + key_head == query_head // per_head
+    assert held == set(range(count))
 
 
 @given(st.integers(1, 8), units, tp_sizes)

@@ -79,15 +79,15 @@ def test_replies_survive_the_wire(reply: Any) -> None:
 
 @given(st.dictionaries(st.text(), trees))
 def test_inputs_survive_the_wire(inputs: dict[str, Any]) -> None:
-    message = Evaluate(7, "m", [Evaluation(pack_inputs(inputs), REF)], [1, 2], 4096)
+    message = Evaluate(7, "m", [Evaluation(pack_inputs(inputs), (REF, REF))], [1, 2], 4096)
     arrived = decode_request(encode(message))
     assert isinstance(arrived, Evaluate)
-    assert arrived.evaluations == [Evaluation(inputs, REF)]
+    assert arrived.evaluations == [Evaluation(inputs, (REF, REF))]
     assert (arrived.drop, arrived.exchange_bytes) == ([1, 2], 4096)
 
 
 def test_tuples_arrive_as_lists() -> None:
-    message = Evaluate(7, "m", [Evaluation(pack_inputs({"sizes": (1, (REF,))}), REF)], [], 0)
+    message = Evaluate(7, "m", [Evaluation(pack_inputs({"sizes": (1, (REF,))}), (REF,))], [], 0)
     arrived = decode_request(encode(message))
     assert isinstance(arrived, Evaluate)
     assert arrived.evaluations[0].inputs == {"sizes": [1, [REF]]}

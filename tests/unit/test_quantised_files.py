@@ -175,6 +175,7 @@ UNEVEN = {
     "z_image": (("attention.to_out.0",), (2, 6)),
     "flux": (("attn.to_out.0", "attn.to_add_out", "proj_out"), (5, 8)),
     "qwen_image": (("attn.to_out.0", "attn.to_add_out"), (5, 8)),
+    "qwen_image_21": (("attn.to_out.0",), (3, 5, 7)),
     "wan": (("to_out.0",), (6, 8)),
 }
 

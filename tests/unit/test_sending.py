@@ -4,7 +4,7 @@ import psutil
 import pytest
 import torch
 
-from tp_runtime.client.tensor_sender import TensorSender
+from tp_runtime.client.tensor_sender import Asked, TensorSender
 from tp_runtime.errors import InputError, TPRuntimeError
 from tp_runtime.wire.protocol import PatchedWeight, WeightPatch
 
@@ -33,3 +33,20 @@ def test_factors_that_could_not_be_sent_are_not_held(monkeypatch: pytest.MonkeyP
 
     sender.hold(4, portion)
     assert not [*sender.not_held(patched_by(good))]
+
+
+def test_an_evaluation_has_a_result_for_each_latent() -> None:
+    """Of a video and of its sound: in the dtype of each, at places of their own."""
+    video, sound = torch.ones(1, 4, 2, 3, 3), torch.ones(1, 8, 2, 5, dtype=torch.bfloat16)
+    inputs = {"x": [video, sound], "timesteps": torch.ones(1), "context": torch.ones(1, 2, 3)}
+    shapes = (1, 4, 2, 3, 3), (1, 8, 2, 5)
+    sender = TensorSender()
+    asked = [Asked(inputs, shapes), Asked(inputs | {"x": sound}, shapes[1:])]
+    request, places = sender.place_evaluations(1, "model", asked)
+    refs = [[(ref.shape, ref.dtype) for ref in one.results] for one in request.evaluations]
+    of_sound = (shapes[1], "bfloat16")
+    assert refs == [[(shapes[0], "float32"), of_sound], [of_sound]]
+    assert [[one.shape for one in of_one] for of_one in places] == [list(shapes), [shapes[1]]]
+    for value, place in enumerate(one for of_one in places for one in of_one):
+        place.fill_(value)
+    assert [one.unique().tolist() for of_one in places for one in of_one] == [[0], [1], [2]]

@@ -10,16 +10,19 @@ from typing import Any
 import torch
 
 Inputs = Mapping[str, Any]
+# Of a picture or a video; or of a video and of its sound.
+Latents = torch.Tensor | list[torch.Tensor]
 
 
 def divide(inputs: Inputs, num_parts: int) -> list[Inputs]:
     """The inputs of at most ``num_parts`` evaluations, of consecutive items of the batch each.
 
-    ``inputs["x"]`` is (batch, ...). A tensor with as many rows is divided along them; one with a
-    single row, or without axes, goes to every part as it is. The first parts get one item more
-    where the batch cannot be divided evenly. A batch with any other tensor stays whole.
+    ``inputs["x"]``, or each tensor of it, is (batch, ...). A tensor with as many rows is divided
+    along them; one with a single row, or without axes, goes to every part as it is. The first parts
+    get one item more where the batch cannot be divided evenly. A batch with any other tensor stays
+    whole.
     """
-    batch = inputs["x"].shape[0]
+    batch = next(tensors_in(inputs["x"])).shape[0]
     num_parts = min(num_parts, batch)
     if num_parts <= 1 or any(_rows(tensor) not in (1, batch) for tensor in tensors_in(inputs)):
         return [inputs]

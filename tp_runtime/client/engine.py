@@ -17,6 +17,7 @@ from ..config import GroupConfig
 from ..errors import TPRuntimeError
 from ..wire.protocol import PatchedWeight, Request, Unload, encode
 from . import failures
+from .batch_split import tensors_in
 from .call import Call, OnProgress
 from .evaluation_times import EvaluationTimes, shapes_of
 from .group_state import State
@@ -114,18 +115,18 @@ class Engine:
         asked: Sequence[Asked],
         poll: Poll | None = None,
         on_sent: Callable[[], None] | None = None,
-    ) -> list[torch.Tensor]:
+    ) -> list[list[torch.Tensor]]:
         """Make the evaluations that are ``asked``, at most one for each batch group.
 
-        A result has the dtype and device of its ``x``; one on a GPU is good in this thread's
-        current stream. Tensors that the ranks hold from an earlier call are not sent again.
-        ``on_sent``: as of ``call``.
+        Each has a result for each tensor of its ``x``, of that one's dtype and device; one on a
+        GPU is good in this thread's current stream. Tensors that the ranks hold from an earlier
+        call are not sent again. ``on_sent``: as of ``call``.
 
         Raises:
             As ``call`` does, and ProtocolError if the inputs hold something that cannot be sent.
             NotFiniteError: a result has values that are NaN or infinite.
         """
-        results: list[torch.Tensor] = []
+        results: list[list[torch.Tensor]] = []
 
         def make(number: int) -> Request:
             request, places = self._sender.place_evaluations(number, model, asked)
@@ -133,11 +134,14 @@ class Engine:
             results.extend(places)
             return request
 
-        def copied() -> list[torch.Tensor]:
+        def copied() -> list[list[torch.Tensor]]:
             with self.processes.exchange_in_use:
                 return [
-                    self._sender.exchange.copied_to(one.inputs["x"].device, result)
-                    for one, result in zip(asked, results, strict=True)
+                    [
+                        self._sender.exchange.copied_to(latent.device, result)
+                        for latent, result in zip(tensors_in(one.inputs["x"]), of_one, strict=True)
+                    ]
+                    for one, of_one in zip(asked, results, strict=True)
                 ]
 
         with self._turn_taken(poll):

@@ -21,6 +21,7 @@ from ..errors import (
 from ..tools.doctor import how_to_have_runtime
 from ..wire.exchange import dtype_name
 from ..wire.protocol import Failed
+from .batch_split import tensors_in
 from .launch.launcher import Rank
 from .tensor_sender import Asked
 
@@ -156,15 +157,17 @@ def _no_memory(
 
 def not_finite(num_bad: int, asked: Sequence[Asked]) -> NotFiniteError:
     """For evaluations whose results have ``num_bad`` values that are no numbers."""
-    total = sum(math.prod(one.result_shape) for one in asked)
-    dtype = dtype_name(asked[0].inputs["x"].dtype)
+    total = sum(math.prod(shape) for one in asked for shape in one.result_shapes)
+    inputs = asked[0].inputs
+    dtype = dtype_name(next(tensors_in(inputs["x"])).dtype)
+    times = next(tensors_in(inputs.get("timesteps")), None)  # none: of a caption
+    when = "" if times is None else f", at timestep {times.flatten()[0].item():.4g}"
     advice = "Set weight_dtype of 'Load Diffusion Model (TP)' to bf16 or fp32."
     if dtype != "float16":
         advice = "Lower the strength of LoRAs and ControlNets, or download the model again."
     return NotFiniteError(
-        f"{num_bad} of the {total} values of the model's result are NaN or infinite, at timestep "
-        f"{asked[0].inputs['timesteps'].flatten()[0].item():.4g}. The model overflowed in {dtype}, "
-        f"or its conditioning or weights are no numbers. {advice}"
+        f"{num_bad} of the {total} values of the model's result are NaN or infinite{when}. The "
+        f"model overflowed in {dtype}, or its conditioning or weights are no numbers. {advice}"
     )
 
 

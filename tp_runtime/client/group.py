@@ -117,7 +117,7 @@ class Group:
 
     def evaluate(
         self, model: "RemoteModel", asked: Sequence[Asked], poll: Poll | None = None
-    ) -> list[torch.Tensor]:
+    ) -> list[list[torch.Tensor]]:
         """Evaluate a model; see ``Engine.evaluate``. What has changed since ``use`` is made good.
 
         If the group has failed before the request could be sent, whoever's request it failed of,
@@ -130,7 +130,7 @@ class Group:
 
     def _evaluate(
         self, model: "RemoteModel", asked: Sequence[Asked], poll: Poll | None
-    ) -> list[torch.Tensor]:
+    ) -> list[list[torch.Tensor]]:
         with contextlib.ExitStack() as unchanged:
             unchanged.enter_context(acquired(self._changing, poll))
             present = self.engine

@@ -14,7 +14,7 @@ from ..layouts.step_history import StepRecords, Workload
 from ..recognise import CheckpointInfo
 from ..wire.exchange import dtype_of
 from ..wire.protocol import PatchedWeight
-from .batch_split import Inputs, divide_all
+from .batch_split import Inputs, Latents, divide_all, tensors_in
 from .call import OnProgress
 from .group import Group
 from .inspection import checkpoint_info
@@ -74,19 +74,19 @@ class RemoteModel:
         """
         self._group.use(self, poll, on_progress)
 
-    def evaluate(self, inputs: Inputs, poll: Poll | None = None) -> torch.Tensor:
+    def evaluate(self, inputs: Inputs, poll: Poll | None = None) -> Latents:
         """Evaluate the model once; see ``evaluate_all``."""
         return self.evaluate_all([inputs], poll)[0]
 
     def evaluate_all(
         self, inputs_of_each: Sequence[Inputs], poll: Poll | None = None
-    ) -> list[torch.Tensor]:
+    ) -> list[Latents]:
         """Evaluate the model once with each of the inputs. Call ``ensure_loaded`` before.
 
         The batch groups work on different evaluations, or on different items of a batch. Inputs
-        are as in ``Asked``, results as in ``Engine.evaluate``. A result has the shape of
-        ``inputs["x"]``, but for the channels of a model that takes more of them (masks, control
-        images) than it predicts.
+        are as in ``Asked``, results as in ``Engine.evaluate``. A result is a tensor, or a list of
+        them, as ``inputs["x"]`` is, and of that shape, but for the channels of a model that takes
+        more of them (masks, control images) than it predicts.
 
         Raises:
             InputError: inputs that do not fit; nothing was sent.
@@ -97,13 +97,30 @@ class RemoteModel:
         self.num_evaluations += len(inputs_of_each)
         batch_groups = self.group_config.batch_groups
         divided = divide_all(inputs_of_each, batch_groups)
-        asked = [Asked(part, self._result_shape(part)) for parts in divided for part in parts]
-        results: list[torch.Tensor] = []
+        asked = [Asked(part, self._result_shapes(part)) for parts in divided for part in parts]
+        results: list[list[torch.Tensor]] = []
         for start in range(0, len(asked), batch_groups):
             results += self._group.evaluate(self, asked[start : start + batch_groups], poll)
         remaining = iter(results)
-        together = [list(itertools.islice(remaining, len(parts))) for parts in divided]
-        return [results[0] if len(results) == 1 else torch.cat(results) for results in together]
+        together = [_joined(list(itertools.islice(remaining, len(parts)))) for parts in divided]
+        return [
+            latents[0] if isinstance(inputs["x"], torch.Tensor) else latents
+            for latents, inputs in zip(together, inputs_of_each, strict=True)
+        ]
+
+    def connected(
+        self, caption: torch.Tensor, poll: Poll | None = None, *, unprocessed: bool
+    ) -> torch.Tensor:
+        """What the model makes of a caption before a generation; see ``Sizes.connected``.
+
+        Raises:
+            InputError: the caption is of another shape or dtype.
+        """
+        shape = self.info.sizes.connected(tuple(caption.shape), unprocessed=unprocessed)
+        if shape is None:
+            return caption
+        ((found,),) = self._group.evaluate(self, [Asked({"x": caption}, (shape,))], poll)
+        return found
 
     def record_step(self, workload: Workload, ms: float) -> None:
         """Remember, beyond this process, how long a step of a sampler took."""
@@ -113,9 +130,10 @@ class RemoteModel:
         device = device_name(config.devices[0] if config.devices else None)
         self._records.add(self.spec.path, device, workload, config.layout, ms)
 
-    def _result_shape(self, inputs: Inputs) -> tuple[int, ...]:
-        batch, channels, *size = inputs["x"].shape
-        return (batch, self.info.sizes.geometry.out_channels or channels, *size)
+    def _result_shapes(self, inputs: Inputs) -> tuple[tuple[int, ...], ...]:
+        first, *others = (tuple(latent.shape) for latent in tensors_in(inputs["x"]))
+        batch, channels, *size = first
+        return (batch, self.info.sizes.geometry.out_channels or channels, *size), *others
 
     def loaded_bytes(self) -> list[int]:
         """Bytes that the weights take on each rank's device now."""
@@ -139,3 +157,10 @@ class RemoteModel:
                 sleeping.start()
             except RuntimeError:  # there are too many threads: then now
                 self._group.sleep(self.name, poll)
+
+
+def _joined(parts: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+    """The latents of the parts of a batch as those of all of it."""
+    if len(parts) == 1:
+        return parts[0]
+    return [torch.cat(of_parts) for of_parts in zip(*parts, strict=True)]

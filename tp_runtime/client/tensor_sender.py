@@ -29,11 +29,12 @@ HOLD_BYTES = 64 * 2**20  # what one request brings of the factors of patches
 class Asked(NamedTuple):
     """An evaluation that somebody asks for.
 
-    ``inputs``: ComfyUI's forward arguments, a tensor ``x`` and plain data with tensors.
+    ``inputs``: ComfyUI's forward arguments: ``x``, a tensor or several (the latents of a video and
+    of its sound), and plain data with tensors. ``result_shapes``: one for each tensor of ``x``.
     """
 
     inputs: Mapping[str, Any]
-    result_shape: tuple[int, ...]
+    result_shapes: tuple[tuple[int, ...], ...]
 
 
 class TensorSender:
@@ -54,16 +55,18 @@ class TensorSender:
 
     def place_evaluations(
         self, call: int, model: str, asked: Sequence[Asked]
-    ) -> tuple[Evaluate, list[torch.Tensor]]:
-        """The request, and the places where the ranks will put the results."""
+    ) -> tuple[Evaluate, list[list[torch.Tensor]]]:
+        """The request, and the places where the ranks will put the results of each evaluation."""
         self.exchange.wait()
         places = TensorPlaces()
         trees, results = [], []
-        for inputs, result_shape in asked:
-            x: torch.Tensor = inputs["x"]
+        for inputs, result_shapes in asked:
             trees.append(self._place(_part(inputs, per_evaluation=True), places, None))
-            offset = places.reserve(math.prod(result_shape) * x.itemsize)
-            results.append(TensorRef(result_shape, dtype_name(x.dtype), offset))
+            of_one = []
+            for latent, shape in zip(tensors_in(inputs["x"]), result_shapes, strict=True):
+                offset = places.reserve(math.prod(shape) * latent.itemsize)
+                of_one.append(TensorRef(shape, dtype_name(latent.dtype), offset))
+            results.append(tuple(of_one))
         places.write_to(self.exchange)  # begun first: comparing the rest waits for the GPU anyway
         constant = [_part(inputs, per_evaluation=False) for inputs, _ in asked]
         to_hold = {id(tensor): tensor for tensor in tensors_in(constant)}
@@ -75,8 +78,7 @@ class TensorSender:
         places.write_to(self.exchange)
         self.exchange.wait()
         evaluations = [
-            Evaluation(pack_inputs(tree), result)
-            for tree, result in zip(trees, results, strict=True)
+            Evaluation(pack_inputs(tree), refs) for tree, refs in zip(trees, results, strict=True)
         ]
         request = Evaluate(
             call=call,
@@ -85,7 +87,7 @@ class TensorSender:
             drop=self._held.evict(set(held.values())),
             exchange_bytes=self.exchange.size,
         )
-        return request, [self.exchange.view(evaluation.result) for evaluation in evaluations]
+        return request, [[self.exchange.view(ref) for ref in refs] for refs in results]
 
     def sent(self) -> None:
         """The request was sent: the ranks hold its tensors now."""

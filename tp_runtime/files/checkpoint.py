@@ -47,13 +47,16 @@ _NO_MODEL = {
 
 
 class CheckpointFile:
-    """A model file that is open for reading, by ComfyUI's names of its tensors."""
+    """A model file that is open for reading, by ComfyUI's names of its tensors.
+
+    ``prefix``: what the file has before those names.
+    """
 
     def __init__(self, file: "SafetensorsFile | DiffusersFolder | GGUFFile") -> None:
         self._file = file
         names = list(file.tensors)
-        prefix = _prefix(names)
-        self._stored = {n[len(prefix) :]: n for n in names if n.startswith(prefix)}
+        self.prefix = _prefix(names)
+        self._stored = {n.removeprefix(self.prefix): n for n in names if n.startswith(self.prefix)}
         self.metadata = file.metadata
 
     @classmethod

@@ -9,7 +9,7 @@ files needs to know of folders.
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,13 +44,16 @@ class FileNames:
     """How a folder's tensors lie in ComfyUI's file of the model, which ``label`` names.
 
     ``places``: diffusers' name → rows of the file. ``expected``: every tensor of the file, and its
-    shape. ``swapped``: diffusers' names of tensors that have their halves the other way round.
+    shape; what is a vector there may be a table in diffusers, row by row. ``swapped``: diffusers'
+    names of tensors that have their halves the other way round. ``metadata``: what the file would
+    have.
     """
 
     label: str
     places: Mapping[str, Rows]
     expected: Mapping[str, tuple[int, ...]]
     swapped: frozenset[str]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 # From a folder and what its config.json says; raises CheckpointError.
@@ -76,14 +79,16 @@ class DiffusersFolder:
     def __init__(self, path: str, names_of: NamesOf) -> None:
         """Raises CheckpointError, OSError."""
         self.path = path
-        self.metadata: dict[str, str] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self._stacks: dict[str, list[_FolderRows]] = {}
+        self._flat: set[str] = set()
         settings = self._read_config()
         with ExitStack() as stack:
             self._files = dict(self._open_files(stack))
             self._check_counts(settings)
-            self._combine(names_of(path, settings))
+            names = names_of(path, settings)
+            self.metadata = dict(names.metadata)
+            self._combine(names)
             self._open = stack.pop_all()
 
     @classmethod
@@ -94,7 +99,7 @@ class DiffusersFolder:
         """
         self = cls.__new__(cls)
         self.path, self.metadata = file.path, file.metadata
-        self.tensors, self._stacks = {}, {}
+        self.tensors, self._stacks, self._flat = {}, {}, set()
         self._files = dict.fromkeys(file.tensors, file)
         self._open = ExitStack()
         self._combine(names)
@@ -126,6 +131,8 @@ class DiffusersFolder:
         if not self.tensors[name].shape:
             return self._files[pieces[0].name].read(pieces[0].name)
         low, high = rows or (0, self.tensors[name].shape[0])
+        if name in self._flat:
+            return self._files[pieces[0].name].read(pieces[0].name).flatten()[low:high]
         found, base = [], 0
         for piece in pieces:
             length = piece.stop - piece.start
@@ -248,6 +255,9 @@ class DiffusersFolder:
         swapped: frozenset[str],
     ) -> None:
         infos = [self._files[part].tensors[part] for _, _, part in stack]
+        if len(expected) == 1 and len(infos[0].shape) == 2 and infos[0].num_elements == expected[0]:
+            self._flat.add(name)
+            infos = [TensorInfo(expected, infos[0].dtype)]
         lengths = [info.shape[0] if info.shape else 0 for info in infos]
         if stack[0][:2] != (0, expected[0]):  # a real stack, of which a part may be missing
             self._check_stack(name, stack, lengths, infos, expected[0])

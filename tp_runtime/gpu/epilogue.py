@@ -17,6 +17,7 @@ class Epilogue(NamedTuple):
     tanh taken (Z-Image). ``limit``: in fp16, sums that overflow are brought back.
 
     ``num_late``: of the last product's tokens the last so many are a stream of their own here.
+    ``streams`` (L,) int64: of one product's tokens, the stream of each.
 
     ``gate``, ``scale``, ``shift``: (S, B, D), one row for all tokens of an item in each of S
     streams; or, of one stream, (1, B, L, D), a row for each token. ``scale`` and ``shift`` have
@@ -33,6 +34,7 @@ class Epilogue(NamedTuple):
     update_weight: torch.Tensor | None = None
     limit: bool = False
     num_late: int = 0
+    streams: torch.Tensor | None = None
 
     def of_stream(self, stream: int) -> "Epilogue":
         """The same of one stream: its rows are (B, 1, D) or (B, L, D)."""
@@ -40,6 +42,8 @@ class Epilogue(NamedTuple):
         def rows(values: torch.Tensor | None) -> torch.Tensor | None:
             if values is None:
                 return None
+            if self.streams is not None:
+                return values[self.streams].transpose(0, 1)
             here = values[stream]
             return here if here.ndim == 3 else here[:, None]
 

@@ -74,20 +74,21 @@ class _Graph:
 
     def __init__(
         self,
-        evaluate: Callable[..., torch.Tensor],
+        evaluate: Callable[..., Any],
         leaves: Sequence[Any],
         tree: pytree.TreeSpec,
         capture: Callable[[], contextlib.AbstractContextManager[torch.cuda.Stream]],
         pool: Any,
     ) -> None:
         self._static = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        self.input_bytes = sum(x.nbytes for x in self._static if isinstance(x, torch.Tensor))
         arguments = pytree.tree_unflatten(self._static, tree)
         self._graph = torch.cuda.CUDAGraph()
         with capture() as stream, torch.cuda.graph(self._graph, stream=stream, pool=pool):
             self._output = evaluate(**arguments)
         self._last: list[Any] = [None] * len(leaves)
 
-    def replay(self, leaves: Sequence[Any]) -> torch.Tensor:
+    def replay(self, leaves: Sequence[Any]) -> Any:
         """The result for other tensors of the same shapes; valid until the next replay."""
         for index, leaf in enumerate(leaves):
             # Conditioning is the same object at every evaluation of a generation: copied once.
@@ -102,22 +103,26 @@ class RecordedEvaluation:
     """A forward's evaluation; from the second time it sees shapes, replayed from a CUDA graph.
 
     ``capture`` opens vLLM's context for recording collectives and yields the stream for it.
-    ``attention`` is what ``fast_attention`` gives meanwhile.
+    ``attention`` is what ``fast_attention`` gives meanwhile. A graph has a copy of its inputs, and
+    conditioning may be large: beyond ``limit_bytes`` of them all, graphs that were used longest ago
+    go; the last one stays.
     """
 
     def __init__(
         self,
-        evaluate: Callable[..., torch.Tensor],
+        evaluate: Callable[..., Any],
         capture: Callable[[], contextlib.AbstractContextManager[torch.cuda.Stream]],
         attention: Attention,
+        limit_bytes: int,
     ) -> None:
         self._evaluate = evaluate
+        self._limit_bytes = limit_bytes
         self._attention = attention
         self._capture = capture
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: OrderedDict[Any, _Graph | None] = OrderedDict()
 
-    def __call__(self, **inputs: Any) -> torch.Tensor:
+    def __call__(self, **inputs: Any) -> Any:
         """Same arguments and result as the evaluation."""
         leaves, tree = pytree.tree_flatten(inputs)
         key = tree, *map(_described, leaves)
@@ -135,8 +140,13 @@ class RecordedEvaluation:
 
     def _remember(self, key: Any, graph: _Graph | None) -> None:
         self._graphs[key] = graph
-        while len(self._graphs) > MAX_GRAPHS:
+        while len(self._graphs) > MAX_GRAPHS or (
+            len(self._graphs) > 1 and self._input_bytes() > self._limit_bytes
+        ):
             self._graphs.popitem(last=False)
+
+    def _input_bytes(self) -> int:
+        return sum(graph.input_bytes for graph in self._graphs.values() if graph is not None)
 
 
 def _described(leaf: Any) -> Hashable:

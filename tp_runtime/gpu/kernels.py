@@ -33,29 +33,32 @@ def _norm_rotate(
     out,
     num_tokens,
     num_heads,
+    num_kv_heads,
     first_token,
+    total_tokens,
+    num_rows,
     qkv_batch_stride,
     qkv_token_stride,
-    out_stride,
-    out_batch_stride,
     eps,
     HEAD_DIM: tl.constexpr,
     HEADS: tl.constexpr,
 ):
     """One program: ``HEADS`` heads of one token of q (axis 2: 0), k (1) or v (2, copied)."""
     token = tl.program_id(0) % num_tokens
-    batch = tl.program_id(0) // num_tokens
+    batch = (tl.program_id(0) // num_tokens).to(tl.int64)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     which = tl.program_id(2)
     features = tl.arange(0, HEAD_DIM)
     places = heads[:, None] * HEAD_DIM + features[None, :]
-    exists = (heads < num_heads)[:, None]
-    width = num_heads * HEAD_DIM
+    count = tl.where(which == 0, num_heads, num_kv_heads)
+    exists = (heads < count)[:, None]
+    # Where they begin among the heads of a token; ``out`` has all q, then all k, then all v.
+    before = tl.where(which == 0, 0, num_heads + (which - 1) * num_kv_heads).to(tl.int64) * HEAD_DIM
 
-    source = qkv + batch.to(tl.int64) * qkv_batch_stride + token.to(tl.int64) * qkv_token_stride
-    loaded = tl.load(source + which * width + places, mask=exists, other=0.0)
+    source = qkv + batch * qkv_batch_stride + token.to(tl.int64) * qkv_token_stride
+    loaded = tl.load(source + before + places, mask=exists, other=0.0)
     position = (first_token + token).to(tl.int64)
-    target = out + which * out_stride + batch.to(tl.int64) * out_batch_stride + position * width
+    target = out + before * num_rows + (batch * total_tokens + position) * count * HEAD_DIM
     if which == 2:
         tl.store(target + places, loaded, mask=exists)
         return
@@ -75,18 +78,20 @@ def rotated_heads(
     parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
     rotation: torch.Tensor,
     eps: float,
+    num_kv: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See ``models.layers.rotated_heads``. CUDA tensors; head widths that are powers of two."""
-    batch, _, _, num_heads, head_dim = parts[0][0].shape
+    first = parts[0][0]
+    batch, _, all_heads, head_dim = first.shape
+    num_heads = all_heads - 2 * num_kv
     total = sum(part[0].shape[1] for part in parts)
     # A single part's v needs no copy: attention reads it where it is.
-    copies = 2 if len(parts) == 1 else 3
-    first = parts[0][0]
-    out = first.new_empty(copies, batch, total, num_heads, head_dim)
+    counts = [num_heads, num_kv] if len(parts) == 1 else [num_heads, num_kv, num_kv]
+    out = first.new_empty(batch * total * sum(counts) * head_dim)
     start = 0
     for qkv, norm_q, norm_k in parts:
         length = qkv.shape[1]
-        grid: Any = (batch * length, triton.cdiv(num_heads, _HEADS_PER_PROGRAM), copies)
+        grid: Any = (batch * length, triton.cdiv(num_heads, _HEADS_PER_PROGRAM), len(counts))
         _norm_rotate[grid](
             qkv,
             norm_q,
@@ -95,18 +100,23 @@ def rotated_heads(
             out,
             length,
             num_heads,
+            num_kv,
             start,
+            total,
+            batch * total,
             qkv.stride(0),
             qkv.stride(1),
-            out.stride(0),
-            out.stride(1),
             eps,
             HEAD_DIM=head_dim,
             HEADS=_HEADS_PER_PROGRAM,
             num_warps=2,
         )
         start += length
-    return out[0], out[1], out[2] if copies == 3 else first[:, :, 2]
+    found = out.split([batch * total * count * head_dim for count in counts])
+    q, k, *copied = (
+        one.view(batch, total, count, head_dim) for one, count in zip(found, counts, strict=True)
+    )
+    return q, k, copied[0] if copied else first[:, :, -num_kv:]
 
 
 _COLUMNS_PER_PROGRAM = 1024
@@ -176,6 +186,7 @@ def _residual_norm(
     update_weight,
     weight,
     bias,
+    streams,
     first_row,
     num_tokens,
     num_text,
@@ -190,6 +201,7 @@ def _residual_norm(
     eps,
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
+    LISTED: tl.constexpr,
     EACH_TOKEN: tl.constexpr,
     GATE: tl.constexpr,
     NORM_UPDATE: tl.constexpr,
@@ -216,7 +228,10 @@ def _residual_norm(
 
     batch = row // num_tokens
     token = row % num_tokens
-    stream = (token >= num_text).to(tl.int32) + (token >= num_tokens - num_late).to(tl.int32)
+    if LISTED:
+        stream = tl.load(streams + token)
+    else:
+        stream = (token >= num_text).to(tl.int32) + (token >= num_tokens - num_late).to(tl.int32)
     of_gate = stream * gate_stream_stride + batch * gate_batch_stride + features
     of_norm = stream * norm_stream_stride + batch * norm_batch_stride + features
     if EACH_TOKEN:
@@ -273,7 +288,7 @@ def residual_norm(
     ``updates``, ``targets`` (num_ranks,) int64: addresses of buffers as large as ``tokens``; all
     ranks' updates are summed, and the result goes to all targets. ``tokens`` (B, L, D) changes in
     the rows of this rank only; the first ``num_text`` of each item are stream 0, the others 1,
-    but for the epilogue's last ``num_late``.
+    but for the epilogue's last ``num_late``, and where it lists the stream of each token.
     """
     batch, num_tokens, width = tokens.shape
     rows = batch * num_tokens
@@ -294,6 +309,7 @@ def residual_norm(
         epilogue.update_weight,
         epilogue.weight,
         epilogue.bias,
+        epilogue.streams,
         rank * share,
         num_tokens,
         num_text,
@@ -304,6 +320,7 @@ def residual_norm(
         epilogue.eps,
         RANK=rank,
         RANKS=num_ranks,
+        LISTED=epilogue.streams is not None,
         EACH_TOKEN=of_gate[2] > 0 or of_norm[2] > 0,
         GATE=epilogue.gate is not None,
         NORM_UPDATE=epilogue.update_weight is not None,

@@ -137,7 +137,13 @@ def predict(
     Does not check that the model can be split over ``tp_size``.
     """
     geometry = sizes.geometry
-    image = sum(geometry.image_tokens(tuple(shape[1:])) for shape in (latent_shape, *references))
+    image, *others = (
+        geometry.image_tokens(tuple(shape[1:])) for shape in (latent_shape, *references)
+    )
+    if geometry.references_once:
+        text_tokens += sum(others)
+    else:
+        image += sum(others)
     batch = -(-latent_shape[0] // batch_groups)
     blocks = sizes.table.block_costs(geometry.padded(text_tokens), geometry.padded(image))
     total = Prediction(fixed=1e3 * REQUEST_S)

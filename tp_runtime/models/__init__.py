@@ -12,14 +12,19 @@ from ..config import family_packages
 from .family import Family
 from .flux.family import FAMILY as FLUX
 from .flux2.family import FAMILY as FLUX2
+from .krea2.family import FAMILY as KREA2
+from .ltx2.family import FAMILY as LTX2
+from .minimax_h3.family import FAMILY as MINIMAX_H3
 from .qwen_image.family import FAMILY as QWEN_IMAGE
+from .qwen_image_21.family import FAMILY as QWEN_IMAGE_21
 from .wan.family import FAMILY as WAN
 from .z_image.family import FAMILY as Z_IMAGE
 
 
 def families() -> dict[str, Family]:
     """Every family, by its name. Raises ImportError for a package that is not there."""
-    found = [Z_IMAGE, FLUX, FLUX2, QWEN_IMAGE, WAN, *map(_elsewhere, family_packages())]
+    ours = [Z_IMAGE, FLUX, FLUX2, KREA2, QWEN_IMAGE, QWEN_IMAGE_21, WAN, MINIMAX_H3, LTX2]
+    found = [*ours, *map(_elsewhere, family_packages())]
     return {family.name: family for family in found}
 
 

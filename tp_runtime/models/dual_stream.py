@@ -39,7 +39,7 @@ def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch
 def heads_of(qkv: torch.Tensor, norm_q: Any, norm_k: Any) -> Heads:
     """What ``rotated_heads`` takes, of (B, L, 3·N·K)."""
     head_dim = norm_q.weight.shape[0]
-    return qkv.unflatten(-1, (3, -1, head_dim)), norm_q.weight, norm_k.weight
+    return qkv.unflatten(-1, (-1, head_dim)), norm_q.weight, norm_k.weight
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ only ranks need, the arithmetic, is the family's ``forward.py`` beside its ``fam
 """
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -44,6 +44,8 @@ class Input:
     without it. ``usual``: lengths of axes that the model does not fix, for benchmarks. ``or_axes``:
     of another shape that the model also takes. ``axes`` empty: the forward knows. ``kind``: in the
     dtype that is computed in; a number, in any float dtype; a mask, also bool; or in any dtype.
+    ``besides``: what follows it in a list of all of them, as a video's latents do those of sound;
+    the last may be optional.
     """
 
     what: str
@@ -55,6 +57,7 @@ class Input:
     usual: Mapping[str, int] = field(default_factory=dict)
     or_axes: tuple[Axis, ...] = ()
     kind: Literal["computed", "number", "mask", "any"] = "computed"
+    besides: tuple["Input", ...] = ()
 
     def __str__(self) -> str:
         unnamed = ("channels", "frames")  # of latents, whose shapes people know by their order
@@ -97,6 +100,7 @@ class Geometry:
     ``frames_per_latent``; ``num_frames``: how many there must be. ``patch``: frames, rows and
     columns of a latent in one token. ``token_multiple``: streams of tokens are padded to a multiple
     of it. ``out_channels``: of a prediction, where a model takes more than it predicts.
+    ``references_once``: reference pictures pass through the blocks once a prompt, as the text does.
     """
 
     channels: int
@@ -107,6 +111,7 @@ class Geometry:
     frames_per_latent: int = 4
     patch: tuple[int, int, int] = (1, 2, 2)
     token_multiple: int = 1
+    references_once: bool = False
 
     def latent_shape(self, width: int, height: int, frames: int = 1) -> Shape:
         """Shape of what is sampled, for ``frames`` pictures of ``width`` x ``height`` pixels."""
@@ -146,14 +151,44 @@ class Geometry:
 Reader = Callable[[Shapes], Any]  # a size, from the shapes of a file's tensors
 
 
+@dataclass(frozen=True)
+class Told:
+    """A size, or another setting, that ComfyUI's class takes from a file's metadata.
+
+    ``name``: there, in ``config`` below ``transformer``. ``absent``: what stands for one that is
+    missing, or where to read it; None: a file without it is refused.
+    """
+
+    name: str
+    absent: "Reader | Told | int | float | str | tuple[float, ...] | None" = None
+
+    def read(self, shapes: Shapes, told: Settings) -> Any:
+        """The value. Raises UntoldError."""
+        found: Any = told.get(self.name, self.absent)
+        if found is None:
+            raise UntoldError(self.name)
+        if isinstance(found, Told):
+            return found.read(shapes, told)
+        if callable(found):
+            return found(shapes)
+        return tuple(found) if isinstance(found, list) else found
+
+
+class UntoldError(Exception):
+    """A file's metadata lacks a setting, which is named."""
+
+
 def length(tensor: str, axis: int = 0, per: int = 1) -> Reader:
     """How long an axis of a tensor is, counted in ``per`` features."""
     return lambda shapes: _shape(shapes, tensor)[axis] // per
 
 
-def blocks(stack: str) -> Reader:
-    """How many blocks ``stack.0.…``, ``stack.1.…``, … there are."""
-    return lambda shapes: len({n.split(".")[1] for n in shapes if n.startswith(f"{stack}.")})
+def blocks(stack: str) -> Callable[[Iterable[str]], int]:
+    """How many blocks ``stack.0.…``, ``stack.1.…``, … there are among names of tensors."""
+    first = f"{stack}."
+    return lambda names: len(
+        {name.removeprefix(first).split(".")[0] for name in names if name.startswith(first)}
+    )
 
 
 def has(tensor: str, yes: Any = True, no: Any = False) -> Reader:
@@ -181,12 +216,12 @@ def _shape(shapes: Shapes, name: str) -> Shape:
 
 
 def size(
-    file: Reader,
+    file: Reader | Told,
     setting: "str | Callable[[Settings], Any]",
     times: int = 1,
     absent: "str | bool | None" = None,
 ) -> Any:
-    """A field of ``Sizes``: where a file has it, and a diffusers folder's config.json.
+    """A field of ``Sizes``: where a file has or tells it, and a diffusers folder's config.json.
 
     ``setting``: its name there, which is also an argument of diffusers' class, or what computes it
     from the others. diffusers' value is ``times`` ours. ``absent``: what stands for a setting that
@@ -216,9 +251,10 @@ class Sizes:
     to_diffusers: ClassVar[str] = ""
     to_comfyui: ClassVar[str] = ""
     # Arguments of ComfyUI's forward that are no tensors; and the keys of its transformer_options
-    # that it computes with, dictionaries of numbers.
+    # that it computes with, dictionaries of numbers, or numbers and lists of them.
     plain_inputs: ClassVar[tuple[str, ...]] = ()
     options: ClassVar[tuple[str, ...]] = ()
+    plain_options: ClassVar[tuple[str, ...]] = ()
     num_heads: int
     head_dim: int
 
@@ -234,9 +270,17 @@ class Sizes:
         return self.head_dim - 2 * along, along, along
 
     @classmethod
-    def of_file(cls, shapes: Shapes) -> "Sizes":
-        """From the tensors of ComfyUI's file. Raises KeyError for one that is missing."""
-        return cls(*(one.metadata["file"](shapes) for one in _fields(cls)))
+    def of_file(cls, shapes: Shapes, told: Settings | None = None) -> "Sizes":
+        """From the tensors of ComfyUI's file, and the settings that its metadata tell.
+
+        Raises:
+            KeyError, UntoldError: a tensor is missing, or a setting.
+        """
+
+        def value(source: Reader | Told) -> Any:
+            return source.read(shapes, told or {}) if isinstance(source, Told) else source(shapes)
+
+        return cls(*(value(one.metadata["file"]) for one in _fields(cls)))
 
     @classmethod
     def of_folder(cls, settings: Settings) -> "Sizes":
@@ -252,8 +296,17 @@ class Sizes:
         return self._arguments(self.to_diffusers) | sizes
 
     def for_comfyui(self) -> dict[str, Any]:
-        """The arguments of ComfyUI's class that it does not read from a file."""
-        return self._arguments(self.to_comfyui)
+        """The arguments of ComfyUI's class that it does not read from a file's tensors."""
+        return self._arguments(self.to_comfyui) | self.told()
+
+    def told(self) -> dict[str, Any]:
+        """What a file's metadata tell of the model."""
+        sources = {one.name: one.metadata["file"] for one in _fields(type(self))}
+        return {
+            source.name: getattr(self, name)
+            for name, source in sources.items()
+            if isinstance(source, Told)
+        }
 
     def _arguments(self, names: str) -> dict[str, Any]:
         pairs = (name.partition("=") for name in names.split())
@@ -266,7 +319,7 @@ class Sizes:
 
     @property
     def unused_inputs(self) -> tuple[str, ...]:
-        """Arguments of ComfyUI's forward that it does nothing with in this model."""
+        """Arguments of ComfyUI's forward, and keys of its options, without effect in this model."""
         return ()
 
     @property
@@ -278,6 +331,34 @@ class Sizes:
     def inputs(self) -> dict[str, Input]:
         """The tensors that the model is given, by ComfyUI's names; all but ``x``."""
         raise NotImplementedError
+
+    def check_settings(self, settings: Settings) -> None:
+        """Look at what a file's metadata tell of its model.
+
+        Raises:
+            ValueError: it says what is not computed here.
+        """
+
+    def prepared(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What the forward on the ranks takes for inputs that are as they are declared.
+
+        Decisions on values are made here, in the process that asks for an evaluation, and go to
+        the ranks as tables: theirs is recorded, and decides nothing.
+
+        Raises:
+            InputError: an input does not fit in a way that its declaration cannot tell.
+        """
+        return inputs
+
+    def connected(self, caption: Shape, *, unprocessed: bool) -> Shape | None:  # noqa: ARG002
+        """The shape of what the model makes of a caption before a generation; None: nothing.
+
+        ``unprocessed``: what the text encoder says of its captions, in ComfyUI's word.
+
+        Raises:
+            InputError: the caption is of no shape that the model can make something of.
+        """
+        return None
 
     @cached_property
     def all_inputs(self) -> dict[str, Input]:
@@ -299,11 +380,15 @@ class Family:
     config.json that is true → what the variant is called. ``newer``: tensors that older releases of
     ComfyUI do not know → the variant that has them, and a release that does. ``used_with``: an
     input of the model → the attribute that ComfyUI's class has in the releases that use it.
+    ``connects``: the method of ComfyUI's class that makes captions ready (``Sizes.connected``).
     ``refused_inputs``: what ComfyUI's class takes and the forward here does not, by its name there
-    → what it is. ``comfyui_class``: of ComfyUI's supported_models, where ComfyUI finds only the
-    published sizes. ``published`` and ``small``: sizes of the released model, and of one with its
-    structure for tests. ``text_tokens``: of a usual caption, and ``extents``: width, height and
-    frames of what is usually made, for benchmarks.
+    → what it is. ``left_to_ranks``: methods of ComfyUI's class that prepare an input for its
+    forward, which the forward here does. ``numbers``: keys of transformer_options that are numbers
+    → the attribute of ComfyUI's class that stands for it. ``comfyui_class``: of ComfyUI's
+    supported_models, where ComfyUI finds only the published sizes. ``published`` and ``small``:
+    sizes of the released model, and of one with its structure for tests. ``text_tokens``: of a
+    usual caption, and ``extents``: width, height and frames of what is usually made, for
+    benchmarks.
     """
 
     name: str
@@ -321,6 +406,14 @@ class Family:
     text_tokens: int = 64
     extents: tuple[tuple[int, int, int], ...] = ((1024, 1024, 1), (2048, 2048, 1))
     refused_inputs: Mapping[str, str] = field(default_factory=dict)
+    left_to_ranks: tuple[str, ...] = ()
+    numbers: Mapping[str, str] = field(default_factory=dict)
+    connects: str | None = None
+
+    @property
+    def since(self) -> str | None:
+        """The release of ComfyUI that first has its class; None: all that the pack runs in."""
+        return next((self.newer[name][1] for name in self.signature if name in self.newer), None)
 
     def forward(self) -> Any:
         """The family's subclass of ``models.forward.ShardedForward``. For ranks only."""

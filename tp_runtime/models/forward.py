@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from ..errors import InputError
 from ..fault_points import reach
@@ -16,9 +17,10 @@ from .layers import residual_norm
 
 MEMO_BYTES = 4 * 2**30
 # What a generation's evaluations differ in, beside the latent.
-_PER_EVALUATION = ("control",)
+_PER_EVALUATION = ("a_timestep", "control")
 
-Conditioning = dict[str, Any]  # tensors, and plain data that changes what is computed
+Conditioning = dict[str, Any]  # tensors, lists of them, and plain data that changes the result
+Prediction = torch.Tensor | list[torch.Tensor]  # as ``x`` is
 
 
 class Collectives(Protocol):
@@ -41,6 +43,13 @@ class Reduction(Protocol):
     ) -> torch.Tensor:
         """The second result of ``join``."""
         ...
+
+
+def memo_bytes(device: torch.device) -> int:
+    """How much memory what is remembered may take: 4 GiB, or an eighth of a larger GPU's."""
+    if device.type != "cuda":
+        return MEMO_BYTES
+    return max(MEMO_BYTES, torch.cuda.get_device_properties(device).total_memory // 8)
 
 
 class Memo:
@@ -69,7 +78,8 @@ class Memo:
 
 
 def _num_bytes(conditioning: Conditioning) -> int:
-    return sum(one.nbytes for one in conditioning.values() if isinstance(one, torch.Tensor))
+    leaves = pytree.tree_leaves(conditioning)
+    return sum(one.nbytes for one in leaves if isinstance(one, torch.Tensor))
 
 
 class ShardedForward:
@@ -77,7 +87,8 @@ class ShardedForward:
 
     ``condition`` is what stays the same over a generation (refined text, positions, ...): a
     function of every input but ``timesteps`` and of ``x`` only through its shape. ``evaluate`` is
-    the rest: tensors in, one tensor out, so that it can be recorded; ``run`` is what runs it.
+    the rest: tensors in, tensors out, one for each latent, so that it can be recorded; ``run`` is
+    what runs it.
     """
 
     family: ClassVar[Family]
@@ -92,7 +103,7 @@ class ShardedForward:
         self.model: Any = model
         self.sizes: Any = sizes
         self.collectives = collectives
-        self.run: Callable[..., torch.Tensor] = self.evaluate
+        self.run: Callable[..., Prediction] = self.evaluate
         self.memo = Memo()
         self._reduction = reduction
 
@@ -107,7 +118,9 @@ class ShardedForward:
         module: nn.Module = getattr(diffusers, cls.family.diffusers_class)(**sizes.for_diffusers())
         linears = [(n, m) for n, m in module.named_modules() if isinstance(m, nn.Linear)]
         for path, linear in linears:
-            place = sizes.table.places[f"{path}.weight"]
+            place = sizes.table.places.get(f"{path}.weight")
+            if place is None:  # a subclass takes it out
+                continue
             inputs, outputs = sizes.table.file_tensors[place.name][1], place.stop - place.start
             if (linear.in_features, linear.out_features) != (inputs, outputs):
                 module.set_submodule(path, nn.Linear(inputs, outputs, linear.bias is not None))
@@ -118,11 +131,15 @@ class ShardedForward:
         return self.family.label
 
     def condition(self, *args: Any, **inputs: Any) -> Conditioning:
-        """The tensors that ``evaluate`` takes besides ``x``, ``timesteps`` and ``control``.
+        """The tensors that ``evaluate`` takes besides those that differ at every evaluation.
 
         Raises:
             InputError: an input does not fit in a way that its declaration cannot tell.
         """
+        raise NotImplementedError
+
+    def connect(self, caption: torch.Tensor) -> torch.Tensor:
+        """What the model makes of a caption before a generation: see ``Sizes.connected``."""
         raise NotImplementedError
 
     def check_control(
@@ -135,8 +152,11 @@ class ShardedForward:
         """
         raise NotImplementedError
 
-    def evaluate(self, *args: Any, **inputs: Any) -> torch.Tensor:
-        """The model's prediction, in the dtype of ``x``; ``timesteps`` are fp32."""
+    def evaluate(self, *args: Any, **inputs: Any) -> Prediction:
+        """The model's prediction, in the dtype of ``x``; ``timesteps`` are fp32.
+
+        Of several latents in a list (a video's, and its sound's), a list of as many.
+        """
         raise NotImplementedError
 
     def join(
@@ -166,8 +186,10 @@ class ShardedForward:
         joined, normed = (torch.cat(same, dim=1) for same in zip(*found, strict=True))
         return joined, normed
 
-    def __call__(self, inputs: Mapping[str, Any], key: Hashable) -> torch.Tensor:
+    def __call__(self, inputs: Mapping[str, Any], key: Hashable) -> Prediction:
         """Evaluate the model. Inputs of one ``key`` have equal conditioning.
+
+        Without ``timesteps``, ``x`` is a caption that is to be made ready.
 
         ``inputs``: as ``models.inputs.checked_inputs`` gives them.
 
@@ -175,9 +197,12 @@ class ShardedForward:
             InputError: an input does not fit in a way that its declaration cannot tell.
         """
         inputs = dict(inputs)
+        if "timesteps" not in inputs:
+            return self.connect(inputs["x"])
         x, timesteps = inputs["x"], inputs.pop("timesteps")
         per_evaluation = {name: inputs.pop(name) for name in _PER_EVALUATION if name in inputs}
-        key = (key, tuple(x.shape), x.dtype)
+        latents = [x] if isinstance(x, torch.Tensor) else x
+        key = (key, *((tuple(latent.shape), latent.dtype) for latent in latents))
 
         def condition() -> Conditioning:
             assert not optimising(), "what is remembered must not lie in memory of a reduction"
@@ -185,8 +210,8 @@ class ShardedForward:
             return self.condition(**inputs)
 
         conditioning = self.memo.get(key, condition)
-        if per_evaluation:
-            self.check_control(x.shape[0], conditioning, **per_evaluation)
+        if "control" in per_evaluation:
+            self.check_control(latents[0].shape[0], conditioning, per_evaluation["control"])
         return self.run(x=x, timesteps=timesteps, **conditioning, **per_evaluation)
 
 

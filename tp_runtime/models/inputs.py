@@ -17,8 +17,10 @@ OPTIONS = "transformer_options"
 
 def checked_inputs(
     label: str, sizes: Sizes, inputs: Mapping[str, Any], compute_dtype: str
-) -> dict[str, Any]:
+) -> Mapping[str, Any]:
     """The inputs that the model computes with: neither absent ones (None), nor unused ones.
+
+    As the forward on the ranks takes them (``Sizes.prepared``).
 
     Raises:
         InputError: one is unknown, missing, no tensor, or of another shape, axes or dtype than
@@ -49,24 +51,36 @@ def checked_inputs(
                 f"{label} takes up to {one.at_most} {one.what.lower()}; got {len(tensors)}. Remove "
                 "some of the nodes that add them."
             )
-        for tensor in tensors:
-            _check_kind(label, one, tensor, compute_dtype)
-            named = _named_axes(label, one, tensor, lengths)
+        for each, tensor in tensors:
+            _check_kind(label, each, tensor, compute_dtype)
+            named = _named_axes(label, each, tensor, lengths)
             if name == "x":
-                lengths = named
-    return given
+                lengths = named | lengths
+    return sizes.prepared(given)
 
 
-def _tensors(label: str, name: str, declared: Input, value: Any) -> list[torch.Tensor]:
-    tensors = list(value) if declared.many and isinstance(value, list | tuple) else [value]
-    for tensor in tensors:
-        if not isinstance(tensor, torch.Tensor):
-            what = "a list of tensors" if declared.many else "a tensor"
-            raise InputError(
-                f"{declared.what} of {label} (the model input {name}) must be {what}; got "
-                f"{type(tensor).__name__}. Remove the node that sets it."
-            )
-    return tensors
+def _tensors(
+    label: str, name: str, declared: Input, value: Any
+) -> list[tuple[Input, torch.Tensor]]:
+    """The tensors of an input, each with its declaration."""
+    each, what = [declared, *declared.besides], "a tensor"
+    if declared.besides:
+        what = f"a list of {len(each)} tensors ({', '.join(one.what.lower() for one in each)})"
+    elif declared.many:
+        what = "a list of tensors"
+    is_list = isinstance(value, list | tuple)
+    tensors = list(value) if is_list and (declared.many or declared.besides) else [value]
+    if declared.many:
+        each = len(tensors) * each
+    strange = [one for one in tensors if not isinstance(one, torch.Tensor)]
+    least = len(each) - sum(one.optional for one in declared.besides)
+    if strange or not least <= len(tensors) <= len(each):
+        got = type(strange[0]).__name__ if strange else f"{len(tensors)} of them"
+        raise InputError(
+            f"{declared.what} of {label} (the model input {name}) must be {what}; got {got}. "
+            f"{declared.advice or 'Remove the node that sets it.'}"
+        )
+    return list(zip(each, tensors, strict=False))
 
 
 def _check_kind(label: str, declared: Input, tensor: torch.Tensor, compute_dtype: str) -> None:

@@ -28,6 +28,15 @@ def attention(
     return found.transpose(1, 2).flatten(2)
 
 
+def spread_heads(x: torch.Tensor, sharers: Sequence[int]) -> torch.Tensor:
+    """Each key or value head as often as queries share it, where these numbers differ.
+
+    (B, L, N', K) → (B, L, N, K); ``sharers``: of this rank, ``Split.sharers``.
+    """
+    heads = zip(x.split(1, dim=2), sharers, strict=True)
+    return torch.cat([one.expand(-1, -1, count, -1) for one, count in heads], dim=2)
+
+
 def project(linear: Any, x: torch.Tensor, *, gelu: bool = False) -> torch.Tensor:
     """A column-parallel linear of (B, L, D), and its GELU, by tanh, if that is asked for."""
     if optimising():
@@ -39,8 +48,12 @@ def project(linear: Any, x: torch.Tensor, *, gelu: bool = False) -> torch.Tensor
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float | None) -> torch.Tensor:
-    """RMS norm over the last axis, as ComfyUI computes it (comfy/rmsnorm.py, 0.3.75)."""
-    return F.rms_norm(x, weight.shape, weight, eps)
+    """RMS norm over the last axis, as ComfyUI computes it (comfy/rmsnorm.py, 0.3.75).
+
+    Computed in the dtype of the weight, which may be fp32 where ``x`` is not; returned in that of
+    ``x``.
+    """
+    return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
 
 
 @fused
@@ -86,27 +99,31 @@ def rotate_pairs(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     return torch.stack(rotated, dim=-1).flatten(-2).type_as(x)
 
 
-# A stretch of tokens: their q, k and v (B, L, 3, N, K), and the weights of q's and k's norm (K,).
+# A stretch of tokens: the heads of their q, k and v behind one another, (B, L, N + 2 N', K), and
+# the weights of q's and k's norm (K,).
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def rotated_heads(
-    parts: list[Heads], rotation: torch.Tensor, eps: float | None
+    parts: list[Heads], rotation: torch.Tensor, eps: float | None, num_kv_heads: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k and v of all tokens, each (B, L, N, K); q and k normed and then rotated.
+    """q (B, L, N, K), k and v (B, L, N', K) of all tokens; q and k normed and then rotated.
 
-    ``eps`` None is the smallest of fp32, as where ComfyUI leaves it to torch.
+    ``eps`` None is the smallest of fp32, as where ComfyUI leaves it to torch. ``num_kv_heads``: N',
+    if it is not N.
     """
-    head_dim = parts[0][1].shape[0]
+    num_heads, head_dim = parts[0][0].shape[2:]
+    num_kv = num_heads // 3 if num_kv_heads is None else num_kv_heads
     if optimising() and head_dim & (head_dim - 1) == 0:
         from ..gpu import kernels  # here, since without a GPU there may be no Triton
 
-        return kernels.rotated_heads(parts, rotation, eps or torch.finfo(torch.float32).eps)
+        smallest = torch.finfo(torch.float32).eps
+        return kernels.rotated_heads(parts, rotation, eps or smallest, num_kv)
     found: list[tuple[torch.Tensor, ...]] = []
     start = 0
     for qkv, norm_q, norm_k in parts:
         here = rotation[:, start : start + qkv.shape[1]]
-        q, k, v = qkv.unbind(2)
+        q, k, v = qkv.split((num_heads - 2 * num_kv, num_kv, num_kv), dim=2)
         q = rotate_pairs(rms_norm(q, norm_q, eps), here)
         found.append((q, rotate_pairs(rms_norm(k, norm_k, eps), here), v))
         start += qkv.shape[1]
@@ -114,6 +131,30 @@ def rotated_heads(
         found = [tuple(torch.cat(same, dim=1) for same in zip(*found, strict=True))]
     q, k, v = found[0]
     return q, k, v
+
+
+def _norm(tokens: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
+    weight, eps = epilogue.weight, epilogue.eps
+    if epilogue.norm == "none":
+        return tokens
+    if epilogue.norm == "rms":
+        if weight is None:
+            normed = F.rms_norm(tokens, tokens.shape[-1:], None, eps)
+        else:
+            normed = rms_norm(tokens, weight, eps)
+    else:
+        normed = F.layer_norm(tokens, tokens.shape[-1:], weight, epilogue.bias, eps)
+    if epilogue.scale is None:
+        return normed
+    if epilogue.shift is None:
+        return normed * (1 + epilogue.scale)
+    return torch.addcmul(epilogue.shift, normed, 1 + epilogue.scale)
+
+
+@fused
+def first_norm(tokens: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
+    """The norm of (B, L, D), before which there is no residual; ``epilogue``: of one stream."""
+    return _norm(tokens, epilogue)
 
 
 @fused
@@ -124,25 +165,14 @@ def residual_norm(
 
     ``epilogue``: of one stream (``Epilogue.of_stream``). Without a norm the sum is returned twice.
     """
-    gate, weight, eps = epilogue.gate, epilogue.weight, epilogue.eps
+    gate = epilogue.gate
     if epilogue.update_weight is not None:
-        update = rms_norm(update, epilogue.update_weight, eps)
+        update = rms_norm(update, epilogue.update_weight, epilogue.eps)
         gate = None if gate is None else gate.tanh()
     tokens = tokens + (update if gate is None else update * gate)
     if epilogue.limit:
         tokens = limited(tokens)
-    if epilogue.norm == "none":
-        return tokens, tokens
-    if epilogue.norm == "rms":
-        assert weight is not None
-        normed = rms_norm(tokens, weight, eps)
-    else:
-        normed = F.layer_norm(tokens, tokens.shape[-1:], weight, epilogue.bias, eps)
-    if epilogue.scale is None:
-        return tokens, normed
-    if epilogue.shift is None:
-        return tokens, normed * (1 + epilogue.scale)
-    return tokens, torch.addcmul(epilogue.shift, normed, 1 + epilogue.scale)
+    return tokens, _norm(tokens, epilogue)
 
 
 def limited(x: torch.Tensor) -> torch.Tensor:
@@ -162,12 +192,32 @@ def rms_norm_over_ranks(
     """RMS norms over all heads, of which each rank has some: (B, L, n) of each → the same.
 
     ``widths``: of each part the features of all ranks, without those that only pad and are zero.
-    ``add_up`` sums a tensor over the ranks: once, in fp32, for all parts, of as many tokens each.
+    ``add_up`` sums a tensor over the ranks: once, in fp32, for all parts.
     """
-    squares = add_up(torch.stack([part.float().square().sum(-1) for part in parts]))
+    squares = [part.float().square().sum(-1) for part in parts]
+    summed = add_up(torch.cat([one.flatten() for one in squares]))
+    of_parts = summed.split([one.numel() for one in squares])
     return [
-        (part.float() * torch.rsqrt(of_part / width + eps)[..., None] * weight.float()).to(
-            part.dtype
+        (
+            part.float()
+            * torch.rsqrt(of_part.view_as(own) / width + eps)[..., None]
+            * weight.float()
+        ).to(part.dtype)
+        for part, of_part, own, width, weight in zip(
+            parts, of_parts, squares, widths, weights, strict=True
         )
-        for part, of_part, width, weight in zip(parts, squares, widths, weights, strict=True)
     ]
+
+
+def rotate_halves(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """Rotate the first half of the features of (B, L, N, K) against the second.
+
+    In the dtype of ``rotation`` (B, L, N, K/2, 2); keeps that of ``x``.
+    """
+    first, second = x.to(rotation.dtype).chunk(2, dim=-1)
+    cos, sin = rotation.unbind(-1)
+    rotated = (
+        torch.addcmul(first * cos, second, sin, value=-1),
+        torch.addcmul(second * cos, first, sin),
+    )
+    return torch.cat(rotated, dim=-1).type_as(x)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from ..models.forward import Memo, ShardedForward
+from ..models.forward import Memo, Prediction, ShardedForward, memo_bytes
 from ..wire.protocol import PatchedWeight
 from .host_copy import HostCopy
 from .patched_weights import PatchedWeights
@@ -19,7 +19,7 @@ class LoadedModel:
         forward: ShardedForward,
         weights: PatchedWeights,
         device: torch.device,
-        new_run: Callable[[], Callable[..., torch.Tensor]],
+        new_run: Callable[[], Callable[..., Prediction]],
         bytes_read: int,
     ) -> None:
         self.forward = forward
@@ -31,12 +31,12 @@ class LoadedModel:
         self.asleep = False
         self._parameters = dict(forward.model.named_parameters())
         self.resident_bytes = sum(parameter.nbytes for parameter in self._parameters.values())
-        forward.run = new_run()
+        self._forget()
 
     def patch(self, changes: Mapping[str, PatchedWeight], held: Mapping[int, torch.Tensor]) -> None:
         """Change the weights; see ``PatchedWeights.apply``."""
         self.weights.apply(changes, held)
-        self.forward.memo = Memo()  # computed with the weights of before
+        self.forward.memo = Memo(memo_bytes(self._device))  # computed with the weights of before
 
     def sleep(self) -> None:
         """Move the weights to the host's memory, and drop what was computed and recorded of them.
@@ -46,12 +46,16 @@ class LoadedModel:
         if self.asleep:
             return
         self.asleep = True
-        self.forward.memo = Memo()
-        self.forward.run = self._new_run()
+        self._forget()
         if self._device.type == "cuda":
             self._copy = HostCopy({name: p.data for name, p in self._parameters.items()})
             for parameter in self._parameters.values():
                 parameter.data = torch.empty(0, dtype=parameter.dtype, device=self._device)
+
+    def _forget(self) -> None:
+        """Drop what was computed and recorded."""
+        self.forward.memo = Memo(memo_bytes(self._device))
+        self.forward.run = self._new_run()
 
     def wake(self) -> None:
         """Move the weights back to the device."""

@@ -17,7 +17,7 @@ from ..fault_points import reach
 from ..formats import QuantisedWeight
 from ..gpu import collectives
 from ..gpu.graphs import RecordedEvaluation
-from ..models.forward import ShardedForward
+from ..models.forward import Prediction, ShardedForward, memo_bytes
 from ..recognise import inspect_checkpoint, open_checkpoint
 from ..sharding.parts import Part
 from ..sharding.quantisation import Quantisation, sharded, stored_weights
@@ -132,11 +132,11 @@ def load_model(
         fast_attention = FastAttention(attention, choices)
     forward: ShardedForward = kind(model.eval(), info.sizes, collectives, reduction)
 
-    def new_run() -> Callable[..., torch.Tensor]:
+    def new_run() -> Callable[..., Prediction]:
         if not fast:
             return forward.evaluate
         capture = functools.partial(collectives.graph_capture, device)
-        return RecordedEvaluation(forward.evaluate, capture, fast_attention)
+        return RecordedEvaluation(forward.evaluate, capture, fast_attention, memo_bytes(device))
 
     return LoadedModel(forward, weights, device, new_run, bytes_read)
 

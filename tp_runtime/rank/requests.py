@@ -3,6 +3,7 @@
 import ctypes
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -124,7 +125,7 @@ class Runner:
             del self._factors[key]
 
     def _evaluate(self, request: Evaluate) -> int:
-        """How many values are NaN or infinite, of the result that this rank has written."""
+        """How many values are NaN or infinite, of the results that this rank has written."""
         started = time.perf_counter()
         reach("evaluate")
         # Before anything can be refused: the engine takes it that these are held from now on.
@@ -140,7 +141,7 @@ class Runner:
                 evaluation = request.evaluations[mine]
                 output = model.forward(resolved[mine], _conditioning_key(evaluation.inputs))
                 if self._config.tp_rank == 0:
-                    self._give(output, evaluation.result)
+                    self._give(output, evaluation.results)
         finally:
             # Of a refused request, too, the inputs must have left the exchange memory.
             if self._device.type == "cuda":
@@ -148,14 +149,19 @@ class Runner:
         self._last_evaluation_ms = (time.perf_counter() - started) * 1000
         return int(self._num_bad)
 
-    def _give(self, output: torch.Tensor, ref: TensorRef) -> None:
-        result = self._exchange.view(ref)
-        assert (output.shape, output.dtype) == (result.shape, result.dtype), (
-            f"{output.shape} {output.dtype}, not {result.shape} {result.dtype}"
-        )
-        result.copy_(output, non_blocking=True)
-        # The difference is zero where a value is finite. Read after the wait for the result.
-        self._num_bad.copy_(torch.count_nonzero(output - output), non_blocking=True)
+    def _give(
+        self, output: torch.Tensor | Sequence[torch.Tensor], refs: Sequence[TensorRef]
+    ) -> None:
+        outputs = [output] if isinstance(output, torch.Tensor) else output
+        for one, ref in zip(outputs, refs, strict=True):
+            result = self._exchange.view(ref)
+            assert (one.shape, one.dtype) == (result.shape, result.dtype), (
+                f"{one.shape} {one.dtype}, not {result.shape} {result.dtype}"
+            )
+            result.copy_(one, non_blocking=True)
+        # The difference is zero where a value is finite. Read after the wait for the results.
+        num_bad = sum(torch.count_nonzero(one - one) for one in outputs)
+        self._num_bad.copy_(torch.as_tensor(num_bad), non_blocking=True)
 
     def _resolve(self, value: Any) -> Any:
         """``value`` with every reference replaced by its tensor, on the rank's device."""

@@ -26,13 +26,16 @@ class Split:
 
     ``groups`` > 0: the units belong to that many groups (query heads to key/value heads), and
     a rank's units never cross a group. ``shared``: with fewer units than ranks, neighbouring
-    ranks hold the same unit (key/value heads of grouped-query attention).
+    ranks hold the same unit (key/value heads of grouped-query attention). ``queries`` > 0: the
+    units serve so many others, neighbours the same, which are dealt out evenly: a rank holds those
+    that its own need, so neighbouring ranks may hold the same (``sharers``).
     """
 
     count: int
     unit: int = 1
     groups: int = 0
     shared: bool = False
+    queries: int = 0
 
     def in_groups(self, group: int) -> "Split":
         """The same with single features dealt out in groups, if those divide them."""
@@ -47,6 +50,9 @@ class Split:
 
     def local_count(self, tp_size: int) -> int:
         """Units on each rank, padding included."""
+        if self.queries:
+            ranges = (self._needed(rank, tp_size) for rank in range(tp_size))
+            return max(stop - start for start, stop in ranges)
         if self.groups:
             per_group = self.count // self.groups
             if tp_size <= self.groups:
@@ -62,7 +68,9 @@ class Split:
         """The features [start, stop) of the whole axis that ``rank`` holds, without padding."""
         local = self.local_count(tp_size)
         start, end = rank * local, self.count
-        if self.shared and tp_size > self.count:
+        if self.queries:
+            start, end = self._needed(rank, tp_size)
+        elif self.shared and tp_size > self.count:
             start = rank // (tp_size // self.count)
         elif self.groups and tp_size > self.groups:
             ranks_per_group = tp_size // self.groups
@@ -71,6 +79,31 @@ class Split:
             start, end = group * per_group + place * local, (group + 1) * per_group
         start = min(start, end)
         return start * self.unit, min(start + local, end) * self.unit
+
+    def sharers(self, rank: int, tp_size: int) -> tuple[int, ...]:
+        """Of each unit on ``rank``, how many of its ``queries`` use it, padding included."""
+        served, local = -(-self.queries // tp_size), self.local_count(tp_size)
+        first, per_unit = rank * served, self.queries // self.count
+        used = [(first + one) // per_unit - first // per_unit for one in range(served)]
+        return tuple(sum(min(one, local - 1) == unit for one in used) for unit in range(local))
+
+    def _needed(self, rank: int, tp_size: int) -> tuple[int, int]:
+        """The units [start, stop) that the rank's share of ``queries`` uses."""
+        served, per_unit = -(-self.queries // tp_size), self.queries // self.count
+        start = min(rank * served, self.queries)
+        stop = min(start + served, self.queries)
+        return start // per_unit, -(-stop // per_unit)
+
+
+def grouped_heads(num_heads: int, num_kv_heads: int, head_dim: int) -> tuple[Split, Split]:
+    """Heads of queries, dealt out evenly, and of keys and values: on any number of ranks.
+
+    Raises:
+        ValueError: they do not belong together.
+    """
+    if num_heads % num_kv_heads:
+        raise ValueError(f"{num_heads} heads of queries cannot share {num_kv_heads} of keys")
+    return Split(num_heads, head_dim), Split(num_kv_heads, head_dim, queries=num_heads)
 
 
 def _in_groups(splits: Iterable[Split], group: int) -> tuple[Split, ...]:
@@ -100,19 +133,22 @@ class Column:
 class MergedColumn:
     """``MergedColumnParallelLinear``: several column-parallel linears of one input, as one.
 
-    ``units``: of how many features each is dealt out at a time; empty means single features, and
-    these in ``group``s.
+    ``units``: of how many features each is dealt out at a time, or how; empty means single
+    features, and these in ``group``s.
     """
 
     axis: ClassVar[int] = 0
     into: str
-    units: tuple[int, ...] = ()
+    units: tuple[int | Split, ...] = ()
     group: int = 1
 
     def splits(self, inputs: int, outputs: Sequence[int]) -> tuple[Split, ...]:  # noqa: ARG002
         """How the outputs of each linear are dealt out."""
         units = self.units or (1,) * len(outputs)
-        splits = (Split(size // unit, unit) for size, unit in zip(outputs, units, strict=True))
+        splits = (
+            unit if isinstance(unit, Split) else Split(size // unit, unit)
+            for size, unit in zip(outputs, units, strict=True)
+        )
         return _in_groups(splits, self.group)
 
 
@@ -185,11 +221,13 @@ class Plan:
     """The styles of a model's linears, and how vectors are split, by pattern.
 
     ``vectors``: parameters of one axis that belong to split features (the weight of a norm over all
-    heads); every other parameter that is no linear's is whole on every rank.
+    heads); every other parameter that is no linear's is whole on every rank. ``once``: the patterns
+    of linears that compute nothing in an evaluation: padding does not slow them down.
     """
 
     linears: Mapping[str, Style] = field(default_factory=dict)
     vectors: Mapping[str, Split] = field(default_factory=dict)
+    once: frozenset[str] = frozenset()
 
     def split_vectors(self, names: Iterable[str]) -> dict[str, Split]:
         """Those of the parameters that are split. Raises PlanError for a pattern without any."""
@@ -242,7 +280,7 @@ class Plan:
             else style
             for pattern, style in self.linears.items()
         }
-        return Plan(linears, self.vectors)
+        return replace(self, linears=linears)
 
     def valid_tp_sizes(self, limit: int) -> tuple[int, ...]:
         """The sizes from 1 to ``limit`` that the model can be split over."""
@@ -261,14 +299,14 @@ class Plan:
 
     def _obstacles(self, tp_size: int) -> Iterator[str]:
         """Why the model cannot be split over so many ranks: heads are dealt out whole."""
-        for style in self.linears.values():
+        for pattern, style in self.linears.items():
             for split in _fixed_splits(style):
                 groups = split.groups
                 if groups and max(tp_size, groups) % min(tp_size, groups):
                     yield f"num_kv_heads={groups} and {tp_size} do not divide one another"
                     continue
                 padded = split.local_count(tp_size) * tp_size
-                if padded > split.count * (1 + MAX_HEAD_PADDING):
+                if padded > split.count * (1 + MAX_HEAD_PADDING) and pattern not in self.once:
                     yield (
                         f"its num_heads={split.count} would have to be padded to {padded}, "
                         f"which wastes {padded / split.count - 1:.0%}"

@@ -162,14 +162,17 @@ class Table:
         """The style of every linear, and how vectors are split."""
         linears: dict[str, Style] = {}
         vectors: dict[str, Split] = {}
+        once: set[str] = set()
         parents = [("", self.rows), *((f"{s.ours}.*.", s.rows) for s in self.stacks if s.count)]
         for parent, rows in parents:
             for row in rows:
                 if isinstance(row, Linear):
                     linears[parent + row.ours] = row.style
+                    if row.over == PROMPT:
+                        once.add(parent + row.ours)
                 elif row.split is not None:
                     vectors |= {parent + name: row.split for name in expanded(row.ours)}
-        return Plan(linears, vectors)
+        return Plan(linears, vectors, frozenset(once))
 
     def block_costs(self, text_tokens: int, image_tokens: int) -> list[BlockCosts]:
         """What one evaluation of one item consists of; blocks of a prompt's own are left out."""

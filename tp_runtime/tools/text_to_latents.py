@@ -68,8 +68,9 @@ def _sample(options: argparse.Namespace, tp_size: int) -> torch.Tensor:
         for sigma, following in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
             timesteps = torch.full((batch,), sigma)
             inputs = {"x": x.to(dtype), "timesteps": timesteps, **conditioning}
-            velocity = model.evaluate(inputs).float()
-            x = x + (following - sigma) * velocity
+            velocity = model.evaluate(inputs)
+            assert isinstance(velocity, torch.Tensor)  # as x is
+            x = x + (following - sigma) * velocity.float()
         e2e_time_ms = 1000 * (time.perf_counter() - started)
         print(
             f"tp_size={tp_size} e2e_time_ms={e2e_time_ms:.0f} ms_per_step="

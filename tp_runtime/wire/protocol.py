@@ -16,7 +16,7 @@ VERSION = 5
 MAX_FRAME_BYTES = 16 * 2**20  # a frame holds no tensor data, only references to it: but a Piece
 PIECE_BYTES = 2**20  # at most, of a Piece
 # Inputs that differ at every evaluation; all others are constant over a generation as a rule.
-PER_EVALUATION_INPUTS = frozenset({"x", "timesteps", "control"})
+PER_EVALUATION_INPUTS = frozenset({"x", "timesteps", "a_timestep", "control"})
 _TENSOR_EXT = 1
 
 
@@ -87,11 +87,12 @@ class Evaluation(msgspec.Struct, frozen=True, array_like=True):
     """One evaluation of the transformer. ``inputs`` are ComfyUI's forward arguments by name.
 
     Tensors in ``inputs`` are ``TensorRef``; the first rank of the batch group that computes it
-    writes the result where ``result`` says, in that shape and dtype.
+    writes the results, one of each latent (of a video, and of its sound), where ``results`` says,
+    in that shape and dtype.
     """
 
     inputs: dict[str, Any]
-    result: TensorRef
+    results: tuple[TensorRef, ...]
 
 
 class Evaluate(_Message, frozen=True):

@@ -1,8 +1,9 @@
 """A ComfyUI node pack for the tests: it is linked into the test server's custom_nodes.
 
 It lets ComfyUI's stock loaders read the tiny checkpoints and ControlNets. Only the stock loaders:
-the correction is open during `comfy.sd.load_diffusion_model` and `comfy.controlnet.load_controlnet`
-and nowhere else, so that our own loader is tested against the ComfyUI that users have.
+the correction is open during `comfy.sd.load_diffusion_model`, `load_checkpoint_guess_config` and
+`comfy.controlnet.load_controlnet` and nowhere else, so that our own loader is tested against the
+ComfyUI that users have.
 """
 
 from functools import wraps
@@ -23,7 +24,7 @@ from .nodes import (
     TPTestTwoModels,
     TPTestVideoVAE,
 )
-from .text_encoder import extend_clip_loader
+from .text_encoder import extend_clip_loader, tiny_clip_detected
 
 
 def _extend_stock_loader(module: ModuleType, name: str) -> None:
@@ -31,7 +32,7 @@ def _extend_stock_loader(module: ModuleType, name: str) -> None:
 
     @wraps(stock_load)
     def load(*args: Any, **kwargs: Any) -> Any:
-        with tiny_models_detected():
+        with tiny_models_detected(), tiny_clip_detected():
             return stock_load(*args, **kwargs)
 
     setattr(module, name, load)
@@ -55,6 +56,7 @@ class TestExtension(ComfyExtension):
 async def comfy_entrypoint() -> TestExtension:
     """Called once by ComfyUI when it loads the pack."""
     _extend_stock_loader(comfy.sd, "load_diffusion_model")
+    _extend_stock_loader(comfy.sd, "load_checkpoint_guess_config")
     _extend_stock_loader(comfy.controlnet, "load_controlnet")
     extend_clip_loader()
     return TestExtension()

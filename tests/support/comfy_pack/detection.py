@@ -61,10 +61,32 @@ def _correct_qwen_image(config: dict[str, Any], weights: StateDict, prefix: str)
     }
 
 
+def _correct_qwen_image21(
+    config: dict[str, Any], weights: StateDict, prefix: str
+) -> dict[str, Any]:
+    head_dim = weights[f"{prefix}transformer_blocks.0.attn.norm_q.weight"].shape[0]
+    return config | {"axes_dims_rope": _axes_dims(head_dim)}
+
+
 def _correct_wan(config: dict[str, Any], weights: StateDict, prefix: str) -> dict[str, Any]:
     return config | {
         "num_heads": config["dim"] // (16 if config["dim"] % 128 else 128),
         "text_dim": weights[f"{prefix}text_embedding.0.weight"].shape[1],
+    }
+
+
+def _correct_krea2(config: dict[str, Any], weights: StateDict, prefix: str) -> dict[str, Any]:
+    attention, fusion = "blocks.0.attn", "txtfusion.layerwise_blocks.0.attn"
+
+    def heads(path: str, linear: str) -> int:
+        norm = weights[f"{prefix}{path}.qknorm.qnorm.scale"]
+        return weights[f"{prefix}{path}.{linear}.weight"].shape[0] // norm.shape[0]
+
+    return config | {
+        "heads": heads(attention, "wq"),
+        "kvheads": heads(attention, "wk"),
+        "txtheads": heads(fusion, "wq"),
+        "txtkvheads": heads(fusion, "wk"),
     }
 
 
@@ -80,7 +102,9 @@ _CORRECTIONS: dict[str, Callable[[dict[str, Any], StateDict, str], dict[str, Any
     "flux": _correct_flux,
     "flux2": _correct_flux2,
     "qwen_image": _correct_qwen_image,
+    "qwen_image21": _correct_qwen_image21,
     "wan2.1": _correct_wan,
+    "krea2": _correct_krea2,
 }
 
 

@@ -3,19 +3,28 @@
 The published encoders have billions of parameters, and ComfyUI recognises them by their sizes. A
 file of `support.template_models` names in its metadata what it stands for; the embedding is
 random, and another for each text.
+
+A checkpoint of `support.full_checkpoints` has a CLIP-L of few channels, which ComfyUI's own classes
+compute: only what ComfyUI would take it for is corrected.
 """
 
 import hashlib
-from collections.abc import Sequence
-from functools import wraps
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial, wraps
 from typing import Any
+from unittest import mock
 
 import comfy.sd
+import comfy.sd1_clip
 import torch
+from comfy.supported_models_base import ClipTarget
 from safetensors import safe_open
 
 MARK = "tp_test_text_encoder"  # value: "width" or "width,pooled width"
 _TOKENS = 16
+_EMBEDDING = "clip_l.transformer.text_model.embeddings.token_embedding.weight"
+_REAL_WIDTH = 768
 
 
 class TinyTextEncoder:
@@ -51,3 +60,39 @@ def extend_clip_loader() -> None:
         return TinyTextEncoder(*map(int, widths.split(",")))
 
     comfy.sd.load_clip = load
+
+
+def tiny_clip(width: int, **options: Any) -> torch.nn.Module:
+    """ComfyUI's CLIP-L with two layers of that width."""
+    config = {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "hidden_act": "quick_gelu",
+        "max_position_embeddings": 77,
+        "projection_dim": width,
+        "eos_token_id": 49407,
+        "layer_norm_eps": 1e-5,
+    }
+    clip = partial(comfy.sd1_clip.SDClipModel, textmodel_json_config=config)
+    model: torch.nn.Module = comfy.sd1_clip.SD1ClipModel(clip_model=clip, **options)
+    return model
+
+
+@contextmanager
+def tiny_clip_detected() -> Iterator[None]:
+    """While open, a CLIP-L of another width than the real one is read as `tiny_clip`."""
+    stock = comfy.sd.CLIP
+
+    def make(
+        target: Any, *args: Any, tokenizer_data: Mapping[str, torch.Tensor], **options: Any
+    ) -> Any:
+        embedding = tokenizer_data.get(_EMBEDDING)
+        if embedding is not None and embedding.shape[1] != _REAL_WIDTH:
+            tokenizer = comfy.sd1_clip.SD1Tokenizer
+            target = ClipTarget(tokenizer, partial(tiny_clip, embedding.shape[1]))
+        return stock(target, *args, tokenizer_data=tokenizer_data, **options)
+
+    with mock.patch.object(comfy.sd, "CLIP", make):
+        yield

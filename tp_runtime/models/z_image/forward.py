@@ -167,7 +167,7 @@ class Forward(ShardedForward):
 
     def _attend(self, module: Any, x: torch.Tensor, rotation: torch.Tensor) -> Product:
         """Attention; returns what is left to project."""
-        qkv = module.to_qkv(x).unflatten(-1, (3, -1, self.sizes.head_dim))
+        qkv = module.to_qkv(x).unflatten(-1, (-1, self.sizes.head_dim))
         heads = (qkv, module.norm_q.weight, module.norm_k.weight)
         return module.to_out[0], attention(*rotated_heads([heads], rotation, None))
 

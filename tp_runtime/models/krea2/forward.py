@@ -1,0 +1,233 @@
+"""Krea 2's arithmetic: ComfyUI's ``SingleStreamDiT._forward`` (0.33, comfy/ldm/krea2/model.py).
+
+Shapes: B batch, C latent channels, H W latent size, L tokens, D model width, N heads on this rank
+and N' of keys and values, K head width; S streams with a modulation of their own: all tokens, and
+references if they are at time 0.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ...gpu.epilogue import Epilogue, Product
+from ...gpu.graphs import fused
+from ...sharding.plan import Split
+from ..dual_stream import grid_positions, pack_patches, unpack_patches
+from ..family import Sizes
+from ..forward import Conditioning, ShardedForward
+from ..layers import (
+    attention,
+    first_norm,
+    project,
+    rms_norm,
+    rope_rotation,
+    rotated_heads,
+    silu_gate,
+    spread_heads,
+    timestep_embedding,
+)
+from .family import FAMILY, PATCH, TIME_CHANNELS
+
+NORM_EPS = 1e-5
+TIME_SCALE = 1000.0
+ROPE_THETA = 1000.0
+_AT_ZERO = "index_timestep_zero"  # any other method only says that references are looked at
+
+
+@fused
+def _gated(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    return x * F.sigmoid(gate)
+
+
+def _weights(norms: Sequence[Any]) -> torch.Tensor:
+    """(norms, D) fp32, of norms whose files have how far their weights are from one."""
+    return 1 + torch.stack([norm.weight for norm in norms]).float()
+
+
+class Forward(ShardedForward):
+    """Evaluates the sharded module on ComfyUI's forward arguments."""
+
+    family = FAMILY
+
+    @classmethod
+    def build(cls, sizes: Sizes) -> nn.Module:
+        """A block's modulation is one row, as in ComfyUI's file."""
+        model: Any = super().build(sizes)
+        for block in model.transformer_blocks:
+            block.scale_shift_table = nn.Parameter(block.scale_shift_table.flatten())
+        module: nn.Module = model
+        return module
+
+    def condition(
+        self,
+        x: torch.Tensor,
+        context: torch.Tensor,
+        ref_latents: Sequence[torch.Tensor] = (),
+        ref_latents_method: str | None = None,
+        transformer_options: Mapping[str, Any] | None = None,  # noqa: ARG002 - of no family's own
+    ) -> Conditioning:
+        """``text`` (B, L, D); ``rotation`` of text, image and references.
+
+        If present: ``references`` (B, L, D), and whether they are at time 0 (``zero_time``).
+        Without a method ComfyUI does not look at the references.
+        """
+        pictures = [x, *(ref_latents if ref_latents_method is not None else ())]
+        grids = [
+            grid_positions(index, *(_along(x, -(-size // PATCH)) for size in picture.shape[-2:]))
+            for index, picture in enumerate(pictures)
+        ]
+        positions = torch.cat((x.new_zeros(context.shape[1], 3, dtype=torch.float32), *grids))
+        found: Conditioning = {
+            "text": self._text(context),
+            "rotation": rope_rotation(positions, self.sizes.axes_dims, ROPE_THETA),
+        }
+        if references := pictures[1:]:
+            packed = torch.cat([pack_patches(one.squeeze(2)) for one in references], dim=1)
+            found["references"] = self.model.img_in(packed)
+            found["zero_time"] = ref_latents_method == _AT_ZERO
+        return found
+
+    def evaluate(
+        self,
+        x: torch.Tensor,
+        timesteps: torch.Tensor,
+        text: torch.Tensor,
+        rotation: torch.Tensor,
+        references: torch.Tensor | None = None,
+        zero_time: bool = False,
+    ) -> torch.Tensor:
+        """(B, C, 1, H, W) → the same."""
+        model, batch, blocks = self.model, x.shape[0], self.model.transformer_blocks
+        image = model.img_in(pack_patches(x.squeeze(2)))
+        tokens = [text, image] if references is None else [text, image, references]
+        num_late = references.shape[1] if references is not None and zero_time else 0
+        times = torch.cat((timesteps, timesteps * 0)) if zero_time else timesteps
+        sinusoids = timestep_embedding(TIME_SCALE * times, TIME_CHANNELS)
+        embedder = model.time_embed
+        time = embedder.linear_2(_gelu(embedder.linear_1(sinusoids.to(x.dtype))))
+        time = time.unflatten(0, (-1, batch))  # (S, B, D)
+        # Of attention and MLP: scale and shift of the norm before it, and its gate.
+        shared = model.time_mod_proj(_gelu(time)).unflatten(-1, (2, 3, -1))
+        own = torch.stack([block.scale_shift_table for block in blocks]).unflatten(-1, (2, 3, -1))
+        modulation = shared + own[:, None, None]  # (blocks, S, B, 2, 3, D)
+        rows = [part.unbind(2) for block in modulation for part in block.unbind(2)]
+        last = time[:1, :, None] + model.final_layer.scale_shift_table  # (1, B, 2, D)
+        scales_and_shifts = [(scale, shift) for scale, shift, _ in rows]
+        scales_and_shifts.append(last.expand(len(time), -1, -1, -1).unbind(2))
+        norms = [norm for block in blocks for norm in (block.norm1, block.norm2)]
+        weights = _weights([*norms, model.final_layer.norm])
+        normed = self._run_blocks(
+            blocks,
+            self.sizes.heads[1],
+            torch.cat(tokens, dim=1),
+            [
+                _rms(weight, *of, num_late=num_late)
+                for weight, of in zip(weights, scales_and_shifts, strict=True)
+            ],
+            [gate for _, _, gate in rows],
+            rotation,
+        )
+        start = text.shape[1]
+        found = model.final_layer.linear(normed[:, start : start + image.shape[1]])
+        return unpack_patches(found, *x.shape[-2:]).unsqueeze(2)
+
+    def _text(self, context: torch.Tensor) -> torch.Tensor:
+        """What the text encoder's layers say of each token, fused: (B, L, layers·d) → (B, L, D)."""
+        fusion, embed = self.model.text_fusion, self.model.txt_in
+        layers, tokens = fusion.layerwise_blocks, fusion.refiner_blocks
+        of_tokens = context.unflatten(-1, (self.sizes.num_text_layers, -1)).flatten(0, 1)
+        # One token's layers look at each other, and then the tokens.
+        kv_heads, no_norm = self.sizes.text_heads[1], Epilogue(NORM_EPS)
+        found = self._run_blocks(layers, kv_heads, of_tokens, [*_norms_of(layers), no_norm])
+        found = fusion.projector(found.unflatten(0, context.shape[:2]).transpose(2, 3)).squeeze(-1)
+        last = _rms(_weights([embed.norm])[0])
+        normed = self._run_blocks(tokens, kv_heads, found, [*_norms_of(tokens), last])
+        text: torch.Tensor = embed.linear_2(project(embed.linear_1, normed, gelu=True))
+        return text
+
+    def _run_blocks(
+        self,
+        blocks: Sequence[Any],
+        kv_heads: Split,
+        tokens: torch.Tensor,
+        norms: Sequence[Epilogue],
+        gates: Sequence[torch.Tensor | None] | None = None,
+        rotation: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Tokens (B, L, D) after all blocks and the last norm.
+
+        ``norms``: before each attention and each MLP, and the last. ``gates``: (S, B, D), of each
+        attention and MLP.
+        """
+        attends = [block.attn for block in blocks]
+        of_heads = _weights([norm for one in attends for norm in (one.norm_q, one.norm_k)])
+        parts: list[Callable[[torch.Tensor], Product]] = []
+        for attend, block, own in zip(attends, blocks, of_heads.unflatten(0, (-1, 2)), strict=True):
+            parts += (
+                partial(_attend, attend, own, kv_heads, rotation),
+                partial(_feed_forward, block.ff),
+            )
+        num_late = norms[0].num_late
+        stretches = tokens.tensor_split((-num_late,), dim=1) if num_late else (tokens,)
+        streams = [
+            first_norm(one, norms[0].of_stream(stream)) for stream, one in enumerate(stretches)
+        ]
+        normed = torch.cat(streams, dim=1) if num_late else streams[0]
+        for part, gate, norm in zip(parts, gates or [None] * len(parts), norms[1:], strict=True):
+            tokens, normed = self.join([part(normed)], tokens, norm._replace(gate=gate))
+        return normed
+
+
+def _gelu(x: torch.Tensor) -> torch.Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _along(x: torch.Tensor, length: int) -> torch.Tensor:
+    return torch.arange(length, dtype=torch.float32, device=x.device)
+
+
+def _rms(
+    weight: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    num_late: int = 0,
+) -> Epilogue:
+    """An RMS norm with a weight (D,) in fp32, and its scale and shift (S, B, D), if any."""
+    return Epilogue(NORM_EPS, None, "rms", scale, shift, weight, num_late=num_late)
+
+
+def _norms_of(blocks: Sequence[Any]) -> list[Epilogue]:
+    """The norms of blocks without modulation."""
+    norms = [norm for block in blocks for norm in (block.norm1, block.norm2)]
+    return [_rms(weight) for weight in _weights(norms)]
+
+
+def _attend(
+    module: Any,
+    norms: torch.Tensor,
+    kv_heads: Split,
+    rotation: torch.Tensor | None,
+    normed: torch.Tensor,
+) -> Product:
+    """Attention with its gate; returns what is left to project. ``norms`` (2, K): of q and k."""
+    linear = module.to_qkv_gate
+    counts = [width // kv_heads.unit for width in linear.output_partition_sizes[:3]]
+    heads = project(linear, normed).unflatten(-1, (-1, kv_heads.unit))
+    qkv, gate = heads.split((sum(counts), counts[0]), dim=2)
+    if rotation is None:
+        q, k, v = qkv.split(counts, dim=2)
+        q, k = (rms_norm(one, norm, NORM_EPS) for one, norm in zip((q, k), norms, strict=True))
+    else:
+        q, k, v = rotated_heads([(qkv, *norms)], rotation, NORM_EPS, counts[1])
+    sharers = kv_heads.sharers(linear.tp_rank, linear.tp_size)
+    if len(set(sharers)) > 1:
+        k, v = spread_heads(k, sharers), spread_heads(v, sharers)
+    return module.to_out[0], _gated(attention(q, k, v), gate.flatten(2))
+
+
+def _feed_forward(module: Any, normed: torch.Tensor) -> Product:
+    return module.down, silu_gate(project(module.gate_up, normed))

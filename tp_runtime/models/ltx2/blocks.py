@@ -1,0 +1,280 @@
+"""LTX-2's blocks: a stream of video and one of sound, which look at the caption and at each other.
+
+Shapes: B batch, L tokens, D width of a stream, N heads on this rank, K head width, F timesteps of
+an item.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ...gpu.epilogue import Epilogue, Product
+from ..forward import ShardedForward
+from ..layers import attention, project, rms_norm_over_ranks
+from .guides import Guides, guided_attention
+from .layers import EPS, QK_EPS, gated_heads, modulated, rotated, row_of
+
+# Rows of the tables: the shift and the scale before an attention, an MLP and so on, and its gate.
+BEFORE_ITSELF, _BEFORE_MLP, _BEFORE_CAPTION = (0, 1), (3, 4), (6, 7)
+_ITSELF, _MLP, _CAPTION = 2, 5, 8
+_SOUND_TO_VIDEO, _VIDEO_TO_SOUND, _CROSS = (1, 0), (3, 2), 4
+
+Norm = dict[str, Any]  # what of an ``Epilogue`` is the norm
+NORM: Norm = {"norm": "rms"}
+
+
+@dataclass
+class Stream:
+    """The tokens (B, L, D) of one stream, their norm, and what they are computed with.
+
+    ``prefix``: of its modules' names; ``which``: its name in those of both. ``width``: of all
+    ranks' heads. ``times`` (B, F, 6 or 9, D): modulation by the timesteps, of ``repeats`` tokens
+    each, and ``last`` (B, F, D), after the blocks. ``prompt`` (B, 1, 2, D): of the ``caption`` (B,
+    L', D). ``cross`` (B, F, 4, D), ``gate`` (B, 1, 1, D): where the streams look at each other.
+    ``rotations`` (B or 1, L, N, K/2, 2): of its own heads, and of those with which they do.
+    """
+
+    prefix: str
+    which: str
+    width: int
+    head_dim: int
+    tokens: torch.Tensor
+    normed: torch.Tensor
+    times: torch.Tensor
+    last: torch.Tensor
+    repeats: int
+    caption: torch.Tensor
+    rotations: tuple[torch.Tensor, torch.Tensor]
+    guides: Guides | None = None
+    prompt: torch.Tensor | None = None
+    cross: torch.Tensor | None = None
+    gate: torch.Tensor | None = None
+
+    def part(self, block: Any, name: str) -> Any:
+        """Its module or table of that name."""
+        return getattr(block, self.prefix + name)
+
+    def row(self, block: Any, index: int) -> torch.Tensor:
+        """As joins take it."""
+        return row_of(self.part(block, "scale_shift_table"), self.times, index, self.repeats)
+
+    def norm(self, block: Any, rows: tuple[int, int]) -> Norm:
+        """A norm that those rows shift and scale."""
+        shift, scale = (self.row(block, index) for index in rows)
+        return NORM | {"shift": shift, "scale": scale}
+
+    def before_caption(self, block: Any) -> Norm:
+        return NORM if self.prompt is None else self.norm(block, _BEFORE_CAPTION)
+
+    def caption_gate(self, block: Any) -> torch.Tensor | None:
+        return None if self.prompt is None else self.row(block, _CAPTION)
+
+    def cross_norm(self, block: Any, rows: tuple[int, int]) -> Norm:
+        """The same, where the streams look at each other."""
+        assert self.cross is not None
+        table = getattr(block, f"{self.which}_a2v_cross_attn_scale_shift_table")
+        shift, scale = (row_of(table, self.cross, index, self.repeats) for index in rows)
+        return NORM | {"shift": shift, "scale": scale}
+
+    def cross_gate(self, block: Any) -> torch.Tensor:
+        assert self.gate is not None
+        table = getattr(block, f"{self.which}_a2v_cross_attn_scale_shift_table")
+        return row_of(table[_CROSS:], self.gate, 0)
+
+    def modulated(self, norm: Norm) -> torch.Tensor:
+        """What the norm's rows make of ``normed``."""
+        return modulated(self.normed, norm["scale"], norm["shift"])
+
+
+@dataclass
+class Look:
+    """One attention: of queries, keys and values (B, L, N·K) by the modules of ``attend``.
+
+    ``gates`` (B, L, N): the logits of its heads' gates. ``rotations``: of queries and of keys.
+    """
+
+    attend: Any
+    width: int
+    head_dim: int
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    gates: torch.Tensor | None
+    rotations: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+    mask: torch.Tensor | None = None
+    guides: Guides | None = None
+
+    def product(self, attended: torch.Tensor) -> Product:
+        """What is left to project."""
+        if self.gates is not None:
+            attended = gated_heads(attended, self.gates)
+        return self.attend.to_out[0], attended
+
+
+class StreamsForward(ShardedForward):
+    """A forward whose blocks have a stream of sound, if there is any, and one of video."""
+
+    def run_block(
+        self,
+        block: Any,
+        streams: Sequence[Stream],
+        following: Sequence[Norm],
+        mask: torch.Tensor | None,
+        directions: tuple[bool, bool],
+        plain: bool,
+    ) -> None:
+        """Changes ``tokens`` and ``normed`` of the streams, the last of which is the video.
+
+        ``following``: each stream's norm after the block. ``mask``: of the caption. ``directions``:
+        whether the video looks at the sound, and the sound at the video. ``plain``: what a stream
+        sees of itself is its values as they are.
+        """
+        # A join's norm lies where the next one's will: it is used up before, or copied.
+        looks = [
+            at_itself(
+                stream.part(block, "attn1"),
+                stream.width,
+                stream.head_dim,
+                stream.normed,
+                stream.rotations[0],
+                stream.guides,
+            )
+            for stream in streams
+        ]
+        products = [look.product(look.v) for look in looks] if plain else self.attend(looks)
+        looks = []
+        for stream, product in zip(streams, products, strict=True):
+            gate = stream.row(block, _ITSELF)
+            self._join(stream, product, gate, stream.before_caption(block))
+            looks.append(self._at_caption(block, stream, mask))
+        products = self.attend(looks)
+        if len(streams) > 1 and any(directions):
+            sound, video = streams
+            products = self._at_each_other(block, sound, video, products, directions)
+        else:
+            for index, stream in enumerate(streams):
+                norm = stream.norm(block, _BEFORE_MLP)
+                self._join(stream, products[index], stream.caption_gate(block), norm)
+                products[index] = mlp(stream.part(block, "ff"), stream.normed)
+        for stream, product, norm in zip(streams, products, following, strict=True):
+            self._join(stream, product, stream.row(block, _MLP), norm)
+            if stream is not streams[-1]:
+                stream.normed = stream.normed.clone()
+
+    def _at_caption(self, block: Any, stream: Stream, mask: torch.Tensor | None) -> Look:
+        attend, caption = stream.part(block, "attn2"), stream.caption
+        if stream.prompt is not None:
+            table = stream.part(block, "prompt_scale_shift_table")
+            shift, scale = (row_of(table, stream.prompt, index) for index in (0, 1))
+            caption = modulated(caption, scale, shift)
+        k, v = attend.to_kv(caption).chunk(2, dim=-1)
+        q, gates = attend.to_q(stream.normed), _gates(attend, stream.normed)
+        return Look(attend, stream.width, stream.head_dim, q, k, v, gates, mask=mask)
+
+    def _at_each_other(
+        self,
+        block: Any,
+        sound: Stream,
+        video: Stream,
+        products: Sequence[Product],
+        directions: tuple[bool, bool],
+    ) -> list[Product]:
+        """After the attention to the caption: the products of both MLPs."""
+        to_video, to_sound = directions
+        from_sound, from_video = block.audio_to_video_attn, block.video_to_audio_attn
+        sizes = sound.width, sound.head_dim
+        self._join(sound, products[0], sound.caption_gate(block), NORM)
+        if to_video:
+            given = sound.modulated(sound.cross_norm(block, _SOUND_TO_VIDEO))
+            k, v = from_sound.to_kv(given).chunk(2, dim=-1)
+        if to_sound:
+            asking = sound.modulated(sound.cross_norm(block, _VIDEO_TO_SOUND))
+            q, gates = from_video.to_q(asking), _gates(from_video, asking)
+        else:
+            sound_mlp = mlp(block.audio_ff, sound.modulated(sound.norm(block, _BEFORE_MLP)))
+        norm = video.cross_norm(block, _SOUND_TO_VIDEO) if to_video else NORM
+        self._join(video, products[1], video.caption_gate(block), norm)
+        if to_video:
+            rotations = video.rotations[1], sound.rotations[1]
+            own, logits = from_sound.to_q(video.normed), _gates(from_sound, video.normed)
+            look = Look(from_sound, *sizes, own, k, v, logits, rotations)
+            (product,) = self.attend([look])
+            norm = NORM if to_sound else video.norm(block, _BEFORE_MLP)
+            self._join(video, product, video.cross_gate(block), norm)
+        if not to_sound:
+            return [sound_mlp, mlp(block.ff, video.normed)]
+        given = video.modulated(video.cross_norm(block, _VIDEO_TO_SOUND))
+        k, v = from_video.to_kv(given).chunk(2, dim=-1)
+        video_mlp = mlp(block.ff, video.modulated(video.norm(block, _BEFORE_MLP)))
+        rotations = sound.rotations[1], video.rotations[1]
+        (product,) = self.attend([Look(from_video, *sizes, q, k, v, gates, rotations)])
+        self._join(sound, product, sound.cross_gate(block), sound.norm(block, _BEFORE_MLP))
+        return [mlp(block.audio_ff, sound.normed), video_mlp]
+
+    def attend(self, looks: Sequence[Look]) -> list[Product]:
+        """Squares of all queries and keys are added up over the ranks at once."""
+        parts = [part for look in looks for part in (look.q, look.k)]
+        norms = [norm for look in looks for norm in (look.attend.norm_q, look.attend.norm_k)]
+        widths = [look.width for look in looks for _ in range(2)]
+        weights = [norm.weight for norm in norms]
+        add_up = self.collectives.add_up
+        normed = rms_norm_over_ranks(parts, weights, widths, QK_EPS, add_up)
+        found = []
+        for look, q, k in zip(looks, normed[::2], normed[1::2], strict=True):
+            q, k, v = (part.unflatten(-1, (-1, look.head_dim)) for part in (q, k, look.v))
+            q, k = (
+                part if rotation is None else rotated(part, rotation, self.sizes.rope_type)
+                for part, rotation in zip((q, k), look.rotations, strict=True)
+            )
+            if look.guides is None:
+                attended = attention(q, k, v, look.mask)
+            else:
+                attended = guided_attention(q, k, v, look.guides)
+            found.append(look.product(attended))
+        return found
+
+    def _join(
+        self, stream: Stream, product: Product, gate: torch.Tensor | None, norm: Norm
+    ) -> None:
+        after = Epilogue(EPS, gate, **norm)
+        stream.tokens, stream.normed = self.join([product], stream.tokens, after)
+
+
+def _gates(attend: Any, normed: torch.Tensor) -> torch.Tensor | None:
+    logits: torch.Tensor | None = None
+    if attend.to_gate_logits is not None:
+        logits = attend.to_gate_logits(normed)
+    return logits
+
+
+def at_itself(
+    attend: Any,
+    width: int,
+    head_dim: int,
+    normed: torch.Tensor,
+    rotation: torch.Tensor,
+    guides: Guides | None = None,
+) -> Look:
+    """The attention of tokens to themselves."""
+    q, k, v = attend.to_qkv(normed).chunk(3, dim=-1)
+    gates, rotations = _gates(attend, normed), (rotation, rotation)
+    return Look(attend, width, head_dim, q, k, v, gates, rotations, guides=guides)
+
+
+def mlp(module: Any, normed: torch.Tensor) -> Product:
+    """Of diffusers' ``FeedForward``: what is left to project."""
+    up, down = module.net[0].proj, module.net[2]
+    return down, project(up, normed, gelu=True)
+
+
+def first_norm(
+    tokens: torch.Tensor, norm: str, scale: torch.Tensor, shift: torch.Tensor
+) -> torch.Tensor:
+    """The norm of tokens (B, L, D) before the first block, as a join would give it."""
+    width = tokens.shape[-1:]
+    is_rms = norm == "rms"
+    normed = F.rms_norm(tokens, width, eps=EPS) if is_rms else F.layer_norm(tokens, width, eps=EPS)
+    return modulated(normed, scale, shift)
