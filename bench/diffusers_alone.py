@@ -84,7 +84,7 @@ def _call(module: Any, inputs: dict[str, Any], patch: int) -> Callable[[], torch
         "position_ids": torch.cat((text_positions, positions.flatten(0, 1))),
     }
     given = {name: value for name, value in known.items() if name in takes and value is not None}
-    if "kv_cache" in takes:  # its keys and values of the text once
+    if "img_mask" in takes:  # its keys and values of the text once
         given |= _of_one_sequence(module, given, takes["kv_cache"].annotation)
 
     def evaluate() -> torch.Tensor:

@@ -152,10 +152,13 @@ def _with_latent(model: str, sizes: Sizes, extent: Extent, batch: int, seed: int
 
 
 def flat(result: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
-    """A video's latents and its sound's in one row; one tensor alone as it is."""
+    """Of each item of the batch, a video's latents and its sound's in one row: (B, n).
+
+    One tensor alone is as it is.
+    """
     if isinstance(result, torch.Tensor):
         return result
-    return torch.cat([one.flatten() for one in result])
+    return torch.cat([one.flatten(1) for one in result], dim=1)
 
 
 def is_wrong(row: dict[str, Any]) -> bool:

@@ -38,9 +38,9 @@ def measured(folder: Path, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
 MODELS = [
     "flux",
     "flux2",
-    "minimax_h3",
-    "ltx2",
     "krea2",
+    "ltx2",
+    "minimax_h3",
     "qwen_image",
     "qwen_image_21",
     "wan",
