@@ -5,14 +5,17 @@ import math
 import torch
 
 TOLERANCE = 3e-2  # in bf16, where full-size models computed in another order differ by up to 2e-2
+# With products in int8 or fp8, against products with the weights dequantised.
+QUANTISED_TOLERANCE = 1e-1
 
 
-def limit(noise: float | None) -> float:
+def limit(noise: float | None, weights: str = "bf16") -> float:
     """What an error may be. ``noise``: the error of bf16 as written against fp32, if it is known.
 
     Of two results that are as far from fp32 as that, one may be up to twice as far from the other.
     """
-    return TOLERANCE if noise is None else max(TOLERANCE, 2 * noise)
+    tolerance = TOLERANCE if weights == "bf16" else QUANTISED_TOLERANCE
+    return tolerance if noise is None else max(tolerance, 2 * noise)
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -16,11 +16,16 @@ groups that a batch does not fill, several evaluations at once are compared, too
 compute in fp32 on one GPU, which must hold the model so; `noise` is the error of bf16 as written
 against that. A row whose error is above 3e-2, and above twice its noise if that is known, is marked
 WRONG, and the exit status is 1: its times are no result.
+
+`--weights`: of the blocks' linears, in a file as ComfyUI has them. "As it is written" is then with
+the weights dequantised; products in int8 or fp8 also round what is multiplied with them, and their
+error may be up to 1e-1.
 """
 
 import argparse
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import math
 import statistics
@@ -36,7 +41,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from bench.dummy import dummy_file, sizes_of
+from bench.dummy import WEIGHTS, dummy_file, sizes_of
 from bench.errors import limit, relative_error
 from bench.extents import Extent
 from bench.inputs import make_inputs
@@ -57,6 +62,7 @@ HOPS = 5
 WARM_UPS = 3  # as written, recorded, replayed
 COLUMNS = [
     "model",
+    "weights",
     "tp",
     "batch_groups",
     "side",
@@ -163,7 +169,7 @@ def flat(result: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
 
 def is_wrong(row: dict[str, Any]) -> bool:
     """Whether a row's results are not those of the model."""
-    return not row["error"] <= limit(row.get("noise"))
+    return not row["error"] <= limit(row.get("noise"), row.get("weights", "bf16"))
 
 
 def _evaluations_at_once(layout: Layout, batch: int) -> int:
@@ -344,6 +350,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=["bf16"])
     parser.add_argument("--optimize", choices=["auto", "off"], default="auto")
     parser.add_argument("--small", action="store_true", help="tiny models, to see that it works")
     parser.add_argument("--exact", action="store_true", help="find the noise of bf16, too")
@@ -364,13 +371,14 @@ def run(options: argparse.Namespace) -> int:
             print(f"{layout.num_gpus} GPUs left out: {visible_gpu_count()} here")
         else:
             layouts.append(layout)
-    for model in options.models:
-        path = dummy_file(model, options.folder, options.small)
+    for model, weights in itertools.product(options.models, options.weights):
+        path = dummy_file(model, options.folder, options.small, weights)
         of_model = cases(path, options, model, layouts)
-        if options.diffusers:
-            rows += [known | row for row in _of_diffusers(path, options, of_model)]
+        of_file = known | {"weights": weights}
+        if options.diffusers and weights == "bf16":
+            rows += [row | of_file for row in _of_diffusers(path, options, of_model)]
         for layout in layouts:
-            rows += [known | row for row in measure(path, options, model, layout, rate, of_model)]
+            rows += [row | of_file for row in measure(path, options, model, layout, rate, of_model)]
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         name = f"{date.today()}-{known['device'].replace(' ', '-')}.json"

@@ -16,7 +16,7 @@ def uncompared(row: dict[str, Any]) -> bool:
     if not isinstance(error, float | int) or not math.isfinite(error):
         return True
     # The latents of whole prompts (`bench.in_comfyui`) differ by more than one evaluation does.
-    return "tp" in row and error > limit(row.get("noise"))
+    return "tp" in row and error > limit(row.get("noise"), row.get("weights", "bf16"))
 
 
 def test_every_row_was_compared_with_one_gpu() -> None:
