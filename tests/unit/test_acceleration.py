@@ -1,5 +1,6 @@
 """Compiled chains of operations. What compiles them for a GPU is not here: it is counted."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -37,3 +38,38 @@ def test_every_number_of_tokens_is_compiled(
         for length in range(1, count + 1):
             silu_gate(torch.randn(1, length, 4))
     assert len(compiled) == count
+
+
+class _NotRecorded:
+    """In the place of a CUDA graph, whose recording is another run of what it records."""
+
+    def replay(self) -> None:
+        pass
+
+
+def test_nothing_is_compiled_while_a_graph_is_recorded(
+    compiled: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Conditioning may be a part of a larger tensor, or turned; a graph's copy of it is not."""
+    for name, value in {
+        "CUDAGraph": _NotRecorded,
+        "graph": lambda *_, **__: contextlib.nullcontext(),
+        "graph_pool_handle": lambda: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    silu_gate = graphs.fused(layers.silu_gate.__wrapped__)
+    captions = torch.randn(2, 3, 8).split(4, dim=-1)
+    turned = torch.randn(4, 3, 2).transpose(0, 2)
+    recorded = graphs.RecordedEvaluation(
+        lambda captions, turned: [silu_gate(one) for one in (*captions, turned)],
+        contextlib.nullcontext,
+        torch.nn.functional.scaled_dot_product_attention,
+        2**30,
+    )
+    inputs = {"captions": captions, "turned": turned}
+    expected = recorded(**inputs)
+    before = len(compiled)
+    assert before
+    found = recorded(**inputs)
+    assert len(compiled) == before
+    assert all(map(torch.equal, found, expected))

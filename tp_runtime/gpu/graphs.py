@@ -80,7 +80,7 @@ class _Graph:
         capture: Callable[[], contextlib.AbstractContextManager[torch.cuda.Stream]],
         pool: Any,
     ) -> None:
-        self._static = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        self._static = [_dense(leaf, copy=True) for leaf in leaves]
         self.input_bytes = sum(x.nbytes for x in self._static if isinstance(x, torch.Tensor))
         arguments = pytree.tree_unflatten(self._static, tree)
         self._graph = torch.cuda.CUDAGraph()
@@ -128,8 +128,11 @@ class RecordedEvaluation:
         key = tree, *map(_described, leaves)
         if key not in self._graphs:
             self._remember(key, None)
+            # Laid out as the graph's copies will be: kernels are compiled and chosen here, for
+            # which there is no room while a graph is recorded.
+            dense = pytree.tree_unflatten([_dense(leaf) for leaf in leaves], tree)
             with _optimised(self._attention):
-                return self._evaluate(**inputs)
+                return self._evaluate(**dense)
         graph = self._graphs[key]
         if graph is None:
             with _optimised(self._attention):
@@ -147,6 +150,13 @@ class RecordedEvaluation:
 
     def _input_bytes(self) -> int:
         return sum(graph.input_bytes for graph in self._graphs.values() if graph is not None)
+
+
+def _dense(leaf: Any, *, copy: bool = False) -> Any:
+    """The same numbers without gaps between them, if it is a tensor."""
+    if not isinstance(leaf, torch.Tensor):
+        return leaf
+    return leaf.clone(memory_format=torch.contiguous_format) if copy else leaf.contiguous()
 
 
 def _described(leaf: Any) -> Hashable:
