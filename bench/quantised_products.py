@@ -61,9 +61,16 @@ def quantised(weight: torch.Tensor, dtype: torch.dtype, rotation: int) -> tuple[
     return (values / one).to(dtype), one.expand(len(values)).contiguous()
 
 
+def rotated_rows(
+    x: torch.Tensor, dtype: torch.dtype, rotation: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens, rotated and quantised."""
+    return products.quantised_rows(rotated(x, rotation), dtype)
+
+
 def share_of_other_codes(x: torch.Tensor, dtype: torch.dtype, rotation: int) -> float:
     """Of the input's codes, against plain torch's."""
-    codes, scale = products.quantised_rows(x, dtype, rotation)
+    codes, scale = rotated_rows(x, dtype, rotation)
     values = rotated(x, rotation).float()
     expected_scale = values.abs().amax(dim=1, keepdim=True) / LIMITS[dtype]
     torch.testing.assert_close(scale, expected_scale, rtol=2**-7, atol=0)
@@ -95,9 +102,9 @@ def compare(tokens: int, inputs: int, outputs: int, count: int) -> bool:
         rotation = form.rotation
         codes, scale = quantised(weight, dtype, rotation)
         assert products.can_multiply(dtype, x, codes), name
-        rows = products.quantised_rows(x[0], dtype, rotation)
+        rows = rotated_rows(x[0], dtype, rotation)
         whole = partial(products.product, x, codes, scale, bias, rotation)
-        only_rows = partial(products.quantised_rows, x[0], dtype, rotation)
+        only_rows = partial(rotated_rows, x[0], dtype, rotation)
         only_product = partial(products.multiplied, *rows, codes, scale, bias, x.dtype)
         times = [milliseconds(run, count) for run in (whole, only_rows, only_product)]
         tensors = {"weight": codes, "weight_scale": scale}

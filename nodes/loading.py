@@ -51,7 +51,7 @@ def choices() -> list[io.Input]:
                 "What the weights are held in on the GPUs. 'default' chooses as the stock "
                 "loader does: usually what the file has, if the GPU can compute in it. "
                 "'fp8_e4m3fn_fast' also multiplies in fp8, if the GPU can and "
-                "TP_RUNTIME_QUANTISED_PRODUCTS is on. Quantised weights (int8, scaled fp8, "
+                "TP_RUNTIME_QUANTISED_PRODUCTS is not off. Quantised weights (int8, scaled fp8, "
                 "…) stay as they are in any case."
             ),
         ),

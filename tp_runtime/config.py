@@ -15,8 +15,8 @@ With ``settings``, the only place where the package reads environment variables 
                                (torch's choice)
 ``TP_RUNTIME_REPRODUCIBLE``    on: the layout and the attention kernel follow from the model and the
                                GPUs alone, not from what was measured (default: the setting, off)
-``TP_RUNTIME_QUANTISED_PRODUCTS``  on: GPUs multiply quantised weights in int8 and fp8, if they
-                               can (off: not measured yet)
+``TP_RUNTIME_QUANTISED_PRODUCTS``  off: GPUs multiply with dequantised weights, also where they
+                               can multiply in int8 and fp8 (default: on)
 ``TP_RUNTIME_FAMILIES``        packages with more families of models, by spaces; on the PYTHONPATH
 ``TP_RUNTIME_LOG_LEVEL``       level of the ranks' logs (default INFO)
 ``TP_RUNTIME_RAY_ADDRESS``     Ray cluster, host:port, for groups that run on one (default:
@@ -92,8 +92,8 @@ def attention_kernel() -> AttentionKernel:
 
 
 def quantised_products() -> bool:
-    """Whether GPUs multiply quantised weights in int8 and fp8 (not measured yet: off)."""
-    return _switch("TP_RUNTIME_QUANTISED_PRODUCTS", preferred=False)
+    """Whether GPUs multiply quantised weights in int8 and fp8, if they can."""
+    return _switch("TP_RUNTIME_QUANTISED_PRODUCTS", preferred=True)
 
 
 def reproducible(preferred: bool) -> bool:
