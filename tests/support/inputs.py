@@ -62,7 +62,7 @@ def make_inputs(
             if sizes_of:
                 inputs[name] = [tensor(declared, own | of_one) for of_one in sizes_of]
         elif axes <= own.keys():
-            found = [tensor(one, own) for one in (declared, *declared.besides)]
+            found = [tensor(one, {**one.usual, **own}) for one in (declared, *declared.besides)]
             inputs[name] = found if declared.besides else found[0]
         else:
             assert declared.optional, name

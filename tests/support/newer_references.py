@@ -237,11 +237,15 @@ def write_case(family: str, path: Path, changes: Mapping[str, Any]) -> Path:
     """The tiny file of a case with these changes."""
     sizes = dict(changes)
     stored_as = sizes.pop(STORED_AS, None)
+    # A family of which a case is quantised has the same weights on every CPU, and in every case:
+    # the quantised are compared with the others.
+    quantises = any(STORED_AS in case for case, _ in CASES[family].values())
+    numbers = on_every_cpu if quantises else normal
     if stored_as is None:
-        return write_tiny(family, path, **sizes)
+        return write_tiny(family, path, numbers=numbers, **sizes)
     from support.quantised_files import write_quantised  # of a package that not every test needs
 
-    whole = write_tiny(family, path.with_suffix(".whole"), numbers=on_every_cpu, **sizes)
+    whole = write_tiny(family, path.with_suffix(".whole"), numbers=numbers, **sizes)
     return write_quantised(whole, path, stored_as)
 
 
