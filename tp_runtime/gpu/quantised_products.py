@@ -60,7 +60,7 @@ def _quantised_rows(
 
 
 def quantised_rows(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """(tokens, features) → the same in int8 or fp8, and the scale of each token (tokens, 1) fp32."""
+    """(tokens, features) → the same in int8 or fp8, and each token's scale (tokens, 1) in fp32."""
     if x.stride(-1) != 1:
         x = x.contiguous()
     num_tokens, width = x.shape
