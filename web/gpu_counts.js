@@ -82,7 +82,10 @@ async function offerCounts(node) {
 }
 
 function offer(widget, values, answer) {
-  widget.options = { ...widget.options, values }; // a new object: HTML nodes do not look into it
+  const disabled = Boolean(answer.error); // the file cannot run on any number
+  // A new object: HTML nodes do not look into it. Nodes on the canvas have their own property.
+  widget.options = { ...widget.options, values, disabled };
+  widget.disabled = disabled;
   widget.tooltip = answer.error ?? tooltip(answer);
 }
 

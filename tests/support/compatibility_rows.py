@@ -728,12 +728,6 @@ CONDITIONING = (
     ),
 )
 
-_SKIPPED = {
-    "z_image": NoEffect(),
-    "flux": Same(),
-    "flux2": Same(),
-    "qwen_image": Same(),
-}
 GUIDANCE = (
     *(
         Row(f"`{name}`", on_model(name, **inputs), CFG)
@@ -1005,7 +999,7 @@ ELSEWHERE = {
     "ModelMergeSDXL": _MERGES,
     "LoraLoaderBypass": _BYPASSES,
     "LoraLoaderBypassModelOnly": _BYPASSES,
-    "ModelMergeKrea2": _MERGES,
+    "ModelMergeKrea2": "reads weights: clear error, as `ModelMergeSimple`",
     "ZImageFunControlnet": "a ControlNet that is a model patch: clear error",
     **dict.fromkeys(_OF_OTHER_MODELS, "made for another model (newer releases)"),
     "MultiGPU_WorkUnits": "copies the model to other GPUs: clear error where there are any",

@@ -80,6 +80,28 @@ def test_counts_and_badges(web: ComfyPage, inside: tuple[str, ...]) -> None:
     )
 
 
+def test_a_file_that_cannot_run(web: ComfyPage) -> None:
+    """It is said before the run, and greys the counts; another file takes that back."""
+    disabled = (
+        "(wanted) => app.graph.nodes.filter(({ comfyClass }) => comfyClass?.startsWith('TP'))"
+        ".every(({ widgets }) =>"
+        " widgets.find(({ name }) => name === 'gpu_count').disabled === wanted)"
+    )
+    choose = (
+        "(name) => { const widget = app.graph.nodes.find(({ comfyClass }) => comfyClass ==="
+        " 'TPLoadDiffusionModel').widgets.find(({ name }) => name === 'unet_name');"
+        " widget.value = name; widget.callback(name); }"
+    )
+    web.load_prompt(prompt())
+    wait_for_counts(web, *BOTH)
+    web.page.evaluate(choose, "gone.safetensors")
+    web.page.wait_for_function(disabled, arg=True)
+    assert web.page.get_by_text("There is no model 'gone.safetensors'").count() >= 1
+    web.page.evaluate(choose, MODEL)
+    web.page.wait_for_function(disabled, arg=False)
+    wait_for_counts(web, *BOTH)
+
+
 def test_a_count_that_the_subgraph_shows(web: ComfyPage) -> None:
     web.load_prompt(prompt())
     web.page.evaluate(INTO_SUBGRAPH, list(BOTH[:1]))

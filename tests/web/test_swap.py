@@ -174,6 +174,27 @@ def test_an_old_workflow_opens(web: ComfyPage) -> None:
 
 
 @both_frontends
+def test_a_workflow_whose_type_alone_was_edited(web: ComfyPage) -> None:
+    """As a person edits a JSON; in a subgraph, which shows the file, too."""
+    web.load_prompt(stock_prompt() | {"other": stock_loader(MODEL)})
+    web.page.evaluate(PREPARE)
+    sent, before = web.prompt(), loaders(web)
+    web.page.evaluate(
+        """async () => {
+            const saved = JSON.stringify((app.rootGraph ?? app.graph).serialize());
+            await app.loadGraphData(
+                JSON.parse(saved.replaceAll('"type":"UNETLoader"', '"type":"TPLoadDiffusionModel"'))
+            );
+        }"""
+    )
+    assert loaders(web) == [loader | {"type": OURS} for loader in before]
+    ours = [item["inputs"] for item in web.prompt().values() if item["class_type"] == OURS]
+    stock = [item["inputs"] for item in sent.values() if item["class_type"] == STOCK]
+    assert [inputs["unet_name"] for inputs in ours] == [inputs["unet_name"] for inputs in stock]
+    assert {inputs["gpu_count"] for inputs in ours} == {"auto"}
+
+
+@both_frontends
 def test_the_search_finds_ours(web: ComfyPage) -> None:
     """With the words for the stock loader; by "unet" where ComfyUI knows other names of nodes."""
     web.load_prompt({"model": stock_loader(MODEL)})
