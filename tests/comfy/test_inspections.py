@@ -44,8 +44,9 @@ def test_a_load_reads_the_header_once_and_a_replaced_file_again(
     monkeypatch.setattr(node, "hidden", SimpleNamespace(unique_id=None))
 
     def load() -> CheckpointInfo:
-        node.fingerprint_inputs(unet_name="x", gpu_count="1", weight_dtype="default")
-        (model,) = node.execute("x", "default", "1").result
+        chosen = {"unet_name": "x", "weight_dtype": "default", "gpu_count": "1"}
+        node.fingerprint_inputs(**chosen)
+        (model,) = node.execute(**chosen).result
         info: CheckpointInfo = model.remote.info
         return info
 

@@ -203,7 +203,7 @@ def test_steps_are_recorded_by_the_videos_size(ours: Any, monkeypatch: pytest.Mo
 def test_an_older_comfyui_is_told_which_knows_it(file: Path) -> None:
     with (
         pack_module("nodes.skeleton") as skeleton,
-        pytest.raises(CheckpointError, match=r"does not know the MiniMax H3 .*: 0\.33 knows it"),
+        pytest.raises(CheckpointError, match=r"MiniMax H3 file .* Update ComfyUI: 0\.33 knows it"),
     ):
         skeleton.build_skeleton(inspect_checkpoint(str(file)), None)
 
