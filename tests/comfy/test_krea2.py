@@ -25,7 +25,6 @@ pytestmark = [
 ]
 
 MODEL, LORA = "krea2_turbo_fp8_scaled.safetensors", "krea2_darkbrush.safetensors"
-# Patched weights of an fp8 file are rounded by chance, which is another matter than their names.
 PLAIN = "krea2_turbo_bf16.safetensors"
 BATCH_TOLERANCE = 1e-4
 SIZES = tiny("krea2")
@@ -106,7 +105,7 @@ def with_reference(method: str, batch_size: int = 1) -> Prompt:
     return prompt
 
 
-@pytest.mark.parametrize(("file", "lora"), [(MODEL, False), (PLAIN, True)])
+@pytest.mark.parametrize(("file", "lora"), [(MODEL, False), (MODEL, True), (PLAIN, True)])
 def test_the_official_graph(same_as_stock: Compare, file: str, lora: bool) -> None:
     same_as_stock(graph(file=file, lora=lora))
 

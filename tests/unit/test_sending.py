@@ -1,5 +1,6 @@
 """The tensors of requests, on the engine's side."""
 
+import msgspec
 import psutil
 import pytest
 import torch
@@ -33,6 +34,18 @@ def test_factors_that_could_not_be_sent_are_not_held(monkeypatch: pytest.MonkeyP
 
     sender.hold(4, portion)
     assert not [*sender.not_held(patched_by(good))]
+
+
+def test_a_patched_weight_arrives_as_it_is() -> None:
+    """All that says how it is rounded; only its factors become references."""
+    sender, factor = TensorSender(), torch.ones(10)
+    (stages,) = (weight.stages for weight in patched_by(factor).values())
+    weight = PatchedWeight(7, stages, by_bytes=True)
+    sender.hold(1, [factor])
+    sent = sender.patch(2, "model", {"a": weight}).weights["a"]
+    ((patch,),) = sent.stages
+    assert patch.factors[0] is not factor
+    assert msgspec.structs.replace(sent, stages=stages) == weight
 
 
 def test_an_evaluation_has_a_result_for_each_latent() -> None:

@@ -158,7 +158,7 @@ class TensorSender:
 
     def _packed(self, weight: PatchedWeight) -> PatchedWeight:
         stages = tuple(tuple(map(self._packed_patch, stage)) for stage in weight.stages)
-        return PatchedWeight(weight.seed, stages)
+        return msgspec.structs.replace(weight, stages=stages)
 
     def _packed_patch(self, patch: WeightPatch) -> WeightPatch:
         factors = tuple(
