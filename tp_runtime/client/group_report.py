@@ -25,6 +25,7 @@ class GroupReport:
     state: str
     tp_size: int
     batch_groups: int
+    sequence_size: int
     device: str
     devices: tuple[int, ...]
     python: str
