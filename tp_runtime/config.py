@@ -270,23 +270,25 @@ class GroupConfig:
 
     @classmethod
     def local(
-        cls,
-        tp_size: int,
-        devices: tuple[int, ...] | None = None,
-        batch_groups: int = 1,
-        sequence_size: int = 1,
+        cls, tp_size: int, devices: tuple[int, ...] | None = None, batch_groups: int = 1
     ) -> "GroupConfig":
+        """The same as ``of_layout``, without sharing tokens."""
+        return cls.of_layout(Layout(tp_size, batch_groups), devices)
+
+    @classmethod
+    def of_layout(cls, layout: Layout, devices: tuple[int, ...] | None = None) -> "GroupConfig":
         """A group on this machine: on its first GPUs, or on CPU where it has none.
 
         Raises:
             DeviceError: more GPUs asked for than visible, or an index that does not exist.
         """
-        num_ranks = tp_size * sequence_size * batch_groups
+        num_ranks = layout.num_gpus
+        sizes = {name: getattr(layout, name) for name in ("batch_groups", "sequence_size")}
         visible = visible_gpu_count()
         if visible == 0:
             if devices:
                 raise DeviceError(f"GPUs {devices} were asked for, but no CUDA GPU is visible.")
-            return cls(tp_size, "cpu", (), batch_groups, sequence_size)
+            return cls(layout.tp_size, "cpu", **sizes)
         chosen = tuple(range(num_ranks)) if devices is None else devices
         if num_ranks > visible or any(not 0 <= index < visible for index in chosen):
             raise DeviceError(
@@ -294,7 +296,7 @@ class GroupConfig:
                 f"machine shows {visible} (0 to {visible - 1}). Choose at most {visible}, or "
                 "'auto'."
             )
-        return cls(tp_size, "cuda", chosen, batch_groups, sequence_size)
+        return cls(layout.tp_size, "cuda", chosen, **sizes)
 
 
 def file_version(path: str) -> tuple[int, int]:

@@ -144,7 +144,7 @@ def run_blocks(
     norms = [*(block.modulation[..., :2, :] for block in blocks), last_norm]
     tokens = torch.cat((text, image, late), dim=1)
     _add_residuals(tokens, residuals[0], shares)
-    stretches = (text, image, late) if has_late else (text, image)
+    stretches = [shares.of_stream(tokens, stream) for stream in range(2 + has_late)]
     first = norms[0].expand(len(stretches), -1, -1, -1).unbind(2)
     streams = [modulate(one, *of) for one, *of in zip(stretches, *first, strict=True)]
     normed = torch.cat(streams, dim=1)
