@@ -47,7 +47,7 @@ def _explicit(layout: str, gpu_count: int | None, info: CheckpointInfo) -> Layou
     chosen = Layout.parse(layout)
     if gpu_count is not None and gpu_count != chosen.num_gpus:
         raise ValueError(
-            f"layout={layout} takes {chosen.num_gpus} GPUs, the product of its numbers, but "
+            f"layout={layout} takes {chosen.num_gpus} GPUs (the product of its numbers), but "
             f"gpu_count is {gpu_count}. Set gpu_count to {chosen.num_gpus} or 'auto', or layout to "
             "'auto'."
         )
