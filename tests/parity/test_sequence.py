@@ -23,7 +23,7 @@ CASES: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "z_image": [({}, {}), ({}, _ODD)],
     "flux": [
         ({}, _REFERENCES),
-        ({}, _ODD | {"mask": (2, 41, 41)}),
+        ({}, _ODD | {"mask": (2, 25, 25)}),
         ({}, {"residuals": {"input": (48, None), "output": (None, 60)}}),
         ({}, {"length": 1}),  # a rank without a token of the text
     ],
