@@ -67,9 +67,8 @@ def choose_group(
     chosen = choose_layout(info, considered, gpus, get_runtime().records)
     if chosen.reason:
         warn(chosen.reason)
-    size, batch_groups = chosen.layout.tp_size, chosen.layout.batch_groups
     num_ranks = chosen.layout.num_gpus
-    group = GroupConfig.local(size, gpus[:num_ranks] or None, batch_groups)
+    group = GroupConfig.of_layout(chosen.layout, gpus[:num_ranks] or None)
     if group.device == "cpu":
         ranks = "1 CPU process" if num_ranks == 1 else f"{num_ranks} CPU processes"
         warn(f"No CUDA GPU is visible: the model runs on {ranks}. Results are right, but slow.")
@@ -85,6 +84,7 @@ def _on_ray(layout: Layout, on_gpus: bool, warn: Callable[[str], None]) -> Group
         layout.tp_size,
         "cuda" if on_gpus else "cpu",
         batch_groups=layout.batch_groups,
+        sequence_size=layout.sequence_size,
         python=runtime_python(python_setting()),
         where="ray",
         ray_address=ray_address(),

@@ -6,9 +6,10 @@ from .schema import check_choice
 
 PLAIN = "tp"
 _EXPLICIT = tuple(
-    str(Layout(tp_size, batch_groups))
-    for tp_size in range(1, MAX_TP_SIZE + 1)
-    for batch_groups in range(1, MAX_TP_SIZE // tp_size + 1)
+    str(Layout(tp_size, batch_groups, sequence_size))
+    for sequence_size in range(1, MAX_TP_SIZE + 1)
+    for tp_size in range(1, MAX_TP_SIZE // sequence_size + 1)
+    for batch_groups in range(1, MAX_TP_SIZE // (sequence_size * tp_size) + 1)
 )
 LAYOUTS = (AUTO, PLAIN, *_EXPLICIT)
 
@@ -46,8 +47,9 @@ def _explicit(layout: str, gpu_count: int | None, info: CheckpointInfo) -> Layou
     chosen = Layout.parse(layout)
     if gpu_count is not None and gpu_count != chosen.num_gpus:
         raise ValueError(
-            f"layout={layout} takes {chosen.num_gpus} GPUs (TP size x batch groups), but gpu_count "
-            f"is {gpu_count}. Set gpu_count to {chosen.num_gpus} or 'auto', or layout to 'auto'."
+            f"layout={layout} takes {chosen.num_gpus} GPUs (the product of its numbers), but "
+            f"gpu_count is {gpu_count}. Set gpu_count to {chosen.num_gpus} or 'auto', or layout to "
+            "'auto'."
         )
-    info.check_tp_size(chosen.tp_size)
+    info.check_layout(chosen)
     return chosen

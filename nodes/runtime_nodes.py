@@ -97,7 +97,7 @@ class TPReleaseRuntime(io.ComfyNode):
 def _summary(report: GroupReport) -> str:
     """A group in a few lines, for the node: the page shows no more of a node's result."""
     kind = "GPU" if report.device == "cuda" else "CPU process"
-    num_ranks = report.tp_size * report.batch_groups
+    num_ranks = report.layout.num_gpus
     plural = "" if num_ranks == 1 else "s" if kind == "GPU" else "es"
     groups = f" in {report.batch_groups} batch groups" if report.batch_groups > 1 else ""
     lines = [f"{num_ranks} {kind}{plural}{groups}: {report.error or report.state}"]

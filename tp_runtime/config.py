@@ -146,26 +146,35 @@ def device_name(gpu: int | None) -> str:
 
 @dataclass(frozen=True, order=True)
 class Layout:
-    """``tp_size`` GPUs for each of ``batch_groups`` copies of the model."""
+    """``tp_size`` GPUs for each of so many copies of the model.
+
+    ``sequence_size`` copies share the tokens of an evaluation; ``batch_groups`` such groups
+    evaluate different items of a batch.
+    """
 
     tp_size: int
     batch_groups: int = 1
+    sequence_size: int = 1
 
     @property
     def num_gpus(self) -> int:
-        return self.tp_size * self.batch_groups
+        return self.tp_size * self.sequence_size * self.batch_groups
 
     def __str__(self) -> str:
-        return f"{self.tp_size}x{self.batch_groups}"
+        sequence = "" if self.sequence_size == 1 else f"x{self.sequence_size}"
+        return f"{self.tp_size}{sequence}x{self.batch_groups}"
 
     @classmethod
     def parse(cls, text: str) -> "Layout":
         """The layout that ``str`` gave. Raises ValueError."""
-        tp_size, separator, batch_groups = text.partition("x")
-        sizes = tp_size.isdecimal() and batch_groups.isdecimal()
-        if not (separator and sizes and int(tp_size) and int(batch_groups)):
-            raise ValueError(f"layout={text!r}: write TP size x batch groups, such as 2x2.")
-        return cls(int(tp_size), int(batch_groups))
+        sizes = [int(size) if size.isdecimal() else 0 for size in text.split("x")]
+        if len(sizes) not in (2, 3) or not all(sizes):
+            raise ValueError(
+                f"layout={text!r}: write TP size x batch groups, such as 2x2, or TP size x "
+                "sequence size x batch groups, such as 2x2x1."
+            )
+        tp_size, *sequence_size, batch_groups = sizes
+        return cls(tp_size, batch_groups, *sequence_size)
 
 
 Where = Literal["this machine", "ray"]
@@ -176,8 +185,9 @@ WHERE: tuple[Where, ...] = get_args(Where)
 class GroupConfig:
     """What identifies a process group: two equal configs share one group.
 
-    Its ranks form ``batch_groups`` tensor-parallel groups of ``tp_size`` consecutive ranks. Each
-    of these holds the whole model and computes a part of a forward batch.
+    Its ranks form tensor-parallel groups of ``tp_size`` consecutive ranks, each of which holds the
+    whole model. ``sequence_size`` of them, one behind another, share the tokens of an evaluation;
+    each of the ``batch_groups`` of these computes a part of a forward batch.
 
     ``devices`` are indices among the CUDA devices visible to this process, one per rank;
     empty on CPU, and on Ray, which chooses them. Timeouts are in seconds. ``ray_address``: the
@@ -189,6 +199,7 @@ class GroupConfig:
     device: Literal["cuda", "cpu"]
     devices: tuple[int, ...] = ()
     batch_groups: int = 1
+    sequence_size: int = 1
     python: str = field(default_factory=runtime_python)
     start_timeout_s: float = field(
         default_factory=lambda: _number("TP_RUNTIME_START_TIMEOUT", 300.0)
@@ -236,7 +247,7 @@ class GroupConfig:
     @property
     def num_ranks(self) -> int:
         """Processes, and on CUDA GPUs, of the group."""
-        return self.tp_size * self.batch_groups
+        return self.layout.num_gpus
 
     def meets(self, other: "GroupConfig") -> bool:
         """Whether both want the same place: the CPU, a Ray cluster, or a GPU."""
@@ -255,23 +266,29 @@ class GroupConfig:
     @property
     def layout(self) -> Layout:
         """The same as a layout."""
-        return Layout(self.tp_size, self.batch_groups)
+        return Layout(self.tp_size, self.batch_groups, self.sequence_size)
 
     @classmethod
     def local(
         cls, tp_size: int, devices: tuple[int, ...] | None = None, batch_groups: int = 1
     ) -> "GroupConfig":
+        """The same as ``of_layout``, without sharing tokens."""
+        return cls.of_layout(Layout(tp_size, batch_groups), devices)
+
+    @classmethod
+    def of_layout(cls, layout: Layout, devices: tuple[int, ...] | None = None) -> "GroupConfig":
         """A group on this machine: on its first GPUs, or on CPU where it has none.
 
         Raises:
             DeviceError: more GPUs asked for than visible, or an index that does not exist.
         """
-        num_ranks = tp_size * batch_groups
+        num_ranks = layout.num_gpus
+        sizes = {name: getattr(layout, name) for name in ("batch_groups", "sequence_size")}
         visible = visible_gpu_count()
         if visible == 0:
             if devices:
                 raise DeviceError(f"GPUs {devices} were asked for, but no CUDA GPU is visible.")
-            return cls(tp_size, "cpu", batch_groups=batch_groups)
+            return cls(layout.tp_size, "cpu", **sizes)
         chosen = tuple(range(num_ranks)) if devices is None else devices
         if num_ranks > visible or any(not 0 <= index < visible for index in chosen):
             raise DeviceError(
@@ -279,7 +296,7 @@ class GroupConfig:
                 f"machine shows {visible} (0 to {visible - 1}). Choose at most {visible}, or "
                 "'auto'."
             )
-        return cls(tp_size, "cuda", chosen, batch_groups)
+        return cls(layout.tp_size, "cuda", chosen, **sizes)
 
 
 def file_version(path: str) -> tuple[int, int]:
@@ -354,6 +371,7 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     rank: int
     local_rank: int
     tp_size: int
+    sequence_size: int
     batch_groups: int
     device: str
     num_threads: int
@@ -370,7 +388,7 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     @property
     def num_ranks(self) -> int:
         """Processes of the whole group."""
-        return self.tp_size * self.batch_groups
+        return self.tp_size * self.sequence_size * self.batch_groups
 
     @property
     def tp_rank(self) -> int:
@@ -379,5 +397,10 @@ class WorkerConfig(msgspec.Struct, frozen=True):
 
     @property
     def batch_group(self) -> int:
-        """Which of the tensor-parallel groups it belongs to."""
-        return self.rank // self.tp_size
+        """Which of the batch groups it belongs to."""
+        return self.rank // (self.tp_size * self.sequence_size)
+
+    @property
+    def gives_results(self) -> bool:
+        """Whether it is the one of its batch group that gives results, which all of them have."""
+        return self.rank % (self.tp_size * self.sequence_size) == 0

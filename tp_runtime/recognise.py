@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from .errors import CheckpointError
+from .config import Layout
+from .errors import CheckpointError, SizeError
 from .files.checkpoint import CheckpointFile
 from .files.diffusers_folder import CONFIG, FileNames
 from .files.quantised import METADATA as QUANTIZATION
@@ -64,6 +65,17 @@ class CheckpointInfo:
     def check_tp_size(self, tp_size: int) -> None:
         """Raises SizeError if the model cannot be split over ``tp_size`` ranks."""
         self.sizes.table.plan.check_tp_size(tp_size, self.label)
+
+    def check_layout(self, layout: Layout) -> None:
+        """Raises SizeError if the model cannot be divided that way."""
+        self.check_tp_size(layout.tp_size)
+        if layout.sequence_size > 1 and not self.family.shares_tokens:
+            able = ", ".join(one.label for one in families().values() if one.shares_tokens)
+            raise SizeError(
+                f"The layout {layout} has {layout.sequence_size} GPUs share the tokens, which "
+                f"{self.label} cannot yet. Choose a layout of TP size x batch groups, such as "
+                f"{Layout(layout.num_gpus)}. Models that can: {able}."
+            )
 
     def valid_tp_sizes(self, limit: int = 8) -> tuple[int, ...]:
         """The sizes up to ``limit`` that ``check_tp_size`` accepts."""

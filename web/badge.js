@@ -3,7 +3,7 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { watchGroups } from "./groups.js";
 import { findPlace, loaderOf } from "./graph.js";
-import { gibibytes, layoutOf, milliseconds, text } from "./texts.js";
+import { gibibytes, layoutOf, milliseconds, ranksOf, text } from "./texts.js";
 
 // Node → what it runs on: { group, model }, both being ids.
 const marks = new Map();
@@ -56,7 +56,7 @@ function label({ group: id, model: name }) {
   const group = groups.find((candidate) => candidate.id === id);
   const model = group?.models[name];
   if (!model || group.state === "failed") return "";
-  const parts = [group.batch_groups > 1 ? layoutOf(group) : `${group.tp_size}×`];
+  const parts = [ranksOf(group) > group.tp_size ? layoutOf(group) : `${group.tp_size}×`];
   if (model.bytes) parts.push(text("each", { size: gibibytes(Math.max(...model.bytes)) }));
   if (model.asleep) parts.push(text("asleep"));
   else if (group.step_ms) parts.push(text("perStep", { time: milliseconds(group.step_ms) }));

@@ -4,7 +4,7 @@ import { app } from "../../scripts/app.js";
 import { element } from "./elements.js";
 import { changeGroup, refreshGroups, request, showGroups, watchGroups } from "./groups.js";
 import { ownPython } from "./own_python.js";
-import { gibibytes, layoutOf, milliseconds, text } from "./texts.js";
+import { gibibytes, layoutOf, milliseconds, ranksOf, text } from "./texts.js";
 import { showError } from "./toast.js";
 
 let close = () => {};
@@ -73,13 +73,13 @@ function groupCard(id) {
     const onCpu = group.device === "cpu";
     const ready = group.state === "ready" || group.state === "busy";
     const held = ready ? group.models : {};
-    const count = group.tp_size * group.batch_groups;
+    const count = ranksOf(group);
     heading.textContent = text(`${group.device}.${count > 1 ? "many" : "one"}`, { count });
     state.textContent = text(`state.${group.state}`);
     state.dataset.state = group.state;
     facts.textContent = [
       onCpu ? "" : group.devices.map((index) => `cuda:${index}`).join(", "),
-      group.batch_groups > 1 ? layoutOf(group) : "",
+      count > group.tp_size ? layoutOf(group) : "",
       ready && group.step_ms ? text("perStep", { time: milliseconds(group.step_ms) }) : "",
     ].filter(Boolean).join(" · ");
     start.update(group, count);

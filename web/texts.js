@@ -27,5 +27,10 @@ export function milliseconds(ms) {
   return `${ms < 10 ? ms.toFixed(1) : Math.round(ms)} ms`;
 }
 
-// A group's layout, as the loader's input has it: "2x2".
-export const layoutOf = (group) => `${group.tp_size}x${group.batch_groups}`;
+// A group's layout, as the loader's input has it: "2x2", or "2x2x1" where ranks share the tokens.
+export function layoutOf({ tp_size, sequence_size, batch_groups }) {
+  return [tp_size, ...(sequence_size > 1 ? [sequence_size] : []), batch_groups].join("x");
+}
+
+// How many ranks a group has.
+export const ranksOf = (group) => group.tp_size * group.sequence_size * group.batch_groups;

@@ -65,7 +65,11 @@ def room_of(module: str) -> str:
     if module in ROOMS:
         return module
     of_a_family = len(rest) == 2 and rest[1] not in ("family", "payload", "rows", "__init__")
-    if first == "models" and rest and (of_a_family or rest[0] in ("layers", "dual_stream")):
+    if (
+        first == "models"
+        and rest
+        and (of_a_family or rest[0] in ("layers", "dual_stream", "token_shares"))
+    ):
         return FORWARD
     return first
 

@@ -16,14 +16,20 @@ Remote = Callable[..., RemoteModel]
 
 @pytest.fixture(scope="module")
 def remote(runtime: Runtime) -> Remote:
-    """`remote(path, tp_size, dtype, batch_groups)`: the file, loaded on such a group on the CPU."""
+    """`remote(path, tp_size, dtype, batch_groups, sequence_size)`: the file, loaded on such a group
+    on the CPU.
+    """
 
     def load(
-        path: Path, tp_size: int, dtype: torch.dtype = torch.float32, batch_groups: int = 1
+        path: Path,
+        tp_size: int,
+        dtype: torch.dtype = torch.float32,
+        batch_groups: int = 1,
+        sequence_size: int = 1,
     ) -> RemoteModel:
         name = str(dtype).removeprefix("torch.")
         spec = ModelSpec.of(str(path), name, name)
-        model = runtime.model(spec, GroupConfig(tp_size, "cpu", (), batch_groups))
+        model = runtime.model(spec, GroupConfig(tp_size, "cpu", (), batch_groups, sequence_size))
         model.ensure_loaded()
         return model
 

@@ -59,7 +59,7 @@ def _optimised(evaluate: Callable[..., Any], **inputs: Any) -> Any:
 def main() -> None:
     rank, layout, folder = int(sys.argv[1]), Layout.parse(sys.argv[2]), Path(sys.argv[3])
     rendezvous = f"file://{folder}/rendezvous"
-    sizes = layout.tp_size, layout.batch_groups
+    sizes = layout.tp_size, layout.sequence_size, layout.batch_groups
     config = WorkerConfig(rank, rank, *sizes, "cpu", 1, "WARNING", rendezvous)
     device = membership.select_device(config)
     every_input: list[dict[str, Any]] = torch.load(folder / "inputs.pt", weights_only=True)

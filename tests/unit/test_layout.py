@@ -6,15 +6,20 @@ from tp_runtime.config import Layout
 from tp_runtime.layouts.choice import MIN_GAIN, Estimate, estimate, fastest
 
 PLAIN, MIXED, COPIES = Layout(4), Layout(2, 2), Layout(1, 4)
+SHARED = Layout(2, sequence_size=2)
 
 
-@pytest.mark.parametrize("layout", [PLAIN, MIXED, COPIES], ids=str)
+@pytest.mark.parametrize("layout", [PLAIN, MIXED, COPIES, SHARED], ids=str)
 def test_text_and_back(layout: Layout) -> None:
     assert Layout.parse(str(layout)) == layout
     assert layout.num_gpus == 4
 
 
-@pytest.mark.parametrize("text", ["", "2", "2x", "x2", "2x2x2", "2*2", "-2x2", "tp"])
+def test_workflows_keep_their_meaning() -> None:
+    assert (str(PLAIN), str(MIXED), str(SHARED)) == ("4x1", "2x2", "2x2x1")
+
+
+@pytest.mark.parametrize("text", ["", "2", "2x", "x2", "2x2x2x2", "2x0x1", "2*2", "-2x2", "tp"])
 def test_other_text_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="TP size x batch groups"):
         Layout.parse(text)

@@ -74,5 +74,5 @@ def test_a_model_whose_name_is_no_utf8_is_refused_by_name(tmp_path: Path) -> Non
 
 
 def test_variables_that_are_no_utf8_reach_the_ranks() -> None:
-    config = WorkerConfig(0, 0, 1, 1, "cpu", 1, "INFO", environment=[(b"A\xff", b"\xfe")])
+    config = WorkerConfig(0, 0, 1, 1, 1, "cpu", 1, "INFO", environment=[(b"A\xff", b"\xfe")])
     assert msgspec.json.decode(msgspec.json.encode(config), type=WorkerConfig) == config

@@ -314,7 +314,8 @@ PALETTES = """() => Object.keys(document.querySelector('#vue-app').__vue_app__.c
 SHOW_STATES = """() => {
     const ranks = [0, 1].map((rank) => ({ rank, device: `cuda:${rank}`, pid: rank, models: {},
         memory: { allocated_bytes: 4e10, total_bytes: 8e10 } }));
-    const group = (state, more) => ({ id: state, state, tp_size: 2, batch_groups: 1,
+    const group = (state, more) => ({ id: state, state, tp_size: 2, sequence_size: 1,
+        batch_groups: 1,
         device: 'cuda', devices: [0, 1], models: { file: { bytes: [1e9, 1e9], asleep: false } },
         error: null, step_ms: 55, log_tail: '', ready_ranks: 0, ranks, ...more });
     const failed = { error: 'Rank 1 was killed by signal 9.', log_tail: 'the last line' };

@@ -236,6 +236,7 @@ class Group:
             state=engine.state.value if engine else State.CLOSED.value,
             tp_size=self.config.tp_size,
             batch_groups=self.config.batch_groups,
+            sequence_size=self.config.sequence_size,
             device=self.config.device,
             devices=self.config.devices,
             python=self.config.python,

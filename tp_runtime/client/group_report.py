@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ..config import Layout
 from ..wire.protocol import Report
 from .engine import Engine
 from .poll import Poll
@@ -25,6 +26,7 @@ class GroupReport:
     state: str
     tp_size: int
     batch_groups: int
+    sequence_size: int
     device: str
     devices: tuple[int, ...]
     python: str
@@ -34,6 +36,11 @@ class GroupReport:
     log_tail: str = ""
     ready_ranks: int = 0
     ranks: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def layout(self) -> Layout:
+        """How its ranks share the work."""
+        return Layout(self.tp_size, self.batch_groups, self.sequence_size)
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain data."""

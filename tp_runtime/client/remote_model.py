@@ -33,7 +33,7 @@ class RemoteModel:
         self.spec = spec
         self.num_evaluations = 0
         self.info: CheckpointInfo = checkpoint_info(spec.path)
-        self.info.check_tp_size(group.config.tp_size)
+        self.info.check_layout(group.config.layout)
         digest = hashlib.blake2s(msgspec.json.encode(spec), digest_size=6).hexdigest()
         self.name = f"{Path(spec.path).name}@{digest}"
         self.version: Hashable = None

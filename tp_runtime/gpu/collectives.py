@@ -3,8 +3,9 @@
 import contextlib
 import functools
 import hashlib
+import math
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,34 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
 def add_up(tensor: torch.Tensor) -> torch.Tensor:
     """The sum over the tensor-parallel group, element by element; equal on every rank."""
     return parallel_state.get_tp_group().all_reduce(tensor)
+
+
+def sequence_size() -> int:
+    """Ranks that share the tokens: vLLM calls it context parallelism."""
+    return parallel_state.get_pcp_group().world_size
+
+
+def sequence_rank() -> int:
+    """Which of them this one is."""
+    return parallel_state.get_pcp_group().rank_in_group
+
+
+def exchange(parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Give each rank of the sequence group its part; what each gives to this one, of that shape."""
+    sizes = [math.prod(shape) for shape in shapes]
+    sent = torch.cat([part.flatten() for part in parts])
+    received = sent.new_empty(sum(sizes))
+    # As bytes: gloo knows no bf16 here.
+    width = sent.element_size()
+    dist.all_to_all_single(
+        received.view(torch.uint8),
+        sent.view(torch.uint8),
+        [width * size for size in sizes],
+        [width * part.numel() for part in parts],
+        group=parallel_state.get_pcp_group().device_group,
+    )
+    stretches = received.split(sizes)
+    return [one.view(*shape) for one, shape in zip(stretches, shapes, strict=True)]
 
 
 def on_one_host(group: dist.ProcessGroup, source_rank: int = 0) -> list[bool]:

@@ -6,7 +6,7 @@ and comfy/ldm/qwen_image/), whose order of operations shows in the last bits.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from ..errors import InputError
 from ..gpu.epilogue import Epilogue, Product
 from ..gpu.graphs import fused
 from .forward import Conditioning, ShardedForward, option, unsupported
-from .layers import Heads, attention, project, rotated_heads
+from .layers import Heads, project, rotated_heads
+from .token_shares import TokenShares
 
 NORM_EPS = 1e-6
 
@@ -46,7 +47,8 @@ def heads_of(qkv: torch.Tensor, norm_q: Any, norm_k: Any) -> Heads:
 class BlockInputs:
     """What every block of an evaluation is given beside its tokens. Text comes first.
 
-    ``num_late``: the last tokens of the image that have a modulation of their own.
+    ``num_late``: the last tokens of the image that have a modulation of their own. ``shares``: if
+    these are of this rank's tokens.
     """
 
     num_text: int
@@ -54,6 +56,23 @@ class BlockInputs:
     mask: torch.Tensor | None = None
     limit: bool = False
     num_late: int = 0
+    shares: TokenShares | None = None
+
+    def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Of this rank's tokens to all: (B, L, N, K) of each → (B, L, N·K)."""
+        assert self.shares is not None
+        return self.shares.attention(q, k, v, self.mask)
+
+    def of_rank(self, shares: TokenShares) -> "BlockInputs":
+        """The same of this rank's tokens; ``shares``: of text, image and late tokens."""
+        return replace(
+            self,
+            num_text=shares.own_length(0),
+            rotation=shares.own_of_all(self.rotation),
+            mask=shares.in_their_order(self.mask),
+            num_late=shares.own_length(2),
+            shares=shares,
+        )
 
 
 @dataclass(frozen=True)
@@ -89,7 +108,7 @@ def dual_block(
         of_text = heads_of(added, attend.norm_added_q, attend.norm_added_k)
         of_image = heads_of(project(attend.to_qkv, image), attend.norm_q, attend.norm_k)
         q, k, v = rotated_heads([of_text, of_image], given.rotation, NORM_EPS)
-        found = attention(q, k, v, given.mask)
+        found = given.attention(q, k, v)
         text, image = found[:, : given.num_text], found[:, given.num_text :]
         return [(attend.to_add_out, text), (attend.to_out[0], image)]
 
@@ -112,16 +131,20 @@ def run_blocks(
 ) -> torch.Tensor:
     """The image's tokens (B, L, D) after all blocks that are not skipped, and the last norm.
 
-    ``last_norm`` (1, B, 2, D): its shift and scale.
+    ``last_norm`` (1, B, 2, D): its shift and scale. Without its late tokens.
     """
+    has_late, num_image = given.num_late > 0, image.shape[1] - given.num_late
+    shares = forward.shares(given.num_text, num_image, given.num_late)
+    image, late = image.split((num_image, given.num_late), dim=1)
+    text, image, late = (shares.own(one, index) for index, one in enumerate((text, image, late)))
+    given = given.of_rank(shares)
     residuals = _residuals_between(control, [block.name for block in blocks], skip)
     blocks = [block for block in blocks if block.name not in skip]
     # Shift and scale of every block's first norm, and of the last norm.
     norms = [*(block.modulation[..., :2, :] for block in blocks), last_norm]
-    tokens = torch.cat((text, image), dim=1)
-    _add_residuals(tokens, residuals[0], given.num_text)
-    cuts = [given.num_text, *([-given.num_late] if given.num_late else [])]
-    stretches = tokens.tensor_split(cuts, dim=1)
+    tokens = torch.cat((text, image, late), dim=1)
+    _add_residuals(tokens, residuals[0], shares)
+    stretches = [shares.of_stream(tokens, stream) for stream in range(2 + has_late)]
     first = norms[0].expand(len(stretches), -1, -1, -1).unbind(2)
     streams = [modulate(one, *of) for one, *of in zip(stretches, *first, strict=True)]
     normed = torch.cat(streams, dim=1)
@@ -130,8 +153,8 @@ def run_blocks(
             products = part(normed, given)
             is_last = part is block.parts[-1][0]
             if is_last:  # the join after it only adds to the tokens
-                _add_residuals(tokens, of_control, given.num_text)
-            num_streams = len(products) + bool(given.num_late)
+                _add_residuals(tokens, of_control, shares)
+            num_streams = len(products) + has_late
             own = block.modulation[-num_streams:]  # all the same but for the late tokens'
             shift_and_scale = (
                 next_norm[-num_streams:] if is_last else own[..., gate + 1 : gate + 3, :]
@@ -147,7 +170,7 @@ def run_blocks(
                 num_late=given.num_late,
             )
             tokens, normed = forward.join(products, tokens, epilogue)
-    return normed[:, given.num_text :]
+    return shares.whole(shares.of_stream(normed, 1), 1)
 
 
 def gathered_modulation(
@@ -282,7 +305,12 @@ def _residuals_between(
     return found
 
 
-def _add_residuals(tokens: torch.Tensor, residuals: Sequence[torch.Tensor], start: int) -> None:
-    """Add a ControlNet's residuals in place to the tokens from ``start`` on."""
+def _add_residuals(
+    tokens: torch.Tensor, residuals: Sequence[torch.Tensor], shares: TokenShares
+) -> None:
+    """Add a ControlNet's residuals in place to the tokens behind the text's."""
     for residual in residuals:
-        tokens[:, start : start + residual.shape[1]] += residual
+        of_image, of_late = residual.tensor_split([shares.lengths[1]], dim=1)
+        for stream, one in ((1, of_image), (2, of_late)):
+            own = shares.own(one, stream)
+            shares.of_stream(tokens, stream)[:, : own.shape[1]] += own

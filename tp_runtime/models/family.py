@@ -384,7 +384,8 @@ class Family:
     ``refused_inputs``: what ComfyUI's class takes and the forward here does not, by its name there
     → what it is. ``left_to_ranks``: methods of ComfyUI's class that prepare an input for its
     forward, which the forward here does. ``numbers``: keys of transformer_options that are numbers
-    → the attribute of ComfyUI's class that stands for it. ``comfyui_class``: of ComfyUI's
+    → the attribute of ComfyUI's class that stands for it. ``shares_tokens``: the forward here
+    evaluates a rank's stretch of the tokens (``token_shares``). ``comfyui_class``: of ComfyUI's
     supported_models, where ComfyUI finds only the published sizes. ``published`` and ``small``:
     sizes of the released model, and of one with its structure for tests. ``text_tokens``: of a
     usual caption, and ``extents``: width, height and frames of what is usually made, for
@@ -409,6 +410,7 @@ class Family:
     left_to_ranks: tuple[str, ...] = ()
     numbers: Mapping[str, str] = field(default_factory=dict)
     connects: str | None = None
+    shares_tokens: bool = False
 
     @property
     def since(self) -> str | None:

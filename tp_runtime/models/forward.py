@@ -14,6 +14,7 @@ from ..gpu.epilogue import Epilogue, Product
 from ..gpu.graphs import optimising
 from .family import Family, Sizes
 from .layers import residual_norm
+from .token_shares import SequenceGroup, TokenShares
 
 MEMO_BYTES = 4 * 2**30
 # What a generation's evaluations differ in, beside the latent.
@@ -23,8 +24,11 @@ Conditioning = dict[str, Any]  # tensors, lists of them, and plain data that cha
 Prediction = torch.Tensor | list[torch.Tensor]  # as ``x`` is
 
 
-class Collectives(Protocol):
-    """What a forward may do with the other ranks of its tensor-parallel group."""
+class Collectives(SequenceGroup, Protocol):
+    """What a forward may do with the other ranks.
+
+    Sums and parts put together are of its tensor-parallel group.
+    """
 
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Put the ranks' parts of the last axis together: (..., n) on each → (..., n · tp_size)."""
@@ -158,6 +162,10 @@ class ShardedForward:
         Of several latents in a list (a video's, and its sound's), a list of as many.
         """
         raise NotImplementedError
+
+    def shares(self, *lengths: int) -> TokenShares:
+        """Of streams of so many tokens, those of this rank."""
+        return TokenShares(self.collectives, lengths)
 
     def join(
         self, products: Sequence[Product], tokens: torch.Tensor, epilogue: Epilogue

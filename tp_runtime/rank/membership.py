@@ -32,7 +32,8 @@ def select_device(config: WorkerConfig) -> torch.device:
 def tensor_parallel_group(config: WorkerConfig) -> Iterator[int]:
     """Be a member of the group; yields the tensor-parallel size that vLLM reports.
 
-    vLLM takes consecutive ranks for its tensor-parallel groups. Its parallel layers read a global
+    vLLM takes consecutive ranks for its tensor-parallel groups, and tensor-parallel groups one
+    behind another for what shares their tokens. Its parallel layers read a global
     configuration when they are built, so it stays set for as long as the group exists.
     """
     vllm_config = VllmConfig(device_config=DeviceConfig(device=config.device))
@@ -48,7 +49,10 @@ def tensor_parallel_group(config: WorkerConfig) -> Iterator[int]:
                 local_rank=config.local_rank,
                 backend="nccl" if config.device == "cuda" else "gloo",
             )
-            parallel_state.initialize_model_parallel(tensor_model_parallel_size=config.tp_size)
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=config.tp_size,
+                prefill_context_model_parallel_size=config.sequence_size,
+            )
         yield get_tensor_model_parallel_world_size()
         parallel_state.destroy_model_parallel()
         parallel_state.destroy_distributed_environment()

@@ -140,7 +140,7 @@ class Runner:
             if mine < len(resolved):
                 evaluation = request.evaluations[mine]
                 output = model.forward(resolved[mine], _conditioning_key(evaluation.inputs))
-                if self._config.tp_rank == 0:
+                if self._config.gives_results:
                     self._give(output, evaluation.results)
         finally:
             # Of a refused request, too, the inputs must have left the exchange memory.

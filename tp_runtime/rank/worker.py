@@ -135,7 +135,7 @@ def _serve(config: WorkerConfig, channel: Channel) -> None:
 
 def _results(config: WorkerConfig, request: Evaluate, mirror: Mirror) -> Iterator[Piece]:
     """What this rank has written of the request's results."""
-    if config.tp_rank == 0 and config.batch_group < len(request.evaluations):
+    if config.gives_results and config.batch_group < len(request.evaluations):
         for result in request.evaluations[config.batch_group].results:
             yield from mirror.pieces(result)
 

@@ -143,6 +143,7 @@ class LocalLauncher:
             rank=index,
             local_rank=index,
             tp_size=config.tp_size,
+            sequence_size=config.sequence_size,
             batch_groups=config.batch_groups,
             device=config.device,
             num_threads=max(1, machine.cores() // config.num_ranks),

@@ -181,6 +181,7 @@ def _order(config: GroupConfig, address: tuple[str, int], token: bytes, exchange
         rank=-1,  # this and what else is -1 differs between the ranks
         local_rank=-1,
         tp_size=config.tp_size,
+        sequence_size=config.sequence_size,
         batch_groups=config.batch_groups,
         device=config.device,
         control_fd=-1,

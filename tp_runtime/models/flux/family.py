@@ -108,4 +108,5 @@ FAMILY = Family(
     published=FluxSizes(24, 128, 19, 38, 16, 16, 4096, 768, True, "scale"),
     small=FluxSizes(24, 16, 2, 2, 16, 16, 64, 48, True, "scale"),
     text_tokens=512,
+    shares_tokens=True,
 )

@@ -31,7 +31,7 @@ from ..dual_stream import (
     unpack_patches,
 )
 from ..forward import Conditioning, option
-from ..layers import attention, rope_rotation, rotated_heads, timestep_embedding
+from ..layers import rope_rotation, rotated_heads, timestep_embedding
 from .family import FAMILY, TIME_CHANNELS
 
 ROPE_THETA = 10000.0
@@ -147,7 +147,7 @@ def _single(block: Any) -> Any:
         *widths, mlp_width = block.linear1.output_partition_sizes
         qkv, mlp = block.linear1(normed).split((sum(widths), mlp_width), dim=-1)
         heads = heads_of(qkv, block.attn.norm_q, block.attn.norm_k)
-        attended = attention(*rotated_heads([heads], given.rotation, NORM_EPS), given.mask)
+        attended = given.attention(*rotated_heads([heads], given.rotation, NORM_EPS))
         return [(block.proj_out, _attended_and_gelu(attended, mlp))]
 
     return compute

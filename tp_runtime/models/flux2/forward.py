@@ -28,7 +28,7 @@ from ..dual_stream import (
 )
 from ..flux.forward import REFERENCE_METHODS, TIME_SCALE, mask_of, positions_of
 from ..forward import Conditioning, option
-from ..layers import attention, rope_rotation, rotated_heads, silu_gate, timestep_embedding
+from ..layers import rope_rotation, rotated_heads, silu_gate, timestep_embedding
 from .family import FAMILY, TIME_CHANNELS
 
 ROPE_THETA = 2000.0
@@ -147,7 +147,7 @@ def _single(attend: Any) -> Any:
         widths = inputs.output_partition_sizes
         qkv, mlp = inputs(normed).split((sum(widths[:3]), sum(widths[3:])), dim=-1)
         heads = heads_of(qkv, attend.norm_q, attend.norm_k)
-        attended = attention(*rotated_heads([heads], given.rotation, NORM_EPS), given.mask)
+        attended = given.attention(*rotated_heads([heads], given.rotation, NORM_EPS))
         return [(attend.to_out, torch.cat((attended, silu_gate(mlp)), dim=-1))]
 
     return compute

@@ -137,4 +137,5 @@ FAMILY = Family(
     small=Krea2Sizes(24, 16, 12, 2, 1024, 16, 80, 12, 5, 5, 256),
     newer={_MARK: ("Krea 2", "0.33")},
     text_tokens=512,
+    shares_tokens=True,
 )

@@ -30,6 +30,7 @@ from ..layers import (
     spread_heads,
     timestep_embedding,
 )
+from ..token_shares import TokenShares
 from .family import FAMILY, PATCH, TIME_CHANNELS
 
 NORM_EPS = 1e-5
@@ -105,6 +106,8 @@ class Forward(ShardedForward):
         image = model.img_in(pack_patches(x.squeeze(2)))
         tokens = [text, image] if references is None else [text, image, references]
         num_late = references.shape[1] if references is not None and zero_time else 0
+        shares = self.shares(*(one.shape[1] for one in tokens))
+        tokens = [shares.own(one, stream) for stream, one in enumerate(tokens)]
         times = torch.cat((timesteps, timesteps * 0)) if zero_time else timesteps
         sinusoids = timestep_embedding(TIME_SCALE * times, TIME_CHANNELS)
         embedder = model.time_embed
@@ -125,14 +128,15 @@ class Forward(ShardedForward):
             self.sizes.heads[1],
             torch.cat(tokens, dim=1),
             [
-                _rms(weight, *of, num_late=num_late)
+                _rms(weight, *of, num_late=shares.own_length(2) if num_late else 0)
                 for weight, of in zip(weights, scales_and_shifts, strict=True)
             ],
             [gate for _, _, gate in rows],
-            rotation,
+            shares.own_of_all(rotation),
+            shares,
         )
-        start = text.shape[1]
-        found = model.final_layer.linear(normed[:, start : start + image.shape[1]])
+        image = shares.whole(shares.of_stream(normed, 1), 1)
+        found = model.final_layer.linear(image)
         return unpack_patches(found, *x.shape[-2:]).unsqueeze(2)
 
     def _text(self, context: torch.Tensor) -> torch.Tensor:
@@ -157,18 +161,19 @@ class Forward(ShardedForward):
         norms: Sequence[Epilogue],
         gates: Sequence[torch.Tensor | None] | None = None,
         rotation: torch.Tensor | None = None,
+        shares: TokenShares | None = None,
     ) -> torch.Tensor:
         """Tokens (B, L, D) after all blocks and the last norm.
 
         ``norms``: before each attention and each MLP, and the last. ``gates``: (S, B, D), of each
-        attention and MLP.
+        attention and MLP. ``shares``: of which these are the rank's; None: these are all.
         """
         attends = [block.attn for block in blocks]
         of_heads = _weights([norm for one in attends for norm in (one.norm_q, one.norm_k)])
         parts: list[Callable[[torch.Tensor], Product]] = []
         for attend, block, own in zip(attends, blocks, of_heads.unflatten(0, (-1, 2)), strict=True):
             parts += (
-                partial(_attend, attend, own, kv_heads, rotation),
+                partial(_attend, attend, own, kv_heads, rotation, shares),
                 partial(_feed_forward, block.ff),
             )
         num_late = norms[0].num_late
@@ -211,6 +216,7 @@ def _attend(
     norms: torch.Tensor,
     kv_heads: Split,
     rotation: torch.Tensor | None,
+    shares: TokenShares | None,
     normed: torch.Tensor,
 ) -> Product:
     """Attention with its gate; returns what is left to project. ``norms`` (2, K): of q and k."""
@@ -226,7 +232,8 @@ def _attend(
     sharers = kv_heads.sharers(linear.tp_rank, linear.tp_size)
     if len(set(sharers)) > 1:
         k, v = spread_heads(k, sharers), spread_heads(v, sharers)
-    return module.to_out[0], _gated(attention(q, k, v), gate.flatten(2))
+    found = attention(q, k, v) if shares is None else shares.attention(q, k, v)
+    return module.to_out[0], _gated(found, gate.flatten(2))
 
 
 def _feed_forward(module: Any, normed: torch.Tensor) -> Product:

@@ -221,4 +221,5 @@ FAMILY = Family(
     numbers={VIDEO_SHIFT: "sigma_shift_video", AUDIO_SHIFT: "sigma_shift_audio"},
     text_tokens=300,
     extents=((832, 480, 124), (1344, 768, 124)),
+    shares_tokens=True,
 )

@@ -19,6 +19,7 @@ from ...gpu.graphs import fused
 from ..dual_stream import BlockName, skipped_blocks
 from ..forward import Conditioning, ShardedForward
 from ..layers import attention, rms_norm, silu_gate, timestep_embedding
+from ..token_shares import TokenShares
 from .family import EPS, FAMILY, MODALITIES, MiniMaxH3Sizes
 from .layers import (
     AUDIO,
@@ -131,6 +132,9 @@ class Forward(ShardedForward):
         whole = F.pad(video, padding, mode="circular") if any(padding) else video
         made = model.audio_proj_in(packed(audio)), model.proj_in(patchified(whole))
         tokens = torch.cat((before, *(one.to(before.dtype) for one in made)))[None]
+        shares = self.shares(tokens.shape[1])
+        tokens, rotation = shares.own(tokens, 0), shares.own(rotation, 0)
+        rows = shares.own(rows[None], 0)[0]
         of_times = self._of_times(timesteps, before.dtype)
         kept = [i for i in range(len(model.transformer_blocks)) if ("double_block", i) not in skip]
         blocks = [model.transformer_blocks[i] for i in kept]
@@ -147,11 +151,12 @@ class Forward(ShardedForward):
         for place, (block, modulation) in enumerate(zip(blocks, modulations, strict=True)):
             _, _, gate, shift, scale, mlp_gate = modulation
             after = Epilogue(EPS, gate, "rms", scale, shift, block.norm2.weight, streams=rows)
-            product = _attend(block.attn, normed, rotation)
+            product = _attend(block.attn, normed, rotation, shares)
             tokens, normed = self.join([product], tokens, after)
             after = Epilogue(EPS, mlp_gate, "rms", *norm_before(place + 1), streams=rows)
             tokens, normed = self.join([_feed_forward(block.ff, normed)], tokens, after)
         num_before, num_audio = len(before), len(made[0])
+        normed = shares.whole(normed, 0)
         modulation = model.norm_out.linear(of_times)
         predicted = _modulated(normed[0, num_before:], modulation, times[num_before:]).float()
         sound = unpacked(model.audio_proj_out(predicted[:num_audio]))
@@ -216,13 +221,18 @@ class Forward(ShardedForward):
         return found.view(len(of_times) * MODALITIES, 1, 6, -1).unbind(2)
 
 
-def _attend(attend: Any, normed: torch.Tensor, rotation: torch.Tensor | None = None) -> Product:
+def _attend(
+    attend: Any,
+    normed: torch.Tensor,
+    rotation: torch.Tensor | None = None,
+    shares: TokenShares | None = None,
+) -> Product:
     width = attend.norm_q.weight.shape[0]
     q, k, v = (part.unflatten(-1, (-1, width)) for part in attend.to_qkv(normed).chunk(3, dim=-1))
     q, k = rms_norm(q, attend.norm_q.weight, EPS), rms_norm(k, attend.norm_k.weight, EPS)
     if rotation is not None:
         q, k = _rotated(q, rotation), _rotated(k, rotation)
-    return attend.to_out[0], attention(q, k, v)
+    return attend.to_out[0], (shares.attention if shares else attention)(q, k, v)
 
 
 def _feed_forward(layer: Any, normed: torch.Tensor) -> Product:

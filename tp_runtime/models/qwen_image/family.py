@@ -110,4 +110,5 @@ FAMILY = Family(
     refused_inputs={
         "guidance": "a guidance that the model was trained with, which no published one was",
     },
+    shares_tokens=True,
 )

@@ -16,6 +16,7 @@ from ...gpu.epilogue import Epilogue, Product
 from ..dual_stream import BlockName, skipped_blocks
 from ..forward import Conditioning, ShardedForward, option
 from ..layers import attention, project, rms_norm_over_ranks, rope_rotation, rotate_pairs
+from ..token_shares import TokenShares
 from .family import FAMILY, WanSizes
 from .layers import (
     EPS,
@@ -141,17 +142,22 @@ class Forward(ShardedForward):
         if reference is not None:
             num_before = reference.shape[1]
             tokens = torch.cat((reference, tokens), dim=1)
+        shares = self.shares(tokens.shape[1])
         time, modulation = self._of_time(timesteps, x.dtype)
         kept = [i for i in range(len(model.blocks)) if ("double_block", i) not in skip]
-        rows = [rows_of(model.blocks[i].scale_shift_table, modulation, tokens) for i in kept]
-        rows.append(rows_of(model.scale_shift_table, time[:, :, None], tokens))
+        tables = [model.blocks[i].scale_shift_table for i in kept]
+        rows = [rows_of(table, modulation, shares) for table in tables]
+        rows.append(rows_of(model.scale_shift_table, time[:, :, None], shares))
+        tokens, rotation = shares.own(tokens, 0), shares.own(rotation, 0)
 
         # After which of the blocks that are kept each of VACE's adds something; -1: before them.
         places = [sum(i <= layer for i in kept) - 1 for layer in self._vace_layers]
         hints: Iterator[list[torch.Tensor]] = iter(())
         if vace is not None and vace_keys is not None and vace_values is not None:
             of_text = list(zip(vace_keys, vace_values, strict=True))
-            hints = self._hints(vace, vace_strength, tokens, rotation, modulation, of_text)
+            videos = [shares.own(video, 0) for video in vace]
+            given = videos, vace_strength, tokens, rotation, modulation, of_text, shares
+            hints = self._hints(*given)
 
         def next_hints(place: int) -> list[torch.Tensor]:
             return [hint for _ in range(places.count(place)) for hint in next(hints, [])]
@@ -165,14 +171,14 @@ class Forward(ShardedForward):
                 prompt.append((picture_keys[index], picture_values[index]))
             added = next_hints(place)
             after = None if added else rows[place + 1]
-            block = model.blocks[index], rows[place], prompt, rotation, after
+            block = model.blocks[index], rows[place], prompt, rotation, after, shares
             tokens, normed = self._block(tokens, normed, *block)
             if added:
                 tokens = normed
                 for hint in added:
                     tokens = tokens + hint
                 normed = modulated(tokens, rows[place + 1])
-        found = model.proj_out(normed[:, num_before:])
+        found = shares.whole(model.proj_out(normed), 0)[:, num_before:]
         return unpatchified(found, grid)[:, :, : shape[2], : shape[3], : shape[4]]
 
     def _block(
@@ -184,6 +190,7 @@ class Forward(ShardedForward):
         prompt: Prompt,
         rotation: torch.Tensor,
         following: Rows | None,
+        shares: TokenShares,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``join``'s results at the end of a block.
 
@@ -191,7 +198,7 @@ class Forward(ShardedForward):
         """
         _, _, gate, mlp_shift, mlp_scale, mlp_gate = rows
         affine = {"weight": block.norm2.weight, "bias": block.norm2.bias}
-        product = self._attend(block.attn1, normed, rotation)
+        product = self._attend(block.attn1, normed, rotation, shares)
         tokens, normed = self.join([product], tokens, Epilogue(EPS, gate, "layer", **affine))
         product = self._attend_to_prompt(block.attn2, normed, prompt)
         after = Epilogue(EPS, None, "layer", mlp_scale, mlp_shift)
@@ -205,12 +212,13 @@ class Forward(ShardedForward):
 
     def _hints(
         self,
-        videos: torch.Tensor,
+        videos: Sequence[torch.Tensor],
         strengths: Sequence[float],
         tokens: torch.Tensor,
         rotation: torch.Tensor,
         modulation: torch.Tensor,
         of_text: Prompt,
+        shares: TokenShares,
     ) -> Iterator[list[torch.Tensor]]:
         """For each VACE block what it adds to the tokens (B, L, D), of each control video.
 
@@ -220,11 +228,12 @@ class Forward(ShardedForward):
         for block, pair in zip(self.model.vace_blocks, of_text, strict=True):
             if block.proj_in is not None:
                 streams = [block.proj_in(stream) + tokens for stream in streams]
-            rows = rows_of(block.scale_shift_table, modulation, tokens)
+            rows = rows_of(block.scale_shift_table, modulation, shares)
             hints = []
             for index, (stream, strength) in enumerate(zip(streams, strengths, strict=True)):
                 normed = modulated(stream, rows)
-                _, whole = self._block(stream, normed, block, rows, [pair], rotation, None)
+                of_block = block, rows, [pair], rotation, None, shares
+                _, whole = self._block(stream, normed, *of_block)
                 hints.append(block.proj_out(whole) * strength)
                 streams[index] = whole.clone()  # the next sum overwrites it
             yield hints
@@ -273,11 +282,13 @@ class Forward(ShardedForward):
         time = time.unflatten(0, (timesteps.shape[0], -1))
         return time, embedder.time_proj(F.silu(time)).unflatten(-1, (6, -1))
 
-    def _attend(self, attend: Any, normed: torch.Tensor, rotation: torch.Tensor) -> Product:
+    def _attend(
+        self, attend: Any, normed: torch.Tensor, rotation: torch.Tensor, shares: TokenShares
+    ) -> Product:
         q, k, v = attend.to_qkv(normed).chunk(3, dim=-1)
         q, k = self._normed([q, k], [attend.norm_q.weight, attend.norm_k.weight])
         q, k = (rotate_pairs(self._heads(part), rotation) for part in (q, k))
-        return attend.to_out[0], attention(q, k, self._heads(v))
+        return attend.to_out[0], shares.attention(q, k, self._heads(v))
 
     def _attend_to_prompt(
         self,

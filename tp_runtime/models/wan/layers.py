@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...errors import InputError
+from ..token_shares import TokenShares
 from .family import CAMERA_DOWNSCALE, FAMILY, PATCH, TIME_CHANNELS, WanSizes
 
 EPS = 1e-6
@@ -43,19 +44,21 @@ def sinusoids(times: torch.Tensor) -> torch.Tensor:
 
 
 def rows_of(
-    table: torch.Tensor, of_time: torch.Tensor, tokens: torch.Tensor
+    table: torch.Tensor, of_time: torch.Tensor, shares: TokenShares
 ) -> Sequence[torch.Tensor]:
     """A block's table (1, n, D) plus (B, F, n or 1, D) of F timesteps, as n rows for the tokens.
+
+    Of this rank.
 
     (1, B, D) each, or (1, B, L, D) where frames have their own timesteps.
     """
     modulation = table[None] + of_time
-    num_tokens, frames = tokens.shape[1], of_time.shape[1]
+    num_tokens, frames = shares.lengths[0], of_time.shape[1]
     if frames == 1:
         return modulation[:, 0][None].unbind(2)
     repeats = -(-num_tokens // frames)
     rows = modulation.repeat_interleave(repeats, dim=1)[:, :num_tokens]
-    return rows[None].unbind(3)
+    return shares.own(rows, 0)[None].unbind(3)
 
 
 def of_tokens(row: torch.Tensor) -> torch.Tensor:

@@ -119,4 +119,5 @@ FAMILY = Family(
         "ref_latents": "reference images, for Z-Image Omni",
         "attention_mask": "a mask over the tokens of captions of different lengths",
     },
+    shares_tokens=True,
 )

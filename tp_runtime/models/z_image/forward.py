@@ -24,6 +24,7 @@ from ..layers import (
     silu_gate,
     timestep_embedding,
 )
+from ..token_shares import TokenShares
 from .family import EMBEDDER, FAMILY, PATCH, TIME_CHANNELS
 
 NORM_EPS = 1e-5
@@ -73,7 +74,9 @@ class Forward(ShardedForward):
         length = caption.shape[1]
         rope_options = option(transformer_options, "rope_options")
         rotation = self._rotation(length, x, rope_options)
-        caption = self._run_blocks(self.model.context_refiner, caption, rotation[:, :length])
+        # Each rank of a sequence group for itself: it is once a generation.
+        of_caption = caption, rotation[:, :length], None
+        caption = self._run_blocks(self.model.context_refiner, *of_caption)
         return {"caption": caption, "rotation": rotation}
 
     def evaluate(
@@ -91,11 +94,17 @@ class Forward(ShardedForward):
         image = self._image_tokens(x)
         refiner, layers = self.model.noise_refiner, self.model.layers
         modulation = self._modulation([*refiner, *layers], adaln)
-        length = caption.shape[1]
-        image = self._run_blocks(refiner, image, rotation[:, length:], modulation[: len(refiner)])
-        tokens = torch.cat((caption, image), dim=1)
-        tokens = self._run_blocks(layers, tokens, rotation, modulation[len(refiner) :])
-        return -self._unpatchify(tokens[:, length:], adaln, x.shape)[:, :, :height, :width]
+        length, of_image = caption.shape[1], self.shares(image.shape[1])
+        image = of_image.own(image, 0)
+        own_rotation = of_image.own(rotation[:, length:], 0)
+        early, late = modulation[: len(refiner)], modulation[len(refiner) :]
+        image = self._run_blocks(refiner, image, own_rotation, of_image, early)
+        of_both = self.shares(length, rotation.shape[1] - length)
+        tokens = torch.cat((of_both.own(caption, 0), image), dim=1)
+        own_rotation = of_both.own_of_all(rotation)
+        tokens = self._run_blocks(layers, tokens, own_rotation, of_both, late)
+        image = of_both.whole(of_both.of_stream(tokens, 1), 1)
+        return -self._unpatchify(image, adaln, x.shape)[:, :, :height, :width]
 
     def _pad_tokens(self, tokens: torch.Tensor, pad_token: str) -> torch.Tensor:
         missing = -tokens.shape[1] % self.sizes.token_multiple
@@ -138,11 +147,13 @@ class Forward(ShardedForward):
         blocks: Sequence[Any],
         tokens: torch.Tensor,
         rotation: torch.Tensor,
+        shares: TokenShares | None,
         modulation: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Transformer blocks, one after another, on tokens (B, L, D).
 
-        ``modulation`` as ``_modulation`` gives it; the caption's own blocks have none.
+        ``shares``: of which these are the rank's; None: these are all. ``modulation`` as
+        ``_modulation`` gives it; the caption's own blocks have none.
         """
         if not blocks:
             return tokens
@@ -155,7 +166,7 @@ class Forward(ShardedForward):
             weights = {"weight": block.ffn_norm1.weight}
             weights["update_weight"] = block.attention_norm2.weight
             after = Epilogue(NORM_EPS, gate, "rms", scale, **weights)
-            product = self._attend(block.attention, normed, rotation)
+            product = self._attend(block.attention, normed, rotation, shares)
             tokens, normed = self.join([product], tokens, after)
             after = Epilogue(NORM_EPS, mlp_gate, update_weight=block.ffn_norm2.weight)
             if index + 1 < len(blocks):
@@ -165,11 +176,14 @@ class Forward(ShardedForward):
             tokens, normed = self.join([product], tokens, after)
         return normed
 
-    def _attend(self, module: Any, x: torch.Tensor, rotation: torch.Tensor) -> Product:
+    def _attend(
+        self, module: Any, x: torch.Tensor, rotation: torch.Tensor, shares: TokenShares | None
+    ) -> Product:
         """Attention; returns what is left to project."""
         qkv = module.to_qkv(x).unflatten(-1, (-1, self.sizes.head_dim))
-        heads = (qkv, module.norm_q.weight, module.norm_k.weight)
-        return module.to_out[0], attention(*rotated_heads([heads], rotation, None))
+        heads = rotated_heads([(qkv, module.norm_q.weight, module.norm_k.weight)], rotation, None)
+        found = attention(*heads) if shares is None else shares.attention(*heads)
+        return module.to_out[0], found
 
     def _feed_forward(self, module: Any, x: torch.Tensor) -> Product:
         """The MLP up to its last linear, and that."""

@@ -1,0 +1,119 @@
+"""Which tokens each rank of a sequence group has, and attention over all of them.
+
+Ranks of a sequence group hold the same weights, each a stretch of every stream's tokens. Around
+attention, heads and tokens change places: a rank has all its heads of its own tokens, and then all
+tokens for its own share of these heads (DeepSpeed Ulysses, arXiv:2309.14509). Nothing is padded:
+what does not divide is dealt out unevenly.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from .layers import attention
+
+
+class SequenceGroup(Protocol):
+    """The ranks that share the tokens."""
+
+    def sequence_size(self) -> int:
+        """How many there are."""
+        ...
+
+    def sequence_rank(self) -> int:
+        """Which of them this one is."""
+        ...
+
+    def exchange(
+        self, parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]
+    ) -> list[torch.Tensor]:
+        """Give each rank its part, all of one dtype; what each gives to this one, of that shape."""
+        ...
+
+
+def dealt_out(count: int, size: int) -> list[int]:
+    """How many of ``count`` each of ``size`` ranks has; the first have one more."""
+    return [count // size + (rank < count % size) for rank in range(size)]
+
+
+class TokenShares:
+    """The stretches of a number of streams' tokens. A rank has its own of one behind another's."""
+
+    def __init__(self, group: SequenceGroup, lengths: Sequence[int]) -> None:
+        """``lengths``: tokens of each stream, of all ranks."""
+        self._group, self.lengths = group, lengths
+        self._size, self._rank = group.sequence_size(), group.sequence_rank()
+        self._dealt = [dealt_out(length, self._size) for length in lengths]
+
+    def own_length(self, stream: int) -> int:
+        """This rank's tokens of a stream."""
+        return self._dealt[stream][self._rank]
+
+    def of_stream(self, tokens: torch.Tensor, stream: int) -> torch.Tensor:
+        """What of this rank's tokens (B, l, ...) is of a stream."""
+        start = sum(map(self.own_length, range(stream)))
+        return tokens[:, start : start + self.own_length(stream)]
+
+    def own(self, tokens: torch.Tensor, stream: int) -> torch.Tensor:
+        """(B, L, ...) of a whole stream, or of its first tokens → this rank's stretch of it."""
+        start = sum(self._dealt[stream][: self._rank])
+        return tokens[:, start : start + self.own_length(stream)]
+
+    def own_of_all(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, L, ...) of all streams, one behind another → this rank's stretches of them."""
+        if self._size == 1:
+            return tokens
+        streams = tokens.split(list(self.lengths), dim=1)
+        return torch.cat([self.own(one, index) for index, one in enumerate(streams)], dim=1)
+
+    def whole(self, tokens: torch.Tensor, stream: int) -> torch.Tensor:
+        """This rank's stretch (B, l, D) of a stream → the stream (B, L, D), on every rank."""
+        if self._size == 1:
+            return tokens
+        batch, _, *rest = tokens.shape
+        shapes = [(batch, length, *rest) for length in self._dealt[stream]]
+        return torch.cat(self._group.exchange([tokens] * self._size, shapes), dim=1)
+
+    def in_their_order(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """A mask over all tokens (..., L or 1, L) as attention meets them: rank by rank."""
+        if self._size == 1 or mask is None:
+            return mask
+        firsts = [sum(self.lengths[:stream]) for stream in range(len(self.lengths))]
+        order = torch.cat(
+            [
+                torch.arange(first + sum(dealt[:rank]), first + sum(dealt[: rank + 1]))
+                for rank in range(self._size)
+                for first, dealt in zip(firsts, self._dealt, strict=True)
+            ]
+        ).to(mask.device)
+        mask = mask[..., order]
+        return mask if mask.shape[-2] == 1 else mask[..., order, :]
+
+    def attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Of this rank's tokens to all: q (B, l, N, K), k and v (B, l, N', K) → (B, l, N·K).
+
+        ``mask``: as ``in_their_order`` gives it. All else as ``layers.attention``.
+        """
+        if self._size == 1:
+            return attention(q, k, v, mask)
+        batch, length, num_heads, head_dim = q.shape
+        num_kv = k.shape[2]
+        if num_kv != num_heads and num_kv % self._size:
+            # Neighbours share a key: where a share of the heads may end between them, each has one.
+            k, v = (part.repeat_interleave(num_heads // num_kv, dim=2) for part in (k, v))
+            num_kv = num_heads
+        heads, kv_heads = dealt_out(num_heads, self._size), dealt_out(num_kv, self._size)
+        parts = zip(q.split(heads, 2), k.split(kv_heads, 2), v.split(kv_heads, 2), strict=True)
+        own = [kv_heads[self._rank]] * 2
+        mine = heads[self._rank]
+        lengths = [sum(of_rank) for of_rank in zip(*self._dealt, strict=True)]
+        shapes = [(batch, other, mine + sum(own), head_dim) for other in lengths]
+        given = self._group.exchange([torch.cat(part, dim=2) for part in parts], shapes)
+        q, k, v = torch.cat(given, dim=1).split([mine, *own], dim=2)
+        found = attention(q, k, v, mask) if mine else q.flatten(2)
+        found = found.unflatten(2, (mine, head_dim))
+        back = [(batch, length, of_rank, head_dim) for of_rank in heads]
+        return torch.cat(self._group.exchange(found.split(lengths, 1), back), dim=2).flatten(2)
