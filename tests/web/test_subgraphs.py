@@ -83,9 +83,9 @@ def test_counts_and_badges(web: ComfyPage, inside: tuple[str, ...]) -> None:
 def test_a_file_that_cannot_run(web: ComfyPage) -> None:
     """It is said before the run, and greys the counts; another file takes that back."""
     disabled = (
-        "(wanted) => app.graph.nodes.filter(({ comfyClass }) => comfyClass?.startsWith('TP'))"
-        ".every(({ widgets }) =>"
-        " widgets.find(({ name }) => name === 'gpu_count').disabled === wanted)"
+        "(wanted) => app.graph.nodes.flatMap(({ widgets }) => widgets ?? [])"
+        ".filter(({ name }) => name === 'gpu_count')"
+        ".every((widget) => Boolean(widget.disabled) === wanted)"
     )
     choose = (
         "(name) => { const widget = app.graph.nodes.find(({ comfyClass }) => comfyClass ==="
