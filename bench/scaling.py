@@ -85,8 +85,8 @@ def measured() -> list[Measured]:
                 continue  # a sampler's step, not an evaluation
             if not row["tp"] or row["device"] == "cpu" or row["optimize"] == "off":
                 continue  # diffusers alone; no GPU; operations as written
-            if row.get("weights", "bf16") != "bf16":
-                continue  # what products with quantised weights take is not predicted
+            if row.get("weights", "bf16") != "bf16" or (row.get("sequence_size") or 1) > 1:
+                continue  # products with quantised weights, and sharing tokens, are not predicted
             link = replace(NVLINK, fused=row["commit"] not in THROUGH_NCCL or row["tp"] == 1)
             case = Case(
                 row["model"],

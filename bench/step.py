@@ -64,6 +64,7 @@ COLUMNS = [
     "model",
     "weights",
     "tp",
+    "sequence_size",
     "batch_groups",
     "side",
     "batch",
@@ -191,7 +192,7 @@ def measure(
     try:
         remote = runtime.model(
             ModelSpec.of(str(path), "bfloat16", "bfloat16", args.optimize),
-            GroupConfig.local(layout.tp_size, batch_groups=layout.batch_groups),
+            GroupConfig.of_layout(layout),
         )
         started = time.perf_counter()
         began: list[float] = []  # to read: then the ranks were up
@@ -201,6 +202,7 @@ def measure(
             row = {
                 "model": model,
                 "tp": layout.tp_size,
+                "sequence_size": layout.sequence_size,
                 "batch_groups": layout.batch_groups,
                 "side": extent.side,
                 "batch": batch,
@@ -341,7 +343,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     known = sorted(families())
     parser.add_argument("--models", nargs="+", choices=known, default=known)
     parser.add_argument("--tp", nargs="*", type=int, default=[1, 2, 4, 8])
-    parser.add_argument("--layouts", nargs="+", type=Layout.parse, default=[], help="such as 2x2")
+    parser.add_argument(
+        "--layouts", nargs="+", type=Layout.parse, default=[], help="such as 2x2, or 1x2x1"
+    )
     parser.add_argument(
         "--sides",
         nargs="+",
