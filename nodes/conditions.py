@@ -1,11 +1,10 @@
 """One step of a sampler, as ComfyUI's `calc_cond_batch` computes it for all conditions.
 
-It is timed, which `auto` decides by; and where there are batch groups, conditions that ComfyUI
+It is recorded, which `auto` decides by; and where there are batch groups, conditions that ComfyUI
 cannot put into one batch are evaluated at the same time instead of one after the other.
 """
 
 import functools
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy.patcher_extension import WrappersMP, get_all_wrappers
 
-from ..tp_runtime.client import RemoteModel, Workload
+from ..tp_runtime.client import RemoteModel, Workload, ahead
 from .together import Meeting
 
 Conditions = Sequence[list[dict[str, Any]] | None]
@@ -42,7 +41,8 @@ def calc_cond_batch(
     # More wrappers: another node leaves steps out, or keeps account of conditions.
     if remote is None or len(wrappers) > 1:
         return executor(model, conds, x_in, timestep, model_options)
-    began, evaluations = time.perf_counter(), remote.num_evaluations
+    evaluations = remote.num_evaluations
+    remote.begin_step()
 
     def alone(index: int) -> list[torch.Tensor]:
         only = [cond if place == index else None for place, cond in enumerate(conds)]
@@ -61,9 +61,17 @@ def calc_cond_batch(
     else:
         results = executor(model, conds, x_in, timestep, model_options)
     if remote.num_evaluations > evaluations:
-        workload = _workload(model, conds, x_in)
-        remote.record_step(workload, (time.perf_counter() - began) * 1000)
+        remote.end_step(_workload(model, conds, x_in))
     return results
+
+
+def outer_sample(executor: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    """ComfyUI's wrapper `OUTER_SAMPLE`, of a whole sampling with one guider.
+
+    Within, a step may be prepared while the ranks compute the one before.
+    """
+    with ahead(throw_exception_if_processing_interrupted):
+        return executor(*args, **kwargs)
 
 
 def remote_of(model: Any) -> RemoteModel | None:

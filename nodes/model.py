@@ -5,7 +5,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ..tp_runtime.client import GroupConfig, ModelSpec, checkpoint_info, get_runtime
-from .conditions import KEY, calc_cond_batch
+from .conditions import KEY, calc_cond_batch, outer_sample
 from .patcher import TPModelPatcher
 from .placement import Placement
 from .proxy import RemoteDiffusionModel
@@ -47,6 +47,7 @@ def load_model(
         offload_device=comfy.model_management.unet_offload_device(),
     )
     patcher.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, calc_cond_batch)
+    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, outer_sample)
     patcher.cached_patcher_init = (
         load_model,
         (path, dtype, group, placement, optimize, fp8_products),

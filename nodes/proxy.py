@@ -2,13 +2,12 @@
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import comfy.model_management
 import torch
 
-from ..tp_runtime.client import InputError, RemoteModel
+from ..tp_runtime.client import RemoteModel
 from .arguments import remote_inputs
 from .native_code import NativeCode
 from .together import Meeting
@@ -118,7 +117,8 @@ class RemoteDiffusionModel(torch.nn.Module):
             inputs.setdefault("ref_latents_method", method)
         x = inputs["x"]
         latents = [x] if isinstance(x, torch.Tensor) else x
-        self._check(latents, inputs)
+        for latent in latents:
+            self._check_kind(latent)
         meeting = Meeting.of_this_thread(self.remote)
         if meeting is not None:
             result = meeting.evaluate(inputs)
@@ -152,22 +152,6 @@ class RemoteDiffusionModel(torch.nn.Module):
             raise other_compute_dtype(dtype, self.remote.spec.compute_dtype)
         if torch.is_grad_enabled() and tensor.requires_grad:
             raise gradients()
-
-    def _check(self, latents: Sequence[torch.Tensor], inputs: Mapping[str, Any]) -> None:
-        for latent in latents:
-            self._check_kind(latent)
-        total = sum(latent.numel() for latent in latents)
-        num_bad = total - int(sum(latent.isfinite().sum() for latent in latents))
-        if num_bad:
-            timesteps = inputs["timesteps"]
-            first = timesteps if isinstance(timesteps, torch.Tensor) else timesteps[0]
-            sigma = first.flatten()[0].item()
-            raise InputError(
-                f"{num_bad} of the {total} values of the latent are NaN or infinite (at "
-                f"timestep {sigma:.4g}). At the first step the latent that was given to the "
-                "sampler is broken; at a later one the model overflowed: set weight_dtype to bf16 "
-                "or fp32."
-            )
 
 
 class _AsNative:

@@ -34,7 +34,6 @@ from tp_runtime.client import (
     rank_processes,
 )
 from tp_runtime.client import engine as engine_module
-from tp_runtime.client.call import Call
 from tp_runtime.client.engine import Engine
 from tp_runtime.client.group_state import State
 from tp_runtime.wire.protocol import Load, Report, Unload
@@ -44,18 +43,16 @@ pytestmark = pytest.mark.process
 LightModel = Callable[..., RemoteModel]
 
 
-@pytest.fixture(scope="module", params=["woken up", "listening"])
+@pytest.fixture(scope="module", params=["asleep", "awake"])
 def light_model(
     request: pytest.FixtureRequest, python_with: PythonWith, tiny_z_image: Path
 ) -> Iterator[LightModel]:
     """`light_model(**settings)`: a model on 2 ranks that compute nothing; one group a settings.
 
-    Who evaluates it is woken up by the answer, or listens for it as for one from a GPU; such ranks
-    stay awake after an evaluation.
+    After an evaluation the ranks sleep, or stay awake for a while, as those on GPUs do.
     """
-    patch, code = pytest.MonkeyPatch(), ""
-    if request.param == "listening":
-        patch.setattr(Engine, "_due_s", lambda *_: (0.01, 1.0))
+    code = ""
+    if request.param == "awake":
         code = "requests = worker._requests; worker._requests = lambda one, _: requests(one, 0.3)"
     runtime, python = Runtime(), python_with(code)
 
@@ -67,7 +64,6 @@ def light_model(
 
     yield make
     runtime.release()
-    patch.undo()
 
 
 def engine_of(model: RemoteModel) -> Engine:
@@ -137,80 +133,6 @@ def test_a_rank_is_killed_in_the_middle_of_a_collective(tiny_z_image: Path) -> N
         )
     assert (model.evaluate(inputs) - expected).norm() / expected.norm() < 2e-6
     assert runtime.release() == 1
-
-
-def test_who_takes_the_answer(light_model: LightModel, request: pytest.FixtureRequest) -> None:
-    """A caller who listens does so itself; one that comes later than expected, the owner."""
-    model, takers = light_model(), []
-    take = Call.take
-
-    def noting(*args: Any) -> None:
-        takers.append(threading.current_thread())
-        take(*args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Call, "take", noting)
-        for sleep_s in (0.2, 1.3, 0.2):
-            model.evaluate(ordered(sleep_s=sleep_s))
-    caller, owner = threading.current_thread(), engine_of(model).processes._owner
-    listening = "listening" in request.node.name
-    assert (
-        takers
-        == [caller if listening else owner] * 2 + [owner] * 2 + [caller if listening else owner] * 2
-    )
-
-
-@pytest.mark.parametrize("light_model", ["listening"], indirect=True)
-def test_closed_while_a_caller_takes_the_last_answer(
-    light_model: LightModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = light_model()
-    engine = engine_of(model)
-    taking = threading.Event()
-    take, close_now = Call.take, engine.processes._close_now
-
-    def slowly(call: Call, *answer: Any) -> None:
-        take(call, *answer)
-        if call.complete():
-            taking.set()
-            time.sleep(0.3)
-
-    def close_then() -> None:
-        assert taking.wait(10)
-        close_now()
-
-    monkeypatch.setattr(Call, "take", slowly)
-    monkeypatch.setattr(engine.processes, "_close_now", close_then)
-    inputs = ordered(sleep_s=0.3)
-    with in_background(lambda: model.evaluate(inputs)) as evaluating:
-        wait_until(lambda: engine.state is State.BUSY, within_s=10.0)
-        engine.close()
-        expected = inputs["x"] * 2 + inputs["context"].sum()
-        assert torch.equal(evaluating.result(timeout=10), expected)
-    assert engine.state is State.CLOSED
-    assert engine.error is None
-    assert_ended([rank.pid for rank in engine.ranks], within_s=0)
-    monkeypatch.undo()
-    assert_works(model)
-
-
-@pytest.mark.parametrize("light_model", ["listening"], indirect=True)
-def test_a_caller_is_interrupted_while_it_takes_an_answer(light_model: LightModel) -> None:
-    """What it has received is lost, so nobody waits for it."""
-    model = light_model()
-    engine = engine_of(model)
-
-    def interrupted(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    with ends_the_group(model, within_s=2):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Call, "take", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                model.evaluate(ordered(sleep_s=0.2))
-        wait_until(lambda: has_ended(engine), within_s=10.0)
-    assert "A fault of the engine: KeyboardInterrupt" in str(engine.error)
-    assert_works(model)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -1,18 +1,12 @@
-"""When a step is due, and how long a rank may be silent: by what steps like this one took."""
+"""Whether a step is short, and how long a rank may be silent: by what steps like this one took."""
 
-from types import SimpleNamespace
-from typing import Any
-
-import pytest
 import torch
 
-from tp_runtime.client.engine import Engine
 from tp_runtime.client.evaluation_times import (
-    EXPECTED_S,
     FACTOR,
     FIRST_EVALUATIONS,
     FLOOR_S,
-    MAX_EXPECTED_S,
+    SHORT_S,
     EvaluationTimes,
     shapes_of,
 )
@@ -43,23 +37,11 @@ def test_there_is_a_floor_and_a_limit() -> None:
     assert after(*first, 500.0).timeout_s("kind", 600) == 600
 
 
-def test_the_next_step_is_due_when_the_last_one_was() -> None:
-    assert after(*[1.0] * FIRST_EVALUATIONS).due_s("kind") is None
-    assert after(*[1.0] * FIRST_EVALUATIONS, 0.2, 0.1).due_s("kind") == pytest.approx(
-        (0.1 - EXPECTED_S - 0.005, 0.1 + EXPECTED_S + 0.005)
-    )
-    assert after(*[1.0] * FIRST_EVALUATIONS, 5.0).due_s("kind") == pytest.approx(
-        (5 - MAX_EXPECTED_S, 5 + MAX_EXPECTED_S)
-    )
-
-
-def test_only_steps_on_gpus_are_listened_for() -> None:
-    times = after(*[1.0] * FIRST_EVALUATIONS, 0.1)
-    for device, expected in (("cpu", None), ("cuda", times.due_s("kind"))):
-        engine: Any = SimpleNamespace(
-            config=SimpleNamespace(device=device), _evaluation_times=times
-        )
-        assert Engine._due_s(engine, "kind") == expected
+def test_whether_the_next_step_is_short() -> None:
+    assert not after().is_short("kind")
+    assert not after(*[0.01] * FIRST_EVALUATIONS).is_short("kind")
+    assert after(*[0.01] * FIRST_EVALUATIONS, 5.0, SHORT_S / 2).is_short("kind")
+    assert not after(*[0.01] * FIRST_EVALUATIONS, SHORT_S / 2, SHORT_S).is_short("kind")
 
 
 def test_steps_are_alike_if_their_shapes_are() -> None:

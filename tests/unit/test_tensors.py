@@ -9,7 +9,14 @@ import torch
 from tp_runtime.client import held_tensors
 from tp_runtime.client.held_tensors import HeldTensors
 from tp_runtime.errors import InputError, ProtocolError, TPRuntimeError
-from tp_runtime.wire.exchange import ALIGNMENT, Exchange, TensorPlaces, dtype_name, dtype_of
+from tp_runtime.wire.exchange import (
+    ALIGNMENT,
+    HEADER_BYTES,
+    Exchange,
+    TensorPlaces,
+    dtype_name,
+    dtype_of,
+)
 from tp_runtime.wire.protocol import TensorRef
 
 DTYPES = (
@@ -141,9 +148,9 @@ def test_copies_under_way_are_waited_for(exchange: Exchange, what: str, copies: 
 def test_places_do_not_overlap() -> None:
     places = TensorPlaces()
     refs = [places.place(torch.zeros(size, dtype=torch.uint8)) for size in (1, 300, 0, 256)]
-    assert [ref.offset for ref in refs] == [0, 256, 768, 768]
-    assert places.reserve(10) == 1024
-    assert places.size == 1024 + ALIGNMENT
+    assert [ref.offset for ref in refs] == [HEADER_BYTES + start for start in (0, 256, 768, 768)]
+    assert places.reserve(10) == HEADER_BYTES + 1024
+    assert places.size == HEADER_BYTES + 1024 + ALIGNMENT
 
 
 def test_a_rank_writes_where_the_engine_reads(exchange: Exchange, reader: Exchange) -> None:

@@ -17,8 +17,7 @@ and none further up:
    another group's (``Group.give_way``), and does not wait for it.
 2. ``Engine._turn``: the caller whose request is under way, until it has the answers or gives up.
 3. ``RankProcesses.exchange_in_use``: while the shared memory is written, read or given back.
-4. ``Hearing.lock``: while somebody takes what the ranks have sent, and while the group ends.
-5. ``GroupState._lock``: while the state changes.
+4. ``GroupState._lock``: while the state changes.
 
 ``Users._lock``, ``RankEvents._lock`` and ``Channel._sending`` may be taken at any time, and no
 other while one of them is held. ``Group.close`` takes none of the first two: it ends a group
@@ -64,6 +63,7 @@ from ..wire.protocol import PatchedWeight, WeightPatch
 from ..wire.weight_patches import FUNCTIONS as PATCH_FUNCTIONS
 from ..wire.weight_patches import KINDS as PATCH_KINDS
 from ..wire.weight_patches import PatchError, check_fits
+from .evaluated import ahead
 from .group_report import GroupReport
 from .inspection import checkpoint_info
 from .launch.local import prepare_start
@@ -109,6 +109,7 @@ __all__ = [
     "TensorInfo",
     "WeightPatch",
     "Workload",
+    "ahead",
     "check_fits",
     "checkpoint_info",
     "choose_layout",

@@ -8,17 +8,19 @@ import contextlib
 import functools
 import itertools
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ..config import GroupConfig
 from ..errors import TPRuntimeError
+from ..wire import stream_wait
 from ..wire.protocol import PatchedWeight, Request, Unload, encode
 from . import failures
 from .batch_split import tensors_in
 from .call import Call, OnProgress
+from .evaluated import Evaluated, is_ahead, may_be_ahead
 from .evaluation_times import EvaluationTimes, shapes_of
 from .group_state import State
 from .launch.launcher import Launcher, Rank
@@ -115,58 +117,104 @@ class Engine:
         asked: Sequence[Asked],
         poll: Poll | None = None,
         on_sent: Callable[[], None] | None = None,
-    ) -> list[list[torch.Tensor]]:
+    ) -> Evaluated:
         """Make the evaluations that are ``asked``, at most one for each batch group.
 
         Each has a result for each tensor of its ``x``, of that one's dtype and device; one on a
         GPU is good in this thread's current stream. Tensors that the ranks hold from an earlier
-        call are not sent again. ``on_sent``: as of ``call``.
+        call are not sent again. ``on_sent``: as of ``call``. Within ``evaluated.ahead``, returns
+        before the results are there, where that is possible; else they are settled.
 
         Raises:
             As ``call`` does, and ProtocolError if the inputs hold something that cannot be sent.
-            NotFiniteError: a result has values that are NaN or infinite.
+            InputError: a latent has values that are NaN or infinite.
+            NotFiniteError: a result has.
         """
+        kind = model, shapes_of(asked)
+        device = self._stream_order_of(asked, kind)
         results: list[list[torch.Tensor]] = []
 
         def make(number: int) -> Request:
             request, places = self._sender.place_evaluations(number, model, asked)
+            exchange = self._sender.exchange
+            if device is not None:
+                for group in range(len(asked)):
+                    exchange.await_given(device, group, number)
+                places = [
+                    [exchange.copied_to(device, result) for result in of_one] for of_one in places
+                ]
             # Looked up now, since the group may end between its answer and our reading it.
             results.extend(places)
             return request
 
-        def copied() -> list[list[torch.Tensor]]:
-            with self.processes.exchange_in_use:
-                return [
-                    [
-                        self._sender.exchange.copied_to(latent.device, result)
-                        for latent, result in zip(tensors_in(one.inputs["x"]), of_one, strict=True)
-                    ]
-                    for one, of_one in zip(asked, results, strict=True)
-                ]
-
         with self._turn_taken(poll):
-            kind = model, shapes_of(asked)
             try:
                 call = self._send(make, kind)
             except BaseException:
                 self._sender.roll_back()
+                self._release()
                 raise
             self._sender.sent()
             if on_sent is not None:
                 on_sent()
-            if (due := self._due_s(kind)) is not None:
-                call.wait(poll, until=call.began + due[0])
-                if not call.finished.is_set():
-                    copied()  # a rehearsal: the processor's caches have forgotten how to do it
-                self.processes.listen(call, call.began + due[1])
-            call.wait(poll)
-            call.raise_error()
-            values: list[int | None] = [of.value for of in call.answers.values()]  # type: ignore[union-attr]
-            num_bad = sum(value or 0 for value in values)
-            if num_bad:
-                raise failures.not_finite(num_bad, asked)
-            self._evaluation_times.record(kind, call.ended - call.began)
-            return copied()
+            evaluated = Evaluated(
+                results, call, functools.partial(self._check, call, kind, asked), self._release
+            )
+            if device is not None and call.sent:
+                is_ahead(evaluated)
+            else:
+                evaluated.settle(poll)
+                evaluated.results = self._copied(asked, results)
+        return evaluated
+
+    def _copied(
+        self, asked: Sequence[Asked], results: Sequence[Sequence[torch.Tensor]]
+    ) -> list[list[torch.Tensor]]:
+        """The results on their latents' devices."""
+        with self.processes.exchange_in_use:
+            return [
+                [
+                    self._sender.exchange.copied_to(latent.device, result)
+                    for latent, result in zip(tensors_in(one.inputs["x"]), of_one, strict=True)
+                ]
+                for one, of_one in zip(asked, results, strict=True)
+            ]
+
+    def _check(self, call: Call, kind: Hashable, asked: Sequence[Asked]) -> None:
+        """Raises what is wrong with evaluations that the ranks have answered."""
+        call.raise_error()
+        answers: Iterable[Any] = (of.value for of in call.answers.values())  # type: ignore[union-attr]
+        of_latents, of_results = map(sum, zip(*answers, strict=True))
+        if of_latents:
+            raise failures.latent_not_finite(of_latents, asked)
+        if of_results:
+            raise failures.not_finite(of_results, asked)
+        self._evaluation_times.record(kind, call.ended - call.began)
+
+    def _release(self) -> None:
+        """Have no stream wait for results: nobody is going to look at them."""
+        with self.processes.exchange_in_use:
+            self._sender.exchange.release()
+
+    def _stream_order_of(self, asked: Sequence[Asked], kind: Hashable) -> torch.device | None:
+        """The device in whose stream the results are handed over; None: not in stream order.
+
+        Not where evaluations are long: a thread that reads a value waits for one, and cannot be
+        cancelled meanwhile.
+        """
+        (device, *others) = {
+            latent.device for one in asked for latent in tensors_in(one.inputs["x"])
+        }
+        possible = (
+            may_be_ahead()
+            and not others
+            and device.type == "cuda"
+            and self.config.device == "cuda"
+            and self.config.where == "this machine"
+            and self._evaluation_times.is_short(kind)
+            and stream_wait.is_possible(device)
+        )
+        return device if possible else None
 
     def patch(
         self,
@@ -199,15 +247,6 @@ class Engine:
                 on_sent()
 
         self.call(lambda call: Unload(call, model), poll=poll, on_sent=forget)
-
-    def _due_s(self, kind: Hashable) -> tuple[float, float] | None:
-        """Seconds from the request on between which the caller listens for the answer itself.
-
-        None: it sleeps, and is woken up by the answer.
-        """
-        if self.config.device == "cpu":  # the ranks need all cores
-            return None
-        return self._evaluation_times.due_s(kind)
 
     @contextlib.contextmanager
     def _turn_taken(self, poll: Poll | None) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""How long evaluations take: when the next is due, and when a rank has been silent for too long.
+"""How long evaluations take: whether they are short, and when a rank has been silent for too long.
 
 Evaluations are alike if the model and the shapes of all inputs are. The first ones of a kind
 compile and record, so they get the time of every other request (``TP_RUNTIME_CALL_TIMEOUT``), and
@@ -13,9 +13,7 @@ import torch
 FIRST_EVALUATIONS = 2  # one compiles, one records
 FACTOR = 20.0
 FLOOR_S = 60.0  # conditioning that is new, patched weights and a busy machine take longer
-# How much sooner or later than the last one the next may end, and still be expected.
-EXPECTED_FACTOR = 0.05
-EXPECTED_S, MAX_EXPECTED_S = 0.001, 0.01
+SHORT_S = 0.2  # so long may pass between a cancel and its effect
 
 
 def shapes_of(value: Any) -> Hashable:
@@ -44,13 +42,9 @@ class EvaluationTimes:
             self._slowest_s[kind] = max(seconds, self._slowest_s.get(kind, 0.0))
             self._last_s[kind] = seconds
 
-    def due_s(self, kind: Hashable) -> tuple[float, float] | None:
-        """From when to when after its beginning the next one should end; None: not known."""
-        last_s = self._last_s.get(kind)
-        if last_s is None:
-            return None
-        margin_s = min(EXPECTED_S + EXPECTED_FACTOR * last_s, MAX_EXPECTED_S)
-        return last_s - margin_s, last_s + margin_s
+    def is_short(self, kind: Hashable) -> bool:
+        """Whether the next one should be over soon. The first ones of a kind may not be."""
+        return self._last_s.get(kind, SHORT_S) < SHORT_S
 
     def timeout_s(self, kind: Hashable, limit_s: float) -> float:
         """How long the next one may take; at most ``limit_s``."""

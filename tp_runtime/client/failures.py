@@ -13,6 +13,7 @@ from ..errors import (
     GroupDiedError,
     GroupLostError,
     GroupStartError,
+    InputError,
     NotFiniteError,
     RankError,
     RankMemoryError,
@@ -155,20 +156,33 @@ def _no_memory(
     )
 
 
+def latent_not_finite(num_bad: int, asked: Sequence[Asked]) -> InputError:
+    """For evaluations of latents that have ``num_bad`` values that are no numbers."""
+    total = sum(latent.numel() for one in asked for latent in tensors_in(one.inputs["x"]))
+    return InputError(
+        f"{num_bad} of the {total} values of the latent are NaN or infinite"
+        f"{_at_timestep(asked[0])}. At the first step the latent that was given to the sampler is "
+        "broken; at a later one the model overflowed: set weight_dtype to bf16 or fp32."
+    )
+
+
 def not_finite(num_bad: int, asked: Sequence[Asked]) -> NotFiniteError:
     """For evaluations whose results have ``num_bad`` values that are no numbers."""
     total = sum(math.prod(shape) for one in asked for shape in one.result_shapes)
-    inputs = asked[0].inputs
-    dtype = dtype_name(next(tensors_in(inputs["x"])).dtype)
-    times = next(tensors_in(inputs.get("timesteps")), None)  # none: of a caption
-    when = "" if times is None else f", at timestep {times.flatten()[0].item():.4g}"
+    dtype = dtype_name(next(tensors_in(asked[0].inputs["x"])).dtype)
     advice = "Set weight_dtype of 'Load Diffusion Model (TP)' to bf16 or fp32."
     if dtype != "float16":
         advice = "Lower the strength of LoRAs and ControlNets, or download the model again."
     return NotFiniteError(
-        f"{num_bad} of the {total} values of the model's result are NaN or infinite{when}. The "
-        f"model overflowed in {dtype}, or its conditioning or weights are no numbers. {advice}"
+        f"{num_bad} of the {total} values of the model's result are NaN or infinite"
+        f"{_at_timestep(asked[0])}. The model overflowed in {dtype}, or its conditioning or "
+        f"weights are no numbers. {advice}"
     )
+
+
+def _at_timestep(asked: Asked) -> str:
+    times = next(tensors_in(asked.inputs.get("timesteps")), None)  # none: of a caption
+    return "" if times is None else f", at timestep {times.flatten()[0].item():.4g}"
 
 
 def _during(doing: str | None) -> str:

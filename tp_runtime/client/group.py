@@ -3,17 +3,15 @@
 import contextlib
 import hashlib
 import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
-
-import torch
 
 from ..config import GroupConfig
 from ..errors import GroupClosedError, GroupLostError, TPRuntimeError
 from . import failures
 from .call import OnProgress
 from .engine import Engine
+from .evaluated import Evaluated, settle_all
 from .group_report import GroupReport, rank_reports
 from .group_state import State
 from .poll import Poll, acquired
@@ -117,8 +115,10 @@ class Group:
 
     def evaluate(
         self, model: "RemoteModel", asked: Sequence[Asked], poll: Poll | None = None
-    ) -> list[list[torch.Tensor]]:
+    ) -> Evaluated:
         """Evaluate a model; see ``Engine.evaluate``. What has changed since ``use`` is made good.
+
+        Before, what this thread has asked for ahead is settled.
 
         If the group has failed before the request could be sent, whoever's request it failed of,
         that is done on a new group: once after each ``use``, so not again and again in a sampling.
@@ -126,11 +126,17 @@ class Group:
         Raises:
             GroupClosedError: the group was released, or never started.
         """
-        return _again_if_lost(lambda: self._evaluate(model, asked, poll))
+        settle_all(poll)
+        evaluated = _again_if_lost(lambda: self._evaluate(model, asked, poll))
+        evaluated.when_settled(lambda: self._note_time(evaluated))
+        return evaluated
+
+    def _note_time(self, evaluated: Evaluated) -> None:
+        self.step_ms = 1000 * evaluated.seconds
 
     def _evaluate(
         self, model: "RemoteModel", asked: Sequence[Asked], poll: Poll | None
-    ) -> list[list[torch.Tensor]]:
+    ) -> Evaluated:
         with contextlib.ExitStack() as unchanged:
             unchanged.enter_context(acquired(self._changing, poll))
             present = self.engine
@@ -143,11 +149,8 @@ class Group:
                 raise failures.lost(present.error)
             residency = self._started(poll)
             residency.have(model, poll)
-            began = time.perf_counter()
             # Until the request is sent, nobody may put the model to sleep or patch it otherwise.
-            results = residency.engine.evaluate(model.name, asked, poll, on_sent=unchanged.close)
-        self.step_ms = (time.perf_counter() - began) * 1000
-        return results
+            return residency.engine.evaluate(model.name, asked, poll, on_sent=unchanged.close)
 
     # --- room on the devices ---------------------------------------------------------------------
 

@@ -1,6 +1,5 @@
 """What the ranks of a group say: taken as it arrives, and weighed when a rank has failed."""
 
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ OTHER_HOSTS_CAUSE_S = 0.5  # where that rank is on another host
 
 
 class Hearing:
-    """Takes the ranks' messages, in the owner's thread or in that of a caller. Thread-safe.
+    """Takes the ranks' messages, in the owner's thread.
 
     ``ready``: what the ranks said when they were. ``evidence``: what speaks against them.
     """
@@ -29,27 +28,21 @@ class Hearing:
         self.ranks: Sequence[Rank] = ()
         self.ready: list[Ready] = []
         self.evidence = Evidence(config)
-        self.lock = threading.Lock()  # held by the thread that takes what the ranks have sent
         self._config = config
         self._exchange = exchange
         self._state = state
 
     def hear(self) -> None:
         """Take what has arrived from the ranks; note what is wrong with it."""
-        with self.lock:
-            if self._state.is_final or self.evidence.fault is not None:
+        if self.evidence.fault is not None:
+            return
+        for rank in self.ranks:
+            try:
+                for frame in rank.channel.receive():
+                    self._take(rank, decode_reply(frame))
+            except TPRuntimeError as error:
+                self.evidence.note_fault(rank, error)
                 return
-            for rank in self.ranks:
-                try:
-                    for frame in rank.channel.receive():
-                        self._take(rank, decode_reply(frame))
-                except TPRuntimeError as error:
-                    self.evidence.note_fault(rank, error)
-                    return
-                except BaseException as error:  # a caller's Ctrl-C, too: frames may be lost
-                    fault = TPRuntimeError(f"A fault of the engine: {error!r}")
-                    self.evidence.note_fault(rank, fault)
-                    raise
 
     def failure(self, happened: Sequence[Any]) -> TPRuntimeError | None:
         """Take what the ranks have sent; returns what ends the group, if something does.
@@ -71,13 +64,12 @@ class Hearing:
 
     def _gone(self, happened: Sequence[Any]) -> list[Rank]:
         """The ranks that have ended without a word."""
-        with self.lock:  # a caller may have seen an end, and not yet have noted the last words
-            return [
-                rank
-                for rank in self.ranks
-                if rank.index not in self.evidence.last_words
-                and (rank.channel.ended or rank.death_fd in happened)
-            ]
+        return [
+            rank
+            for rank in self.ranks
+            if rank.index not in self.evidence.last_words
+            and (rank.channel.ended or rank.death_fd in happened)
+        ]
 
     def _take(self, rank: Rank, reply: Reply) -> None:
         """Note what a rank says, and finish the call if that completes it.

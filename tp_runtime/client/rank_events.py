@@ -1,9 +1,8 @@
-"""The file descriptors that a group's owner waits on, and whoever takes an answer itself."""
+"""The file descriptors that a group's owner waits on."""
 
-import contextlib
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from .. import reasons
 from ..errors import TPRuntimeError
@@ -57,16 +56,6 @@ class RankEvents:
     def has_end(self) -> bool:
         """Whether the process of a rank has ended."""
         return self._ends is not None and bool(self._ends.wait(0))
-
-    @contextlib.contextmanager
-    def frames_muted(self) -> Iterator[None]:
-        """In the body, frames that arrive do not end the owner's ``wait``."""
-        assert self._all is not None, "there are no ranks yet"
-        try:
-            self._all.mute(self._channels, True)
-            yield
-        finally:
-            self._all.mute(self._channels, False)
 
     def close(self) -> None:
         """Give the file descriptors back. Idempotent."""

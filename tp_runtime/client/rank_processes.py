@@ -2,7 +2,7 @@
 
 One thread owns them: it starts them, listens to them, is the only one that decides that a group has
 failed (on a rank's death, on an error of a rank, or when a request has taken too long), and ends
-them. A caller that does not want to be woken up by its answer may take it itself (``listen``).
+them.
 """
 
 import contextlib
@@ -168,21 +168,6 @@ class RankProcesses:
         except EOFError:
             call.sent = False  # the owner sees the same end of the stream and fails the group
 
-    def listen(self, call: Call, until: float) -> None:
-        """Take the answers to a call as they come, until it has ended, or until that time.
-
-        For its caller, shortly before they are due, without sleeping: a core that was asleep wakes
-        up slowly, and is slow at everything that comes next.
-        """
-        hearing = self._hearing
-        try:
-            with self._events.frames_muted():  # or the owner would wake up, too, and be in the way
-                while not (call.finished.is_set() or hearing.evidence or time.monotonic() >= until):
-                    hearing.hear()
-        finally:
-            if hearing.evidence:
-                self._events.call_owner()
-
     # --- the owner's thread --------------------------------------------------------------------
 
     def _own(self) -> None:
@@ -218,7 +203,7 @@ class RankProcesses:
             call = self.call_under_way
             if error is None and call is not None and time.monotonic() >= call.deadline:
                 silent = [rank for rank in self.ranks if rank.index not in call.answers]
-                if silent:  # or a caller has taken the last answer meanwhile
+                if silent:
                     error = self._hearing.evidence.silence(silent, call.timeout_s, call.what)
             if error is not None:
                 self._end(State.FAILED, error)
@@ -249,8 +234,7 @@ class RankProcesses:
 
     def _end(self, final: State, error: TPRuntimeError | None, grace_s: float = 0.0) -> None:
         """Leave nothing of the group. Done by the owner, if there is one."""
-        with self._hearing.lock:  # no thread is taking a message, and none will
-            to_finish = self._state.end(final, error)
+        to_finish = self._state.end(final, error)
         if to_finish is None:
             return
         if error is not None:

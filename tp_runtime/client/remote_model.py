@@ -16,6 +16,7 @@ from ..wire.exchange import dtype_of
 from ..wire.protocol import PatchedWeight
 from .batch_split import Inputs, Latents, divide_all, tensors_in
 from .call import OnProgress
+from .evaluated import Evaluated
 from .group import Group
 from .inspection import checkpoint_info
 from .poll import Poll
@@ -39,6 +40,7 @@ class RemoteModel:
         self.version: Hashable = None
         self.patches: Mapping[str, PatchedWeight] = {}
         self.used_at_start = 0  # which start of its group it was loaded after, by ensure_loaded
+        self._of_step: list[Evaluated] = []  # since ``begin_step``
         self._group = group
         self._records = records
         group.add_user(self)
@@ -84,9 +86,10 @@ class RemoteModel:
         """Evaluate the model once with each of the inputs. Call ``ensure_loaded`` before.
 
         The batch groups work on different evaluations, or on different items of a batch. Inputs
-        are as in ``Asked``, results as in ``Engine.evaluate``. A result is a tensor, or a list of
-        them, as ``inputs["x"]`` is, and of that shape, but for the channels of a model that takes
-        more of them (masks, control images) than it predicts.
+        are as in ``Asked``, results as in ``Engine.evaluate``: within ``ahead`` they may not be
+        computed yet. A result is a tensor, or a list of them, as ``inputs["x"]`` is, and of that
+        shape, but for the channels of a model that takes more of them (masks, control images) than
+        it predicts.
 
         Raises:
             InputError: inputs that do not fit; nothing was sent.
@@ -100,7 +103,9 @@ class RemoteModel:
         asked = [Asked(part, self._result_shapes(part)) for parts in divided for part in parts]
         results: list[list[torch.Tensor]] = []
         for start in range(0, len(asked), batch_groups):
-            results += self._group.evaluate(self, asked[start : start + batch_groups], poll)
+            evaluated = self._group.evaluate(self, asked[start : start + batch_groups], poll)
+            self._of_step.append(evaluated)
+            results += evaluated.results
         remaining = iter(results)
         together = [_joined(list(itertools.islice(remaining, len(parts)))) for parts in divided]
         return [
@@ -119,11 +124,29 @@ class RemoteModel:
         shape = self.info.sizes.connected(tuple(caption.shape), unprocessed=unprocessed)
         if shape is None:
             return caption
-        ((found,),) = self._group.evaluate(self, [Asked({"x": caption}, (shape,))], poll)
+        evaluated = self._group.evaluate(self, [Asked({"x": caption}, (shape,))], poll)
+        ((found,),) = evaluated.results
         return found
 
-    def record_step(self, workload: Workload, ms: float) -> None:
-        """Remember, beyond this process, how long a step of a sampler took."""
+    def begin_step(self) -> None:
+        """From now on, evaluations belong to the next step of a sampler."""
+        self._of_step = []
+
+    def end_step(self, workload: Workload) -> None:
+        """Remember, beyond this process, how long the ranks took since ``begin_step``.
+
+        As soon as all of it is settled; without an evaluation, nothing is.
+        """
+        of_step, self._of_step = self._of_step, []
+
+        def record() -> None:
+            if all(evaluated.settled for evaluated in of_step):
+                self._record_step(workload, 1000 * sum(one.seconds for one in of_step))
+
+        if of_step:  # settled in the order in which they were asked for
+            of_step[-1].when_settled(record)
+
+    def _record_step(self, workload: Workload, ms: float) -> None:
         config = self.group_config
         if config.where == "ray":  # what is known is known of this machine
             return

@@ -42,7 +42,8 @@ class Runner:
         self._held: dict[int, torch.Tensor] = {}
         self._factors: dict[int, torch.Tensor] = {}  # of patches, in the host's memory
         self._last_evaluation_ms: float | None = None
-        self._num_bad = torch.zeros(1, dtype=torch.int64, pin_memory=device.type == "cuda")
+        # Values that are no numbers, of the latents and of the results.
+        self._num_bad = torch.zeros(2, dtype=torch.int64, pin_memory=device.type == "cuda")
 
     def device_name(self) -> str:
         """``"cpu"``, or the GPU's index and product name."""
@@ -124,8 +125,11 @@ class Runner:
         for key in request.drop:
             del self._factors[key]
 
-    def _evaluate(self, request: Evaluate) -> int:
-        """How many values are NaN or infinite, of the results that this rank has written."""
+    def _evaluate(self, request: Evaluate) -> tuple[int, int]:
+        """How many values are NaN or infinite: of the latents, and of the results made of them.
+
+        None of what another rank gives the results of.
+        """
         started = time.perf_counter()
         reach("evaluate")
         # Before anything can be refused: the engine takes it that these are held from now on.
@@ -142,12 +146,16 @@ class Runner:
                 output = model.forward(resolved[mine], _conditioning_key(evaluation.inputs))
                 if self._config.gives_results:
                     self._give(output, evaluation.results)
+                    self._count_bad(resolved[mine]["x"], output)
         finally:
             # Of a refused request, too, the inputs must have left the exchange memory.
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
+            if self._config.gives_results:
+                self._exchange.say_given(self._config.batch_group, request.call)
         self._last_evaluation_ms = (time.perf_counter() - started) * 1000
-        return int(self._num_bad)
+        of_latents, of_results = self._num_bad.tolist()
+        return of_latents, of_results
 
     def _give(
         self, output: torch.Tensor | Sequence[torch.Tensor], refs: Sequence[TensorRef]
@@ -159,9 +167,14 @@ class Runner:
                 f"{one.shape} {one.dtype}, not {result.shape} {result.dtype}"
             )
             result.copy_(one, non_blocking=True)
-        # The difference is zero where a value is finite. Read after the wait for the results.
-        num_bad = sum(torch.count_nonzero(one - one) for one in outputs)
-        self._num_bad.copy_(torch.as_tensor(num_bad), non_blocking=True)
+
+    def _count_bad(self, *groups: torch.Tensor | Sequence[torch.Tensor]) -> None:
+        """Values that are no numbers, read after the wait for the results."""
+        for place, tensors in zip(self._num_bad, groups, strict=True):
+            each = [tensors] if isinstance(tensors, torch.Tensor) else tensors
+            # The difference is zero where a value is finite.
+            num_bad = sum(torch.count_nonzero(one - one) for one in each)
+            place.copy_(torch.as_tensor(num_bad), non_blocking=True)
 
     def _resolve(self, value: Any) -> Any:
         """``value`` with every reference replaced by its tensor, on the rank's device."""

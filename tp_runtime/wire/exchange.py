@@ -14,9 +14,11 @@ import torch
 
 from .. import machine, reasons
 from ..errors import InputError, ProtocolError, TPRuntimeError
+from . import stream_wait
 from .protocol import TensorRef
 
 ALIGNMENT = 256
+HEADER_BYTES = ALIGNMENT  # at the beginning, before any tensor: the numbers of ``say_given``
 MAX_VIEWS = 64
 
 _DTYPES = {
@@ -103,6 +105,7 @@ class Exchange:
         self._reading: list[torch.cuda.Event] = []  # of copies from here to a GPU
         self._writing: set[torch.cuda.Stream] = set()  # in which GPUs copy to here
         self._views: dict[TensorRef, torch.Tensor] = {}  # each evaluation has the same
+        self._awaited: dict[int, int] = {}  # by ``await_given``: batch group → request
 
     @classmethod
     def create(cls) -> "Exchange":
@@ -201,6 +204,33 @@ class Exchange:
         self._reading.append(torch.cuda.current_stream(device).record_event())
         return copy
 
+    # --- results in stream order -----------------------------------------------------------------
+
+    def say_given(self, batch_group: int, request: int) -> None:
+        """The results of a batch group for that request lie here now, or never will."""
+        self._given(batch_group).value = request
+
+    def await_given(self, device: torch.device, batch_group: int, request: int) -> None:
+        """Have the device's current stream wait until ``say_given`` has been called so.
+
+        What is put into the stream afterwards finds the results here, and this thread goes on.
+
+        Raises:
+            StreamWaitError: the device's streams cannot wait so.
+        """
+        self._awaited[batch_group] = request
+        stream_wait.until(device, ctypes.addressof(self._given(batch_group)), request)
+
+    def release(self) -> None:
+        """Let streams that wait for results go on without them."""
+        for batch_group, request in self._awaited.items():
+            self.say_given(batch_group, request)
+        self._awaited.clear()
+
+    def _given(self, batch_group: int) -> ctypes.c_uint32:
+        assert self._map is not None, "nothing is mapped"
+        return ctypes.c_uint32.from_address(self.address + 4 * batch_group)
+
     def wait(self) -> None:
         """Return when all copies that were begun, to here and from here, have been made."""
         for event in self._reading:
@@ -229,6 +259,8 @@ class Exchange:
 
     def _unmap(self) -> None:
         self._views.clear()
+        if self._map is not None:
+            self.release()
         # This and giving the lock back fail only where the GPU's context is lost, and both with it.
         with contextlib.suppress(RuntimeError):
             self.wait()
@@ -252,7 +284,7 @@ class TensorPlaces:
     """Places for the tensors of one request in the exchange memory, one after the other."""
 
     def __init__(self) -> None:
-        self.size = 0
+        self.size = HEADER_BYTES
         self._placed: list[tuple[TensorRef, torch.Tensor]] = []
 
     def place(self, tensor: torch.Tensor, key: int = 0) -> TensorRef:

@@ -64,14 +64,6 @@ class Readiness:
         except ValueError:  # closed
             return []
 
-    def mute(self, channels: Iterable["Channel"], muted: bool) -> None:
-        """From now on, frames that arrive do, or do not, make these channels ready."""
-        for channel in channels:
-            with contextlib.suppress(OSError, ValueError):  # closed meanwhile
-                # Not 0: the end of a TCP stream would wait, too.
-                events = select.EPOLLRDHUP if muted else select.EPOLLIN
-                self._epoll.modify(channel.fileno(), events)
-
     def close(self) -> None:
         """Idempotent. From then on nothing is ready."""
         self._epoll.close()

@@ -1,0 +1,262 @@
+"""Results in stream order: nothing wrong gets out, and no stream waits for what will not come.
+
+Ranks and engine are real. The stream is a thread here that does what was put into it in order, as
+a GPU does; `tests/gpu/test_ahead.py` has a real one.
+"""
+
+import os
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from process.conftest import PythonWith, cpu_group, make_inputs
+
+from support.tiny_models import write_tiny
+from tp_runtime.client import (
+    CallTimeoutError,
+    GroupDiedError,
+    InputError,
+    ModelSpec,
+    RankError,
+    RemoteModel,
+    Runtime,
+    ahead,
+)
+from tp_runtime.client.engine import Engine
+from tp_runtime.client.evaluated import may_be_ahead
+from tp_runtime.errors import NotFiniteError
+from tp_runtime.wire.exchange import Exchange
+
+pytestmark = pytest.mark.process
+
+CPU = torch.device("cpu")
+
+
+class Stream:
+    """Work in order, by a thread of its own."""
+
+    def __init__(self) -> None:
+        self._work: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        threading.Thread(target=self._do, daemon=True).start()
+
+    def _do(self) -> None:
+        while True:
+            self._work.get()()
+
+    def put(self, work: Callable[[], object]) -> None:
+        self._work.put(work)
+
+    def is_idle(self, within_s: float) -> bool:
+        """Whether all work that was put into it is done by then."""
+        done = threading.Event()
+        self.put(done.set)
+        return done.wait(within_s)
+
+
+@pytest.fixture
+def stream(monkeypatch: pytest.MonkeyPatch) -> Stream:
+    stream = Stream()
+
+    def await_given(exchange: Exchange, _: torch.device, batch_group: int, request: int) -> None:
+        exchange._awaited[batch_group] = request
+        # Keeps the memory, which is given back with the group.
+        numbers = torch.frombuffer(exchange._map, dtype=torch.int32, count=64)
+
+        def wait() -> None:
+            while numbers[batch_group] < request:
+                time.sleep(0.001)
+
+        stream.put(wait)
+
+    def copied_to(_: Exchange, device: torch.device, view: torch.Tensor) -> torch.Tensor:
+        copy = torch.full_like(view, torch.nan)
+        stream.put(lambda: copy.copy_(view))
+        return copy
+
+    def wait(_: Exchange) -> None:
+        assert stream.is_idle(within_s=60)
+
+    monkeypatch.setattr(Exchange, "await_given", await_given)
+    monkeypatch.setattr(Exchange, "copied_to", copied_to)
+    monkeypatch.setattr(Exchange, "wait", wait)
+    monkeypatch.setattr(Engine, "_stream_order_of", lambda *_: CPU if may_be_ahead() else None)
+    return stream
+
+
+@pytest.fixture(scope="module")
+def light(
+    python_with: PythonWith, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RemoteModel]:
+    """A model on 2 ranks that compute nothing."""
+    path = write_tiny("z_image", tmp_path_factory.mktemp("model") / "tiny.safetensors")
+    runtime = Runtime()
+    spec = ModelSpec.of(str(path), "float32", "float32")
+    model = runtime.model(spec, cpu_group(2, python=python_with(), call_timeout_s=5.0))
+    yield model
+    runtime.release()
+
+
+@pytest.fixture
+def model(light: RemoteModel, stream: Stream) -> Iterator[RemoteModel]:
+    light.ensure_loaded()
+    yield light
+    # Whatever happened, the next sampling works.
+    light.ensure_loaded()
+    inputs = make_inputs(seed=5)
+    with ahead():
+        found = light.evaluate(inputs)
+    assert stream.is_idle(within_s=5)
+    assert torch.equal(found, inputs["x"] * 2 + inputs["context"].sum())
+
+
+def ranks_of(model: RemoteModel) -> list[int]:
+    engine = model._group.engine
+    assert engine is not None
+    return [rank.pid for rank in engine.ranks]
+
+
+def ordered(**order: Any) -> dict[str, Any]:
+    return make_inputs() | {"transformer_options": order}
+
+
+def test_the_caller_goes_on_while_the_ranks_compute(model: RemoteModel, stream: Stream) -> None:
+    inputs = [make_inputs(seed=seed) for seed in range(3)]
+    with ahead():
+        found = []
+        for one in inputs:
+            found.append(model.evaluate(one | {"transformer_options": {"sleep_s": 0.3}}))
+            assert not stream.is_idle(within_s=0.05)
+            assert found[-1].isnan().all()
+    assert stream.is_idle(within_s=5)
+    for one, result in zip(inputs, found, strict=True):
+        assert torch.equal(result, one["x"] * 2 + one["context"].sum())
+
+
+def test_without_ahead_results_are_there(model: RemoteModel, stream: Stream) -> None:
+    inputs = ordered(sleep_s=0.1)
+    found = model.evaluate(inputs)
+    assert stream.is_idle(within_s=5)
+    assert torch.equal(found, inputs["x"] * 2 + inputs["context"].sum())
+    assert not may_be_ahead()
+
+
+FAULTS = [
+    ({"rank": 1, "raise": "the text"}, RankError, "Rank 1 raised RuntimeError"),
+    ({"rank": 0, "raise": "the text"}, RankError, "Rank 0 raised RuntimeError"),
+    ({"rank": 0, "exit": 3}, GroupDiedError, "exited with status 3"),
+    ({"refuse": "no"}, InputError, "^no$"),
+    ({"rank": 1, "sleep_s": 60}, CallTimeoutError, r"Ranks \[1\] gave no sign of life"),
+]
+
+
+@pytest.mark.parametrize(("order", "kind", "text"), FAULTS, ids=lambda value: str(value)[:24])
+def test_a_fault_is_raised_when_sampling_ends(
+    model: RemoteModel, stream: Stream, order: dict[str, Any], kind: type[Exception], text: str
+) -> None:
+    def sample() -> None:
+        with ahead():
+            model.evaluate(ordered(**order))
+            assert stream.is_idle(within_s=20), "or a thread that reads the result never returns"
+
+    with pytest.raises(kind, match=text):
+        sample()
+    assert not may_be_ahead()
+
+
+@pytest.mark.parametrize(("order", "kind", "text"), FAULTS[:4], ids=lambda value: str(value)[:24])
+def test_a_fault_is_raised_at_the_next_evaluation(
+    model: RemoteModel, order: dict[str, Any], kind: type[Exception], text: str
+) -> None:
+    with ahead():
+        model.evaluate(ordered(**order))
+        sent = model.num_evaluations
+        starts = model._group._num_starts
+        with pytest.raises(kind, match=text):
+            model.evaluate(make_inputs())
+        assert model.num_evaluations == sent + 1
+        assert model._group._num_starts == starts, "no group is started only to fail"
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_is_killed(model: RemoteModel, stream: Stream, rank: int) -> None:
+    def sample() -> None:
+        with ahead():
+            model.evaluate(ordered(sleep_s=30))
+            os.kill(ranks_of(model)[rank], signal.SIGKILL)
+            assert stream.is_idle(within_s=10)
+
+    with pytest.raises(GroupDiedError, match=f"Rank {rank} "):
+        sample()
+
+
+def test_values_that_are_no_numbers(model: RemoteModel) -> None:
+    inputs = make_inputs()
+    broken = inputs["x"].clone()
+    broken.view(-1)[:3] = torch.nan
+    with pytest.raises(InputError, match=r"^3 of the \d+ values of the latent are NaN"), ahead():
+        model.evaluate(inputs | {"x": broken})
+    with pytest.raises(NotFiniteError, match="values of the model's result are NaN"), ahead():
+        model.evaluate(inputs | {"context": inputs["context"] * torch.inf})
+
+
+def test_a_cancel_waits_for_nothing(model: RemoteModel, stream: Stream) -> None:
+    class Interrupted(BaseException):
+        pass
+
+    def interrupt() -> None:
+        raise Interrupted
+
+    def sample() -> None:
+        with ahead():
+            model.evaluate(ordered(sleep_s=1.5))
+            model.evaluate(make_inputs(), poll=interrupt)
+
+    began = time.monotonic()
+    with pytest.raises(Interrupted):
+        sample()
+    assert stream.is_idle(within_s=1)
+    assert time.monotonic() - began < 1.2
+
+
+def test_an_error_of_the_sampler_lets_the_stream_go_on(model: RemoteModel, stream: Stream) -> None:
+    def sample() -> None:
+        with ahead():
+            model.evaluate(ordered(sleep_s=1.5))
+            raise ZeroDivisionError
+
+    began = time.monotonic()
+    with pytest.raises(ZeroDivisionError):
+        sample()
+    assert stream.is_idle(within_s=1)
+    assert time.monotonic() - began < 1.2
+
+
+def test_a_scope_within_another_leaves_the_end_to_that(model: RemoteModel, stream: Stream) -> None:
+    with ahead():
+        with ahead():
+            model.evaluate(ordered(sleep_s=0.5))
+        assert not stream.is_idle(within_s=0.05)
+    assert stream.is_idle(within_s=0.1)
+
+
+def test_steps_are_recorded_as_the_ranks_took_them(
+    model: RemoteModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded: list[float] = []
+    monkeypatch.setattr(RemoteModel, "_record_step", lambda _, __, ms: recorded.append(ms))
+    workload: Any = object()
+    with ahead():
+        for _ in range(2):
+            model.begin_step()
+            for _ in range(2):
+                model.evaluate(ordered(sleep_s=0.2))
+            model.end_step(workload)
+        model.begin_step()
+        model.end_step(workload)
+    assert len(recorded) == 2
+    assert all(400 <= ms < 4000 for ms in recorded)

