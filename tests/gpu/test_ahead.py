@@ -1,0 +1,181 @@
+"""Results in stream order on a real GPU: right values, faults, and who waits for what."""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gpu.conftest import Load, make_inputs
+
+from support.tiny_models import write_tiny
+from tp_runtime.client import GroupDiedError, InputError, RemoteModel, ahead
+from tp_runtime.client.evaluated import Evaluated
+from tp_runtime.client.evaluation_times import FIRST_EVALUATIONS
+
+pytestmark = pytest.mark.gpu
+
+WAIT_S = 0.5
+
+
+def on_gpu(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.cuda() for name, value in inputs.items()}
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny("flux", tmp_path_factory.mktemp("model") / "flux.safetensors")
+
+
+@pytest.fixture
+def model(load: Load, file: Path) -> RemoteModel:
+    """One whose evaluations are known to be short."""
+    model = load(file)
+    for _ in range(FIRST_EVALUATIONS + 1):
+        model.evaluate(on_gpu(make_inputs("flux")))
+    return model
+
+
+def rank_of(model: RemoteModel) -> int:
+    engine = model._group.engine
+    assert engine is not None
+    return engine.ranks[0].pid
+
+
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def is_computed(event: torch.cuda.Event, within_s: float) -> bool:
+    deadline = time.monotonic() + within_s
+    while not event.query() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return event.query()
+
+
+def event_after(tensor: torch.Tensor) -> torch.cuda.Event:
+    assert tensor.is_cuda
+    event = torch.cuda.Event()
+    event.record()
+    return event
+
+
+def test_results_are_those_of_one_after_another(model: RemoteModel) -> None:
+    inputs = on_gpu(make_inputs("flux"))
+    latents = [inputs["x"] * (1 + index / 8) for index in range(16)]
+    expected = [model.evaluate(inputs | {"x": latent}) for latent in latents]
+    for _ in range(4):
+        with ahead():
+            found = []
+            for latent in latents:
+                found.append(model.evaluate(inputs | {"x": latent.clone()}) * 1.0)
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_a_latent_that_is_made_of_the_result_before(model: RemoteModel) -> None:
+    inputs = on_gpu(make_inputs("flux"))
+
+    def sampled() -> torch.Tensor:
+        x = inputs["x"]
+        for _ in range(12):
+            x = x - model.evaluate(inputs | {"x": x}) / 12
+        return x
+
+    expected = sampled()
+    with ahead():
+        found = sampled()
+    assert torch.equal(found, expected)
+
+
+def test_the_caller_goes_on_while_the_rank_computes(model: RemoteModel) -> None:
+    inputs = on_gpu(make_inputs("flux"))
+    expected = model.evaluate(inputs)
+    with ahead():
+        with stopped(rank_of(model)):
+            found = model.evaluate(inputs)
+            event = event_after(found)
+            assert not is_computed(event, WAIT_S)
+        assert is_computed(event, 10)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("again", range(10))
+def test_a_rank_is_killed(load: Load, file: Path, model: RemoteModel, again: int) -> None:
+    inputs = on_gpu(make_inputs("flux"))
+    expected = model.evaluate(inputs)
+    events = []
+
+    def sample() -> None:
+        with ahead():
+            with stopped(rank_of(model)):
+                events.append(event_after(model.evaluate(inputs)))
+                assert not is_computed(events[0], 0.05)
+                os.kill(rank_of(model), signal.SIGKILL)
+            assert is_computed(events[0], 10), "the stream is let go"
+
+    with pytest.raises(GroupDiedError, match="Rank 0"):
+        sample()
+    after = load(file).evaluate(inputs)
+    assert torch.equal(after, expected)
+
+
+def test_a_refusal_lets_the_stream_go(model: RemoteModel) -> None:
+    inputs = on_gpu(make_inputs("flux"))
+    expected = model.evaluate(inputs)
+    wrong = inputs | {"attention_mask": torch.ones(5, 5, device="cuda")}
+    for _ in range(FIRST_EVALUATIONS + 2):
+        with pytest.raises(InputError, match="attention mask"), ahead():
+            model.evaluate(wrong)
+    with ahead():
+        found = model.evaluate(inputs)
+    assert torch.equal(found, expected)
+
+
+def test_a_cancel_waits_for_nothing(model: RemoteModel) -> None:
+    class Interrupted(BaseException):
+        pass
+
+    def interrupt() -> None:
+        raise Interrupted
+
+    inputs = on_gpu(make_inputs("flux"))
+    expected = model.evaluate(inputs)
+
+    def sample() -> None:
+        with ahead():
+            model.evaluate(inputs)
+            model.evaluate(inputs, poll=interrupt)
+
+    with stopped(rank_of(model)):
+        began = time.monotonic()
+        with pytest.raises(Interrupted):
+            sample()
+        torch.cuda.synchronize()
+        assert time.monotonic() - began < 0.1
+    assert torch.equal(model.evaluate(inputs), expected)
+
+
+def test_long_evaluations_are_waited_for(
+    model: RemoteModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that reads a value cannot be cancelled: so it never waits for long."""
+    monkeypatch.setattr("tp_runtime.client.evaluation_times.SHORT_S", 0.0)
+    settled = []
+    settle = Evaluated.settle
+    monkeypatch.setattr(
+        Evaluated, "settle", lambda *args: (settle(*args), settled.append(args[0]))[0]
+    )
+    with ahead():
+        model.evaluate(on_gpu(make_inputs("flux")))
+        assert settled
