@@ -12,7 +12,7 @@ import torch
 from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy.patcher_extension import WrappersMP, get_all_wrappers
 
-from ..tp_runtime.client import RemoteModel, Workload, ahead
+from ..tp_runtime.client import RemoteModel, Workload, ahead, meanwhile
 from .together import Meeting
 
 Conditions = Sequence[list[dict[str, Any]] | None]
@@ -65,13 +65,32 @@ def calc_cond_batch(
     return results
 
 
-def outer_sample(executor: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+def outer_sample(
+    executor: Callable[..., torch.Tensor],
+    noise: torch.Tensor,
+    latent_image: torch.Tensor,
+    sampler: Any,
+    sigmas: torch.Tensor,
+    denoise_mask: torch.Tensor | None = None,
+    callback: Callable[..., object] | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> torch.Tensor:
     """ComfyUI's wrapper `OUTER_SAMPLE`, of a whole sampling with one guider.
 
-    Within, a step may be prepared while the ranks compute the one before.
+    Within, a step is prepared while the ranks compute the one before. A preview would wait for
+    that: it is made while they compute the next.
     """
+
+    def show(*of_step: Any) -> None:
+        assert callback is not None
+        on_gpu = [value for value in of_step if isinstance(value, torch.Tensor) and value.is_cuda]
+        meanwhile(functools.partial(callback, *of_step), *on_gpu)
+
+    shown = None if callback is None else show
+    inputs = (noise, latent_image, sampler, sigmas, denoise_mask, shown, *args)
     with ahead(throw_exception_if_processing_interrupted):
-        return executor(*args, **kwargs)
+        return executor(*inputs, **kwargs)
 
 
 def remote_of(model: Any) -> RemoteModel | None:

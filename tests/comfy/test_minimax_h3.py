@@ -193,7 +193,7 @@ def test_steps_are_recorded_by_the_videos_size(ours: Any, monkeypatch: pytest.Mo
     """The sampler has video and sound in one row, of which `auto` could tell nothing."""
     workloads: list[Any] = []
     monkeypatch.setattr(
-        type(ours.remote), "record_step", lambda _, workload, _ms: workloads.append(workload)
+        type(ours.remote), "_record_step", lambda _, workload, _ms: workloads.append(workload)
     )
     sampled(ours, {})
     assert {one.latent_shape for one in workloads} == {(1, 24, 3, 6, 8)}

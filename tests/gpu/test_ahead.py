@@ -13,7 +13,7 @@ import torch
 from gpu.conftest import Load, make_inputs
 
 from support.tiny_models import write_tiny
-from tp_runtime.client import GroupDiedError, InputError, RemoteModel, ahead
+from tp_runtime.client import GroupDiedError, InputError, RemoteModel, ahead, meanwhile
 from tp_runtime.client.evaluated import Evaluated
 from tp_runtime.client.evaluation_times import FIRST_EVALUATIONS
 
@@ -179,3 +179,18 @@ def test_long_evaluations_are_waited_for(
     with ahead():
         model.evaluate(on_gpu(make_inputs("flux")))
         assert settled
+
+
+def test_a_preview_is_made_while_the_rank_computes_the_next(model: RemoteModel) -> None:
+    inputs = on_gpu(make_inputs("flux"))
+    latents = [inputs["x"] * (1 + index / 8) for index in range(8)]
+    expected = [model.evaluate(inputs | {"x": latent}).cpu() for latent in latents]
+    seen: list[torch.Tensor] = []
+    with ahead():
+        for index, latent in enumerate(latents):
+            found = model.evaluate(inputs | {"x": latent}) * 1.0
+            assert len(seen) == index, "what was left for meanwhile was done"
+            meanwhile(lambda preview=found: seen.append(preview.cpu()), found)
+            assert len(seen) == index, "or it would wait for what is under way"
+    for one, other in zip(seen, expected, strict=True):
+        assert torch.equal(one, other)

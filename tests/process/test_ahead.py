@@ -26,6 +26,7 @@ from tp_runtime.client import (
     RemoteModel,
     Runtime,
     ahead,
+    meanwhile,
 )
 from tp_runtime.client.engine import Engine
 from tp_runtime.client.evaluated import may_be_ahead
@@ -242,6 +243,28 @@ def test_a_scope_within_another_leaves_the_end_to_that(model: RemoteModel, strea
             model.evaluate(ordered(sleep_s=0.5))
         assert not stream.is_idle(within_s=0.05)
     assert stream.is_idle(within_s=0.1)
+
+
+def test_what_is_done_meanwhile(model: RemoteModel) -> None:
+    """While the next evaluation is under way, or at the end; an error of it is the sampler's."""
+    done: list[int] = []
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    def sample() -> None:
+        with ahead():
+            for index in range(3):
+                model.evaluate(make_inputs())
+                assert len(done) == index
+                meanwhile(lambda index=index: done.append(index))
+            meanwhile(fail)
+
+    meanwhile(lambda: done.append(0))
+    assert done.pop() == 0, "without anything under way, at once"
+    with pytest.raises(ZeroDivisionError):
+        sample()
+    assert done == [0, 1, 2]
 
 
 def test_steps_are_recorded_as_the_ranks_took_them(

@@ -63,7 +63,7 @@ from ..wire.protocol import PatchedWeight, WeightPatch
 from ..wire.weight_patches import FUNCTIONS as PATCH_FUNCTIONS
 from ..wire.weight_patches import KINDS as PATCH_KINDS
 from ..wire.weight_patches import PatchError, check_fits
-from .evaluated import ahead
+from .evaluated import ahead, meanwhile
 from .group_report import GroupReport
 from .inspection import checkpoint_info
 from .launch.local import prepare_start
@@ -118,6 +118,7 @@ __all__ = [
     "file_version",
     "get_runtime",
     "inspect_checkpoint",
+    "meanwhile",
     "open_checkpoint",
     "prepare_start",
     "ray_address",

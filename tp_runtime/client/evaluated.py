@@ -18,9 +18,7 @@ import torch
 from .call import Call
 from .poll import Poll
 
-_under_way: contextvars.ContextVar["list[Evaluated] | None"] = contextvars.ContextVar(
-    "evaluations that were asked for ahead", default=None
-)
+_scope: contextvars.ContextVar["_Scope | None"] = contextvars.ContextVar("ahead", default=None)
 
 
 class Evaluated:
@@ -79,23 +77,65 @@ class Evaluated:
             self._then.append(function)
 
 
+class _Scope:
+    """What a thread has asked for ahead, and what it is going to do meanwhile."""
+
+    def __init__(self) -> None:
+        self.under_way: list[Evaluated] = []
+        self.later: list[Callable[[], object]] = []
+
+
 def may_be_ahead() -> bool:
     """Whether this thread takes results that are not computed yet."""
-    return _under_way.get() is not None
+    return _scope.get() is not None
 
 
 def is_ahead(evaluated: Evaluated) -> None:
     """Note an evaluation of this thread as one that ``ahead`` has to settle."""
-    under_way = _under_way.get()
-    assert under_way is not None, "nobody would settle it"
-    under_way.append(evaluated)
+    scope = _scope.get()
+    assert scope is not None, "nobody would settle it"
+    scope.under_way.append(evaluated)
 
 
 def settle_all(poll: Poll | None = None) -> None:
     """Settle what this thread has asked for ahead: the next request may use its places."""
-    under_way = _under_way.get() or []
-    while under_way:
-        under_way.pop(0).settle(poll)
+    scope = _scope.get()
+    while scope is not None and scope.under_way:
+        scope.under_way.pop(0).settle(poll)
+
+
+def meanwhile(function: Callable[[], object], *tensors: torch.Tensor) -> None:
+    """Call it while the ranks compute the next evaluation; at once, if they are not computing one.
+
+    A function that reads tensors of the evaluation under way would wait for it, and its thread
+    could not ask for the next. ``tensors``: those of a GPU that it reads. It is called with a
+    stream of its own, in which they are what they are now.
+    """
+    scope = _scope.get()
+    if scope is None or not scope.under_way:
+        function()
+        return
+    computed = {t.device: torch.cuda.current_stream(t.device).record_event() for t in tensors}
+
+    def call() -> None:
+        with contextlib.ExitStack() as streams:
+            for device, event in computed.items():
+                stream = torch.cuda.Stream(device)
+                stream.wait_event(event)
+                streams.enter_context(torch.cuda.stream(stream))
+                for tensor in tensors:
+                    if tensor.device == device:  # its memory is not used again before
+                        tensor.record_stream(stream)
+            function()
+
+    scope.later.append(call)
+
+
+def do_meanwhile() -> None:
+    """Do what was left for the time in which the ranks compute: now they do, or have nothing to."""
+    scope = _scope.get()
+    while scope is not None and scope.later:
+        scope.later.pop(0)()
 
 
 @contextlib.contextmanager
@@ -108,12 +148,13 @@ def ahead(poll: Poll | None = None) -> Iterator[None]:
     if may_be_ahead():
         yield
         return
-    under_way: list[Evaluated] = []
-    token = _under_way.set(under_way)
+    scope = _Scope()
+    token = _scope.set(scope)
     try:
         yield
         settle_all(poll)
+        do_meanwhile()
     finally:
-        for evaluated in under_way:  # an error, or a cancel
+        for evaluated in scope.under_way:  # an error, or a cancel
             evaluated.give_up()
-        _under_way.reset(token)
+        _scope.reset(token)

@@ -11,7 +11,7 @@ from ..errors import GroupClosedError, GroupLostError, TPRuntimeError
 from . import failures
 from .call import OnProgress
 from .engine import Engine
-from .evaluated import Evaluated, settle_all
+from .evaluated import Evaluated, do_meanwhile, settle_all
 from .group_report import GroupReport, rank_reports
 from .group_state import State
 from .poll import Poll, acquired
@@ -118,7 +118,8 @@ class Group:
     ) -> Evaluated:
         """Evaluate a model; see ``Engine.evaluate``. What has changed since ``use`` is made good.
 
-        Before, what this thread has asked for ahead is settled.
+        Before, what this thread has asked for ahead is settled; while the ranks compute, it does
+        what it has left for ``meanwhile``.
 
         If the group has failed before the request could be sent, whoever's request it failed of,
         that is done on a new group: once after each ``use``, so not again and again in a sampling.
@@ -129,6 +130,7 @@ class Group:
         settle_all(poll)
         evaluated = _again_if_lost(lambda: self._evaluate(model, asked, poll))
         evaluated.when_settled(lambda: self._note_time(evaluated))
+        do_meanwhile()
         return evaluated
 
     def _note_time(self, evaluated: Evaluated) -> None:
