@@ -12,7 +12,7 @@ import msgspec
 from ..config import ModelSpec
 from ..errors import ProtocolError
 
-VERSION = 6
+VERSION = 7
 MAX_FRAME_BYTES = 16 * 2**20  # a frame holds no tensor data, only references to it: but a Piece
 PIECE_BYTES = 2**20  # at most, of a Piece
 # Inputs that differ at every evaluation; all others are constant over a generation as a rule.
