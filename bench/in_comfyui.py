@@ -17,6 +17,7 @@ The ranks' Python is `TP_RUNTIME_PYTHON`, else ComfyUI's. Rows are added to the 
 import argparse
 import functools
 import importlib.metadata
+import itertools
 import json
 import os
 import signal
@@ -38,11 +39,21 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-from bench.dummy import dummy_file, sizes_of
+from bench.dummy import WEIGHTS, dummy_file, sizes_of
 from bench.extents import Extent
 from tp_runtime.models import families, family_named
 
-COLUMNS = ["model", "layout", "cfg", "side", "batch", "ms_step", "error", "first_prompt_s"]
+COLUMNS = [
+    "model",
+    "weights",
+    "layout",
+    "cfg",
+    "side",
+    "batch",
+    "ms_step",
+    "error",
+    "first_prompt_s",
+]
 START_S, PROMPT_S, STOP_S = 180, 600, 30
 # A node pack of one file.
 NODES = """
@@ -260,9 +271,9 @@ def gpu_memory(server_pid: int) -> dict[str, float]:
     return dict(sorted(found.items()))
 
 
-def rows_of(args: argparse.Namespace, model: str) -> Iterator[dict[str, Any]]:
-    """The rows of a model as they are measured; of a layout that fails, one with its ``failed``."""
-    file = dummy_file(model, args.folder, args.small)
+def rows_of(args: argparse.Namespace, model: str, weights: str) -> Iterator[dict[str, Any]]:
+    """The rows of a file as they are measured; of a layout that fails, one with its ``failed``."""
+    file = dummy_file(model, args.folder, args.small, weights)
     tokens = args.tokens or [family_named(model).text_tokens]
     stock: list[torch.Tensor] = []
     with comfyui(args, model, file) as server:
@@ -272,6 +283,7 @@ def rows_of(args: argparse.Namespace, model: str) -> Iterator[dict[str, Any]]:
         known |= {of: importlib.metadata.version(of) for of in ("torch", "vllm", "diffusers")}
         known |= {
             "model": model,
+            "weights": weights,
             "cfg": args.cfg or (1.0 if "guidance" in family_named(model).published.inputs else 4.0),
         }
         known |= {"side": args.side.side, "batch": args.batch, "texts": [tokens[0], tokens[-1]]}
@@ -309,6 +321,7 @@ def main() -> int:
     add("--short-steps", type=int, default=4)
     add("--repeats", type=int, default=3)
     add("--previews", choices=["none", "latent2rgb"], default="none")
+    add("--weights", nargs="+", choices=WEIGHTS, default=["bf16"], help="ComfyUI 0.33 for others")
     add("--small", action="store_true", help="tiny models, to see that it works")
     add("--cpu", action="store_true", help="no GPU, for ComfyUI and the ranks")
     add("--comfyui", type=Path, default=Path(os.environ.get("COMFYUI_PATH", ".comfyui")))
@@ -322,8 +335,8 @@ def main() -> int:
         command = ["git", "-C", str(args.pack), "rev-parse", "--short", "HEAD"]
         args.commit = subprocess.check_output(command, text=True).strip()
     rows = []
-    for model in args.models:
-        for row in rows_of(args, model):
+    for model, weights in itertools.product(args.models, args.weights):
+        for row in rows_of(args, model, weights):
             rows.append(row)
             print(json.dumps(row), flush=True)
             if args.out and "failed" not in row:

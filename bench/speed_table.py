@@ -18,13 +18,14 @@ SIDE = 1024
 def newest_rows() -> dict[tuple[str, float], dict[str, dict[str, Any]]]:
     """By model and CFG: layout → its newest row, with the ``stock_ms`` of the same run.
 
-    Pictures of ``SIDE`` x ``SIDE`` pixels, one at a time, without previews.
+    Pictures of ``SIDE`` x ``SIDE`` pixels, one at a time, bf16 files, without previews.
     """
     found: dict[tuple[str, float], dict[str, dict[str, Any]]] = {}
     for path in sorted(RESULTS.glob("*-comfyui.json")):
         stock_ms: dict[tuple[str, float], float] = {}
         for row in json.loads(path.read_text()):
-            if (row["side"], row["batch"], row["previews"]) == (SIDE, 1, "none"):
+            plain = row.get("weights", "bf16") == "bf16" and row["previews"] == "none"
+            if plain and (row["side"], row["batch"]) == (SIDE, 1):
                 key = row["model"], row["cfg"]
                 if row["layout"] == "stock":
                     stock_ms[key] = row["ms_step"]
