@@ -16,6 +16,7 @@ field `error`, a sentence for a person.
 """
 
 import asyncio
+import contextlib
 import functools
 import logging
 import sys
@@ -30,7 +31,15 @@ from typing import Any, TypeVar
 from aiohttp import web
 from comfy.cli_args import args
 
-from ..tp_runtime.client import OwnPython, TPRuntimeError, examine, get_runtime, runtime_python
+from ..tp_runtime.client import (
+    GroupStartError,
+    OwnPython,
+    TPRuntimeError,
+    examine,
+    get_runtime,
+    prepare_start,
+    runtime_python,
+)
 from .checkpoint_loader import checkpoint_path
 from .gpu_count import refused_counts
 from .loader import model_path
@@ -149,7 +158,17 @@ async def _gpu_counts(request: web.Request) -> Any:
         if path is None:
             raise _Refusal(404, f"There is no model {name!r} in ComfyUI's folders.")
     inputs = {key: request.query[key] for key in ("devices", "where") if key in request.query}
-    return await _in_thread(refused_counts, path, Placement(**inputs))
+    placement = Placement(**inputs)
+    counts = await _in_thread(refused_counts, path, placement)
+    if path is not None and placement.where != "ray":
+        # Somebody looks at a loader with its file: likely to run it soon.
+        await _in_thread(_prepare_start)
+    return counts
+
+
+def _prepare_start() -> None:
+    with contextlib.suppress(GroupStartError):  # a setting is wrong, as a start will say
+        prepare_start(runtime_python(python_setting()))
 
 
 async def _doctor(_request: web.Request) -> Any:

@@ -24,8 +24,13 @@ def server(tiny_z_image: Path) -> Iterator[ComfyServer]:
         yield server
 
 
+def fork_servers(server: ComfyServer) -> list[psutil.Process]:
+    return [child for child in server.children() if is_marked(child, SERVER_MARK)]
+
+
 def fork_server(server: ComfyServer) -> psutil.Process:
-    (found,) = (child for child in server.children() if is_marked(child, SERVER_MARK))
+    wait_until(lambda: bool(fork_servers(server)), otherwise="no fork server was started")
+    (found,) = fork_servers(server)
     return found
 
 
@@ -42,5 +47,15 @@ def test_by_the_loader(server: ComfyServer) -> None:
     wait_until(lambda: not before.is_running(), otherwise=f"{before} still runs")
     prompt = {"loader": tp_loader(MODEL, 1), "info": node("TPRuntimeInfo", anything=["loader", 0])}
     server.run(prompt)
+    assert fork_server(server) != before
+    assert not server.ranks()
+
+
+def test_by_a_page_that_shows_a_loader(server: ComfyServer) -> None:
+    """It asks which counts the loader's file can have, long before somebody runs the workflow."""
+    before = fork_server(server)
+    before.kill()
+    wait_until(lambda: not before.is_running(), otherwise=f"{before} still runs")
+    server.post(f"/tensor_parallel/gpu_counts?unet_name={MODEL}", {})
     assert fork_server(server) != before
     assert not server.ranks()
