@@ -10,8 +10,8 @@ With ``settings``, the only place where the package reads environment variables 
                                less in evaluations whose time is known (``evaluation_times``)
 ``TP_RUNTIME_HOST_RESERVE``    share of the memory, of the host or its container, that sleeping
                                models leave free (default 0.125)
-``TP_RUNTIME_GPU_MEMORY``      GiB that a model's weights may take on each GPU; the others stay in the
-                               host's memory and are read at every use (default: what the GPU
+``TP_RUNTIME_GPU_MEMORY``      GiB that a model's weights may take on each GPU; the rest stays in
+                               the host's memory and is read at every use (default: what the GPU
                                has, less room)
 ``TP_RUNTIME_ATTENTION``       the ranks' attention on GPUs: auto (measured; the default), fixed
                                (flash3 if the GPU has it, else cudnn), flash3, cudnn, or sdpa
@@ -72,13 +72,13 @@ def gpu_memory() -> int:
         gib = -1.0
     if not 0 <= gib < math.inf or (text and not gib):
         raise TPRuntimeError(
-            f"TP_RUNTIME_GPU_MEMORY={text!r}: give GiB above 0, such as 8 or 7.5, or leave it unset."
+            f"TP_RUNTIME_GPU_MEMORY={text!r}: give GiB above 0, such as 7.5, or leave it unset."
         )
     return int(gib * 2**30)
 
 
 def fitting_weights(total_bytes: int) -> int:
-    """Bytes of weights for which a device with so much memory has room, if nothing else is there."""
+    """Bytes of weights for which a device with so much memory has room, if it is empty."""
     return max(0, int((total_bytes - ROOM_BYTES) / ROOM_FACTOR))
 
 
@@ -288,6 +288,8 @@ class GroupConfig:
             return self.gpu_memory
         import torch
 
+        if not torch.cuda.is_available():
+            return 0
         totals = [torch.cuda.get_device_properties(gpu).total_memory for gpu in self.devices]
         return fitting_weights(min(totals))
 

@@ -38,8 +38,8 @@ class _Resident:
     """A model that the ranks hold.
 
     ``rank_bytes``: of its shards on each rank's device; None while it is being loaded, and if the
-    caller gave up waiting for that. ``streamed_bytes``: those that are with the host. ``version``: of the patches that it has or, if the caller gave up
-    waiting for them, will have.
+    caller gave up waiting for that. ``streamed_bytes``: those that are with the host. ``version``:
+    of the patches that it has or, if the caller gave up waiting for them, will have.
     """
 
     rank_bytes: list[int] | None = None
@@ -232,14 +232,16 @@ class Residency:
         """Have the host's memory take what is streamed of a model; raises SizeError."""
         config, share = self.engine.config, model.planned_streaming()
         needed = share * config.num_ranks
-        if needed and not self._host_has_room(needed, poll):
-            raise SizeError(
-                f"Of {model.info.label}, {share / _GIB:.1f} GiB for each of {config.num_ranks} GPUs "
-                f"must stay in the host's memory, since a GPU may hold {config.weight_limit / _GIB:.1f}"
-                f" GiB of its weights; but the host has {machine.memory().available / _GIB:.1f} GiB "
-                f"left, and keeps {host_reserve():.1%} of all it has free (TP_RUNTIME_HOST_RESERVE). "
-                "Choose more GPUs or a quantised file, or free some of the host's memory."
-            )
+        if not needed or self._host_has_room(needed, poll):
+            return
+        memory = machine.memory()
+        raise SizeError(
+            f"A GPU may hold {config.weight_limit / _GIB:.2f} GiB of {model.info.label}'s weights, "
+            f"so {share / _GIB:.2f} GiB for each of {config.num_ranks} must stay in the host's "
+            f"memory. It has {memory.available / _GIB:.2f} GiB left, of which "
+            f"{host_reserve() * memory.total / _GIB:.2f} GiB stay free (TP_RUNTIME_HOST_RESERVE). "
+            "Choose more GPUs or a quantised file, or close what takes the memory."
+        )
 
     def _host_has_room(self, needed: int, poll: Poll | None) -> bool:
         """Whether the host can take so many bytes; frees models that have slept for it.

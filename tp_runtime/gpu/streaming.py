@@ -72,7 +72,7 @@ class LayerStream:
         self.to_device()
 
     def to_device(self) -> None:
-        """Take the ring's memory. It lies where it did not lie before: nothing recorded is valid."""
+        """Take the ring's memory, perhaps at another address: what was recorded is not valid."""
         self._ring = torch.empty(self.ring_bytes, dtype=torch.uint8, device=self._device)
 
     def leave_device(self) -> None:

@@ -42,8 +42,8 @@ class StoredWeight:
 class PatchedWeights:
     """Changes weights in place, and back: a captured graph that reads them stays valid.
 
-    ``parts_of(rank)``: the slices that a rank holds, and their places. ``device``: where new weights
-    are computed; the places of streamed layers are in the host's memory. How the own slices were
+    ``parts_of(rank)``: the slices that a rank holds, and their places. ``device``: where new
+    weights are computed; the places of streamed layers are with the host. How the own slices were
     before is kept in the host's memory for as long as any weight is patched.
     """
 

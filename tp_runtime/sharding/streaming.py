@@ -1,4 +1,4 @@
-"""Which layers of a rank's shard lie in the host's memory, where its device cannot hold them all."""
+"""Which layers of a rank's shard stay in the host's memory, if its device cannot hold them all."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
