@@ -87,6 +87,8 @@ def measured() -> list[Measured]:
                 continue  # diffusers alone; no GPU; operations as written
             if row.get("weights", "bf16") != "bf16" or (row.get("sequence_size") or 1) > 1:
                 continue  # products with quantised weights, and sharing tokens, are not predicted
+            if row.get("streamed_gib"):
+                continue  # nor is reading weights from the host's memory
             link = replace(NVLINK, fused=row["commit"] not in THROUGH_NCCL or row["tp"] == 1)
             case = Case(
                 row["model"],

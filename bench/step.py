@@ -17,6 +17,9 @@ compute in fp32 on one GPU, which must hold the model so; `noise` is the error o
 against that. A row whose error is above 3e-2, and above twice its noise if that is known, is marked
 WRONG, and the exit status is 1: its times are no result.
 
+`--gpu-memory`: what each GPU may hold of the weights; the rest is streamed from the host's memory
+(`streamed_gib` of a GPU's). Only the measured group has the limit, not what it is compared with.
+
 `--weights`: of the blocks' linears, in a file as ComfyUI has them. "As it is written" is then with
 the weights dequantised; products in int8 or fp8 also round what is multiplied with them, and their
 error may be up to 1e-1.
@@ -80,6 +83,7 @@ COLUMNS = [
     "load_s",
     "first_s",
     "weights_gib",
+    "streamed_gib",
     "peak_gib",
 ]
 
@@ -188,12 +192,14 @@ def measure(
     cases: dict[tuple[Extent, int], Case],
 ) -> list[dict[str, Any]]:
     """The rows of one model on one group."""
-    runtime = Runtime()
+    runtime, group = Runtime(), GroupConfig.of_layout(layout)
+    if args.gpu_memory is not None:
+        group = dataclasses.replace(group, gpu_memory=int(args.gpu_memory * GIB))
     rows = []
     try:
         remote = runtime.model(
             ModelSpec.of(str(path), "bfloat16", "bfloat16", args.optimize),
-            GroupConfig.of_layout(layout),
+            group,
         )
         started = time.perf_counter()
         began: list[float] = []  # to read: then the ranks were up
@@ -208,6 +214,7 @@ def measure(
                 "side": extent.side,
                 "batch": batch,
                 "optimize": args.optimize,
+                "gpu_memory_gib": args.gpu_memory,
                 "start_s": round(began[0] - started, 1),
                 "load_s": round(loaded - began[0], 1),
                 "floor_ratio": None,
@@ -263,6 +270,9 @@ def _time_steps(remote: RemoteModel, runtime: Runtime, case: Case, steps: int) -
         "first_s": round(first / 1000, 1),
         "weights_gib": round(
             max(sum(m["resident_bytes"] for m in r["models"].values()) for r in ranks) / GIB, 3
+        ),
+        "streamed_gib": round(
+            max(sum(m["streamed_bytes"] for m in r["models"].values()) for r in ranks) / GIB, 3
         ),
         "peak_gib": round(max(r["memory"].get("peak_bytes", 0) for r in ranks) / GIB, 2),
     }
@@ -358,6 +368,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=["bf16"])
     parser.add_argument("--optimize", choices=["auto", "off"], default="auto")
+    parser.add_argument(
+        "--gpu-memory",
+        type=float,
+        metavar="GIB",
+        help="of weights that each GPU may hold (default: as many as fit)",
+    )
     parser.add_argument("--small", action="store_true", help="tiny models, to see that it works")
     parser.add_argument("--exact", action="store_true", help="find the noise of bf16, too")
     parser.add_argument("--diffusers", action="store_true", help="measure diffusers, too")

@@ -18,7 +18,7 @@ from ..tp_runtime.client import (
 from .gpu_count import CHOICES, choose_group
 from .layouts import LAYOUTS
 from .model import load_model
-from .notices import warnings_of_node
+from .notices import warn_of_streaming, warnings_of_node
 from .patcher import TPModelPatcher
 from .placement import AUTO, HERE, Placement
 from .schema import advanced, check_choice
@@ -182,6 +182,7 @@ def load(
     )
     dtype, fp8_products = _DTYPES[weight_dtype]
     model = load_model(path, dtype, group, placement, optimize, fp8_products)
+    warn_of_streaming(model.remote, warnings)
     # Ready, or nearly so, when the text encoder has run.
     if group.where != "ray":
         prepare_start(group.python)

@@ -29,6 +29,23 @@ def warnings_of_node(node_id: str | None) -> Callable[[str], None]:
     return warn
 
 
+def warn_of_streaming(remote: RemoteModel, warn: Callable[[str], None]) -> None:
+    """Warn that the model's GPUs cannot hold all of its weights, if that is so."""
+    streamed = remote.planned_streaming()
+    if streamed:
+        held = remote.planned_bytes()
+        warn(
+            f"{remote.info.label} does not fit on its GPUs: of each one's part of the weights, "
+            f"{_gibibytes(held + streamed)}, about {_gibibytes(streamed)} stay in the host's "
+            "memory and are read at every step, which is slower. More GPUs or a quantised file "
+            "may hold all of it."
+        )
+
+
+def _gibibytes(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
+
+
 def _show_warning(node_id: str | None, text: str) -> None:
     server = comfy_server()
     if server is not None and None not in (server.client_id, node_id):

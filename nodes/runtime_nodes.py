@@ -103,8 +103,10 @@ def _summary(report: GroupReport) -> str:
     lines = [f"{num_ranks} {kind}{plural}{groups}: {report.error or report.state}"]
     for name, model in report.models.items():
         size = f"{max(model['bytes'] or [0]) / 2**30:.2f} GiB each"
+        streamed = max(model["streamed"] or [0])
+        more = f" + {streamed / 2**30:.2f} GiB in the host's memory" if streamed else ""
         asleep = ", asleep" if model["asleep"] else ""
-        lines.append(f"{name.partition('@')[0]}: {size}{asleep}")
+        lines.append(f"{name.partition('@')[0]}: {size}{more}{asleep}")
     if report.step_ms is not None:
         lines.append(f"{report.step_ms:.0f} ms per step")
     return "\n".join(lines)

@@ -7,10 +7,9 @@ import comfy.model_management
 import comfy.samplers
 from comfy_api.latest import io
 
-from ..tp_runtime.client import GroupConfig
 from .gpu_count import CHOICES, choose_group
 from .model import on_group
-from .notices import warnings_of_node
+from .notices import warn_of_streaming, warnings_of_node
 from .patcher import TPModelPatcher
 from .schema import check_choice, tp_schema
 from .unsupported import UnsupportedFeatureError
@@ -129,7 +128,7 @@ class TPSampler(io.ComfyNode):
                 "TP Sampler got a model from another loader. Load it with 'Load Diffusion Model "
                 "(TP)' or 'Load Checkpoint (TP)', or sample it with KSampler."
             )
-        model = on_group(model, cls._group(model, gpu_count))
+        model = cls._on_group(model, gpu_count)
         samples = nodes.common_ksampler(
             model,
             seed,
@@ -145,12 +144,16 @@ class TPSampler(io.ComfyNode):
         return io.NodeOutput(*samples)
 
     @classmethod
-    def _group(cls, model: TPModelPatcher, gpu_count: str) -> GroupConfig:
+    def _on_group(cls, model: TPModelPatcher, gpu_count: str) -> TPModelPatcher:
         if gpu_count == _FROM_MODEL:
-            return model.remote.group_config
-        return choose_group(
+            return model
+        warn = warnings_of_node(cls.hidden.unique_id)
+        group = choose_group(
             dataclasses.replace(model.model.tp_placement, gpu_count=gpu_count),
             model.remote.info,
-            warnings_of_node(cls.hidden.unique_id),
+            warn,
             comfy.model_management.throw_exception_if_processing_interrupted,
         )
+        model = on_group(model, group)
+        warn_of_streaming(model.remote, warn)
+        return model

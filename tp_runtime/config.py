@@ -10,6 +10,9 @@ With ``settings``, the only place where the package reads environment variables 
                                less in evaluations whose time is known (``evaluation_times``)
 ``TP_RUNTIME_HOST_RESERVE``    share of the memory, of the host or its container, that sleeping
                                models leave free (default 0.125)
+``TP_RUNTIME_GPU_MEMORY``      GiB that a model's weights may take on each GPU; the rest stays in
+                               the host's memory and is read at every use (default: what the GPU
+                               has, less room)
 ``TP_RUNTIME_ATTENTION``       the ranks' attention on GPUs: auto (measured; the default), fixed
                                (flash3 if the GPU has it, else cudnn), flash3, cudnn, or sdpa
                                (torch's choice)
@@ -58,6 +61,25 @@ def _number(name: str, default: float) -> float:
     if not 0 < value < math.inf:
         raise TPRuntimeError(f"{name}={text!r}: give a number of seconds above 0.")
     return value
+
+
+def gpu_memory() -> int:
+    """Bytes that a model's weights may take on each device; 0: as many as fit."""
+    text = os.environ.get("TP_RUNTIME_GPU_MEMORY", "")
+    try:
+        gib = float(text or 0)
+    except ValueError:
+        gib = -1.0
+    if not 0 <= gib < math.inf or (text and not gib):
+        raise TPRuntimeError(
+            f"TP_RUNTIME_GPU_MEMORY={text!r}: give GiB above 0, such as 7.5, or leave it unset."
+        )
+    return int(gib * 2**30)
+
+
+def fitting_weights(total_bytes: int) -> int:
+    """Bytes of weights for which a device with so much memory has room, if it is empty."""
+    return max(0, int((total_bytes - ROOM_BYTES) / ROOM_FACTOR))
 
 
 def ray_address() -> str:
@@ -192,7 +214,8 @@ class GroupConfig:
     ``devices`` are indices among the CUDA devices visible to this process, one per rank;
     empty on CPU, and on Ray, which chooses them. Timeouts are in seconds. ``ray_address``: the
     cluster's, ``host:port``; empty: one is started on this machine. ``reproducible``: attention is
-    computed by a kernel that was not chosen by its speed.
+    computed by a kernel that was not chosen by its speed. ``gpu_memory``: bytes that the weights of
+    a model may take on each device; 0: as many as fit.
     """
 
     tp_size: int
@@ -208,6 +231,7 @@ class GroupConfig:
     where: Where = "this machine"
     ray_address: str = ""
     reproducible: bool = False
+    gpu_memory: int = field(default_factory=gpu_memory)
 
     def __post_init__(self) -> None:
         if not 1 <= self.tp_size <= MAX_TP_SIZE:
@@ -256,6 +280,18 @@ class GroupConfig:
         if self.device == other.device == "cpu":
             return True
         return not set(self.devices).isdisjoint(other.devices)
+
+    @property
+    def weight_limit(self) -> int:
+        """Bytes that weights may take on the device of each rank; 0: it is not known here."""
+        if self.gpu_memory or not self.devices:
+            return self.gpu_memory
+        import torch
+
+        if not torch.cuda.is_available():
+            return 0
+        totals = [torch.cuda.get_device_properties(gpu).total_memory for gpu in self.devices]
+        return fitting_weights(min(totals))
 
     @property
     def attention(self) -> AttentionKernel:
@@ -366,6 +402,7 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     variable. The file descriptors are the rank's own, and so is the ``rendezvous`` of ranks of one
     machine; it learns of them when it gets them. ``mirrored``: its exchange memory is not the
     engine's. ``kernel_choices``: the file of what was fastest on its machine; empty: none is kept.
+    ``weight_limit``: bytes of weights that its device may hold; 0: as many as fit, less room.
     """
 
     rank: int
@@ -380,6 +417,7 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     fault_file: str = ""
     attention: AttentionKernel = "auto"
     kernel_choices: bytes = b""  # a path may be no UTF-8
+    weight_limit: int = 0
     environment: list[tuple[bytes, bytes | None]] = []
     control_fd: int = -1
     exchange_fd: int = -1

@@ -144,12 +144,15 @@ function deviceRow(rank) {
   return row;
 }
 
-function modelRow([name, { bytes, asleep }]) {
-  const size = bytes ? text("each", { size: gibibytes(Math.max(...bytes)) }) : text("loading");
+function modelRow([name, { bytes, streamed, asleep }]) {
+  const facts = [bytes ? text("each", { size: gibibytes(Math.max(...bytes)) }) : text("loading")];
+  const inHost = Math.max(...(streamed ?? [0]));
+  if (inHost) facts.push(text("streamed", { size: gibibytes(inHost) }));
+  if (asleep) facts.push(text("asleep"));
   const file = name.replace(/@\w+$/, "");
   return element("li", {}, [
     element("span", { textContent: file, title: file }),
-    element("span", { textContent: asleep ? `${size} · ${text("asleep")}` : size }),
+    element("span", { textContent: facts.join(" · ") }),
   ]);
 }
 

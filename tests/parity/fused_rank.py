@@ -1,9 +1,10 @@
 """One CPU rank that computes a step twice: as written, and as on a GPU with fused kernels.
 
-    TRITON_INTERPRET=1 python fused_rank.py RANK LAYOUT FOLDER
+    TRITON_INTERPRET=1 python fused_rank.py RANK LAYOUT FOLDER WEIGHT_LIMIT
 
 The kernels run in Triton's interpreter, on buffers in memory that the ranks of a batch group share,
 at another address in each. The first rank of batch group N saves both results of the N-th inputs.
+WEIGHT_LIMIT: bytes of weights that its device may hold; 0: all of them.
 Reads `model.safetensors` and `inputs.pt` (a list) in FOLDER.
 """
 
@@ -67,11 +68,14 @@ def main() -> None:
     with membership.tensor_parallel_group(config), torch.inference_mode():
         parallel_state.get_tp_group().barrier()
         spec = ModelSpec.of(str(folder / "model.safetensors"), "float32", "float32")
-        forward = load_model(spec, device, config.tp_rank, config.tp_size, lambda *_: None).forward
+        place, limit = (device, config.tp_rank, config.tp_size), int(sys.argv[4])
+        model = load_model(spec, *place, lambda *_: None, weight_limit=limit)
+        assert (model.streamed_bytes > 0) == (limit > 0)
+        forward = model.forward
         results = {"written": _own(forward(dict(inputs), "written"))}
         SharedMemoryReduction.folder = folder
         forward._reduction = SharedMemoryReduction(torch.device("cpu"))
-        forward.run = functools.partial(_optimised, forward.evaluate)  # and condition as written
+        forward.run = functools.partial(_optimised, forward.run)  # and condition as written
         results["fused"] = _own(forward(dict(inputs), "fused"))
         assert forward._reduction._buffers, "the fused kernels were not used"
         if config.tp_rank == 0:

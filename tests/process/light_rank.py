@@ -40,6 +40,7 @@ def _load(
     report_progress: Callable[[int, int], None],
     attention: str,
     kernel_choices: str,
+    weight_limit: int,
 ) -> SimpleNamespace:
     shapes = set()
 
@@ -70,6 +71,7 @@ def _load(
     return SimpleNamespace(
         forward=forward,
         resident_bytes=100,
+        streamed_bytes=0,
         bytes_read=100,
         asleep=False,
         weights=(),

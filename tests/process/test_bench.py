@@ -107,3 +107,15 @@ def test_a_wrong_batch_group_is_found(
     )
     table = capsys.readouterr().out.splitlines()[-4:]
     assert [line.endswith("WRONG") for line in table] == [False, False, True, True]
+
+
+def test_a_limit_of_what_gpus_hold(tmp_path: Path) -> None:
+    """Of the measured group, which then streams; nothing is lost."""
+    unlimited, limited = tmp_path / "unlimited", tmp_path / "limited"
+    for folder, options in ((unlimited, []), (limited, ["--gpu-memory", "0.02"])):
+        folder.mkdir()
+        status, (row,) = measured(folder, "--models", "z_image", "--tp", "1", *options)
+        assert (status, row["error"]) == (0, 0)
+        assert (row["streamed_gib"] > 0) == (folder == limited)
+        assert row["gpu_memory_gib"] == (0.02 if folder == limited else None)
+    assert row["weights_gib"] <= 0.02

@@ -2,8 +2,10 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tp_runtime import config
 from tp_runtime.config import GroupConfig, ModelSpec
@@ -164,3 +166,28 @@ def test_which_groups_are_in_each_others_way() -> None:
     assert cluster.meets(GroupConfig(4, "cuda", where="ray", ray_address="10.0.0.1:6379"))
     assert not cluster.meets(GroupConfig(4, "cuda", where="ray", ray_address="10.0.0.2:6379"))
     assert not cluster.meets(first)
+
+
+def test_what_gpus_may_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert GroupConfig(1, "cpu").weight_limit == 0
+    monkeypatch.setenv("TP_RUNTIME_GPU_MEMORY", "7.5")
+    group = GroupConfig(1, "cpu")
+    assert group.weight_limit == group.gpu_memory == 7.5 * 2**30
+    assert dataclasses.replace(group, gpu_memory=0) != group
+    for text in ("0", "-1", "8 GiB", "nan", "inf"):
+        monkeypatch.setenv("TP_RUNTIME_GPU_MEMORY", text)
+        with pytest.raises(TPRuntimeError, match=f"'{text}': give GiB above 0"):
+            config.gpu_memory()
+
+
+def test_what_gpus_have_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest decides, and a tenth and a GiB stay free, as ComfyUI leaves them."""
+    sizes = [24 * 2**30, 12 * 2**30]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda gpu: SimpleNamespace(total_memory=sizes[gpu])
+    )
+    assert GroupConfig(2, "cuda", (0, 1)).weight_limit == 10 * 2**30
+    assert GroupConfig(1, "cuda", (0,)).weight_limit == int(23 * 2**30 / 1.1)
+    assert GroupConfig(1, "cuda", (0,), gpu_memory=5).weight_limit == 5
+    assert GroupConfig(1, "cuda", where="ray").weight_limit == 0

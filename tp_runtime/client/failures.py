@@ -148,11 +148,14 @@ def _no_memory(
     found = ((_ASKED, "asked for"), (_HELD, "held"))
     matches = [(pattern.search(failed.message), word) for pattern, word in found]
     amounts = ", ".join(f"{match[1]} {word}" for match, word in matches if match)
+    streaming = ""
+    if config.device == "cuda":
+        streaming = ", or have less of the weights on each GPU (TP_RUNTIME_GPU_MEMORY)"
     return RankMemoryError(
         f"Rank {rank.index} ran out of memory on {place}{_during(doing)} "
         f"({amounts or failed.message}). Use more GPUs (gpu_count), a smaller size or batch, or a "
-        "model file in fp8. The group was ended, which freed what it held; the next request "
-        f"starts a new one. Log: {rank.log_path}"
+        f"model file in fp8{streaming}. The group was ended, which freed what it held; the next "
+        f"request starts a new one. Log: {rank.log_path}"
     )
 
 

@@ -164,6 +164,18 @@ class RemoteModel:
 
     def planned_bytes(self) -> int:
         """Bytes that the weights will take on each rank's device, to within a few percent."""
+        return self._share_bytes() - self.planned_streaming()
+
+    def planned_streaming(self) -> int:
+        """Bytes that stay in the host's memory for each rank, to within a few percent.
+
+        0 on a Ray cluster, where it is not known how much memory the GPUs have, unless they were
+        given a limit.
+        """
+        limit = self.group_config.weight_limit
+        return max(0, self._share_bytes() - limit) if limit else 0
+
+    def _share_bytes(self) -> int:
         itemsize = dtype_of(self.spec.weight_dtype).itemsize
         return self.info.weight_bytes(itemsize) // self.group_config.tp_size
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from .. import machine
 from ..config import ROOM_BYTES, ROOM_FACTOR, host_reserve
-from ..errors import CheckpointError, InputError
+from ..errors import CheckpointError, InputError, SizeError
 from ..wire.protocol import Load, Report, Sleep, Wake
 from .call import OnProgress
 from .engine import Engine
@@ -20,6 +20,9 @@ from .poll import Poll
 
 if TYPE_CHECKING:
     from .remote_model import RemoteModel
+
+
+_GIB = 2**30
 
 
 class Neighbour(Protocol):
@@ -34,12 +37,13 @@ class Neighbour(Protocol):
 class _Resident:
     """A model that the ranks hold.
 
-    ``rank_bytes``: of its shards on each rank; None while it is being loaded, and if the caller
-    gave up waiting for that. ``version``: of the patches that it has or, if the caller gave up
-    waiting for them, will have.
+    ``rank_bytes``: of its shards on each rank's device; None while it is being loaded, and if the
+    caller gave up waiting for that. ``streamed_bytes``: those that are with the host. ``version``:
+    of the patches that it has or, if the caller gave up waiting for them, will have.
     """
 
     rank_bytes: list[int] | None = None
+    streamed_bytes: list[int] | None = None
     asleep: bool = False
     version: Hashable = None
 
@@ -71,9 +75,15 @@ class Residency:
     # --- what is known, without asking the ranks --------------------------------------------------
 
     def report(self) -> dict[str, dict[str, Any]]:
-        """Name of each model → ``bytes`` on each rank (None while it loads) and ``asleep``."""
+        """Name of each model → ``bytes`` on each rank, ``streamed`` (both None while it loads) and
+        ``asleep``.
+        """
         return {
-            name: {"bytes": resident.rank_bytes, "asleep": resident.asleep}
+            name: {
+                "bytes": resident.rank_bytes,
+                "streamed": resident.streamed_bytes,
+                "asleep": resident.asleep,
+            }
             for name, resident in list(self._models.items())
         }
 
@@ -93,12 +103,15 @@ class Residency:
 
         Raises:
             CheckpointError: the ranks refuse the file.
+            SizeError: what does not fit on the devices has no room in the host's memory, or too
+                little of it can be there.
         """
         models = self._models
         resident = models.get(model.name)
         if resident is None or resident.rank_bytes is None:
             self.unload_unused(poll)
             self._make_room(model.name, model.planned_bytes(), poll)
+            self._make_room_on_host(model, poll)
             resident = models.setdefault(model.name, _Resident())
             try:
                 values = self.engine.call(
@@ -106,10 +119,11 @@ class Residency:
                     poll=poll,
                     on_progress=on_progress,
                 )
-            except CheckpointError:
+            except (CheckpointError, SizeError):
                 del models[model.name]
                 raise
             resident.rank_bytes = [value["resident_bytes"] for value in values]
+            resident.streamed_bytes = [value["streamed_bytes"] for value in values]
         models.move_to_end(model.name)
         self._wake(model.name, resident, poll)
         self._patch(model, resident, poll)
@@ -119,7 +133,7 @@ class Residency:
         resident = self._models.get(name)
         if resident is None or resident.asleep:
             return
-        if not self._host_has_room(resident, poll):
+        if not self._host_has_room(sum(resident.rank_bytes or []), poll):
             self._unload(name, poll)
             return
 
@@ -214,11 +228,28 @@ class Residency:
         else:
             self.sleep(name, poll)
 
-    def _host_has_room(self, resident: _Resident, poll: Poll | None) -> bool:
-        """Whether the host can take the model; frees models that have slept longer for it."""
+    def _make_room_on_host(self, model: "RemoteModel", poll: Poll | None) -> None:
+        """Have the host's memory take what is streamed of a model; raises SizeError."""
+        config, share = self.engine.config, model.planned_streaming()
+        needed = share * config.num_ranks
+        if not needed or self._host_has_room(needed, poll):
+            return
+        memory = machine.memory()
+        raise SizeError(
+            f"A GPU may hold {config.weight_limit / _GIB:.2f} GiB of {model.info.label}'s weights, "
+            f"so {share / _GIB:.2f} GiB for each of {config.num_ranks} must stay in the host's "
+            f"memory. It has {memory.available / _GIB:.2f} GiB left, of which "
+            f"{host_reserve() * memory.total / _GIB:.2f} GiB stay free (TP_RUNTIME_HOST_RESERVE). "
+            "Choose more GPUs or a quantised file, or close what takes the memory."
+        )
+
+    def _host_has_room(self, needed: int, poll: Poll | None) -> bool:
+        """Whether the host can take so many bytes; frees models that have slept for it.
+
+        Those that have slept longest first.
+        """
         if self._on_cpu:
             return True  # the weights are in the host's memory already
-        needed = sum(resident.rank_bytes or [])
         reserve = host_reserve() * machine.memory().total
         for other in [n for n, resident in self._models.items() if resident.asleep]:
             if machine.memory().available - needed >= reserve:

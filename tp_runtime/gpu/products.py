@@ -5,9 +5,13 @@ linear then copies them together and adds the bias in a pass of its own; here ea
 product, with the bias, and GELU, in it.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+from .streaming import StreamedLinearMethod
 
 
 def multiply(
@@ -22,8 +26,23 @@ def multiply(
 
     ``gelu``: GELU, by tanh, of that.
     """
-    if type(linear.quant_method) is not UnquantizedLinearMethod:
-        found = linear.quant_method.apply(linear, x, bias)
+    method = linear.quant_method
+    if isinstance(method, StreamedLinearMethod):
+        with method.at_hand(linear):
+            return _multiply(linear, method.method, x, bias, gelu, out)
+    return _multiply(linear, method, x, bias, gelu, out)
+
+
+def _multiply(
+    linear: LinearBase,
+    method: Any,
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    gelu: bool,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    if type(method) is not UnquantizedLinearMethod:
+        found = method.apply(linear, x, bias)
         if gelu:
             found = F.gelu(found, approximate="tanh")
         return found if out is None else out.copy_(found)

@@ -9,10 +9,14 @@ from ..models.forward import Memo, Prediction, ShardedForward, memo_bytes
 from ..wire.protocol import PatchedWeight
 from .host_copy import HostCopy
 from .patched_weights import PatchedWeights
+from .streamed_layers import StreamedLayers
 
 
 class LoadedModel:
-    """A rank's shard of a model: evaluated by ``forward``, changed through ``weights``."""
+    """A rank's shard of a model: evaluated by ``forward``, changed through ``weights``.
+
+    ``resident_bytes``: on the device while it is awake; ``streamed_bytes``: with the host, always.
+    """
 
     def __init__(
         self,
@@ -21,6 +25,7 @@ class LoadedModel:
         device: torch.device,
         new_run: Callable[[], Callable[..., Prediction]],
         bytes_read: int,
+        streamed: StreamedLayers | None = None,
     ) -> None:
         self.forward = forward
         self.weights = weights
@@ -30,7 +35,13 @@ class LoadedModel:
         self._copy: HostCopy | None = None
         self.asleep = False
         self._parameters = dict(forward.model.named_parameters())
+        self._streamed = streamed
         self.resident_bytes = sum(parameter.nbytes for parameter in self._parameters.values())
+        self.streamed_bytes = 0
+        if streamed is not None:
+            of_layers = sum(tensor.nbytes for tensor in streamed.memory.tensors.values())
+            self.streamed_bytes = streamed.memory.nbytes
+            self.resident_bytes += streamed.stream.ring_bytes - of_layers
         self._forget()
 
     def patch(self, changes: Mapping[str, PatchedWeight], held: Mapping[int, torch.Tensor]) -> None:
@@ -47,9 +58,13 @@ class LoadedModel:
             return
         self.asleep = True
         self._forget()
+        if self._streamed is not None:
+            self._streamed.stream.leave_device()
         if self._device.type == "cuda":
-            self._copy = HostCopy({name: p.data for name, p in self._parameters.items()})
-            for parameter in self._parameters.values():
+            there = {name: p.data for name, p in self._parameters.items() if p.is_cuda}
+            self._copy = HostCopy(there)
+            for name in there:
+                parameter = self._parameters[name]
                 parameter.data = torch.empty(0, dtype=parameter.dtype, device=self._device)
 
     def _forget(self) -> None:
@@ -59,6 +74,8 @@ class LoadedModel:
 
     def wake(self) -> None:
         """Move the weights back to the device."""
+        if self.asleep and self._streamed is not None:
+            self._streamed.stream.to_device()
         self.asleep = False
         if self._copy is not None:
             for name, copy in self._copy.tensors.items():
@@ -71,12 +88,15 @@ class LoadedModel:
         self.weights.close()
         if self._copy is not None:
             self._copy.close()
+        if self._streamed is not None:
+            self._streamed.memory.close()
 
     def digest(self) -> str:
         """A hash of the weights as they are now, padding included."""
         found = hashlib.blake2s()
         for name, parameter in sorted(self._parameters.items()):
-            copy = self._copy.tensors[name] if self._copy else parameter.data.cpu()
+            asleep = self._copy.tensors if self._copy else {}
+            copy = asleep[name] if name in asleep else parameter.data.cpu()
             found.update(name.encode())
             found.update(copy.contiguous().flatten().view(torch.uint8).numpy().data)
         return found.hexdigest()

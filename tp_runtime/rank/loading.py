@@ -26,6 +26,7 @@ from .loaded_model import LoadedModel
 from .parallel_layers import shard_module
 from .patched_weights import PatchedWeights, StoredWeight
 from .reading import Reader
+from .streamed_layers import give_memory, limit_of, plan_for
 from .uploading import Uploads
 
 logger = logging.getLogger("tp_runtime.rank.loading")
@@ -44,14 +45,16 @@ def load_model(
     report_progress: ReportProgress,
     attention: AttentionKernel = "auto",
     kernel_choices: str = "",
+    weight_limit: int = 0,
 ) -> LoadedModel:
     """Read the slices of the file that this rank holds, and nothing else of it.
 
     ``report_progress(done, total)`` is called with bytes now and then. ``attention``: of optimised
-    steps. ``kernel_choices``: see ``WorkerConfig``.
+    steps. ``kernel_choices``, ``weight_limit``: see ``WorkerConfig``.
 
     Raises:
         CheckpointError: the file is not what it was when the model was chosen.
+        SizeError: the device cannot hold what of it cannot be streamed.
         RuntimeError: it was changed while it was read.
     """
     try:
@@ -101,7 +104,17 @@ def load_model(
     def parts_of(rank: int) -> list[Part]:
         return quantisation.parts(sharding, rank, tp_size, table.sources)
 
-    model.to_empty(device=device)
+    limit = limit_of(device, weight_limit)
+    plan = plan_for(model, sharding, table, info.label, limit)
+    streamed = give_memory(model, device, plan)
+    if streamed is not None and rank == 0:
+        logger.info(
+            "%s: %.2f GiB of each rank's weights stay in the host's memory, since its device may "
+            "hold %.2f GiB of them",
+            spec.path,
+            streamed.memory.nbytes / 2**30,
+            (limit or 0) / 2**30,
+        )
     with open_checkpoint(spec.path) as file:
         reach("load")
         exact = {table.places[name].name for name in table.exact}
@@ -119,7 +132,7 @@ def load_model(
                 stored |= _quantised(name, info.tensors[name].shape, info.quantised[name])
     if file_version(spec.path) != spec.version:
         raise RuntimeError(f"The model file {spec.path} was changed while it was read.")
-    weights = PatchedWeights(model, stored, parts_of, rank, tp_size, collectives.gather)
+    weights = PatchedWeights(model, stored, parts_of, rank, tp_size, collectives.gather, device)
     reduction = None
     if fast:
         # Here, since without a GPU there may be no Triton.
@@ -132,13 +145,15 @@ def load_model(
         fast_attention = FastAttention(attention, choices)
     forward: ShardedForward = kind(model.eval(), info.sizes, collectives, reduction)
 
+    evaluate = forward.evaluate if streamed is None else streamed.stream.passes(forward.evaluate)
+
     def new_run() -> Callable[..., Prediction]:
         if not fast:
-            return forward.evaluate
+            return evaluate
         capture = functools.partial(collectives.graph_capture, device)
-        return RecordedEvaluation(forward.evaluate, capture, fast_attention, memo_bytes(device))
+        return RecordedEvaluation(evaluate, capture, fast_attention, memo_bytes(device))
 
-    return LoadedModel(forward, weights, device, new_run, bytes_read)
+    return LoadedModel(forward, weights, device, new_run, bytes_read, streamed)
 
 
 def _log_quantisation(path: str, quantisation: Quantisation, device: torch.device) -> None:

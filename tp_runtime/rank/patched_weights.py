@@ -42,7 +42,8 @@ class StoredWeight:
 class PatchedWeights:
     """Changes weights in place, and back: a captured graph that reads them stays valid.
 
-    ``parts_of(rank)``: the slices that a rank holds, and their places. How the own slices were
+    ``parts_of(rank)``: the slices that a rank holds, and their places. ``device``: where new
+    weights are computed; the places of streamed layers are with the host. How the own slices were
     before is kept in the host's memory for as long as any weight is patched.
     """
 
@@ -54,6 +55,7 @@ class PatchedWeights:
         rank: int,
         tp_size: int,
         gather: Gather,
+        device: torch.device,
     ) -> None:
         self._parameters = dict(model.named_parameters())
         self._stored = stored
@@ -61,6 +63,7 @@ class PatchedWeights:
         self._rank = rank
         self._tp_size = tp_size
         self._gather = gather
+        self._device = device
         self._applied: dict[str, PatchedWeight] = {}
         self._before: dict[str, list[torch.Tensor]] = {}
         self._copies: list[HostCopy] = []
@@ -168,9 +171,9 @@ class PatchedWeights:
         sizes = [sum(math.prod(_shape(part, shape)) for part in parts) for parts in of_ranks]
         mine = [place for _, place in self._places(name)]
         target = next(part.target for parts in of_ranks for part in parts)
-        parameter = self._parameters[target]
-        whole = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
-        vector = torch.empty(max(sizes), dtype=parameter.dtype, device=parameter.device)
+        dtype = self._parameters[target].dtype
+        whole = torch.empty(shape, dtype=dtype, device=self._device)
+        vector = torch.empty(max(sizes), dtype=dtype, device=self._device)
         start = 0
         for place in mine:
             vector[start : start + place.numel()].copy_(place.flatten())
@@ -180,7 +183,7 @@ class PatchedWeights:
             return whole
         gathered = self._gather(vector.view(torch.uint8)).view(self._tp_size, -1)
         for parts, values in zip(of_ranks, gathered.unbind(), strict=True):
-            _fill(whole, parts, values.view(parameter.dtype))
+            _fill(whole, parts, values.view(dtype))
         return whole
 
 

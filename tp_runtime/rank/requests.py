@@ -56,7 +56,8 @@ class Runner:
         """Carry out one request; the result is the ``value`` of its ``Done``.
 
         Raises:
-            InputError, CheckpointError: refused before any collective; nothing has changed.
+            InputError, CheckpointError, SizeError: refused before any collective; nothing has
+                changed.
         """
         match request:
             case Load():
@@ -91,9 +92,14 @@ class Runner:
                 report_progress,
                 self._config.attention,
                 os.fsdecode(self._config.kernel_choices),
+                self._config.weight_limit,
             )
             self._models[request.model] = model
-        return {"resident_bytes": model.resident_bytes, "bytes_read": model.bytes_read}
+        return {
+            "resident_bytes": model.resident_bytes,
+            "streamed_bytes": model.streamed_bytes,
+            "bytes_read": model.bytes_read,
+        }
 
     def _unload(self, name: str) -> None:
         reach("unload")
@@ -216,6 +222,7 @@ class Runner:
             "models": {
                 name: {
                     "resident_bytes": model.resident_bytes,
+                    "streamed_bytes": model.streamed_bytes,
                     "bytes_read": model.bytes_read,
                     "asleep": model.asleep,
                     "patched_weights": len(model.weights),

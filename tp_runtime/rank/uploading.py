@@ -63,7 +63,7 @@ class Uploads:
                 self._under_way.popleft().result()
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copy in the background, from the CPU to the GPU; waits while many are under way.
+        """Copy in the background, to the GPU or the host; waits while many are under way.
 
         Raises what an earlier copy has raised.
         """
@@ -76,6 +76,9 @@ class Uploads:
         if source.ndim == 0:
             source, target = source[None], target[None]
         if source.numel() == 0:
+            return
+        if not target.is_cuda:
+            target.copy_(source)
             return
         buffers: _Buffers = self._mine.buffers
         # What was zeroed there, to be padding, must not be overtaken.

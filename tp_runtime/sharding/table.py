@@ -174,6 +174,18 @@ class Table:
                     vectors |= {parent + name: row.split for name in expanded(row.ours)}
         return Plan(linears, vectors, frozenset(once))
 
+    @cached_property
+    def passing(self) -> dict[str, str]:
+        """Linear of a block, by its path in the module → what passes through it."""
+        return {
+            f"{stack.ours}.{index}.{name}": row.over
+            for stack in self.stacks
+            for index in range(stack.count)
+            for row in stack.rows
+            if isinstance(row, Linear)
+            for name in expanded(row.ours)
+        }
+
     def block_costs(self, text_tokens: int, image_tokens: int) -> list[BlockCosts]:
         """What one evaluation of one item consists of; blocks of a prompt's own are left out."""
         tokens = {TEXT: text_tokens, IMAGE: image_tokens, ALL: text_tokens + image_tokens}

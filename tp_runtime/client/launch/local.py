@@ -150,6 +150,7 @@ class LocalLauncher:
             log_level=log_level(),
             fault_file=fault_file(),
             attention=config.attention,
+            weight_limit=config.weight_limit,
             kernel_choices=os.fsencode(home() / "kernel_choices.jsonl"),
         )
         log_path = folder / f"rank{index}.log"
