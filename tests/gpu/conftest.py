@@ -72,11 +72,13 @@ def make_inputs(family: str, height: int = 12, width: int = 8, batch: int = 2) -
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
-    frames = (1,) if family == "qwen_image" else ()
+    geometry = tiny(family).geometry
+    frames = (1,) if geometry.video else ()
+    (text_width,) = (axis[1] for axis in tiny(family).inputs["context"].axes if axis[0] == "width")
     inputs: dict[str, Any] = {
-        "x": normal(batch, tiny(family).geometry.channels, *frames, height, width),
+        "x": normal(batch, geometry.channels, *frames, height, width),
         "timesteps": torch.tensor([0.5, 0.25])[:batch],
-        "context": normal(batch, 20, 64),
+        "context": normal(batch, 20, text_width),
     }
     if family == "flux":
         inputs["y"] = normal(batch, 48)

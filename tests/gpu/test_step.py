@@ -29,6 +29,7 @@ PATCHED = {
     "flux2": ("img_attn.qkv", "linear1", "img_mlp.0"),
     "qwen_image": ("attn.to_k", "img_mlp.net.2", "txt_mlp.net.0.proj"),
     "qwen_image_21": ("attn.to_k", "img_mlp.out", "img_mlp.gate_up"),
+    "krea2": ("attn.wk", "mlp.down", "mlp.up"),
 }
 
 
