@@ -95,9 +95,9 @@ def test_sleep_and_lora(load: Load, runtime: Runtime, files: dict[str, Path], fa
     whole, inputs = load(files[family]), make_inputs(family)
     plain = steps(whole, inputs)
     with limited(whole) as (own, model):
+        assert_equal_steps(steps(model, inputs), plain)
         awake = on_rank(own, model, digests=True)
         assert awake["model"]["digest"] == on_rank(runtime, whole, digests=True)["model"]["digest"]
-        assert_equal_steps(steps(model, inputs), plain)
         model.sleep()
         asleep = on_rank(own, model, digests=True)
         assert asleep["model"]["digest"] == awake["model"]["digest"]
