@@ -79,6 +79,20 @@ class TPModelPatcher(comfy.model_patcher.ModelPatcher):
         index = self.load_device.index or 0
         return sum(n for n, gpu in zip(rank_bytes, group.devices, strict=True) if gpu == index)
 
+    def model_patches_models(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """The models that ComfyUI loads beside this one: not those that the ranks compute with."""
+        patches = self.model_options["transformer_options"].get("patches", {})
+        known = self.model.diffusion_model.model_patches
+        on_ranks = [
+            model
+            for place, functions in patches.items()
+            for function in functions
+            if known.has(place, function)
+            for model in function.models()
+        ]
+        found = super().model_patches_models(*args, **kwargs)
+        return [model for model in found if not any(model is one for one in on_ranks)]
+
     # --- loading and freeing ---------------------------------------------------------------------
 
     def partially_load(self, *args: Any, **kwargs: Any) -> int:
