@@ -163,6 +163,10 @@ class TPTestModelPatches(io.ComfyNode):
             node_id="TPTestModelPatches",
             category="testing",
             description="ComfyUI's own classes; its loader has the sizes of the real models fixed.",
+            inputs=[
+                io.Int.Input("seed", default=0, optional=True),
+                io.Int.Input("masked", default=0, tooltip="1: for inpainting", optional=True),
+            ],
             outputs=[
                 _MODEL_PATCH.Output("control"),
                 _MODEL_PATCH.Output("style"),
@@ -171,24 +175,24 @@ class TPTestModelPatches(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls) -> io.NodeOutput:
+    def execute(cls, seed: int = 0, masked: int = 0) -> io.NodeOutput:
         from comfy_extras.nodes_model_patch import (
             QwenImageBlockWiseControlNet,
             SigLIPMultiFeatProjModel,
         )
 
-        control = QwenImageBlockWiseControlNet(num_layers=3, dim=384, operations=torch.nn)
+        control = QwenImageBlockWiseControlNet(3, 64, 4 * masked, 384, operations=torch.nn)
         style = SigLIPMultiFeatProjModel(4, 4, 8, hidden_size=384, operations=torch.nn)
         seen = Output()
         seen.all_hidden_states = torch.ones(1, 24, 4, 8)
         seen.penultimate_hidden_states = torch.ones(1, 4, 8)
-        return io.NodeOutput(_patcher(control), _patcher(style), seen)
+        return io.NodeOutput(_patcher(control, seed), _patcher(style, seed), seen)
 
 
-def _patcher(module: torch.nn.Module) -> ModelPatcher:
-    torch.manual_seed(0)
-    for weight in module.parameters():
-        torch.nn.init.normal_(weight, std=0.02)
+def _patcher(module: torch.nn.Module, seed: int) -> ModelPatcher:
+    torch.manual_seed(seed)
+    for name, weight in module.named_parameters():
+        torch.nn.init.normal_(weight, mean=1.0 if "_rms." in name else 0.0, std=0.05)
     device = torch.device("cpu")
     return ModelPatcher(module, load_device=device, offload_device=device)
 
