@@ -39,38 +39,62 @@ class ModelPatches:
         `x`: the latent of this evaluation.
 
         Raises:
-            InputError: the small model does not fit the model.
+            InputError: a small model does not fit the model.
         """
+        ours = self.of(options)
+        if not ours:
+            return options, []
+        left = {
+            place: [one for one in functions if not _is_among(one, ours)]
+            for place, functions in options["patches"].items()
+        }
+        return {**options, "patches": left}, [self._described(one, x) for one in ours]
+
+    def of(self, options: Mapping[Any, Any]) -> list[Any]:
+        """Of `transformer_options`, the objects that the ranks compute, in their order."""
         patches = options.get("patches")
         if not self._kinds or not isinstance(patches, Mapping):
-            return options, []
-        left: dict[Any, Any] = {}
-        found = []
-        for place, functions in patches.items():
-            ours = [one for one in functions if self.has(place, one)]
-            left[place] = [one for one in functions if one not in ours]
-            found += [self._described(one, x) for one in ours]
-        return {**options, "patches": left}, found
+            return []
+        found: list[Any] = []
+        for functions in patches.values():
+            for one in functions if isinstance(functions, list | tuple) else ():
+                if not _is_among(one, found) and self._is_ours(one, patches):
+                    found.append(one)
+        return found
 
-    def has(self, place: Any, function: Any) -> bool:
-        """Whether what is called at that place is computed by the ranks."""
+    def _is_ours(self, function: Any, patches: Mapping[Any, Any]) -> bool:
+        """Whether it is of a known kind, in the places where ComfyUI's node puts it."""
         module, name = origin(function)
         kind = self._kinds.get(name)
-        is_stock = PurePath(module.replace(".", "/")).parts[-2:] == _MODULE
-        if kind is None or not is_stock or place != kind.place:
+        if kind is None or PurePath(module.replace(".", "/")).parts[-2:] != _MODULE:
             return False
-        return type(function.model_patch.model).__name__ == kind.comfyui_model
+        places = {place for place, others in patches.items() if _is_among(function, others)}
+        small = function.model_patch.model
+        return places == {*kind.places} and type(small).__name__ == kind.comfyui_model
 
     def _described(self, patch: Any, x: torch.Tensor) -> dict[str, Any]:
-        small = patch.model_patch.model
+        small, kind = patch.model_patch.model, self._kinds[type(patch).__name__]
         if small not in self._on_ranks:
             of_small = weakref.ref(small)
-            kind = type(small).__name__
-            self._on_ranks[small] = self._remote.model_patch(kind, lambda: _tensors(of_small))
-        kind = self._kinds[type(patch).__name__]
-        hint = _hint(patch, kind.method, x)
-        name = self._on_ranks[small].name
-        return {"name": name, "strength": float(patch.strength), "hint": hint}
+            self._on_ranks[small] = self._remote.model_patch(
+                kind.comfyui_model, lambda: _tensors(of_small)
+            )
+        shape = list(x.shape)
+        if kind.whole:
+            patches = self._remote.info.sizes.geometry.patch[1:]
+            shape[-2:] = (
+                size + -size % side for size, side in zip(shape[-2:], patches, strict=True)
+            )
+        return {
+            "name": self._on_ranks[small].name,
+            "strength": float(patch.strength),
+            "hint": _hint(patch, x.new_empty(shape)),
+            **{name: getattr(small, name) for name in kind.settings},
+        }
+
+
+def _is_among(one: Any, others: Any) -> bool:
+    return any(one is other for other in others)
 
 
 def _tensors(small: "weakref.ref[torch.nn.Module]") -> Mapping[str, torch.Tensor]:
@@ -80,30 +104,45 @@ def _tensors(small: "weakref.ref[torch.nn.Module]") -> Mapping[str, torch.Tensor
     return found
 
 
-def _hint(patch: Any, method: str, x: torch.Tensor) -> torch.Tensor:
+def _hint(patch: Any, x: torch.Tensor) -> torch.Tensor:
     """What the small model would be given of the picture: by ComfyUI's own code, without tokens.
 
     It is kept by the object, which encodes the picture anew for latents of another size.
     """
     asked = copy.copy(patch)
-    small = _Listening(patch.model_patch.model, method)
+    small = _Listening(patch.model_patch.model)
     asked.model_patch = SimpleNamespace(model=small)
-    asked({"x": x, "img": x.new_empty(x.shape[0], 0, 1), "txt": None, "block_index": 0})
+    asked.temp_data = None
+    tokens = x.new_empty(x.shape[0], 0, 1)
+    given = {"x": x, "img": tokens, "img_input": tokens, "txt": tokens}
+    asked({**given, "block_index": 0, "block_type": "noise_refiner"})
     patch.encoded_image, patch.encoded_image_size = asked.encoded_image, asked.encoded_image_size
     return small.hint
 
 
 class _Listening:
-    """A small model whose method for the blocks remembers what it is given, and adds nothing."""
+    """A small model that remembers the hint that it is called with, and computes nothing.
+
+    Its methods are those that ComfyUI's objects call in a model's first block.
+    """
 
     hint: torch.Tensor
 
-    def __init__(self, small: torch.nn.Module, method: str) -> None:
-        self._small, self._method = small, method
+    def __init__(self, small: torch.nn.Module) -> None:
+        self._small = small
 
     def __getattr__(self, name: str) -> Any:
-        return self._listen if name == self._method else getattr(self._small, name)
+        return getattr(self._small, name)
 
-    def _listen(self, tokens: torch.Tensor, hint: torch.Tensor, *_: Any) -> torch.Tensor:
+    def control_block(self, tokens: torch.Tensor, hint: torch.Tensor, _index: int) -> torch.Tensor:
         self.hint = hint
         return tokens
+
+    def __call__(self, _text: torch.Tensor, hint: torch.Tensor, *_: Any) -> torch.Tensor:
+        self.hint = hint
+        return hint
+
+    def forward_noise_refiner_block(
+        self, _index: int, hint: torch.Tensor, *_: Any
+    ) -> tuple[None, torch.Tensor]:
+        return None, hint

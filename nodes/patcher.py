@@ -81,15 +81,9 @@ class TPModelPatcher(comfy.model_patcher.ModelPatcher):
 
     def model_patches_models(self, *args: Any, **kwargs: Any) -> list[Any]:
         """The models that ComfyUI loads beside this one: not those that the ranks compute with."""
-        patches = self.model_options["transformer_options"].get("patches", {})
-        known = self.model.diffusion_model.model_patches
-        on_ranks = [
-            model
-            for place, functions in patches.items()
-            for function in functions
-            if known.has(place, function)
-            for model in function.models()
-        ]
+        options = self.model_options["transformer_options"]
+        ours = self.model.diffusion_model.model_patches.of(options)
+        on_ranks = [model for patch in ours for model in patch.models()]
         found = super().model_patches_models(*args, **kwargs)
         return [model for model in found if not any(model is one for one in on_ranks)]
 

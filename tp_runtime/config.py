@@ -359,7 +359,8 @@ class ModelSpec(msgspec.Struct, frozen=True):
 
 
 # The input of an evaluation that lists the model patches called in it, in their order: of each the
-# ``name`` that the ranks hold it by, its ``strength``, and ``hint``, the tokens of its picture.
+# ``name`` that the ranks hold it by, its ``strength`` and settings, and ``hint``: what its family's
+# forward takes of its picture.
 MODEL_PATCHES = "model_patches"
 
 

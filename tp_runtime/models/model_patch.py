@@ -17,17 +17,19 @@ class ModelPatch:
     """The sizes of one model patch, and what follows from them. Subclasses are frozen dataclasses.
 
     ``label``: for people. ``comfyui_patch``: ComfyUI's class of what a node puts into a model, and
-    ``comfyui_model`` that of the small model in it. ``place``: where it puts it, in ComfyUI's word.
-    ``method``: of the small model, which ComfyUI's code calls in every block with tokens, hint and
-    index. ``module``: beside the family's others, whose ``build`` makes the ranks' module.
+    ``comfyui_model`` that of the small model in it. ``places``: where it puts it, in ComfyUI's
+    words. ``settings``: attributes of the small model that an evaluation is told, too. ``whole``:
+    ComfyUI's code is given latents with sides in whole patches. ``module``: beside the family's
+    others, whose ``build`` makes the ranks' module.
     """
 
     label: ClassVar[str]
     comfyui_patch: ClassVar[str]
     comfyui_model: ClassVar[str]
-    place: ClassVar[str]
-    method: ClassVar[str]
-    module: ClassVar[str]
+    places: ClassVar[tuple[str, ...]]
+    settings: ClassVar[tuple[str, ...]] = ()
+    whole: ClassVar[bool] = False
+    module: ClassVar[str] = "control"
 
     @classmethod
     def of_tensors(cls, shapes: Mapping[str, Shape]) -> "ModelPatch":

@@ -103,9 +103,7 @@ class BlockWiseControl(ModelPatch):
     label = "DiffSynth ControlNet"
     comfyui_patch = "DiffSynthCnetPatch"
     comfyui_model = "QwenImageBlockWiseControlNet"
-    place = "double_block"
-    method = "control_block"
-    module = "control"
+    places = ("double_block",)
     dim: int
     num_blocks: int
 
