@@ -11,13 +11,15 @@ from support.comfy_history import History, PromptError
 from support.comfy_server import ComfyServer
 from support.group_reports import group
 from support.tiny_models import write_tiny
-from support.tiny_vae import WAN_VAE_NAME, write_tiny_wan_vae
+from support.tiny_vae import VAE_NAME, WAN_VAE_NAME, write_tiny_vae, write_tiny_wan_vae
 from support.workflows import Prompt, Sampling, node, text_to_latent, tp_loader, with_report
+from support.z_image_controls import is_known, write_model
 
 pytestmark = pytest.mark.comfy
 
 MODEL = "patched_qwen_image.safetensors"
 PICTURE = "patched.png"
+Z_IMAGE = "patched_z_image.safetensors"
 PATCH = "QwenImageBlockWiseControlNet"
 
 Compare = Callable[..., History]
@@ -26,6 +28,8 @@ Compare = Callable[..., History]
 @pytest.fixture(scope="module", autouse=True)
 def files(comfy_server: ComfyServer) -> None:
     write_tiny("qwen_image", comfy_server.models / "diffusion_models" / MODEL)
+    write_model(comfy_server.models / "diffusion_models" / Z_IMAGE)
+    write_tiny_vae(comfy_server.models)
     write_tiny_wan_vae(comfy_server.models)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (96, 64, 3), generator=generator, dtype=torch.uint8)
@@ -127,3 +131,54 @@ def test_a_patch_on_a_model_that_takes_none(comfy_server: ComfyServer) -> None:
     )
     with pytest.raises(PromptError, match=r"DiffSynthCnetPatch.* called in the model's blocks"):
         comfy_server.run(controlled(prompt, {}))
+
+
+# Only newer releases of ComfyUI have these.
+
+
+def with_union(prompt: Prompt, *controls: dict[str, Any]) -> Prompt:
+    """The prompt with Z-Image's ControlNets: inputs of the test's node, and of ComfyUI's."""
+    prompt = {name: {**of, "inputs": dict(of["inputs"])} for name, of in prompt.items()}
+    prompt["picture"] = node("LoadImage", image=PICTURE)
+    prompt["mask"] = node("LoadImageMask", image=PICTURE, channel="red")
+    prompt["vae"] = node("VAELoader", vae_name=VAE_NAME)
+    model = "model"
+    for index, control in enumerate(controls):
+        inputs = dict(control)
+        of_patch = {name: inputs.pop(name) for name in ("union_layers", "masked")}
+        prompt[f"patch {index}"] = node("TPTestModelPatches", seed=index, **of_patch)
+        prompt[f"apply {index}"] = node(
+            "ZImageFunControlnet",
+            **{"strength": 1.0, "model": [model, 0], "vae": ["vae", 0]} | inputs,
+            model_patch=[f"patch {index}", 0],
+        )
+        model = f"apply {index}"
+    prompt["sampler"]["inputs"]["model"] = [model, 0]
+    return prompt
+
+
+IMAGE, INPAINT = {"image": ["picture", 0]}, {"inpaint_image": ["picture", 0], "mask": ["mask", 0]}
+OF_1, OF_2 = {"union_layers": 6, "masked": 0}, {"union_layers": 15, "masked": 1}
+
+
+@pytest.mark.skipif(not is_known(), reason="this ComfyUI has no such ControlNets")
+@pytest.mark.parametrize(
+    ("controls", "settings"),
+    [
+        ([OF_1 | IMAGE], {}),
+        ([OF_1 | IMAGE | {"strength": 0.4}], {"width": 96, "height": 80, "cfg": 1.0}),
+        ([OF_2 | IMAGE | INPAINT], {"batch_size": 2}),
+        ([OF_2 | INPAINT, OF_1 | IMAGE | {"strength": 0.7}], {}),
+    ],
+    ids=["one", "strength and another size", "inpainting, batch", "two"],
+)
+def test_z_image_as_in_stock(
+    comfy_server: ComfyServer,
+    same_as_stock: Compare,
+    controls: list[dict[str, Any]],
+    settings: dict[str, Any],
+) -> None:
+    sampling = Sampling(**{"steps": 2, "width": 64, "height": 96, "cfg": 2.5} | settings)
+    plain = text_to_latent(tp_loader(Z_IMAGE, 2), sampling=sampling)
+    found = comfy_server.latent(same_as_stock(with_union(plain, *controls)))
+    assert not found.allclose(comfy_server.latent(comfy_server.run(plain)), atol=0.01)
