@@ -6,6 +6,7 @@ evaluation. The object itself is never called with an evaluation's tokens.
 """
 
 import copy
+import threading
 import weakref
 from collections.abc import Mapping
 from pathlib import PurePath
@@ -26,6 +27,7 @@ class ModelPatches:
     def __init__(self, remote: RemoteModel) -> None:
         self._remote = remote
         self._kinds = {one.comfyui_patch: one for one in remote.info.family.model_patches}
+        self._lock = threading.Lock()  # evaluations of one step are prepared in threads
         # By the small models, which nodes may share between several objects.
         self._on_ranks: weakref.WeakKeyDictionary[torch.nn.Module, RemotePatch] = (
             weakref.WeakKeyDictionary()
@@ -48,7 +50,8 @@ class ModelPatches:
             place: [one for one in functions if not _is_among(one, ours)]
             for place, functions in options["patches"].items()
         }
-        return {**options, "patches": left}, [self._described(one, x) for one in ours]
+        with self._lock:
+            return {**options, "patches": left}, [self._described(one, x) for one in ours]
 
     def of(self, options: Mapping[Any, Any]) -> list[Any]:
         """Of `transformer_options`, the objects that the ranks compute, in their order."""

@@ -15,9 +15,10 @@ from .files.quantised import METADATA as QUANTIZATION
 from .files.quantised import find_quantised
 from .files.safetensors_file import DTYPES, TensorInfo
 from .formats import QuantisedWeight
-from .models import families
+from .models import families, family_named
 from .models.family import Family, Settings, Sizes, UntoldError, blocks
 from .models.inputs import checked_inputs
+from .models.model_patch import ModelPatch
 from .sharding.parts import Shape
 from .sharding.table import Table
 
@@ -107,6 +108,11 @@ class CheckpointInfo:
     def valid_tp_sizes(self, limit: int = 8) -> tuple[int, ...]:
         """The sizes up to ``limit`` that ``check_tp_size`` accepts."""
         return self.sizes.table.plan.valid_tp_sizes(limit)
+
+
+def model_patch(family: str, comfyui_model: str, shapes: Mapping[str, Shape]) -> ModelPatch:
+    """The sizes of a model patch whose tensors have been checked (``model_patch_shapes``)."""
+    return family_named(family).model_patch(comfyui_model).of_tensors(shapes)
 
 
 @contextmanager

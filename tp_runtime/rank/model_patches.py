@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..config import ModelPatchSpec
-from ..models import family_named
+from ..recognise import model_patch
 from ..sharding.parts import Part
 from ..sharding.quantisation import sharded
 from ..wire.exchange import dtype_of
@@ -19,7 +19,7 @@ class LoadedPatch(Shard):
 
     def __init__(self, spec: ModelPatchSpec, device: torch.device, rank: int, tp_size: int) -> None:
         dtype = dtype_of(spec.compute_dtype)
-        sizes = family_named(spec.family).model_patch(spec.comfyui_model).of_tensors(spec.shapes)
+        sizes = model_patch(spec.family, spec.comfyui_model, spec.shapes)
         with torch.device("meta"):
             self.module = nn.Module.to(sizes.build(), dtype)
         self.module.requires_grad_(False)

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 import torch
+from torch import nn
 
 from ..config import MODEL_PATCHES, WorkerConfig
 from ..errors import InputError
@@ -142,6 +143,11 @@ class Runner:
     def _shard(self, name: str) -> Shard:
         return self._patches[name] if name in self._patches else self._loaded(name)
 
+    def _patch_module(self, name: str) -> nn.Module:
+        if name not in self._patches:
+            raise InputError(f"The model patch {name} is not loaded on the process group.")
+        return self._patches[name].module
+
     def _hold(self, request: Hold) -> None:
         self._exchange.remap(request.exchange_bytes)
         for ref in request.tensors:
@@ -167,11 +173,9 @@ class Runner:
             mine = self._config.batch_group
             if mine < len(resolved):
                 evaluation = request.evaluations[mine]
-                if patches := resolved[mine].get(MODEL_PATCHES):
-                    names = [one["name"] for one in patches]
-                    model.forward.model_patches = {
-                        name: self._patches[name].module for name in names
-                    }
+                if listed := resolved[mine].get(MODEL_PATCHES):
+                    names = [one["name"] for one in listed]
+                    model.forward.model_patches = {name: self._patch_module(name) for name in names}
                 output = model.forward(resolved[mine], _conditioning_key(evaluation.inputs))
                 if self._config.gives_results:
                     self._give(output, evaluation.results)
