@@ -102,7 +102,7 @@ def test_they_are_patched_as_the_model_is(patcher: Any, path: Path, tmp_path: Pa
 
 def test_what_is_done_to_a_value_changes_nothing(patcher: Any, path: Path) -> None:
     weight = patcher.model.diffusion_model.img_in.weight
-    weight.data += 1
+    weight.data.add_(1)
     weight.to(torch.float32).zero_()
     assert weight.cpu().equal(load_file(path)["img_in.weight"])
 

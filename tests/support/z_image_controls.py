@@ -7,9 +7,10 @@ Only newer releases of ComfyUI (0.33) have them:
 stores the results of every case below `tests/data`, for tests on an older one.
 """
 
+import functools
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,9 +31,12 @@ from tp_runtime.models.z_image.family import UnionControl
 
 DATA = REPOSITORY / "tests" / "data" / "z_image_controls_of_newer_comfyui.safetensors"
 # ComfyUI spreads the control layers over 30 of the model's.
-CHANGES = {"num_heads": 7, "head_dim": 48, "ffn_dim": 1024, "num_layers": 30, "time_dim": 336}
-SIZES = tiny("z_image", **CHANGES)
+SIZES = tiny("z_image", num_heads=6, head_dim=48, ffn_dim=768, num_layers=30, time_dim=288)
+# With heads that four ranks have to pad.
+PADDED = tiny("z_image", num_heads=15, head_dim=32, ffn_dim=1280, num_layers=11, time_dim=480)
 KIND = "ZImage_Control"
+
+cached_native_model = functools.lru_cache(maxsize=1)(native_model)
 
 # Release of the ControlNet → arguments of ComfyUI's class.
 RELEASES: dict[str, dict[str, Any]] = {
@@ -56,7 +60,7 @@ class Case:
     batch: int = 1
     size: tuple[int, int] = (16, 16)
     length: int = 20
-    changes: dict[str, Any] = field(default_factory=dict)
+    sizes: Any = SIZES
 
 
 CASES = {
@@ -69,27 +73,29 @@ CASES = {
     "a picture for each": Case((("1", -0.5, 2),), batch=2, size=(10, 12)),
     "two at once": Case((("1", 0.8, 1), ("2.1", 1.3, 1)), batch=2),
     "strength 0": Case((("2.1 lite", 0.0, 1),)),
+    "1, padded": Case((("1", 1.0, 1),), size=(8, 10), sizes=PADDED),
+    "2.1, padded": Case((("2.1", 0.9, 1),), size=(8, 8), sizes=PADDED),
 }
 
 
-def write_model(path: Path) -> Path:
+def write_model(path: Path, sizes: Any = SIZES) -> Path:
     """The tiny Z-Image that they are for, without what newer releases leave out."""
-    return write(path, SIZES.table.file_tensors, numbers=on_every_cpu)
+    return write(path, sizes.table.file_tensors, numbers=on_every_cpu)
 
 
-def sizes_of(release: str) -> UnionControl:
-    """The sizes of a tiny ControlNet."""
+def sizes_of(release: str, sizes: Any = SIZES) -> UnionControl:
+    """The sizes of a tiny ControlNet for a model of these."""
     arguments = RELEASES[release]
     channels = 16 + arguments.get("additional_in_dim", 0)
     layers, refined = arguments["n_control_layers"], "refiner_control" in arguments
-    return UnionControl(SIZES.num_heads, SIZES.head_dim, SIZES.ffn_dim, layers, channels, refined)
+    return UnionControl(sizes.num_heads, sizes.head_dim, sizes.ffn_dim, layers, channels, refined)
 
 
-def tensors_of(release: str, seed: int = 0) -> dict[str, torch.Tensor]:
+def tensors_of(release: str, seed: int = 0, sizes: Any = SIZES) -> dict[str, torch.Tensor]:
     """Its random weights, by ComfyUI's names."""
     generator = torch.Generator().manual_seed(100 + seed)
     found = {}
-    for name, shape in sizes_of(release).table.file_tensors.items():
+    for name, shape in sizes_of(release, sizes).table.file_tensors.items():
         numbers = on_every_cpu(shape, generator)
         if "norm" in name:
             found[name] = 1 + 0.1 * numbers
@@ -106,7 +112,7 @@ def inputs_of(name: str) -> tuple[dict[str, Any], list[torch.Tensor]]:
     inputs = {
         "x": on_every_cpu((case.batch, 16, height, width), generator),
         "timesteps": torch.linspace(0.25, 0.75, case.batch),
-        "context": on_every_cpu((case.batch, case.length, SIZES.context_dim), generator),
+        "context": on_every_cpu((case.batch, case.length, case.sizes.context_dim), generator),
         "transformer_options": {},
     }
     even = height + height % 2, width + width % 2
@@ -122,22 +128,22 @@ def is_known() -> bool:
     return (comfyui_path() / "comfy" / "ldm" / "lumina" / "controlnet.py").exists()
 
 
-def small_model(release: str, seed: int = 0) -> Any:
+def small_model(release: str, seed: int = 0, sizes: Any = SIZES) -> Any:
     """ComfyUI's own module."""
     import_comfy()
     import comfy.ops
     from comfy.ldm.lumina.controlnet import ZImage_Control
 
-    heads = {"n_heads": SIZES.num_heads, "n_kv_heads": SIZES.num_heads}
+    heads = {"n_heads": sizes.num_heads, "n_kv_heads": sizes.num_heads}
     found = ZImage_Control(
-        dim=SIZES.dim, operations=comfy.ops.disable_weight_init, **heads, **RELEASES[release]
+        dim=sizes.dim, operations=comfy.ops.disable_weight_init, **heads, **RELEASES[release]
     )
-    found.load_state_dict(tensors_of(release, seed))
+    found.load_state_dict(tensors_of(release, seed, sizes))
     return found.requires_grad_(False)
 
 
 def native(path: Path, name: str) -> torch.Tensor:
-    """What ComfyUI's own model and objects compute of a case."""
+    """What ComfyUI's own model, of that file, and objects compute of a case."""
     from comfy_extras.nodes_model_patch import ZImageControlPatch
 
     inputs, hints = inputs_of(name)
@@ -146,7 +152,7 @@ def native(path: Path, name: str) -> torch.Tensor:
         zip(CASES[name].controls, hints, strict=True)
     ):
         patch = object.__new__(ZImageControlPatch)
-        patch.model_patch = SimpleNamespace(model=small_model(release, seed))
+        patch.model_patch = SimpleNamespace(model=small_model(release, seed, CASES[name].sizes))
         patch.vae = SimpleNamespace(spacial_compression_encode=lambda: 8)
         patch.strength, patch.temp_data, patch.encoded_image = strength, None, hint
         patch.encoded_image_size = tuple(8 * side for side in hint.shape[-2:])
@@ -154,7 +160,7 @@ def native(path: Path, name: str) -> torch.Tensor:
     inputs["transformer_options"]["patches"] = {"noise_refiner": patches, "double_block": patches}
     x, timesteps = inputs.pop("x"), inputs.pop("timesteps")
     with torch.inference_mode():
-        found: torch.Tensor = native_model(path)(x, timesteps, num_tokens=None, **inputs)
+        found: torch.Tensor = cached_native_model(path)(x, timesteps, num_tokens=None, **inputs)
     return found
 
 
@@ -175,8 +181,12 @@ def main() -> None:
 
     about = {"comfyui": __version__, "torch": torch.__version__, "made_by": Path(__file__).name}
     with tempfile.TemporaryDirectory() as folder:
-        path = write_model(Path(folder) / "tiny.safetensors")
-        results = {name: native(path, name).contiguous() for name in CASES}
+        results = {}
+        for name, case in CASES.items():
+            path = Path(folder) / f"{case.sizes.num_heads}.safetensors"
+            if not path.exists():
+                write_model(path, case.sizes)
+            results[name] = native(path, name).contiguous()
     save_file(results, DATA, metadata=about)
     print(f"{DATA}: {len(results)} results, {DATA.stat().st_size} bytes")
 

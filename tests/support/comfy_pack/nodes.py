@@ -200,9 +200,9 @@ def _union_control(num_layers: int, masked: int) -> torch.nn.Module:
     from comfy.ldm.lumina.controlnet import ZImage_Control
 
     found: torch.nn.Module = ZImage_Control(
-        dim=336,
-        n_heads=7,
-        n_kv_heads=7,
+        dim=288,
+        n_heads=6,
+        n_kv_heads=6,
         n_control_layers=num_layers,
         additional_in_dim=17 * masked,
         refiner_control=bool(masked),
