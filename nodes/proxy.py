@@ -141,11 +141,17 @@ class RemoteDiffusionModel(torch.nn.Module):
 
     def _take_model_patches(self, bound: inspect.BoundArguments) -> list[dict[str, Any]]:
         """Those that the ranks compute: out of the options, as an input."""
-        options = bound.arguments.get("transformer_options")
-        if not options:
+        others = [
+            bound.arguments[parameter.name]
+            for parameter in bound.signature.parameters.values()
+            if parameter.kind is parameter.VAR_KEYWORD and parameter.name in bound.arguments
+        ]
+        name = "transformer_options"
+        holder = next((one for one in (bound.arguments, *others) if one.get(name)), None)
+        if holder is None:
             return []
         x = next(iter(bound.arguments.values()))
-        bound.arguments["transformer_options"], found = self.model_patches.taken(options, x)
+        holder[name], found = self.model_patches.taken(holder[name], x)
         return found
 
     def _connected(self, caption: torch.Tensor, unprocessed: bool = False) -> torch.Tensor:
