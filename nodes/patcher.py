@@ -79,6 +79,14 @@ class TPModelPatcher(comfy.model_patcher.ModelPatcher):
         index = self.load_device.index or 0
         return sum(n for n, gpu in zip(rank_bytes, group.devices, strict=True) if gpu == index)
 
+    def model_patches_models(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """The models that ComfyUI loads beside this one: not those that the ranks compute with."""
+        options = self.model_options["transformer_options"]
+        ours = self.model.diffusion_model.model_patches.of(options)
+        on_ranks = [model for patch in ours for model in patch.models()]
+        found = super().model_patches_models(*args, **kwargs)
+        return [model for model in found if not any(model is one for one in on_ranks)]
+
     # --- loading and freeing ---------------------------------------------------------------------
 
     def partially_load(self, *args: Any, **kwargs: Any) -> int:
@@ -147,6 +155,7 @@ class TPModelPatcher(comfy.model_patcher.ModelPatcher):
     def detach(self, unpatch_all: bool = True, *args: Any, **kwargs: Any) -> Any:
         model = super().detach(unpatch_all, *args, **kwargs)
         if unpatch_all:
+            self.model.tp_outer_weights.forget()
             # ComfyUI detaches what it could not load, also because of a cancel: that waits for
             # nothing. Otherwise it is about to use the room.
             self.remote.sleep(_poll_in_prompt(), wait=not self.loading_failed)
@@ -191,8 +200,10 @@ class TPModelPatcher(comfy.model_patcher.ModelPatcher):
         if self.weight_wrapper_patches:
             raise weight_functions(len(self.weight_wrapper_patches))
         hook_patches = self.get_combined_hook_patches(hooks)
+        outer = self.model.tp_outer_weights
         if not self.patches and not hook_patches:
             self.remote.patch(None, {})
+            outer.patch(None, ())
             return
         strengths = tuple((hook.hook_ref, hook.strength) for hook in hooks.hooks) if hooks else ()
         version = (self.patches_uuid, strengths)
@@ -201,6 +212,7 @@ class TPModelPatcher(comfy.model_patcher.ModelPatcher):
             own = {key: of for key, of in self.patches.items() if key in loaded}
             patches = patched_weights(self.remote.info, own, hook_patches)
             self.remote.patch(version, patches)
+            outer.patch(version, (own, hook_patches))
 
     def patch_hooks(self, hooks: Any, *_args: Any, **_kwargs: Any) -> None:
         self.sync_patches(hooks)

@@ -7,8 +7,9 @@ from typing import Any, NoReturn
 import comfy.model_management
 import torch
 
-from ..tp_runtime.client import RemoteModel
+from ..tp_runtime.client import MODEL_PATCHES, RemoteModel
 from .arguments import remote_inputs
+from .model_patches import ModelPatches
 from .native_code import NativeCode
 from .together import Meeting
 from .unsupported import code_in_model, gradients, other_compute_dtype, refused_input
@@ -34,6 +35,7 @@ class RemoteDiffusionModel(torch.nn.Module):
         self.remote = remote
         self.native_signature = inspect.signature(skeleton.forward)
         self.native_code = NativeCode.of(skeleton)
+        self.model_patches = ModelPatches(remote)
         native = type(skeleton)
         self._native_methods = {name for name in dir(native) if callable(getattr(native, name))}
         self.eval()
@@ -95,6 +97,7 @@ class RemoteDiffusionModel(torch.nn.Module):
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         self._check_methods()  # some nodes replace them during an evaluation
         bound = self.native_signature.bind(*args, **kwargs)
+        patches = self._take_model_patches(bound)
         family, sizes = self.remote.info.family, self.remote.info.sizes
         numbers = {
             name: getattr(self.skeleton, attribute) for name, attribute in family.numbers.items()
@@ -115,6 +118,8 @@ class RemoteDiffusionModel(torch.nn.Module):
         method = self._reference_method()
         if method is not None and "ref_latents" in inputs:
             inputs.setdefault("ref_latents_method", method)
+        if patches:
+            inputs[MODEL_PATCHES] = patches
         x = inputs["x"]
         latents = [x] if isinstance(x, torch.Tensor) else x
         for latent in latents:
@@ -133,6 +138,21 @@ class RemoteDiffusionModel(torch.nn.Module):
             for one, latent in zip(result, latents, strict=True)
         ]
         return found if len(found) > 1 else found[0]  # as native models have it
+
+    def _take_model_patches(self, bound: inspect.BoundArguments) -> list[dict[str, Any]]:
+        """Those that the ranks compute: out of the options, as an input."""
+        others = [
+            bound.arguments[parameter.name]
+            for parameter in bound.signature.parameters.values()
+            if parameter.kind is parameter.VAR_KEYWORD and parameter.name in bound.arguments
+        ]
+        name = "transformer_options"
+        holder = next((one for one in (bound.arguments, *others) if one.get(name)), None)
+        if holder is None:
+            return []
+        x = next(iter(bound.arguments.values()))
+        holder[name], found = self.model_patches.taken(holder[name], x)
+        return found
 
     def _connected(self, caption: torch.Tensor, unprocessed: bool = False) -> torch.Tensor:
         """What the native model makes of a caption before a generation, made by the ranks."""

@@ -23,6 +23,7 @@ from ..tp_runtime.client import (
     open_checkpoint,
 )
 from .absent import make_absent
+from .outer_weights import OuterWeights
 from .unsupported import reading_weights
 
 # Tensors below this size are read: model detection looks at their values.
@@ -40,7 +41,8 @@ def build_skeleton(info: CheckpointInfo, dtype: torch.dtype | None) -> Any:
     _set_dtypes(config, info, state_dict, dtype)
     model = config.get_model(state_dict, "", device="meta")
     _assign_tensors(info, model, state_dict)
-    make_absent(model.diffusion_model)
+    model.tp_outer_weights = OuterWeights(info)
+    make_absent(model.diffusion_model, model.tp_outer_weights)
     model.device = comfy.model_management.unet_offload_device()
     model.state_dict_for_saving = _refuse_saving
     return model.eval()

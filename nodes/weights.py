@@ -25,7 +25,7 @@ from ..tp_runtime.client import (
 )
 from .unsupported import merged_weights, unknown_patch, widened_weight
 
-_PREFIX = "diffusion_model."
+PREFIX = "diffusion_model."
 _FUNCTIONS = {
     getattr(comfy.utils, name, None): name for name in PATCH_FUNCTIONS if name is not None
 }
@@ -83,7 +83,7 @@ def patched_by_module(model: torch.nn.Module) -> frozenset[str]:
 
 
 def _name_in_file(info: CheckpointInfo, key: str) -> str | None:
-    name = key.removeprefix(_PREFIX)
+    name = key.removeprefix(PREFIX)
     older = f"{name.removesuffix('.weight')}.scale"  # FLUX's norms, which ComfyUI has renamed
     return next((one for one in (name, older) if one in info.sizes.table.file_tensors), None)
 

@@ -394,6 +394,25 @@ class ModelSpec(msgspec.Struct, frozen=True):
         return cls(path, weight_dtype, compute_dtype, version, optimize, fp8_products)
 
 
+# The input of an evaluation that lists the model patches called in it, in their order: of each the
+# ``name`` that the ranks hold it by, its ``strength`` and settings, and ``hint``: what its family's
+# forward takes of its picture.
+MODEL_PATCHES = "model_patches"
+
+
+class ModelPatchSpec(msgspec.Struct, frozen=True):
+    """What the ranks need to know of a model patch before they get its tensors.
+
+    ``family``: that takes it, by name; ``comfyui_model``: ComfyUI's class of it. ``shapes``: of
+    its tensors that ranks compute with, held and multiplied in ``compute_dtype``.
+    """
+
+    family: str
+    comfyui_model: str
+    shapes: dict[str, tuple[int, ...]]
+    compute_dtype: str
+
+
 class WorkerConfig(msgspec.Struct, frozen=True):
     """Everything that a rank is told at its start.
 

@@ -8,16 +8,18 @@ from functools import partial
 from typing import Any
 
 from .config import Layout
-from .errors import CheckpointError, SizeError
+from .errors import CheckpointError, InputError, SizeError
 from .files.checkpoint import CheckpointFile
 from .files.diffusers_folder import CONFIG, FileNames
 from .files.quantised import METADATA as QUANTIZATION
 from .files.quantised import find_quantised
 from .files.safetensors_file import DTYPES, TensorInfo
 from .formats import QuantisedWeight
-from .models import families
+from .models import families, family_named
 from .models.family import Family, Settings, Sizes, UntoldError, blocks
 from .models.inputs import checked_inputs
+from .models.model_patch import ModelPatch
+from .sharding.parts import Shape
 from .sharding.table import Table
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -77,9 +79,40 @@ class CheckpointInfo:
                 f"{Layout(layout.num_gpus)}. Models that can: {able}."
             )
 
+    def model_patch_shapes(
+        self, comfyui_model: str, found: Mapping[str, Shape]
+    ) -> dict[str, Shape]:
+        """Of a model patch's tensors, the shapes of those that ranks compute with.
+
+        ``comfyui_model``: ComfyUI's class of it, one of the family's ``model_patches``; ``found``:
+        the shapes of its tensors.
+
+        Raises:
+            InputError: they are not all there, or those of a patch for other models.
+        """
+        kind = self.family.model_patch(comfyui_model)
+        try:
+            patch = kind.of_tensors(found)
+        except KeyError as error:
+            raise InputError(f"The {kind.label} has no tensor {error}.") from error
+        patch.check_fits(self.label, self.sizes)
+        shapes = patch.table.file_tensors
+        for name, shape in shapes.items():
+            if found.get(name) != shape:
+                raise InputError(
+                    f"The tensor {name} of the {kind.label} has the shape {found.get(name)}, not "
+                    f"{shape}. Use a file made for {self.label}."
+                )
+        return shapes
+
     def valid_tp_sizes(self, limit: int = 8) -> tuple[int, ...]:
         """The sizes up to ``limit`` that ``check_tp_size`` accepts."""
         return self.sizes.table.plan.valid_tp_sizes(limit)
+
+
+def model_patch(family: str, comfyui_model: str, shapes: Mapping[str, Shape]) -> ModelPatch:
+    """The sizes of a model patch whose tensors have been checked (``model_patch_shapes``)."""
+    return family_named(family).model_patch(comfyui_model).of_tensors(shapes)
 
 
 @contextmanager

@@ -8,13 +8,14 @@ import dataclasses
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from support.pack import pack_module
+from support.tiny_models import write_tiny
 from tp_runtime.client import GroupConfig, RemoteModel
 
 pytestmark = pytest.mark.comfy
@@ -293,3 +294,27 @@ def test_a_linked_input_does_not_make_the_loader_run_again(
         first = fingerprint(**inputs | {linked: None})
         assert fingerprint(**inputs | {linked: None}) == first
         assert isinstance(first, str)
+
+
+# --- model patches -------------------------------------------------------------------------------
+
+
+def test_what_the_ranks_compute_with_is_not_loaded_here(models: ModuleType, tmp_path: Path) -> None:
+    """ComfyUI loads a model patch beside its model, on its own device; another one still is."""
+    from comfy_extras.nodes_model_patch import (
+        DiffSynthCnetPatch,
+        QwenImageBlockWiseControlNet,
+        UsoStyleProjectorPatch,
+    )
+
+    path = write_tiny("qwen_image", tmp_path / "tiny.safetensors")
+    patcher = models.load_model(
+        str(path), torch.float32, GroupConfig(2, "cpu"), models.Placement(), "auto"
+    )
+    control, other = object.__new__(DiffSynthCnetPatch), object.__new__(UsoStyleProjectorPatch)
+    small = QwenImageBlockWiseControlNet(num_layers=1, dim=16, operations=torch.nn)
+    control.encoded_image = other.encoded_image = torch.zeros(1)
+    control.model_patch, other.model_patch = SimpleNamespace(model=small), SimpleNamespace()
+    patcher.set_model_double_block_patch(control)
+    patcher.set_model_post_input_patch(other)
+    assert patcher.model_patches_models() == [other.model_patch]

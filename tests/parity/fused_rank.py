@@ -5,7 +5,8 @@
 The kernels run in Triton's interpreter, on buffers in memory that the ranks of a batch group share,
 at another address in each. The first rank of batch group N saves both results of the N-th inputs.
 WEIGHT_LIMIT: bytes of weights that its device may hold; 0: all of them.
-Reads `model.safetensors` and `inputs.pt` (a list) in FOLDER.
+Reads `model.safetensors`, `inputs.pt` (a list) and `patches.pt` in FOLDER: model patches by name,
+each with ComfyUI's name of its class and its tensors.
 """
 
 import functools
@@ -18,11 +19,12 @@ import torch
 from vllm.distributed import parallel_state
 
 from tp_runtime.client import ModelSpec
-from tp_runtime.config import Layout, WorkerConfig
+from tp_runtime.config import Layout, ModelPatchSpec, WorkerConfig
 from tp_runtime.gpu import graphs
 from tp_runtime.gpu.reduction import FusedReduction, _Buffers
 from tp_runtime.rank import membership
 from tp_runtime.rank.loading import load_model
+from tp_runtime.rank.model_patches import LoadedPatch
 
 
 class SharedMemoryReduction(FusedReduction):
@@ -57,6 +59,17 @@ def _optimised(evaluate: Callable[..., Any], **inputs: Any) -> Any:
         return evaluate(**inputs)
 
 
+def _loaded(
+    family: str, config: WorkerConfig, comfyui_model: str, tensors: dict[str, torch.Tensor]
+) -> torch.nn.Module:
+    """This rank's shard of a model patch."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    spec = ModelPatchSpec(family, comfyui_model, shapes, "float32")
+    patch = LoadedPatch(spec, torch.device("cpu"), config.tp_rank, config.tp_size)
+    patch.fill(tensors)
+    return patch.module
+
+
 def main() -> None:
     rank, layout, folder = int(sys.argv[1]), Layout.parse(sys.argv[2]), Path(sys.argv[3])
     rendezvous = f"file://{folder}/rendezvous"
@@ -72,6 +85,11 @@ def main() -> None:
         model = load_model(spec, *place, lambda *_: None, weight_limit=limit)
         assert (model.streamed_bytes > 0) == (limit > 0)
         forward = model.forward
+        family = forward.family.name
+        patches = torch.load(folder / "patches.pt", weights_only=True)
+        forward.model_patches = {
+            name: _loaded(family, config, **patch) for name, patch in patches.items()
+        }
         results = {"written": _own(forward(dict(inputs), "written"))}
         SharedMemoryReduction.folder = folder
         forward._reduction = SharedMemoryReduction(torch.device("cpu"))

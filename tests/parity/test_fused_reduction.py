@@ -14,7 +14,9 @@ from parity.conftest import FP32_TOLERANCE, relative_error
 from support.inputs import make_inputs
 from support.paths import REPOSITORY
 from support.tiny_models import tiny, write_tiny
-from tp_runtime.config import Layout
+from support.z_image_controls import tensors_of
+from tp_runtime.config import MODEL_PATCHES, Layout
+from tp_runtime.models.qwen_image.family import BlockWiseControl
 
 pytestmark = pytest.mark.process
 
@@ -52,6 +54,25 @@ def _inputs(family: str, batch: int, seed: int) -> dict[str, Any]:
     return inputs
 
 
+def _control(family: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A ControlNet that is a model patch: for the ranks, and as an input."""
+    listed: dict[str, Any] = {"name": "control", "strength": 0.8}
+    generator = torch.Generator().manual_seed(5)
+    if family == "z_image":
+        tensors = tensors_of("2.1 lite", sizes=tiny(family))
+        hint = torch.randn(1, 33, 6, 6, generator=generator)
+        listed |= {"hint": hint, "broken": False}
+        return {"comfyui_model": "ZImage_Control", "tensors": tensors}, listed
+    dim = tiny(family).dim
+    shapes = BlockWiseControl(dim, tiny(family).num_blocks).table.file_tensors
+    tensors = {
+        name: torch.randn(shape, generator=generator) * dim**-0.5 + ("_rms" in name)
+        for name, shape in shapes.items()
+    }
+    listed["hint"] = torch.randn(1, 9, dim, generator=generator)
+    return {"comfyui_model": "QwenImageBlockWiseControlNet", "tensors": tensors}, listed
+
+
 @pytest.mark.rotates(9)
 @pytest.mark.parametrize(
     ("family", "layout", "held"),
@@ -71,11 +92,38 @@ def test_equals_the_step_as_written(
 
     ``held``: what a rank's device may hold of its share; the rest is streamed.
     """
+    results = _computed(tmp_path, family, layout, held)
+    if layout.batch_groups == 1:
+        return
+    different = [result["written"] for result in results]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(different, 2))
+
+
+@pytest.mark.rotates(2)
+@pytest.mark.parametrize("family", ["z_image", "qwen_image"])
+def test_with_a_model_patch(tmp_path: Path, family: str) -> None:
+    """Its sums use the same buffers as the model's, between two of them."""
+    _computed(tmp_path, family, Layout(2), control=_control(family))
+
+
+def _computed(
+    tmp_path: Path,
+    family: str,
+    layout: Layout,
+    held: float = 1,
+    control: tuple[dict[str, Any], dict[str, Any]] | None = None,
+) -> list[dict[str, torch.Tensor]]:
+    """The results of each batch group, as written and fused, which are equal."""
     path = write_tiny(family, tmp_path / "model.safetensors")
     limit = int(held * path.stat().st_size / layout.tp_size) if held < 1 else 0
     groups = range(layout.batch_groups)
     inputs = [_inputs(family, 2 // layout.batch_groups, 100 * group) for group in groups]
+    patches = {}
+    if control is not None:
+        patches["control"], listed = control
+        inputs = [one | {MODEL_PATCHES: [listed]} for one in inputs]
     torch.save(inputs, tmp_path / "inputs.pt")
+    torch.save(patches, tmp_path / "patches.pt")
     environment = os.environ | {
         "TRITON_INTERPRET": "1",
         "TORCHDYNAMO_DISABLE": "1",
@@ -98,7 +146,4 @@ def test_equals_the_step_as_written(
     results = [torch.load(tmp_path / f"results-{group}.pt", weights_only=True) for group in groups]
     errors = [relative_error(result["fused"], result["written"]) for result in results]
     assert max(errors) <= FP32_TOLERANCE, errors
-    if layout.batch_groups == 1:
-        return
-    different = [result["written"] for result in results]
-    assert not any(torch.equal(a, b) for a, b in itertools.combinations(different, 2))
+    return results

@@ -74,7 +74,7 @@ def _load(
         streamed_bytes=0,
         bytes_read=100,
         asleep=False,
-        weights=(),
+        num_patched=0,
         sleep=lambda: None,
         wake=lambda: None,
         close=lambda: None,
@@ -91,9 +91,11 @@ def be_light() -> None:
     loading.load_model = _load  # type: ignore[attr-defined]
     loading.ReportProgress = object  # type: ignore[attr-defined]
     loaded_model = types.ModuleType("tp_runtime.rank.loaded_model")
-    loaded_model.LoadedModel = SimpleNamespace  # type: ignore[attr-defined]
+    loaded_model.LoadedModel = loaded_model.Shard = SimpleNamespace  # type: ignore[attr-defined]
+    model_patches = types.ModuleType("tp_runtime.rank.model_patches")
+    model_patches.LoadedPatch = SimpleNamespace  # type: ignore[attr-defined]
     collectives = types.ModuleType("tp_runtime.gpu.collectives")
-    for module in (membership, loading, loaded_model, collectives):
+    for module in (membership, loading, loaded_model, model_patches, collectives):
         sys.modules[module.__name__] = module
         room, _, name = module.__name__.rpartition(".")
         setattr(importlib.import_module(room), name, module)

@@ -893,7 +893,7 @@ MODEL = (
     Row(
         "`QwenImageDiffsynthControlnet`",
         _model_patch(0, "QwenImageDiffsynthControlnet"),
-        expect={"qwen_image": _BLOCK_PATCH},
+        expect={"qwen_image": Same()},
     ),
     Row(
         "`USOStyleReference`",
@@ -984,7 +984,8 @@ ELSEWHERE = {
     "ImageOnlyCheckpointSave": _SAVES,
     "ControlNetInpaintingAliMamaApply": _CONTROLS,
     "SetUnionControlNetType": _CONTROLS,
-    "ModelPatchLoader": "its patches: `QwenImageDiffsynthControlnet`, `USOStyleReference`",
+    "ModelPatchLoader": "its patches: `QwenImageDiffsynthControlnet`, `ZImageFunControlnet`, "
+    "`USOStyleReference`",
     "ModelMergeAuraflow": _MERGES,
     "ModelMergeCosmos14B": _MERGES,
     "ModelMergeCosmos7B": _MERGES,
@@ -1000,7 +1001,8 @@ ELSEWHERE = {
     "LoraLoaderBypass": _BYPASSES,
     "LoraLoaderBypassModelOnly": _BYPASSES,
     "ModelMergeKrea2": "reads weights: clear error, as `ModelMergeSimple`",
-    "ZImageFunControlnet": "a ControlNet that is a model patch: clear error",
+    "ZImageFunControlnet": "a ControlNet that is a model patch (newer releases): ✓ on Z-Image "
+    "(`tests/comfy/test_model_patches.py`)",
     **dict.fromkeys(_OF_OTHER_MODELS, "made for another model (newer releases)"),
     "MultiGPU_WorkUnits": "copies the model to other GPUs: clear error where there are any",
     "SelectModelDevice": "chooses ComfyUI's device; ours is chosen by `devices`",

@@ -39,6 +39,23 @@ def write_qwen_image_controlnet(path: Path) -> Path:
     return write(path, shapes)
 
 
+def write_qwen_image_fun_controlnet(path: Path) -> Path:
+    """A Fun ControlNet for Qwen-Image-2512: it computes with embedders of the model, too.
+
+    Source: ComfyUI 0.33, comfy/ldm/qwen_image/controlnet.py.
+    """
+    size = tiny("qwen_image")
+    block, shapes = "transformer_blocks.0.", {}
+    for name, shape in tiny_shapes("qwen_image").items():
+        if name.startswith(block):
+            shapes |= {f"control_blocks.{i}.{name.removeprefix(block)}": shape for i in range(5)}
+    for index in range(5):
+        shapes |= _linear(f"control_blocks.{index}.after_proj", size.dim, size.dim)
+    shapes |= _linear("control_blocks.0.before_proj", size.dim, size.dim)
+    shapes |= _linear("control_img_in", size.dim, 132)
+    return write(path, shapes)
+
+
 def _without(shapes: dict[str, Shape], *prefixes: str) -> dict[str, Shape]:
     return {name: shape for name, shape in shapes.items() if not name.startswith(prefixes)}
 

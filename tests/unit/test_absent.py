@@ -1,13 +1,20 @@
-"""Nothing in ComfyUI's process computes with weights that are not there: who tries is named."""
+"""Nothing in ComfyUI's process computes with weights that are not there.
+
+It gets the true values, of what lies outside of the blocks, or an error that names who asked.
+"""
 
 import inspect
 import io
+import operator
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from support.inputs import make_inputs
 from support.newer import known
@@ -29,7 +36,7 @@ USES: dict[str, Callable[[torch.Tensor], object]] = {
     "to": lambda weight: weight.to(torch.float16),
     "cpu": lambda weight: weight.cpu(),
     "clone": lambda weight: weight.clone(),
-    "empty_like": torch.empty_like,
+    "empty_like": lambda weight: torch.empty_like(weight).shape,
     "copy_": lambda weight: torch.zeros(weight.shape).copy_(weight),
     "out": lambda weight: torch.zeros(weight.shape, out=weight),
     "cat": lambda weight: torch.cat([torch.zeros(1), weight.flatten()]),
@@ -41,7 +48,14 @@ USES: dict[str, Callable[[torch.Tensor], object]] = {
     "tolist": lambda weight: weight.tolist(),
     "==": lambda weight: weight == 0,
     "save": lambda weight: torch.save(weight, io.BytesIO()),
+    "add_": lambda weight: weight.add_(1),
+    "+=": lambda weight: operator.iadd(weight, 1),
+    "[...] =": lambda weight: operator.setitem(weight, ..., 0),
+    "data =": lambda weight: setattr(weight, "data", torch.zeros(weight.shape)),
 }
+# Nothing here may change a weight, whose shards would not be changed, nor ask for the place of its
+# numbers.
+NEVER = ("out", "data_ptr", "storage", "save", "add_", "+=", "[...] =", "data =")
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +70,20 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def skeleton(family: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[torch.nn.Module]:
+def path(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(family, tmp_path_factory.mktemp(family) / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def true(path: Path) -> dict[str, torch.Tensor]:
+    """The file's tensors outside of its blocks, by the names of ComfyUI's model."""
+    outside = checkpoint_info(str(path)).sizes.table.outside
+    return {name: tensor for name, tensor in load_file(path).items() if name in outside}
+
+
+@pytest.fixture(scope="module")
+def skeleton(path: Path) -> Iterator[torch.nn.Module]:
     """ComfyUI's model of the family's tiny file, as a MODEL of ours has it."""
-    path = write_tiny(family, tmp_path_factory.mktemp(family) / "model.safetensors")
     with pack_module("nodes.skeleton") as module:
         built: torch.nn.Module = module.build_skeleton(
             checkpoint_info(str(path)), torch.float32
@@ -70,17 +95,36 @@ def weights(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]
 
 
-def test_every_use_of_every_weight_is_refused(skeleton: torch.nn.Module) -> None:
-    """Each use with one of the weights, since they are all of one class; some with every one."""
+def same(found: Any, expected: Any) -> bool:
+    if isinstance(expected, torch.Tensor):
+        return type(found) is torch.Tensor and torch.equal(found, expected)
+    return bool(np.array_equal(found, expected))
+
+
+def test_every_weight_has_its_true_value_or_refuses(
+    skeleton: torch.nn.Module, true: dict[str, torch.Tensor]
+) -> None:
+    """Each use with the first of either kind, since all of one are alike; two with every one."""
     assert len(weights(skeleton)) > 20
-    for index, (name, weight) in enumerate(weights(skeleton)):
-        for use in USES.values() if index == 0 else (cast_as_comfyui_does, USES["data"]):
+    given, refused = set(), set()
+    for name, weight in weights(skeleton):
+        kind = given if name in true else refused
+        for use in ("cast_to", "data") if kind else USES:
+            if name in true and use not in NEVER:
+                assert same(USES[use](weight), USES[use](true[name])), (name, use)
+                continue
             with pytest.raises(TPRuntimeError) as raised:
-                use(weight)
+                USES[use](weight)
             assert f" uses the weight '{name}' of the model in " in str(raised.value)
+        kind.add(name)
+    assert given == true.keys() & {name for name, _ in weights(skeleton)}
+    assert len(given) > 3
+    assert len(refused) > 3
 
 
-def test_every_layer_refuses_to_compute(skeleton: torch.nn.Module) -> None:
+def test_every_layer_computes_as_it_would_or_refuses(
+    skeleton: torch.nn.Module, true: dict[str, torch.Tensor]
+) -> None:
     inputs: dict[type, Callable[[Any], torch.Tensor]] = {
         torch.nn.Linear: lambda layer: torch.zeros(2, layer.in_features),
         torch.nn.LayerNorm: lambda layer: torch.zeros(2, *layer.normalized_shape),
@@ -98,9 +142,17 @@ def test_every_layer_refuses_to_compute(skeleton: torch.nn.Module) -> None:
         if make is None:
             continue  # it computes with what `test_every_use_of_every_weight_is_refused` has tried
         called.add(type(layer))
+        x = torch.randn_like(make(layer))
+        own_true = {key: true[f"{name}.{key}"] for key in own if f"{name}.{key}" in true}
+        if own_true.keys() == own.keys():
+            plain = {key: torch.nn.Parameter(value) for key, value in own_true.items()}
+            found = layer(x)
+            assert type(found) is torch.Tensor
+            assert found.equal(torch.func.functional_call(layer, plain, x))
+            continue
         with pytest.raises(TPRuntimeError) as raised:
-            layer(make(layer))
-        assert str(raised.value).startswith("test_every_layer_refuses_to_compute (")
+            layer(x)
+        assert str(raised.value).startswith("test_every_layer_computes_as_it_would_or_refuses (")
         assert f" uses the weight '{name}." in str(raised.value)
     assert len(called) > 1
 
@@ -131,7 +183,9 @@ def test_no_tensor_is_left_without_numbers(skeleton: torch.nn.Module, absent: Mo
             assert isinstance(tensor, absent.AbsentWeight) or not tensor.is_meta, name
 
 
-def test_what_is_known_without_numbers(skeleton: torch.nn.Module) -> None:
+def test_what_is_known_without_numbers(
+    skeleton: torch.nn.Module, true: dict[str, torch.Tensor]
+) -> None:
     """Nodes and LoRA loaders ask for it; ControlNets pass weights on."""
     state_dict = skeleton.state_dict()
     for name, weight in skeleton.named_parameters():
@@ -144,6 +198,8 @@ def test_what_is_known_without_numbers(skeleton: torch.nn.Module) -> None:
         assert len(weight) == weight.shape[0]
         assert hash(weight) == hash(weight)
         assert name in repr(weight)
+        if name in true:
+            continue
         moved = torch.nn.Linear(1, 1)
         moved.weight = torch.nn.Parameter(weight, requires_grad=False)
         with pytest.raises(TPRuntimeError, match="uses the weight"):
@@ -155,7 +211,8 @@ class Node:
     """As one of a node pack."""
 
     def execute(self, model: torch.nn.Module) -> object:
-        return next(model.parameters()) * 2
+        in_blocks = [weight for name, weight in model.named_parameters() if "blocks.0." in name]
+        return (in_blocks or list(model.layers.parameters()))[0] * 2
 
 
 def test_the_one_who_asks_is_named(skeleton: torch.nn.Module) -> None:

@@ -26,6 +26,7 @@ whatever that does, and waits for the owner's thread, which takes only those fro
 
 from ..config import (
     MAX_TP_SIZE,
+    MODEL_PATCHES,
     OPTIMIZE,
     WEIGHT_DTYPES,
     WHERE,
@@ -71,10 +72,12 @@ from .launch.ray_driver_client import cluster_gpu_count
 from .own_python import OwnPython
 from .poll import Poll
 from .remote_model import RemoteModel
+from .remote_patch import RemotePatch
 from .runtime import Runtime, get_runtime
 
 __all__ = [
     "MAX_TP_SIZE",
+    "MODEL_PATCHES",
     "OPTIMIZE",
     "PATCH_FUNCTIONS",
     "PATCH_KINDS",
@@ -103,6 +106,7 @@ __all__ = [
     "RankError",
     "RankMemoryError",
     "RemoteModel",
+    "RemotePatch",
     "Runtime",
     "SizeError",
     "TPRuntimeError",

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from ..config import GroupConfig
+from ..config import GroupConfig, ModelPatchSpec
 from ..errors import TPRuntimeError
 from ..wire import stream_wait
-from ..wire.protocol import PatchedWeight, Request, Unload, encode
+from ..wire.protocol import LoadModelPatch, PatchedWeight, Request, Unload, encode
 from . import failures
 from .batch_split import tensors_in
 from .call import Call, OnProgress
@@ -28,7 +28,7 @@ from .launch.local import LocalLauncher
 from .launch.ray import RayLauncher
 from .poll import Poll, acquired
 from .rank_processes import RankProcesses
-from .tensor_sender import Asked, TensorSender
+from .tensor_sender import HOLD_BYTES, Asked, TensorSender
 
 
 def launcher_of(config: GroupConfig) -> Launcher:
@@ -235,6 +235,40 @@ class Engine:
             self.call(functools.partial(self._sender.hold, factors=portion), poll=poll)
         patch = functools.partial(self._sender.patch, model=model, weights=weights)
         self.call(patch, poll=poll, on_sent=on_sent)
+
+    def load_patch(
+        self,
+        model: str,
+        spec: ModelPatchSpec,
+        tensors: Iterable[tuple[str, torch.Tensor]],
+        poll: Poll | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> list[int]:
+        """Give the ranks a model patch; returns the bytes that it takes on each.
+
+        ``tensors``: name and tensor, each taken when it is sent. A call that is abandoned leaves
+        the ranks a part of them; the next one begins anew.
+
+        Raises:
+            As ``call`` does.
+        """
+        values = self.call(lambda call: LoadModelPatch(call, model, spec), poll=poll)
+        total, done = sum(value["resident_bytes"] for value in values), 0
+        portion: dict[str, torch.Tensor] = {}
+        for name, tensor in tensors:
+            portion[name] = tensor
+            if sum(one.nbytes for one in portion.values()) >= HOLD_BYTES:
+                done += self._fill(model, portion, poll)
+                if on_progress is not None:
+                    on_progress(min(done, total), total)
+                portion = {}
+        self._fill(model, portion, poll)
+        return [value["resident_bytes"] for value in values]
+
+    def _fill(self, model: str, tensors: Mapping[str, torch.Tensor], poll: Poll | None) -> int:
+        """Send them; how many bytes they have."""
+        self.call(functools.partial(self._sender.fill, model=model, tensors=tensors), poll=poll)
+        return sum(tensor.nbytes for tensor in tensors.values())
 
     def unload(
         self, model: str, poll: Poll | None = None, on_sent: Callable[[], object] | None = None

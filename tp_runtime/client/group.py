@@ -15,8 +15,8 @@ from .evaluated import Evaluated, do_meanwhile, settle_all
 from .group_report import GroupReport, rank_reports
 from .group_state import State
 from .poll import Poll, acquired
-from .residency import Residency
-from .tensor_sender import Asked
+from .residency import Holdable, Residency
+from .tensor_sender import Asked, patches_in
 from .users import Users
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class Group:
             if not present.is_up() and self._num_starts > model.used_at_start:
                 raise failures.lost(present.error)
             residency = self._started(poll)
-            residency.have(model, poll)
+            residency.have(model, poll, model_patches=self._users.named(patches_in(asked)))
             # Until the request is sent, nobody may put the model to sleep or patch it otherwise.
             return residency.engine.evaluate(model.name, asked, poll, on_sent=unchanged.close)
 
@@ -198,8 +198,8 @@ class Group:
 
     # --- users -----------------------------------------------------------------------------------
 
-    def add_user(self, model: "RemoteModel") -> None:
-        """Keep the model's shards, once loaded, for as long as ``model`` is there."""
+    def add_user(self, model: Holdable) -> None:
+        """Keep its shards, once loaded, for as long as ``model`` (or model patch) is there."""
         self._users.add(model, self._on_user_gone)
 
     def is_used(self) -> bool:

@@ -3,8 +3,10 @@
 import hashlib
 import itertools
 import threading
+import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import torch
@@ -13,14 +15,18 @@ from ..config import GroupConfig, ModelSpec, device_name
 from ..layouts.step_history import StepRecords, Workload
 from ..recognise import CheckpointInfo
 from ..wire.exchange import dtype_of
-from ..wire.protocol import PatchedWeight
+from ..wire.protocol import Load, PatchedWeight
 from .batch_split import Inputs, Latents, divide_all, tensors_in
 from .call import OnProgress
 from .evaluated import Evaluated
 from .group import Group
 from .inspection import checkpoint_info
 from .poll import Poll
+from .remote_patch import RemotePatch, Tensors
 from .tensor_sender import Asked
+
+if TYPE_CHECKING:
+    from .engine import Engine
 
 
 class RemoteModel:
@@ -37,12 +43,14 @@ class RemoteModel:
         self.info.check_layout(group.config.layout)
         digest = hashlib.blake2s(msgspec.json.encode(spec), digest_size=6).hexdigest()
         self.name = f"{Path(spec.path).name}@{digest}"
+        self.label = self.info.label
         self.version: Hashable = None
         self.patches: Mapping[str, PatchedWeight] = {}
         self.used_at_start = 0  # which start of its group it was loaded after, by ensure_loaded
         self._of_step: list[Evaluated] = []  # since ``begin_step``
         self._group = group
         self._records = records
+        self._model_patches: weakref.WeakSet[RemotePatch] = weakref.WeakSet()
         group.add_user(self)
 
     @property
@@ -61,6 +69,39 @@ class RemoteModel:
         """
         self.version = version
         self.patches = patches
+
+    def model_patch(self, kind: str, tensors: Tensors) -> RemotePatch:
+        """A model patch for evaluations of this model.
+
+        ``kind``: ComfyUI's class of it, one of the family's ``model_patches``. ``tensors``: gives
+        its tensors, by ComfyUI's names; called whenever the ranks have to get them.
+
+        Raises:
+            InputError: they are not all there, or those of a patch for other models.
+        """
+        tp_size = self.group_config.tp_size
+        patch = RemotePatch(self.info, self.spec.compute_dtype, tp_size, kind, tensors)
+        self._group.add_user(patch)
+        self._model_patches.add(patch)
+        return patch
+
+    def load(
+        self, engine: "Engine", poll: Poll | None, on_progress: OnProgress | None
+    ) -> tuple[list[int], list[int]]:
+        """Have the ranks of an engine hold it; see ``Holdable``. Its group calls this.
+
+        Raises:
+            CheckpointError, SizeError, and what ``Engine.call`` raises.
+        """
+
+        def make(call: int) -> Load:
+            return Load(call, self.name, self.spec)
+
+        values = engine.call(make, poll=poll, on_progress=on_progress)
+        return (
+            [value["resident_bytes"] for value in values],
+            [value["streamed_bytes"] for value in values],
+        )
 
     def ensure_loaded(
         self, poll: Poll | None = None, on_progress: OnProgress | None = None
@@ -159,8 +200,9 @@ class RemoteModel:
         return (batch, self.info.sizes.geometry.out_channels or channels, *size), *others
 
     def loaded_bytes(self) -> list[int]:
-        """Bytes that the weights take on each rank's device now."""
-        return self._group.bytes_on_devices(self.name)
+        """Bytes that the weights take on each rank's device now, with its model patches'."""
+        each = [self._group.bytes_on_devices(name) for name in self._names()]
+        return [sum(of_rank) for of_rank in zip(*each, strict=True)]
 
     def planned_bytes(self) -> int:
         """Bytes that the weights will take on each rank's device, to within a few percent."""
@@ -179,19 +221,28 @@ class RemoteModel:
         itemsize = dtype_of(self.spec.weight_dtype).itemsize
         return self.info.weight_bytes(itemsize) // self.group_config.tp_size
 
-    def sleep(self, poll: Poll | None = None, *, wait: bool = True) -> None:
-        """Move the weights to the host's memory, or free them if that has no room.
+    def _names(self) -> list[str]:
+        return [self.name, *(patch.name for patch in list(self._model_patches))]
 
-        ``wait`` False: in the background, as soon as the ranks have done what they are at.
+    def sleep(self, poll: Poll | None = None, *, wait: bool = True) -> None:
+        """Move the weights, those of its model patches, too, to the host's memory.
+
+        Or free them if that has no room. ``wait`` False: in the background, as soon as the ranks
+        have done what they are at.
         """
         if wait:
-            self._group.sleep(self.name, poll)
+            self._sleep(self._names(), poll)
         else:
-            sleeping = threading.Thread(target=self._group.sleep, args=(self.name,), daemon=True)
+            names = self._names()
+            sleeping = threading.Thread(target=self._sleep, args=(names,), daemon=True)
             try:
                 sleeping.start()
             except RuntimeError:  # there are too many threads: then now
-                self._group.sleep(self.name, poll)
+                self._sleep(names, poll)
+
+    def _sleep(self, names: Sequence[str], poll: Poll | None = None) -> None:
+        for name in names:
+            self._group.sleep(name, poll)
 
 
 def _joined(parts: list[list[torch.Tensor]]) -> list[torch.Tensor]:

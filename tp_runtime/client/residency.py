@@ -6,20 +6,40 @@ when there is no room for them in the host's memory, or nobody holds them any mo
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from .. import machine
 from ..config import ROOM_BYTES, ROOM_FACTOR, host_reserve
 from ..errors import CheckpointError, InputError, SizeError
-from ..wire.protocol import Load, Report, Sleep, Wake
+from ..wire.protocol import PatchedWeight, Report, Sleep, Wake
 from .call import OnProgress
 from .engine import Engine
 from .poll import Poll
 
-if TYPE_CHECKING:
-    from .remote_model import RemoteModel
+
+class Holdable(Protocol):
+    """What the ranks can hold: a ``RemoteModel`` or a ``RemotePatch``."""
+
+    name: str
+    label: str  # for a person
+    version: Hashable
+    patches: Mapping[str, PatchedWeight]
+
+    def planned_bytes(self) -> int:
+        """Bytes that it will take on each rank's device."""
+        ...
+
+    def planned_streaming(self) -> int:
+        """Bytes that will stay in the host's memory for each rank."""
+        ...
+
+    def load(
+        self, engine: Engine, poll: Poll | None, on_progress: OnProgress | None
+    ) -> tuple[list[int], list[int]]:
+        """Have the ranks hold it; the bytes that it takes on each, and with each one's host."""
+        ...
 
 
 _GIB = 2**30
@@ -97,35 +117,48 @@ class Residency:
     # --- one model --------------------------------------------------------------------------------
 
     def have(
-        self, model: "RemoteModel", poll: Poll | None, on_progress: OnProgress | None = None
+        self,
+        model: Holdable,
+        poll: Poll | None,
+        on_progress: OnProgress | None = None,
+        model_patches: Sequence[Holdable] = (),
     ) -> None:
-        """Have the ranks hold the model, awake and patched. Sends nothing if they do.
+        """Have the ranks hold the model, awake and patched, and these model patches beside it.
+
+        Sends nothing if they do.
 
         Raises:
             CheckpointError: the ranks refuse the file.
             SizeError: what does not fit on the devices has no room in the host's memory, or too
                 little of it can be there.
         """
+        together = [*model_patches, model]
+        names = {one.name for one in together}
+        for one in together:
+            self._have(one, names, poll, on_progress)
+
+    def _have(
+        self,
+        model: Holdable,
+        together: Collection[str],
+        poll: Poll | None,
+        on_progress: OnProgress | None,
+    ) -> None:
         models = self._models
         resident = models.get(model.name)
         if resident is None or resident.rank_bytes is None:
             self.unload_unused(poll)
-            self._make_room(model.name, model.planned_bytes(), poll)
+            self._make_room(together, model.planned_bytes(), poll)
             self._make_room_on_host(model, poll)
             resident = models.setdefault(model.name, _Resident())
             try:
-                values = self.engine.call(
-                    lambda call: Load(call, model.name, model.spec),
-                    poll=poll,
-                    on_progress=on_progress,
-                )
+                held = model.load(self.engine, poll, on_progress)
             except (CheckpointError, SizeError):
                 del models[model.name]
                 raise
-            resident.rank_bytes = [value["resident_bytes"] for value in values]
-            resident.streamed_bytes = [value["streamed_bytes"] for value in values]
+            resident.rank_bytes, resident.streamed_bytes = held
         models.move_to_end(model.name)
-        self._wake(model.name, resident, poll)
+        self._wake(model.name, resident, poll, together)
         self._patch(model, resident, poll)
 
     def sleep(self, name: str, poll: Poll | None) -> None:
@@ -145,16 +178,22 @@ class Residency:
         except InputError:  # its load, which nobody waited for, was refused
             del self._models[name]
 
-    def _wake(self, name: str, resident: _Resident, poll: Poll | None) -> None:
+    def _wake(
+        self,
+        name: str,
+        resident: _Resident,
+        poll: Poll | None,
+        together: Collection[str] = (),
+    ) -> None:
         if resident.asleep:
-            self._make_room(name, max(resident.rank_bytes or [0]), poll)
+            self._make_room({name, *together}, max(resident.rank_bytes or [0]), poll)
 
             def on_sent() -> None:
                 resident.asleep = False
 
             self.engine.call(lambda call: Wake(call, name), poll=poll, on_sent=on_sent)
 
-    def _patch(self, model: "RemoteModel", resident: _Resident, poll: Poll | None) -> None:
+    def _patch(self, model: Holdable, resident: _Resident, poll: Poll | None) -> None:
         version = model.version
         if resident.version != version:
 
@@ -190,17 +229,18 @@ class Residency:
 
     # --- room -------------------------------------------------------------------------------------
 
-    def _make_room(self, name: str, needed: int, poll: Poll | None) -> None:
-        """Free the devices of other models, as far as that helps, until ``needed`` bytes fit.
+    def _make_room(self, together: Collection[str], needed: int, poll: Poll | None) -> None:
+        """Free the devices of models, as far as that helps, until ``needed`` bytes fit.
 
-        First of this engine's, then of those that share devices with it.
+        But for those that are needed ``together``. First of this engine's, then of those that
+        share devices with it.
         """
 
         def fits() -> bool:
             return self._free_bytes(poll) >= needed * ROOM_FACTOR + ROOM_BYTES
 
         for other in self._on_devices():
-            if other != name:
+            if other not in together:
                 if fits():
                     return
                 self._leave_devices(other, poll)
@@ -228,7 +268,7 @@ class Residency:
         else:
             self.sleep(name, poll)
 
-    def _make_room_on_host(self, model: "RemoteModel", poll: Poll | None) -> None:
+    def _make_room_on_host(self, model: Holdable, poll: Poll | None) -> None:
         """Have the host's memory take what is streamed of a model; raises SizeError."""
         config, share = self.engine.config, model.planned_streaming()
         needed = share * config.num_ranks
@@ -236,7 +276,7 @@ class Residency:
             return
         memory = machine.memory()
         raise SizeError(
-            f"A GPU may hold {config.weight_limit / _GIB:.2f} GiB of {model.info.label}'s weights, "
+            f"A GPU may hold {config.weight_limit / _GIB:.2f} GiB of {model.label}'s weights, "
             f"so {share / _GIB:.2f} GiB for each of {config.num_ranks} must stay in the host's "
             f"memory. It has {memory.available / _GIB:.2f} GiB left, of which "
             f"{host_reserve() * memory.total / _GIB:.2f} GiB stay free (TP_RUNTIME_HOST_RESERVE). "

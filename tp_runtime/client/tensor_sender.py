@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 import msgspec
 import torch
 
+from ..config import MODEL_PATCHES
 from ..wire.exchange import Exchange, TensorPlaces, dtype_name
 from ..wire.protocol import (
     PER_EVALUATION_INPUTS,
     Evaluate,
     Evaluation,
+    FillModelPatch,
     Hold,
     Patch,
     PatchedWeight,
@@ -23,7 +25,7 @@ from ..wire.protocol import (
 from .batch_split import tensors_in
 from .held_tensors import HeldTensors
 
-HOLD_BYTES = 64 * 2**20  # what one request brings of the factors of patches
+HOLD_BYTES = 64 * 2**20  # what one request brings of the factors of patches, or of a model patch
 
 
 class Asked(NamedTuple):
@@ -35,6 +37,12 @@ class Asked(NamedTuple):
 
     inputs: Mapping[str, Any]
     result_shapes: tuple[tuple[int, ...], ...]
+
+
+def patches_in(asked: Sequence[Asked]) -> list[str]:
+    """The names of the model patches that evaluations use."""
+    listed = [patch for one in asked for patch in one.inputs.get(MODEL_PATCHES) or ()]
+    return list(dict.fromkeys(patch["name"] for patch in listed))
 
 
 class TensorSender:
@@ -114,6 +122,17 @@ class TensorSender:
         if isinstance(value, list | tuple):
             return [self._place(v, places, held) for v in value]
         return value
+
+    # --- model patches ---------------------------------------------------------------------------
+
+    def fill(self, call: int, model: str, tensors: Mapping[str, torch.Tensor]) -> FillModelPatch:
+        """The request that gives the ranks these tensors of a model patch."""
+        self.exchange.wait()
+        places = TensorPlaces()
+        refs = {name: places.place(tensor) for name, tensor in tensors.items()}
+        places.write_to(self.exchange)
+        self.exchange.wait()
+        return FillModelPatch(call, model, refs, self.exchange.size)
 
     # --- patching --------------------------------------------------------------------------------
 

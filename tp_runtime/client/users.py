@@ -1,22 +1,22 @@
-"""Who uses a group: the models on it that somebody holds."""
+"""Who uses a group: the models and model patches on it that somebody holds."""
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .remote_model import RemoteModel
+    from .residency import Holdable
 
 
 class Users:
-    """The ``RemoteModel`` objects of a group that there are, without keeping them. Thread-safe."""
+    """The models and model patches of a group that there are, without keeping them. Thread-safe."""
 
     def __init__(self) -> None:
-        self._models: weakref.WeakSet[RemoteModel] = weakref.WeakSet()
+        self._models: weakref.WeakSet[Holdable] = weakref.WeakSet()
         self._lock = threading.Lock()
 
-    def add(self, model: "RemoteModel", on_gone: Callable[[], None]) -> None:
+    def add(self, model: "Holdable", on_gone: Callable[[], None]) -> None:
         """``on_gone`` is called when ``model`` is gone, by the garbage collector: in any thread."""
         with self._lock:
             self._models.add(model)
@@ -31,3 +31,9 @@ class Users:
         """The names of the models; equal specs have one name."""
         with self._lock:
             return {model.name for model in self._models}
+
+    def named(self, names: Collection[str]) -> "list[Holdable]":
+        """Of these names, in that order, those that somebody holds."""
+        with self._lock:
+            found = {model.name: model for model in self._models}
+        return [found[name] for name in names if name in found]

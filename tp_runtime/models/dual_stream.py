@@ -7,7 +7,7 @@ and comfy/ldm/qwen_image/), whose order of operations shows in the last bits.
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -128,6 +128,7 @@ def run_blocks(
     given: BlockInputs,
     skip: Collection[BlockName],
     control: Mapping[str, Any] | None,
+    patches: "Sequence[BlockPatch]" = (),
 ) -> torch.Tensor:
     """The image's tokens (B, L, D) after all blocks that are not skipped, and the last norm.
 
@@ -138,21 +139,26 @@ def run_blocks(
     image, late = image.split((num_image, given.num_late), dim=1)
     text, image, late = (shares.own(one, index) for index, one in enumerate((text, image, late)))
     given = given.of_rank(shares)
-    residuals = _residuals_between(control, [block.name for block in blocks], skip)
+    patches = [one._replace(hint=shares.own(one.hint, 1)) for one in patches]
+    residuals = _residuals_between(control, [block.name for block in blocks], skip, patches)
     blocks = [block for block in blocks if block.name not in skip]
     # Shift and scale of every block's first norm, and of the last norm.
     norms = [*(block.modulation[..., :2, :] for block in blocks), last_norm]
     tokens = torch.cat((text, image, late), dim=1)
     _add_residuals(tokens, residuals[0], shares)
-    stretches = [shares.of_stream(tokens, stream) for stream in range(2 + has_late)]
-    first = norms[0].expand(len(stretches), -1, -1, -1).unbind(2)
-    streams = [modulate(one, *of) for one, *of in zip(stretches, *first, strict=True)]
-    normed = torch.cat(streams, dim=1)
+
+    def first_norms(tokens: torch.Tensor, shift_and_scale: torch.Tensor) -> torch.Tensor:
+        stretches = [shares.of_stream(tokens, stream) for stream in range(2 + has_late)]
+        of_each = shift_and_scale.expand(len(stretches), -1, -1, -1).unbind(2)
+        streams = [modulate(one, *of) for one, *of in zip(stretches, *of_each, strict=True)]
+        return torch.cat(streams, dim=1)
+
+    normed = first_norms(tokens, norms[0])
     for block, next_norm, of_control in zip(blocks, norms[1:], residuals[1:], strict=True):
         for part, gate in block.parts:
             products = part(normed, given)
             is_last = part is block.parts[-1][0]
-            if is_last:  # the join after it only adds to the tokens
+            if is_last and not patches:  # the join after it only adds to the tokens
                 _add_residuals(tokens, of_control, shares)
             num_streams = len(products) + has_late
             own = block.modulation[-num_streams:]  # all the same but for the late tokens'
@@ -169,7 +175,13 @@ def run_blocks(
                 limit=given.limit and is_last,
                 num_late=given.num_late,
             )
-            tokens, normed = forward.join(products, tokens, epilogue)
+            if is_last and patches:  # which look at the tokens that the block has made
+                epilogue = epilogue._replace(norm="none", scale=None, shift=None)
+                tokens = forward.join(products, tokens, epilogue)[1].clone()
+                _add_residuals(tokens, of_control, shares)
+                normed = first_norms(tokens, next_norm)
+            else:
+                tokens, normed = forward.join(products, tokens, epilogue)
     return shares.whole(shares.of_stream(normed, 1), 1)
 
 
@@ -268,8 +280,45 @@ def skipped_blocks(transformer_options: Mapping[str, Any] | None) -> tuple[Block
     return tuple((kind, index) for kind, indices in by_kind.items() for index in indices)
 
 
+class BlockPatch(NamedTuple):
+    """A model patch that is called after every double block.
+
+    ``residual``: from the block's index, the tokens of the image that the hint is of, (B, L, D),
+    and the hint (B or 1, L, D), to what is added to these tokens, multiplied by ``strength``.
+    """
+
+    residual: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
+    hint: torch.Tensor
+    strength: float
+
+
+Residual = torch.Tensor | tuple[BlockPatch, int]  # a ControlNet's, or a patch's of that block
+
+
 class DualStreamForward(ShardedForward):
-    """A forward that takes a ControlNet's residuals for the tokens of its image."""
+    """A forward that takes a ControlNet's residuals for the tokens of its image, and patches."""
+
+    def block_patches(self, listed: Sequence[Mapping[str, Any]]) -> list[BlockPatch]:
+        """The model patches of an evaluation; ``listed``: see ``MODEL_PATCHES``."""
+        return [
+            BlockPatch(self.model_patches[one["name"]].residual, one["hint"], one["strength"])
+            for one in listed
+        ]
+
+    def check_patches(self, batch: int, length: int, listed: Sequence[Mapping[str, Any]]) -> None:
+        """Raises InputError for a hint of another shape than (batch or 1, up to length, width)."""
+        for one in listed:
+            shape, width = tuple(one["hint"].shape), self.sizes.dim
+            if len(shape) != 3 or shape[0] not in (1, batch) or shape[2] != width:
+                raise InputError(
+                    f"The picture of a model patch has tokens of shape {shape}; {self.label} takes "
+                    f"({batch}, {length}, {width}) here, or one for all items of the batch. Use as "
+                    "many pictures as latents, or one, and a patch made for this model."
+                )
+            if shape[1] > length:
+                raise InputError(
+                    f"The picture of a model patch has {shape[1]} tokens; the latent has {length}."
+                )
 
     def check_control(
         self, batch: int, conditioning: Conditioning, control: Mapping[str, Any]
@@ -290,15 +339,21 @@ class DualStreamForward(ShardedForward):
 
 
 def _residuals_between(
-    control: Mapping[str, Any] | None, blocks: Sequence[BlockName], skip: Collection[BlockName]
-) -> list[list[torch.Tensor]]:
-    """What a ControlNet adds to the image's tokens before the first block that is not skipped,
-    after it, after the second, and so on. A skipped block's residuals are added all the same.
+    control: Mapping[str, Any] | None,
+    blocks: Sequence[BlockName],
+    skip: Collection[BlockName],
+    patches: Sequence[BlockPatch],
+) -> list[list[Residual]]:
+    """What is added to the image's tokens before the first block that is not skipped, after it,
+    after the second, and so on: by patches, then by a ControlNet. A skipped block's residuals are
+    added all the same.
     """
-    found: list[list[torch.Tensor]] = [[]]
+    found: list[list[Residual]] = [[]]
     for kind, index in blocks:
         if (kind, index) not in skip:
             found.append([])
+        if kind == "double_block":
+            found[-1] += [(patch, index) for patch in patches]
         stack = (control or {}).get(_RESIDUALS[kind]) or ()
         if index < len(stack) and stack[index] is not None:
             found[-1].append(stack[index])
@@ -306,10 +361,15 @@ def _residuals_between(
 
 
 def _add_residuals(
-    tokens: torch.Tensor, residuals: Sequence[torch.Tensor], shares: TokenShares
+    tokens: torch.Tensor, residuals: Sequence[Residual], shares: TokenShares
 ) -> None:
-    """Add a ControlNet's residuals in place to the tokens behind the text's."""
+    """Add residuals in place to the tokens behind the text's."""
     for residual in residuals:
+        if isinstance(residual, tuple):
+            patch, index = residual
+            here = shares.of_stream(tokens, 1)[:, : patch.hint.shape[1]]
+            here += patch.residual(index, here, patch.hint) * patch.strength
+            continue
         of_image, of_late = residual.tensor_split([shares.lengths[1]], dim=1)
         for stream, one in ((1, of_image), (2, of_late)):
             own = shares.own(one, stream)

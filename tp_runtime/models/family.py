@@ -8,10 +8,13 @@ import importlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..sharding.parts import Shape
 from ..sharding.table import Table, expanded
+
+if TYPE_CHECKING:
+    from .model_patch import ModelPatch
 
 Shapes = Mapping[str, Shape]  # of a file's tensors, by name
 Settings = Mapping[str, Any]  # of a diffusers folder's config.json
@@ -385,7 +388,8 @@ class Family:
     → what it is. ``left_to_ranks``: methods of ComfyUI's class that prepare an input for its
     forward, which the forward here does. ``numbers``: keys of transformer_options that are numbers
     → the attribute of ComfyUI's class that stands for it. ``shares_tokens``: the forward here
-    evaluates a rank's stretch of the tokens (``token_shares``). ``comfyui_class``: of ComfyUI's
+    evaluates a rank's stretch of the tokens (``token_shares``). ``model_patches``: those that the
+    forward here takes (``DualStreamForward``). ``comfyui_class``: of ComfyUI's
     supported_models, where ComfyUI finds only the published sizes. ``published`` and ``small``:
     sizes of the released model, and of one with its structure for tests. ``text_tokens``: of a
     usual caption, and ``extents``: width, height and frames of what is usually made, for
@@ -411,6 +415,11 @@ class Family:
     numbers: Mapping[str, str] = field(default_factory=dict)
     connects: str | None = None
     shares_tokens: bool = False
+    model_patches: "tuple[type[ModelPatch], ...]" = ()
+
+    def model_patch(self, comfyui_model: str) -> "type[ModelPatch]":
+        """The model patch whose small model is of that class of ComfyUI. Raises KeyError."""
+        return {one.comfyui_model: one for one in self.model_patches}[comfyui_model]
 
     @property
     def since(self) -> str | None:

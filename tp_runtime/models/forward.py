@@ -109,6 +109,7 @@ class ShardedForward:
         self.collectives = collectives
         self.run: Callable[..., Prediction] = self.evaluate
         self.memo = Memo()
+        self.model_patches: Mapping[str, Any] = {}  # those that the rank holds, by their names
         self._reduction = reduction
 
     @classmethod

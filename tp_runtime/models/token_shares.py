@@ -7,6 +7,7 @@ what does not divide is dealt out unevenly.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import torch
@@ -49,6 +50,13 @@ class TokenShares:
     def own_length(self, stream: int) -> int:
         """This rank's tokens of a stream."""
         return self._dealt[stream][self._rank]
+
+    def of_first(self, length: int) -> "TokenShares":
+        """The same stretches of the first stream's first ``length`` tokens, as a stream."""
+        found = TokenShares(self._group, [length])
+        ends = list(accumulate(self._dealt[0], initial=0))
+        found._dealt = [[min(b, length) - min(a, length) for a, b in pairwise(ends)]]
+        return found
 
     def of_stream(self, tokens: torch.Tensor, stream: int) -> torch.Tensor:
         """What of this rank's tokens (B, l, ...) is of a stream."""

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 
 import torch
+from torch import nn
 
 from ..models.forward import Memo, Prediction, ShardedForward, memo_bytes
 from ..wire.protocol import PatchedWeight
@@ -12,29 +13,20 @@ from .patched_weights import PatchedWeights
 from .streamed_layers import StreamedLayers
 
 
-class LoadedModel:
-    """A rank's shard of a model: evaluated by ``forward``, changed through ``weights``.
+class Shard:
+    """A module's parameters, on the device or in the host's memory.
 
     ``resident_bytes``: on the device while it is awake; ``streamed_bytes``: with the host, always.
     """
 
     def __init__(
-        self,
-        forward: ShardedForward,
-        weights: PatchedWeights,
-        device: torch.device,
-        new_run: Callable[[], Callable[..., Prediction]],
-        bytes_read: int,
-        streamed: StreamedLayers | None = None,
+        self, module: nn.Module, device: torch.device, streamed: StreamedLayers | None = None
     ) -> None:
-        self.forward = forward
-        self.weights = weights
-        self.bytes_read = bytes_read
         self._device = device
-        self._new_run = new_run
         self._copy: HostCopy | None = None
         self.asleep = False
-        self._parameters = dict(forward.model.named_parameters())
+        self.bytes_read = 0  # of a file
+        self._parameters = dict(module.named_parameters())
         self._streamed = streamed
         self.resident_bytes = sum(parameter.nbytes for parameter in self._parameters.values())
         self.streamed_bytes = 0
@@ -42,22 +34,20 @@ class LoadedModel:
             of_layers = sum(tensor.nbytes for tensor in streamed.memory.tensors.values())
             self.streamed_bytes = streamed.memory.nbytes
             self.resident_bytes += streamed.stream.ring_bytes - of_layers
-        self._forget()
 
-    def patch(self, changes: Mapping[str, PatchedWeight], held: Mapping[int, torch.Tensor]) -> None:
-        """Change the weights; see ``PatchedWeights.apply``."""
-        self.weights.apply(changes, held)
-        self.forward.memo = Memo(memo_bytes(self._device))  # computed with the weights of before
+    @property
+    def num_patched(self) -> int:
+        """How many weights are not as the file has them."""
+        return 0
 
     def sleep(self) -> None:
-        """Move the weights to the host's memory, and drop what was computed and recorded of them.
+        """Move the weights to the host's memory.
 
         On a CPU they are there already and stay in their place.
         """
         if self.asleep:
             return
         self.asleep = True
-        self._forget()
         if self._streamed is not None:
             self._streamed.stream.leave_device()
         if self._device.type == "cuda":
@@ -66,11 +56,6 @@ class LoadedModel:
             for name in there:
                 parameter = self._parameters[name]
                 parameter.data = torch.empty(0, dtype=parameter.dtype, device=self._device)
-
-    def _forget(self) -> None:
-        """Drop what was computed and recorded."""
-        self.forward.memo = Memo(memo_bytes(self._device))
-        self.forward.run = self._new_run()
 
     def wake(self) -> None:
         """Move the weights back to the device."""
@@ -84,8 +69,7 @@ class LoadedModel:
             self._copy = None
 
     def close(self) -> None:
-        """Give back the host's memory that the model takes. It cannot be used any more."""
-        self.weights.close()
+        """Give back the host's memory that it takes. It cannot be used any more."""
         if self._copy is not None:
             self._copy.close()
         if self._streamed is not None:
@@ -100,3 +84,47 @@ class LoadedModel:
             found.update(name.encode())
             found.update(copy.contiguous().flatten().view(torch.uint8).numpy().data)
         return found.hexdigest()
+
+
+class LoadedModel(Shard):
+    """A rank's shard of a model: evaluated by ``forward``, changed through ``weights``."""
+
+    def __init__(
+        self,
+        forward: ShardedForward,
+        weights: PatchedWeights,
+        device: torch.device,
+        new_run: Callable[[], Callable[..., Prediction]],
+        bytes_read: int,
+        streamed: StreamedLayers | None = None,
+    ) -> None:
+        super().__init__(forward.model, device, streamed)
+        self.forward = forward
+        self.weights = weights
+        self.bytes_read = bytes_read
+        self._new_run = new_run
+        self.forget()
+
+    @property
+    def num_patched(self) -> int:
+        return len(self.weights)
+
+    def patch(self, changes: Mapping[str, PatchedWeight], held: Mapping[int, torch.Tensor]) -> None:
+        """Change the weights; see ``PatchedWeights.apply``."""
+        self.weights.apply(changes, held)
+        self.forward.memo = Memo(memo_bytes(self._device))  # computed with the weights of before
+
+    def sleep(self) -> None:
+        """Also drops what was computed and recorded of the weights."""
+        if not self.asleep:
+            self.forget()
+        super().sleep()
+
+    def forget(self) -> None:
+        """Drop what was computed and recorded."""
+        self.forward.memo = Memo(memo_bytes(self._device))
+        self.forward.run = self._new_run()
+
+    def close(self) -> None:
+        self.weights.close()
+        super().close()

@@ -8,8 +8,9 @@ from typing import Any
 
 import msgspec
 import torch
+from torch import nn
 
-from ..config import WorkerConfig
+from ..config import MODEL_PATCHES, WorkerConfig
 from ..errors import InputError
 from ..fault_points import reach
 from ..gpu import collectives
@@ -17,8 +18,10 @@ from ..wire.exchange import Exchange
 from ..wire.protocol import (
     PER_EVALUATION_INPUTS,
     Evaluate,
+    FillModelPatch,
     Hold,
     Load,
+    LoadModelPatch,
     Patch,
     Report,
     Request,
@@ -27,8 +30,9 @@ from ..wire.protocol import (
     Unload,
     Wake,
 )
-from .loaded_model import LoadedModel
+from .loaded_model import LoadedModel, Shard
 from .loading import ReportProgress, load_model
+from .model_patches import LoadedPatch
 
 
 class Runner:
@@ -39,6 +43,7 @@ class Runner:
         self._device = device
         self._exchange = Exchange(config.exchange_fd)
         self._models: dict[str, LoadedModel] = {}
+        self._patches: dict[str, LoadedPatch] = {}
         self._held: dict[int, torch.Tensor] = {}
         self._factors: dict[int, torch.Tensor] = {}  # of patches, in the host's memory
         self._last_evaluation_ms: float | None = None
@@ -62,6 +67,12 @@ class Runner:
         match request:
             case Load():
                 return self._load(request, report_progress)
+            case LoadModelPatch():
+                return self._load_patch(request)
+            case FillModelPatch():
+                self._exchange.remap(request.exchange_bytes)
+                tensors = {name: self._exchange.view(ref) for name, ref in request.tensors.items()}
+                return self._patches[request.model].fill(tensors)
             case Unload():
                 self._unload(request.model)
                 return None
@@ -73,10 +84,11 @@ class Runner:
                 return self._patch(request)
             case Sleep():
                 reach("sleep")
-                self._loaded(request.model).sleep()
+                self._forget_patch(request.model)
+                self._shard(request.model).sleep()
                 return self._free_cache()
             case Wake():
-                return self._loaded(request.model).wake()
+                return self._shard(request.model).wake()
             case Report():
                 return self._report(request.digests)
         raise AssertionError(f"unknown request {request}")
@@ -101,12 +113,26 @@ class Runner:
             "bytes_read": model.bytes_read,
         }
 
+    def _load_patch(self, request: LoadModelPatch) -> dict[str, Any]:
+        self._unload(request.model)  # what an abandoned call has begun to fill
+        config = self._config
+        patch = LoadedPatch(request.spec, self._device, config.tp_rank, config.tp_size)
+        self._patches[request.model] = patch
+        return {"resident_bytes": patch.resident_bytes, "bytes_read": patch.bytes_read}
+
+    def _forget_patch(self, name: str) -> None:
+        """If it is a model patch, models must not replay what was recorded with its weights."""
+        if name in self._patches:
+            for model in self._models.values():
+                model.forget()
+
     def _unload(self, name: str) -> None:
         reach("unload")
-        model = self._models.pop(name, None)
-        if model is not None:
-            model.close()
-        del model
+        self._forget_patch(name)
+        shard = self._models.pop(name, None) or self._patches.pop(name, None)
+        if shard is not None:
+            shard.close()
+        del shard
         self._free_cache()
 
     def _free_cache(self) -> None:
@@ -120,6 +146,14 @@ class Runner:
         if model is None:
             raise InputError(f"The model {name} is not loaded on the process group.")
         return model
+
+    def _shard(self, name: str) -> Shard:
+        return self._patches[name] if name in self._patches else self._loaded(name)
+
+    def _patch_module(self, name: str) -> nn.Module:
+        if name not in self._patches:
+            raise InputError(f"The model patch {name} is not loaded on the process group.")
+        return self._patches[name].module
 
     def _hold(self, request: Hold) -> None:
         self._exchange.remap(request.exchange_bytes)
@@ -149,6 +183,9 @@ class Runner:
             mine = self._config.batch_group
             if mine < len(resolved):
                 evaluation = request.evaluations[mine]
+                if listed := resolved[mine].get(MODEL_PATCHES):
+                    names = [one["name"] for one in listed]
+                    model.forward.model_patches = {name: self._patch_module(name) for name in names}
                 output = model.forward(resolved[mine], _conditioning_key(evaluation.inputs))
                 if self._config.gives_results:
                     self._give(output, evaluation.results)
@@ -225,10 +262,10 @@ class Runner:
                     "streamed_bytes": model.streamed_bytes,
                     "bytes_read": model.bytes_read,
                     "asleep": model.asleep,
-                    "patched_weights": len(model.weights),
+                    "patched_weights": model.num_patched,
                     **({"digest": model.digest()} if digests else {}),
                 }
-                for name, model in self._models.items()
+                for name, model in (self._models | self._patches).items()
             },
             "last_evaluation_ms": self._last_evaluation_ms,
         }

@@ -23,6 +23,7 @@ from ..wire.protocol import (
     Done,
     Evaluate,
     Failed,
+    FillModelPatch,
     Hold,
     Piece,
     Progress,
@@ -116,7 +117,7 @@ def _serve(config: WorkerConfig, channel: Channel) -> None:
                 assert mirror is not None, "this rank shares the engine's memory"
                 mirror.put(request)
                 continue
-            if mirror is not None and isinstance(request, Evaluate | Hold):
+            if mirror is not None and isinstance(request, Evaluate | Hold | FillModelPatch):
                 mirror.grow(request.exchange_bytes)
             call = request.call
 

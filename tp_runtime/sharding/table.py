@@ -113,6 +113,11 @@ class Table:
         return shapes
 
     @cached_property
+    def outside(self) -> frozenset[str]:
+        """Names in the file of the tensors outside of blocks."""
+        return frozenset(Table(self.rows, ()).file_tensors)
+
+    @cached_property
     def places(self) -> dict[str, Source]:
         """Parameter of the module → its rows of a tensor of the file."""
         found: dict[str, Source] = {}

@@ -9,10 +9,10 @@ from typing import Any
 
 import msgspec
 
-from ..config import ModelSpec
+from ..config import ModelPatchSpec, ModelSpec
 from ..errors import ProtocolError
 
-VERSION = 7
+VERSION = 8
 MAX_FRAME_BYTES = 16 * 2**20  # a frame holds no tensor data, only references to it: but a Piece
 PIECE_BYTES = 2**20  # at most, of a Piece
 # Inputs that differ at every evaluation; all others are constant over a generation as a rule.
@@ -76,8 +76,25 @@ class Load(_Message, frozen=True):
     spec: ModelSpec
 
 
+class LoadModelPatch(_Message, frozen=True):
+    """Make room for the shards of a model patch, which ``FillModelPatch`` brings."""
+
+    call: int
+    model: str
+    spec: ModelPatchSpec
+
+
+class FillModelPatch(_Message, frozen=True):
+    """Some tensors of a model patch, by name: each rank keeps its slices."""
+
+    call: int
+    model: str
+    tensors: dict[str, TensorRef]
+    exchange_bytes: int
+
+
 class Unload(_Message, frozen=True):
-    """Free a model's shards. Unknown models are fine."""
+    """Free the shards of a model or of a model patch. Unknown ones are fine."""
 
     call: int
     model: str
@@ -131,14 +148,14 @@ class Patch(_Message, frozen=True):
 
 
 class Sleep(_Message, frozen=True):
-    """Move a model's shards to the host's memory. Nothing is done if they are there."""
+    """Move shards to the host's memory. Nothing is done if they are there."""
 
     call: int
     model: str
 
 
 class Wake(_Message, frozen=True):
-    """Move a model's shards back to the device. Nothing is done if they are there."""
+    """Move shards back to the device. Nothing is done if they are there."""
 
     call: int
     model: str
@@ -171,7 +188,20 @@ class Piece(_Message, frozen=True):
     data: memoryview
 
 
-Request = Load | Unload | Evaluate | Hold | Patch | Sleep | Wake | Report | Close | Piece
+Request = (
+    Load
+    | LoadModelPatch
+    | FillModelPatch
+    | Unload
+    | Evaluate
+    | Hold
+    | Patch
+    | Sleep
+    | Wake
+    | Report
+    | Close
+    | Piece
+)
 
 
 # --- ranks to engine ---------------------------------------------------------------------------

@@ -163,6 +163,11 @@ class TPTestModelPatches(io.ComfyNode):
             node_id="TPTestModelPatches",
             category="testing",
             description="ComfyUI's own classes; its loader has the sizes of the real models fixed.",
+            inputs=[
+                io.Int.Input("seed", default=0, optional=True),
+                io.Int.Input("masked", default=0, tooltip="1: for inpainting", optional=True),
+                io.Int.Input("union_layers", default=0, tooltip="of Z-Image's", optional=True),
+            ],
             outputs=[
                 _MODEL_PATCH.Output("control"),
                 _MODEL_PATCH.Output("style"),
@@ -171,26 +176,51 @@ class TPTestModelPatches(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls) -> io.NodeOutput:
+    def execute(cls, seed: int = 0, masked: int = 0, union_layers: int = 0) -> io.NodeOutput:
         from comfy_extras.nodes_model_patch import (
             QwenImageBlockWiseControlNet,
             SigLIPMultiFeatProjModel,
         )
 
-        control = QwenImageBlockWiseControlNet(num_layers=3, dim=384, operations=torch.nn)
+        control: torch.nn.Module
+        if union_layers:
+            control = _union_control(union_layers, masked)
+        else:
+            control = QwenImageBlockWiseControlNet(3, 64, 4 * masked, 384, operations=torch.nn)
         style = SigLIPMultiFeatProjModel(4, 4, 8, hidden_size=384, operations=torch.nn)
         seen = Output()
         seen.all_hidden_states = torch.ones(1, 24, 4, 8)
         seen.penultimate_hidden_states = torch.ones(1, 4, 8)
-        return io.NodeOutput(_patcher(control), _patcher(style), seen)
+        return io.NodeOutput(_patcher(control, seed), _patcher(style, seed), seen)
 
 
-def _patcher(module: torch.nn.Module) -> ModelPatcher:
-    torch.manual_seed(0)
-    for weight in module.parameters():
-        torch.nn.init.normal_(weight, std=0.02)
+def _union_control(num_layers: int, masked: int) -> torch.nn.Module:
+    """Of newer releases, for the tiny Z-Image of 30 layers (`support.z_image_controls`)."""
+    import comfy.ops
+    from comfy.ldm.lumina.controlnet import ZImage_Control
+
+    found: torch.nn.Module = ZImage_Control(
+        dim=288,
+        n_heads=6,
+        n_kv_heads=6,
+        n_control_layers=num_layers,
+        additional_in_dim=17 * masked,
+        refiner_control=bool(masked),
+        operations=comfy.ops.disable_weight_init,
+    )
+    return found
+
+
+def _patcher(module: torch.nn.Module, seed: int) -> ModelPatcher:
+    torch.manual_seed(seed)
+    for name, weight in module.named_parameters():
+        torch.nn.init.normal_(weight, mean=1.0 if _is_norm(name) else 0.0, std=0.05)
     device = torch.device("cpu")
     return ModelPatcher(module, load_device=device, offload_device=device)
+
+
+def _is_norm(name: str) -> bool:
+    return any(word in name for word in ("_rms.", "norm."))
 
 
 class TwoModels(comfy.samplers.CFGGuider):

@@ -5,14 +5,19 @@ transformer_qwenimage.py). The file of ComfyUI's class of that name (0.3.75, and
 and Layered; comfy/ldm/qwen_image/model.py) has its names.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
+from ...config import MODEL_PATCHES
+from ...errors import InputError
+from ...sharding.parts import Shape
 from ...sharding.plan import QKV, Column, Replicated, Row, Split
 from ...sharding.table import IMAGE, ITEM, TEXT, Attention, Linear, Stack, Table, Tensor
 from .. import family as of
 from ..family import Family, Geometry, Input, Sizes, size
+from ..model_patch import ModelPatch
 
 TIME_CHANNELS = 256
 ZERO_TIME = "__index_timestep_zero__"
@@ -34,7 +39,7 @@ class QwenImageSizes(Sizes):
         "num_attention_heads=num_heads attention_head_dim=head_dim joint_attention_dim=context_dim "
         "out_channels axes_dims_rope=axes_dims"
     )
-    plain_inputs: ClassVar = ("control", "ref_latents_method")
+    plain_inputs: ClassVar = ("control", "ref_latents_method", MODEL_PATCHES)
     num_heads: int = size(of.heads("img_in.weight", _NORM), "num_attention_heads")
     head_dim: int = size(of.length(_NORM), "attention_head_dim")
     num_blocks: int = size(of.blocks("transformer_blocks"), "num_layers")
@@ -91,6 +96,41 @@ class QwenImageSizes(Sizes):
         return Table(outside, (blocks,), markers={ZERO_TIME: (0,)} if self.zero_time else {})
 
 
+@dataclass(frozen=True)
+class BlockWiseControl(ModelPatch):
+    """DiffSynth's ControlNets: two linears for each block of the model."""
+
+    label = "DiffSynth ControlNet"
+    comfyui_patch = "DiffSynthCnetPatch"
+    comfyui_model = "QwenImageBlockWiseControlNet"
+    places = ("double_block",)
+    dim: int
+    num_blocks: int
+
+    @classmethod
+    def of_tensors(cls, shapes: Mapping[str, Shape]) -> "BlockWiseControl":
+        dim = shapes["controlnet_blocks.0.input_proj.weight"][0]
+        return cls(dim, of.blocks("controlnet_blocks")(shapes))
+
+    @cached_property
+    def table(self) -> Table:
+        dim, stack = self.dim, "controlnet_blocks"
+        block = (
+            Linear("input_proj", "", Column(), dim, dim, IMAGE),
+            Linear("output_proj", "", Row(), dim, dim, IMAGE),
+            Tensor("{x,y}_rms.weight", "", (dim,)),
+        )
+        return Table((), (Stack(stack, stack, self.num_blocks, block),))
+
+    def check_fits(self, label: str, sizes: Sizes) -> None:
+        assert isinstance(sizes, QwenImageSizes)
+        if self.dim != sizes.dim or self.num_blocks < sizes.num_blocks:
+            raise InputError(
+                f"The {self.label} has {self.num_blocks} blocks of width {self.dim}; {label} has "
+                f"{sizes.num_blocks} of width {sizes.dim} here. Use one made for this model."
+            )
+
+
 FAMILY = Family(
     name="qwen_image",
     label="Qwen-Image",
@@ -111,4 +151,5 @@ FAMILY = Family(
         "guidance": "a guidance that the model was trained with, which no published one was",
     },
     shares_tokens=True,
+    model_patches=(BlockWiseControl,),
 )

@@ -56,12 +56,15 @@ class Forward(DualStreamForward):
         ref_latents: Sequence[torch.Tensor] = (),
         ref_latents_method: str | None = None,
         transformer_options: Mapping[str, Any] | None = None,
+        model_patches: Sequence[Mapping[str, Any]] = (),
     ) -> Conditioning:
         """``text`` (B, L, D); ``rotation`` of text, image and references.
 
         If present: ``references`` (B, L, D), whether they are at time 0 (``zero_time``), what is
-        added to the time's embedding (``added``, (D,)), ``mask``, and the blocks to ``skip``.
+        added to the time's embedding (``added``, (D,)), ``mask``, the blocks to ``skip``, and
+        ``model_patches``.
         """
+        self.check_patches(x.shape[0], self.sizes.geometry.image_tokens(x.shape), model_patches)
         asked = ref_latents_method or self._default_method
         check_method(self.label, ref_latents, asked, REFERENCE_METHODS)
         method = REFERENCE_METHODS.get(asked, "index")
@@ -83,6 +86,8 @@ class Forward(DualStreamForward):
             found["mask"] = _mask_of_text(attention_mask, context, len(positions), x.dtype)
         if skip := skipped_blocks(transformer_options):
             found["skip"] = skip
+        if model_patches:
+            found["model_patches"] = model_patches
         return found
 
     @property
@@ -102,6 +107,7 @@ class Forward(DualStreamForward):
         added: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
         skip: Sequence[BlockName] = (),
+        model_patches: Sequence[Mapping[str, Any]] = (),
         control: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
         """(B, C, T, H, W) → the same."""
@@ -140,7 +146,8 @@ class Forward(DualStreamForward):
         last_norm = scale_and_shift.flip(1)[None]
         num_late = image.shape[1] - num_image if zero_time else 0
         given = BlockInputs(text.shape[1], rotation, mask, num_late=num_late)
-        image = run_blocks(self, blocks, text, image, last_norm, given, skip, control)
+        patches = self.block_patches(model_patches)
+        image = run_blocks(self, blocks, text, image, last_norm, given, skip, control, patches)
         patches = model.proj_out(image[:, :num_image])
         layers = patches.unflatten(1, (x.shape[2], -1)).flatten(0, 1)
         found = unpack_patches(layers, x.shape[-2], x.shape[-1])

@@ -25,6 +25,7 @@ from ..layers import (
     timestep_embedding,
 )
 from ..token_shares import TokenShares
+from .control import Control, check_hint, patches_of
 from .family import EMBEDDER, FAMILY, PATCH, TIME_CHANNELS
 
 NORM_EPS = 1e-5
@@ -57,11 +58,15 @@ class Forward(ShardedForward):
         x: torch.Tensor,
         context: torch.Tensor,
         transformer_options: Mapping[str, Any] | None = None,
+        model_patches: Sequence[Mapping[str, Any]] = (),
     ) -> Conditioning:
         """``caption`` (B, L, D): refined caption ``context`` (B, L, cap_feat_dim), padded.
 
         ``rotation`` (1, L+L', 1, K/2, 2): of the caption's and then the image's tokens.
+        ``model_patches``, if there are some.
         """
+        for patch in model_patches:
+            check_hint(self.label, self.model_patches[patch["name"]], patch["hint"], x)
         if option(transformer_options, "skip_blocks"):
             raise InputError(
                 f"{self.label} on the process group cannot leave blocks out (skip-layer guidance). "
@@ -76,8 +81,9 @@ class Forward(ShardedForward):
         rotation = self._rotation(length, x, rope_options)
         # Each rank of a sequence group for itself: it is once a generation.
         of_caption = caption, rotation[:, :length], None
-        caption = self._run_blocks(self.model.context_refiner, *of_caption)
-        return {"caption": caption, "rotation": rotation}
+        caption = self.run_blocks(self.model.context_refiner, *of_caption)
+        found = {"caption": caption, "rotation": rotation}
+        return found | ({"model_patches": model_patches} if model_patches else {})
 
     def evaluate(
         self,
@@ -85,6 +91,7 @@ class Forward(ShardedForward):
         timesteps: torch.Tensor,
         caption: torch.Tensor,
         rotation: torch.Tensor,
+        model_patches: Sequence[Mapping[str, Any]] = (),
     ) -> torch.Tensor:
         """(B, C, H, W) → the same."""
         height, width = x.shape[-2:]
@@ -93,16 +100,40 @@ class Forward(ShardedForward):
         adaln = self.model.t_embedder.mlp(time.to(x.dtype))
         image = self._image_tokens(x)
         refiner, layers = self.model.noise_refiner, self.model.layers
-        modulation = self._modulation([*refiner, *layers], adaln)
+        modulation = self.modulation([*refiner, *layers], adaln)
         length, of_image = caption.shape[1], self.shares(image.shape[1])
         image = of_image.own(image, 0)
-        own_rotation = of_image.own(rotation[:, length:], 0)
+        of_image_rotation = rotation[:, length:]
+        own_rotation = of_image.own(of_image_rotation, 0)
         early, late = modulation[: len(refiner)], modulation[len(refiner) :]
-        image = self._run_blocks(refiner, image, own_rotation, of_image, early)
+        controls = [
+            Control(self, patch, image, of_image, of_image_rotation, adaln)
+            for patch in model_patches
+        ]
+        if controls:
+            before = image.clone()
+            for index, block in enumerate(refiner):
+                one = early[index : index + 1]
+                image = self.run_blocks([block], image, own_rotation, of_image, one).clone()
+                for control in controls:
+                    control.after_refiner(index, image, before)
+        else:
+            image = self.run_blocks(refiner, image, own_rotation, of_image, early)
         of_both = self.shares(length, rotation.shape[1] - length)
         tokens = torch.cat((of_both.own(caption, 0), image), dim=1)
         own_rotation = of_both.own_of_all(rotation)
-        tokens = self._run_blocks(layers, tokens, own_rotation, of_both, late)
+        start = 0
+        refined = image.clone() if controls else image
+        # As many layers at once as there are between two that a ControlNet adds to.
+        for place in sorted({place for one in controls for place in one.places(len(layers))}):
+            here = slice(start, place + 1)
+            tokens = self.run_blocks(
+                layers[here], tokens, own_rotation, of_both, late[here]
+            ).clone()
+            for control in controls:
+                control.after_layer(place, of_both.of_stream(tokens, 1), refined)
+            start = place + 1
+        tokens = self.run_blocks(layers[start:], tokens, own_rotation, of_both, late[start:])
         image = of_both.whole(of_both.of_stream(tokens, 1), 1)
         return -self._unpatchify(image, adaln, x.shape)[:, :, :height, :width]
 
@@ -132,17 +163,16 @@ class Forward(ShardedForward):
 
     def _image_tokens(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) → (B, L, D), padded to the token multiple."""
-        patches = x.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH))
-        patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+        patches = patches_of(x)
         return self._pad_tokens(self.model.all_x_embedder[EMBEDDER](patches), "x_pad_token")
 
-    def _modulation(self, blocks: Sequence[Any], adaln: torch.Tensor) -> torch.Tensor:
+    def modulation(self, blocks: Sequence[Any], adaln: torch.Tensor) -> torch.Tensor:
         """Scale and gate of attention and MLP, (blocks, 1, B, 4, D), with one gather for all."""
         local = torch.stack([block.adaLN_modulation[0](adaln) for block in blocks])
         full = self.collectives.gather(local)[..., : 4 * self.sizes.dim]
         return full.unflatten(-1, (4, -1)).unsqueeze(1)
 
-    def _run_blocks(
+    def run_blocks(
         self,
         blocks: Sequence[Any],
         tokens: torch.Tensor,
@@ -153,7 +183,7 @@ class Forward(ShardedForward):
         """Transformer blocks, one after another, on tokens (B, L, D).
 
         ``shares``: of which these are the rank's; None: these are all. ``modulation`` as
-        ``_modulation`` gives it; the caption's own blocks have none.
+        ``modulation`` gives it; the caption's own blocks have none.
         """
         if not blocks:
             return tokens
