@@ -386,9 +386,14 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     mirrored: bool = False
 
     @property
+    def ranks_per_batch_group(self) -> int:
+        """Processes of a batch group, which are consecutive."""
+        return self.tp_size * self.sequence_size
+
+    @property
     def num_ranks(self) -> int:
         """Processes of the whole group."""
-        return self.tp_size * self.sequence_size * self.batch_groups
+        return self.ranks_per_batch_group * self.batch_groups
 
     @property
     def tp_rank(self) -> int:
@@ -398,9 +403,9 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     @property
     def batch_group(self) -> int:
         """Which of the batch groups it belongs to."""
-        return self.rank // (self.tp_size * self.sequence_size)
+        return self.rank // self.ranks_per_batch_group
 
     @property
     def gives_results(self) -> bool:
         """Whether it is the one of its batch group that gives results, which all of them have."""
-        return self.rank % (self.tp_size * self.sequence_size) == 0
+        return self.rank % self.ranks_per_batch_group == 0

@@ -76,17 +76,22 @@ class TokenShares:
         return torch.cat(self._group.exchange([tokens] * self._size, shapes), dim=1)
 
     def in_their_order(self, mask: torch.Tensor | None) -> torch.Tensor | None:
-        """A mask over all tokens (..., L or 1, L) as attention meets them: rank by rank."""
+        """A mask over all tokens (..., L or 1, L) as attention meets them: rank by rank.
+
+        The order is made on the mask's device: from the host, a CUDA graph could not record it.
+        """
         if self._size == 1 or mask is None:
             return mask
         firsts = [sum(self.lengths[:stream]) for stream in range(len(self.lengths))]
         order = torch.cat(
             [
-                torch.arange(first + sum(dealt[:rank]), first + sum(dealt[: rank + 1]))
+                torch.arange(
+                    first + sum(dealt[:rank]), first + sum(dealt[: rank + 1]), device=mask.device
+                )
                 for rank in range(self._size)
                 for first, dealt in zip(firsts, self._dealt, strict=True)
             ]
-        ).to(mask.device)
+        )
         mask = mask[..., order]
         return mask if mask.shape[-2] == 1 else mask[..., order, :]
 
