@@ -85,7 +85,7 @@ STEPS_OF_H100S = {  # ms, at 1024²
     )
     for size, ms in of_sizes.items()
 }
-WAN_BLOCKS = [  # tokens, link, layout, and s of 40 blocks
+VIDEO_BLOCKS = [  # tokens, link, layout, and s of 40 blocks
     (tokens, link.name, layout, seconds)
     for tokens, link, of_layouts in (
         (75_600, NVLINK, (2.80, 2.69, 2.81)),
@@ -99,7 +99,7 @@ WAN_BLOCKS = [  # tokens, link, layout, and s of 40 blocks
 ]
 
 
-def wan_blocks(tokens: int) -> BlockCosts:
+def video_blocks(tokens: int) -> BlockCosts:
     """Self-attention and MLP of Wan's sizes, without the caption, 40 times."""
     (block,) = family_named("wan").published.table.block_costs(0, tokens)
     columns, rows = ((5120, 3 * 5120), (5120, 13824)), ((5120, 5120), (13824, 5120))
@@ -286,10 +286,17 @@ def sharing() -> str:
     for case, ms in STEPS_OF_H100S.items():
         what = f"{case.label}, {case.extent}"
         add(what, case.link.name, case.layout, case.predict().ms, ms, "ms")
-    for tokens, name, layout, seconds in WAN_BLOCKS:
+    for tokens, name, layout, seconds in VIDEO_BLOCKS:
         sizes = layout.tp_size, layout.sequence_size
-        found = predict_blocks(wan_blocks(tokens), 1, *sizes, device_of(H100), LINKS[name])
-        add(f"40 blocks of Wan, {tokens:,} tokens", name, layout, found.ms / 1e3, seconds, "s")
+        found = predict_blocks(video_blocks(tokens), 1, *sizes, device_of(H100), LINKS[name])
+        add(
+            f"40 blocks of {_label('wan')}, {tokens:,} tokens",
+            name,
+            layout,
+            found.ms / 1e3,
+            seconds,
+            "s",
+        )
     return _table(["what", "link", "layout", "measured", "predicted", "error"], rows)
 
 

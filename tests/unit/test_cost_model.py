@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bench.scaling import STEPS_OF_H100S, SUMS_WITHOUT_PEERS, WAN_BLOCKS, Case, wan_blocks
+from bench.scaling import STEPS_OF_H100S, SUMS_WITHOUT_PEERS, VIDEO_BLOCKS, Case, video_blocks
 from tp_runtime.config import Layout
 from tp_runtime.layouts.cost_model import (
     DEVICES,
@@ -137,12 +137,12 @@ def test_devices_by_torchs_name() -> None:
     assert device_of("NVIDIA L40S") is DEVICES["other"]
 
 
-@pytest.mark.parametrize(("tokens", "link", "layout", "seconds"), WAN_BLOCKS)
+@pytest.mark.parametrize(("tokens", "link", "layout", "seconds"), VIDEO_BLOCKS)
 def test_measured_blocks_that_share_tokens(
     tokens: int, link: str, layout: Layout, seconds: float
 ) -> None:
     sizes = layout.tp_size, layout.sequence_size
-    found = predict_blocks(wan_blocks(tokens), 1, *sizes, DEVICES["H100"], LINKS[link])
+    found = predict_blocks(video_blocks(tokens), 1, *sizes, DEVICES["H100"], LINKS[link])
     assert found.ms / 1e3 == pytest.approx(seconds, rel=0.1)
 
 
@@ -176,10 +176,10 @@ def test_an_exchange_by_hand() -> None:
     tokens, width = 75_600, 5120
     link = replace(LINKS["pcie"], rate=1.0, exchange_rate=1.0)
     for size in (2, 4, 8):
-        found = predict_blocks(wan_blocks(tokens), 1, 1, size, DEVICES["H100"], link)
+        found = predict_blocks(video_blocks(tokens), 1, 1, size, DEVICES["H100"], link)
         moved = 2 * 4 * (size - 1) / size**2 * tokens * width
         assert found.links / 1e3 / 40 == pytest.approx(moved, rel=1e-3)
-        found = predict_blocks(wan_blocks(tokens), 1, size, 1, DEVICES["H100"], link)
+        found = predict_blocks(video_blocks(tokens), 1, size, 1, DEVICES["H100"], link)
         moved = 2 * 2 * 2 * (size - 1) / size * tokens * width
         assert found.links / 1e3 / 40 == pytest.approx(moved, rel=1e-3)
 
