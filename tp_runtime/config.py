@@ -28,6 +28,7 @@ With ``settings``, the only place where the package reads environment variables 
 
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -142,6 +143,11 @@ def device_name(gpu: int | None) -> str:
     import torch
 
     return "cpu" if gpu is None else torch.cuda.get_device_name(gpu)
+
+
+def gpu_names(gpus: Iterable[int]) -> list[str]:
+    """Number and product name of visible GPUs, by which the machine's GPUs are told apart."""
+    return [f"{gpu} {device_name(gpu)}" for gpu in gpus]
 
 
 @dataclass(frozen=True, order=True)

@@ -13,12 +13,14 @@ from tp_runtime.client import DeviceError, GroupConfig, SizeError, inspect_check
 from tp_runtime.config import Layout
 from tp_runtime.layouts import choice
 from tp_runtime.layouts.cost_model import LINKS, Link
+from tp_runtime.layouts.link_records import LinkRates, LinkRecords
 from tp_runtime.layouts.step_history import MIN_TIMES, StepRecords, Workload
 
 pytestmark = pytest.mark.comfy
 
 Choose = Callable[..., GroupConfig]
 GPU = "NVIDIA H200"
+LINK_BETWEEN = choice.link_between
 CFG = Workload((2, 16, 128, 128), 77)
 SINGLE = Workload((1, 16, 128, 128), 77)
 
@@ -37,17 +39,26 @@ def records(tmp_path: Path) -> StepRecords:
 
 
 @pytest.fixture
+def links(tmp_path: Path) -> LinkRecords:
+    """And how its GPUs are connected: nothing has been measured."""
+    return LinkRecords(tmp_path / "link_records.json")
+
+
+@pytest.fixture
 def choose(
     gpu_count: ModuleType,
     tiny_z_image: Path,
     records: StepRecords,
+    links: LinkRecords,
     monkeypatch: pytest.MonkeyPatch,
 ) -> tuple[Choose, list[str]]:
     """`choose(visible, choice, devices, layout, where)`: the group on so many GPUs; warnings."""
     info = inspect_checkpoint(str(tiny_z_image))
     # Of the published size: what is small is predicted to be the fastest on one GPU.
     info = replace(info, sizes=info.family.published)
-    monkeypatch.setattr(gpu_count, "get_runtime", lambda: SimpleNamespace(records=records))
+    monkeypatch.setattr(
+        gpu_count, "get_runtime", lambda: SimpleNamespace(records=records, links=links)
+    )
     monkeypatch.setattr(choice, "device_name", lambda gpu: "cpu" if gpu is None else GPU)
     monkeypatch.setattr(choice, "link_between", lambda *_: LINKS["nvlink"])
     monkeypatch.setattr(choice, "_fits", lambda *_: True)
@@ -360,11 +371,27 @@ def test_on_the_cpu_nothing_is_predicted(
     ],
 )
 def test_the_link_that_is_likely(
-    monkeypatch: pytest.MonkeyPatch, name: str, peers: bool, link: str
+    monkeypatch: pytest.MonkeyPatch, links: LinkRecords, name: str, peers: bool, link: str
 ) -> None:
     monkeypatch.setattr(choice, "device_name", lambda _: name)
+    monkeypatch.setattr(choice, "gpu_names", lambda gpus: [f"{gpu} {name}" for gpu in gpus])
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda *_: peers)
-    assert choice.link_between((0, 1)) is LINKS[link]
+    assert choice.link_between((0, 1), links) is LINKS[link]
+
+
+def test_the_link_that_was_measured_decides(
+    choose: tuple[Choose, list[str]], links: LinkRecords, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_machine, warnings = choose
+    monkeypatch.setattr(choice, "link_between", LINK_BETWEEN)
+    monkeypatch.setattr(choice, "likely_link", lambda _: LINKS["pcie5-host"])
+    monkeypatch.setattr(choice, "gpu_names", lambda gpus: [f"{gpu} {GPU}" for gpu in gpus])
+    assert str(on_machine(2, "auto").layout) == "1x2x1"
+    links.add([f"0 {GPU}", f"1 {GPU}"], LinkRates(300e9, 10e9, 5e-6))
+    assert str(on_machine(2, "auto").layout) == "2x1"
+    links.add([f"0 {GPU}", f"1 {GPU}"], LinkRates(1e9, 1e9, 5e-6))
+    assert str(on_machine(2, "auto").layout) == "1x1"
+    assert "measured on this machine: 1.0 GB/s in sums, 1.0 in exchanges" in warnings[-1]
 
 
 @pytest.mark.parametrize(

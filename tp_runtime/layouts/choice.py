@@ -10,9 +10,10 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..config import ROOM_BYTES, ROOM_FACTOR, Layout, device_name
+from ..config import ROOM_BYTES, ROOM_FACTOR, Layout, device_name, gpu_names
 from ..recognise import CheckpointInfo
 from .cost_model import LINKS, Device, Link, device_of, predict
+from .link_records import LinkRecords
 from .step_history import StepRecords, Workload
 
 MIN_GAIN = 0.05  # a layout other than the default must be so much faster
@@ -74,7 +75,11 @@ class Choice:
 
 
 def choose_layout(
-    info: CheckpointInfo, layouts: Sequence[Layout], gpus: Sequence[int], records: StepRecords
+    info: CheckpointInfo,
+    layouts: Sequence[Layout],
+    gpus: Sequence[int],
+    records: StepRecords,
+    links: LinkRecords,
 ) -> Choice:
     """The fastest of ``layouts`` for what the model is used for; the first is the default.
 
@@ -87,7 +92,7 @@ def choose_layout(
     usual = records.usual_workload(info.path, device)
     if len(layouts) == 1 or not (usual or gpus):
         return Choice(plain)
-    link = link_between(gpus) if gpus else None
+    link = link_between(gpus, links) if gpus else None
     # On the CPU, where ranks share the cores, nothing is to be had by sharing tokens.
     possible = [
         layout
@@ -140,7 +145,14 @@ def _predicted_ms(
     return predict(info.sizes, shape, text_tokens, *sizes, device, link, sequence_size=shared).ms
 
 
-def link_between(gpus: Sequence[int]) -> Link:
+def link_between(gpus: Sequence[int], links: LinkRecords) -> Link:
+    """What connects these GPUs, with the rates that were measured here, or likely ones."""
+    likely = likely_link(gpus)
+    rates = links.between(gpu_names(gpus))
+    return likely if rates is None else rates.on(likely)
+
+
+def likely_link(gpus: Sequence[int]) -> Link:
     """What is likely to connect these GPUs: torch tells whether they reach each other's memory.
 
     Those of data centres do it through NVLink.

@@ -19,6 +19,7 @@ from ..wire.protocol import (
     Evaluate,
     Hold,
     Load,
+    MeasureLink,
     Patch,
     Report,
     Request,
@@ -77,6 +78,10 @@ class Runner:
                 return self._loaded(request.model).wake()
             case Report():
                 return self._report(request.digests)
+            case MeasureLink():
+                times = collectives.link_times(self._device)
+                self._free_cache()
+                return times
         raise AssertionError(f"unknown request {request}")
 
     def _load(self, request: Load, report_progress: ReportProgress) -> dict[str, Any]:
