@@ -21,7 +21,7 @@ class Runtime:
 
     def __init__(self) -> None:
         self.records = StepRecords(home() / "step_records.json")
-        self.links = LinkRecords(home() / "link_records.json")
+        self.links = LinkRecords.of_home()
         self._groups: dict[GroupConfig, Group] = {}
 
     def model(self, spec: ModelSpec, config: GroupConfig) -> RemoteModel:

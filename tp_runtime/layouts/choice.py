@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ..config import ROOM_BYTES, ROOM_FACTOR, Layout, device_name, gpu_names
 from ..recognise import CheckpointInfo
-from .cost_model import LINKS, Device, Link, device_of, predict
+from .cost_model import Device, Link, device_of, predict, usual_link
 from .link_records import LinkRecords
 from .step_history import StepRecords, Workload
 
@@ -159,13 +159,9 @@ def likely_link(gpus: Sequence[int]) -> Link:
     """
     import torch
 
-    device = device_of(device_name(gpus[0]))
     pairs = itertools.permutations(gpus, 2)
-    if not all(torch.cuda.can_device_access_peer(one, other) for one, other in pairs):
-        return LINKS["pcie-host" if device.pcie < 5 else "pcie5-host"]
-    if device.nvlink:
-        return LINKS["nvlink"]
-    return LINKS["pcie" if device.pcie < 5 else "pcie5"]
+    peers = all(torch.cuda.can_device_access_peer(one, other) for one, other in pairs)
+    return usual_link(device_of(device_name(gpus[0])), peers=peers)
 
 
 def _fits(info: CheckpointInfo, layout: Layout, gpus: Sequence[int]) -> bool:

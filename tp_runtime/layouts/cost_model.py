@@ -170,6 +170,14 @@ def device_of(name: str) -> Device:
     return next((device for key, device in DEVICES.items() if key in name), DEVICES["other"])
 
 
+def usual_link(device: Device, *, peers: bool) -> Link:
+    """What connects GPUs of that kind; ``peers``: they reach each other's memory."""
+    if peers and device.nvlink:
+        return LINKS["nvlink"]
+    generation = "pcie5" if device.pcie >= 5 else "pcie"
+    return LINKS[generation if peers else f"{generation}-host"]
+
+
 def layouts(sizes: Sizes, num_gpus: int, *, shares_tokens: bool = False) -> list[Layout]:
     """Every layout of that many GPUs that the model can be split over.
 

@@ -11,9 +11,11 @@ from typing import Annotated, Any
 
 import msgspec
 
+from ..config import home
 from .book import read_book, write_book
 from .cost_model import NCCL_S, Link
 
+FILE = "link_records.json"  # ``doctor`` reads it, too, and what it reads of an entry
 _Rate = Annotated[float, msgspec.Meta(gt=0, lt=1e15)]
 
 
@@ -74,6 +76,11 @@ class LinkRecords:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+
+    @classmethod
+    def of_home(cls) -> "LinkRecords":
+        """Those of this machine."""
+        return cls(home() / FILE)
 
     def is_known(self, gpus: Iterable[str]) -> bool:
         """Whether these were measured, or it was begun and ended the process or its group.
