@@ -13,8 +13,18 @@ from pathlib import Path
 
 from bench.extents import Extent
 from tp_runtime.config import Layout
-from tp_runtime.layouts.cost_model import DEVICES, LINKS, Link, Prediction, device_of, predict
+from tp_runtime.layouts.cost_model import (
+    DEVICES,
+    LINKS,
+    Link,
+    Prediction,
+    device_of,
+    nccl_s,
+    predict,
+    predict_blocks,
+)
 from tp_runtime.models import families, family_named
+from tp_runtime.sharding.block_costs import BlockCosts
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 RESULTS = Path(__file__).parent / "results"
@@ -53,11 +63,53 @@ class Case:
             self.layout.batch_groups,
             device_of(self.device),
             self.link,
+            sequence_size=self.layout.sequence_size,
         )
 
     @property
     def label(self) -> str:
         return family_named(self.model).label
+
+
+# What was measured on 4 H100s (28 November 2026). Without peer access: NCCL_P2P_DISABLE=1.
+H100 = "NVIDIA H100 80GB HBM3"
+WITHOUT_PEERS = LINKS["pcie5-host"]
+SUMS_WITHOUT_PEERS = {2: 1.16, 4: 2.00}  # NCCL's, of 28 MiB, in ms
+STEPS_OF_H100S = {  # ms, at 1024²
+    Case(model, Extent(1024, 1024), 1, Layout(size), link, H100): ms
+    for model, link, of_sizes in (
+        ("flux", NVLINK, {1: 124.8, 2: 70.4, 4: 42.9}),
+        ("z_image", NVLINK, {1: 91.5, 2: 50.7, 4: 35.2}),
+        ("qwen_image", NVLINK, {1: 120.5, 2: 69.6, 4: 47.8}),
+        ("flux", WITHOUT_PEERS, {2: 144.0, 4: 173.0}),
+    )
+    for size, ms in of_sizes.items()
+}
+VIDEO_BLOCKS = [  # tokens, link, layout, and s of 40 blocks
+    (tokens, link.name, layout, seconds)
+    for tokens, link, of_layouts in (
+        (75_600, NVLINK, (2.80, 2.69, 2.81)),
+        (75_600, WITHOUT_PEERS, (6.08, 3.25, 4.46)),
+        (32_760, NVLINK, (0.70, 0.64, 0.67)),
+        (32_760, WITHOUT_PEERS, (2.25, 0.92, 1.46)),
+    )
+    for layout, seconds in zip(
+        (Layout(4), Layout(1, 1, 4), Layout(2, 1, 2)), of_layouts, strict=True
+    )
+]
+
+
+def video_blocks(tokens: int) -> BlockCosts:
+    """Self-attention and MLP of Wan's sizes, without the caption, 40 times."""
+    (block,) = family_named("wan").published.table.block_costs(0, tokens)
+    columns, rows = ((5120, 3 * 5120), (5120, 13824)), ((5120, 5120), (13824, 5120))
+    linears = tuple(
+        next(each for each in block.linears if (each.axis, each.full) == (axis, full))
+        for axis, sizes in ((0, columns), (1, rows))
+        for full in sizes
+    )
+    assert block.count == 40
+    return replace(block, linears=linears, attentions=block.attentions[:1])
 
 
 @dataclass(frozen=True)
@@ -85,8 +137,8 @@ def measured() -> list[Measured]:
                 continue  # a sampler's step, not an evaluation
             if not row["tp"] or row["device"] == "cpu" or row["optimize"] == "off":
                 continue  # diffusers alone; no GPU; operations as written
-            if row.get("weights", "bf16") != "bf16" or (row.get("sequence_size") or 1) > 1:
-                continue  # products with quantised weights, and sharing tokens, are not predicted
+            if row.get("weights", "bf16") != "bf16":
+                continue  # products with quantised weights are not predicted
             if row.get("streamed_gib"):
                 continue  # nor is reading weights from the host's memory
             link = replace(NVLINK, fused=row["commit"] not in THROUGH_NCCL or row["tp"] == 1)
@@ -94,7 +146,7 @@ def measured() -> list[Measured]:
                 row["model"],
                 Extent.parse(str(row["side"])),
                 row["batch"],
-                Layout(row["tp"], row.get("batch_groups", 1)),
+                Layout(row["tp"], row.get("batch_groups", 1), row.get("sequence_size") or 1),
                 link,
                 row["device"],
             )
@@ -213,10 +265,63 @@ def constants() -> str:
         value = f"{rates}, {device.memory / 1e12:.1f} TB/s"
         rows.append([f"GPU `{device.name}`", value, device.source])
     for link in LINKS.values():
-        value = f"{link.rate / 1e9:.0f} GB/s, {1e6 * link.hop_s:.1f} µs a hop"
+        rates = f"{link.rate / 1e9:g} and {link.exchange_rate / 1e9:g} GB/s"
+        value = f"{rates}, {1e6 * link.hop_s:.1f} µs a hop"
         sums = "fused sums" if link.fused else "NCCL's sums"
         rows.append([f"link `{link.name}`", f"{value}, {sums}", link.source])
     return _table(["what", "value", "source"], rows)
+
+
+def sharing() -> str:
+    """What was measured on 4 H100s, with and without peer access."""
+    rows: list[list[object]] = []
+
+    def add(what: str, link: str, layout: Layout, found: float, of: float, unit: str) -> None:
+        digits = 2 if unit == "s" else 1
+        times = (f"{number:.{digits}f} {unit}" for number in (of, found))
+        rows.append([what, link, layout, *times, f"{found / of - 1:+.1%}"])
+
+    for size, ms in SUMS_WITHOUT_PEERS.items():
+        found = 1e3 * nccl_s(28 * 2**20, size, WITHOUT_PEERS)
+        times = f"{ms:.2f} ms", f"{found:.2f} ms", f"{found / ms - 1:+.1%}"
+        rows.append(["a sum of 28 MiB", WITHOUT_PEERS.name, Layout(size), *times])
+    for case, ms in STEPS_OF_H100S.items():
+        what = f"{case.label}, {case.extent}"
+        add(what, case.link.name, case.layout, case.predict().ms, ms, "ms")
+    for tokens, name, layout, seconds in VIDEO_BLOCKS:
+        sizes = layout.tp_size, layout.sequence_size
+        found = predict_blocks(video_blocks(tokens), 1, *sizes, device_of(H100), LINKS[name])
+        add(
+            f"40 blocks of {_label('wan')}, {tokens:,} tokens",
+            name,
+            layout,
+            found.ms / 1e3,
+            seconds,
+            "s",
+        )
+    return _table(["what", "link", "layout", "measured", "predicted", "error"], rows)
+
+
+def cards() -> str:
+    """Cards without NVLink, one latent."""
+    shown = [Layout(1), Layout(2), Layout(1, 1, 2), Layout(4), Layout(2, 1, 2), Layout(1, 1, 4)]
+    machines = [
+        *((card, link) for card in ("RTX 3090", "RTX 4090") for link in ("pcie-host",)),
+        *(("RTX 5090", link) for link in ("pcie-host", "pcie5-host")),
+        *(("RTX PRO 6000", link) for link in ("pcie-host", "pcie", "pcie5-host", "pcie5")),
+    ]
+    rows = []
+    for model in ("z_image", "flux", "wan"):
+        extent = Extent.usual(family_named(model))[0]
+        for card, link in machines:
+            times = {at: Case(model, extent, 1, at, LINKS[link], card).predict().ms for at in shown}
+            best = [
+                min((at for at in shown if at.num_gpus == num), key=lambda at: times[at])
+                for num in (2, 4)
+            ]
+            cells = [f"**{ms:.0f}**" if at in best else f"{ms:.0f}" for at, ms in times.items()]
+            rows.append([_label(model), extent, card, link, *cells])
+    return _table(["model", "size", "card", "link", *shown], rows)
 
 
 def profile() -> str:
@@ -237,11 +342,13 @@ def profile() -> str:
 TABLES = {
     "constants": constants,
     "check": check,
+    "sharing": sharing,
     "profile": profile,
     "one host": one_host,
     "cfg": cfg,
     "limits": limits,
     "links": links,
+    "cards": cards,
     "many GPUs": many_gpus,
     "throughput": throughput,
 }

@@ -64,7 +64,8 @@ def choose_group(
     is_reproducible = reproducible_setting()
     # The first of them needs no record of steps to be chosen.
     considered = layouts[:1] if is_reproducible else layouts
-    chosen = choose_layout(info, considered, gpus, get_runtime().records)
+    runtime = get_runtime()
+    chosen = choose_layout(info, considered, gpus, runtime.records, runtime.links)
     if chosen.reason:
         warn(chosen.reason)
     num_ranks = chosen.layout.num_gpus

@@ -32,13 +32,19 @@ def possible_layouts(
         info.check_tp_size(gpu_count)
     sizes = info.valid_tp_sizes(limit=min(gpu_count or num_gpus, MAX_TP_SIZE))
     default = Layout(max(sizes))
-    most_groups = 1 if layout == PLAIN else num_gpus if gpu_count is None else gpu_count
+    most = gpu_count or num_gpus
+    shares_tokens = layout == AUTO and info.family.shares_tokens
     every = [
-        Layout(tp_size, batch_groups)
+        Layout(tp_size, batch_groups, sequence_size)
+        for sequence_size in (range(1, MAX_TP_SIZE + 1) if shares_tokens else (1,))
         for tp_size in sizes
-        for batch_groups in range(1, most_groups + 1)
-        if tp_size * batch_groups <= (gpu_count or num_gpus)
-        and (gpu_count is None or tp_size * batch_groups == gpu_count)
+        for batch_groups in (range(1, most + 1) if layout == AUTO else (1,))
+        if tp_size * sequence_size <= MAX_TP_SIZE
+    ]
+    every = [
+        found
+        for found in every
+        if found.num_gpus == gpu_count or (gpu_count is None and found.num_gpus <= most)
     ]
     return [default, *(found for found in every if found != default)]
 

@@ -62,8 +62,8 @@ def choices() -> list[io.Input]:
             optional=True,
             tooltip=(
                 "Over how many GPUs the model is split. 'auto' takes as many of this "
-                "machine's GPUs as the model can be split over. Without a GPU, the model "
-                "runs in as many CPU processes ('auto': 1)."
+                "machine's GPUs as the model can be split over, if more are not slower. "
+                "Without a GPU, the model runs in as many CPU processes ('auto': 1)."
             ),
         ),
         advanced(
@@ -100,7 +100,10 @@ def choices() -> list[io.Input]:
                     "How the GPUs share the work. 'tp': each holds a part of the model. "
                     "'2x2' (TP size x batch groups): two groups of two GPUs, each with "
                     "the whole model, which divide batches (also the two halves of CFG). "
-                    "'auto' takes what is the fastest, by the steps measured so far."
+                    "'1x2x1' (TP size x sequence size x batch groups): two GPUs, each "
+                    "with the whole model, which divide the tokens of every picture. "
+                    "'auto' takes what is the fastest, by the steps measured so far "
+                    "and by predictions."
                 ),
             )
         ),

@@ -31,6 +31,7 @@ With ``settings``, the only place where the package reads environment variables 
 
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -164,6 +165,11 @@ def device_name(gpu: int | None) -> str:
     import torch
 
     return "cpu" if gpu is None else torch.cuda.get_device_name(gpu)
+
+
+def gpu_names(gpus: Iterable[int]) -> list[str]:
+    """Number and product name of visible GPUs, by which the machine's GPUs are told apart."""
+    return [f"{gpu} {device_name(gpu)}" for gpu in gpus]
 
 
 @dataclass(frozen=True, order=True)
@@ -443,9 +449,14 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     mirrored: bool = False
 
     @property
+    def ranks_per_batch_group(self) -> int:
+        """Processes of a batch group, which are consecutive."""
+        return self.tp_size * self.sequence_size
+
+    @property
     def num_ranks(self) -> int:
         """Processes of the whole group."""
-        return self.tp_size * self.sequence_size * self.batch_groups
+        return self.ranks_per_batch_group * self.batch_groups
 
     @property
     def tp_rank(self) -> int:
@@ -455,9 +466,9 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     @property
     def batch_group(self) -> int:
         """Which of the batch groups it belongs to."""
-        return self.rank // (self.tp_size * self.sequence_size)
+        return self.rank // self.ranks_per_batch_group
 
     @property
     def gives_results(self) -> bool:
         """Whether it is the one of its batch group that gives results, which all of them have."""
-        return self.rank % (self.tp_size * self.sequence_size) == 0
+        return self.rank % self.ranks_per_batch_group == 0

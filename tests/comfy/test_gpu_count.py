@@ -1,22 +1,26 @@
 """What a `gpu_count` means on machines that this one is not: decided before anything starts."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 
 from support.pack import pack_module
 from tp_runtime.client import DeviceError, GroupConfig, SizeError, inspect_checkpoint
 from tp_runtime.config import Layout
 from tp_runtime.layouts import choice
-from tp_runtime.layouts.cost_model import LINKS
+from tp_runtime.layouts.cost_model import LINKS, Link
+from tp_runtime.layouts.link_records import LinkRates, LinkRecords
 from tp_runtime.layouts.step_history import MIN_TIMES, StepRecords, Workload
 
 pytestmark = pytest.mark.comfy
 
 Choose = Callable[..., GroupConfig]
 GPU = "NVIDIA H200"
+LINK_BETWEEN = choice.link_between
 CFG = Workload((2, 16, 128, 128), 77)
 SINGLE = Workload((1, 16, 128, 128), 77)
 
@@ -35,17 +39,28 @@ def records(tmp_path: Path) -> StepRecords:
 
 
 @pytest.fixture
+def links(tmp_path: Path) -> LinkRecords:
+    """And how its GPUs are connected: nothing has been measured."""
+    return LinkRecords(tmp_path / "link_records.json")
+
+
+@pytest.fixture
 def choose(
     gpu_count: ModuleType,
     tiny_z_image: Path,
     records: StepRecords,
+    links: LinkRecords,
     monkeypatch: pytest.MonkeyPatch,
 ) -> tuple[Choose, list[str]]:
     """`choose(visible, choice, devices, layout, where)`: the group on so many GPUs; warnings."""
     info = inspect_checkpoint(str(tiny_z_image))
-    monkeypatch.setattr(gpu_count, "get_runtime", lambda: SimpleNamespace(records=records))
+    # Of the published size: what is small is predicted to be the fastest on one GPU.
+    info = replace(info, sizes=info.family.published)
+    monkeypatch.setattr(
+        gpu_count, "get_runtime", lambda: SimpleNamespace(records=records, links=links)
+    )
     monkeypatch.setattr(choice, "device_name", lambda gpu: "cpu" if gpu is None else GPU)
-    monkeypatch.setattr(choice, "link_between", lambda _: LINKS["nvlink"])
+    monkeypatch.setattr(choice, "link_between", lambda *_: LINKS["nvlink"])
     monkeypatch.setattr(choice, "_fits", lambda *_: True)
     warnings: list[str] = []
 
@@ -70,8 +85,9 @@ def choose(
 def test_auto_is_the_largest_size_that_works(
     choose: tuple[Choose, list[str]], visible: int, size: int
 ) -> None:
+    """Where the GPUs may share the work by tensor parallelism alone."""
     on_machine, warnings = choose
-    group = on_machine(visible, "auto")
+    group = on_machine(visible, "auto", layout="tp")
     assert (group.tp_size, group.device, group.devices) == (size, "cuda", tuple(range(size)))
     assert not warnings
 
@@ -111,7 +127,7 @@ def test_listed_devices(
     choose: tuple[Choose, list[str]], choice: str, devices: str, chosen: tuple[int, ...]
 ) -> None:
     on_machine, _ = choose
-    group = on_machine(6, choice, devices)
+    group = on_machine(6, choice, devices, layout="tp")
     assert (group.tp_size, group.devices) == (len(chosen), chosen)
 
 
@@ -144,7 +160,7 @@ def test_the_gpus_of_the_settings(
 ) -> None:
     on_machine, _ = choose
     monkeypatch.setattr(gpu_count, "devices_setting", lambda: "3, 1")
-    assert on_machine(4, "auto").devices == (3, 1)
+    assert on_machine(4, "2").devices == (3, 1)
     with pytest.raises(DeviceError, match=r"the setting 'GPUs to use' lists 2 \(3, 1\)"):
         on_machine(4, "4")
     refused = gpu_count.refused_counts(str(tiny_z_image), gpu_count.Placement())["refused"]
@@ -175,7 +191,9 @@ def test_auto_divides_a_batch_where_that_was_measured_to_be_faster(
     choose: tuple[Choose, list[str]], records: StepRecords, tiny_z_image: Path
 ) -> None:
     on_machine, warnings = choose
-    measured(records, tiny_z_image, CFG, tp4x1=72.0, tp2x2=60.0, tp1x4=30.0)
+    of_batch_groups = {"tp4x1": 72.0, "tp2x2": 60.0, "tp1x4": 30.0}
+    sharing_tokens = {"tp1x2x2": 61.0, "tp2x2x1": 70.0, "tp1x4x1": 70.0}
+    measured(records, tiny_z_image, CFG, **of_batch_groups, **sharing_tokens)
     group = on_machine(4, "4")
     assert (group.tp_size, group.batch_groups, group.devices) == (2, 2, (0, 1, 2, 3))
     (warning,) = warnings
@@ -222,11 +240,158 @@ def test_auto_takes_fewer_gpus_where_more_are_slower(
     choose: tuple[Choose, list[str]], records: StepRecords, tiny_z_image: Path
 ) -> None:
     on_machine, warnings = choose
-    measured(records, tiny_z_image, SINGLE, tp2x1=50.0, tp1x1=40.0)
+    measured(records, tiny_z_image, SINGLE, tp2x1=50.0, tp1x1=40.0, tp1x2x1=45.0)
     group = on_machine(2, "auto")
     assert (group.num_ranks, group.devices) == (1, (0,))
     assert "layout 1x1" in warnings[0]
     assert on_machine(2, "2").num_ranks == 2
+
+
+@pytest.fixture
+def linked(monkeypatch: pytest.MonkeyPatch) -> Callable[[Link], None]:
+    """Have the GPUs connected by this."""
+    return lambda link: monkeypatch.setattr(choice, "link_between", lambda *_: link)
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "layout"),
+    [(4, "auto", "1x4x1"), (4, "4", "1x4x1"), (2, "auto", "1x2x1"), (4, "3", "1x3x1")],
+)
+def test_without_nvlink_the_first_prompt_runs_on_what_is_predicted(
+    choose: tuple[Choose, list[str]],
+    linked: Callable[[Link], None],
+    visible: int,
+    count: str,
+    layout: str,
+) -> None:
+    on_machine, warnings = choose
+    linked(LINKS["pcie5-host"])
+    group = on_machine(visible, count)
+    assert str(group.layout) == layout
+    (warning,) = warnings
+    assert f"the layout {layout} (TP size x sequence size x batch groups): " in warning
+    assert "(1, 16, 128, 128) as usual for the model" in warning
+    assert "pcie5-host" in warning
+
+
+def test_with_nvlink_the_first_prompt_needs_a_gain(choose: tuple[Choose, list[str]]) -> None:
+    on_machine, warnings = choose
+    assert str(on_machine(2, "auto").layout) == "2x1"
+    assert not warnings
+
+
+def test_no_more_gpus_than_help(
+    choose: tuple[Choose, list[str]], linked: Callable[[Link], None]
+) -> None:
+    on_machine, warnings = choose
+    linked(replace(LINKS["pcie-host"], rate=1e9, exchange_rate=1e9))
+    assert str(on_machine(4, "auto").layout) == "1x1"
+    assert "the layout 1x1 (TP size x batch groups): " in warnings[0]
+    assert on_machine(4, "4").num_ranks == 4
+    linked(LINKS["pcie-host"])
+    assert str(on_machine(4, "auto", layout="tp").layout) == "1x1"
+
+
+def test_a_layout_whose_weights_do_not_fit_is_not_taken(
+    choose: tuple[Choose, list[str]],
+    linked: Callable[[Link], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    on_machine, _ = choose
+    linked(LINKS["pcie5-host"])
+    monkeypatch.setattr(choice, "_fits", lambda _, layout, __: layout.tp_size >= 2)
+    assert str(on_machine(4, "auto").layout) == "2x2x1"
+    monkeypatch.setattr(choice, "_fits", lambda *_: False)
+    assert str(on_machine(4, "auto").layout) == "4x1"
+
+
+def test_a_model_that_cannot_share_tokens(gpu_count: ModuleType) -> None:
+    info = SimpleNamespace(
+        family=SimpleNamespace(shares_tokens=False),
+        valid_tp_sizes=lambda **_: (1, 2),
+        check_tp_size=lambda _: None,
+    )
+    assert list(map(str, gpu_count.possible_layouts("auto", None, info, 2))) == [
+        "2x1",
+        "1x1",
+        "1x2",
+    ]
+    info.family.shares_tokens = True
+    found = list(map(str, gpu_count.possible_layouts("auto", None, info, 2)))
+    assert found == ["2x1", "1x1", "1x2", "1x2x1"]
+
+
+def test_sharing_tokens_stays_where_it_was_slower_than_predicted(
+    choose: tuple[Choose, list[str]],
+    linked: Callable[[Link], None],
+    records: StepRecords,
+    tiny_z_image: Path,
+) -> None:
+    """Its times say how good predictions are; what else was measured decides against them."""
+    on_machine, _ = choose
+    linked(LINKS["pcie5-host"])
+    measured(records, tiny_z_image, SINGLE, tp1x4x1=140.0)
+    assert str(on_machine(4, "auto").layout) == "1x4x1"
+    measured(records, tiny_z_image, SINGLE, tp4x1=100.0)
+    assert str(on_machine(4, "4").layout) == "4x1"
+
+
+def test_cfg_is_divided_first(
+    choose: tuple[Choose, list[str]],
+    linked: Callable[[Link], None],
+    records: StepRecords,
+    tiny_z_image: Path,
+) -> None:
+    on_machine, _ = choose
+    linked(LINKS["pcie5-host"])
+    measured(records, tiny_z_image, CFG, tp1x4x1=140.0)
+    assert str(on_machine(4, "auto").layout) == "1x2x2"
+
+
+def test_on_the_cpu_nothing_is_predicted(
+    choose: tuple[Choose, list[str]], records: StepRecords, tiny_z_image: Path
+) -> None:
+    on_machine, _ = choose
+    assert str(on_machine(0, "2").layout) == "2x1"
+    for layout, ms in ((Layout(2), 100.0), (Layout(1, 1, 2), 10.0)):
+        for _ in range(MIN_TIMES):
+            records.add(str(tiny_z_image), "cpu", SINGLE, layout, ms)
+    assert str(on_machine(0, "2").layout) == "2x1"
+
+
+@pytest.mark.parametrize(
+    ("name", "peers", "link"),
+    [
+        ("NVIDIA H200", True, "nvlink"),
+        ("NVIDIA H100 80GB HBM3", False, "pcie5-host"),
+        ("NVIDIA GeForce RTX 4090", False, "pcie-host"),
+        ("NVIDIA GeForce RTX 5090", False, "pcie5-host"),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", True, "pcie5"),
+        ("NVIDIA L40S", True, "pcie"),
+    ],
+)
+def test_the_link_that_is_likely(
+    monkeypatch: pytest.MonkeyPatch, links: LinkRecords, name: str, peers: bool, link: str
+) -> None:
+    monkeypatch.setattr(choice, "device_name", lambda _: name)
+    monkeypatch.setattr(choice, "gpu_names", lambda gpus: [f"{gpu} {name}" for gpu in gpus])
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda *_: peers)
+    assert choice.link_between((0, 1), links) is LINKS[link]
+
+
+def test_the_link_that_was_measured_decides(
+    choose: tuple[Choose, list[str]], links: LinkRecords, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_machine, warnings = choose
+    monkeypatch.setattr(choice, "link_between", LINK_BETWEEN)
+    monkeypatch.setattr(choice, "likely_link", lambda _: LINKS["pcie5-host"])
+    monkeypatch.setattr(choice, "gpu_names", lambda gpus: [f"{gpu} {GPU}" for gpu in gpus])
+    assert str(on_machine(2, "auto").layout) == "1x2x1"
+    links.add([f"0 {GPU}", f"1 {GPU}"], LinkRates(300e9, 10e9, 5e-6))
+    assert str(on_machine(2, "auto").layout) == "2x1"
+    links.add([f"0 {GPU}", f"1 {GPU}"], LinkRates(1e9, 1e9, 5e-6))
+    assert str(on_machine(2, "auto").layout) == "1x1"
+    assert "measured on this machine: 1.0 GB/s in sums, 1.0 in exchanges" in warnings[-1]
 
 
 @pytest.mark.parametrize(

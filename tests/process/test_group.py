@@ -16,7 +16,8 @@ from tp_runtime.client import InputError, ModelSpec, RemoteModel, Runtime, inspe
 from tp_runtime.client import engine as engine_module
 from tp_runtime.client.engine import Engine
 from tp_runtime.client.poll import Poll
-from tp_runtime.wire.protocol import Evaluate, Load, Request, TensorRef, decode_request
+from tp_runtime.layouts.link_records import LinkRates
+from tp_runtime.wire.protocol import Evaluate, Load, MeasureLink, Request, TensorRef, decode_request
 
 pytestmark = pytest.mark.process
 
@@ -81,6 +82,17 @@ def assert_right(model: RemoteModel, native: Any, inputs: dict[str, Any]) -> Non
         expected = native(inputs["x"], inputs["timesteps"], inputs["context"], num_tokens=20)
     found = model.evaluate(inputs)
     assert (found - expected).norm() / expected.norm() < 2e-6
+
+
+def test_ranks_measure_their_link(engine: Engine, model: RemoteModel, native: Any) -> None:
+    """All of them at once, and the group is good for evaluations as before."""
+    said = engine.call(MeasureLink)
+    assert len(said) == 2
+    rates = LinkRates.of_ranks(said)
+    assert 1e6 < rates.rate < 1e12
+    assert 1e6 < rates.exchange_rate < 1e12
+    assert 0 <= rates.hop_s < 1
+    assert_right(model, native, make_inputs())
 
 
 def test_every_rank_says_which_size_it_sees(model: RemoteModel, runtime: Runtime) -> None:

@@ -66,15 +66,39 @@ def test_plan_predicts_every_layout(
 ) -> None:
     model = [str(tiny_z_image)] if of == "file" else ["--model", "z_image"]
     assert main(["plan", *model, "--predict", "--tp", "4", "--batch", "2", "--device", "H200"]) == 0
-    *_, heads, first, second, third = capsys.readouterr().out.splitlines()
-    assert heads.split()[3:] == ["ms", "matmul", "attention", "elementwise", "links", "fixed"]
-    layouts = [line.split() for line in (first, second, third)]
-    assert [layout for layout, *_ in layouts] == ["4x1", "2x2", "1x4"]
+    *_, link, heads, _, _, _, _, _, _ = shown = capsys.readouterr().out.splitlines()
+    assert heads.split() == [
+        *("layout", "ms", "matmul", "attention", "elementwise", "links", "fixed")
+    ]
+    assert link.startswith("  link nvlink: ")
+    layouts = [line.split() for line in shown[-6:]]
+    assert [layout for layout, *_ in layouts] == [
+        *("4x1", "2x2", "1x4"),
+        *("2x2x1", "1x2x2", "1x4x1"),
+    ]
     for _, total, *parts in layouts:
         assert float(total) == pytest.approx(sum(map(float, parts)), abs=0.3)
     links = [float(line[5]) for line in layouts]
-    assert links == sorted(links, reverse=True)
-    assert links[-1] == 0 < links[0]
+    assert links[0] > links[1] > links[2] == 0 < links[4]
+
+
+@pytest.mark.parametrize(
+    ("options", "link"),
+    [
+        (["--device", "RTX 4090"], "pcie-host"),
+        (["--device", "RTX 5090"], "pcie5-host"),
+        (["--device", "RTX 5090", "--link", "pcie"], "pcie"),
+        (["--device", "H100"], "nvlink"),
+    ],
+)
+def test_plan_predicts_for_the_link_of_a_card(
+    capsys: pytest.CaptureFixture[str], options: list[str], link: str
+) -> None:
+    assert main(["plan", "--predict", "--model", "flux", *options]) == 0
+    _, device, of_link, _, *layouts = capsys.readouterr().out.splitlines()
+    assert device.startswith(f"  GPU {options[1]}: ")
+    assert of_link.startswith(f"  link {link}: ")
+    assert [line.split()[0] for line in layouts] == ["2x1", "1x2", "1x2x1"]
 
 
 @pytest.mark.parametrize(

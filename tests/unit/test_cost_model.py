@@ -6,13 +6,18 @@ from typing import Any
 
 import pytest
 
+from bench.scaling import STEPS_OF_H100S, SUMS_WITHOUT_PEERS, VIDEO_BLOCKS, Case, video_blocks
+from tp_runtime.config import Layout
 from tp_runtime.layouts.cost_model import (
     DEVICES,
     LINKS,
     REQUEST_S,
     Prediction,
     device_of,
+    layouts,
+    nccl_s,
     predict,
+    predict_blocks,
 )
 from tp_runtime.models import families, family_named
 from tp_runtime.sharding.block_costs import BlockCosts, count_flops
@@ -126,4 +131,87 @@ def test_a_reference_that_is_computed_once_is_only_looked_at() -> None:
 def test_devices_by_torchs_name() -> None:
     assert device_of("NVIDIA H200") is DEVICES["H200"]
     assert device_of("NVIDIA H100 80GB HBM3") is DEVICES["H100"]
-    assert device_of("NVIDIA GeForce RTX 4090") is DEVICES["other"]
+    assert device_of("NVIDIA GeForce RTX 4090") is DEVICES["RTX 4090"]
+    pro = "NVIDIA RTX PRO 6000 Blackwell Workstation Edition"
+    assert device_of(pro) is DEVICES["RTX PRO 6000"]
+    assert device_of("NVIDIA L40S") is DEVICES["other"]
+
+
+@pytest.mark.parametrize(("tokens", "link", "layout", "seconds"), VIDEO_BLOCKS)
+def test_measured_blocks_that_share_tokens(
+    tokens: int, link: str, layout: Layout, seconds: float
+) -> None:
+    sizes = layout.tp_size, layout.sequence_size
+    found = predict_blocks(video_blocks(tokens), 1, *sizes, DEVICES["H100"], LINKS[link])
+    assert found.ms / 1e3 == pytest.approx(seconds, rel=0.1)
+
+
+@pytest.mark.parametrize(("size", "ms"), SUMS_WITHOUT_PEERS.items())
+def test_measured_sums_without_peer_access(size: int, ms: float) -> None:
+    assert 1e3 * nccl_s(28 * 2**20, size, LINKS["pcie5-host"]) == pytest.approx(ms, rel=0.12)
+
+
+@pytest.mark.parametrize(("case", "ms"), STEPS_OF_H100S.items(), ids=str)
+def test_measured_steps_of_h100s(case: Case, ms: float) -> None:
+    """With NVLink, and without peer access."""
+    assert case.predict().ms == pytest.approx(ms, rel=0.1)
+
+
+SHARING = sorted(name for name, family in families().items() if family.shares_tokens)
+
+
+@pytest.mark.parametrize("model", SHARING)
+def test_sharing_tokens_divides_the_arithmetic_only(model: str) -> None:
+    one, four = (predicted(model, 1, sequence_size=size) for size in (1, 4))
+    assert 0.25 * one.matmul <= four.matmul < 0.4 * one.matmul
+    assert 0.25 * one.attention <= four.attention < 0.3 * one.attention
+    assert four.links > one.links == 0
+    slow = replace(LINKS["nvlink"], exchange_rate=1.0)
+    assert predicted(model, 1, sequence_size=2, link=slow).links > 1e6
+    assert predicted(model, 2, link=slow) == predicted(model, 2)
+
+
+def test_an_exchange_by_hand() -> None:
+    """Per block and GPU, Ulysses moves 4 (S-1)/S² of tokens x width; a sum 2 (T-1)/T of it."""
+    tokens, width = 75_600, 5120
+    link = replace(LINKS["pcie"], rate=1.0, exchange_rate=1.0)
+    for size in (2, 4, 8):
+        found = predict_blocks(video_blocks(tokens), 1, 1, size, DEVICES["H100"], link)
+        moved = 2 * 4 * (size - 1) / size**2 * tokens * width
+        assert found.links / 1e3 / 40 == pytest.approx(moved, rel=1e-3)
+        found = predict_blocks(video_blocks(tokens), 1, size, 1, DEVICES["H100"], link)
+        moved = 2 * 2 * 2 * (size - 1) / size * tokens * width
+        assert found.links / 1e3 / 40 == pytest.approx(moved, rel=1e-3)
+
+
+def test_the_caption_is_not_exchanged() -> None:
+    """Of Wan's, every rank has the keys; its own tokens look at them with all heads."""
+    (block,) = family_named("wan").published.table.block_costs(512, 32_760)
+    to_tokens, to_text = block.attentions
+    assert (to_tokens.passing, to_text.passing) == (32_760, 0)
+    of = (1, 1, 4, DEVICES["H100"], LINKS["pcie"])
+    both = predict_blocks(replace(block, attentions=(to_tokens, to_text)), *of)
+    one = predict_blocks(replace(block, attentions=(to_tokens,)), *of)
+    assert both.links == one.links
+    assert both.attention > one.attention
+
+
+def test_keys_that_queries_share_are_exchanged_once() -> None:
+    """Krea 2's 12 for 48 queries; on 8 GPUs, where they do not divide, one with each query."""
+    (block,) = blocks_of("krea2")
+    link = replace(LINKS["pcie"], exchange_rate=1.0)
+    moved = {
+        size: predict_blocks(block, 1, 1, size, DEVICES["H100"], link).links * size**2 / (size - 1)
+        for size in (4, 8)
+    }
+    assert moved[8] / moved[4] == pytest.approx(4 / 2.5, rel=1e-3)
+
+
+def test_layouts_of_a_number_of_gpus() -> None:
+    sizes = family_named("z_image").published
+    assert list(map(str, layouts(sizes, 4))) == ["4x1", "2x2", "1x4"]
+    assert list(map(str, layouts(sizes, 4, shares_tokens=True))) == [
+        *("4x1", "2x2", "1x4"),
+        *("2x2x1", "1x2x2"),
+        "1x4x1",
+    ]

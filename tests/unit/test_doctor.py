@@ -12,8 +12,10 @@ import pytest
 
 from support.paths import REPOSITORY
 from tp_runtime.client import examine
+from tp_runtime.layouts.link_records import FILE, LinkRates, LinkRecords
+from tp_runtime.tools import doctor
 from tp_runtime.tools.cli import COMMANDS, main
-from tp_runtime.tools.doctor import DEPENDENCIES, REQUIREMENTS
+from tp_runtime.tools.doctor import DEPENDENCIES, REQUIREMENTS, Check
 
 
 def python_that(folder: Path, script: str) -> str:
@@ -34,6 +36,37 @@ def test_this_machine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
         assert status[name] == "ok"
     assert status["GPUs"] == "missing"
     assert "For GPU use: " in next(line for line in lines if "GPUs" in line)
+
+
+LINKED = {
+    "python": "3.12.1",
+    "cuda_build": "12.8",
+    "packages": {},
+    "gpus": 2 * [{"name": "NVIDIA GeForce RTX 4090", "total_bytes": 24 * 2**30}],
+    "apart": [[0, 1]],
+    "nccl": "2.27",
+}
+
+
+def link_of(monkeypatch: pytest.MonkeyPatch, home: Path) -> Check:
+    """What is said of the link of two GPUs; ``home``: where the records are."""
+    monkeypatch.setattr(doctor, "_probe", lambda _: LINKED)
+    monkeypatch.setenv("TP_RUNTIME_HOME", str(home))
+    return next(check for check in examine(sys.executable) if check.name == "Link")
+
+
+def test_the_link_between_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert "not measured yet" in link_of(monkeypatch, tmp_path).text
+    gpus = [f"{index} NVIDIA GeForce RTX 4090" for index in range(2)]
+    records = LinkRecords(tmp_path / FILE)
+    records.begin(gpus)
+    assert "not measured yet" in link_of(monkeypatch, tmp_path).text
+    records.add(gpus, LinkRates(12e9, 17.5e9, 1e-5))
+    check = link_of(monkeypatch, tmp_path)
+    assert check.text == ("measured on the GPUs 0, 1: 12.0 GB/s in sums, 17.5 GB/s in exchanges.")
+    assert "plan --predict --model NAME --tp 2" in check.advice
+    (tmp_path / FILE).write_text("[]")
+    assert "not measured yet" in link_of(monkeypatch, tmp_path).text
 
 
 @pytest.mark.parametrize(

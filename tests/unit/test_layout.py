@@ -43,6 +43,15 @@ def test_without_predictions_only_measurements_decide() -> None:
     assert fastest(PLAIN, estimate(layouts, {PLAIN: 6.0, MIXED: 5.0}, None)) == MIXED
 
 
+def test_what_was_measured_stays_where_little_more_is_predicted() -> None:
+    """Another layout is another load."""
+    layouts = {PLAIN: 100.0, MIXED: 80.0, COPIES: 78.0, SHARED: 70.0}
+    found = estimate(layouts, {PLAIN: 100.0, MIXED: 80.0}, layouts.__getitem__)
+    assert fastest(PLAIN, found) == SHARED
+    del found[SHARED]
+    assert fastest(PLAIN, found) == MIXED
+
+
 def test_a_small_gain_changes_nothing() -> None:
     small = {PLAIN: 100.0, MIXED: 100.5 * (1 - MIN_GAIN)}
     assert fastest(PLAIN, estimate(small, small, None)) == PLAIN

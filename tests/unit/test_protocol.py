@@ -20,6 +20,7 @@ from tp_runtime.wire.protocol import (
     Evaluation,
     Failed,
     Load,
+    MeasureLink,
     Progress,
     Ready,
     Report,
@@ -37,6 +38,7 @@ REQUESTS = [
     Load(1, "model@1", ModelSpec("/models/å.safetensors", "bfloat16", "float32", (7, 2**62))),
     Unload(2, "model@1"),
     Report(3),
+    MeasureLink(4),
     Close(),
 ]
 REPLIES = [

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..config import GroupConfig
 from ..errors import GroupClosedError, GroupLostError, TPRuntimeError
+from ..layouts.link_records import LinkRecords
 from . import failures
 from .call import OnProgress
 from .engine import Engine
 from .evaluated import Evaluated, do_meanwhile, settle_all
 from .group_report import GroupReport, rank_reports
 from .group_state import State
+from .link import measure_link
 from .poll import Poll, acquired
 from .residency import Holdable, Residency
 from .tensor_sender import Asked, patches_in
@@ -29,10 +31,17 @@ class Group:
     """A configuration, and what runs it now. Thread-safe; starts nothing before it is needed."""
 
     def __init__(
-        self, config: GroupConfig, neighbours: Callable[[GroupConfig], Sequence["Group"]]
+        self,
+        config: GroupConfig,
+        neighbours: Callable[[GroupConfig], Sequence["Group"]],
+        links: LinkRecords,
     ) -> None:
-        """``neighbours``: the other groups that have an engine and share devices with this one."""
+        """``neighbours``: the other groups that have an engine and share devices with this one.
+
+        ``links``: what is known of how this machine's GPUs are connected.
+        """
         self.config = config
+        self._links = links
         self.id = hashlib.blake2s(repr(config).encode(), digest_size=4).hexdigest()
         self.step_ms: float | None = None
         self._neighbours = neighbours
@@ -80,6 +89,7 @@ class Group:
             self._replace_by(residency)
             self._num_starts += 1
             residency.engine.start(poll)
+            measure_link(residency.engine, self._links, poll)
         return residency
 
     def _replace_by(self, residency: Residency | None) -> bool:

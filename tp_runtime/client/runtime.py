@@ -8,6 +8,7 @@ import atexit
 
 from ..config import GroupConfig, ModelSpec, home
 from ..errors import InputError
+from ..layouts.link_records import LinkRecords
 from ..layouts.step_history import StepRecords
 from .group import Group
 from .group_report import GroupReport
@@ -20,6 +21,7 @@ class Runtime:
 
     def __init__(self) -> None:
         self.records = StepRecords(home() / "step_records.json")
+        self.links = LinkRecords.of_home()
         self._groups: dict[GroupConfig, Group] = {}
 
     def model(self, spec: ModelSpec, config: GroupConfig) -> RemoteModel:
@@ -29,7 +31,7 @@ class Runtime:
             CheckpointError: the file cannot be used.
             SizeError: the model cannot be split over that many ranks.
         """
-        group = self._groups.setdefault(config, Group(config, self._neighbours))
+        group = self._groups.setdefault(config, Group(config, self._neighbours, self.links))
         return RemoteModel(spec, group, self.records)
 
     def groups(self) -> list[GroupReport]:

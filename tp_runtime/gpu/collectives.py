@@ -5,12 +5,16 @@ import functools
 import hashlib
 import math
 import platform
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from vllm.distributed import parallel_state
 from vllm.platforms import current_platform
+
+LINK_SIZES = 2**16, 2**25  # bytes: what takes hardly longer than nothing, and a step's tokens
+LINK_REPEATS, LINK_ROUNDS = 8, 3  # the first round also sets up what they need
 
 
 def gather(tensor: torch.Tensor) -> torch.Tensor:
@@ -98,6 +102,42 @@ def nvlink() -> bool:
         return True
     physical = [current_platform.device_id_to_physical_device_id(gpu) for gpu in gpus]
     return peer_access() and current_platform.is_fully_connected(physical)
+
+
+def link_times(device: torch.device) -> dict[str, list[float]]:
+    """Seconds of a sum and of an exchange over all ranks, of so many bytes. All must ask.
+
+    In a group of its own, whose buffers are given back.
+    """
+    group = dist.new_group()
+    found: dict[str, list[float]] = {"sizes": list(LINK_SIZES), "sums_s": [], "exchanges_s": []}
+    for size in LINK_SIZES:
+        tensor = torch.zeros(size, dtype=torch.uint8, device=device)
+        parts = tensor.tensor_split(dist.get_world_size(group))
+        received = torch.cat([parts[dist.get_rank(group)]] * len(parts))
+        lengths = [part.numel() for part in parts]
+        taken = [parts[dist.get_rank(group)].numel()] * len(parts)
+        summed = functools.partial(dist.all_reduce, tensor.view(torch.float32), group=group)
+        exchanged = functools.partial(
+            dist.all_to_all_single, received, tensor, taken, lengths, group=group
+        )
+        found["sums_s"].append(_seconds(summed, device))
+        found["exchanges_s"].append(_seconds(exchanged, device))
+    dist.destroy_process_group(group)
+    return found
+
+
+def _seconds(collective: Callable[[], object], device: torch.device) -> float:
+    """The least time of one of several, one behind another."""
+    times = []
+    for _ in range(LINK_ROUNDS):
+        began = time.perf_counter()
+        for _ in range(LINK_REPEATS):
+            collective()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append((time.perf_counter() - began) / LINK_REPEATS)
+    return min(times)
 
 
 @contextlib.contextmanager

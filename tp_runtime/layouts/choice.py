@@ -1,17 +1,19 @@
 """Which layout ``auto`` takes for a model on this machine.
 
-By what the model is used for: steps that were measured here (``step_history``), and predictions
-(``cost_model``) for the layouts that were not.
+By what the model is used for, or made for until it is: steps that were measured here
+(``step_history``), and predictions (``cost_model``) for the layouts that were not.
 """
 
+import functools
 import itertools
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..config import ROOM_BYTES, ROOM_FACTOR, Layout, device_name
+from ..config import ROOM_BYTES, ROOM_FACTOR, Layout, device_name, gpu_names
 from ..recognise import CheckpointInfo
-from .cost_model import LINKS, Link, device_of, predict
+from .cost_model import Device, Link, device_of, predict, usual_link
+from .link_records import LinkRecords
 from .step_history import StepRecords, Workload
 
 MIN_GAIN = 0.05  # a layout other than the default must be so much faster
@@ -49,12 +51,19 @@ def estimate(
 
 
 def fastest(default: Layout, estimates: Mapping[Layout, Estimate]) -> Layout:
-    """The layout to take: ``default``, unless another one is faster by more than ``MIN_GAIN``."""
+    """The layout to take: ``default``, unless another one is faster by more than ``MIN_GAIN``.
+
+    What is predicted must be so much faster than what was measured, too.
+    """
     if default not in estimates:
         return default
-    best = min(estimates, key=lambda layout: estimates[layout].ms)
-    gains = estimates[best].ms < (1 - MIN_GAIN) * estimates[default].ms
-    return best if gains else default
+    chosen = default
+    for measured in (True, False):
+        of_kind = {layout: one.ms for layout, one in estimates.items() if one.measured is measured}
+        best = min(of_kind, key=of_kind.__getitem__, default=default)
+        if estimates[best].ms < (1 - MIN_GAIN) * estimates[chosen].ms:
+            chosen = best
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -66,58 +75,84 @@ class Choice:
 
 
 def choose_layout(
-    info: CheckpointInfo, layouts: Sequence[Layout], gpus: Sequence[int], records: StepRecords
+    info: CheckpointInfo,
+    layouts: Sequence[Layout],
+    gpus: Sequence[int],
+    records: StepRecords,
+    links: LinkRecords,
 ) -> Choice:
     """The fastest of ``layouts`` for what the model is used for; the first is the default.
 
-    ``gpus``: those that may be used, empty on the CPU, where nothing is predicted.
+    Before its first use, for what it is made for. ``gpus``: those that may be used, empty on the
+    CPU, where nothing is predicted. Where they are not connected by NVLink, what is predicted to be
+    the fastest for what the model is made for takes the default's place.
     """
-    default = layouts[0]
+    plain, native = layouts[0], native_workload(info)
     device = device_name(gpus[0] if gpus else None)
-    workload = records.usual_workload(info.path, device)
-    if workload is None or len(layouts) == 1:
-        return Choice(default)
-    useful = [
+    usual = records.usual_workload(info.path, device)
+    if len(layouts) == 1 or not (usual or gpus):
+        return Choice(plain)
+    link = link_between(gpus, links) if gpus else None
+    # On the CPU, where ranks share the cores, nothing is to be had by sharing tokens.
+    possible = [
         layout
         for layout in layouts
-        if layout == default
-        or (layout.batch_groups <= workload.batch and _fits(info, layout, gpus))
+        if layout == plain or (_fits(info, layout, gpus) if gpus else layout.sequence_size == 1)
     ]
+
+    def useful(of: Workload) -> list[Layout]:
+        return [layout for layout in possible if layout == plain or layout.batch_groups <= of.batch]
+
+    def predictor(of: Workload) -> Callable[[Layout], float] | None:
+        if link is None:
+            return None
+        return functools.partial(_predicted_ms, info, of, device_of(device), link)
+
+    default = plain
+    if link is not None and not link.fused:
+        predicted = estimate(useful(native), {}, predictor(native))
+        default = min(predicted, key=lambda layout: predicted[layout].ms)
+    workload = usual or native
     measured = records.times(info.path, device, workload)
-    estimates = estimate(useful, measured, _predictor(info, workload, gpus))
+    estimates = estimate(useful(workload), measured, predictor(workload))
     layout = fastest(default, estimates)
-    if layout == default:
-        return Choice(default)
+    if layout == plain:
+        return Choice(plain)
+    of_three = "sequence size x " if layout.sequence_size > 1 else ""
+    why = f" The GPUs' link is {link.name} ({link.source})." if link is not None else ""
     return Choice(
         layout,
-        f"'auto' takes the layout {layout} (TP size x batch groups): {estimates[layout]} a step, "
-        f"and {default} takes {estimates[default]}, for latents of {workload.latent_shape} as of "
-        "late. Set layout or gpu_count to decide yourself.",
+        f"'auto' takes the layout {layout} (TP size x {of_three}batch groups): "
+        f"{estimates[layout]} a step, and {plain} takes {estimates[plain]}, for latents of "
+        f"{workload.latent_shape} {'as of late' if usual else 'as usual for the model'}.{why} Set "
+        "layout or gpu_count to decide yourself.",
     )
 
 
-def _predictor(
-    info: CheckpointInfo, workload: Workload, gpus: Sequence[int]
-) -> Callable[[Layout], float] | None:
-    if not gpus:
-        return None
-    device, link = device_of(device_name(gpus[0])), link_between(gpus)
-
-    def milliseconds(layout: Layout) -> float:
-        return predict(
-            info.sizes,
-            workload.latent_shape,
-            workload.text_tokens,
-            layout.tp_size,
-            layout.batch_groups,
-            device,
-            link,
-        ).ms
-
-    return milliseconds
+def native_workload(info: CheckpointInfo) -> Workload:
+    """One picture or video of the size that the model is made for."""
+    family = info.family
+    shape = info.sizes.geometry.latent_shape(*family.extents[0])
+    return Workload((1, *shape), family.text_tokens)
 
 
-def link_between(gpus: Sequence[int]) -> Link:
+def _predicted_ms(
+    info: CheckpointInfo, workload: Workload, device: Device, link: Link, layout: Layout
+) -> float:
+    shape, text_tokens = workload.latent_shape, workload.text_tokens
+    sizes = layout.tp_size, layout.batch_groups
+    shared = layout.sequence_size
+    return predict(info.sizes, shape, text_tokens, *sizes, device, link, sequence_size=shared).ms
+
+
+def link_between(gpus: Sequence[int], links: LinkRecords) -> Link:
+    """What connects these GPUs, with the rates that were measured here, or likely ones."""
+    likely = likely_link(gpus)
+    rates = links.between(gpu_names(gpus))
+    return likely if rates is None else rates.on(likely)
+
+
+def likely_link(gpus: Sequence[int]) -> Link:
     """What is likely to connect these GPUs: torch tells whether they reach each other's memory.
 
     Those of data centres do it through NVLink.
@@ -125,16 +160,12 @@ def link_between(gpus: Sequence[int]) -> Link:
     import torch
 
     pairs = itertools.permutations(gpus, 2)
-    if not all(torch.cuda.can_device_access_peer(one, other) for one, other in pairs):
-        return LINKS["pcie-host"]
-    known = device_of(device_name(gpus[0])).name != "other"
-    return LINKS["nvlink" if known else "pcie"]
+    peers = all(torch.cuda.can_device_access_peer(one, other) for one, other in pairs)
+    return usual_link(device_of(device_name(gpus[0])), peers=peers)
 
 
 def _fits(info: CheckpointInfo, layout: Layout, gpus: Sequence[int]) -> bool:
     """Whether each GPU could hold its share of the weights, if nothing else were on it."""
-    if not gpus:
-        return True
     import torch
 
     plain_fp8 = not info.quantised and any(t.dtype.startswith("F8") for t in info.tensors.values())

@@ -23,6 +23,8 @@ REQUEST_S = 1.5e-3  # ComfyUI's process to the ranks and back, with the latents
 BARRIERS_S = 8e-6  # the two around a fused sum
 NCCL_S = 8.4e-6  # of a collective through NCCL, beside its hops
 SMALL_COLLECTIVES = 4  # in a step, outside the blocks: modulation, time embedding, last norm
+# Of q, k and v in an exchange: by ranks, behind one another, as tokens. Of attention's result.
+COPIES_TO_ATTENTION, COPIES_BACK = 3, 2
 END_PASSES = 8  # over all tokens, on every rank: embedding, first and last norm
 
 
@@ -32,6 +34,8 @@ class Device:
 
     ``multiprocessors``: a kernel's work is dealt out to them in whole tiles. ``source``: of the
     rates. With the rates of a stranger, times are good to compare layouts with and no more.
+    ``pcie``: the generation of its slot; ``nvlink``: GPUs of the kind that reach each other's
+    memory do it so.
     """
 
     name: str
@@ -40,47 +44,99 @@ class Device:
     memory: float
     multiprocessors: int
     source: str
+    pcie: int = 5
+    nvlink: bool = True
 
 
 @dataclass(frozen=True)
 class Link:
-    """What connects the GPUs of a tensor-parallel group, at its slowest place.
+    """What connects the GPUs of a group, at its slowest place.
 
-    ``rate``: bytes/s that a GPU sends while it receives as much. ``hop_s``: from one GPU to the
-    next in NCCL's ring. ``fused``: GPUs work in each other's memory, so that a sum, the residual
-    and the norm are one kernel.
+    ``rate``: bytes/s that a GPU sends in a sum while it receives as much; ``exchange_rate``: when
+    each gives every other one its part. ``hop_s``: from one GPU to the next in NCCL's ring.
+    ``fused``: GPUs work in each other's memory, so that a sum, the residual and the norm are one
+    kernel.
     """
 
     name: str
     rate: float
+    exchange_rate: float
     hop_s: float
     fused: bool
     source: str
 
 
+def _by_data_sheet(
+    name: str, tflops: float, memory: float, multiprocessors: int, pcie: int
+) -> Device:
+    """Of dense products in bf16 with sums in fp32, and of memory: what an H200 reaches of its own.
+
+    Which are 989 TFLOP/s and 4.8e12 bytes/s.
+    """
+    matmul, attention = (tflops * 1e12 * reached / 989e12 for reached in (820e12, 615e12))
+    source = "the H200's shares of the data sheet's numbers; not measured"
+    reached = memory * 3.0 / 4.8
+    return Device(name, matmul, attention, reached, multiprocessors, source, pcie, nvlink=False)
+
+
+# By a part of the name that torch tells.
 DEVICES = {
     "H200": Device("H200", 820e12, 615e12, 3.0e12, 132, "measured"),
-    "H100": Device(
-        "H100", 820e12, 520e12, 2.1e12, 132, "as H200, memory by the data sheets; not measured"
+    "H100": Device("H100", 820e12, 600e12, 2.4e12, 132, "as H200; attention and memory measured"),
+    "RTX PRO 6000": _by_data_sheet("RTX PRO 6000", 503.8, 1.792e12, 188, pcie=5),
+    "RTX 5090": _by_data_sheet("RTX 5090", 209.5, 1.792e12, 170, pcie=5),
+    "RTX 4090": _by_data_sheet("RTX 4090", 165.2, 1.008e12, 128, pcie=4),
+    "RTX 3090": _by_data_sheet("RTX 3090", 71.0, 0.936e12, 82, pcie=4),
+    "other": Device(
+        "other",
+        *(820e12, 615e12, 2.1e12, 132, "a guess: only relations count"),
+        pcie=4,
+        nvlink=False,
     ),
-    "other": Device("other", 820e12, 615e12, 2.1e12, 132, "a guess: only relations count"),
 }
 LINKS = {
     "nvlink": Link(
-        "nvlink", 320e9, 3.4e-6, True, "measured on 2 and 4 H200s (18 links of NVLink 4)"
+        "nvlink",
+        320e9,
+        250e9,
+        3.4e-6,
+        True,
+        "sums measured on 2 and 4 H200s (18 links of NVLink 4)",
     ),
     "pcie": Link(
-        "pcie", 25e9, 5.7e-6, False, "PCIe 4.0 x16: four fifths of its 31.5 GB/s; not measured"
+        "pcie",
+        *(25e9, 25e9, 5.7e-6, False),
+        "PCIe 4.0 x16 with peer access: four fifths of its 31.5 GB/s; not measured",
+    ),
+    "pcie5": Link(
+        "pcie5",
+        50e9,
+        50e9,
+        5.7e-6,
+        False,
+        "PCIe 5.0 x16 with peer access: twice pcie; not measured",
     ),
     "pcie-host": Link(
-        "pcie-host", 12e9, 5.7e-6, False, "through the host's memory: half of pcie; a guess"
+        "pcie-host",
+        *(12.5e9, 17.5e9, 5.7e-6, False),
+        "PCIe 4.0 x16 through the host's memory: half of pcie5-host; not measured",
+    ),
+    "pcie5-host": Link(
+        "pcie5-host",
+        *(25e9, 35e9, 5.7e-6, False),
+        "PCIe 5.0 x16 through the host's memory: measured on 2 and 4 H100s without peer access",
     ),
     # Hosts of eight: one hop in eight is over the network.
     "network": Link(
-        "network", 300e9, 4.7e-6, False, "a 400 Gb/s port for each GPU of a host; not measured"
+        "network",
+        300e9,
+        45e9,
+        4.7e-6,
+        False,
+        "a 400 Gb/s port for each GPU of a host; not measured",
     ),
     "network-1": Link(
-        "network-1", 45e9, 4.7e-6, False, "one 400 Gb/s port for a host; not measured"
+        "network-1", 45e9, 6e9, 4.7e-6, False, "one 400 Gb/s port for a host; not measured"
     ),
 }
 
@@ -114,10 +170,25 @@ def device_of(name: str) -> Device:
     return next((device for key, device in DEVICES.items() if key in name), DEVICES["other"])
 
 
-def layouts(sizes: Sizes, num_gpus: int) -> list[Layout]:
-    """Every layout of that many GPUs that the model can be split over."""
-    valid = sizes.table.plan.valid_tp_sizes(num_gpus)
-    return [Layout(size, num_gpus // size) for size in reversed(valid) if num_gpus % size == 0]
+def usual_link(device: Device, *, peers: bool) -> Link:
+    """What connects GPUs of that kind; ``peers``: they reach each other's memory."""
+    if peers and device.nvlink:
+        return LINKS["nvlink"]
+    generation = "pcie5" if device.pcie >= 5 else "pcie"
+    return LINKS[generation if peers else f"{generation}-host"]
+
+
+def layouts(sizes: Sizes, num_gpus: int, *, shares_tokens: bool = False) -> list[Layout]:
+    """Every layout of that many GPUs that the model can be split over.
+
+    ``shares_tokens``: of its ``Family``; with the layouts whose ranks do.
+    """
+    return [
+        Layout(tp_size, num_gpus // (tp_size * sequence_size), sequence_size)
+        for sequence_size in (range(1, num_gpus + 1) if shares_tokens else (1,))
+        for tp_size in reversed(sizes.table.plan.valid_tp_sizes(num_gpus))
+        if num_gpus % (tp_size * sequence_size) == 0
+    ]
 
 
 def predict(
@@ -129,12 +200,13 @@ def predict(
     device: Device = DEVICES["H200"],
     link: Link = LINKS["nvlink"],
     references: Sequence[Sequence[int]] = (),
+    sequence_size: int = 1,
 ) -> Prediction:
-    """One evaluation on ``tp_size`` x ``batch_groups`` GPUs.
+    """One evaluation on ``tp_size`` x ``sequence_size`` x ``batch_groups`` GPUs.
 
     ``sizes``: of a ``CheckpointInfo``. ``latent_shape`` (B, ..., H, W): the forward batch, which is
     dealt out to the groups; the fullest sets the time. ``references``: shapes of reference latents.
-    Does not check that the model can be split over ``tp_size``.
+    Does not check that the model can be split so.
     """
     geometry = sizes.geometry
     image, *others = (
@@ -148,21 +220,30 @@ def predict(
     blocks = sizes.table.block_costs(geometry.padded(text_tokens), geometry.padded(image))
     total = Prediction(fixed=1e3 * REQUEST_S)
     for block in blocks:
-        total += _blocks(block, batch, tp_size, device, link)
+        total += predict_blocks(block, batch, tp_size, sequence_size, device, link)
     last = blocks[-1]
     ends = END_PASSES * BYTES * batch * last.tokens * last.width
     total += Prediction(elementwise=1e3 * ends / device.memory)
     if tp_size > 1:
         features = sum(b.count * linear.full[1] for b in blocks for linear in b.modulations)
-        small = SMALL_COLLECTIVES * _nccl_s(0, tp_size, link)
+        small = SMALL_COLLECTIVES * nccl_s(0, tp_size, link)
         gathered = BYTES * batch * features * (tp_size - 1) / tp_size / link.rate
         total += Prediction(links=1e3 * (small + gathered))
+    if sequence_size > 1:  # at the end, every rank has all of what the picture is made of
+        whole = BYTES * batch * geometry.padded(image) * last.width
+        total += Prediction(links=1e3 * _exchange_s(whole, sequence_size, link))
     return total
 
 
-def _blocks(block: BlockCosts, batch: int, tp_size: int, device: Device, link: Link) -> Prediction:
-    rows = batch * block.tokens
-    size = BYTES * rows * block.width  # of all tokens
+def predict_blocks(
+    block: BlockCosts, batch: int, tp_size: int, sequence_size: int, device: Device, link: Link
+) -> Prediction:
+    """So many equal blocks, on the rank that has most to do."""
+
+    def share(tokens: int) -> int:
+        return -(-tokens // sequence_size)
+
+    size = BYTES * batch * sum(map(share, block.streams.values())) * block.width  # of the tokens
     num_streams = len(block.streams)
     # Streams lie behind one another: from the second item on, a stream is not one stretch of
     # memory. Its items are multiplied one by one.
@@ -171,14 +252,15 @@ def _blocks(block: BlockCosts, batch: int, tp_size: int, device: Device, link: L
     matmul, moved_features = 0.0, 0
     for linear in block.linears:
         inputs, outputs = linear.local(tp_size)
-        count, height = (batch, linear.rows) if apart else (1, batch * linear.rows)
+        rows = share(linear.rows)
+        count, height = (batch, rows) if apart else (1, batch * rows)
         matmul += count * _product_s(height, inputs, outputs, device)
         # What it gives is read again, and what a row-parallel linear is given was written.
-        moved_features += linear.rows * (inputs if linear.axis == 1 else outputs)
+        moved_features += rows * (inputs if linear.axis == 1 else outputs)
     for linear in block.modulations:
         matmul += _product_s(batch, *linear.local(tp_size), device)
     # Streams are brought together for attention; and its result goes beside the MLP's.
-    heads = sum(one.queries * one.heads.local(tp_size) for one in block.attentions)
+    heads = sum(share(one.queries) * one.heads.local(tp_size) for one in block.attentions)
     moved_features += 2 * heads * ((num_streams > 1) + block.parallel)
     elementwise = BYTES * batch * moved_features / device.memory
     # Each linear; modulation, rotation, activation; attention.
@@ -192,9 +274,18 @@ def _blocks(block: BlockCosts, batch: int, tp_size: int, device: Device, link: L
         moved = 2 * size * (tp_size - 1) / tp_size / link.rate
         links += block.joins * (BARRIERS_S + max(moved, whole / tp_size))
     else:
-        links += block.joins * num_streams * _nccl_s(size / num_streams, tp_size, link)
+        links += block.joins * num_streams * nccl_s(size / num_streams, tp_size, link)
         elementwise += block.joins * whole * num_streams  # with two, they are put together again
-    attention = sum(_attention_s(one, batch, tp_size, device) for one in block.attentions)
+    for one in block.attentions if sequence_size > 1 else ():
+        to_it, back = (BYTES * batch * size for size in _exchanged(one, tp_size, sequence_size))
+        if to_it:
+            links += sum(_exchange_s(size, sequence_size, link) for size in (to_it, back))
+            copied = COPIES_TO_ATTENTION * to_it + COPIES_BACK * back
+            elementwise += 2 * copied / sequence_size / device.memory
+            kernels += COPIES_TO_ATTENTION + COPIES_BACK
+    attention = sum(
+        _attention_s(one, batch, tp_size, sequence_size, device) for one in block.attentions
+    )
     of_one = (matmul, attention, elementwise, links, kernels * KERNEL_S)
     return Prediction(*(1e3 * block.count * seconds for seconds in of_one))
 
@@ -210,13 +301,43 @@ def _product_s(rows: int, inputs: int, outputs: int, device: Device) -> float:
     return max(work / device.matmul, traffic / device.memory)
 
 
-def _attention_s(one: AttentionCosts, batch: int, tp_size: int, device: Device) -> float:
+def _attention_s(
+    one: AttentionCosts, batch: int, tp_size: int, sequence_size: int, device: Device
+) -> float:
     """Queries of a head in tiles, each on a multiprocessor: with fewer tiles, some have no work."""
-    tiles = math.ceil(one.queries / TILE) * batch * one.heads.local_count(tp_size)
+    heads, queries = one.heads.local_count(tp_size), one.queries
+    if one.passing:  # all tokens, for a share of the heads
+        heads = math.ceil(heads / sequence_size)
+    else:
+        queries = math.ceil(queries / sequence_size)
+    tiles = math.ceil(queries / TILE) * batch * heads
     work = 4 * TILE * one.keys * one.heads.unit * max(tiles, device.multiprocessors)
     return work / device.attention
 
 
-def _nccl_s(size: float, tp_size: int, link: Link) -> float:
+def _exchanged(one: AttentionCosts, tp_size: int, sequence_size: int) -> tuple[int, int]:
+    """Features of all tokens that change places: q, k and v before attention, its result after.
+
+    Nothing, if what is looked at is no token that passes through the block.
+    """
+    if not one.passing:
+        return 0, 0
+    kv = one.kv_heads
+    # As ``TokenShares.attention``: each head its own key, where a share may end between two.
+    kv = one.heads if kv.local_count(tp_size) % sequence_size else kv
+    back = one.queries * one.heads.local(tp_size)
+    return back + 2 * one.passing * kv.local(tp_size), back
+
+
+def _exchange_s(size: float, sequence_size: int, link: Link) -> float:
+    """All-to-all of ``size`` bytes of all ranks: each sends its share, less its own part of it.
+
+    NCCL sends and receives to and from all others at once.
+    """
+    sent = size * (sequence_size - 1) / sequence_size**2
+    return NCCL_S + link.hop_s + sent / link.exchange_rate
+
+
+def nccl_s(size: float, tp_size: int, link: Link) -> float:
     """NCCL's ring: each GPU sends 2 (T-1)/T of the bytes in 2 (T-1) hops."""
     return NCCL_S + 2 * (tp_size - 1) * (link.hop_s + size / tp_size / link.rate)

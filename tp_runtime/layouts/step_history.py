@@ -4,9 +4,7 @@ One small JSON file in ``home()``: by model file and device, for each shape of l
 layout, the latest times. ``layout`` decides by them.
 """
 
-import contextlib
 import platform
-import tempfile
 import time
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -14,6 +12,7 @@ from typing import Annotated, TypeVar
 import msgspec
 
 from ..config import Layout
+from .book import read_book, write_book
 
 KEPT_TIMES = 16  # the latest ones, of which the shortest counts: first steps compile and record
 KEPT_SHAPES = 32  # of each model, and
@@ -116,43 +115,23 @@ class StepRecords:
         }
 
     def save(self) -> None:
-        """Write what was added. A disk that is full is no reason to stop: the file only helps."""
+        """Write what was added."""
         self._saved_at = time.monotonic()
         others = {key: entry for key, entry in self._read().items() if key not in self._mine}
-        book = _latest(others | self._mine, KEPT_MODELS)
-        with contextlib.suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            fd, name = tempfile.mkstemp(dir=self._path.parent, prefix=self._path.name)
-            try:
-                with open(fd, "wb") as file:
-                    file.write(msgspec.json.format(msgspec.json.encode(book)))
-                Path(name).replace(self._path)
-            except OSError:
-                Path(name).unlink()
+        write_book(self._path, _latest(others | self._mine, KEPT_MODELS))
 
     def _entry(self, model: str, device: str) -> _OfModel | None:
         key = _key(model, device)
         return self._mine.get(key) or self._read().get(key)
 
     def _read(self) -> _Book:
-        try:
-            book = msgspec.json.decode(self._path.read_bytes(), type=dict[str, msgspec.Raw])
-        except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            return {}  # not there yet, or damaged
-        entries = ((key, _entry_of(raw)) for key, raw in book.items())
-        return {key: entry for key, entry in entries if entry is not None}
-
-
-def _entry_of(raw: msgspec.Raw) -> _OfModel | None:
-    """What was written of a model; None, or without some of its times: another release's."""
-    try:
-        entry = msgspec.json.decode(raw, type=_OfModel)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return None
-    for by_layout in entry.times.values():
-        for layout in [text for text in by_layout if not _is_layout(text)]:
-            del by_layout[layout]
-    return entry
+        book = read_book(self._path, _OfModel)
+        for entry in book.values():
+            for by_layout in entry.times.values():
+                # Another release may have written others.
+                for layout in [text for text in by_layout if not _is_layout(text)]:
+                    del by_layout[layout]
+        return book
 
 
 def _is_layout(text: str) -> bool:

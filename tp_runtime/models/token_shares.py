@@ -84,34 +84,48 @@ class TokenShares:
         return torch.cat(self._group.exchange([tokens] * self._size, shapes), dim=1)
 
     def in_their_order(self, mask: torch.Tensor | None) -> torch.Tensor | None:
-        """A mask over all tokens (..., L or 1, L) as attention meets them: rank by rank."""
+        """A mask over all tokens (..., L or 1, L) as attention meets them: rank by rank.
+
+        The order is made on the mask's device: from the host, a CUDA graph could not record it.
+        """
         if self._size == 1 or mask is None:
             return mask
         firsts = [sum(self.lengths[:stream]) for stream in range(len(self.lengths))]
         order = torch.cat(
             [
-                torch.arange(first + sum(dealt[:rank]), first + sum(dealt[: rank + 1]))
+                torch.arange(
+                    first + sum(dealt[:rank]), first + sum(dealt[: rank + 1]), device=mask.device
+                )
                 for rank in range(self._size)
                 for first, dealt in zip(firsts, self._dealt, strict=True)
             ]
-        ).to(mask.device)
+        )
         mask = mask[..., order]
         return mask if mask.shape[-2] == 1 else mask[..., order, :]
 
     def attention(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        before: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Of this rank's tokens to all: q (B, l, N, K), k and v (B, l, N', K) → (B, l, N·K).
 
-        ``mask``: as ``in_their_order`` gives it. All else as ``layers.attention``.
+        ``mask``: as ``in_their_order`` gives it. ``before``: keys and values (B, P, N', K) that
+        every rank has, of tokens before these. All else as ``layers.attention``.
         """
+        held: list[torch.Tensor] = list(before or ())
         if self._size == 1:
+            k, v = _behind(held, (k, v))
             return attention(q, k, v, mask)
         batch, length, num_heads, head_dim = q.shape
         num_kv = k.shape[2]
         if num_kv != num_heads and num_kv % self._size:
             # Neighbours share a key: where a share of the heads may end between them, each has one.
-            k, v = (part.repeat_interleave(num_heads // num_kv, dim=2) for part in (k, v))
+            sharers = num_heads // num_kv
+            k, v, *held = (part.repeat_interleave(sharers, dim=2) for part in (k, v, *held))
             num_kv = num_heads
         heads, kv_heads = dealt_out(num_heads, self._size), dealt_out(num_kv, self._size)
         parts = zip(q.split(heads, 2), k.split(kv_heads, 2), v.split(kv_heads, 2), strict=True)
@@ -121,7 +135,16 @@ class TokenShares:
         shapes = [(batch, other, mine + sum(own), head_dim) for other in lengths]
         given = self._group.exchange([torch.cat(part, dim=2) for part in parts], shapes)
         q, k, v = torch.cat(given, dim=1).split([mine, *own], dim=2)
+        first = sum(kv_heads[: self._rank])
+        k, v = _behind([part[:, :, first : first + own[0]] for part in held], (k, v))
         found = attention(q, k, v, mask) if mine else q.flatten(2)
         found = found.unflatten(2, (mine, head_dim))
         back = [(batch, length, of_rank, head_dim) for of_rank in heads]
         return torch.cat(self._group.exchange(found.split(lengths, 1), back), dim=2).flatten(2)
+
+
+def _behind(held: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Each tensor (B, L, N, K) behind the one that is held, if any is."""
+    if not held:
+        return list(given)
+    return [torch.cat(pair, dim=1) for pair in zip(held, given, strict=True)]

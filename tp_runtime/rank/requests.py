@@ -22,6 +22,7 @@ from ..wire.protocol import (
     Hold,
     Load,
     LoadModelPatch,
+    MeasureLink,
     Patch,
     Report,
     Request,
@@ -91,6 +92,10 @@ class Runner:
                 return self._shard(request.model).wake()
             case Report():
                 return self._report(request.digests)
+            case MeasureLink():
+                times = collectives.link_times(self._device)
+                self._free_cache()
+                return times
         raise AssertionError(f"unknown request {request}")
 
     def _load(self, request: Load, report_progress: ReportProgress) -> dict[str, Any]:

@@ -33,11 +33,17 @@ class LinearCosts:
 
 @dataclass(frozen=True)
 class AttentionCosts:
-    """One attention over ``heads``, of one batch item."""
+    """One attention over ``heads`` of queries and ``kv_heads`` of keys, of one batch item.
+
+    ``passing``: of the keys, those that are of tokens which pass through the block. The others are
+    the same in every evaluation, or of what every rank has.
+    """
 
     heads: Split
+    kv_heads: Split
     queries: int
     keys: int
+    passing: int
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from, the plan and the costs of an evaluation follow from it, so they cannot dis
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 
@@ -62,11 +62,15 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention of a block, over ``heads`` of queries; by streams of tokens."""
+    """One attention of a block, over ``heads`` of queries; by streams of tokens.
+
+    ``kv_heads``: of keys and values, where they are others.
+    """
 
     heads: Split
     queries: str = ALL
     keys: str = ALL
+    kv_heads: Split | None = None
 
 
 TableRow = Linear | Tensor
@@ -199,13 +203,20 @@ class Table:
             linears = [row for row in stack.rows if isinstance(row, Linear)]
             passed = tuple(_costs(row, tokens[row.over]) for row in linears if row.over in tokens)
             items = tuple(_costs(row, 1) for row in linears if row.over == ITEM)
+            block = BlockCosts(stack.count, passed, items, ())
             attentions = tuple(
-                AttentionCosts(one.heads, tokens[one.queries], tokens[one.keys])
+                AttentionCosts(
+                    one.heads,
+                    one.kv_heads or one.heads,
+                    tokens[one.queries],
+                    tokens[one.keys],
+                    block.tokens if one.keys == ALL else block.streams.get(one.keys, 0),
+                )
                 for one in stack.attentions
                 if one.queries in tokens
             )
             if passed:
-                found.append(BlockCosts(stack.count, passed, items, attentions))
+                found.append(replace(block, attentions=attentions))
         return found
 
     def _all_rows(self) -> Iterator[tuple[str, str, TableRow]]:

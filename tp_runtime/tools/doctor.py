@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -205,7 +206,7 @@ def _gpus(found: dict[str, Any]) -> list[Check]:
             Check("P2P and NCCL", "missing", "not checked: they need a GPU."),
         ]
     names = ", ".join(f"{gpu['name']} {gpu['total_bytes'] / _GIB:.0f} GiB" for gpu in gpus)
-    return [Check("GPUs", "ok", f"{len(gpus)}: {names}"), _p2p(found), _nccl(found)]
+    return [Check("GPUs", "ok", f"{len(gpus)}: {names}"), _p2p(found), _link(found), _nccl(found)]
 
 
 def _p2p(found: dict[str, Any]) -> Check:
@@ -221,6 +222,36 @@ def _p2p(found: dict[str, Any]) -> Check:
             "see whether the IOMMU or ACS is in the way.",
         )
     return Check("P2P", "ok", "every GPU reaches every other one")
+
+
+def _link(found: dict[str, Any]) -> Check:
+    """How fast the GPUs send to one another, if a group has measured it (``link_records``)."""
+    gpus = [f"{index} {gpu['name']}" for index, gpu in enumerate(found["gpus"])]
+    if len(gpus) == 1:
+        return Check("Link", "ok", "not needed with one GPU")
+    measured = [one for one in _measured_links() if set(one["gpus"]) <= set(gpus)]
+    expect = (
+        f"`python -m tp_runtime plan --predict --model NAME --tp {len(gpus)}` says what a step is "
+        "expected to take in each layout."
+    )
+    if not measured:
+        return Check("Link", "ok", "not measured yet: the first group does it.", expect)
+    most = max(measured, key=lambda one: len(one["gpus"]))
+    rates = "{rate:.1f} GB/s in sums, {exchange_rate:.1f} GB/s in exchanges".format(
+        **{name: most["rates"][name] / 1e9 for name in ("rate", "exchange_rate")}
+    )
+    numbers = ", ".join(one.partition(" ")[0] for one in most["gpus"])
+    return Check("Link", "ok", f"measured on the GPUs {numbers}: {rates}.", expect)
+
+
+def _measured_links() -> list[dict[str, Any]]:
+    """Those of this machine; none, if the file is not there or another's."""
+    try:
+        book = json.loads((home() / "link_records.json").read_text())
+        entries = list(book.values())
+        return [one for one in entries if one["machine"] == platform.node() and one["rates"]]
+    except (OSError, ValueError, AttributeError, LookupError, TypeError, ModuleNotFoundError):
+        return []
 
 
 def _nccl(found: dict[str, Any]) -> Check:

@@ -9,7 +9,17 @@ import torch
 
 from ..config import quantised_products
 from ..errors import InputError
-from ..layouts.cost_model import DEVICES, LINKS, Prediction, device_of, layouts, predict
+from ..layouts.choice import link_between
+from ..layouts.cost_model import (
+    DEVICES,
+    LINKS,
+    Prediction,
+    device_of,
+    layouts,
+    predict,
+    usual_link,
+)
+from ..layouts.link_records import LinkRecords
 from ..models import families
 from ..recognise import CheckpointInfo, inspect_checkpoint
 from ..sharding.parts import Layer
@@ -37,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     case.add_argument(
         "--device", choices=sorted(DEVICES), help="(default: this machine's, or H200)"
     )
-    case.add_argument("--link", choices=list(LINKS), default="nvlink", help="(default nvlink)")
+    case.add_argument(
+        "--link", choices=list(LINKS), help="(default: this machine's, or what GPUs of it have)"
+    )
 
 
 def run(options: argparse.Namespace) -> None:
@@ -111,31 +123,36 @@ def _predict(options: argparse.Namespace) -> None:
             raise InputError(f"{count} {what} were asked for: give 1 or more.")
     if options.file is not None:
         info = inspect_checkpoint(options.file)
-        label, sizes = info.label, info.sizes
+        family, sizes = info.family, info.sizes
     else:
         family = families()[options.model]
-        label, sizes = family.label, family.published
+        sizes = family.published
     if options.device is not None:
         device = DEVICES[options.device]
     elif torch.cuda.is_available():
         device = device_of(torch.cuda.get_device_name())
     else:
         device = DEVICES["H200"]
-    link = LINKS[options.link]
+    if options.link is not None:
+        link = LINKS[options.link]
+    elif options.device is None and torch.cuda.device_count() > 1:
+        link = link_between(range(torch.cuda.device_count()), LinkRecords.of_home())
+    else:
+        link = usual_link(device, peers=device.nvlink)
     width, height = options.size
     shape = options.batch, *sizes.geometry.latent_shape(width, height, options.frames)
     frames = f" x {options.frames} frames" * (options.frames > 1)
     print(
-        f"{label}, {width} x {height}{frames}, batch {options.batch}, {options.text} text "
+        f"{family.label}, {width} x {height}{frames}, batch {options.batch}, {options.text} text "
         f"tokens, bf16. Predicted ms per evaluation on {options.tp} GPUs:"
     )
     print(f"  GPU {device.name}: {device.source}")
     print(f"  link {link.name}: {link.source}")
     parts = [part.name for part in dataclasses.fields(Prediction)]
-    print(" ".join(f"{title:>11}" for title in ("TP x groups", "ms", *parts)))
-    for layout in layouts(sizes, options.tp):
-        gpus = layout.tp_size, layout.batch_groups
-        found = predict(sizes, shape, options.text, *gpus, device, link)
+    print(" ".join(f"{title:>11}" for title in ("layout", "ms", *parts)))
+    for layout in layouts(sizes, options.tp, shares_tokens=family.shares_tokens):
+        gpus, shared = (layout.tp_size, layout.batch_groups), layout.sequence_size
+        found = predict(sizes, shape, options.text, *gpus, device, link, sequence_size=shared)
         times = (found.ms, *(getattr(found, part) for part in parts))
         print(f"{layout!s:>11}", *(f"{ms:11.1f}" for ms in times))
 

@@ -12,7 +12,7 @@ import msgspec
 from ..config import ModelPatchSpec, ModelSpec
 from ..errors import ProtocolError
 
-VERSION = 8
+VERSION = 9
 MAX_FRAME_BYTES = 16 * 2**20  # a frame holds no tensor data, only references to it: but a Piece
 PIECE_BYTES = 2**20  # at most, of a Piece
 # Inputs that differ at every evaluation; all others are constant over a generation as a rule.
@@ -168,6 +168,12 @@ class Report(_Message, frozen=True):
     digests: bool = False
 
 
+class MeasureLink(_Message, frozen=True):
+    """Tell how long sums and exchanges of all ranks take."""
+
+    call: int
+
+
 class Close(_Message, frozen=True):
     """End the rank's process in an orderly way. Not answered."""
 
@@ -199,6 +205,7 @@ Request = (
     | Sleep
     | Wake
     | Report
+    | MeasureLink
     | Close
     | Piece
 )

@@ -100,7 +100,7 @@ class Krea2Sizes(Sizes):
             Stack(f"text_fusion.{kind}", f"txtfusion.{kind}", FUSION_BLOCKS, fused)
             for kind in ("layerwise_blocks", "refiner_blocks")
         )
-        attention = (Attention(heads[0]),)
+        attention = (Attention(heads[0], kv_heads=heads[1]),)
         blocks = Stack("transformer_blocks", "blocks", self.num_blocks, block, attention)
         return Table(outside, (*fusion, blocks))
 

@@ -94,4 +94,5 @@ FAMILY = Family(
     small=QwenImage21Sizes(24, 16, 3, 64, 64, 64, 3, True),
     newer={_FIRST_NORM: ("Qwen-Image-2.1", "0.37")},
     text_tokens=300,
+    shares_tokens=True,
 )

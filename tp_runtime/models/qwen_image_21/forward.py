@@ -108,16 +108,18 @@ class Forward(ShardedForward):
         time = self._time(((timesteps * TIME_SCALE).to(x.dtype) / TIME_SCALE).to(x.dtype))
         rows = self._rows(time)
         tokens = self._embedded(x)
+        shares = self.shares(tokens.shape[1])
+        tokens, rotation = shares.own(tokens, 0), shares.own(rotation, 0)
         normed = _modulated_norm(tokens, rows[0])
         last_scale = self.model.norm_out.linear(F.silu(time))[None]
         blocks = self._blocks(skip)
-        for block, (keys, values) in zip(blocks, prefix, strict=True):
-            q, k, v = self._heads(block, normed, rotation)
-            k, v = torch.cat((keys, k), dim=1), torch.cat((values, v), dim=1)
+        for block, of_prefix in zip(blocks, prefix, strict=True):
+            attended = shares.attention(*self._heads(block, normed, rotation), before=of_prefix)
             scale = last_scale if block is blocks[-1] else rows[0]
-            tokens, normed = self._rest_of_block(block, attention(q, k, v), tokens, rows, scale)
+            tokens, normed = self._rest_of_block(block, attended, tokens, rows, scale)
         if not blocks:
             normed = _modulated_norm(tokens, last_scale)
+        normed = shares.whole(normed, 0)
         return self.model.proj_out(normed).transpose(1, 2).unflatten(2, x.shape[-2:])
 
     def _slots(self, given: Any, num_text: int, count: int) -> list[int]:

@@ -1,0 +1,169 @@
+"""What is kept of how GPUs are connected, and how it is measured once."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tp_runtime.client.link import measure_link
+from tp_runtime.config import GroupConfig
+from tp_runtime.errors import GroupDiedError
+from tp_runtime.layouts.cost_model import LINKS, NCCL_S, Link, nccl_s
+from tp_runtime.layouts.link_records import LinkRates, LinkRecords
+
+GPUS = ["0 NVIDIA H100", "1 NVIDIA H100"]
+RATES = LinkRates(25e9, 35e9, 5e-6)
+SMALL, LARGE = 2**16, 2**25
+
+
+def said(link: Link, num_ranks: int) -> list[dict[str, Any]]:
+    """What ranks with such a link answer; the last one is the slowest."""
+    sums = [nccl_s(size, num_ranks, link) for size in (SMALL, LARGE)]
+    share = (num_ranks - 1) / num_ranks
+    exchanges = [NCCL_S + share * size / link.exchange_rate for size in (SMALL, LARGE)]
+    return [
+        {
+            "sizes": [SMALL, LARGE],
+            "sums_s": [time * factor for time in sums],
+            "exchanges_s": [time * factor for time in exchanges],
+        }
+        for factor in (*[0.5] * (num_ranks - 1), 1.0)
+    ]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "new folder" / "link_records.json"
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4, 8])
+@pytest.mark.parametrize("name", ["pcie-host", "pcie5"])
+def test_rates_from_times(name: str, num_ranks: int) -> None:
+    link = LINKS[name]
+    found = LinkRates.of_ranks(said(link, num_ranks))
+    assert found.rate == pytest.approx(link.rate, rel=1e-6)
+    assert found.exchange_rate == pytest.approx(link.exchange_rate, rel=1e-6)
+    assert found.hop_s == pytest.approx(link.hop_s, rel=1e-3)
+
+
+def test_times_that_cannot_be_give_rates_all_the_same() -> None:
+    """A clock that jumped, or a GPU that did something else."""
+    times = {"sizes": [SMALL, LARGE], "sums_s": [2e-3, 1e-3], "exchanges_s": [1e-6, 1e-6]}
+    found = LinkRates.of_ranks([times, times])
+    assert min(found.rate, found.exchange_rate) > 0
+    assert found.hop_s >= 0
+
+
+def test_a_link_with_what_was_measured() -> None:
+    slow = RATES.on(LINKS["pcie"])
+    assert (slow.rate, slow.exchange_rate, slow.hop_s, slow.fused) == (25e9, 35e9, 5e-6, False)
+    assert "measured on this machine: 25.0 GB/s in sums, 35.0 in exchanges" in slow.source
+    nvlink = RATES.on(LINKS["nvlink"])
+    assert (nvlink.rate, nvlink.fused) == (LINKS["nvlink"].rate, True)
+    assert nvlink.exchange_rate == 35e9
+
+
+def test_another_process_finds_what_was_measured(path: Path) -> None:
+    LinkRecords(path).add(GPUS, RATES)
+    assert LinkRecords(path).between(GPUS) == RATES
+    assert LinkRecords(path).between(reversed(GPUS)) == RATES
+
+
+def test_gpus_are_told_apart(path: Path) -> None:
+    records = LinkRecords(path)
+    records.add(GPUS, RATES)
+    assert records.between(["0 NVIDIA H100", "2 NVIDIA H100"]) is None
+    assert records.between(["0 NVIDIA H200", "1 NVIDIA H200"]) is None
+
+
+def test_some_of_the_gpus_tell_of_all(path: Path) -> None:
+    """Until all were measured together."""
+    records, four = LinkRecords(path), [*GPUS, "2 NVIDIA H100", "3 NVIDIA H100"]
+    records.add(GPUS, RATES)
+    assert records.between(four) == RATES
+    assert not records.is_known(four)
+    slower = LinkRates(22e9, 33e9, 5e-6)
+    records.add(four, slower)
+    assert records.between(four) == slower
+    assert records.between(GPUS) == RATES
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"a": 3}', b"\xff"])
+def test_a_file_that_is_not_ours_is_replaced(path: Path, content: bytes) -> None:
+    path.parent.mkdir()
+    path.write_bytes(content)
+    records = LinkRecords(path)
+    assert records.between(GPUS) is None
+    records.add(GPUS, RATES)
+    assert LinkRecords(path).between(GPUS) == RATES
+
+
+def test_rates_that_cannot_be_are_passed_over(path: Path) -> None:
+    records = LinkRecords(path)
+    records.add(GPUS, RATES)
+    path.write_text(path.read_text().replace("25000000000.0", "-1"))
+    assert records.between(GPUS) is None
+
+
+class Engine:
+    """Of a group of GPUs; each measurement takes the next of ``answers``, or raises it."""
+
+    def __init__(self, config: GroupConfig, *answers: Any) -> None:
+        self.config, self.answers, self.num_calls = config, list(answers), 0
+
+    def call(self, *_: object, **__: object) -> Any:
+        self.num_calls += 1
+        answer = self.answers.pop(0)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+
+@pytest.fixture(autouse=True)
+def names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tp_runtime.config.device_name", lambda _: "NVIDIA H100")
+
+
+TWO = GroupConfig(2, "cuda", (0, 1))
+
+
+def measure(engine: Any, records: LinkRecords) -> None:
+    measure_link(engine, records, None)
+
+
+def test_it_is_measured_once(path: Path) -> None:
+    records, engine = LinkRecords(path), Engine(TWO, said(LINKS["pcie"], 2))
+    measure(engine, records)
+    measure(engine, LinkRecords(path))
+    assert engine.num_calls == 1
+    found = records.between(GPUS)
+    assert found is not None
+    assert found.rate == pytest.approx(LINKS["pcie"].rate)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [GroupConfig(2, "cpu"), GroupConfig(1, "cuda", (0,)), GroupConfig(2, "cuda", where="ray")],
+    ids=["cpu", "one", "ray"],
+)
+def test_what_has_no_link_of_this_machine(path: Path, config: GroupConfig) -> None:
+    engine = Engine(config)
+    measure(engine, LinkRecords(path))
+    assert engine.num_calls == 0
+
+
+def test_what_ended_a_group_is_not_tried_again(path: Path) -> None:
+    engine = Engine(TWO, GroupDiedError("rank 1 has ended"))
+    with pytest.raises(GroupDiedError):
+        measure(engine, LinkRecords(path))
+    measure(engine, LinkRecords(path))
+    assert engine.num_calls == 1
+    assert LinkRecords(path).between(GPUS) is None
+
+
+def test_what_was_cancelled_is_tried_again(path: Path) -> None:
+    engine = Engine(TWO, KeyboardInterrupt(), said(LINKS["pcie"], 2))
+    with pytest.raises(KeyboardInterrupt):
+        measure(engine, LinkRecords(path))
+    measure(engine, LinkRecords(path))
+    assert LinkRecords(path).between(GPUS) is not None

@@ -1,0 +1,94 @@
+"""What ranks that share tokens do with a mask over all of them, and with keys that each has."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tp_runtime.models.layers import attention
+from tp_runtime.models.token_shares import TokenShares
+
+# Two ranks, of which this is the first.
+GROUP: Any = SimpleNamespace(sequence_size=lambda: 2, sequence_rank=lambda: 0)
+
+
+class Devices(TorchDispatchMode):
+    """Where the tensors are that operations give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.found.add(result.device.type)
+        return result
+
+
+# Of 3 and 5 tokens: those of the first rank, then those of the second.
+ORDER = [0, 1, 3, 4, 5, 2, 6, 7]
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_mask_follows_the_tokens(rows: int) -> None:
+    mask = torch.arange(rows * 8).view(1, 1, rows, 8)
+    found = TokenShares(GROUP, (3, 5)).in_their_order(mask)
+    expected = mask[..., ORDER] if rows == 1 else mask[..., ORDER, :][..., ORDER]
+    assert found is not None
+    assert torch.equal(found, expected)
+
+
+def test_the_order_of_a_mask_is_made_where_the_mask_is() -> None:
+    """A CUDA graph that is recorded refuses a copy from the host."""
+    mask = torch.ones(1, 1, 8, 8, device="meta")
+    with Devices() as devices:
+        TokenShares(GROUP, (3, 5)).in_their_order(mask)
+    assert devices.found == {"meta"}
+
+
+class Threads:
+    """Ranks that are threads: what each gives to the others in an exchange."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.given = size, dict[int, Sequence[torch.Tensor]]()
+        self.barrier = Barrier(size)
+
+    def of_rank(self, rank: int) -> Any:
+        def exchange(
+            parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]
+        ) -> list[torch.Tensor]:
+            self.given[rank] = parts
+            self.barrier.wait(timeout=60)
+            found = [self.given[other][rank] for other in range(self.size)]
+            self.barrier.wait(timeout=60)
+            assert [tuple(one.shape) for one in found] == [tuple(shape) for shape in shapes]
+            return found
+
+        return SimpleNamespace(
+            sequence_size=lambda: self.size, sequence_rank=lambda: rank, exchange=exchange
+        )
+
+
+@pytest.mark.parametrize("num_kv", [6, 3, 2])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_keys_that_every_rank_has_come_first(size: int, num_kv: int) -> None:
+    """Of 6 heads and fewer of keys, which need not divide."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 7, heads, 16) for heads in (6, num_kv, num_kv))
+    before = torch.randn(2, 5, num_kv, 16), torch.randn(2, 5, num_kv, 16)
+    threads = Threads(size)
+
+    def of_rank(rank: int) -> torch.Tensor:
+        shares = TokenShares(threads.of_rank(rank), [7])
+        return shares.attention(*(shares.own(part, 0) for part in (q, k, v)), before=before)
+
+    with ThreadPoolExecutor(size) as pool:
+        found = torch.cat(list(pool.map(of_rank, range(size))), dim=1)
+    of_all = (torch.cat(pair, dim=1) for pair in zip(before, (k, v), strict=True))
+    torch.testing.assert_close(found, attention(q, *of_all))

@@ -1,0 +1,126 @@
+"""How fast the GPUs of this machine send data to one another, measured once and kept.
+
+One small JSON file in ``home()``: by machine and set of GPUs. ``choice`` predicts by it.
+"""
+
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+
+from ..config import home
+from .book import read_book, write_book
+from .cost_model import NCCL_S, Link
+
+FILE = "link_records.json"  # ``doctor`` reads it, too, and what it reads of an entry
+_Rate = Annotated[float, msgspec.Meta(gt=0, lt=1e15)]
+
+
+class LinkRates(msgspec.Struct, frozen=True):
+    """What was measured: rates and a hop, as of a ``Link``."""
+
+    rate: _Rate
+    exchange_rate: _Rate
+    hop_s: Annotated[float, msgspec.Meta(ge=0, lt=60)]
+
+    @classmethod
+    def of_ranks(cls, said: Sequence[Mapping[str, Any]]) -> "LinkRates":
+        """From the ranks' answers to ``MeasureLink``; the slowest counts.
+
+        Of a small and a large tensor, so that what both cost is known apart from the bytes.
+        """
+        num_ranks = len(said)
+        small, large = said[0]["sizes"]
+        (small_sum_s, large_sum_s), exchanges_s = (
+            [max(of_size) for of_size in zip(*(one[what] for one in said), strict=True)]
+            for what in ("sums_s", "exchanges_s")
+        )
+        # NCCL's ring: 2 (T-1)/T of the bytes in 2 (T-1) hops; see ``cost_model``.
+        share = (num_ranks - 1) / num_ranks
+        rate = 2 * share * (large - small) / _longer(small_sum_s, large_sum_s)
+        hops_s = max(small_sum_s - NCCL_S - 2 * share * small / rate, 0.0)
+        exchange_rate = share * (large - small) / _longer(*exchanges_s)
+        return cls(rate, exchange_rate, hops_s / (2 * (num_ranks - 1)))
+
+    def on(self, link: Link) -> Link:
+        """The link that it was taken for, with what was measured.
+
+        Fused sums do not go through NCCL, whose sums were measured.
+        """
+        if link.fused:
+            source = f"{link.source}; exchanges measured on this machine"
+            return replace(link, exchange_rate=self.exchange_rate, source=source)
+        rates = self.rate / 1e9, self.exchange_rate / 1e9
+        source = "measured on this machine: {:.1f} GB/s in sums, {:.1f} in exchanges".format(*rates)
+        return Link(link.name, self.rate, self.exchange_rate, self.hop_s, False, source)
+
+
+def _longer(small_s: float, large_s: float) -> float:
+    """Seconds that the large tensor took longer; never none, whatever the clock says."""
+    return max(large_s - small_s, large_s / 100)
+
+
+class _OfGpus(msgspec.Struct):
+    """``rates`` None: the measurement was begun and has not ended."""
+
+    machine: str
+    gpus: tuple[str, ...]
+    rates: LinkRates | None = None
+
+
+class LinkRecords:
+    """The book of links. GPUs are told by number and name (``gpu_names``)."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @classmethod
+    def of_home(cls) -> "LinkRecords":
+        """Those of this machine."""
+        return cls(home() / FILE)
+
+    def is_known(self, gpus: Iterable[str]) -> bool:
+        """Whether these were measured, or it was begun and ended the process or its group.
+
+        That is not tried again: it would end every group of these GPUs.
+        """
+        return _key(gpus) in self._read()
+
+    def between(self, gpus: Iterable[str]) -> LinkRates | None:
+        """Of these GPUs, or else of the most of them that were measured together."""
+        wanted, here = set(gpus), platform.node()
+        found = [
+            entry
+            for entry in self._read().values()
+            if entry.machine == here and wanted.issuperset(entry.gpus) and entry.rates
+        ]
+        return max(found, key=lambda entry: len(entry.gpus)).rates if found else None
+
+    def begin(self, gpus: Iterable[str]) -> None:
+        """These are about to be measured."""
+        self._write(gpus, None)
+
+    def add(self, gpus: Iterable[str], rates: LinkRates) -> None:
+        """These were measured."""
+        self._write(gpus, rates)
+
+    def forget(self, gpus: Iterable[str]) -> None:
+        """These are to be measured the next time."""
+        book = self._read()
+        book.pop(_key(gpus), None)
+        write_book(self._path, book)
+
+    def _write(self, gpus: Iterable[str], rates: LinkRates | None) -> None:
+        gpus = tuple(gpus)
+        entry = _OfGpus(platform.node(), gpus, rates)
+        write_book(self._path, self._read() | {_key(gpus): entry})
+
+    def _read(self) -> dict[str, _OfGpus]:
+        return read_book(self._path, _OfGpus)
+
+
+def _key(gpus: Iterable[str]) -> str:
+    return f"{', '.join(sorted(gpus))} of {platform.node()}"
