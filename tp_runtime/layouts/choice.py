@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..config import ROOM_BYTES, ROOM_FACTOR, Layout, device_name, gpu_names
+from ..config import ROOM_BYTES, ROOM_FACTOR, Layout, device_name, gpu_names, tries_sharing
 from ..recognise import CheckpointInfo
 from .cost_model import Device, Link, device_of, predict, usual_link
 from .link_records import LinkRecords
@@ -68,7 +68,7 @@ def fastest(default: Layout, estimates: Mapping[Layout, Estimate]) -> Layout:
 
 @dataclass(frozen=True)
 class Choice:
-    """A layout; ``reason`` says in a sentence why it is not the default, if it is not."""
+    """A layout; ``reason`` says why it is not the default, and which other one is to be tried."""
 
     layout: Layout
     reason: str | None = None
@@ -85,7 +85,8 @@ def choose_layout(
 
     Before its first use, for what it is made for. ``gpus``: those that may be used, empty on the
     CPU, where nothing is predicted. Where they are not connected by NVLink, what is predicted to be
-    the fastest for what the model is made for takes the default's place.
+    the fastest for what the model is made for takes the default's place. Layouts whose ranks share
+    tokens are taken once they were measured here (``tries_sharing``); before, they are named.
     """
     plain, native = layouts[0], native_workload(info)
     device = device_name(gpus[0] if gpus else None)
@@ -93,15 +94,22 @@ def choose_layout(
     if len(layouts) == 1 or not (usual or gpus):
         return Choice(plain)
     link = link_between(gpus, links) if gpus else None
+    workload = usual or native
+    measured = records.times(info.path, device, workload)
     # On the CPU, where ranks share the cores, nothing is to be had by sharing tokens.
-    possible = [
+    fitting = [
         layout
         for layout in layouts
         if layout == plain or (_fits(info, layout, gpus) if gpus else layout.sequence_size == 1)
     ]
+    possible = [
+        layout
+        for layout in fitting
+        if layout.sequence_size == 1 or layout in measured or tries_sharing()
+    ]
 
-    def useful(of: Workload) -> list[Layout]:
-        return [layout for layout in possible if layout == plain or layout.batch_groups <= of.batch]
+    def useful(of: Workload, among: Sequence[Layout] = possible) -> list[Layout]:
+        return [layout for layout in among if layout == plain or layout.batch_groups <= of.batch]
 
     def predictor(of: Workload) -> Callable[[Layout], float] | None:
         if link is None:
@@ -112,12 +120,13 @@ def choose_layout(
     if link is not None and not link.fused:
         predicted = estimate(useful(native), {}, predictor(native))
         default = min(predicted, key=lambda layout: predicted[layout].ms)
-    workload = usual or native
-    measured = records.times(info.path, device, workload)
     estimates = estimate(useful(workload), measured, predictor(workload))
     layout = fastest(default, estimates)
+    of_all = estimate(useful(workload, fitting), measured, predictor(workload))
+    other = fastest(layout, of_all) if link is not None and not link.fused else layout
+    untried = "" if other == layout else _to_try(other, of_all[other])
     if layout == plain:
-        return Choice(plain)
+        return Choice(plain, untried or None)
     of_three = "sequence size x " if layout.sequence_size > 1 else ""
     why = f" The GPUs' link is {link.name} ({link.source})." if link is not None else ""
     return Choice(
@@ -125,7 +134,15 @@ def choose_layout(
         f"'auto' takes the layout {layout} (TP size x {of_three}batch groups): "
         f"{estimates[layout]} a step, and {plain} takes {estimates[plain]}, for latents of "
         f"{workload.latent_shape} {'as of late' if usual else 'as usual for the model'}.{why} Set "
-        "layout or gpu_count to decide yourself.",
+        f"layout or gpu_count to decide yourself. {untried}".rstrip(),
+    )
+
+
+def _to_try(layout: Layout, predicted: Estimate) -> str:
+    return (
+        f"The layout {layout} (TP size x sequence size x batch groups) is predicted to take "
+        f"{predicted.ms:.0f} ms a step. It was never run on this machine: choose it as layout to "
+        "try it, and 'auto' goes by what it takes."
     )
 
 
