@@ -18,9 +18,8 @@ With ``settings``, the only place where the package reads environment variables 
                                (torch's choice)
 ``TP_RUNTIME_REPRODUCIBLE``    on: the layout and the attention kernel follow from the model and the
                                GPUs alone, not from what was measured (default: the setting, off)
-``TP_RUNTIME_TRY_SHARING``     on: ``auto`` also takes layouts whose ranks share tokens that were not
-                               measured on this machine (default off: they have not run on several
-                               GPUs yet)
+``TP_RUNTIME_TRY_SHARING``     on: ``auto`` also takes layouts whose ranks share tokens that no step
+                               has measured here (default off: they have not run on several GPUs)
 ``TP_RUNTIME_QUANTISED_PRODUCTS``  off: GPUs multiply with dequantised weights, also where they
                                can multiply in int8 and fp8 (default: on)
 ``TP_RUNTIME_FAMILIES``        packages with more families of models, by spaces; on the PYTHONPATH
