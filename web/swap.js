@@ -52,7 +52,8 @@ async function swap(nodes, target) {
   const changed = [];
   for (const [node, type] of types) {
     const graph = node.graph === root ? workflow : graphs.find(({ id }) => id === node.graph.id);
-    const saved = graph.nodes.find(({ id }) => id === node.id);
+    // Frontend 1.49 has ids as texts, and saves them as numbers.
+    const saved = graph.nodes.find(({ id }) => String(id) === String(node.id));
     changed.push(...replace(saved, node, sample(type)));
     for (const host of graphs.flatMap((each) => each.nodes)) forgetLost(host, graph.id, node.id, type);
   }
