@@ -5,6 +5,9 @@ Sizes follow the tiny models of `support.tiny_models`; their residuals fit those
 
 from pathlib import Path
 
+import torch
+
+from support.native import import_comfy
 from support.tiny_models import Shape, tiny, tiny_shapes, write
 
 
@@ -37,6 +40,30 @@ def write_qwen_image_controlnet(path: Path) -> Path:
         shapes |= _linear(f"controlnet_blocks.{index}", size.dim, size.dim)
     shapes |= _linear("controlnet_x_embedder", size.dim, 64)
     return write(path, shapes)
+
+
+def write_qwen_image_fun_controlnet(path: Path) -> Path:
+    """A Fun ControlNet, of newer releases than 0.3.75: it calls modules of the model itself.
+
+    Source: ComfyUI 0.33, comfy/ldm/qwen_image/controlnet.py.
+    """
+    import_comfy()
+    from comfy.ldm.qwen_image.controlnet import QwenImageFunControlNetModel
+    from comfy.ops import disable_weight_init
+
+    size = tiny("qwen_image")
+    with torch.device("meta"):
+        model = QwenImageFunControlNetModel(
+            control_in_features=132,  # of a control picture, a mask and a picture to fill in
+            inner_dim=size.dim,
+            num_attention_heads=size.num_heads,
+            attention_head_dim=size.head_dim,
+            num_control_blocks=5,
+            main_model_double=60,
+            injection_layers=(0, 12, 24, 36, 48),
+            operations=disable_weight_init,
+        )
+    return write(path, {name: tuple(value.shape) for name, value in model.state_dict().items()})
 
 
 def _without(shapes: dict[str, Shape], *prefixes: str) -> dict[str, Shape]:
