@@ -100,7 +100,9 @@ class WanSizes(Sizes):
         }
         if not self.vace_channels and not self.camera_channels:
             others = "batch", ("channels", self.in_channels), "other frames", "rows", "columns"
-            found["context_latents"] = Input("Context latents", others, optional=True, many=True)
+            found["context_latents"] = Input(
+                "Context latents", others, optional=True, many=True, usual={"other frames": 1}
+            )
         if self.image_dim:
             axes = ("batch", "patches", ("width", self.image_dim))
             advice = "Use the CLIP vision model that belongs to the model."
