@@ -26,6 +26,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="COMMIT",
         help="leave out what has its turn at other commits (HEAD: as the one checked out does)",
     )
+    parser.getgroup("templates", "ComfyUI's official templates").addoption(
+        "--write-templates",
+        action="store_true",
+        help="keep what comes of the templates that are run, for docs/compatibility.md",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

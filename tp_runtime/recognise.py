@@ -209,7 +209,8 @@ def _sizes_of_file(
             )
     try:
         shapes = {name: info.shape for name, info in tensors.items()}
-        sizes = family.sizes.of_file(shapes, _told(metadata or {}))
+        told = _told(metadata or {})
+        sizes = family.sizes.of_file(shapes, told)
         _ = sizes.table.file_tensors  # fails here if a size is none
     except KeyError as error:
         raise CheckpointError(
@@ -226,6 +227,13 @@ def _sizes_of_file(
             f"The {family.label} file {path} has tensors of impossible shapes, or metadata that do "
             f"not fit them ({error}). Download it again."
         ) from error
+    for name, variant in family.variants.items():
+        setting, _, value = name.partition("=")
+        if value and str(told.get(setting)) == value:
+            raise CheckpointError(
+                f"This is a {variant} file (its metadata set {setting} to {value}), which cannot "
+                "be split yet. Load it with the stock 'Load Diffusion Model' node."
+            )
     return sizes
 
 

@@ -94,6 +94,19 @@ function countsFor(query) {
   return answers.get(query);
 }
 
+/** Why a file that a loader's input names cannot run; undefined: it can, or it is not here. */
+export async function whyNot(input, file) {
+  const query = String(new URLSearchParams({ [input]: file }));
+  try {
+    await countsFor(query);
+  } catch (error) {
+    answers.delete(query);
+    if (error.status === 400) return error.message;
+    if (error.status !== 404) throw error;
+  }
+  return undefined;
+}
+
 /** The largest count on offer that is not above the one asked for. */
 function nearest(offered, count) {
   const numbers = offered.map(Number).filter((number) => number <= Number(count));

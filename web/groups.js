@@ -36,7 +36,7 @@ export async function request(path, method = "GET") {
   }
   const response = await api.fetchApi(`/tensor_parallel${path}`, options);
   const answer = await response.json().catch(() => ({ error: response.statusText }));
-  if (!response.ok) throw new Error(answer.error);
+  if (!response.ok) throw Object.assign(new Error(answer.error), { status: response.status });
   return answer;
 }
 

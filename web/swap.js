@@ -3,13 +3,14 @@
 // The workflow is changed as it is saved and then opened again, as undo does it. So whatever a node
 // has in a saved workflow (links, place, mode, colour, what a subgraph shows of it) stays.
 import { app } from "../../scripts/app.js";
-import { DEFAULT_COUNT } from "./gpu_counts.js";
-import { SAMPLER, loaderOf, placeOf, placesOf } from "./graph.js";
+import { DEFAULT_COUNT, whyNot } from "./gpu_counts.js";
+import { SAMPLER, decidingWidget, loaderOf, placeOf, placesOf } from "./graph.js";
 import { text } from "./texts.js";
 import { showError, toast } from "./toast.js";
 
 const OURS = { UNETLoader: "TPLoadDiffusionModel", CheckpointLoaderSimple: "TPLoadCheckpoint" };
 const STOCK = Object.fromEntries(Object.entries(OURS).map(([stock, ours]) => [ours, stock]));
+const FILES = ["unet_name", "ckpt_name"];
 const OF_A_PACK = ["cnr_id", "aux_id", "ver"]; // properties that say which pack a node is of
 
 const toOurs = (node) => known(OURS[node.type]);
@@ -26,15 +27,40 @@ export function menuItems(node) {
   return [{ content: title, callback: () => swap([node], target).catch(showError) }];
 }
 
-/** Replace every loader of the workflow, those in subgraphs included. */
-export function swapAll(back = false) {
-  const target = back ? toStock : toOurs;
-  const nodes = [...new Set(placesOf(target).map(({ node }) => node))];
-  if (nodes.length === 0) {
-    toast("info", text("title"), text(back ? "swapBack.none" : "swap.none"));
-    return undefined;
+/**
+ * Replace every loader of the workflow, those in subgraphs included; to ours, those whose file can
+ * run: a workflow may have other models beside it (depth, segmentation).
+ */
+export async function swapAll(back = false) {
+  try {
+    const target = back ? toStock : toOurs;
+    const places = placesOf(target);
+    const reasons = back ? new Map() : await leftOut(places);
+    const nodes = [...new Set(places.map(({ node }) => node))].filter((node) => !reasons.has(node));
+    const left = [...new Set(reasons.values())].join("\n");
+    if (nodes.length) {
+      await swap(nodes, target);
+      if (left) toast("info", text("swap.left"), left);
+    } else if (left) {
+      toast("warn", text("swap.left"), left);
+    } else {
+      toast("info", text("title"), text(back ? "swapBack.none" : "swap.none"));
+    }
+  } catch (error) {
+    showError(error);
   }
-  return swap(nodes, target).catch(showError);
+}
+
+/** Of places of stock loaders: node → why its file cannot run. A file that is missing may. */
+async function leftOut(places) {
+  const found = new Map();
+  const ask = async (place) => {
+    const name = FILES.find((input) => decidingWidget(place, input));
+    const reason = name && (await whyNot(name, decidingWidget(place, name).value));
+    if (reason) found.set(place.node, reason);
+  };
+  await Promise.all(places.map(ask));
+  return found;
 }
 
 async function swap(nodes, target) {
@@ -52,7 +78,8 @@ async function swap(nodes, target) {
   const changed = [];
   for (const [node, type] of types) {
     const graph = node.graph === root ? workflow : graphs.find(({ id }) => id === node.graph.id);
-    const saved = graph.nodes.find(({ id }) => id === node.id);
+    // Frontend 1.49 has ids as texts, and saves them as numbers.
+    const saved = graph.nodes.find(({ id }) => String(id) === String(node.id));
     changed.push(...replace(saved, node, sample(type)));
     for (const host of graphs.flatMap((each) => each.nodes)) forgetLost(host, graph.id, node.id, type);
   }

@@ -9,6 +9,8 @@ from parity.conftest import FP32_TOLERANCE, Remote, relative_error
 from parity.suite import Cases, Fp32Tests, ParityTests, assert_equal_to_native, native
 
 from support.inputs import make_inputs
+from support.newer_references import CASES as OF_NEWER
+from support.newer_references import expected, inputs_of
 from support.tiny_models import tiny, tiny_shapes, write, write_tiny
 from tp_runtime.client import CheckpointError, InputError, SizeError, inspect_checkpoint
 
@@ -142,6 +144,29 @@ class TestFunCamera(Fp32Tests):
         other_sizes=(PADDED,),
         changes={"in_channels": 32, "image_dim": 1280, "camera_channels": 24},
     )
+
+
+NEWER = OF_NEWER["wan"]
+
+
+@pytest.mark.rotates(3)
+@pytest.mark.parametrize(
+    ("tp_size", "case"), [(size, case) for size in (2, PADDED) for case in NEWER]
+)
+def test_newer_comfyui(tmp_path: Path, remote: Remote, tp_size: int, case: str) -> None:
+    """What ComfyUI 0.3.75's class does not know, against what a newer one computed."""
+    path = write_tiny("wan", tmp_path / "tiny.safetensors", **NEWER[case][0])
+    found = remote(path, tp_size).evaluate(inputs_of("wan", case, torch.float32))
+    assert relative_error(found, expected("wan", case, torch.float32)) <= FP32_TOLERANCE
+
+
+def test_other_videos_in_bf16(tmp_path: Path, remote: Remote) -> None:
+    """No further from ComfyUI's results in bf16 than those are from its own in fp32."""
+    path, case = write_tiny("wan", tmp_path / "tiny.safetensors"), "other videos"
+    comfy = expected("wan", case, torch.bfloat16)
+    found = remote(path, 2, torch.bfloat16).evaluate(inputs_of("wan", case, torch.bfloat16))
+    exact = expected("wan", case, torch.float32)
+    assert relative_error(found, comfy) <= relative_error(comfy, exact)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The tables of `docs/compatibility.md`, made of the tested workflows.
+"""The tables of `docs/compatibility.md`: the tested workflows, and what came of the templates.
 
     python tests/support/compatibility_table.py [PAGE]
 
@@ -15,6 +15,7 @@ if __name__ == "__main__":  # its own folder is on the path then, which is no pl
 
 from support.compatibility import FAMILIES, Family, Row
 from support.compatibility_rows import ELSEWHERE, SECTIONS
+from support.official_templates import recorded
 from support.paths import REPOSITORY
 
 PAGE = REPOSITORY / "docs" / "compatibility.md"
@@ -34,7 +35,20 @@ def tables() -> str:
         by_reason[reason].append(f"`{name}`")
     others = [[", ".join(names), reason] for reason, names in by_reason.items()]
     parts.append(f"### Other nodes\n\n{_table(['nodes', 'what they do'], others)}")
+    parts.append(
+        f"### ComfyUI's templates\n\n{_table(['template', 'loads', 'result'], _templates())}"
+    )
     return "\n\n".join(parts)
+
+
+def _templates() -> list[list[str]]:
+    """The official templates, as `tests/web/test_official_templates.py` wrote them down."""
+    found = []
+    for name, came in recorded().items():
+        result = "✓" if came["result"] == "equal" else f"{came['result']}: {came['why']}"
+        files = ", ".join(f"`{file.removesuffix('.safetensors')}`" for file in came["files"])
+        found.append([f"`{name}`", files, result])
+    return found
 
 
 def page(text: str) -> str:

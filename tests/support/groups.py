@@ -26,6 +26,7 @@ SHARED: dict[str, tuple[str, ...]] = {
     "early start": ("comfy/test_early_start.py",),
     "ComfyUI benchmark": ("comfy/test_bench_in_comfyui.py",),
     "own Python": ("web/test_own_python.py",),
+    "templates": ("web/test_official_templates.py",),
     "ComfyUI": ("comfy/*.py", "web/*.py"),  # the one server of `comfy_server`, and its ranks
     # Both have the nodes' schemas written out by one ComfyUI.
     "schemas": ("contract/test_node_schemas.py", "contract/test_locales.py"),

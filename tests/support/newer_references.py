@@ -60,6 +60,15 @@ _GUIDES = {"frames": 5, "guides": 2}
 
 # Such that bf16, to which the model rounds 1000 t and t, does not change: then it is the arithmetic
 # that differs from fp32's.
+_OTHERS = {  # videos and pictures that a video is made after (Bernini)
+    "frames": 3,
+    "height": 6,
+    "width": 8,
+    "time_scale": 1000.0,
+    "references": ((6, 8), (5, 3), (2, 9)),
+    "lengths": {"other frames": 2},
+}
+_ROPE = {"scale_x": 1.5, "scale_y": 0.75, "shift_x": 2.0, "shift_t": 3.0}
 _EXACT_TIMES = {"timesteps": torch.tensor([0.5])}
 _SMALL = {"height": 6, "width": 7}
 _SLOTS = _SMALL | {"references": ((5, 4), (8, 6), (3, 9)), "image_slots": [3, 3, 11]}
@@ -80,6 +89,19 @@ CASES: dict[str, dict[str, Case]] = {
         ),
     },
     "minimax_h3": dict(minimax_payloads.CASES),
+    "wan": {
+        "other videos": ({}, _OTHERS),
+        "other videos, odd sizes, batch": ({}, _OTHERS | {"batch": 2, "height": 5, "width": 7}),
+        "other videos, timesteps of frames": ({}, _OTHERS | {"times_per_item": 3}),
+        "other videos, rope options": (
+            {},
+            _OTHERS | {"transformer_options": {"rope_options": _ROPE}},
+        ),
+        "a picture before, and other pictures": (
+            {"in_channels": 52, "reference_channels": 16},
+            _OTHERS | {"lengths": {"other frames": 1, "rows": 6, "columns": 8}},
+        ),
+    },
     "krea2": {
         "text to image": ({}, {}),
         "odd sizes": ({}, {"height": 17, "width": 15, "length": 33}),

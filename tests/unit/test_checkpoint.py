@@ -5,6 +5,7 @@ import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from support.sparse_files import holes, one_block, write_sparse
-from support.tiny_models import tiny, tiny_shapes, write_tiny
+from support.tiny_models import tiny, tiny_shapes, write, write_tiny
 from tp_runtime.client import CheckpointError, SizeError, inspect_checkpoint
 from tp_runtime.recognise import open_checkpoint
 
@@ -165,6 +166,28 @@ def test_another_architecture(tmp_path: Path) -> None:
     assert "first tensors: a.bias, conv_in.weight" in message
     assert "Z-Image" in message
     assert "'Load Diffusion Model'" in message
+
+
+@pytest.mark.parametrize(
+    ("told", "variant"),
+    [
+        (
+            {"model_type": "animate2"},
+            "Wan Animate 2 file (its metadata set model_type to animate2)",
+        ),
+        ({"causal_ar": True}, "causal Wan"),
+    ],
+    ids=["Animate 2", "causal"],
+)
+def test_a_variant_that_only_the_metadata_tell(
+    tmp_path: Path, told: dict[str, Any], variant: str
+) -> None:
+    changes = {"in_channels": 36, "image_dim": 1280}
+    shapes = tiny_shapes("wan", **changes)
+    path = write(tmp_path / "variant.safetensors", shapes, told=told)
+    assert variant in message_for(path)
+    path = write(tmp_path / "usual.safetensors", shapes, told={"model_type": "i2v"})
+    assert inspect_checkpoint(str(path)).sizes == tiny("wan", **changes)
 
 
 def test_no_tensors(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from support.comfy_page import PICTURES, ComfyPage
 from support.workflows import Prompt, Sampling, node, stock_loader, text_to_latent, tp_loader
@@ -119,6 +121,18 @@ def test_the_whole_workflow(web: ComfyPage) -> None:
     wait_for(web, STOCK)
     assert loaders(web) == before
     assert web.prompt() == sent
+
+
+@both_frontends
+def test_a_model_of_another_family_stays_with_its_own_loader(web: ComfyPage) -> None:
+    """Templates have depth and segmentation models beside the one that is sampled."""
+    other = web.server.models / "diffusion_models" / "another_model.safetensors"
+    save_file({"conv_in.weight": torch.zeros(4, 4)}, other)
+    web.load_prompt(stock_prompt() | {"other": stock_loader(other.name)})
+    web.run_command("TensorParallel.UseInWorkflow")
+    web.page.get_by_text("another_model.safetensors").last.wait_for()
+    found = {loader["file"]: loader["type"] for loader in loaders(web)}
+    assert found == {MODEL: OURS, other.name: STOCK}
 
 
 @both_frontends

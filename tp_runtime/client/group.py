@@ -89,7 +89,8 @@ class Group:
             self._replace_by(residency)
             self._num_starts += 1
             residency.engine.start(poll)
-            measure_link(residency.engine, self._links, poll)
+            if not measure_link(residency.engine, self._links, poll):
+                return self._started(poll)  # a new one, which does not try it again
         return residency
 
     def _replace_by(self, residency: Residency | None) -> bool:

@@ -1,5 +1,7 @@
 """Has a new group measure how its GPUs are connected, if that is not known yet."""
 
+import logging
+
 from ..config import gpu_names
 from ..errors import TPRuntimeError
 from ..layouts.link_records import LinkRates, LinkRecords
@@ -7,25 +9,30 @@ from ..wire.protocol import MeasureLink
 from .engine import Engine
 from .poll import Poll
 
+logger = logging.getLogger("tp_runtime")
 
-def measure_link(engine: Engine, links: LinkRecords, poll: Poll | None) -> None:
+
+def measure_link(engine: Engine, links: LinkRecords, poll: Poll | None) -> bool:
     """Remember the link between the group's GPUs; under a second, once on a machine.
 
-    Of GPUs of this machine only, and of two or more. If it ends the group, it is not tried again.
-    Raises as ``Engine.call``, and what ``poll`` raises.
+    Of GPUs of this machine only, and of two or more. False: it has ended the group, of which the
+    log tells. It is not tried again: the link is then what is usual for such GPUs. Raises what
+    ``poll`` raises.
     """
     config = engine.config
     if config.device != "cuda" or config.where != "this machine" or config.num_ranks == 1:
-        return
+        return True
     gpus = gpu_names(config.devices)
     if links.is_known(gpus):
-        return
+        return True
     links.begin(gpus)
     try:
         said = engine.call(MeasureLink, poll=poll)
-    except TPRuntimeError:
-        raise
+    except TPRuntimeError as error:
+        logger.warning("The link between the GPUs was not measured: %s", error)
+        return False
     except BaseException:  # poll raised it
         links.forget(gpus)
         raise
     links.add(gpus, LinkRates.of_ranks(said))
+    return True

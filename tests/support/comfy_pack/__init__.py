@@ -14,9 +14,11 @@ import comfy.controlnet
 import comfy.sd
 from comfy_api.latest import ComfyExtension, io
 
+from .clip_vision import extend_clip_vision_loader
 from .detection import tiny_models_detected
 from .nodes import (
     TPTestConditioning,
+    TPTestKeepLatent,
     TPTestModelPatches,
     TPTestNaNLatent,
     TPTestPreviewMethod,
@@ -24,7 +26,8 @@ from .nodes import (
     TPTestTwoModels,
     TPTestVideoVAE,
 )
-from .text_encoder import extend_clip_loader, tiny_clip_detected
+from .text_encoder import extend_checkpoint_loader, extend_clip_loader, tiny_clip_detected
+from .vae import extend_vae
 
 
 def _extend_stock_loader(module: ModuleType, name: str) -> None:
@@ -44,6 +47,7 @@ class TestExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             TPTestConditioning,
+            TPTestKeepLatent,
             TPTestModelPatches,
             TPTestNaNLatent,
             TPTestPreviewMethod,
@@ -59,4 +63,7 @@ async def comfy_entrypoint() -> TestExtension:
     _extend_stock_loader(comfy.sd, "load_checkpoint_guess_config")
     _extend_stock_loader(comfy.controlnet, "load_controlnet")
     extend_clip_loader()
+    extend_checkpoint_loader()
+    extend_clip_vision_loader()
+    extend_vae()
     return TestExtension()

@@ -1,14 +1,18 @@
 """Test-only nodes: inputs that need no text encoder and no files, and broken ones."""
 
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management
+import comfy.ops
 import comfy.samplers
+import folder_paths
 import torch
 from comfy.cli_args import LatentPreviewMethod, args
 from comfy.clip_vision import Output
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
+from safetensors.torch import save_file
 
 # `io.MODEL_PATCH` has another name in newer releases; the socket's type is the same.
 _MODEL_PATCH = io.Custom("MODEL_PATCH")
@@ -70,6 +74,28 @@ class TPTestNaNLatent(io.ComfyNode):
         broken = samples["samples"].clone()
         broken.view(-1)[0] = float("nan")
         return io.NodeOutput({**samples, "samples": broken})
+
+
+class TPTestKeepLatent(io.ComfyNode):
+    """SaveLatent for latents of every kind: those of video and sound are two tensors."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TPTestKeepLatent",
+            category="testing",
+            description="Writes the tensors of a latent into a file of the output folder.",
+            inputs=[io.Latent.Input("samples"), io.String.Input("name")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, samples: dict[str, Any], name: str) -> io.NodeOutput:
+        latent = samples["samples"]
+        parts = latent.unbind() if getattr(latent, "is_nested", False) else [latent]
+        tensors = {str(index): part.contiguous() for index, part in enumerate(parts)}
+        save_file(tensors, Path(folder_paths.get_output_directory()) / f"{name}.safetensors")
+        return io.NodeOutput()
 
 
 class TPTestPreviewMethod(io.ComfyNode):
@@ -155,7 +181,7 @@ class _VideoVAE:
 
 
 class TPTestModelPatches(io.ComfyNode):
-    """The two kinds of patches that ModelPatchLoader reads, for models of width 384."""
+    """Patches that ModelPatchLoader reads, for models of width 384, and 480 (Z-Image)."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -172,6 +198,7 @@ class TPTestModelPatches(io.ComfyNode):
                 _MODEL_PATCH.Output("control"),
                 _MODEL_PATCH.Output("style"),
                 io.ClipVisionOutput.Output("seen"),
+                _MODEL_PATCH.Output("fun"),
             ],
         )
 
@@ -191,12 +218,22 @@ class TPTestModelPatches(io.ComfyNode):
         seen = Output()
         seen.all_hidden_states = torch.ones(1, 24, 4, 8)
         seen.penultimate_hidden_states = torch.ones(1, 4, 8)
-        return io.NodeOutput(_patcher(control, seed), _patcher(style, seed), seen)
+        fun = _fun_control(seed)
+        return io.NodeOutput(_patcher(control, seed), _patcher(style, seed), seen, fun)
+
+
+def _fun_control(seed: int) -> ModelPatcher | None:
+    """Of Z-Image, which newer releases than 0.3.75 have."""
+    try:
+        from comfy.ldm.lumina.controlnet import ZImage_Control
+    except ImportError:
+        return None
+    sizes = {"dim": 480, "n_heads": 30, "n_kv_heads": 30, "control_in_dim": 16}
+    return _patcher(ZImage_Control(**sizes, operations=comfy.ops.disable_weight_init), seed)
 
 
 def _union_control(num_layers: int, masked: int) -> torch.nn.Module:
     """Of newer releases, for the tiny Z-Image of 30 layers (`support.z_image_controls`)."""
-    import comfy.ops
     from comfy.ldm.lumina.controlnet import ZImage_Control
 
     found: torch.nn.Module = ZImage_Control(

@@ -21,30 +21,68 @@ import torch
 from comfy.supported_models_base import ClipTarget
 from safetensors import safe_open
 
-MARK = "tp_test_text_encoder"  # value: "width" or "width,pooled width"
+# Value: "width" or "width,pooled width"; then what is set beside it (see `TinyTextEncoder`).
+MARK = "tp_test_text_encoder"
 _TOKENS = 16
 _EMBEDDING = "clip_l.transformer.text_model.embeddings.token_embedding.weight"
 _REAL_WIDTH = 768
 
 
 class TinyTextEncoder:
-    """What the stock text nodes use of ComfyUI's CLIP."""
+    """What the stock text nodes use of ComfyUI's CLIP.
 
-    def __init__(self, width: int, pooled_width: int = 0) -> None:
+    `unprocessed`: as LTX-2's says, that the model's connectors have not seen the text. `tags`: as
+    MiniMax H3's says, which tokens are of pictures: the second to the fifth, if there are any.
+    """
+
+    def __init__(self, width: int, pooled_width: int = 0, adds: str = "") -> None:
         self._width = width
         self._pooled_width = pooled_width
+        self._adds = adds
+        self._has_pictures = False
+        self.cond_stage_model = torch.nn.Module()  # in which a LoRA finds nothing to change
 
-    def tokenize(self, text: str, **_: Any) -> str:
-        return text
+    @classmethod
+    def marked(cls, said: str) -> "TinyTextEncoder":
+        """The one that a file says that it is."""
+        width, pooled_width, adds = [*said.split(","), "", ""][:3]
+        return cls(int(width), int(pooled_width or 0), adds)
 
-    def encode_from_tokens_scheduled(self, tokens: str, **_: Any) -> list[Any]:
-        seed = int.from_bytes(hashlib.sha256(tokens.encode()).digest()[:6], "big")
+    def clone(self) -> "TinyTextEncoder":
+        return self
+
+    def add_patches(self, *_: Any) -> list[Any]:
+        return []
+
+    def tokenize(self, text: str, **given: Any) -> "_Tokens":
+        self._has_pictures = any(given.get(name) for name in ("images", "minimax_ref_items"))
+        return _Tokens(text)
+
+    def encode_from_tokens_scheduled(self, tokens: "_Tokens", **_: Any) -> list[Any]:
+        texts = "".join((tokens.text, *tokens.values()))
+        seed = int.from_bytes(hashlib.sha256(texts.encode()).digest()[:6], "big")
         generator = torch.Generator().manual_seed(seed)
         embedding = torch.randn(1, _TOKENS, self._width, generator=generator)
         more: dict[str, Any] = {"pooled_output": None}  # as encoders without one have it
         if self._pooled_width:
             more["pooled_output"] = torch.randn(1, self._pooled_width, generator=generator)
+        if self._adds == "unprocessed":
+            more["unprocessed_ltxav_embeds"] = True
+        if self._adds == "tags":
+            tags = more["minimax_token_tags"] = torch.ones(_TOKENS, dtype=torch.long)
+            tags[1:5] = 1 - self._has_pictures
         return [[embedding, more]]
+
+
+class _Tokens(dict[str, str]):
+    """Of each of a pair of encoders the whole text, until a node gives one of them another."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text = text
+
+    def __missing__(self, encoder: str) -> str:
+        return self.text
 
 
 def extend_clip_loader() -> None:
@@ -53,13 +91,27 @@ def extend_clip_loader() -> None:
 
     @wraps(stock_load)
     def load(ckpt_paths: Sequence[str], *args: Any, **kwargs: Any) -> Any:
-        with safe_open(ckpt_paths[0], framework="pt") as file:
-            widths = (file.metadata() or {}).get(MARK)
-        if widths is None:
-            return stock_load(ckpt_paths, *args, **kwargs)
-        return TinyTextEncoder(*map(int, widths.split(",")))
+        for path in reversed(ckpt_paths):  # a checkpoint that says it says which model it is of
+            with safe_open(path, framework="pt") as file:
+                if said := (file.metadata() or {}).get(MARK):
+                    return TinyTextEncoder.marked(said)
+        return stock_load(ckpt_paths, *args, **kwargs)
 
     comfy.sd.load_clip = load
+
+
+def extend_checkpoint_loader() -> None:
+    """Have ComfyUI's Load Checkpoint give the text encoder that a file says that it has."""
+    stock_load = comfy.sd.load_checkpoint_guess_config
+
+    @wraps(stock_load)
+    def load(ckpt_path: str, *args: Any, **kwargs: Any) -> Any:
+        model, clip, *others = stock_load(ckpt_path, *args, **kwargs)
+        with safe_open(ckpt_path, framework="pt") as file:
+            said = (file.metadata() or {}).get(MARK)
+        return model, TinyTextEncoder.marked(said) if said else clip, *others
+
+    comfy.sd.load_checkpoint_guess_config = load
 
 
 def tiny_clip(width: int, **options: Any) -> torch.nn.Module:

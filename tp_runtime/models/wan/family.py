@@ -98,6 +98,11 @@ class WanSizes(Sizes):
             "context": of.captions(self.context_dim),
             "time_dim_concat": Input("Latents of more frames", more, optional=True),
         }
+        if not self.vace_channels and not self.camera_channels:
+            others = "batch", ("channels", self.in_channels), "other frames", "rows", "columns"
+            found["context_latents"] = Input(
+                "Context latents", others, optional=True, many=True, usual={"other frames": 1}
+            )
         if self.image_dim:
             axes = ("batch", "patches", ("width", self.image_dim))
             advice = "Use the CLIP vision model that belongs to the model."
@@ -221,7 +226,7 @@ def _embedder(ours: str, file: str, inputs: int, dim: int) -> tuple[Linear, ...]
 FAMILY = Family(
     name="wan",
     label="Wan",
-    models=("2.1", "2.2", "2.2 5B", "VACE", "Fun Control", "Fun Camera"),
+    models=("2.1", "2.2", "2.2 5B", "VACE", "Fun Control", "Fun Camera", "Bernini"),
     sizes=WanSizes,
     signature=("head.modulation", "blocks.0.cross_attn.norm_q.weight", "patch_embedding.weight"),
     diffusers_class="WanTransformer3DModel",
@@ -234,6 +239,10 @@ FAMILY = Family(
         "patch_embedding_mask.weight": "SCAIL-2",
         "patch_embedding_pose.weight": "SCAIL",
         "patch_embedding_global.weight": "WanDancer",
+        # Of the tensors of ordinary models.
+        "model_type=animate2": "Wan Animate 2",
+        "model_type=flow_rvs": "FlowRVS",
+        "causal_ar=True": "causal Wan (Causal Forcing, Self Forcing)",
     },
     text_tokens=512,
     extents=((832, 480, 81), (1280, 720, 81)),

@@ -57,6 +57,7 @@ class Forward(ShardedForward):
         clip_fea: torch.Tensor | None = None,
         reference_latent: torch.Tensor | None = None,
         time_dim_concat: torch.Tensor | None = None,
+        context_latents: Sequence[torch.Tensor] = (),
         camera_conditions: torch.Tensor | None = None,
         vace_context: torch.Tensor | None = None,
         vace_strength: Sequence[float] = (),
@@ -65,7 +66,8 @@ class Forward(ShardedForward):
         """``keys``, ``values`` (blocks, B, L, N, K) of the caption in every block; ``rotation``.
 
         If present: ``picture_keys`` and ``picture_values`` of CLIP's features; ``reference``
-        (B, L, D), the tokens before the first frame's; ``more`` latents behind the last frame; the
+        (B, L, D), the tokens before the first frame's; ``more`` latents behind the last frame;
+        ``others`` (B, L, D), the tokens of other videos and pictures (Bernini), after all; the
         ``camera``'s share of the tokens (B, L, D); ``vace`` (n, B, L, D), the tokens of n control
         videos, with the ``vace_keys`` and ``vace_values`` of the caption in its blocks; and the
         blocks to ``skip``.
@@ -77,9 +79,7 @@ class Forward(ShardedForward):
         positions = positions_of((frames, *x.shape[3:]), rope_options, x)
         text = self._embedded(context)
         of_text = [(block.attn2.norm_k, block.attn2.to_kv) for block in self.model.blocks]
-        found: Conditioning = {
-            "rotation": rope_rotation(positions, self.sizes.axes_dims, ROPE_THETA)
-        }
+        found: Conditioning = {"rotation": self._rotation(positions)}
         found["keys"], found["values"] = self._keys_and_values(text, of_text)
         if self.sizes.image_dim:
             # Without features ComfyUI gives these layers the caption, too.
@@ -95,6 +95,15 @@ class Forward(ShardedForward):
             found["reference"] = as_tokens(self.model.ref_conv(reference_latent))
         if more is not None:
             found["more"] = more
+        if context_latents:
+            latents = [padded(latent) for latent in context_latents]
+            embedded = [self.model.patch_embedding(latent.float()) for latent in latents]
+            found["others"] = torch.cat([as_tokens(one.to(x.dtype)) for one in embedded], dim=1)
+            rotations = [found["rotation"]]
+            for number, latent in enumerate(latents, start=1):
+                positions = positions_of(tuple(latent.shape[2:]), rope_options, x)
+                rotations.append(self._turned(self._rotation(positions), number))
+            found["rotation"] = torch.cat(rotations, dim=1)
         if camera_conditions is not None and self.sizes.camera_channels:
             found["camera"] = as_tokens(self.model.control_adapter(camera_conditions))
             check_length("Camera paths", camera_conditions, found["camera"], positions)
@@ -122,6 +131,7 @@ class Forward(ShardedForward):
         picture_values: torch.Tensor | None = None,
         reference: torch.Tensor | None = None,
         more: torch.Tensor | None = None,
+        others: torch.Tensor | None = None,
         camera: torch.Tensor | None = None,
         vace: torch.Tensor | None = None,
         vace_strength: Sequence[float] = (),
@@ -142,6 +152,9 @@ class Forward(ShardedForward):
         if reference is not None:
             num_before = reference.shape[1]
             tokens = torch.cat((reference, tokens), dim=1)
+        num_wanted = tokens.shape[1]
+        if others is not None:
+            tokens = torch.cat((tokens, others), dim=1)
         shares = self.shares(tokens.shape[1])
         time, modulation = self._of_time(timesteps, x.dtype)
         kept = [i for i in range(len(model.blocks)) if ("double_block", i) not in skip]
@@ -178,7 +191,7 @@ class Forward(ShardedForward):
                 for hint in added:
                     tokens = tokens + hint
                 normed = modulated(tokens, rows[place + 1])
-        found = shares.whole(model.proj_out(normed), 0)[:, num_before:]
+        found = shares.whole(model.proj_out(normed), 0)[:, num_before:num_wanted]
         return unpatchified(found, grid)[:, :, : shape[2], : shape[3], : shape[4]]
 
     def _block(
@@ -249,6 +262,16 @@ class Forward(ShardedForward):
         if len(given) != count:
             raise InputError(f"{count} control videos of {self.label} need as many strengths.")
         return tuple(given)
+
+    def _rotation(self, positions: torch.Tensor) -> torch.Tensor:
+        return rope_rotation(positions, self.sizes.axes_dims, ROPE_THETA)
+
+    def _turned(self, rotation: torch.Tensor, number: int) -> torch.Tensor:
+        """A rotation turned on by a number that all features of a head turn with."""
+        position = torch.full((1, 1), float(number), device=rotation.device)
+        cos, sin = rope_rotation(position, (self.sizes.head_dim,), ROPE_THETA).unbind(-1)
+        c, s = rotation.unbind(-1)
+        return torch.stack((c * cos - s * sin, c * sin + s * cos), dim=-1)
 
     def _embedded(self, context: torch.Tensor) -> torch.Tensor:
         embedder = self.model.condition_embedder.text_embedder

@@ -1,0 +1,135 @@
+"""ComfyUI's official templates of the supported families, swapped in the page and run over HTTP.
+
+They are not installed with the ComfyUI that CI tests: `COMFYUI_TEMPLATES` names a folder of them
+(CONTRIBUTING.md, "A newer ComfyUI"). `--write-templates` keeps what came of each, and
+`python tests/support/compatibility_table.py` writes that into `docs/compatibility.md`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser
+
+from support.comfy_page import ComfyPage, comfy_page
+from support.comfy_server import NO_GPU, ComfyServer
+from support.compatibility import NEWER
+from support.leaks import nothing_left_over
+from support.official_templates import (
+    LEFT_OUT,
+    Outcome,
+    Template,
+    outcome,
+    record,
+    recorded,
+    templates,
+)
+from support.template_files import model_of, write_files_of
+from support.workflows import Prompt
+
+pytestmark = [
+    pytest.mark.web,
+    pytest.mark.skipif(not NEWER, reason="today's templates need ComfyUI 0.33"),
+]
+
+STOCK = {"UNETLoader": "unet_name", "CheckpointLoaderSimple": "ckpt_name"}
+OURS = {"TPLoadDiffusionModel": "unet_name", "TPLoadCheckpoint": "ckpt_name"}
+UNKNOWN = """() => {
+    const found = new Set();
+    const look = (graph) => graph.nodes.forEach((node) => {
+        if (node.subgraph) look(node.subgraph);
+        else if (!(node.type in LiteGraph.registered_node_types)) found.add(node.type);
+    });
+    look(app.rootGraph ?? app.graph);
+    return [...found].sort();
+}"""
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What the page sends for a template before and after the swap; the nodes it does not know."""
+
+    stock: Prompt
+    ours: Prompt
+    unknown: tuple[str, ...] = ()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ComfyServer]:
+    """One of its own: others have larger files under the names that the templates load."""
+    with nothing_left_over(), ComfyServer(env=NO_GPU) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def sent(browser: Browser, server: ComfyServer, request: pytest.FixtureRequest) -> dict[str, Sent]:
+    """Template → what is sent for it. All at once: an open page takes a core from what runs."""
+    tests = [item for item in request.session.items if item.path == request.path]
+    templates = [item.callspec.params["template"] for item in tests]  # type: ignore[attr-defined]
+    with comfy_page(browser, server) as page:
+        return {template.name: opened(page, template) for template in templates}
+
+
+@pytest.fixture(scope="module")
+def outcomes(pytestconfig: pytest.Config) -> Iterator[dict[str, Outcome]]:
+    """What came of the templates, which is kept at the end if it is asked for."""
+    found: dict[str, Outcome] = {}
+    yield found
+    if pytestconfig.option.write_templates:
+        record(found)
+
+
+@pytest.mark.parametrize("template", templates(), ids=lambda template: template.name)
+def test_a_template(
+    server: ComfyServer,
+    sent: dict[str, Sent],
+    template: Template,
+    outcomes: dict[str, Outcome],
+    pytestconfig: pytest.Config,
+) -> None:
+    of = sent[template.name]
+    if (why := LEFT_OUT.get(template.name)) is not None:
+        came = Outcome("left out", why)
+    elif of.unknown:
+        names = ", ".join(of.unknown)
+        came = Outcome("left out", f"nodes that this ComfyUI does not have: {names}")
+    else:
+        assert_only_the_loaders_changed(of.stock, of.ours)
+        came = outcome(server, template, of.stock, of.ours)
+    outcomes[template.name] = came
+    if not pytestconfig.option.write_templates:
+        expected = recorded()[template.name]
+        assert asdict(came) == {name: expected[name] for name in ("result", "why")}
+
+
+def opened(web: ComfyPage, template: Template) -> Sent:
+    """Open it, and swap its loaders by the command for whole workflows."""
+    web.load(template.workflow)
+    if unknown := web.page.evaluate(UNKNOWN):
+        return Sent({}, {}, tuple(unknown))
+    stock = web.prompt()
+    of_models = {
+        node_id: item
+        for node_id, item in stock.items()
+        if item["class_type"] in STOCK
+        and isinstance(item["inputs"][STOCK[item["class_type"]]], str)
+    }
+    write_files_of(of_models, web.server.models, web.server.base / "input")
+    web.run_command("TensorParallel.UseInWorkflow")
+    return Sent(stock, web.prompt())
+
+
+def assert_only_the_loaders_changed(stock: Prompt, ours: Prompt) -> None:
+    """And those alone whose file is of a supported family, and no variant that is refused."""
+    assert ours.keys() == stock.keys()
+    for node_id, item in stock.items():
+        kind, inputs = item["class_type"], item["inputs"]
+        found: dict[str, Any] = ours[node_id]
+        model = model_of(inputs[STOCK[kind]]) if kind in STOCK else None
+        if model is not None and not model.key:
+            assert OURS[found["class_type"]] == STOCK[kind]
+            assert inputs.items() <= found["inputs"].items()
+        else:
+            assert found["class_type"] == kind
+            assert found["inputs"] == inputs
