@@ -163,4 +163,6 @@ def _assign_tensors(
             f"{len(strange)} tensors do not fit, such as {strange[0]}. Update ComfyUI and this "
             "pack, or load the file with the stock 'Load Diffusion Model' node."
         )
+    # As where ComfyUI copies them into the model: each in the dtype of the model's own.
+    tensors = {name: tensor.to(own[name].dtype) for name, tensor in tensors.items()}
     model.diffusion_model.load_state_dict(tensors, strict=False, assign=True)

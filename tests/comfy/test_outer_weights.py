@@ -17,7 +17,7 @@ from support.native import native_patcher
 from support.pack import pack_module
 from support.paths import comfyui_path
 from support.tiny_controlnets import write_qwen_image_fun_controlnet
-from support.tiny_models import tiny_shapes, write_tiny
+from support.tiny_models import tiny_shapes, write_fp8, write_tiny
 from support.tiny_vae import WAN_VAE_NAME, write_tiny_wan_vae
 from support.workflows import Sampling, node, text_to_latent, tp_loader
 from tp_runtime.client import CheckpointError, GroupConfig
@@ -51,6 +51,15 @@ def patcher(models: ModuleType, path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     )
     monkeypatch.setattr(found.remote, "ensure_loaded", lambda **_: None)
     return found
+
+
+def test_of_an_fp8_file(models: ModuleType, path: Path, tmp_path: Path) -> None:
+    """In the dtype in which ComfyUI's model has them here, not in the file's."""
+    fp8 = write_fp8(path, tmp_path / "fp8.safetensors", "plain")
+    found = models.load_model(str(fp8), None, GroupConfig(2, "cpu"), models.Placement(), "auto")
+    native = native_patcher(fp8).model.diffusion_model
+    x = torch.randn(1, 5, 64)
+    assert torch.equal(found.model.diffusion_model.img_in(x), native.img_in(x))
 
 
 def with_lora(patcher: Any, folder: Path) -> Any:

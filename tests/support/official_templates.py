@@ -58,8 +58,12 @@ PASSED_ON = {
     "SCAIL2ColoredMask": "driving_track_data",
     "SAM3_VideoTrack": "images",
 }
-# Name of a model patch → the output of TPTestModelPatches that stands for it.
-_MODEL_PATCHES = {"qwen_image": 0, "uso": 1, "Z-Image": 3}
+# Name of a model patch → what stands for it of TPTestModelPatches: its output, and its inputs.
+_MODEL_PATCHES: Mapping[str, tuple[int, Mapping[str, int]]] = {
+    "qwen_image": (0, {}),
+    "uso": (1, {}),
+    "Z-Image": (0, {"union_layers": 6}),
+}
 # Input of any node but a primitive → its small value. H3's lengths are 17 n + 5, LTX-2's 8 n + 1.
 _SIDE, _LENGTH, _STEPS = 64, 9, 4
 _SMALL: Mapping[str, Any] = {
@@ -159,8 +163,9 @@ def small(prompt: Prompt) -> Prompt:
         if (name := PASSED_ON.get(item["class_type"])) is not None:
             _pass_on(found, node_id, item["inputs"].get(name, ""))
         if item["class_type"] == "ModelPatchLoader":
-            output = next(n for name, n in _MODEL_PATCHES.items() if name in item["inputs"]["name"])
-            found["patches"] = node("TPTestModelPatches")
+            name = item["inputs"]["name"]
+            output, inputs = next(of for part, of in _MODEL_PATCHES.items() if part in name)
+            found["patches"] = node("TPTestModelPatches", **inputs)
             _pass_on(found, node_id, ["patches", output])
         if item["class_type"] == "SAM3_Detect":
             found[node_id] = node("SolidMask", value=1.0, width=_SIDE, height=_SIDE)

@@ -100,6 +100,8 @@ OF_2_0 = OF_2_3 | {
     "audio_connector_head_dim": 12,
     "connector_gated": False,
 }
+# ComfyUI spreads the layers of Z-Image's ControlNets over 30 of the model's.
+OF_30_LAYERS = {"num_heads": 6, "head_dim": 48, "ffn_dim": 768, "num_layers": 30, "time_dim": 288}
 # Name of a published file → what it is; the first that is found in the name. Later ones follow.
 MODELS: tuple[tuple[str, Stands], ...] = (
     (r"fasth3", Stands("minimax_h3", {}, "blocks.0.attn.to_gate_compress.weight")),
@@ -107,7 +109,8 @@ MODELS: tuple[tuple[str, Stands], ...] = (
     (r"ltx-2\.5", Stands("ltx2", {})),
     (r"ltx-2\.3", Stands("ltx2", OF_2_3)),
     (r"ltx-2-19b", Stands("ltx2", OF_2_0)),
-    (r"z_image", Stands("z_image", {})),
+    (r"z_image.*int8", Stands("z_image", {})),  # rounding adds up over layers
+    (r"z_image", Stands("z_image", OF_30_LAYERS)),
     (r"krea2", Stands("krea2", {})),
     (r"flux2_dev", Stands("flux2", {})),
     (r"flux-2-klein", Stands("flux2", {"guidance": False})),

@@ -198,7 +198,6 @@ class TPTestModelPatches(io.ComfyNode):
                 _MODEL_PATCH.Output("control"),
                 _MODEL_PATCH.Output("style"),
                 io.ClipVisionOutput.Output("seen"),
-                _MODEL_PATCH.Output("fun"),
             ],
         )
 
@@ -218,18 +217,7 @@ class TPTestModelPatches(io.ComfyNode):
         seen = Output()
         seen.all_hidden_states = torch.ones(1, 24, 4, 8)
         seen.penultimate_hidden_states = torch.ones(1, 4, 8)
-        fun = _fun_control(seed)
-        return io.NodeOutput(_patcher(control, seed), _patcher(style, seed), seen, fun)
-
-
-def _fun_control(seed: int) -> ModelPatcher | None:
-    """Of Z-Image, which newer releases than 0.3.75 have."""
-    try:
-        from comfy.ldm.lumina.controlnet import ZImage_Control
-    except ImportError:
-        return None
-    sizes = {"dim": 480, "n_heads": 30, "n_kv_heads": 30, "control_in_dim": 16}
-    return _patcher(ZImage_Control(**sizes, operations=comfy.ops.disable_weight_init), seed)
+        return io.NodeOutput(_patcher(control, seed), _patcher(style, seed), seen)
 
 
 def _union_control(num_layers: int, masked: int) -> torch.nn.Module:
