@@ -35,8 +35,8 @@ pytestmark = pytest.mark.comfy
 
 TOLERANCE = 1e-5
 # One evaluation of FLUX.2 is as near as those of the others (tests/parity), but its guided steps
-# make more of that: 1.7e-5 was seen.
-TOLERANCES = {"flux2": 3e-5}
+# make more of that: 1.7e-5 was seen; and of Z-Image's 1.03e-5, on a CPU of another maker.
+TOLERANCES = {"flux2": 3e-5, "z_image": 2e-5}
 BATCH_TOLERANCE = 1e-4
 
 Compare = Callable[..., History]
