@@ -43,7 +43,7 @@ def test_frames_arrive_whole_and_in_order(pair: tuple[Channel, Channel]) -> None
 
 
 def test_readiness(pair: tuple[Channel, Channel]) -> None:
-    """Of channels and file descriptors; frames for a muted channel wait, its end does not."""
+    """Of channels and file descriptors."""
     ours, theirs = pair
     wake_fd = os.eventfd(0)
     ready = Readiness([theirs, wake_fd])
@@ -51,38 +51,18 @@ def test_readiness(pair: tuple[Channel, Channel]) -> None:
     os.eventfd_write(wake_fd, 1)
     assert ready.wait(1.0) == [wake_fd]
     os.eventfd_read(wake_fd)
-    ready.mute([theirs], True)
     ours.send(b"frame")
-    assert ready.wait(0) == []
-    ready.mute([theirs], False)
     assert ready.wait(1.0) == [theirs]
     assert theirs.receive() == [b"frame"]
+    assert ready.wait(0) == []
     os.close(wake_fd)
-    ready.mute([theirs], True)
     ours.close()
     assert ready.wait(1.0) == [theirs]
     theirs.close()
-    ready.mute([theirs], False)  # of what is gone, nothing is known
     assert ready.wait(0) == []
     for _ in range(2):
         ready.close()
-    ready.mute([theirs], True)
     assert ready.wait(0) == []
-
-
-def test_the_end_of_a_tcp_stream_cannot_be_muted() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        ours = Channel(socket.create_connection(server.getsockname()))
-        theirs = Channel(server.accept()[0])
-    ready = Readiness([theirs])
-    ready.mute([theirs], True)
-    ours.send(b"frame")
-    assert ready.wait(0.05) == []
-    ours.close()
-    assert ready.wait(1.0) == [theirs]
-    assert theirs.receive() == [b"frame"]
-    theirs.close()
-    ready.close()
 
 
 def test_both_directions_are_independent(pair: tuple[Channel, Channel]) -> None:
