@@ -9,16 +9,15 @@ import copy
 import threading
 import weakref
 from collections.abc import Mapping
-from pathlib import PurePath
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from ..tp_runtime.client import RemoteModel, RemotePatch
-from .origins import origin
+from .origins import module_of_nodes, origin
 
-_MODULE = ("comfy_extras", "nodes_model_patch")  # whose name ComfyUI makes of its path
+_MODULE = "comfy_extras.nodes_model_patch"
 
 
 class ModelPatches:
@@ -69,7 +68,7 @@ class ModelPatches:
         """Whether it is of a known kind, in the places where ComfyUI's node puts it."""
         module, name = origin(function)
         kind = self._kinds.get(name)
-        if kind is None or PurePath(module.replace(".", "/")).parts[-2:] != _MODULE:
+        if kind is None or module_of_nodes(module) != _MODULE:
             return False
         places = {place for place, others in patches.items() if _is_among(function, others)}
         small = function.model_patch.model

@@ -32,15 +32,31 @@ def described(module: str, qualified: str) -> str:
     return f"{what} ({_owner(module)})"
 
 
+def module_of_nodes(module: str) -> str:
+    """`comfy_extras.nodes_flux` for a module of ComfyUI's own nodes; empty for others.
+
+    Newer releases name those by the path of their file, as those of node packs.
+    """
+    path = _path(module)
+    if "custom_nodes" in path.parts or path.parts[-2:-1] != ("comfy_extras",):
+        return module if module.startswith("comfy_extras.") else ""
+    return f"comfy_extras.{path.name}"
+
+
 def _owner(module: str) -> str:
     """A module for a person: ComfyUI names those of node packs by the path of their folder."""
-    # Newer releases write "_x_" for the dots in it.
-    path = PurePath(module.replace("_x_", "."))
+    path = _path(module)
     if "custom_nodes" in path.parts[:-1]:
         inside = path.parts[path.parts.index("custom_nodes") + 1]
         return f"of the node pack {inside.split('.')[0]}"
+    module = module_of_nodes(module) or module
     stock = module.split(".")[0] in ("comfy", "comfy_extras", "nodes")
     return f"{module} of ComfyUI" if stock else module
+
+
+def _path(module: str) -> PurePath:
+    """Newer releases write "_x_" for the dots in it."""
+    return PurePath(module.replace("_x_", "."))
 
 
 def chosen_attention(code: Any) -> Any:
@@ -64,4 +80,4 @@ def is_of_reference_cache(code: Any) -> bool:
     """Whether it is FluxKVCache's: it does nothing to an evaluation without reference images."""
     module, name = origin(code)
     cache = name.startswith("KV_Attn_Input") or "KVCache.execute." in name
-    return cache and module.startswith("comfy_extras.")
+    return cache and module_of_nodes(module) != ""

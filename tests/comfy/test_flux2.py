@@ -60,6 +60,7 @@ def graph(references: int = 2, batch_size: int = 1) -> Prompt:
                 image=[f"picture {index}", 0],
                 upscale_method="area",
                 megapixels=0.01,
+                resolution_steps=1,  # of newer releases
             ),
             f"encoded {index}": node("VAEEncode", pixels=[f"scaled {index}", 0], vae=["vae", 0]),
             f"reference {index}": node(

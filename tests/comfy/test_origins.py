@@ -118,3 +118,29 @@ def test_a_cache_of_reference_images_does_nothing_without_any(has_references: bo
                 patches.skipped_blocks(options, known, has_references)
         else:
             assert patches.skipped_blocks(options, known, has_references) == {}
+
+
+@pytest.mark.parametrize(
+    ("module", "found"),
+    [
+        ("comfy_extras.nodes_flux", "comfy_extras.nodes_flux"),
+        ("/opt/ComfyUI/comfy_extras/nodes_flux", "comfy_extras.nodes_flux"),
+        ("/opt/my_x_apps/ComfyUI/comfy_extras/nodes_flux", "comfy_extras.nodes_flux"),
+        ("/opt/ComfyUI/custom_nodes/a_pack/comfy_extras/nodes_flux", ""),
+        ("/opt/ComfyUI/custom_nodes/a_pack", ""),
+        ("comfy.ldm.flux.model", ""),
+    ],
+)
+def test_modules_of_comfyuis_own_nodes(origins: ModuleType, module: str, found: str) -> None:
+    """Newer releases name them by their files' paths."""
+    assert origins.module_of_nodes(module) == found
+
+
+@pytest.mark.parametrize("module", ["comfy_extras.nodes_flux", "/opt/C/comfy_extras/nodes_flux"])
+def test_a_reference_cache_is_known_by_either_name(origins: ModuleType, module: str) -> None:
+    class KV_Attn_Input:
+        def __call__(self) -> None: ...
+
+    KV_Attn_Input.__qualname__ = "KV_Attn_Input"
+    assert origins.is_of_reference_cache(of_module(KV_Attn_Input, module)())
+    assert "comfy_extras.nodes_flux of ComfyUI" in origins.describe(KV_Attn_Input())

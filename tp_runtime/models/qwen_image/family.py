@@ -149,6 +149,7 @@ FAMILY = Family(
     used_with={"attention_mask": "default_ref_method"},
     refused_inputs={
         "guidance": "a guidance that the model was trained with, which no published one was",
+        "additional_t_cond": "which picture of several layers is the first, which no node says",
     },
     shares_tokens=True,
     model_patches=(BlockWiseControl,),
