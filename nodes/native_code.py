@@ -22,8 +22,8 @@ _WRITTEN = re.compile(rf"{_OPTION}\]\s*=[^=]")
 
 @dataclass(frozen=True)
 class NativeCode:
-    """`words`: every word in quotes, also of plain classes beside the model's, which take parts of
-    its arguments. `arguments`: what the model's forward takes by name.
+    """`words`: every word in quotes, also of functions and plain classes beside the model's, which
+    take parts of its arguments. `arguments`: what the model's forward takes by name.
 
     `options`: keys of `transformer_options` that are read, but for those that the model has put
     there itself.
@@ -35,10 +35,11 @@ class NativeCode:
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> "NativeCode":
-        """From the sources of the model's classes, and of ComfyUI's attention functions."""
+        """From the sources of the model's classes, of the functions beside the model's, and of
+        ComfyUI's attention functions.
+        """
         classes = {base for module in model.modules() for base in _native(type(module).__mro__)}
         sources = [_source(found) for found in classes]
-        options = [*sources, _source(comfy.ldm.modules.attention.wrap_attn)]
         own = _native(type(model).__mro__)
         forwards = [
             method for base in own for name, method in vars(base).items() if "forward" in name
@@ -46,12 +47,19 @@ class NativeCode:
         named = {name for method in forwards for name in inspect.signature(method).parameters}
         beside = [
             found
-            for found in vars(inspect.getmodule(type(model))).values()
-            if isinstance(found, type) and found.__module__ == type(model).__module__
+            for base in own
+            for found in vars(inspect.getmodule(base)).values()
+            if getattr(found, "__module__", "") == base.__module__
         ]
-        plain = [_source(found) for found in beside if not issubclass(found, torch.nn.Module)]
+        plain = [
+            _source(found)
+            for found in beside
+            if isinstance(found, type) and not issubclass(found, torch.nn.Module)
+        ]
+        functions = [_source(found) for found in beside if inspect.isfunction(found)]
+        options = [*sources, *functions, _source(comfy.ldm.modules.attention.wrap_attn)]
         return cls(
-            _all(_QUOTED, [*sources, *plain]),
+            _all(_QUOTED, [*sources, *plain, *functions]),
             _all(_KEYWORD, map(_source, own)) | named,
             _all(_READ, options) - _all(_WRITTEN, options),
         )

@@ -1,8 +1,11 @@
 """What a refusal says of the Python code of a node, and what need not be refused."""
 
 import functools
+import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -134,6 +137,36 @@ def test_a_cache_of_reference_images_does_nothing_without_any(has_references: bo
 def test_modules_of_comfyuis_own_nodes(origins: ModuleType, module: str, found: str) -> None:
     """Newer releases name them by their files' paths."""
     assert origins.module_of_nodes(module) == found
+
+
+FAMILY = """
+import torch
+
+def positions(transformer_options):
+    return transformer_options.get("beside", {}).get("a_word")
+
+class Model(torch.nn.Module):
+    def forward(self, x, timesteps, **kwargs):
+        positions(kwargs.get("transformer_options", {}))
+        return x
+"""
+
+
+def test_functions_beside_the_model_read_options_too(tmp_path: Path) -> None:
+    """Since 0.33 Z-Image's positions are computed by one."""
+    (tmp_path / "a_family.py").write_text(FAMILY)
+    name = "comfy.ldm.a_family"
+    spec = importlib.util.spec_from_file_location(name, tmp_path / "a_family.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pack_module("nodes.native_code") as native, pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        code = native.NativeCode.of(module.Model())
+    assert "beside" in code.options
+    assert "a_word" in code.words
+    assert "transformer_options" in code.arguments
 
 
 @pytest.mark.parametrize("module", ["comfy_extras.nodes_flux", "/opt/C/comfy_extras/nodes_flux"])

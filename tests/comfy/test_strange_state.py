@@ -15,6 +15,7 @@ import torch
 from comfy.conftest import largest_difference
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils import _pytree as pytree
 
 from support.fuzz import examples
 from support.inputs import make_inputs
@@ -66,12 +67,15 @@ def outcome(model: Any, family: str, options: dict[Any, Any], more: dict[str, An
     x, timesteps = given.pop("x"), given.pop("timesteps")
     try:
         with torch.inference_mode():
-            return model(x.clone(), timesteps, transformer_options=options, **given)
+            x = pytree.tree_map(torch.clone, x)
+            return model(x, timesteps, transformer_options=options, **given)
     except Exception as error:  # noqa: BLE001  (what it is, is looked at)
         return error
 
 
 def agrees(found: Any, expected: Any) -> bool:
+    if isinstance(found, list) and isinstance(expected, list | tuple):
+        return len(found) == len(expected) and all(map(agrees, found, expected))
     if isinstance(found, torch.Tensor) and isinstance(expected, torch.Tensor):
         return largest_difference(found, expected) <= TOLERANCE
     return False
@@ -130,6 +134,8 @@ def test_what_no_model_reads_has_no_effect(pair: Callable[[str], Pair], family: 
     options["patches"] = {"input_block_patch": Odd(), 5: Odd()}
     options["patches_replace"] = {"attn7": {("input", 1): Odd()}, None: Odd()}
     options["rope_options"] = {"foo": Odd(), 3: Odd(), "scale": "text"}
+    if family == "ltx2":  # ComfyUI's forward hands the options on as keywords
+        options = {name: value for name, value in options.items() if isinstance(name, str)}
     more = {f"foreign {name}": value for name, value in values.items()}
     assert agrees(outcome(native, family, dict(options), more), expected)
     assert agrees(outcome(ours, family, dict(options), more), expected)
@@ -147,6 +153,9 @@ def test_arguments_that_a_forward_takes_and_leaves(pair: Callable[[str], Pair]) 
     ]
     for family, more in cases:
         native, ours = pair(family)
+        used_with = ours.remote.info.family.used_with
+        if any(hasattr(native, used_with.get(name, "")) for name in more):
+            continue  # newer releases look at it
         expected = outcome(native, family, {}, {})
         assert agrees(outcome(native, family, {}, more), expected), (family, list(more))
         assert agrees(outcome(ours, family, {}, more), expected), (family, list(more))

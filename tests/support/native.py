@@ -1,5 +1,6 @@
 """ComfyUI's own models, loaded in this process from the tiny checkpoints: the parity reference."""
 
+import functools
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from safetensors import safe_open
 
 from support.paths import comfyui_path
+from tp_runtime.models import families
 
 _WITH_TRUTH_VALUES = ("comfy.ldm.qwen_image21.model",)  # see `_mend_attention`
 
@@ -38,6 +40,11 @@ def _mend_attention() -> None:
             from comfy.ldm.modules.attention import attention_pytorch
 
             import_module(name).optimized_attention = attention_pytorch  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _unused() -> frozenset[str]:
+    return frozenset(name for one in families().values() for name in one.small.table.unused)
 
 
 def native_model(path: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -83,8 +90,10 @@ def _load(path: Path, dtype: torch.dtype) -> Any:
     with tiny_models_detected():
         patcher = comfy.sd.load_diffusion_model(str(path), options)
     # ComfyUI only logs missing and unexpected keys.
+    in_model = patcher.model.diffusion_model.state_dict().keys()
     with safe_open(path, framework="pt") as file:
-        num_in_file = len(file.keys())
-    num_in_model = len(patcher.model.diffusion_model.state_dict())
+        # Newer releases leave out what no forward uses.
+        in_file = {name for name in file.keys() if name in in_model or name not in _unused()}  # noqa: SIM118
+    num_in_file, num_in_model = len(in_file), len(in_model)
     assert num_in_file == num_in_model, (num_in_file, num_in_model)
     return patcher
