@@ -27,8 +27,8 @@ MODEL = "tiny_z_image.safetensors"
 # The largest difference from the stock result, relative to its standard deviation.
 TOLERANCE = 1e-5
 # An adaptive sampler's next step follows from the difference of two results that are nearly equal,
-# in which rounding weighs more: Qwen-Image's 1.7e-6 became 4.8e-5.
-ADAPTIVE_TOLERANCE = 1e-4
+# in which rounding weighs more: Qwen-Image's 1.7e-6 became 4.8e-5, and 2.2e-4 on another CPU.
+ADAPTIVE_TOLERANCE = 5e-4
 
 Compare = Callable[..., History]
 Pids = Callable[[], list[int]]
