@@ -1,4 +1,6 @@
-"""Random arguments of LTX-2's forward, as ComfyUI's BaseModel passes them: masks make timesteps."""
+"""LTX-2's releases as tiny sizes, and random arguments of its forward, as ComfyUI's BaseModel
+passes them: masks make timesteps.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,6 +9,16 @@ import torch
 
 from support.random_numbers import normal
 
+# Changes of the tiny sizes, which are 2.5's.
+OF_2_3 = {"ff_bias": True, "keyframe_mark": False}
+OF_2_0 = OF_2_3 | {
+    "text_modulation": False,
+    "gated": False,
+    "projects": True,
+    "connector_head_dim": 12,
+    "audio_connector_head_dim": 12,
+    "connector_gated": False,
+}
 SIGMAS = (0.7, 0.3, 0.55)
 
 

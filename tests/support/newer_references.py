@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from support import minimax_payloads
 from support.inputs import make_inputs
-from support.ltx2_inputs import make_ltx2_inputs
+from support.ltx2_inputs import OF_2_0, OF_2_3, make_ltx2_inputs
 from support.native import import_comfy, native_model, native_patcher
 from support.paths import REPOSITORY
 from support.random_numbers import normal, on_every_cpu
@@ -40,15 +40,6 @@ _EDIT_2511, _LAYERED = {"zero_time": True}, {"added_time": True}
 _MASK = torch.tensor([[1] * 20, [1] * 13 + [0] * 7])
 _AT_ZERO = {"ref_latents_method": "index_timestep_zero"}
 
-_2_3 = {"ff_bias": True, "keyframe_mark": False}
-_2_0 = _2_3 | {
-    "text_modulation": False,
-    "gated": False,
-    "projects": True,
-    "connector_head_dim": 12,
-    "audio_connector_head_dim": 12,
-    "connector_gated": False,
-}
 _OTHER_ROPE = {
     "rope_type": "interleaved",
     "precision": "float32",
@@ -150,9 +141,9 @@ CASES: dict[str, dict[str, Case]] = {
     },
     "ltx2": {
         "2.5": ({}, {}),
-        "2.3": (_2_3, {"batch": 2, "first": 0.0}),
-        "2.0": (_2_0, {"batch": 2, "height": 3}),
-        "2.0, image to video": (_2_0, {"first": 0.0}),
+        "2.3": (OF_2_3, {"batch": 2, "first": 0.0}),
+        "2.0": (OF_2_0, {"batch": 2, "height": 3}),
+        "2.0, image to video": (OF_2_0, {"first": 0.0}),
         "other rotary embedding": (_OTHER_ROPE, {"frames": 2, "width": 5, "sound": 3}),
         "odd sizes, batch": ({}, {"batch": 3, "height": 3, "width": 1, "length": 33}),
         "one token": ({}, {"frames": 1, "height": 1, "width": 1, "sound": 1, "length": 1}),

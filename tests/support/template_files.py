@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from support.lora_files import factors
+from support.ltx2_inputs import OF_2_0, OF_2_3
 from support.quantised_files import write_quantised
 from support.tiny_controlnets import (
     write_flux_controlnet,
@@ -91,15 +92,6 @@ def is_int8(name: str) -> bool:
 PLAIN = "plain"  # folder of files whose weights are not in int8
 VAE_MARK = "tp_test_vae"
 IMAGE_TO_VIDEO = {"in_channels": 36, "image_dim": 1280}
-OF_2_3 = {"ff_bias": True, "keyframe_mark": False}
-OF_2_0 = OF_2_3 | {
-    "text_modulation": False,
-    "gated": False,
-    "projects": True,
-    "connector_head_dim": 12,
-    "audio_connector_head_dim": 12,
-    "connector_gated": False,
-}
 # ComfyUI spreads the layers of Z-Image's ControlNets over 30 of the model's.
 OF_30_LAYERS = {"num_heads": 6, "head_dim": 48, "ffn_dim": 768, "num_layers": 30, "time_dim": 288}
 # Name of a published file → what it is; the first that is found in the name. Later ones follow.

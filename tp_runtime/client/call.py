@@ -1,6 +1,5 @@
 """One request under way: who has answered it, until when, what it ends in."""
 
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -73,12 +72,8 @@ class Call:
         self,
         poll: Poll | None = None,
         on_progress: OnProgress | None = None,
-        until: float = math.inf,
     ) -> None:
-        """Return when the call has finished, or ``time.monotonic()`` has reached ``until``.
-
-        What ``poll`` raises ends the wait.
-        """
+        """Return when the call has finished. What ``poll`` raises ends the wait."""
         shown = (0, 0)
 
         def show_progress() -> None:
@@ -90,9 +85,7 @@ class Call:
                     on_progress(*now)
                     shown = now
 
-        while not self.finished.wait(max(0.0, min(POLL_S, until - time.monotonic()))):
-            if time.monotonic() >= until:
-                return
+        while not self.finished.wait(POLL_S):
             if poll is not None:
                 poll()
             show_progress()

@@ -13,11 +13,10 @@ from .poll import Poll
 class GroupReport:
     """What a group is and holds. ``ranks``: one mapping each, empty unless it was asked for.
 
-    ``models``: name → ``bytes`` on each rank's device and ``streamed`` ones with
-    its host (None while it loads), and ``asleep``. ``step_ms``:
-    how long the last evaluation took, as its caller saw it, up to its result being on the way to
-    the caller's device. ``log_tail``: the end of the log of the rank that failed. ``ready_ranks``:
-    how many ranks have started. A rank's mapping:
+    ``models``: name → ``bytes`` on each rank's device and ``streamed`` ones with its host (None
+    while it loads), and ``asleep``. ``step_ms``: how long the last evaluation took, from the
+    request to the last rank's answer. ``log_tail``: the end of the log of the rank that failed.
+    ``ready_ranks``: how many ranks have started. A rank's mapping:
     ``rank``, ``tp_world_size`` (as vLLM reports it there), ``device``, ``pid``, ``place`` (its
     process and host, in words), ``mirrored`` (its tensors go by TCP), ``versions``,
     ``memory`` (bytes), ``models`` (bytes resident and read, ...), ``last_evaluation_ms``.

@@ -28,16 +28,14 @@ class RankEvents:
         """Raises TPRuntimeError: no more files may be opened."""
         self._call_fd = _eventfd()  # readable when the owner is called; or -1
         self._lock = threading.Lock()  # guards _call_fd; nothing else is taken while it is held
-        self._channels: list[Channel] = []
         self._ends: Readiness | None = None  # the ends of the ranks' processes
         self._all: Readiness | None = None  # these ends, the ranks' channels and the owner's call
 
     def watch(self, ranks: Sequence[Rank]) -> None:
         """From now on, these are the ranks. Raises TPRuntimeError: no more files may be opened."""
         ends = [rank.death_fd for rank in ranks]
-        self._channels = [rank.channel for rank in ranks]
         self._ends = Readiness(ends)
-        self._all = Readiness([self._call_fd, *self._channels, *ends])
+        self._all = Readiness([self._call_fd, *(rank.channel for rank in ranks), *ends])
 
     def wait(self, timeout_s: float) -> list[Channel | int]:
         """What has happened, after a while: channels with frames, ``death_fd`` of ended ranks."""
