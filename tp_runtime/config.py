@@ -26,6 +26,8 @@ With ``settings``, the only place where the package reads environment variables 
 ``TP_RUNTIME_LOG_LEVEL``       level of the ranks' logs (default INFO)
 ``TP_RUNTIME_RAY_ADDRESS``     Ray cluster, host:port, for groups that run on one (default:
                                one that is started on this machine for each group)
+``TP_RUNTIME_TEST_ONE_GPU``    tests only: so many ranks share the first GPU (NCCL 2.30 or newer;
+                               what a step takes means nothing then)
 ``TP_RUNTIME_HOME``            folder for logs and what ranks compile
                                (default: the user's state folder)
 =============================  ==========================================================
@@ -148,6 +150,16 @@ def fault_file() -> str:
     return os.environ.get("TP_RUNTIME_TEST_FAULTS", "")
 
 
+def ranks_on_one_gpu() -> int:
+    """Of how many GPUs the first one plays the part, for tests of what groups compute; 0: of none.
+
+    Each rank is a process of its own on it. Sums go through NCCL, which allows that since 2.30
+    (``NCCL_MULTI_RANK_GPU_ENABLE``); through memory that the ranks share, as where NVLink connects
+    the GPUs, if ``TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1`` (torch) is set.
+    """
+    return int(os.environ.get("TP_RUNTIME_TEST_ONE_GPU", "0"))
+
+
 def host_reserve() -> float:
     """Share of the memory, 0 to 1, that models which sleep there must leave free."""
     text = os.environ.get("TP_RUNTIME_HOST_RESERVE", "0.125")
@@ -164,14 +176,20 @@ def visible_gpu_count() -> int:
     """Number of CUDA devices that this process may use. Creates no CUDA context."""
     import torch
 
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return count and (ranks_on_one_gpu() or count)
+
+
+def cuda_index(gpu: int) -> int:
+    """The number that CUDA gives to a visible GPU."""
+    return 0 if ranks_on_one_gpu() else gpu
 
 
 def device_name(gpu: int | None) -> str:
     """The product name of a visible GPU; ``"cpu"`` for None."""
     import torch
 
-    return "cpu" if gpu is None else torch.cuda.get_device_name(gpu)
+    return "cpu" if gpu is None else torch.cuda.get_device_name(cuda_index(gpu))
 
 
 def gpu_names(gpus: Iterable[int]) -> list[str]:
@@ -303,8 +321,10 @@ class GroupConfig:
 
         if not torch.cuda.is_available():
             return 0
-        totals = [torch.cuda.get_device_properties(gpu).total_memory for gpu in self.devices]
-        return fitting_weights(min(totals))
+        gpus = {cuda_index(gpu) for gpu in self.devices}
+        return fitting_weights(
+            min(torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus)
+        )
 
     @property
     def attention(self) -> AttentionKernel:

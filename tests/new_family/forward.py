@@ -15,7 +15,7 @@ from new_family.plain import CROSS_DIM, EPS, Plain, patchify, sinusoids, unpatch
 from tp_runtime.gpu.epilogue import Epilogue, Product
 from tp_runtime.models.family import Sizes
 from tp_runtime.models.forward import Conditioning, ShardedForward
-from tp_runtime.models.layers import attention, rms_norm_over_ranks
+from tp_runtime.models.layers import HeadsOfRank, attention, normed_over_ranks
 
 
 class Forward(ShardedForward):
@@ -66,18 +66,19 @@ class Forward(ShardedForward):
     def _attend_and_mlp(self, block: Any, normed: torch.Tensor) -> Product:
         """Side by side; what is left to project."""
         q, k, v, gate, up = block.qkv_mlp(normed).split(block.qkv_mlp.output_partition_sizes, -1)
-        sizes = self.sizes
-        widths = sizes.dim, sizes.num_kv_heads * sizes.head_dim
-        weights = block.norm_q.weight, block.norm_k.weight
-        q, k = rms_norm_over_ranks((q, k), weights, widths, EPS, self.collectives.add_up)
-        heads = (part.unflatten(-1, (-1, sizes.head_dim)) for part in (q, k, v))
-        return block.out, torch.cat((attention(*heads), F.silu(gate) * up), dim=-1)
+        head_dim, kv_width = self.sizes.head_dim, self.sizes.num_kv_heads * self.sizes.head_dim
+        parts = (
+            HeadsOfRank(q, block.norm_q.weight, self.sizes.dim, head_dim),
+            HeadsOfRank(k, block.norm_k.weight, kv_width, head_dim),
+        )
+        q, k = normed_over_ranks(parts, EPS, self.collectives.add_up)
+        attended = attention(q, k, v.unflatten(-1, (-1, head_dim)))
+        return block.out, torch.cat((attended, F.silu(gate) * up), dim=-1)
 
     def _attend_to_text(
         self, block: Any, normed: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> Product:
         q, width = block.to_q(normed), self.sizes.cross_heads * CROSS_DIM
-        weights = (block.norm_cross_q.weight,)
-        (q,) = rms_norm_over_ranks((q,), weights, (width,), EPS, self.collectives.add_up)
-        q = q.unflatten(-1, (-1, CROSS_DIM))
+        part = HeadsOfRank(q, block.norm_cross_q.weight, width, CROSS_DIM)
+        (q,) = normed_over_ranks((part,), EPS, self.collectives.add_up)
         return block.to_out, attention(q, keys, values)

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import math
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,8 @@ import torch
 import torch.distributed as dist
 from vllm.distributed import parallel_state
 from vllm.platforms import current_platform
+
+from ..config import ranks_on_one_gpu
 
 LINK_SIZES = 2**16, 2**25  # bytes: what takes hardly longer than nothing, and a step's tokens
 LINK_REPEATS, LINK_ROUNDS = 8, 3  # the first round also sets up what they need
@@ -74,6 +77,9 @@ def _gpus() -> range | None:
     A rank sees the group's GPUs on its host in the order of the ranks, so fewer than these if the
     group spans hosts.
     """
+    if ranks_on_one_gpu():
+        shared = os.environ.get("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES") == "1"
+        return range(1) if shared else None
     group = parallel_state.get_tp_group()
     first = torch.cuda.current_device() - group.rank_in_group
     gpus = range(first, first + group.world_size)

@@ -10,7 +10,15 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..config import ROOM_BYTES, ROOM_FACTOR, Layout, device_name, gpu_names, tries_sharing
+from ..config import (
+    ROOM_BYTES,
+    ROOM_FACTOR,
+    Layout,
+    cuda_index,
+    device_name,
+    gpu_names,
+    tries_sharing,
+)
 from ..recognise import CheckpointInfo
 from .cost_model import Device, Link, device_of, predict, usual_link
 from .link_records import LinkRecords
@@ -176,7 +184,7 @@ def likely_link(gpus: Sequence[int]) -> Link:
     """
     import torch
 
-    pairs = itertools.permutations(gpus, 2)
+    pairs = itertools.permutations({cuda_index(gpu) for gpu in gpus}, 2)
     peers = all(torch.cuda.can_device_access_peer(one, other) for one, other in pairs)
     return usual_link(device_of(device_name(gpus[0])), peers=peers)
 
@@ -187,5 +195,6 @@ def _fits(info: CheckpointInfo, layout: Layout, gpus: Sequence[int]) -> bool:
 
     plain_fp8 = not info.quantised and any(t.dtype.startswith("F8") for t in info.tensors.values())
     share = info.weight_bytes(itemsize=1 if plain_fp8 else 2) / layout.tp_size
-    smallest = min(torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus)
+    numbers = map(cuda_index, gpus)
+    smallest = min(torch.cuda.get_device_properties(gpu).total_memory for gpu in numbers)
     return share * ROOM_FACTOR + ROOM_BYTES <= smallest

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -182,31 +182,50 @@ def limited(x: torch.Tensor) -> torch.Tensor:
     return torch.nan_to_num(x, nan=0.0, posinf=65504, neginf=-65504)
 
 
-def rms_norm_over_ranks(
-    parts: Sequence[torch.Tensor],
-    weights: Sequence[torch.Tensor],
-    widths: Sequence[int],
-    eps: float,
-    add_up: Callable[[torch.Tensor], torch.Tensor],
-) -> list[torch.Tensor]:
-    """RMS norms over all heads, of which each rank has some: (B, L, n) of each → the same.
+class HeadsOfRank(NamedTuple):
+    """This rank's features of all heads, whose norm is over those of all ranks: (B, L, N·K).
 
-    ``widths``: of each part the features of all ranks, without those that only pad and are zero.
+    ``weight`` (N·K,); ``width``: of all ranks the features, without those that only pad and are
+    zero. ``rotation``: (B or 1, L, N or 1, K/2, 2), or None; with ``halves``, of the first half of
+    a head against the second, else of neighbouring features.
+    """
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    width: int
+    head_dim: int
+    rotation: torch.Tensor | None = None
+    halves: bool = False
+
+
+def normed_over_ranks(
+    parts: Sequence[HeadsOfRank], eps: float, add_up: Callable[[torch.Tensor], torch.Tensor]
+) -> list[torch.Tensor]:
+    """RMS norms over the heads of all ranks, and rotary embedding: (B, L, N, K) of each.
+
     ``add_up`` sums a tensor over the ranks: once, in fp32, for all parts.
     """
-    squares = [part.float().square().sum(-1) for part in parts]
+    if optimising() and all(part.head_dim & (part.head_dim - 1) == 0 for part in parts):
+        from ..gpu import kernels  # here, since without a GPU there may be no Triton
+
+        if all(part.x.shape[-1] == part.width for part in parts):  # there are no other ranks
+            return [kernels.normed_heads(part, None, eps) for part in parts]
+        own = [kernels.sum_of_squares(part.x) for part in parts]
+        sums = add_up(torch.cat(own)).split([len(one) for one in own])
+        return [kernels.normed_heads(*both, eps) for both in zip(parts, sums, strict=True)]
+    squares = [part.x.float().square().sum(-1) for part in parts]
     summed = add_up(torch.cat([one.flatten() for one in squares]))
-    of_parts = summed.split([one.numel() for one in squares])
-    return [
-        (
-            part.float()
-            * torch.rsqrt(of_part.view_as(own) / width + eps)[..., None]
-            * weight.float()
-        ).to(part.dtype)
-        for part, of_part, own, width, weight in zip(
-            parts, of_parts, squares, widths, weights, strict=True
-        )
-    ]
+    found = []
+    for part, of_part in zip(parts, summed.split([one.numel() for one in squares]), strict=True):
+        x, weight = part.x.float(), part.weight.float()
+        mean = of_part.view(x.shape[:2]) / part.width
+        normed = (x * torch.rsqrt(mean + eps)[..., None] * weight).to(part.x.dtype)
+        heads = normed.unflatten(-1, (-1, part.head_dim))
+        if part.rotation is not None:
+            rotate = rotate_halves if part.halves else rotate_pairs
+            heads = rotate(heads, part.rotation)
+        found.append(heads)
+    return found
 
 
 def rotate_halves(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:

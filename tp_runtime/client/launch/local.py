@@ -14,7 +14,15 @@ from pathlib import Path
 import msgspec
 
 from ... import machine, reasons
-from ...config import GroupConfig, WorkerConfig, fault_file, home, log_level
+from ...config import (
+    GroupConfig,
+    WorkerConfig,
+    cuda_index,
+    fault_file,
+    home,
+    log_level,
+    ranks_on_one_gpu,
+)
 from ...errors import GroupStartError
 from ...wire.exchange import Exchange
 from ...wire.transport import Channel, wait
@@ -141,7 +149,7 @@ class LocalLauncher:
         folder, server = self._folder.path, self._server
         worker = WorkerConfig(
             rank=index,
-            local_rank=index,
+            local_rank=cuda_index(index),
             tp_size=config.tp_size,
             sequence_size=config.sequence_size,
             batch_groups=config.batch_groups,
@@ -217,6 +225,9 @@ def _rank_environment(config: GroupConfig) -> dict[str, str]:
     if config.device == "cuda":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else None
-        chosen = [names[index] if names else str(index) for index in config.devices]
+        gpus = dict.fromkeys(map(cuda_index, config.devices))
+        chosen = [names[gpu] if names else str(gpu) for gpu in gpus]
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(chosen)
+        if ranks_on_one_gpu():
+            environment["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"
     return environment

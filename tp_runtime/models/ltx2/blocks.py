@@ -13,9 +13,9 @@ import torch.nn.functional as F
 
 from ...gpu.epilogue import Epilogue, Product
 from ..forward import ShardedForward
-from ..layers import attention, project, rms_norm_over_ranks
+from ..layers import HeadsOfRank, attention, normed_over_ranks, project
 from .guides import Guides, guided_attention
-from .layers import EPS, QK_EPS, gated_heads, modulated, rotated, row_of
+from .layers import EPS, QK_EPS, gated_heads, modulated, row_of
 
 # Rows of the tables: the shift and the scale before an attention, an MLP and so on, and its gate.
 BEFORE_ITSELF, _BEFORE_MLP, _BEFORE_CAPTION = (0, 1), (3, 4), (6, 7)
@@ -216,19 +216,21 @@ class StreamsForward(ShardedForward):
 
     def attend(self, looks: Sequence[Look]) -> list[Product]:
         """Squares of all queries and keys are added up over the ranks at once."""
-        parts = [part for look in looks for part in (look.q, look.k)]
-        norms = [norm for look in looks for norm in (look.attend.norm_q, look.attend.norm_k)]
-        widths = [look.width for look in looks for _ in range(2)]
-        weights = [norm.weight for norm in norms]
-        add_up = self.collectives.add_up
-        normed = rms_norm_over_ranks(parts, weights, widths, QK_EPS, add_up)
+        halves = self.sizes.rope_type == "split"
+        parts = [
+            HeadsOfRank(part, norm.weight, look.width, look.head_dim, rotation, halves)
+            for look in looks
+            for part, norm, rotation in zip(
+                (look.q, look.k),
+                (look.attend.norm_q, look.attend.norm_k),
+                look.rotations,
+                strict=True,
+            )
+        ]
+        normed = normed_over_ranks(parts, QK_EPS, self.collectives.add_up)
         found = []
         for look, q, k in zip(looks, normed[::2], normed[1::2], strict=True):
-            q, k, v = (part.unflatten(-1, (-1, look.head_dim)) for part in (q, k, look.v))
-            q, k = (
-                part if rotation is None else rotated(part, rotation, self.sizes.rope_type)
-                for part, rotation in zip((q, k), look.rotations, strict=True)
-            )
+            v = look.v.unflatten(-1, (-1, look.head_dim))
             if look.guides is None:
                 attended = attention(q, k, v, look.mask)
             else:

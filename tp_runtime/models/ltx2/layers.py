@@ -9,7 +9,6 @@ import torch.nn.functional as F
 
 from ...gpu.graphs import fused
 from ...sharding.plan import Split
-from ..layers import rotate_halves, rotate_pairs
 
 EPS = 1e-6
 QK_EPS = 1e-5
@@ -75,11 +74,6 @@ def rotation_of(
     angles = F.pad(angles, (num_still, num_padding))
     found = torch.stack((angles.cos(), angles.sin()), dim=-1).to(dtype)
     return found.unflatten(2, (-1, head_dim // 2))
-
-
-def rotated(x: torch.Tensor, rotation: torch.Tensor, rope_type: str) -> torch.Tensor:
-    """(B, L, N, K), with halves of a head against each other, or neighbouring features."""
-    return rotate_halves(x, rotation) if rope_type == "split" else rotate_pairs(x, rotation)
 
 
 def video_positions(size: Sequence[int], causal: bool, device: torch.device) -> torch.Tensor:

@@ -15,7 +15,7 @@ from ...errors import InputError
 from ...gpu.epilogue import Epilogue, Product
 from ..dual_stream import BlockName, skipped_blocks
 from ..forward import Conditioning, ShardedForward, option
-from ..layers import attention, project, rms_norm_over_ranks, rope_rotation, rotate_pairs
+from ..layers import HeadsOfRank, attention, normed_over_ranks, project, rope_rotation
 from ..token_shares import TokenShares
 from .family import FAMILY, WanSizes
 from .layers import (
@@ -284,14 +284,19 @@ class Forward(ShardedForward):
         keys, values = [], []
         for norm, to_kv in layers:
             k, v = to_kv(tokens).chunk(2, dim=-1)
-            (k,) = self._normed([k], [norm.weight])
-            keys.append(self._heads(k))
+            keys += self._normed([(k, norm.weight)])
             values.append(self._heads(v))
         return torch.stack(keys), torch.stack(values)
 
-    def _normed(self, parts: list[torch.Tensor], weights: list[torch.Tensor]) -> list[torch.Tensor]:
-        widths = len(parts) * (self.sizes.dim,)
-        return rms_norm_over_ranks(parts, weights, widths, EPS, self.collectives.add_up)
+    def _normed(
+        self,
+        parts: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        rotation: torch.Tensor | None = None,
+    ) -> list[torch.Tensor]:
+        """Each (B, L, D) and its norm's weights → its heads (B, L, N, K)."""
+        sizes = self.sizes.dim, self.sizes.head_dim
+        heads = [HeadsOfRank(*part, *sizes, rotation) for part in parts]
+        return normed_over_ranks(heads, EPS, self.collectives.add_up)
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (-1, self.sizes.head_dim))
@@ -309,8 +314,8 @@ class Forward(ShardedForward):
         self, attend: Any, normed: torch.Tensor, rotation: torch.Tensor, shares: TokenShares
     ) -> Product:
         q, k, v = attend.to_qkv(normed).chunk(3, dim=-1)
-        q, k = self._normed([q, k], [attend.norm_q.weight, attend.norm_k.weight])
-        q, k = (rotate_pairs(self._heads(part), rotation) for part in (q, k))
+        parts = (q, attend.norm_q.weight), (k, attend.norm_k.weight)
+        q, k = self._normed(parts, rotation)
         return attend.to_out[0], shares.attention(q, k, self._heads(v))
 
     def _attend_to_prompt(
@@ -319,6 +324,6 @@ class Forward(ShardedForward):
         normed: torch.Tensor,
         pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
     ) -> Product:
-        (q,) = self._normed([attend.to_q(normed)], [attend.norm_q.weight])
-        found = [attention(self._heads(q), k, v) for k, v in pairs]
+        (q,) = self._normed([(attend.to_q(normed), attend.norm_q.weight)])
+        found = [attention(q, k, v) for k, v in pairs]
         return attend.to_out[0], found[0] if len(found) == 1 else found[0] + found[1]

@@ -1,0 +1,137 @@
+"""Groups of several GPUs, in every layout, against one GPU that computes as it is written.
+
+Whole groups through the runtime: NCCL or memory that the ranks share, recorded graphs, batch
+groups, ranks that share tokens. On a machine with fewer GPUs the ranks share the first one
+(``TP_RUNTIME_TEST_ONE_GPU``; NCCL 2.30 or newer): they take turns, so the time of a step means
+nothing there, but its results are those of the same kernels on the same parts.
+"""
+
+import ctypes
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gpu.conftest import FP32_TOLERANCE, relative_error
+from torch.utils import _pytree as pytree
+
+from bench.dummy import dummy_file, sizes_of
+from bench.extents import Extent
+from bench.inputs import make_inputs
+from bench.step import flat
+from tp_runtime.client import GroupConfig, Layout, ModelSpec, Runtime
+from tp_runtime.models import families, family_named
+
+pytestmark = pytest.mark.gpu
+
+NCCL_OF_ONE_GPU = 23000  # 2.30
+LAYOUTS = ("2x1", "3x1", "4x1", "1x2x1", "1x3x1", "2x2x1", "1x2", "2x2", "1x2x2")
+ONE_AT_A_TIME = ("minimax_h3",)  # no batches
+# How the ranks add up and exchange: as where NVLink connects them, or as where nothing does.
+WAYS = ("shared memory", "NCCL")
+# bf16: parts of sums are rounded for themselves.
+BF16_FACTOR = 1.25
+
+
+def nccl_version() -> int:
+    """Of the library that is loaded; torch says which one it was built with."""
+    version = ctypes.c_int()
+    ctypes.CDLL("libnccl.so.2").ncclGetVersion(ctypes.byref(version))
+    return version.value
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in LAYOUTS],
+)
+def layout(request: pytest.FixtureRequest) -> Layout:
+    return Layout.parse(request.param)
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def runtime(
+    request: pytest.FixtureRequest, layout: Layout, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Runtime]:
+    """One whose groups compute so; ends them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TP_RUNTIME_HOME", str(tmp_path_factory.mktemp("home")))
+        if torch.cuda.device_count() < layout.num_gpus:
+            if nccl_version() < NCCL_OF_ONE_GPU:
+                pytest.skip(f"needs {layout.num_gpus} GPUs, or NCCL 2.30")
+            patch.setenv("TP_RUNTIME_TEST_ONE_GPU", str(layout.num_gpus))
+            overlap = "1" if request.param == "shared memory" else "0"
+            patch.setenv("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", overlap)
+        elif request.param == "NCCL":
+            pytest.skip("where NVLink connects the GPUs, their sums take it")
+        runtime = Runtime()
+        yield runtime
+        runtime.release()
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
+    """One GPU, as it is written."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TP_RUNTIME_HOME", str(tmp_path_factory.mktemp("home")))
+        runtime = Runtime()
+        yield runtime
+        runtime.release()
+
+
+def inputs_of(family: str, batch: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Of three evaluations: as it is written, recorded and replayed, with other latents."""
+    frames = 1 if len(family_named(family).extents[0]) < 3 else family_named(family).extents[0][2]
+    extent = Extent(160, 96, min(frames, 9))
+    inputs = make_inputs(family, sizes_of(family, small=True), extent, batch)
+    of_dtype = {
+        name: value
+        if name == "timesteps"
+        else pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(dtype), value)
+        for name, value in inputs.items()
+    }
+
+    def drawn(like: torch.Tensor, seed: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(like.shape, generator=generator).to(like)
+
+    return [
+        of_dtype | {"x": pytree.tree_map(lambda like, seed=seed: drawn(like, seed), of_dtype["x"])}
+        for seed in range(3)
+    ]
+
+
+@pytest.mark.parametrize("family", sorted(families()))
+def test_layouts(
+    runtime: Runtime, written: Runtime, layout: Layout, family: str, tmp_path_factory: Any
+) -> None:
+    if layout.sequence_size > 1 and not family_named(family).shares_tokens:
+        pytest.skip("does not share tokens")
+    path = dummy_file(family, Path(tmp_path_factory.getbasetemp()), small=True)
+    group = GroupConfig.of_layout(layout)
+
+    def spec(dtype: str, optimize: str) -> ModelSpec:
+        return ModelSpec.of(str(path), dtype, dtype, optimize)
+
+    def evaluate(of: Runtime, spec: ModelSpec, group: GroupConfig, batch: int) -> list[Any]:
+        model = of.model(spec, group)
+        model.ensure_loaded()
+        dtype = getattr(torch, spec.compute_dtype)
+        return [flat(model.evaluate(one)).cpu() for one in inputs_of(family, batch, dtype)]
+
+    one_gpu = GroupConfig.of_layout(Layout(1))
+    batches = (1, 2) if layout.batch_groups == 1 else (1, 3)
+    if family in ONE_AT_A_TIME:
+        batches = (1,)
+    for batch in batches:
+        exact = evaluate(written, spec("float32", "off"), one_gpu, batch)
+        found = evaluate(runtime, spec("float32", "auto"), group, batch)
+        errors = [relative_error(*pair) for pair in zip(found, exact, strict=True)]
+        print(f"ERROR {layout} {family} batch {batch} fp32 {max(errors):.1e}")
+        assert max(errors) <= FP32_TOLERANCE, errors
+    plain = evaluate(written, spec("bfloat16", "off"), one_gpu, batch)
+    noise = max(relative_error(*pair) for pair in zip(plain, exact, strict=True))
+    found = evaluate(runtime, spec("bfloat16", "auto"), group, batch)
+    error = max(relative_error(*pair) for pair in zip(found, exact, strict=True))
+    print(f"ERROR {layout} {family} batch {batch} bf16 {error:.1e} of {noise:.1e}")
+    assert error <= BF16_FACTOR * noise
