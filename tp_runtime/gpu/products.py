@@ -5,6 +5,7 @@ linear then copies them together and adds the bias in a pass of its own; here ea
 product, with the bias, and GELU, in it.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -53,8 +54,9 @@ def _multiply(
     if x.is_contiguous() and out.is_contiguous():
         pictures, places = x.flatten(0, 1)[None], out.flatten(0, 1)[None]
     for rows, place in zip(pictures, places, strict=True):
-        if gelu and bias is not None and x.is_cuda:  # elsewhere torch's is GELU by erf
-            torch._addmm_activation(bias, rows, weight, use_gelu=True, out=place)
+        if gelu and x.is_cuda:  # elsewhere torch's is GELU by erf
+            added = _zeros(weight.shape[1], x.dtype, x.device) if bias is None else bias
+            torch._addmm_activation(added, rows, weight, use_gelu=True, out=place)
             continue
         if bias is None:
             torch.mm(rows, weight, out=place)
@@ -63,3 +65,8 @@ def _multiply(
         if gelu:
             place.copy_(F.gelu(place, approximate="tanh"))
     return out
+
+
+@functools.cache  # recorded graphs read it
+def _zeros(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.zeros(count, dtype=dtype, device=device)
