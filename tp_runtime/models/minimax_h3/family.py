@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 from ...sharding.parts import Shape
-from ...sharding.plan import QKV, Column, Row, Split
+from ...sharding.plan import Column, Row, Split
 from ...sharding.table import (
     ALL,
     ITEM,
@@ -26,6 +26,7 @@ from ...sharding.table import (
 )
 from .. import family as of
 from ..family import Family, Geometry, Input, Reader, Settings, Sizes, size
+from ..rows import attention
 from .payload import AUDIO_SHIFT, PATCH, SIDES, VIDEO_SHIFT, frames_of, prepared
 
 EPS = 1e-5
@@ -138,7 +139,7 @@ class MiniMaxH3Sizes(Sizes):
 
     @cached_property
     def table(self) -> Table:
-        dim, inner, times = self.dim, self.num_heads * self.head_dim, self.time_dim
+        dim, times = self.dim, self.time_dim
         outside: tuple[TableRow, ...] = (
             *_exact("proj_in", "video_patch_proj", 4 * self.in_channels, dim),
             *_exact("audio_proj_in", "audio_patch_proj", self.audio_channels, dim),
@@ -159,14 +160,13 @@ class MiniMaxH3Sizes(Sizes):
             )
             outside += _exact(f"{path}.linear_2", f"{path}.proj_out", self.time_hidden, times)
         heads, mlp = Split(self.num_heads, self.head_dim), Split(self.mlp_dim)
-        qkv = QKV("to_qkv", self.head_dim, self.num_heads, self.num_heads)
-        ours, three = "attn.{to_q,to_k,to_v}", 3 * (inner,)
 
         def block(over: str) -> tuple[TableRow, ...]:
             up, down = ("ff.net.0.proj", "mlp.fc1"), ("ff.net.2", "mlp.fc2")
             return (
-                Linear(ours, "attn.qkv_proj", qkv, dim, three, over, bias=False),
-                Linear("attn.to_out.0", "attn.out_proj", Row((heads,)), inner, dim, over, False),
+                *attention(
+                    "attn", heads, dim, ("attn.qkv_proj", "attn.out_proj"), over, bias=False
+                ),
                 Linear(
                     *up, Column((mlp, mlp)), dim, 2 * self.mlp_dim, over, bias=False, swapped=True
                 ),
