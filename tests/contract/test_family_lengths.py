@@ -1,4 +1,4 @@
-"""A family's own files are short: what families have in common is said once, in `tp_runtime/models`.
+"""A family's own files are short: what families have in common is said once, beside their folders.
 
 A file of the first three that outgrows its limit says something that another family says, too, or
 has a part that is a module of its own, as a family's model patches are.

@@ -39,7 +39,8 @@ ROPE_THETA = 10000.0
 class Forward(DualStreamForward):
     """See ``DualStreamForward``."""
 
-    family, limit = FAMILY, True
+    family = FAMILY
+    limit = True
 
     def condition(
         self,

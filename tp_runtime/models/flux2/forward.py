@@ -44,7 +44,8 @@ REFERENCE_STEP = 10.0
 class Forward(DualStreamForward):
     """See ``DualStreamForward``."""
 
-    family, limit = FAMILY, True
+    family = FAMILY
+    limit = True
 
     def condition(
         self,
@@ -61,8 +62,8 @@ class Forward(DualStreamForward):
         check_method(self.label, ref_latents, ref_latents_method, methods)
         zero_time = ref_latents_method == AT_TIME_ZERO
         method = "index" if zero_time else ref_latents_method
-        options, num_text = option(transformer_options, "rope_options"), context.shape[1]
-        placed = x, num_text, ref_latents, method, options, PATCH, REFERENCE_STEP
+        rope_options, num_text = option(transformer_options, "rope_options"), context.shape[1]
+        placed = x, num_text, ref_latents, method, rope_options, PATCH, REFERENCE_STEP
         positions = F.pad(movable_positions(*placed), (0, 1))
         positions[:num_text, 3] = counted(num_text, x)
         embedders, embed = self.model.time_guidance_embed, self.model.x_embedder

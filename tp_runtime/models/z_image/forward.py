@@ -69,8 +69,8 @@ class Forward(ShardedForward):
         positions = self._positions(length, x, option(transformer_options, "rope_options"))
         rotation = rope_rotation(positions, self.sizes.axes_dims, self.sizes.rope_theta)
         # Each rank of a sequence group for itself: it is once a generation.
-        of_caption = caption, rotation[:, :length], None
-        caption = self.run_blocks(self.model.context_refiner, *of_caption)
+        refiner, of_caption = self.model.context_refiner, rotation[:, :length]
+        caption = self.run_blocks(refiner, caption, of_caption, shares=None)
         return {"caption": caption, "rotation": rotation}
 
     def evaluate(
@@ -92,13 +92,13 @@ class Forward(ShardedForward):
         early, late = modulation[: len(refiner)], modulation[len(refiner) :]
         of_image = rotation[:, caption.shape[1] :]
         controls = Controls(self, model_patches, image, shares, of_image, adaln)
-        given = shares.own_of(of_image, 0), shares, early, controls.after_refiners(image)
-        image = self.run_blocks(refiner, image, *given)
+        after, own_rotation = controls.after_refiners(image), shares.own(of_image)
+        image = self.run_blocks(refiner, image, own_rotation, shares, early, after)
         of_both = self.shares(caption.shape[1], of_image.shape[1])
         tokens = torch.cat((of_both.own_of(caption, 0), image), dim=1)
         after = controls.after_layers(image, of_both, len(layers))
-        given = of_both.own_of_all(rotation), of_both, late, after
-        tokens = self.run_blocks(layers, tokens, *given)
+        own_rotation = of_both.own_of_all(rotation)
+        tokens = self.run_blocks(layers, tokens, own_rotation, of_both, late, after)
         image = of_both.whole(tokens, 1)[:, : self.sizes.geometry.image_tokens(x.shape)]
         patches = self._last_layer(image, adaln)
         return -unpack_patches(patches, x.shape[-2:], channels_last=True)
