@@ -186,6 +186,11 @@ def length(tensor: str, axis: int = 0, per: int = 1) -> Reader:
     return lambda shapes: _shape(shapes, tensor)[axis] // per
 
 
+def length_if_present(tensor: str, axis: int = 0, per: int = 1) -> Reader:
+    """The same; None in files without the tensor."""
+    return lambda shapes: length(tensor, axis, per)(shapes) if tensor in shapes else None
+
+
 def blocks(stack: str) -> Callable[[Iterable[str]], int]:
     """How many blocks ``stack.0.…``, ``stack.1.…``, … there are among names of tensors."""
     first = f"{stack}."

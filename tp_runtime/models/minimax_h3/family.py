@@ -25,7 +25,7 @@ from ...sharding.table import (
     Tensor,
 )
 from .. import family as of
-from ..family import Family, Geometry, Input, Reader, Settings, Sizes, size
+from ..family import Family, Geometry, Input, Settings, Sizes, size
 from ..rows import attention
 from .payload import AUDIO_SHIFT, PATCH, SIDES, VIDEO_SHIFT, frames_of, prepared
 
@@ -40,11 +40,6 @@ _COMPUTED = {
 MODALITIES = 3  # video, text, audio: each has its own modulation
 _TABLE = "adaln_t_table"
 _HEAD = "blocks.0.attn.q_norm.weight"
-
-
-def _where_present(tensor: str, axis: int) -> Reader:
-    """How long an axis of a tensor is; None in files without the tensor."""
-    return lambda shapes: shapes[tensor][axis] if tensor in shapes else None
 
 
 @dataclass(frozen=True)
@@ -88,12 +83,13 @@ class MiniMaxH3Sizes(Sizes):
         lambda s: s[_TABLE][1] if _TABLE in s else s["time_embedder.proj_out.weight"][0],
         "time_embed_dim",
     )
-    grid: int | None = size(_where_present(_TABLE, 0), lambda _: None)
+    grid: int | None = size(of.length_if_present(_TABLE, 0), lambda _: None)
     time_channels: int | None = size(
-        _where_present("time_embedder.proj_in.weight", 1), lambda s: s["freq_dim"]
+        of.length_if_present("time_embedder.proj_in.weight", 1), lambda s: s["freq_dim"]
     )
     time_hidden: int | None = size(
-        _where_present("time_embedder.proj_in.weight", 0), lambda s: s["time_embed_hidden_dim"]
+        of.length_if_present("time_embedder.proj_in.weight", 0),
+        lambda s: s["time_embed_hidden_dim"],
     )
 
     to_diffusers: ClassVar = "freq_dim=time_channels time_embed_hidden_dim=time_hidden"

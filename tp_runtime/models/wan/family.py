@@ -11,7 +11,7 @@ from typing import ClassVar
 from ...sharding.plan import Column, MergedColumn, Replicated, Row, Split
 from ...sharding.table import IMAGE, PROMPT, TEXT, Attention, Linear, Stack, Table, TableRow, Tensor
 from .. import family as of
-from ..family import Family, Geometry, Input, Reader, Shapes, Sizes, size
+from ..family import Family, Geometry, Input, Shapes, Sizes, size
 from ..rows import TIME_CHANNELS, attention, mlp
 
 PATCH = (1, 2, 2)
@@ -24,11 +24,6 @@ _VACE, _CAMERA, _OUTSIDE = "vace_patch_embedding", "control_adapter", "condition
 def _head_dim(shapes: Shapes) -> int:
     """128 in every published model, which the file does not say; 16 in narrower ones, for tests."""
     return 16 if shapes[_WIDTH][2] % 128 else 128
-
-
-def _where_present(tensor: str, axis: int, per: int = 1) -> Reader:
-    """How long an axis of a tensor is, as ``of.length``; None in files without the tensor."""
-    return lambda shapes: shapes[tensor][axis] // per if tensor in shapes else None
 
 
 @dataclass(frozen=True)
@@ -51,17 +46,19 @@ class WanSizes(Sizes):
     out_channels: int = size(of.length("head.head.weight", per=4), "out_channels")
     context_dim: int = size(of.length("text_embedding.0.weight", 1), "text_dim")
     image_dim: int | None = size(
-        _where_present("img_emb.proj.1.weight", 1), lambda s: s.get("image_dim")
+        of.length_if_present("img_emb.proj.1.weight", 1), lambda s: s.get("image_dim")
     )
     image_positions: int | None = size(
-        _where_present("img_emb.emb_pos", 1), lambda s: s.get("pos_embed_seq_len")
+        of.length_if_present("img_emb.emb_pos", 1), lambda s: s.get("pos_embed_seq_len")
     )
-    reference_channels: int | None = size(_where_present("ref_conv.weight", 1), lambda _: None)
+    reference_channels: int | None = size(
+        of.length_if_present("ref_conv.weight", 1), lambda _: None
+    )
 
     vace_blocks: int = size(of.blocks("vace_blocks"), lambda _: 0)
-    vace_channels: int | None = size(_where_present(f"{_VACE}.weight", 1), lambda _: None)
+    vace_channels: int | None = size(of.length_if_present(f"{_VACE}.weight", 1), lambda _: None)
     camera_channels: int | None = size(
-        _where_present(f"{_CAMERA}.conv.weight", 1, per=CAMERA_DOWNSCALE**2), lambda _: None
+        of.length_if_present(f"{_CAMERA}.conv.weight", 1, per=CAMERA_DOWNSCALE**2), lambda _: None
     )
 
     @property
