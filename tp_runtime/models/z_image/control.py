@@ -122,9 +122,9 @@ class _Control:
         tokens = self._module.control_all_x_embedder[EMBEDDER](hint)
         # Tokens that only pad the image have none here.
         self._shares = of_image.of_first(tokens.shape[1])
-        own = self._shares.own_of(tokens, 0)
+        own = self._shares.own(tokens)
         self._tokens = own.expand(image.shape[0], -1, -1).contiguous()
-        self._rotation = self._shares.own_of(rotation[:, : tokens.shape[1]], 0)
+        self._rotation = self._shares.own(rotation[:, : tokens.shape[1]])
         modulation = forward.modulation([*refiner, *layers], adaln)
         self._refiner = list(zip(refiner, modulation.split(1), strict=False))
         self._layers = list(zip(layers, modulation[len(refiner) :].split(1), strict=True))
