@@ -1,7 +1,7 @@
-"""Rows that the tables of several families have: an MLP, and attention with diffusers' names."""
+"""Rows that the tables of several families have: an MLP, attention by diffusers' names, stacks."""
 
 from ..sharding.plan import QKV, Column, Row, Split
-from ..sharding.table import ALL, IMAGE, TEXT, Linear, expanded
+from ..sharding.table import ALL, IMAGE, TEXT, Attention, Linear, Stack, TableRow, expanded
 
 TIME_CHANNELS = 256  # sinusoids of a timestep, which it is embedded from
 
@@ -48,6 +48,18 @@ def joint_attention(
     of_image, to_out = attention("attn", heads, dim, image, IMAGE, bias)
     of_text = _qkv(added, text[0], "to_added_qkv", heads, dim, TEXT, bias)
     return of_image, of_text, to_out, Linear(add_out, text[1], Row((heads,)), dim, dim, TEXT, bias)
+
+
+def double_and_single_stacks(
+    heads: Split,
+    counts: tuple[int, int],
+    double: tuple[TableRow, ...],
+    single: tuple[TableRow, ...],
+) -> tuple[Stack, Stack]:
+    """Blocks with two streams, and then those with one, by diffusers' and ComfyUI's names."""
+    ours, attentions = "transformer_blocks", (Attention(heads),)
+    doubles = Stack(ours, "double_blocks", counts[0], double, attentions)
+    return doubles, Stack(f"single_{ours}", "single_blocks", counts[1], single, attentions)
 
 
 def _qkv(ours: str, file: str, into: str, heads: Split, dim: int, over: str, bias: bool) -> Linear:

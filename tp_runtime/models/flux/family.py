@@ -9,10 +9,10 @@ from functools import cached_property
 from typing import ClassVar
 
 from ...sharding.plan import Column, MergedColumn, Replicated, Row, Split
-from ...sharding.table import IMAGE, ITEM, TEXT, Attention, Linear, Stack, Table, TableRow, Tensor
+from ...sharding.table import IMAGE, ITEM, TEXT, Linear, Table, TableRow, Tensor
 from .. import family as of
 from ..family import Family, Geometry, Input, Sizes, size
-from ..rows import TIME_CHANNELS, joint_attention, mlp
+from ..rows import TIME_CHANNELS, double_and_single_stacks, joint_attention, mlp
 
 _NORM = "double_blocks.0.img_attn.norm.query_norm"
 _EITHER, _LAST = f"{_NORM}.{{scale,weight}}", "final_layer.linear.weight"
@@ -52,7 +52,6 @@ class FluxSizes(Sizes):
     @cached_property
     def table(self) -> Table:
         dim, hidden = self.dim, 4 * self.dim
-        patches = 4 * self.in_channels, 4 * self.out_channels
         heads, gathered = Split(self.num_heads, self.head_dim), Column(gather=True)
         norms, head = f"norm.{{query,key}}_norm.{self.norm_name}", (self.head_dim,)
 
@@ -62,13 +61,13 @@ class FluxSizes(Sizes):
 
         scale_and_shift = "final_layer.adaLN_modulation.1"
         outside = (
-            Linear("x_embedder", "img_in", Replicated(), patches[0], dim),
+            Linear("x_embedder", "img_in", Replicated(), 4 * self.in_channels, dim),
             Linear("context_embedder", "txt_in", gathered, self.context_dim, dim),
             *embedder("timestep", "time_in", TIME_CHANNELS),
             *embedder("text", "vector_in", self.vector_dim),
             *(embedder("guidance", "guidance_in", TIME_CHANNELS) if self.guidance else ()),
             Linear("norm_out.linear", scale_and_shift, gathered, dim, 2 * dim, swapped=True),
-            Linear("proj_out", "final_layer.linear", Replicated(), dim, patches[1]),
+            Linear("proj_out", "final_layer.linear", Replicated(), dim, 4 * self.out_channels),
         )
         double: tuple[TableRow, ...] = (
             Linear("norm1.linear", "img_mod.lin", Column(), dim, 6 * dim, ITEM),
@@ -86,10 +85,8 @@ class FluxSizes(Sizes):
             Linear("proj_out", "linear2", Row((heads, Split(hidden))), dim + hidden, dim),
             Tensor("attn.norm_{q,k}.weight", norms, head),
         )
-        ours, attention = "transformer_blocks", (Attention(heads),)
-        doubles = Stack(ours, "double_blocks", self.num_doubles, double, attention)
-        singles = Stack(f"single_{ours}", "single_blocks", self.num_singles, single, attention)
-        return Table(outside, (doubles, singles))
+        counts = self.num_doubles, self.num_singles
+        return Table(outside, double_and_single_stacks(heads, counts, double, single))
 
 
 FAMILY = Family(

@@ -9,10 +9,10 @@ from functools import cached_property, partial
 from typing import ClassVar
 
 from ...sharding.plan import Column, Replicated, Row, Split
-from ...sharding.table import IMAGE, TEXT, Attention, Linear, Stack, Table, TableRow, Tensor
+from ...sharding.table import IMAGE, TEXT, Linear, Table, TableRow, Tensor
 from .. import family as of
 from ..family import Family, Geometry, Input, Sizes, size
-from ..rows import TIME_CHANNELS, joint_attention, mlp
+from ..rows import TIME_CHANNELS, double_and_single_stacks, joint_attention, mlp
 
 MLP_RATIO = 3  # fixed in ComfyUI's model detection
 MAX_REFERENCES = 10  # which the models were published for
@@ -101,10 +101,8 @@ class Flux2Sizes(Sizes):
             linear("attn.to_out", "linear2", Row((heads, hidden)), dim + width, dim),
             Tensor("attn.norm_{q,k}.weight", norms, head),
         )
-        ours, attention = "transformer_blocks", (Attention(heads),)
-        doubles = Stack(ours, "double_blocks", self.num_doubles, double, attention)
-        singles = Stack(f"single_{ours}", "single_blocks", self.num_singles, single, attention)
-        return Table(outside, (doubles, singles))
+        counts = self.num_doubles, self.num_singles
+        return Table(outside, double_and_single_stacks(heads, counts, double, single))
 
 
 FAMILY = Family(
