@@ -61,7 +61,8 @@ def test_every_input_of_the_native_class_is_known(
 ) -> None:
     native = type(proxy(loading, family, tmp_path).skeleton)
     forward = FAMILIES[family].forward()
-    taken = {"timestep", "timesteps", "control", *FAMILIES[family].small.unused_inputs}
+    taken = {"timestep", "timesteps", "control", "transformer_options"}
+    taken |= {*FAMILIES[family].small.unused_inputs}
     taken |= inspect.signature(forward.condition).parameters.keys()
     inputs = native_inputs(native)
     assert {"x", "context", "transformer_options"} <= inputs

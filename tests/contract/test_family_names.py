@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from support.paths import REPOSITORY
+from tp_runtime.models import Family, families
 
 FAMILIES = REPOSITORY / "tp_runtime" / "models"
 # As a word (`FLUX.1`, `flux_text`), or as a word of a class's name (`TinyFluxSizes`); not `influx`.
@@ -79,6 +80,13 @@ def _named(source: str, allowed: tuple[str, ...] = ()) -> list[tuple[int, str]]:
 def test_no_family_is_named(path: Path) -> None:
     allowed = ALLOWED.get(path.relative_to(REPOSITORY).as_posix(), ())
     assert not _named(path.read_text(), allowed)
+
+
+@pytest.mark.parametrize("family", families().values(), ids=lambda family: family.name)
+def test_every_family_is_looked_for(family: Family) -> None:
+    for name in (family.name, family.name.upper(), family.label, family.sizes.__name__):
+        assert NAME.search(name), name
+    assert (FAMILIES / family.name / "family.py").is_file()
 
 
 @pytest.mark.parametrize(("name", "pieces"), ALLOWED.items())

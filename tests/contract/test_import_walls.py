@@ -22,6 +22,8 @@ NODES_MAY_USE = {*sys.stdlib_module_names, *COMFYUI, "aiohttp", "safetensors", "
 
 # The forward half of `models/`, which only ranks import; the other half is data.
 FORWARD = "models/forward"
+SHARED_ARITHMETIC = ("layers", "pictures", "dual_stream", "residuals", "token_shares")
+FAMILY_DATA = ("family", "model_patch", "payload", "rows", "__init__")
 SHARED = {"config", "errors", "formats", "machine", "reasons", "settings"}
 DATA = SHARED | {"files", "sharding"}
 # Room → rooms that its modules may import, beside their own.
@@ -64,12 +66,8 @@ def room_of(module: str) -> str:
     first, *rest = module.split("/")
     if module in ROOMS:
         return module
-    of_a_family = len(rest) == 2 and rest[1] not in ("family", "payload", "rows", "__init__")
-    if (
-        first == "models"
-        and rest
-        and (of_a_family or rest[0] in ("layers", "dual_stream", "token_shares"))
-    ):
+    of_a_family = len(rest) == 2 and rest[1] not in FAMILY_DATA
+    if first == "models" and rest and (of_a_family or rest[0] in SHARED_ARITHMETIC):
         return FORWARD
     return first
 

@@ -60,8 +60,7 @@ class ExampleSizes(Sizes):
         outside = (
             Linear("patch_in", "img_in", Replicated(), patch, dim),
             Linear("text_in", "txt_in", gathered, self.context_dim, dim),
-            Linear("time_in.0", "time.in", Column(), 32, dim),
-            Linear("time_in.2", "time.out", Row(), dim, dim),
+            *mlp("time_in.{0,2}", "time.{in,out}", (32, dim, dim)),
             Linear("last", "img_out", Replicated(), dim, patch),
         )
         return Table(outside, (Stack("blocks", "blocks", self.num_blocks, block, attentions),))

@@ -3,7 +3,6 @@
 Shapes: B batch, C channels, T frames, L tokens, D model width, N heads on this rank, K head width.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,7 +31,6 @@ class Forward(ShardedForward):
         self,
         x: torch.Tensor,  # noqa: ARG002  (only its shape might matter)
         context: torch.Tensor,
-        transformer_options: Mapping[str, Any] | None = None,  # noqa: ARG002
     ) -> Conditioning:
         """``keys`` and ``values`` of the text in every block, (blocks, B, L, N, K)."""
         text = self.model.text_in(context)

@@ -16,7 +16,7 @@ from support.paths import REPOSITORY
 from support.tiny_models import tiny, write_tiny
 from support.z_image_controls import tensors_of
 from tp_runtime.config import MODEL_PATCHES, Layout
-from tp_runtime.models.qwen_image.family import BlockWiseControl
+from tp_runtime.models.qwen_image.model_patch import BlockWiseControl
 
 pytestmark = pytest.mark.process
 

@@ -133,6 +133,14 @@ def test_inputs_that_do_not_fit_are_refused(
     assert torch.equal(model.evaluate(inputs), model.evaluate(inputs))
 
 
+def test_blocks_that_cannot_be_left_out_are_refused(checkpoint: Path, remote: Remote) -> None:
+    model, inputs = remote(checkpoint, 2), make_inputs(1, 8, 8, 20)
+    options = {"skip_blocks": {"double_block": [0]}}
+    with pytest.raises(InputError, match="Z-Image on the process group cannot leave blocks out"):
+        model.evaluate(inputs | {"transformer_options": options})
+    assert model.evaluate(inputs).isfinite().all()
+
+
 @pytest.fixture(scope="module")
 def native_toy() -> Any:
     """ComfyUI's own model of the trained toy, by the class of the toy's pack."""

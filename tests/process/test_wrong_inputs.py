@@ -16,7 +16,14 @@ from safetensors.torch import load_file, save_file
 
 from support.inputs import make_inputs
 from support.tiny_models import tiny, write_tiny
-from tp_runtime.client import InputError, ModelSpec, RemoteModel, Runtime, TPRuntimeError
+from tp_runtime.client import (
+    MODEL_PATCHES,
+    InputError,
+    ModelSpec,
+    RemoteModel,
+    Runtime,
+    TPRuntimeError,
+)
 from tp_runtime.models import families
 from tp_runtime.models.family import AtLeast, Input
 
@@ -122,8 +129,10 @@ VARIANTS = {
 def test_the_declaration_is_the_forwards_signature(family: str) -> None:
     """What is declared is what the family's forward takes: neither more nor less."""
     forward, sizes = families()[family].forward(), tiny(family)
-    taken = set(inspect.signature(forward.condition).parameters) | {"timesteps"}
-    taken |= {"control", "a_timestep"} & set(inspect.signature(forward.evaluate).parameters)
+    taken = set(inspect.signature(forward.condition).parameters)
+    taken |= {"timesteps", "transformer_options"}
+    as_given = {"control", "a_timestep", MODEL_PATCHES}  # which `condition` does not see
+    taken |= as_given & set(inspect.signature(forward.evaluate).parameters)
     variants = [sizes, *(replace(sizes, **changes) for changes in VARIANTS.get(family, ()))]
     declared = {name for one in variants for name in one.all_inputs}
     declared |= {*sizes.plain_inputs, "transformer_options"}

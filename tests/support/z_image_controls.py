@@ -27,7 +27,7 @@ from support.native import import_comfy, native_model
 from support.paths import REPOSITORY, comfyui_path
 from support.random_numbers import on_every_cpu
 from support.tiny_models import tiny, write
-from tp_runtime.models.z_image.family import UnionControl
+from tp_runtime.models.z_image.model_patch import UnionControl
 
 DATA = REPOSITORY / "tests" / "data" / "z_image_controls_of_newer_comfyui.safetensors"
 # ComfyUI spreads the control layers over 30 of the model's.

@@ -86,7 +86,7 @@ def test_keys_that_every_rank_has_come_first(size: int, num_kv: int) -> None:
 
     def of_rank(rank: int) -> torch.Tensor:
         shares = TokenShares(threads.of_rank(rank), [7])
-        return shares.attention(*(shares.own(part, 0) for part in (q, k, v)), before=before)
+        return shares.attention(*(shares.own(part) for part in (q, k, v)), before=before)
 
     with ThreadPoolExecutor(size) as pool:
         found = torch.cat(list(pool.map(of_rank, range(size))), dim=1)

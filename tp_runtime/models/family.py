@@ -186,6 +186,11 @@ def length(tensor: str, axis: int = 0, per: int = 1) -> Reader:
     return lambda shapes: _shape(shapes, tensor)[axis] // per
 
 
+def length_if_present(tensor: str, axis: int = 0, per: int = 1) -> Reader:
+    """The same; None in files without the tensor."""
+    return lambda shapes: length(tensor, axis, per)(shapes) if tensor in shapes else None
+
+
 def blocks(stack: str) -> Callable[[Iterable[str]], int]:
     """How many blocks ``stack.0.…``, ``stack.1.…``, … there are among names of tensors."""
     first = f"{stack}."
@@ -389,7 +394,7 @@ class Family:
     an input for its forward, which the forward here does. ``numbers``: keys of transformer_options
     that are numbers → the attribute of ComfyUI's class that stands for it. ``shares_tokens``: the
     forward here evaluates a rank's stretch of the tokens (``token_shares``). ``model_patches``:
-    those that the forward here takes (``DualStreamForward``). ``comfyui_class``: of ComfyUI's
+    those that the forward here takes (``ModelPatch``). ``comfyui_class``: of ComfyUI's
     supported_models, where ComfyUI finds only the published sizes. ``published`` and ``small``:
     sizes of the released model, and of one with its structure for tests. ``text_tokens``: of a
     usual caption, and ``extents``: width, height and frames of what is usually made.

@@ -1,18 +1,21 @@
 """What evaluates a sharded model as ComfyUI's forward does: the part that all families share."""
 
+import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ..config import MODEL_PATCHES
 from ..errors import InputError
 from ..fault_points import reach
 from ..gpu.epilogue import Epilogue, Product
 from ..gpu.graphs import optimising
 from .family import Family, Sizes
+from .inputs import OPTIONS
 from .layers import residual_norm
 from .token_shares import SequenceGroup, TokenShares
 
@@ -22,6 +25,9 @@ _PER_EVALUATION = ("a_timestep", "control")
 
 Conditioning = dict[str, Any]  # tensors, lists of them, and plain data that changes the result
 Prediction = torch.Tensor | list[torch.Tensor]  # as ``x`` is
+
+# ComfyUI's name of the kind of a block, "double_block" or "single_block", and its number.
+BlockName = tuple[str, int]
 
 
 class Collectives(SequenceGroup, Protocol):
@@ -92,7 +98,8 @@ class ShardedForward:
     ``condition`` is what stays the same over a generation (refined text, positions, ...): a
     function of every input but ``timesteps`` and of ``x`` only through its shape. ``evaluate`` is
     the rest: tensors in, tensors out, one for each latent, so that it can be recorded; ``run`` is
-    what runs it.
+    what runs it. What ``evaluate`` takes beside what ``condition`` found, if it has an argument for
+    it: ``skip``, the blocks to leave out; ``model_patches`` and ``control``, those of ComfyUI.
     """
 
     family: ClassVar[Family]
@@ -138,6 +145,8 @@ class ShardedForward:
     def condition(self, *args: Any, **inputs: Any) -> Conditioning:
         """The tensors that ``evaluate`` takes besides those that differ at every evaluation.
 
+        ``transformer_options`` are given to those that name them.
+
         Raises:
             InputError: an input does not fit in a way that its declaration cannot tell.
         """
@@ -157,6 +166,14 @@ class ShardedForward:
         """
         raise NotImplementedError
 
+    def check_model_patches(self, x: torch.Tensor, listed: Sequence[Mapping[str, Any]]) -> None:
+        """Refuse pictures of model patches (``MODEL_PATCHES``) that do not fit the latent.
+
+        Raises:
+            InputError: one has another shape.
+        """
+        raise NotImplementedError
+
     def evaluate(self, *args: Any, **inputs: Any) -> Prediction:
         """The model's prediction, in the dtype of ``x``; ``timesteps`` are fp32.
 
@@ -165,8 +182,24 @@ class ShardedForward:
         raise NotImplementedError
 
     def shares(self, *lengths: int) -> TokenShares:
-        """Of streams of so many tokens, those of this rank."""
+        """Which of streams of so many tokens each rank has."""
         return TokenShares(self.collectives, lengths)
+
+    def shared(self, *streams: torch.Tensor) -> tuple[TokenShares, torch.Tensor]:
+        """The shares of streams (B, L, D), and this rank's tokens, a stream's behind another's."""
+        shares = self.shares(*(one.shape[1] for one in streams))
+        return shares, shares.own(*streams)
+
+    def modulations(
+        self, linears: Sequence[Any], activated: torch.Tensor, count: int
+    ) -> torch.Tensor:
+        """Column-parallel linears on (B, n), with one gather for all: (linears, B, count, D)."""
+        width = self.sizes.dim
+        if not linears:
+            return activated.new_empty(0, activated.shape[0], count, width)
+        local = torch.stack([linear(activated) for linear in linears])
+        whole = self.collectives.gather(local)[..., : count * width]
+        return whole.unflatten(-1, (count, width))
 
     def join(
         self, products: Sequence[Product], tokens: torch.Tensor, epilogue: Epilogue
@@ -212,16 +245,45 @@ class ShardedForward:
         per_evaluation = {name: inputs.pop(name) for name in _PER_EVALUATION if name in inputs}
         latents = [x] if isinstance(x, torch.Tensor) else x
         key = (key, *((tuple(latent.shape), latent.dtype) for latent in latents))
-
-        def condition() -> Conditioning:
-            assert not optimising(), "what is remembered must not lie in memory of a reduction"
-            reach("compile")
-            return self.condition(**inputs)
-
-        conditioning = self.memo.get(key, condition)
+        conditioning = self.memo.get(key, lambda: self._conditioned(inputs))
         if "control" in per_evaluation:
             self.check_control(latents[0].shape[0], conditioning, per_evaluation["control"])
         return self.run(x=x, timesteps=timesteps, **conditioning, **per_evaluation)
+
+    def _conditioned(self, inputs: dict[str, Any]) -> Conditioning:
+        """What ``condition`` finds, and what else ``evaluate`` takes for a whole generation."""
+        assert not optimising(), "what is remembered must not lie in memory of a reduction"
+        reach("compile")
+        found: Conditioning = {}
+        if skip := skipped_blocks(inputs.get(OPTIONS)):
+            self._check_skip()
+            found["skip"] = skip
+        if patches := inputs.pop(MODEL_PATCHES, ()):
+            self.check_model_patches(inputs["x"], patches)
+            found[MODEL_PATCHES] = patches
+        if OPTIONS not in inspect.signature(self.condition).parameters:
+            inputs.pop(OPTIONS, None)
+        return self.condition(**inputs) | found
+
+    def _check_skip(self) -> None:
+        if "skip" not in inspect.signature(self.evaluate).parameters:
+            raise InputError(
+                f"{self.label} on the process group cannot leave blocks out (skip-layer guidance). "
+                "Remove or bypass that node, or load the model with the stock 'Load Diffusion "
+                "Model' node."
+            )
+
+
+def skipped_blocks(transformer_options: Mapping[str, Any] | None) -> tuple[BlockName, ...]:
+    """The blocks that a node has left out: ``skip_blocks`` of the options, by kind."""
+    by_kind = option(transformer_options, "skip_blocks")
+    return tuple((kind, index) for kind, indices in by_kind.items() for index in indices)
+
+
+def kept_blocks(blocks: Sequence[Any], skip: Collection[BlockName]) -> list[tuple[int, Any]]:
+    """The others of a model with one kind of blocks, with their numbers."""
+    left_out = {number for _, number in skip}
+    return [(number, block) for number, block in enumerate(blocks) if number not in left_out]
 
 
 def option(transformer_options: Mapping[str, Any] | None, name: str) -> Mapping[str, Any]:

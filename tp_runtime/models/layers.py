@@ -7,8 +7,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..gpu.epilogue import Epilogue
+from ..gpu.epilogue import Epilogue, Product
 from ..gpu.graphs import fast_attention, fused, optimising
+from .rows import TIME_CHANNELS
+
+TIME_SCALE = 1000.0  # of timesteps of 0 to 1, before their sinusoids
+MAX_PERIOD = 10000.0  # of these
 
 
 def attention(
@@ -47,6 +51,12 @@ def project(linear: Any, x: torch.Tensor, *, gelu: bool = False) -> torch.Tensor
     return F.gelu(found, approximate="tanh") if gelu else found
 
 
+def gelu_mlp(module: Any, x: torch.Tensor) -> Product:
+    """Of diffusers' ``FeedForward`` with GELU, by tanh: what is left to project."""
+    up, down = module.net[0].proj, module.net[2]
+    return down, project(up, x, gelu=True)
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float | None) -> torch.Tensor:
     """RMS norm over the last axis, as ComfyUI computes it (comfy/rmsnorm.py, 0.3.75).
 
@@ -64,13 +74,25 @@ def silu_gate(gate_and_up: torch.Tensor) -> torch.Tensor:
 
 
 def timestep_embedding(
-    t: torch.Tensor, dim: int, max_period: float = 10000.0, scale: float = 1.0
+    t: torch.Tensor, dim: int = TIME_CHANNELS, scale: float = 1.0
 ) -> torch.Tensor:
     """Sinusoids (..., dim) of (...), cosines first, in fp32: bf16 timesteps lose up to 30 %."""
     half = dim // 2
     steps = torch.arange(half, dtype=torch.float32, device=t.device)
-    angles = scale * (t[..., None].float() * torch.exp(-math.log(max_period) * steps / half))
+    angles = scale * (t[..., None].float() * torch.exp(-math.log(MAX_PERIOD) * steps / half))
     return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
+def embedded_time(
+    embed: Callable[[torch.Tensor], torch.Tensor], times: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Timesteps of 0 to 1, or guidances (B,) → what ``embed`` makes of their sinusoids (B, D)."""
+    return embed(timestep_embedding(TIME_SCALE * times).to(dtype))
+
+
+def with_time_zero(timesteps: torch.Tensor, zero_time: bool) -> torch.Tensor:
+    """(B,), or (2 B,) with as many times 0, for references that are at that time."""
+    return torch.cat((timesteps, timesteps * 0)) if zero_time else timesteps
 
 
 def rope_rotation(positions: torch.Tensor, axes_dims: Sequence[int], theta: float) -> torch.Tensor:
@@ -102,6 +124,12 @@ def rotate_pairs(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
 # A stretch of tokens: the heads of their q, k and v behind one another, (B, L, N + 2 N', K), and
 # the weights of q's and k's norm (K,).
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def heads_of(qkv: torch.Tensor, norm_q: Any, norm_k: Any) -> Heads:
+    """What ``rotated_heads`` takes, of (B, L, 3·N·K)."""
+    head_dim = norm_q.weight.shape[0]
+    return qkv.unflatten(-1, (-1, head_dim)), norm_q.weight, norm_k.weight
 
 
 def rotated_heads(
@@ -155,6 +183,12 @@ def _norm(tokens: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
 def first_norm(tokens: torch.Tensor, epilogue: Epilogue) -> torch.Tensor:
     """The norm of (B, L, D), before which there is no residual; ``epilogue``: of one stream."""
     return _norm(tokens, epilogue)
+
+
+def first_norms(streams: Sequence[torch.Tensor], epilogue: Epilogue) -> torch.Tensor:
+    """The same of tokens of several streams, which lie behind one another in what is returned."""
+    found = [first_norm(one, epilogue.of_stream(index)) for index, one in enumerate(streams)]
+    return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
 
 @fused

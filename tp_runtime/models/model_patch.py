@@ -8,9 +8,9 @@ import importlib
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from ..errors import InputError
 from ..sharding.parts import Shape
 from ..sharding.table import Table
-from .family import Sizes
 
 
 class ModelPatch:
@@ -19,8 +19,8 @@ class ModelPatch:
     ``label``: for people. ``comfyui_patch``: ComfyUI's class of what a node puts into a model, and
     ``comfyui_model`` that of the small model in it. ``places``: where it puts it, in ComfyUI's
     words. ``settings``: attributes of the small model that an evaluation is told, too. ``whole``:
-    ComfyUI's code is given latents with sides in whole patches. ``module``: beside the family's
-    others, whose ``build`` makes the ranks' module.
+    ComfyUI's code is given latents with sides in whole patches. ``module``: the one beside theirs
+    whose ``build`` makes the ranks' module.
     """
 
     label: ClassVar[str]
@@ -41,9 +41,16 @@ class ModelPatch:
         """The tensors that ranks compute with, by ComfyUI's names."""
         raise NotImplementedError
 
-    def check_fits(self, label: str, sizes: Sizes) -> None:
+    def check_fits(self, label: str, sizes: Any) -> None:
         """Raises InputError if it was made for models of other sizes than these of ``label``."""
         raise NotImplementedError
+
+    def unfit(self, has: str, label: str, model_has: str) -> InputError:
+        """For ``check_fits``; ``has``, ``model_has``: the numbers that differ."""
+        return InputError(
+            f"The {self.label} has {has}; {label} has {model_has} here. Use one made for this "
+            "model."
+        )
 
     def build(self) -> Any:
         """The module. Call it under ``torch.device("meta")``. For ranks only."""

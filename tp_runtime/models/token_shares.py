@@ -63,25 +63,27 @@ class TokenShares:
         start = sum(map(self.own_length, range(stream)))
         return tokens[:, start : start + self.own_length(stream)]
 
-    def own(self, tokens: torch.Tensor, stream: int) -> torch.Tensor:
+    def own(self, *streams: torch.Tensor) -> torch.Tensor:
+        """(B, L, ...) of each stream → this rank's stretches of them, one behind another's."""
+        return _together([self.own_of(one, index) for index, one in enumerate(streams)])
+
+    def own_of(self, tokens: torch.Tensor, stream: int) -> torch.Tensor:
         """(B, L, ...) of a whole stream, or of its first tokens → this rank's stretch of it."""
         start = sum(self._dealt[stream][: self._rank])
         return tokens[:, start : start + self.own_length(stream)]
 
     def own_of_all(self, tokens: torch.Tensor) -> torch.Tensor:
         """(B, L, ...) of all streams, one behind another → this rank's stretches of them."""
-        if self._size == 1:
-            return tokens
-        streams = tokens.split(list(self.lengths), dim=1)
-        return torch.cat([self.own(one, index) for index, one in enumerate(streams)], dim=1)
+        return tokens if self._size == 1 else self.own(*tokens.split(list(self.lengths), dim=1))
 
-    def whole(self, tokens: torch.Tensor, stream: int) -> torch.Tensor:
-        """This rank's stretch (B, l, D) of a stream → the stream (B, L, D), on every rank."""
+    def whole(self, tokens: torch.Tensor, stream: int = 0) -> torch.Tensor:
+        """Of this rank's tokens (B, l, D) of all streams, a stream (B, L, D): on every rank."""
+        own = self.of_stream(tokens, stream)
         if self._size == 1:
-            return tokens
-        batch, _, *rest = tokens.shape
+            return own
+        batch, _, *rest = own.shape
         shapes = [(batch, length, *rest) for length in self._dealt[stream]]
-        return torch.cat(self._group.exchange([tokens] * self._size, shapes), dim=1)
+        return torch.cat(self._group.exchange([own] * self._size, shapes), dim=1)
 
     def in_their_order(self, mask: torch.Tensor | None) -> torch.Tensor | None:
         """A mask over all tokens (..., L or 1, L) as attention meets them: rank by rank.
@@ -141,6 +143,11 @@ class TokenShares:
         found = found.unflatten(2, (mine, head_dim))
         back = [(batch, length, of_rank, head_dim) for of_rank in heads]
         return torch.cat(self._group.exchange(found.split(lengths, 1), back), dim=2).flatten(2)
+
+
+def _together(streams: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Behind one another; a single one is not copied."""
+    return streams[0] if len(streams) == 1 else torch.cat(list(streams), dim=1)
 
 
 def _behind(held: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -> list[torch.Tensor]:

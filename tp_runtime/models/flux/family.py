@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
-from ...sharding.plan import QKV, Column, MergedColumn, Replicated, Row, Split
-from ...sharding.table import IMAGE, ITEM, TEXT, Attention, Linear, Stack, Table, Tensor
+from ...sharding.plan import Column, MergedColumn, Replicated, Row, Split
+from ...sharding.table import IMAGE, ITEM, TEXT, Linear, Table, TableRow, Tensor
 from .. import family as of
 from ..family import Family, Geometry, Input, Sizes, size
+from ..rows import TIME_CHANNELS, double_and_single_stacks, joint_attention, mlp
 
-TIME_CHANNELS = 256
 _NORM = "double_blocks.0.img_attn.norm.query_norm"
 _EITHER, _LAST = f"{_NORM}.{{scale,weight}}", "final_layer.linear.weight"
+_IMAGE_ATTENTION = "img_attn.qkv", "img_attn.proj"
+_TEXT_ATTENTION = "txt_attn.qkv", "txt_attn.proj"
 
 
 @dataclass(frozen=True)
@@ -49,52 +51,42 @@ class FluxSizes(Sizes):
 
     @cached_property
     def table(self) -> Table:
-        dim, mlp, patches = self.dim, 4 * self.dim, (4 * self.in_channels, 4 * self.out_channels)
-        heads, gathered, qkv = Split(self.num_heads, self.head_dim), Column(gather=True), 3 * (dim,)
-        of_heads = self.head_dim, self.num_heads, self.num_heads
-        image, text = QKV("to_qkv", *of_heads), QKV("to_added_qkv", *of_heads)
+        dim, hidden = self.dim, 4 * self.dim
+        heads, gathered = Split(self.num_heads, self.head_dim), Column(gather=True)
         norms, head = f"norm.{{query,key}}_norm.{self.norm_name}", (self.head_dim,)
 
         def embedder(ours: str, file: str, width: int) -> tuple[Linear, ...]:
-            path = f"time_text_embed.{ours}_embedder.linear"
-            second = Linear(f"{path}_2", f"{file}.out_layer", Row(), dim, dim)
-            return Linear(f"{path}_1", f"{file}.in_layer", Column(), width, dim), second
+            path = f"time_text_embed.{ours}_embedder.linear_{{1,2}}"
+            return mlp(path, f"{file}.{{in,out}}_layer", (width, dim, dim))
 
         scale_and_shift = "final_layer.adaLN_modulation.1"
         outside = (
-            Linear("x_embedder", "img_in", Replicated(), patches[0], dim),
+            Linear("x_embedder", "img_in", Replicated(), 4 * self.in_channels, dim),
             Linear("context_embedder", "txt_in", gathered, self.context_dim, dim),
             *embedder("timestep", "time_in", TIME_CHANNELS),
             *embedder("text", "vector_in", self.vector_dim),
             *(embedder("guidance", "guidance_in", TIME_CHANNELS) if self.guidance else ()),
             Linear("norm_out.linear", scale_and_shift, gathered, dim, 2 * dim, swapped=True),
-            Linear("proj_out", "final_layer.linear", Replicated(), dim, patches[1]),
+            Linear("proj_out", "final_layer.linear", Replicated(), dim, 4 * self.out_channels),
         )
-        double = (
+        double: tuple[TableRow, ...] = (
             Linear("norm1.linear", "img_mod.lin", Column(), dim, 6 * dim, ITEM),
             Linear("norm1_context.linear", "txt_mod.lin", Column(), dim, 6 * dim, ITEM),
-            Linear("attn.{to_q,to_k,to_v}", "img_attn.qkv", image, dim, qkv, IMAGE),
-            Linear("attn.{add_q_proj,add_k_proj,add_v_proj}", "txt_attn.qkv", text, dim, qkv, TEXT),
-            Linear("attn.to_out.0", "img_attn.proj", Row((heads,)), dim, dim, IMAGE),
-            Linear("attn.to_add_out", "txt_attn.proj", Row((heads,)), dim, dim, TEXT),
-            Linear("ff.net.0.proj", "img_mlp.0", Column(), dim, mlp, IMAGE),
-            Linear("ff.net.2", "img_mlp.2", Row(), mlp, dim, IMAGE),
-            Linear("ff_context.net.0.proj", "txt_mlp.0", Column(), dim, mlp, TEXT),
-            Linear("ff_context.net.2", "txt_mlp.2", Row(), mlp, dim, TEXT),
+            *joint_attention(heads, dim, _IMAGE_ATTENTION, _TEXT_ATTENTION),
+            *mlp("ff.net.{0.proj,2}", "img_mlp.{0,2}", (dim, hidden, dim), IMAGE),
+            *mlp("ff_context.net.{0.proj,2}", "txt_mlp.{0,2}", (dim, hidden, dim), TEXT),
             Tensor("attn.norm_{q,k}.weight", f"img_attn.{norms}", head),
             Tensor("attn.norm_added_{q,k}.weight", f"txt_attn.{norms}", head),
         )
         inside, first = "{attn.to_q,attn.to_k,attn.to_v,proj_mlp}", (*3 * (self.head_dim,), 1)
         single = (
             Linear("norm.linear", "modulation.lin", Column(), dim, 3 * dim, ITEM),
-            Linear(inside, "linear1", MergedColumn("linear1", first), dim, (*qkv, mlp)),
-            Linear("proj_out", "linear2", Row((heads, Split(mlp))), dim + mlp, dim),
+            Linear(inside, "linear1", MergedColumn("linear1", first), dim, (dim, dim, dim, hidden)),
+            Linear("proj_out", "linear2", Row((heads, Split(hidden))), dim + hidden, dim),
             Tensor("attn.norm_{q,k}.weight", norms, head),
         )
-        ours, attention = "transformer_blocks", (Attention(heads),)
-        doubles = Stack(ours, "double_blocks", self.num_doubles, double, attention)
-        singles = Stack(f"single_{ours}", "single_blocks", self.num_singles, single, attention)
-        return Table(outside, (doubles, singles))
+        counts = self.num_doubles, self.num_singles
+        return Table(outside, double_and_single_stacks(heads, counts, double, single))
 
 
 FAMILY = Family(

@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import ClassVar
 
-from ...sharding.plan import QKV, Column, Replicated, Row, Split
-from ...sharding.table import IMAGE, TEXT, Attention, Linear, Stack, Table, Tensor
+from ...sharding.plan import Column, Replicated, Row, Split
+from ...sharding.table import IMAGE, TEXT, Linear, Table, TableRow, Tensor
 from .. import family as of
 from ..family import Family, Geometry, Input, Sizes, size
+from ..rows import TIME_CHANNELS, double_and_single_stacks, joint_attention, mlp
 
-TIME_CHANNELS = 256
 MLP_RATIO = 3  # fixed in ComfyUI's model detection
 MAX_REFERENCES = 10  # which the models were published for
 _NORM = "double_blocks.0.img_attn.norm.query_norm"
 _EITHER = f"{_NORM}.{{scale,weight}}"
+_IMAGE_ATTENTION = "img_attn.qkv", "img_attn.proj"
+_TEXT_ATTENTION = "txt_attn.qkv", "txt_attn.proj"
 
 
 @dataclass(frozen=True)
@@ -60,17 +62,14 @@ class Flux2Sizes(Sizes):
     @cached_property
     def table(self) -> Table:
         dim, width = self.dim, MLP_RATIO * self.dim
-        heads, mlp, qkv = Split(self.num_heads, self.head_dim), Split(width), 3 * (dim,)
-        of_heads = self.head_dim, self.num_heads, self.num_heads
-        image, text = QKV("to_qkv", *of_heads), QKV("to_added_qkv", *of_heads)
-        gathered, gate_and_up = Column(gather=True), Column((mlp, mlp))
+        heads, hidden = Split(self.num_heads, self.head_dim), Split(width)
+        gathered, gate_and_up = Column(gather=True), Column((hidden, hidden))
         norms, head = f"norm.{{query,key}}_norm.{self.norm_name}", (self.head_dim,)
         linear = partial(Linear, bias=False)
 
         def embedder(ours: str, file: str) -> tuple[Linear, ...]:
-            path = f"time_guidance_embed.{ours}_embedder.linear"
-            second = linear(f"{path}_2", f"{file}.out_layer", Row(), dim, dim)
-            return linear(f"{path}_1", f"{file}.in_layer", Column(), TIME_CHANNELS, dim), second
+            path = f"time_guidance_embed.{ours}_embedder.linear_{{1,2}}"
+            return mlp(path, f"{file}.{{in,out}}_layer", (TIME_CHANNELS, dim, dim), bias=False)
 
         def modulation(name: str, count: int) -> Linear:
             return linear(f"{name}.linear", f"{name}.lin", gathered, dim, count * dim)
@@ -87,11 +86,8 @@ class Flux2Sizes(Sizes):
             linear("norm_out.linear", scale_and_shift, gathered, dim, 2 * dim, swapped=True),
             linear("proj_out", "final_layer.linear", Replicated(), dim, self.out_channels),
         )
-        double = (
-            linear("attn.{to_q,to_k,to_v}", "img_attn.qkv", image, dim, qkv, IMAGE),
-            linear("attn.{add_q_proj,add_k_proj,add_v_proj}", "txt_attn.qkv", text, dim, qkv, TEXT),
-            linear("attn.to_out.0", "img_attn.proj", Row((heads,)), dim, dim, IMAGE),
-            linear("attn.to_add_out", "txt_attn.proj", Row((heads,)), dim, dim, TEXT),
+        double: tuple[TableRow, ...] = (
+            *joint_attention(heads, dim, _IMAGE_ATTENTION, _TEXT_ATTENTION, bias=False),
             linear("ff.linear_in", "img_mlp.0", gate_and_up, dim, 2 * width, IMAGE),
             linear("ff.linear_out", "img_mlp.2", Row(), width, dim, IMAGE),
             linear("ff_context.linear_in", "txt_mlp.0", gate_and_up, dim, 2 * width, TEXT),
@@ -99,16 +95,14 @@ class Flux2Sizes(Sizes):
             Tensor("attn.norm_{q,k}.weight", f"img_attn.{norms}", head),
             Tensor("attn.norm_added_{q,k}.weight", f"txt_attn.{norms}", head),
         )
-        packed, features = Column((heads, heads, heads, mlp, mlp)), 3 * dim + 2 * width
+        packed, features = Column((*3 * (heads,), *2 * (hidden,))), 3 * dim + 2 * width
         single = (
             linear("attn.to_qkv_mlp_proj", "linear1", packed, dim, features),
-            linear("attn.to_out", "linear2", Row((heads, mlp)), dim + width, dim),
+            linear("attn.to_out", "linear2", Row((heads, hidden)), dim + width, dim),
             Tensor("attn.norm_{q,k}.weight", norms, head),
         )
-        ours, attention = "transformer_blocks", (Attention(heads),)
-        doubles = Stack(ours, "double_blocks", self.num_doubles, double, attention)
-        singles = Stack(f"single_{ours}", "single_blocks", self.num_singles, single, attention)
-        return Table(outside, (doubles, singles))
+        counts = self.num_doubles, self.num_singles
+        return Table(outside, double_and_single_stacks(heads, counts, double, single))
 
 
 FAMILY = Family(

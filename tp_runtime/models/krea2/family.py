@@ -12,8 +12,9 @@ from ...sharding.plan import Column, MergedColumn, Replicated, Row, Split, group
 from ...sharding.table import ALL, PROMPT, Attention, Linear, Stack, Table, TableRow, Tensor
 from .. import family as of
 from ..family import Family, Geometry, Input, Sizes, size
+from ..rows import TIME_CHANNELS, mlp
 
-PATCH, TIME_CHANNELS = 2, 256
+PATCH = 2
 FUSION_BLOCKS = 2  # of each kind; fixed in ComfyUI's class
 _MARK = "txtfusion.projector.weight"
 _BLOCK, _FUSION = "blocks.0", "txtfusion.layerwise_blocks.0"
@@ -73,23 +74,14 @@ class Krea2Sizes(Sizes):
     def table(self) -> Table:
         dim, text, patch = self.dim, self.text_dim, PATCH**2 * self.channels
         heads, text_heads = self.heads, self.text_heads
-        once = partial(Linear, over=PROMPT)
+        projector = "text_fusion.projector", "txtfusion.projector"
         outside = (
             Linear("img_in", "first", Replicated(), patch, dim),
-            Linear("time_embed.linear_1", "tmlp.0", Column(), TIME_CHANNELS, dim),
-            Linear("time_embed.linear_2", "tmlp.2", Row(), dim, dim),
+            *mlp("time_embed.linear_{1,2}", "tmlp.{0,2}", (TIME_CHANNELS, dim, dim)),
             Linear("time_mod_proj", "tproj.1", Column(gather=True), dim, 6 * dim),
-            once(
-                "text_fusion.projector",
-                "txtfusion.projector",
-                Replicated(),
-                self.num_text_layers,
-                1,
-                bias=False,
-            ),
+            Linear(*projector, Replicated(), self.num_text_layers, 1, PROMPT, False),
             Tensor("txt_in.norm.weight", "txtmlp.0.scale", (text,)),
-            once("txt_in.linear_1", "txtmlp.1", Column(), text, dim),
-            once("txt_in.linear_2", "txtmlp.3", Row(), dim, dim),
+            *mlp("txt_in.linear_{1,2}", "txtmlp.{1,3}", (text, dim, dim), PROMPT),
             Linear("final_layer.linear", "last.linear", Replicated(), dim, patch),
             Tensor("final_layer.norm.weight", "last.norm.scale", (dim,)),
             Tensor("final_layer.scale_shift_table", "last.modulation.lin", (2, dim)),

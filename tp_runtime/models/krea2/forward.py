@@ -5,7 +5,7 @@ and N' of keys and values, K head width; S streams with a modulation of their ow
 references if they are at time 0.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,27 +16,34 @@ from torch import nn
 from ...gpu.epilogue import Epilogue, Product
 from ...gpu.graphs import fused
 from ...sharding.plan import Split
-from ..dual_stream import grid_positions, pack_patches, unpack_patches
 from ..family import Sizes
 from ..forward import Conditioning, ShardedForward
 from ..layers import (
     attention,
-    first_norm,
+    embedded_time,
+    first_norms,
     project,
     rms_norm,
     rope_rotation,
     rotated_heads,
     silu_gate,
     spread_heads,
-    timestep_embedding,
+    with_time_zero,
+)
+from ..pictures import (
+    AT_TIME_ZERO,
+    counted,
+    embedded_references,
+    grid_positions,
+    pack_patches,
+    patch_grid,
+    unpack_patches,
 )
 from ..token_shares import TokenShares
-from .family import FAMILY, PATCH, TIME_CHANNELS
+from .family import FAMILY, PATCH
 
 NORM_EPS = 1e-5
-TIME_SCALE = 1000.0
 ROPE_THETA = 1000.0
-_AT_ZERO = "index_timestep_zero"  # any other method only says that references are looked at
 
 
 @fused
@@ -69,28 +76,25 @@ class Forward(ShardedForward):
         context: torch.Tensor,
         ref_latents: Sequence[torch.Tensor] = (),
         ref_latents_method: str | None = None,
-        transformer_options: Mapping[str, Any] | None = None,  # noqa: ARG002 - of no family's own
     ) -> Conditioning:
-        """``text`` (B, L, D); ``rotation`` of text, image and references.
+        """``text`` (B, L, D); ``rotation`` of text, image and references; ``references`` (B, L, D)
+        or None, and whether they are at time 0 (``zero_time``).
 
-        If present: ``references`` (B, L, D), and whether they are at time 0 (``zero_time``).
         Without a method ComfyUI does not look at the references.
         """
-        pictures = [x, *(ref_latents if ref_latents_method is not None else ())]
+        references = ref_latents if ref_latents_method is not None else ()
         grids = [
-            grid_positions(index, *(_along(x, -(-size // PATCH)) for size in picture.shape[-2:]))
-            for index, picture in enumerate(pictures)
+            grid_positions(index, *(counted(length, x) for length in patch_grid(picture)))
+            for index, picture in enumerate((x, *references))
         ]
         positions = torch.cat((x.new_zeros(context.shape[1], 3, dtype=torch.float32), *grids))
-        found: Conditioning = {
+        return {
             "text": self._text(context),
             "rotation": rope_rotation(positions, self.sizes.axes_dims, ROPE_THETA),
+            "references": embedded_references(self.model.img_in, references, _packed),
+            # Any other method only says that references are looked at.
+            "zero_time": ref_latents_method == AT_TIME_ZERO and bool(references),
         }
-        if references := pictures[1:]:
-            packed = torch.cat([pack_patches(one.squeeze(2)) for one in references], dim=1)
-            found["references"] = self.model.img_in(packed)
-            found["zero_time"] = ref_latents_method == _AT_ZERO
-        return found
 
     def evaluate(
         self,
@@ -103,15 +107,10 @@ class Forward(ShardedForward):
     ) -> torch.Tensor:
         """(B, C, 1, H, W) → the same."""
         model, batch, blocks = self.model, x.shape[0], self.model.transformer_blocks
-        image = model.img_in(pack_patches(x.squeeze(2)))
-        tokens = [text, image] if references is None else [text, image, references]
-        num_late = references.shape[1] if references is not None and zero_time else 0
-        shares = self.shares(*(one.shape[1] for one in tokens))
-        tokens = [shares.own(one, stream) for stream, one in enumerate(tokens)]
-        times = torch.cat((timesteps, timesteps * 0)) if zero_time else timesteps
-        sinusoids = timestep_embedding(TIME_SCALE * times, TIME_CHANNELS)
-        embedder = model.time_embed
-        time = embedder.linear_2(_gelu(embedder.linear_1(sinusoids.to(x.dtype))))
+        image = model.img_in(_packed(x))
+        streams = (text, image) if references is None else (text, image, references)
+        shares, tokens = self.shared(*streams)
+        time = embedded_time(self._time, with_time_zero(timesteps, zero_time), x.dtype)
         time = time.unflatten(0, (-1, batch))  # (S, B, D)
         # Of attention and MLP: scale and shift of the norm before it, and its gate.
         shared = model.time_mod_proj(_gelu(time)).unflatten(-1, (2, 3, -1))
@@ -126,18 +125,22 @@ class Forward(ShardedForward):
         normed = self._run_blocks(
             blocks,
             self.sizes.heads[1],
-            torch.cat(tokens, dim=1),
+            tokens,
             [
-                _rms(weight, *of, num_late=shares.own_length(2) if num_late else 0)
+                _rms(weight, *of, num_late=shares.own_length(2) if zero_time else 0)
                 for weight, of in zip(weights, scales_and_shifts, strict=True)
             ],
             [gate for _, _, gate in rows],
             shares.own_of_all(rotation),
             shares,
         )
-        image = shares.whole(shares.of_stream(normed, 1), 1)
-        found = model.final_layer.linear(image)
-        return unpack_patches(found, *x.shape[-2:]).unsqueeze(2)
+        found = model.final_layer.linear(shares.whole(normed, 1))
+        return unpack_patches(found, x.shape[-2:]).unsqueeze(2)
+
+    def _time(self, sinusoids: torch.Tensor) -> torch.Tensor:
+        embed = self.model.time_embed
+        time: torch.Tensor = embed.linear_2(_gelu(embed.linear_1(sinusoids)))
+        return time
 
     def _text(self, context: torch.Tensor) -> torch.Tensor:
         """What the text encoder's layers say of each token, fused: (B, L, layers·d) → (B, L, D)."""
@@ -177,11 +180,8 @@ class Forward(ShardedForward):
                 partial(_feed_forward, block.ff),
             )
         num_late = norms[0].num_late
-        stretches = tokens.tensor_split((-num_late,), dim=1) if num_late else (tokens,)
-        streams = [
-            first_norm(one, norms[0].of_stream(stream)) for stream, one in enumerate(stretches)
-        ]
-        normed = torch.cat(streams, dim=1) if num_late else streams[0]
+        streams = tokens.tensor_split((-num_late,), dim=1) if num_late else (tokens,)
+        normed = first_norms(streams, norms[0])
         for part, gate, norm in zip(parts, gates or [None] * len(parts), norms[1:], strict=True):
             tokens, normed = self.join([part(normed)], tokens, norm._replace(gate=gate))
         return normed
@@ -191,8 +191,8 @@ def _gelu(x: torch.Tensor) -> torch.Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-def _along(x: torch.Tensor, length: int) -> torch.Tensor:
-    return torch.arange(length, dtype=torch.float32, device=x.device)
+def _packed(x: torch.Tensor) -> torch.Tensor:
+    return pack_patches(x.squeeze(2), PATCH)
 
 
 def _rms(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from ...gpu.epilogue import Epilogue, Product
 from ..forward import ShardedForward
-from ..layers import HeadsOfRank, attention, normed_over_ranks, project
+from ..layers import HeadsOfRank, attention, gelu_mlp, normed_over_ranks
 from .guides import Guides, guided_attention
 from .layers import EPS, QK_EPS, gated_heads, modulated, row_of
 
@@ -158,7 +158,7 @@ class StreamsForward(ShardedForward):
             for index, stream in enumerate(streams):
                 norm = stream.norm(block, _BEFORE_MLP)
                 self._join(stream, products[index], stream.caption_gate(block), norm)
-                products[index] = mlp(stream.part(block, "ff"), stream.normed)
+                products[index] = gelu_mlp(stream.part(block, "ff"), stream.normed)
         for stream, product, norm in zip(streams, products, following, strict=True):
             self._join(stream, product, stream.row(block, _MLP), norm)
             if stream is not streams[-1]:
@@ -194,7 +194,7 @@ class StreamsForward(ShardedForward):
             asking = sound.modulated(sound.cross_norm(block, _VIDEO_TO_SOUND))
             q, gates = from_video.to_q(asking), _gates(from_video, asking)
         else:
-            sound_mlp = mlp(block.audio_ff, sound.modulated(sound.norm(block, _BEFORE_MLP)))
+            sound_mlp = gelu_mlp(block.audio_ff, sound.modulated(sound.norm(block, _BEFORE_MLP)))
         norm = video.cross_norm(block, _SOUND_TO_VIDEO) if to_video else NORM
         self._join(video, products[1], video.caption_gate(block), norm)
         if to_video:
@@ -205,14 +205,14 @@ class StreamsForward(ShardedForward):
             norm = NORM if to_sound else video.norm(block, _BEFORE_MLP)
             self._join(video, product, video.cross_gate(block), norm)
         if not to_sound:
-            return [sound_mlp, mlp(block.ff, video.normed)]
+            return [sound_mlp, gelu_mlp(block.ff, video.normed)]
         given = video.modulated(video.cross_norm(block, _VIDEO_TO_SOUND))
         k, v = from_video.to_kv(given).chunk(2, dim=-1)
-        video_mlp = mlp(block.ff, video.modulated(video.norm(block, _BEFORE_MLP)))
+        video_mlp = gelu_mlp(block.ff, video.modulated(video.norm(block, _BEFORE_MLP)))
         rotations = sound.rotations[1], video.rotations[1]
         (product,) = self.attend([Look(from_video, *sizes, q, k, v, gates, rotations)])
         self._join(sound, product, sound.cross_gate(block), sound.norm(block, _BEFORE_MLP))
-        return [mlp(block.audio_ff, sound.normed), video_mlp]
+        return [gelu_mlp(block.audio_ff, sound.normed), video_mlp]
 
     def attend(self, looks: Sequence[Look]) -> list[Product]:
         """Squares of all queries and keys are added up over the ranks at once."""
@@ -264,12 +264,6 @@ def at_itself(
     q, k, v = attend.to_qkv(normed).chunk(3, dim=-1)
     gates, rotations = _gates(attend, normed), (rotation, rotation)
     return Look(attend, width, head_dim, q, k, v, gates, rotations, guides=guides)
-
-
-def mlp(module: Any, normed: torch.Tensor) -> Product:
-    """Of diffusers' ``FeedForward``: what is left to project."""
-    up, down = module.net[0].proj, module.net[2]
-    return down, project(up, normed, gelu=True)
 
 
 def first_norm(

@@ -12,7 +12,8 @@ from torch import nn
 
 from ...gpu.epilogue import Epilogue
 from ...sharding.plan import Split
-from .blocks import NORM, StreamsForward, at_itself, mlp
+from ..layers import gelu_mlp
+from .blocks import NORM, StreamsForward, at_itself
 from .family import MIN_CAPTION, LTX2Sizes
 from .layers import EPS, Heads, rotation_of
 from .rows import REGISTERS
@@ -73,7 +74,7 @@ class ConnectorsForward(StreamsForward):
             look = at_itself(block.attn1, num_heads * head_dim, head_dim, normed, rotation)
             (product,) = self.attend([look])
             tokens, normed = self.join([product], tokens, Epilogue(EPS, **NORM))
-            tokens, normed = self.join([mlp(block.ff, normed)], tokens, Epilogue(EPS, **NORM))
+            tokens, normed = self.join([gelu_mlp(block.ff, normed)], tokens, Epilogue(EPS, **NORM))
         return normed
 
     def heads(self, num_heads: int, head_dim: int) -> Heads:

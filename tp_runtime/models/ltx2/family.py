@@ -17,9 +17,7 @@ import torch
 
 from ...errors import InputError
 from ...sharding.parts import Shape
-from ...sharding.table import (
-    Table,
-)
+from ...sharding.table import Table
 from .. import family as of
 from ..family import Family, Geometry, Input, Sizes, Told, size
 from .rows import LAYERS, REGISTERS, table_of

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..dual_stream import BlockName, skipped_blocks
-from ..forward import Conditioning
+from ..forward import BlockName, Conditioning, kept_blocks
 from ..layers import timestep_embedding
 from .blocks import BEFORE_ITSELF, Norm, Stream, first_norm
 from .connectors import ConnectorsForward
@@ -36,7 +35,6 @@ from .layers import (
     rotation_of,
     row_of,
 )
-from .rows import TIME_CHANNELS
 
 PERTURBED = "stg_self_attn_blocks"
 
@@ -67,7 +65,7 @@ class Forward(ConnectorsForward):
         looks at sound, and sound at video. If present: ``kept`` tokens of the video, and
         ``kept_frames``; ``guides``, that are looked at more or less; ``mark`` (B or 1, L, D), which
         is added to tokens that are one picture each; the ``reference`` (B, L, C), sound that goes
-        before; the captions' ``mask``; ``plain`` blocks, and those to ``skip``.
+        before; the captions' ``mask``; and ``plain`` blocks.
         """
         video, *sounds = _latents(x)
         size, sizes = video.shape[2:], self.sizes
@@ -109,8 +107,6 @@ class Forward(ConnectorsForward):
             found["mask"] = _scores(attention_mask, video.dtype)
         if plain := options.get(PERTURBED):
             found["plain"] = tuple(plain)
-        if skip := skipped_blocks(options):
-            found["skip"] = skip
         return found
 
     def evaluate(
@@ -167,21 +163,17 @@ class Forward(ConnectorsForward):
         of_video = captions[0], (rotations[0], rotations[1]), times, sound_times
         streams.append(self._stream("video", tokens, *of_video, repeats, guides))
 
-        kept_blocks = [
-            (number, block)
-            for number, block in enumerate(model.transformer_blocks)
-            if ("double_block", number) not in skip
-        ]
+        blocks = kept_blocks(model.transformer_blocks, skip)
         lasts = [self._last_norm(stream) for stream in streams]
 
         def norms(place: int) -> list[Norm]:
-            if place == len(kept_blocks):
+            if place == len(blocks):
                 return lasts
-            return [stream.norm(kept_blocks[place][1], BEFORE_ITSELF) for stream in streams]
+            return [stream.norm(blocks[place][1], BEFORE_ITSELF) for stream in streams]
 
         for stream, norm in zip(streams, norms(0), strict=True):
             stream.normed = first_norm(stream.tokens, **norm)
-        for place, (number, block) in enumerate(kept_blocks):
+        for place, (number, block) in enumerate(blocks):
             shared = mask, directions, number in plain
             self.run_block(block, streams, norms(place + 1), *shared)
         results = [self._video(streams[-1].normed, video.shape, kept)]
@@ -262,7 +254,7 @@ def _modulation(
     module: Any, times: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows (B, F, n, D) of timesteps (B, F), and their embedding (B, F, D)."""
-    embedded = module.emb.timestep_embedder(timestep_embedding(times, TIME_CHANNELS).to(dtype))
+    embedded = module.emb.timestep_embedder(timestep_embedding(times).to(dtype))
     return module.linear(F.silu(embedded)).unflatten(-1, (-1, embedded.shape[-1])), embedded
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from ...sharding.plan import QKV, Column, MergedColumn, Replicated, Row, Split
+from ...sharding.plan import Column, MergedColumn, Replicated, Row, Split
 from ...sharding.table import (
     IMAGE,
     ITEM,
@@ -16,8 +16,8 @@ from ...sharding.table import (
     TableRow,
     Tensor,
 )
+from ..rows import TIME_CHANNELS, attention, mlp
 
-TIME_CHANNELS = 256
 MLP_RATIO = 4  # of ComfyUI's class, and of its connectors
 REGISTERS = 128  # learned tokens, which fill up a caption
 LAYERS = "transformer_1d_blocks"
@@ -48,10 +48,7 @@ def table_of(sizes: Any) -> Table:
         )
     if sizes.projects:
         for name, width in (("caption_projection", dim), ("audio_caption_projection", audio)):
-            outside += (
-                Linear(f"{name}.linear_1", "", Column(), sizes.caption_channels, width),
-                Linear(f"{name}.linear_2", "", Row(), width, width),
-            )
+            outside += mlp(f"{name}.linear_{{1,2}}", "", (sizes.caption_channels, width, width))
     if sizes.keyframe_mark:
         outside += (Tensor("keyframes_abs_pos_embedding", "", (1, dim)),)
     attentions = (
@@ -98,9 +95,8 @@ def _block(sizes: Any) -> Iterator[TableRow]:
 
 def _modulation(ours: str, file: str, dim: int, rows: int) -> Iterator[Linear]:
     """What makes ``rows`` rows of a timestep."""
-    path = "emb.timestep_embedder.linear"
-    yield Linear(f"{ours}.{path}_1", f"{file}.{path}_1", Column(), TIME_CHANNELS, dim)
-    yield Linear(f"{ours}.{path}_2", f"{file}.{path}_2", Row(), dim, dim)
+    path = "emb.timestep_embedder.linear_{1,2}"
+    yield from mlp(f"{ours}.{path}", f"{file}.{path}", (TIME_CHANNELS, dim, dim))
     yield Linear(f"{ours}.linear", f"{file}.linear", Column(gather=True), dim, rows * dim)
 
 
@@ -125,17 +121,14 @@ def _attention(
         both = MergedColumn("to_kv", (head_dim, head_dim))
         yield Linear(f"{path}.to_q", "", Column((heads,)), width, inner, over)
         yield Linear(f"{path}.{{to_k,to_v}}", "", both, of_keys, 2 * (inner,), over_keys)
+        yield Linear(f"{path}.to_out.0", "", Row((heads,)), inner, width, over)
     else:
-        qkv = QKV("to_qkv", head_dim, num_heads, num_heads)
-        yield Linear(f"{path}.{{to_q,to_k,to_v}}", "", qkv, width, 3 * (inner,), over)
-    yield Linear(f"{path}.to_out.0", "", Row((heads,)), inner, width, over)
+        yield from attention(path, heads, width, over=over)
     yield Tensor(f"{path}.norm_{{q,k}}.weight", f"{path}.{{q,k}}_norm.weight", (inner,), heads)
     if gated:
         split = Column((Split(num_heads),))
         yield Linear(f"{path}.to_gate_logits", "", split, width, num_heads, over)
 
 
-def _feed_forward(path: str, width: int, bias: bool, over: str) -> Iterator[Linear]:
-    hidden = MLP_RATIO * width
-    yield Linear(f"{path}.net.0.proj", "", Column(), width, hidden, over, bias)
-    yield Linear(f"{path}.net.2", "", Row(), hidden, width, over, bias)
+def _feed_forward(path: str, width: int, bias: bool, over: str) -> tuple[Linear, Linear]:
+    return mlp(f"{path}.net.{{0.proj,2}}", "", (width, MLP_RATIO * width, width), over, bias)

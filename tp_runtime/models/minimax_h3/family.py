@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 from ...sharding.parts import Shape
-from ...sharding.plan import QKV, Column, Row, Split
+from ...sharding.plan import Column, Row, Split
 from ...sharding.table import (
     ALL,
     ITEM,
@@ -25,7 +25,8 @@ from ...sharding.table import (
     Tensor,
 )
 from .. import family as of
-from ..family import Family, Geometry, Input, Reader, Settings, Sizes, size
+from ..family import Family, Geometry, Input, Settings, Sizes, size
+from ..rows import attention
 from .payload import AUDIO_SHIFT, PATCH, SIDES, VIDEO_SHIFT, frames_of, prepared
 
 EPS = 1e-5
@@ -39,11 +40,6 @@ _COMPUTED = {
 MODALITIES = 3  # video, text, audio: each has its own modulation
 _TABLE = "adaln_t_table"
 _HEAD = "blocks.0.attn.q_norm.weight"
-
-
-def _where_present(tensor: str, axis: int) -> Reader:
-    """How long an axis of a tensor is; None in files without the tensor."""
-    return lambda shapes: shapes[tensor][axis] if tensor in shapes else None
 
 
 @dataclass(frozen=True)
@@ -87,12 +83,13 @@ class MiniMaxH3Sizes(Sizes):
         lambda s: s[_TABLE][1] if _TABLE in s else s["time_embedder.proj_out.weight"][0],
         "time_embed_dim",
     )
-    grid: int | None = size(_where_present(_TABLE, 0), lambda _: None)
+    grid: int | None = size(of.length_if_present(_TABLE, 0), lambda _: None)
     time_channels: int | None = size(
-        _where_present("time_embedder.proj_in.weight", 1), lambda s: s["freq_dim"]
+        of.length_if_present("time_embedder.proj_in.weight", 1), lambda s: s["freq_dim"]
     )
     time_hidden: int | None = size(
-        _where_present("time_embedder.proj_in.weight", 0), lambda s: s["time_embed_hidden_dim"]
+        of.length_if_present("time_embedder.proj_in.weight", 0),
+        lambda s: s["time_embed_hidden_dim"],
     )
 
     to_diffusers: ClassVar = "freq_dim=time_channels time_embed_hidden_dim=time_hidden"
@@ -138,7 +135,7 @@ class MiniMaxH3Sizes(Sizes):
 
     @cached_property
     def table(self) -> Table:
-        dim, inner, times = self.dim, self.num_heads * self.head_dim, self.time_dim
+        dim, times = self.dim, self.time_dim
         outside: tuple[TableRow, ...] = (
             *_exact("proj_in", "video_patch_proj", 4 * self.in_channels, dim),
             *_exact("audio_proj_in", "audio_patch_proj", self.audio_channels, dim),
@@ -159,14 +156,13 @@ class MiniMaxH3Sizes(Sizes):
             )
             outside += _exact(f"{path}.linear_2", f"{path}.proj_out", self.time_hidden, times)
         heads, mlp = Split(self.num_heads, self.head_dim), Split(self.mlp_dim)
-        qkv = QKV("to_qkv", self.head_dim, self.num_heads, self.num_heads)
-        ours, three = "attn.{to_q,to_k,to_v}", 3 * (inner,)
 
         def block(over: str) -> tuple[TableRow, ...]:
             up, down = ("ff.net.0.proj", "mlp.fc1"), ("ff.net.2", "mlp.fc2")
             return (
-                Linear(ours, "attn.qkv_proj", qkv, dim, three, over, bias=False),
-                Linear("attn.to_out.0", "attn.out_proj", Row((heads,)), inner, dim, over, False),
+                *attention(
+                    "attn", heads, dim, ("attn.qkv_proj", "attn.out_proj"), over, bias=False
+                ),
                 Linear(
                     *up, Column((mlp, mlp)), dim, 2 * self.mlp_dim, over, bias=False, swapped=True
                 ),

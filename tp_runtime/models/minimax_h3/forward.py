@@ -16,8 +16,7 @@ from torch import nn
 
 from ...gpu.epilogue import Epilogue, Product
 from ...gpu.graphs import fused
-from ..dual_stream import BlockName, skipped_blocks
-from ..forward import Conditioning, ShardedForward
+from ..forward import BlockName, Conditioning, ShardedForward, kept_blocks
 from ..layers import attention, rms_norm, silu_gate, timestep_embedding
 from ..token_shares import TokenShares
 from .family import EPS, FAMILY, MODALITIES, MiniMaxH3Sizes
@@ -72,11 +71,10 @@ class Forward(ShardedForward):
         minimax_payload: Mapping[str, Any],
         denoise_mask: torch.Tensor | None = None,
         audio_denoise_mask: torch.Tensor | None = None,
-        transformer_options: Mapping[str, Any] | None = None,
     ) -> Conditioning:
         """``before`` (L, D), the tokens of text and conditions; ``rotation`` (1, L, 1, n, 2) of all
-        tokens; ``times`` (L,), the number of each one's time, and ``rows`` (L,) of its modulation;
-        and the blocks to ``skip``. Masks: as ``payload.prepared`` makes them.
+        tokens; ``times`` (L,), the number of each one's time, and ``rows`` (L,) of its modulation.
+        Masks: as ``payload.prepared`` makes them.
         """
         video, audio = x
         size = [length + length % 2 for length in video.shape[3:]]
@@ -105,15 +103,12 @@ class Forward(ShardedForward):
             times.append(alike(count, time) if of_mask is None else of_mask)
             modalities.append(alike(count, modality))
         of_tokens = torch.cat(times)
-        found: Conditioning = {
+        return {
             "before": before,
             "rotation": self._rotation(layout.places.to(device), context.dtype),
             "times": of_tokens,
             "rows": of_tokens * MODALITIES + torch.cat(modalities),
         }
-        if skip := skipped_blocks(transformer_options):
-            found["skip"] = skip
-        return found
 
     def evaluate(
         self,
@@ -132,12 +127,10 @@ class Forward(ShardedForward):
         whole = F.pad(video, padding, mode="circular") if any(padding) else video
         made = model.audio_proj_in(packed(audio)), model.proj_in(patchified(whole))
         tokens = torch.cat((before, *(one.to(before.dtype) for one in made)))[None]
-        shares = self.shares(tokens.shape[1])
-        tokens, rotation = shares.own(tokens, 0), shares.own(rotation, 0)
-        rows = shares.own(rows[None], 0)[0]
+        shares, tokens = self.shared(tokens)
+        rotation, rows = shares.own(rotation), shares.own(rows[None])[0]
         of_times = self._of_times(timesteps, before.dtype)
-        kept = [i for i in range(len(model.transformer_blocks)) if ("double_block", i) not in skip]
-        blocks = [model.transformer_blocks[i] for i in kept]
+        blocks = [block for _, block in kept_blocks(model.transformer_blocks, skip)]
         modulations = [self._modulation(block, of_times, before.dtype) for block in blocks]
 
         def norm_before(place: int) -> NormRows:
@@ -156,7 +149,7 @@ class Forward(ShardedForward):
             after = Epilogue(EPS, mlp_gate, "rms", *norm_before(place + 1), streams=rows)
             tokens, normed = self.join([_feed_forward(block.ff, normed)], tokens, after)
         num_before, num_audio = len(before), len(made[0])
-        normed = shares.whole(normed, 0)
+        normed = shares.whole(normed)
         modulation = model.norm_out.linear(of_times)
         predicted = _modulated(normed[0, num_before:], modulation, times[num_before:]).float()
         sound = unpacked(model.audio_proj_out(predicted[:num_audio]))

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..dual_stream import NORM_EPS
 from ..layers import project, rms_norm
-from .family import BlockWiseControl
+from .model_patch import BlockWiseControl
 
 
 def build(sizes: BlockWiseControl) -> "BlockWiseControlNet":

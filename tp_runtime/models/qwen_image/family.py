@@ -5,21 +5,18 @@ transformer_qwenimage.py). The file of ComfyUI's class of that name (0.3.75, and
 and Layered; comfy/ldm/qwen_image/model.py) has its names.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
 from ...config import MODEL_PATCHES
-from ...errors import InputError
-from ...sharding.parts import Shape
-from ...sharding.plan import QKV, Column, Replicated, Row, Split
-from ...sharding.table import IMAGE, ITEM, TEXT, Attention, Linear, Stack, Table, Tensor
+from ...sharding.plan import Column, Replicated, Split
+from ...sharding.table import IMAGE, ITEM, TEXT, Attention, Linear, Stack, Table, TableRow, Tensor
 from .. import family as of
 from ..family import Family, Geometry, Input, Sizes, size
-from ..model_patch import ModelPatch
+from ..rows import TIME_CHANNELS, joint_attention, mlp
+from .model_patch import BlockWiseControl
 
-TIME_CHANNELS = 256
 ZERO_TIME = "__index_timestep_zero__"
 ADDED_TIME = "time_text_embed.addition_t_embedding.weight"
 _NORM = "transformer_blocks.0.attn.norm_q.weight"
@@ -63,72 +60,28 @@ class QwenImageSizes(Sizes):
 
     @cached_property
     def table(self) -> Table:
-        dim, mlp, time = self.dim, 4 * self.dim, "time_text_embed.timestep_embedder"
-        heads, gathered, qkv = Split(self.num_heads, self.head_dim), Column(gather=True), 3 * (dim,)
-        of_heads = self.head_dim, self.num_heads, self.num_heads
-        image, text = QKV("to_qkv", *of_heads), QKV("to_added_qkv", *of_heads)
-
+        dim, heads, gathered = self.dim, Split(self.num_heads, self.head_dim), Column(gather=True)
+        widths, time = (dim, 4 * dim, dim), "time_text_embed.timestep_embedder"
         outside = (
             Linear("img_in", "", Replicated(), 4 * self.in_channels, dim),
             Linear("txt_in", "", gathered, self.context_dim, dim),
-            Linear(f"{time}.linear_1", "", Column(), TIME_CHANNELS, dim),
-            Linear(f"{time}.linear_2", "", Row(), dim, dim),
+            *mlp(f"{time}.linear_{{1,2}}", "", (TIME_CHANNELS, dim, dim)),
             Linear("norm_out.linear", "", gathered, dim, 2 * dim),
             Linear("proj_out", "", Replicated(), dim, 4 * self.out_channels),
             Tensor("txt_norm.weight", "", (self.context_dim,)),
             *((Tensor(ADDED_TIME, "", (2, dim)),) if self.added_time else ()),
         )
-        block = (
+        block: tuple[TableRow, ...] = (
             Linear("img_mod.1", "", Column(), dim, 6 * dim, ITEM),
             Linear("txt_mod.1", "", Column(), dim, 6 * dim, ITEM),
-            Linear("attn.{to_q,to_k,to_v}", "", image, dim, qkv, IMAGE),
-            Linear("attn.{add_q_proj,add_k_proj,add_v_proj}", "", text, dim, qkv, TEXT),
-            Linear("attn.to_out.0", "", Row((heads,)), dim, dim, IMAGE),
-            Linear("attn.to_add_out", "", Row((heads,)), dim, dim, TEXT),
-            Linear("img_mlp.net.0.proj", "", Column(), dim, mlp, IMAGE),
-            Linear("img_mlp.net.2", "", Row(), mlp, dim, IMAGE),
-            Linear("txt_mlp.net.0.proj", "", Column(), dim, mlp, TEXT),
-            Linear("txt_mlp.net.2", "", Row(), mlp, dim, TEXT),
+            *joint_attention(heads, dim),
+            *mlp("img_mlp.net.{0.proj,2}", "", widths, IMAGE),
+            *mlp("txt_mlp.net.{0.proj,2}", "", widths, TEXT),
             Tensor("attn.norm_{q,k,added_q,added_k}.weight", "", (self.head_dim,)),
         )
         stack = "transformer_blocks"
         blocks = Stack(stack, stack, self.num_blocks, block, (Attention(heads),))
         return Table(outside, (blocks,), markers={ZERO_TIME: (0,)} if self.zero_time else {})
-
-
-@dataclass(frozen=True)
-class BlockWiseControl(ModelPatch):
-    """DiffSynth's ControlNets: two linears for each block of the model."""
-
-    label = "DiffSynth ControlNet"
-    comfyui_patch = "DiffSynthCnetPatch"
-    comfyui_model = "QwenImageBlockWiseControlNet"
-    places = ("double_block",)
-    dim: int
-    num_blocks: int
-
-    @classmethod
-    def of_tensors(cls, shapes: Mapping[str, Shape]) -> "BlockWiseControl":
-        dim = shapes["controlnet_blocks.0.input_proj.weight"][0]
-        return cls(dim, of.blocks("controlnet_blocks")(shapes))
-
-    @cached_property
-    def table(self) -> Table:
-        dim, stack = self.dim, "controlnet_blocks"
-        block = (
-            Linear("input_proj", "", Column(), dim, dim, IMAGE),
-            Linear("output_proj", "", Row(), dim, dim, IMAGE),
-            Tensor("{x,y}_rms.weight", "", (dim,)),
-        )
-        return Table((), (Stack(stack, stack, self.num_blocks, block),))
-
-    def check_fits(self, label: str, sizes: Sizes) -> None:
-        assert isinstance(sizes, QwenImageSizes)
-        if self.dim != sizes.dim or self.num_blocks < sizes.num_blocks:
-            raise InputError(
-                f"The {self.label} has {self.num_blocks} blocks of width {self.dim}; {label} has "
-                f"{sizes.num_blocks} of width {sizes.dim} here. Use one made for this model."
-            )
 
 
 FAMILY = Family(

@@ -5,6 +5,7 @@ Shapes: B batch, C latent channels, T layers, H W latent size, L tokens, D model
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,30 +14,38 @@ import torch.nn.functional as F
 from ...errors import InputError
 from ..dual_stream import (
     NORM_EPS,
-    BlockInputs,
-    BlockName,
     DualStreamForward,
+    FeedForward,
+    Streams,
+    dual_blocks,
+)
+from ..forward import BlockName, Conditioning
+from ..layers import (
+    TIME_SCALE,
+    gelu_mlp,
+    rms_norm,
+    rope_rotation,
+    timestep_embedding,
+    with_time_zero,
+)
+from ..pictures import (
+    AT_TIME_ZERO,
     check_method,
-    dual_block,
-    gathered_modulation,
-    gelu_feed_forward,
+    counted,
+    embedded_references,
     grid_positions,
     pack_patches,
+    patch_grid,
     reference_positions,
-    run_blocks,
-    skipped_blocks,
     unpack_patches,
 )
-from ..forward import Conditioning
-from ..layers import rms_norm, rope_rotation, timestep_embedding
-from .family import FAMILY, TIME_CHANNELS
+from .family import FAMILY
 
 ROPE_THETA = 10000.0
-TIME_SCALE = 1000.0
 # ComfyUI's name → ours. It knows no "uxo" here and takes it for "offset".
 REFERENCE_METHODS = {
     "index": "index",
-    "index_timestep_zero": "index",  # and their modulation is that of time 0
+    AT_TIME_ZERO: "index",
     "negative_index": "negative_index",
     "offset": "offset",
     "uxo": "offset",
@@ -44,7 +53,7 @@ REFERENCE_METHODS = {
 
 
 class Forward(DualStreamForward):
-    """Evaluates the sharded module on ComfyUI's forward arguments."""
+    """See ``DualStreamForward``."""
 
     family = FAMILY
 
@@ -55,46 +64,31 @@ class Forward(DualStreamForward):
         attention_mask: torch.Tensor | None = None,
         ref_latents: Sequence[torch.Tensor] = (),
         ref_latents_method: str | None = None,
-        transformer_options: Mapping[str, Any] | None = None,
-        model_patches: Sequence[Mapping[str, Any]] = (),
     ) -> Conditioning:
-        """``text`` (B, L, D); ``rotation`` of text, image and references.
-
-        If present: ``references`` (B, L, D), whether they are at time 0 (``zero_time``), what is
-        added to the time's embedding (``added``, (D,)), ``mask``, the blocks to ``skip``, and
-        ``model_patches``.
-        """
-        self.check_patches(x.shape[0], self.sizes.geometry.image_tokens(x.shape), model_patches)
+        """See the class; ``mask``, and, if any, what is ``added`` (D,) to the time embedded."""
         asked = ref_latents_method or self._default_method
         check_method(self.label, ref_latents, asked, REFERENCE_METHODS)
         method = REFERENCE_METHODS.get(asked, "index")
-        positions = _positions(x, context, ref_latents, method)
+        positions = _positions(x, context.shape[1], ref_latents, method)
         rotation = rope_rotation(positions, self.sizes.axes_dims, ROPE_THETA)
         text = rms_norm(context, self.model.txt_norm.weight, NORM_EPS)
-        found = {
+        found: Conditioning = {
             "text": self.model.txt_in(text),
             "rotation": rotation.to(x.dtype),  # ComfyUI rotates in the model's dtype here
+            "references": embedded_references(self.model.img_in, ref_latents, _pack_layers),
+            "zero_time": asked == AT_TIME_ZERO and bool(ref_latents),
+            "mask": _mask_of_text(attention_mask, context, len(positions), x.dtype),
         }
-        if ref_latents:
-            packed = torch.cat([_pack_layers(latent) for latent in ref_latents], dim=1)
-            found["references"] = self.model.img_in(packed)
-            found["zero_time"] = asked == "index_timestep_zero"
         if self.sizes.added_time:
             # ComfyUI's nodes never ask for the other row, the one of the first picture.
             found["added"] = self.model.time_text_embed.addition_t_embedding.weight[0].clone()
-        if attention_mask is not None:
-            found["mask"] = _mask_of_text(attention_mask, context, len(positions), x.dtype)
-        if skip := skipped_blocks(transformer_options):
-            found["skip"] = skip
-        if model_patches:
-            found["model_patches"] = model_patches
         return found
 
     @property
     def _default_method(self) -> str:
         if self.sizes.added_time:
             return "negative_index"
-        return "index_timestep_zero" if self.sizes.zero_time else "index"
+        return AT_TIME_ZERO if self.sizes.zero_time else "index"
 
     def evaluate(
         self,
@@ -111,47 +105,31 @@ class Forward(DualStreamForward):
         control: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
         """(B, C, T, H, W) → the same."""
-        model, batch = self.model, x.shape[0]
-        image = model.img_in(_pack_layers(x))
-        num_image = image.shape[1]
-        if references is not None:
-            image = torch.cat((image, references), dim=1)
+        model, batch, modules = self.model, x.shape[0], self.model.transformer_blocks
         # Scaled after the frequencies, unlike FLUX: the order shows in the last bits.
-        times = torch.cat((timesteps, timesteps * 0)) if zero_time else timesteps
-        sinusoids = timestep_embedding(times, TIME_CHANNELS, scale=TIME_SCALE).to(x.dtype)
+        times = with_time_zero(timesteps, zero_time)
+        sinusoids = timestep_embedding(times, scale=TIME_SCALE).to(x.dtype)
         time = model.time_text_embed.timestep_embedder(sinusoids)
         activated = F.silu(time if added is None else time + added)
         # Of both streams, the text's first: (blocks, 2, B, 6, D); 2 B rows with those of time 0.
-        linears = [
-            linear
-            for block in model.transformer_blocks
-            for linear in (block.txt_mod[1], block.img_mod[1])
-        ]
-        modulations = gathered_modulation(self, linears, activated, 6).unflatten(0, (-1, 2))
+        linears = [linear for block in modules for linear in (block.txt_mod[1], block.img_mod[1])]
+        modulations = self.modulations(linears, activated, 6).unflatten(0, (-1, 2))
         if zero_time:  # of text, image and references
             now, at_zero = modulations.split(batch, dim=2)
             modulations = torch.cat((now, at_zero[:, 1:]), dim=1)
-        blocks = [
-            dual_block(
-                ("double_block", i),
-                modulation,
-                block.attn,
-                (gelu_feed_forward(block.txt_mlp), gelu_feed_forward(block.img_mlp)),
-            )
-            for i, (block, modulation) in enumerate(
-                zip(model.transformer_blocks, modulations, strict=True)
-            )
-        ]
+        blocks = dual_blocks(modules, modulations, _feed_forwards)
         scale_and_shift = model.norm_out.linear(activated[:batch]).unflatten(-1, (2, -1))
         last_norm = scale_and_shift.flip(1)[None]
-        num_late = image.shape[1] - num_image if zero_time else 0
-        given = BlockInputs(text.shape[1], rotation, mask, num_late=num_late)
-        patches = self.block_patches(model_patches)
-        image = run_blocks(self, blocks, text, image, last_norm, given, skip, control, patches)
-        patches = model.proj_out(image[:, :num_image])
-        layers = patches.unflatten(1, (x.shape[2], -1)).flatten(0, 1)
-        found = unpack_patches(layers, x.shape[-2], x.shape[-1])
+        streams = Streams(text, model.img_in(_pack_layers(x)), references, zero_time)
+        chosen = skip, control, model_patches
+        image = self.run_blocks(blocks, last_norm, streams, rotation, mask, *chosen)
+        layers = model.proj_out(image).unflatten(1, (x.shape[2], -1)).flatten(0, 1)
+        found = unpack_patches(layers, x.shape[-2:])
         return found.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+def _feed_forwards(block: Any) -> tuple[FeedForward, FeedForward]:
+    return partial(gelu_mlp, block.txt_mlp), partial(gelu_mlp, block.img_mlp)
 
 
 def _pack_layers(x: torch.Tensor) -> torch.Tensor:
@@ -162,12 +140,14 @@ def _pack_layers(x: torch.Tensor) -> torch.Tensor:
 
 
 def _mask_of_text(
-    mask: torch.Tensor, context: torch.Tensor, num_tokens: int, dtype: torch.dtype
-) -> torch.Tensor:
+    mask: torch.Tensor | None, context: torch.Tensor, num_tokens: int, dtype: torch.dtype
+) -> torch.Tensor | None:
     """What is added to the scores of the text's keys, (B, 1, 1, L): of 1 and 0, or added as it is.
 
     Raises InputError for another shape than (batch, tokens).
     """
+    if mask is None:
+        return None
     if mask.shape != context.shape[:2]:
         raise InputError(
             f"The attention mask of the conditioning has the shape {tuple(mask.shape)}; the "
@@ -180,7 +160,7 @@ def _mask_of_text(
 
 
 def _positions(
-    x: torch.Tensor, context: torch.Tensor, references: Sequence[torch.Tensor], method: str
+    x: torch.Tensor, num_text: int, references: Sequence[torch.Tensor], method: str
 ) -> torch.Tensor:
     """Positions (L, 3) of text, image and references.
 
@@ -193,10 +173,9 @@ def _positions(
         line = torch.linspace(start, start + steps - 1, steps, dtype=x.dtype, device=x.device)
         return line.float() - steps // 2
 
-    height, width = x.shape[-2:]
-    first = max(-(-width // 2) // 2, -(-height // 2) // 2)
-    text = torch.arange(first, first + context.shape[1], dtype=torch.float32, device=x.device)
-    rows, columns = along(0, height), along(0, width)
+    size = x.shape[-2:]
+    rows, columns = (along(0, length) for length in size)
+    first = max(side // 2 for side in patch_grid(x))
+    text = counted(num_text, x, first)[:, None].expand(-1, 3)
     image = [grid_positions(index, rows, columns) for index in range(x.shape[2])]
-    others = reference_positions(references, method, (height, width), along)
-    return torch.cat([text[:, None].expand(-1, 3), *image, *others])
+    return torch.cat([text, *image, *reference_positions(references, method, size, along)])

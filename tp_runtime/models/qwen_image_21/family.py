@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import ClassVar
 
-from ...sharding.plan import QKV, Column, MergedColumn, Replicated, Row, Split
+from ...sharding.plan import Column, MergedColumn, Replicated, Row, Split
 from ...sharding.table import ALL, IMAGE, Attention, Linear, Stack, Table, Tensor
 from .. import family as of
 from ..family import Family, Geometry, Input, Sizes, size
+from ..rows import TIME_CHANNELS, attention, mlp
 
-TIME_CHANNELS = 256
 MAX_REFERENCES = 16  # of ComfyUI's node for them
 _NORM = "transformer_blocks.0.attn.norm_q.weight"
 _MLP = "transformer_blocks.0.img_mlp"
@@ -54,33 +54,31 @@ class QwenImage21Sizes(Sizes):
 
     @cached_property
     def table(self) -> Table:
-        dim, mlp = self.dim, self.mlp_ratio * self.dim
+        dim, hidden = self.dim, self.mlp_ratio * self.dim
         heads, gathered = Split(self.num_heads, self.head_dim), Column(gather=True)
-        qkv = QKV("to_qkv", self.head_dim, self.num_heads, self.num_heads)
         gate_and_up, time = MergedColumn("gate_up"), "time_text_embed.timestep_embedder"
         linear = partial(Linear, bias=False)
         outside = (
             linear("img_in", "", Replicated(), self.in_channels, dim),
-            linear("txt_in.in_layer", "", Column(), self.context_dim, dim),
-            linear("txt_in.out_layer", "", Row(), dim, dim),
-            linear(f"{time}.linear_1", "", Column(), TIME_CHANNELS, dim),
-            linear(f"{time}.linear_2", "", Row(), dim, dim),
+            *mlp("txt_in.{in,out}_layer", "", (self.context_dim, dim, dim), bias=False),
+            *mlp(f"{time}.linear_{{1,2}}", "", (TIME_CHANNELS, dim, dim), bias=False),
             linear("modulation.1", "", gathered, dim, 4 * dim),
             linear("norm_out.linear", "", gathered, dim, dim),
             linear("proj_out", "", Replicated(), dim, self.out_channels),
             Tensor(_FIRST_NORM, "", (self.context_dim,)),
         )
         # Text and references pass through the blocks once a prompt; only their keys stay.
-        in_the_file = "img_mlp.gate_up" if self.fused else "img_mlp.{gate_layer,proj}"
+        in_the_file = "img_mlp.gate_up" if self.fused else ""
         block = (
-            linear("attn.{to_q,to_k,to_v}", "", qkv, dim, 3 * (dim,), IMAGE),
-            linear("attn.to_out.0", "", Row((heads,)), dim, dim, IMAGE),
-            linear("img_mlp.{gate_layer,proj}", in_the_file, gate_and_up, dim, 2 * (mlp,), IMAGE),
-            linear("img_mlp.out", "", Row(), mlp, dim, IMAGE),
+            *attention("attn", heads, dim, over=IMAGE, bias=False),
+            linear(
+                "img_mlp.{gate_layer,proj}", in_the_file, gate_and_up, dim, 2 * (hidden,), IMAGE
+            ),
+            linear("img_mlp.out", "", Row(), hidden, dim, IMAGE),
             Tensor("attn.norm_{q,k}.weight", "", (self.head_dim,)),
         )
-        stack, attention = "transformer_blocks", Attention(heads, IMAGE, ALL)
-        return Table(outside, (Stack(stack, stack, self.num_blocks, block, (attention,)),))
+        stack, attentions = "transformer_blocks", (Attention(heads, IMAGE, ALL),)
+        return Table(outside, (Stack(stack, stack, self.num_blocks, block, attentions),))
 
 
 FAMILY = Family(

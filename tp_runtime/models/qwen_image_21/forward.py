@@ -20,27 +20,27 @@ import torch.nn.functional as F
 
 from ...errors import InputError
 from ...gpu.epilogue import Epilogue
-from ...gpu.graphs import fused
-from ..dual_stream import grid_positions, heads_of, skipped_blocks
-from ..forward import Conditioning, ShardedForward
+from ..forward import BlockName, Conditioning, ShardedForward, kept_blocks, skipped_blocks
 from ..layers import (
+    TIME_SCALE,
     attention,
+    embedded_time,
+    first_norm,
+    heads_of,
     project,
     rms_norm,
     rope_rotation,
     rotated_heads,
     silu_gate,
-    timestep_embedding,
 )
-from .family import FAMILY, TIME_CHANNELS
+from ..pictures import counted, grid_positions
+from .family import FAMILY
 
 EPS = 1e-6
 ROPE_THETA = 10000.0
-TIME_SCALE = 1000.0
 
 # Of a block: scale and gate of attention, scale and gate of the MLP, each (1, B, D).
 Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-
 
 # Of a block, those of the prefix, each (B, P, N, K).
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
@@ -56,12 +56,6 @@ class Segment:
     start: int
     stop: int
     mask: torch.Tensor | None
-
-
-@fused
-def _modulated_norm(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Layer norm without weights of (B, L, D), then scaled by (1, B, D)."""
-    return F.layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale[0][:, None])
 
 
 class Forward(ShardedForward):
@@ -80,20 +74,19 @@ class Forward(ShardedForward):
         """``prefix``: of every block its keys and values; ``rotation`` of the image.
 
         ``image_slots``: before which token of the text each reference stands; those without one
-        stand behind it. If present: the numbers of the blocks to ``skip``.
+        stand behind it.
         """
         num_text = context.shape[1]
         slots = self._slots(image_slots, num_text, len(ref_latents))
-        skip = tuple(number for _, number in skipped_blocks(transformer_options))
         positions, segments = _placed(x, slots, num_text, ref_latents)
         rotation = rope_rotation(positions, self.sizes.axes_dims, ROPE_THETA)
         tokens = self._prefix_tokens(context, slots, ref_latents)
         num_prefix = tokens.shape[1]
         # Text and references are modulated as at time 0.
         rows = self._rows(self._time(torch.zeros(1, dtype=x.dtype, device=x.device)))
-        prefix = self._run_prefix(tokens, rows, rotation[:, :num_prefix], segments, skip)
-        found = {"prefix": prefix, "rotation": rotation[:, num_prefix:].clone()}
-        return found | ({"skip": skip} if skip else {})
+        blocks = self._blocks(skipped_blocks(transformer_options))
+        prefix = self._run_prefix(blocks, tokens, rows, rotation[:, :num_prefix], segments)
+        return {"prefix": prefix, "rotation": rotation[:, num_prefix:].clone()}
 
     def evaluate(
         self,
@@ -101,26 +94,23 @@ class Forward(ShardedForward):
         timesteps: torch.Tensor,
         prefix: Sequence[KeysAndValues],
         rotation: torch.Tensor,
-        skip: Sequence[int] = (),
+        skip: Sequence[BlockName] = (),
     ) -> torch.Tensor:
         """(B, C, H, W) → (B, out_channels, H, W)."""
         # Rounded to the model's dtype, times 1000 and then by itself, as it was trained.
         time = self._time(((timesteps * TIME_SCALE).to(x.dtype) / TIME_SCALE).to(x.dtype))
         rows = self._rows(time)
-        tokens = self._embedded(x)
-        shares = self.shares(tokens.shape[1])
-        tokens, rotation = shares.own(tokens, 0), shares.own(rotation, 0)
-        normed = _modulated_norm(tokens, rows[0])
+        shares, tokens = self.shared(self._embedded(x))
+        rotation = shares.own(rotation)
         last_scale = self.model.norm_out.linear(F.silu(time))[None]
         blocks = self._blocks(skip)
+        normed = _modulated_norm(tokens, rows[0] if blocks else last_scale)
         for block, of_prefix in zip(blocks, prefix, strict=True):
             attended = shares.attention(*self._heads(block, normed, rotation), before=of_prefix)
             scale = last_scale if block is blocks[-1] else rows[0]
             tokens, normed = self._rest_of_block(block, attended, tokens, rows, scale)
-        if not blocks:
-            normed = _modulated_norm(tokens, last_scale)
-        normed = shares.whole(normed, 0)
-        return self.model.proj_out(normed).transpose(1, 2).unflatten(2, x.shape[-2:])
+        predicted = self.model.proj_out(shares.whole(normed))
+        return predicted.transpose(1, 2).unflatten(2, x.shape[-2:])
 
     def _slots(self, given: Any, num_text: int, count: int) -> list[int]:
         """Where each reference stands. Raises InputError for places that are none."""
@@ -136,9 +126,9 @@ class Forward(ShardedForward):
             )
         return slots
 
-    def _blocks(self, skip: Sequence[int]) -> list[Any]:
+    def _blocks(self, skip: Sequence[BlockName]) -> list[Any]:
         """Those that are not skipped."""
-        return [b for i, b in enumerate(self.model.transformer_blocks) if i not in skip]
+        return [block for _, block in kept_blocks(self.model.transformer_blocks, skip)]
 
     def _embedded(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) → (B, L, D)."""
@@ -147,9 +137,7 @@ class Forward(ShardedForward):
 
     def _time(self, t: torch.Tensor) -> torch.Tensor:
         """(B,) in the model's dtype → (B, D)."""
-        sinusoids = timestep_embedding(TIME_SCALE * t.float(), TIME_CHANNELS).to(t.dtype)
-        time: torch.Tensor = self.model.time_text_embed.timestep_embedder(sinusoids)
-        return time
+        return embedded_time(self.model.time_text_embed.timestep_embedder, t.float(), t.dtype)
 
     def _rows(self, time: torch.Tensor) -> Rows:
         """The modulation that all blocks share."""
@@ -170,14 +158,13 @@ class Forward(ShardedForward):
 
     def _run_prefix(
         self,
+        blocks: Sequence[Any],
         tokens: torch.Tensor,
         rows: Rows,
         rotation: torch.Tensor,
         segments: Sequence[Segment],
-        skip: Sequence[int],
     ) -> list[KeysAndValues]:
         """Those of every block. Of the last one, nothing else is needed."""
-        blocks = self._blocks(skip)
         found: list[KeysAndValues] = []
         normed = _modulated_norm(tokens, rows[0])
         for block in blocks:
@@ -218,6 +205,11 @@ class Forward(ShardedForward):
         return self.join([product], tokens, after)
 
 
+def _modulated_norm(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Layer norm without weights of (B, L, D), then scaled by (1, B, D)."""
+    return first_norm(x, Epilogue(EPS, None, "layer", scale).of_stream(0))
+
+
 def _placed(
     x: torch.Tensor, slots: Sequence[int], num_text: int, references: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, list[Segment]]:
@@ -235,13 +227,12 @@ def _placed(
         pairwise((0, *slots, num_text)), (*references, x), strict=True
     ):
         if length := last - first:
-            text = torch.arange(count, count + length, dtype=torch.float32, device=device)
-            positions.append(text[:, None].expand(-1, 3))
+            positions.append(counted(length, x, count)[:, None].expand(-1, 3))
             mask = torch.ones(length, start + length, dtype=torch.bool, device=device).tril(start)
             segments.append(Segment(start, start + length, mask))
             count, start = count + length, start + length
         rows, columns = (
-            torch.arange(n, dtype=torch.float32, device=device) - (n - n // 2) + (n % 2 - m % 2) / 2
+            counted(n, x) - (n - n // 2) + (n % 2 - m % 2) / 2
             for n, m in zip(picture.shape[-2:], size, strict=True)
         )
         positions.append(grid_positions(count, rows, columns))

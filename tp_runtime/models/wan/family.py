@@ -8,27 +8,22 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
-from ...sharding.plan import QKV, Column, MergedColumn, Replicated, Row, Split
+from ...sharding.plan import Column, MergedColumn, Replicated, Row, Split
 from ...sharding.table import IMAGE, PROMPT, TEXT, Attention, Linear, Stack, Table, TableRow, Tensor
 from .. import family as of
-from ..family import Family, Geometry, Input, Reader, Shapes, Sizes, size
+from ..family import Family, Geometry, Input, Shapes, Sizes, size
+from ..rows import TIME_CHANNELS, attention, mlp
 
-TIME_CHANNELS = 256
 PATCH = (1, 2, 2)
 CAMERA_DOWNSCALE = 8  # pixels of a camera's path along a side of a latent's
 _WIDTH = "head.modulation"
 _OF_VARIANTS = "clip_fea", "reference_latent", "vace_context", "camera_conditions"
-_VACE, _CAMERA = "vace_patch_embedding", "control_adapter"
+_VACE, _CAMERA, _OUTSIDE = "vace_patch_embedding", "control_adapter", "condition_embedder"
 
 
 def _head_dim(shapes: Shapes) -> int:
     """128 in every published model, which the file does not say; 16 in narrower ones, for tests."""
     return 16 if shapes[_WIDTH][2] % 128 else 128
-
-
-def _where_present(tensor: str, axis: int, per: int = 1) -> Reader:
-    """How long an axis of a tensor is, as ``of.length``; None in files without the tensor."""
-    return lambda shapes: shapes[tensor][axis] // per if tensor in shapes else None
 
 
 @dataclass(frozen=True)
@@ -51,17 +46,19 @@ class WanSizes(Sizes):
     out_channels: int = size(of.length("head.head.weight", per=4), "out_channels")
     context_dim: int = size(of.length("text_embedding.0.weight", 1), "text_dim")
     image_dim: int | None = size(
-        _where_present("img_emb.proj.1.weight", 1), lambda s: s.get("image_dim")
+        of.length_if_present("img_emb.proj.1.weight", 1), lambda s: s.get("image_dim")
     )
     image_positions: int | None = size(
-        _where_present("img_emb.emb_pos", 1), lambda s: s.get("pos_embed_seq_len")
+        of.length_if_present("img_emb.emb_pos", 1), lambda s: s.get("pos_embed_seq_len")
     )
-    reference_channels: int | None = size(_where_present("ref_conv.weight", 1), lambda _: None)
+    reference_channels: int | None = size(
+        of.length_if_present("ref_conv.weight", 1), lambda _: None
+    )
 
     vace_blocks: int = size(of.blocks("vace_blocks"), lambda _: 0)
-    vace_channels: int | None = size(_where_present(f"{_VACE}.weight", 1), lambda _: None)
+    vace_channels: int | None = size(of.length_if_present(f"{_VACE}.weight", 1), lambda _: None)
     camera_channels: int | None = size(
-        _where_present(f"{_CAMERA}.conv.weight", 1, per=CAMERA_DOWNSCALE**2), lambda _: None
+        of.length_if_present(f"{_CAMERA}.conv.weight", 1, per=CAMERA_DOWNSCALE**2), lambda _: None
     )
 
     @property
@@ -129,20 +126,19 @@ class WanSizes(Sizes):
     def table(self) -> Table:
         dim, kernel, gathered = self.dim, PATCH, Column(gather=True)
         heads, units = Split(self.num_heads, self.head_dim), (self.head_dim, self.head_dim)
-        qkv = QKV("to_qkv", self.head_dim, self.num_heads, self.num_heads)
         column, row = Column((heads,)), Row((heads,))
+        time, text = f"{_OUTSIDE}.time_embedder", f"{_OUTSIDE}.text_embedder"
         outside: tuple[TableRow, ...] = (
             Tensor("patch_embedding.weight", "", (dim, self.in_channels, *kernel), exact=True),
             Tensor("patch_embedding.bias", "", (dim,), exact=True),
-            *_embedder("time_embedder", "time_embedding", TIME_CHANNELS, dim),
-            *_embedder("text_embedder", "text_embedding", self.context_dim, dim),
+            *mlp(f"{time}.linear_{{1,2}}", "time_embedding.{0,2}", (TIME_CHANNELS, dim, dim)),
+            *mlp(f"{text}.linear_{{1,2}}", "text_embedding.{0,2}", (self.context_dim, dim, dim)),
             Linear(f"{_OUTSIDE}.time_proj", "time_projection.1", gathered, dim, 6 * dim),
             Linear("proj_out", "head.head", Replicated(), dim, 4 * self.out_channels),
             Tensor("scale_shift_table", "head.modulation", (1, 2, dim)),
         )
         block: tuple[TableRow, ...] = (
-            Linear("attn1.{to_q,to_k,to_v}", "self_attn.{q,k,v}", qkv, dim, 3 * (dim,), IMAGE),
-            Linear("attn1.to_out.0", "self_attn.o", row, dim, dim, IMAGE),
+            *attention("attn1", heads, dim, ("self_attn.{q,k,v}", "self_attn.o"), IMAGE),
             Linear("attn2.to_q", "cross_attn.q", column, dim, dim, IMAGE),
             Linear(
                 "attn2.{to_k,to_v}",
@@ -153,8 +149,7 @@ class WanSizes(Sizes):
                 PROMPT,
             ),
             Linear("attn2.to_out.0", "cross_attn.o", row, dim, dim, IMAGE),
-            Linear("ffn.net.0.proj", "ffn.0", Column(), dim, self.mlp_dim, IMAGE),
-            Linear("ffn.net.2", "ffn.2", Row(), self.mlp_dim, dim, IMAGE),
+            *mlp("ffn.net.{0.proj,2}", "ffn.{0,2}", (dim, self.mlp_dim, dim), IMAGE),
             Tensor("attn1.norm_{q,k}.weight", "self_attn.norm_{q,k}.weight", (dim,), heads),
             Tensor("attn2.norm_{q,k}.weight", "cross_attn.norm_{q,k}.weight", (dim,), heads),
             Tensor("norm2.{weight,bias}", "norm3.{weight,bias}", (dim,)),
@@ -204,23 +199,13 @@ class WanSizes(Sizes):
         ours, file, dim = f"{_OUTSIDE}.image_embedder", "img_emb.proj", self.dim
         rows: tuple[TableRow, ...] = (
             Tensor(f"{ours}.norm1.{{weight,bias}}", f"{file}.0.{{weight,bias}}", (width,)),
-            Linear(f"{ours}.ff.net.0.proj", f"{file}.1", Column(), width, width),
-            Linear(f"{ours}.ff.net.2", f"{file}.3", Row(), width, dim),
+            *mlp(f"{ours}.ff.net.{{0.proj,2}}", f"{file}.{{1,3}}", (width, width, dim)),
             Tensor(f"{ours}.norm2.{{weight,bias}}", f"{file}.4.{{weight,bias}}", (dim,)),
         )
         if self.image_positions:
             shape = 1, self.image_positions, width
             rows += (Tensor(f"{ours}.pos_embed", "img_emb.emb_pos", shape),)
         return rows
-
-
-_OUTSIDE = "condition_embedder"
-
-
-def _embedder(ours: str, file: str, inputs: int, dim: int) -> tuple[Linear, ...]:
-    path = f"{_OUTSIDE}.{ours}.linear"
-    first = Linear(f"{path}_1", f"{file}.0", Column(), inputs, dim)
-    return first, Linear(f"{path}_2", f"{file}.2", Row(), dim, dim)
 
 
 FAMILY = Family(

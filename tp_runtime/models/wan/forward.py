@@ -13,9 +13,15 @@ from torch import nn
 
 from ...errors import InputError
 from ...gpu.epilogue import Epilogue, Product
-from ..dual_stream import BlockName, skipped_blocks
-from ..forward import Conditioning, ShardedForward, option
-from ..layers import HeadsOfRank, attention, normed_over_ranks, project, rope_rotation
+from ..forward import BlockName, Conditioning, ShardedForward, kept_blocks, option
+from ..layers import (
+    HeadsOfRank,
+    attention,
+    gelu_mlp,
+    normed_over_ranks,
+    project,
+    rope_rotation,
+)
 from ..token_shares import TokenShares
 from .family import FAMILY, WanSizes
 from .layers import (
@@ -69,8 +75,7 @@ class Forward(ShardedForward):
         (B, L, D), the tokens before the first frame's; ``more`` latents behind the last frame;
         ``others`` (B, L, D), the tokens of other videos and pictures (Bernini), after all; the
         ``camera``'s share of the tokens (B, L, D); ``vace`` (n, B, L, D), the tokens of n control
-        videos, with the ``vace_keys`` and ``vace_values`` of the caption in its blocks; and the
-        blocks to ``skip``.
+        videos, with the ``vace_keys`` and ``vace_values`` of the caption in its blocks.
         """
         more = None if time_dim_concat is None else padded(time_dim_concat)
         uses_reference = reference_latent is not None and self.sizes.reference_channels
@@ -116,8 +121,6 @@ class Forward(ShardedForward):
             found["vace_strength"] = self._strengths(vace_strength, len(videos))
             of_text = [(block.attn2.norm_k, block.attn2.to_kv) for block in self.model.vace_blocks]
             found["vace_keys"], found["vace_values"] = self._keys_and_values(text, of_text)
-        if skip := skipped_blocks(transformer_options):
-            found["skip"] = skip
         return found
 
     def evaluate(
@@ -155,20 +158,19 @@ class Forward(ShardedForward):
         num_wanted = tokens.shape[1]
         if others is not None:
             tokens = torch.cat((tokens, others), dim=1)
-        shares = self.shares(tokens.shape[1])
+        shares, tokens = self.shared(tokens)
+        rotation = shares.own(rotation)
         time, modulation = self._of_time(timesteps, x.dtype)
-        kept = [i for i in range(len(model.blocks)) if ("double_block", i) not in skip]
-        tables = [model.blocks[i].scale_shift_table for i in kept]
-        rows = [rows_of(table, modulation, shares) for table in tables]
+        kept = kept_blocks(model.blocks, skip)
+        rows = [rows_of(block.scale_shift_table, modulation, shares) for _, block in kept]
         rows.append(rows_of(model.scale_shift_table, time[:, :, None], shares))
-        tokens, rotation = shares.own(tokens, 0), shares.own(rotation, 0)
 
         # After which of the blocks that are kept each of VACE's adds something; -1: before them.
-        places = [sum(i <= layer for i in kept) - 1 for layer in self._vace_layers]
+        places = [sum(i <= layer for i, _ in kept) - 1 for layer in self._vace_layers]
         hints: Iterator[list[torch.Tensor]] = iter(())
         if vace is not None and vace_keys is not None and vace_values is not None:
             of_text = list(zip(vace_keys, vace_values, strict=True))
-            videos = [shares.own(video, 0) for video in vace]
+            videos = [shares.own(video) for video in vace]
             given = videos, vace_strength, tokens, rotation, modulation, of_text, shares
             hints = self._hints(*given)
 
@@ -178,20 +180,20 @@ class Forward(ShardedForward):
         for hint in next_hints(-1):
             tokens = tokens + hint
         normed = modulated(tokens, rows[0])
-        for place, index in enumerate(kept):
+        for place, (index, module) in enumerate(kept):
             prompt = [(keys[index], values[index])]
             if picture_keys is not None and picture_values is not None:
                 prompt.append((picture_keys[index], picture_values[index]))
             added = next_hints(place)
             after = None if added else rows[place + 1]
-            block = model.blocks[index], rows[place], prompt, rotation, after, shares
+            block = module, rows[place], prompt, rotation, after, shares
             tokens, normed = self._block(tokens, normed, *block)
             if added:
                 tokens = normed
                 for hint in added:
                     tokens = tokens + hint
                 normed = modulated(tokens, rows[place + 1])
-        found = shares.whole(model.proj_out(normed), 0)[:, num_before:num_wanted]
+        found = shares.whole(model.proj_out(normed))[:, num_before:num_wanted]
         return unpatchified(found, grid)[:, :, : shape[2], : shape[3], : shape[4]]
 
     def _block(
@@ -220,8 +222,7 @@ class Forward(ShardedForward):
         if following is not None:
             shift, scale = following[:2]
             after = Epilogue(EPS, mlp_gate, "layer", scale, shift)
-        up, down = block.ffn.net[0].proj, block.ffn.net[2]
-        return self.join([(down, project(up, normed, gelu=True))], tokens, after)
+        return self.join([gelu_mlp(block.ffn, normed)], tokens, after)
 
     def _hints(
         self,

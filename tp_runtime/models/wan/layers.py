@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...errors import InputError
+from ..rows import TIME_CHANNELS
 from ..token_shares import TokenShares
-from .family import CAMERA_DOWNSCALE, FAMILY, PATCH, TIME_CHANNELS, WanSizes
+from .family import CAMERA_DOWNSCALE, FAMILY, PATCH, WanSizes
 
 EPS = 1e-6
 CLIP_EPS = 1e-5
@@ -58,7 +59,7 @@ def rows_of(
         return modulation[:, 0][None].unbind(2)
     repeats = -(-num_tokens // frames)
     rows = modulation.repeat_interleave(repeats, dim=1)[:, :num_tokens]
-    return shares.own(rows, 0)[None].unbind(3)
+    return shares.own(rows)[None].unbind(3)
 
 
 def of_tokens(row: torch.Tensor) -> torch.Tensor:

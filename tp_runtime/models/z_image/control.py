@@ -3,18 +3,22 @@ comfy/ldm/lumina/controlnet.py), and when ``ZImageControlPatch`` calls it
 (comfy_extras/nodes_model_patch.py).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ...errors import InputError
+from ..pictures import pack_patches
 from ..token_shares import TokenShares
-from .family import CONTROL_REFINERS, EMBEDDER, PATCH, UnionControl
+from .family import PATCH
+from .model_patch import CONTROL_REFINERS, UnionControl
+from .rows import EMBEDDER
 
 if TYPE_CHECKING:
-    from .forward import Forward
+    from .forward import After, Forward
 
 NUM_LAYERS = 30  # of the model, among which ComfyUI spreads the control layers
 
@@ -44,12 +48,6 @@ def build(sizes: UnionControl) -> nn.Module:
     return module
 
 
-def patches_of(x: torch.Tensor) -> torch.Tensor:
-    """(B, C, H, W) → (B, L, 4·C), with sides that are whole patches."""
-    patches = x.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH))
-    return patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-
-
 def check_hint(label: str, module: Any, hint: torch.Tensor, x: torch.Tensor) -> None:
     """Raises InputError for a picture's latent that does not fit the ControlNet and ``x``."""
     channels = module.control_all_x_embedder[EMBEDDER].weight.shape[1] // PATCH**2
@@ -63,8 +61,50 @@ def check_hint(label: str, module: Any, hint: torch.Tensor, x: torch.Tensor) -> 
         )
 
 
-class Control:
-    """A ControlNet during one evaluation: its own tokens, which go through its own blocks."""
+class Controls:
+    """The ControlNets of one evaluation, which add to the image's tokens after some blocks."""
+
+    def __init__(
+        self,
+        forward: "Forward",
+        patches: Sequence[Mapping[str, Any]],
+        image: torch.Tensor,
+        of_image: TokenShares,
+        rotation: torch.Tensor,
+        adaln: torch.Tensor,
+    ) -> None:
+        """``image``: this rank's tokens of it (B, l, D), by ``of_image``; ``rotation``: of all."""
+        given = image, of_image, rotation, adaln
+        self._each = [_Control(forward, patch, *given) for patch in patches]
+
+    def after_refiners(self, image: torch.Tensor) -> "After":
+        """What they do to the image's tokens after each; ``image``: those before all refiners."""
+        if not self._each:
+            return {}
+        before = image.clone()
+
+        def add(number: int, tokens: torch.Tensor) -> None:
+            for control in self._each:
+                control.after_refiner(number, tokens, before)
+
+        return {number: partial(add, number) for number in range(CONTROL_REFINERS)}
+
+    def after_layers(self, image: torch.Tensor, of_both: TokenShares, num_layers: int) -> "After":
+        """The same of the layers, whose tokens are those of text and image (``of_both``)."""
+        if not self._each:
+            return {}
+        before = image.clone()
+
+        def add(number: int, tokens: torch.Tensor) -> None:
+            for control in self._each:
+                control.after_layer(number, of_both.of_stream(tokens, 1), before)
+
+        places = {place for control in self._each for place in control.places(num_layers)}
+        return {place: partial(add, place) for place in places}
+
+
+class _Control:
+    """One of them, with tokens of its own, which go through its own blocks."""
 
     def __init__(
         self,
@@ -75,17 +115,16 @@ class Control:
         rotation: torch.Tensor,
         adaln: torch.Tensor,
     ) -> None:
-        """``image``: this rank's tokens of it (B, l, D), by ``of_image``; ``rotation``: of all."""
         self._forward, self._module = forward, forward.model_patches[patch["name"]]
         self._strength, self._broken = patch["strength"], patch["broken"]
         refiner, layers = self._module.control_noise_refiner, self._module.control_layers
-        hint = patches_of(patch["hint"])
+        hint = pack_patches(patch["hint"], channels_last=True)
         tokens = self._module.control_all_x_embedder[EMBEDDER](hint)
         # Tokens that only pad the image have none here.
         self._shares = of_image.of_first(tokens.shape[1])
-        own = self._shares.own(tokens, 0)
+        own = self._shares.own(tokens)
         self._tokens = own.expand(image.shape[0], -1, -1).contiguous()
-        self._rotation = self._shares.own(rotation[:, : tokens.shape[1]], 0)
+        self._rotation = self._shares.own(rotation[:, : tokens.shape[1]])
         modulation = forward.modulation([*refiner, *layers], adaln)
         self._refiner = list(zip(refiner, modulation.split(1), strict=False))
         self._layers = list(zip(layers, modulation[len(refiner) :].split(1), strict=True))

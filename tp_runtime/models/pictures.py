@@ -1,0 +1,147 @@
+"""From pictures to tokens and back: patches, and where each lies, with references beside the image.
+
+The arithmetic is ComfyUI's (0.3.75, comfy/ldm/flux/ and comfy/ldm/qwen_image/), whose order of
+operations shows in the last bits.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .forward import unsupported
+
+# ComfyUI's ways to place references: side by side on one plane; one behind another; diagonally
+# below the image. And by index, with the modulation of time 0.
+REFERENCE_METHODS = ("offset", "index", "uxo")
+AT_TIME_ZERO = "index_timestep_zero"
+
+
+def patch_grid(x: torch.Tensor, patch: int = 2) -> tuple[int, int]:
+    """Rows and columns of the patches of latents (..., H, W)."""
+    rows, columns = (-(-length // patch) for length in x.shape[-2:])
+    return rows, columns
+
+
+def pack_patches(x: torch.Tensor, patch: int = 2, channels_last: bool = False) -> torch.Tensor:
+    """Square patches as tokens: (B, C, H, W) → (B, L, C·patch²), padded circularly.
+
+    Features are in the order of channel, row, column; or the channel comes last.
+    """
+    padding = 0, -x.shape[-1] % patch, 0, -x.shape[-2] % patch
+    x = F.pad(x, padding, mode="circular") if any(padding) else x
+    patches = x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # B C h p w q
+    order = (0, 2, 4, 3, 5, 1) if channels_last else (0, 2, 4, 1, 3, 5)
+    return patches.permute(order).flatten(3).flatten(1, 2)
+
+
+def unpack_patches(
+    tokens: torch.Tensor, size: Sequence[int], patch: int = 2, channels_last: bool = False
+) -> torch.Tensor:
+    """(B, L, C·patch²) → (B, C, *size), the inverse of ``pack_patches``."""
+    height, width = size
+    rows = -(-height // patch)
+    features = (patch, patch, -1) if channels_last else (-1, patch, patch)
+    patches = tokens.unflatten(2, features).unflatten(1, (rows, -1))  # B h w, and the features
+    x = patches.permute((0, 5, 1, 3, 2, 4) if channels_last else (0, 3, 1, 4, 2, 5))
+    return x.flatten(4).flatten(2, 3)[:, :, :height, :width]
+
+
+def embedded_references(
+    embed: Callable[[torch.Tensor], torch.Tensor],
+    references: Sequence[torch.Tensor],
+    pack: Callable[[torch.Tensor], torch.Tensor] = pack_patches,
+) -> torch.Tensor | None:
+    """The tokens (B, L, D) of reference latents, one's behind another's; None if there are none."""
+    return embed(torch.cat([pack(one) for one in references], dim=1)) if references else None
+
+
+def counted(length: int, like: torch.Tensor, start: int = 0) -> torch.Tensor:
+    """``start``, ``start`` + 1, … (length,) fp32, where ``like`` is."""
+    return torch.arange(start, start + length, dtype=torch.float32, device=like.device)
+
+
+def grid_positions(index: float, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Positions (L, 3) of an image's tokens, row by row: ``index``, its row's ``y``, its ``x``."""
+    positions = torch.empty(len(y), len(x), 3, dtype=torch.float32, device=y.device)
+    positions[..., 0] = index
+    positions[..., 1] = y[:, None]
+    positions[..., 2] = x
+    return positions.flatten(0, 1)
+
+
+def reference_positions(
+    references: Sequence[torch.Tensor],
+    method: str,
+    size: Sequence[int],
+    along: Callable[[int, int], torch.Tensor],
+    patch: int = 2,
+    step: float = 1.0,
+) -> list[torch.Tensor]:
+    """Positions of reference latents beside an image of ``size`` (height, width).
+
+    ``method`` is one of: ``"index"`` and ``"negative_index"``, one behind another, ``step``
+    apart; ``"uxo"``, diagonally below the image; ``"offset"``, side by side on one plane.
+    ``along(start, length)``: positions along an axis of the patches of so many latent rows.
+    """
+    (height, width), found = size, []
+    down = right = 0
+    for count, reference in enumerate(references, 1):
+        rows, columns = reference.shape[-2:]
+        index, top, left = 0.0, 0, 0
+        if method in ("index", "negative_index"):
+            index = step * (count if method == "index" else -count)
+        elif method == "uxo":
+            top, left = height + -height % patch + down, width + -width % patch + right
+            down, right = down + rows, right + columns
+        else:
+            assert method == "offset", method
+            index = 1.0
+            top, left = (0, right) if rows + down > columns + right else (down, 0)
+            down, right = max(down, rows + top), max(right, columns + left)
+        y, x = (
+            along((start + patch // 2) // patch, length)
+            for start, length in ((top, rows), (left, columns))
+        )
+        found.append(grid_positions(index, y, x))
+    return found
+
+
+def movable_positions(
+    x: torch.Tensor,
+    num_text: int,
+    references: Sequence[torch.Tensor],
+    method: str,
+    options: Mapping[str, float],
+    patch: int = 2,
+    step: float = 1.0,
+) -> torch.Tensor:
+    """Positions (L, 3) of text (all zero), image and references.
+
+    ``options`` (ComfyUI's ``rope_options``) move and stretch the image. ``patch``: latent rows and
+    columns of a token; ``step``: from one reference to the next.
+    """
+
+    def along(start: float, size: int, scale: float = 1.0) -> torch.Tensor:
+        steps = -(-size // patch)
+        end = start + (steps - 1) * scale
+        return torch.linspace(start, end, steps, dtype=torch.float32, device=x.device)
+
+    size = x.shape[-2:]
+    text = torch.zeros(num_text, 3, dtype=torch.float32, device=x.device)
+    rows, columns = (
+        along(options.get(f"shift_{axis}", 0.0), length, options.get(f"scale_{axis}", 1.0))
+        for axis, length in zip("yx", size, strict=True)
+    )
+    image = grid_positions(options.get("shift_t", 0.0), rows, columns)
+    others = reference_positions(references, method, size, along, patch, step)
+    return torch.cat([text, image, *others])
+
+
+def check_method(
+    label: str, references: Sequence[Any], method: str, known: Collection[str]
+) -> None:
+    """Raises InputError for a way to place references that the model's forward does not know."""
+    if references and method not in known:
+        raise unsupported(label, "reference latents method", method, known)
