@@ -5,7 +5,7 @@ an item.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -52,6 +52,7 @@ class Stream:
     prompt: torch.Tensor | None = None
     cross: torch.Tensor | None = None
     gate: torch.Tensor | None = None
+    _made: dict[int, Sequence[torch.Tensor]] = field(default_factory=dict)  # by their table
 
     def part(self, block: Any, name: str) -> Any:
         """Its module or table of that name."""
@@ -59,7 +60,18 @@ class Stream:
 
     def row(self, block: Any, index: int) -> torch.Tensor:
         """As joins take it."""
-        return row_of(self.part(block, "scale_shift_table"), self.times, index, self.repeats)
+        return self._row(self.part(block, "scale_shift_table"), self.times, index)
+
+    def _row(self, table: torch.Tensor, of_time: torch.Tensor, index: int) -> torch.Tensor:
+        """``row_of``. Those of a table are made at once where they are of one timestep, and small:
+        each by itself would be a kernel of a few microseconds, of 1,500.
+        """
+        if of_time.shape[1] > 1:
+            return row_of(table, of_time, index, self.repeats)
+        if id(table) not in self._made:
+            rows = table[: of_time.shape[2]] + of_time[:, 0]
+            self._made[id(table)] = rows[None].unbind(2)
+        return self._made[id(table)][index]
 
     def norm(self, block: Any, rows: tuple[int, int]) -> Norm:
         """A norm that those rows shift and scale."""
@@ -76,7 +88,7 @@ class Stream:
         """The same, where the streams look at each other."""
         assert self.cross is not None
         table = getattr(block, f"{self.which}_a2v_cross_attn_scale_shift_table")
-        shift, scale = (row_of(table, self.cross, index, self.repeats) for index in rows)
+        shift, scale = (self._row(table, self.cross, index) for index in rows)
         return NORM | {"shift": shift, "scale": scale}
 
     def cross_gate(self, block: Any) -> torch.Tensor:
