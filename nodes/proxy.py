@@ -2,12 +2,14 @@
 
 import functools
 import inspect
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import comfy.model_management
 import torch
 
 from ..tp_runtime.client import MODEL_PATCHES, RemoteModel
+from .absent import give_shapes
 from .arguments import remote_inputs
 from .model_patches import ModelPatches
 from .native_code import NativeCode
@@ -36,6 +38,7 @@ class RemoteDiffusionModel(torch.nn.Module):
         self.native_signature = inspect.signature(skeleton.forward)
         self.native_code = NativeCode.of(skeleton)
         self.model_patches = ModelPatches(remote)
+        self._larger: set[str] = set()  # weights that are so by patches
         native = type(skeleton)
         self._native_methods = {name for name in dir(native) if callable(getattr(native, name))}
         self.eval()
@@ -53,6 +56,15 @@ class RemoteDiffusionModel(torch.nn.Module):
     def weight_function(self) -> NoReturn:
         """Where layers keep functions on their weights: training nodes ask every module for it."""
         raise gradients()
+
+    def give_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Have these weights look so large, and all others as they are in the file.
+
+        ComfyUI's model looks how many channels its input takes, to know what to concatenate.
+        """
+        before = {name: self.remote.info.tensors[name].shape for name in self._larger}
+        give_shapes(self.skeleton, before | dict(shapes))
+        self._larger = set(shapes)
 
     @functools.cached_property
     def patched_by_module(self) -> frozenset[str]:

@@ -63,7 +63,7 @@ from ..tools.doctor import Check, examine
 from ..wire.protocol import PatchedWeight, WeightPatch
 from ..wire.weight_patches import FUNCTIONS as PATCH_FUNCTIONS
 from ..wire.weight_patches import KINDS as PATCH_KINDS
-from ..wire.weight_patches import PatchError, check_fits
+from ..wire.weight_patches import PatchError, check_fits, shape_after
 from .evaluated import ahead, meanwhile
 from .group_report import GroupReport
 from .inspection import checkpoint_info
@@ -128,5 +128,6 @@ __all__ = [
     "ray_address",
     "reproducible",
     "runtime_python",
+    "shape_after",
     "visible_gpu_count",
 ]

@@ -109,4 +109,5 @@ FAMILY = Family(
     small=FluxSizes(24, 16, 2, 2, 16, 16, 64, 48, True, "scale"),
     text_tokens=512,
     shares_tokens=True,
+    widens="img_in.weight",
 )
