@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from support.comfy_history import History, PromptError
 from support.comfy_server import ComfyServer
-from support.lora_files import write_flux_control_lora, write_lora
+from support.lora_files import widening, write_flux_control_lora, write_lora
 from support.tiny_models import tiny, tiny_shapes, write_tiny
 from support.tiny_vae import VAE_NAME, write_tiny_vae
 from support.workflows import Prompt, Sampling, node, stock_twin, text_to_latent, tp_loader
@@ -122,8 +123,10 @@ def test_in_turns(comfy_server: ComfyServer, same_as_stock: Compare) -> None:
 
 def test_a_hook_cannot_widen(comfy_server: ComfyServer) -> None:
     """ComfyUI's own model fails in the same place, of a copy into a smaller weight."""
+    shape = tiny_shapes("flux")["img_in.weight"]
+    save_file(widening("img_in", shape), comfy_server.models / "loras" / "hook.safetensors")
     prompt = prompt_of(seed=31) | {
-        "hook": node("CreateHookLoraModelOnly", lora_name=CONTROL, strength_model=1.0),
+        "hook": node("CreateHookLoraModelOnly", lora_name="hook.safetensors", strength_model=1.0),
         "hooked": node(
             "ConditioningSetProperties",
             cond_NEW=["positive", 0],

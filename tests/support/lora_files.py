@@ -38,6 +38,13 @@ def write_lora(path: Path, layers: Iterable[tuple[str, tuple[int, int]]], *, see
     return path
 
 
+def widening(layer: str, shape: tuple[int, int], *, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A LoRA of one layer that gives it twice the columns of its shape in the model."""
+    rows, columns = shape[0], 2 * shape[1]
+    shown = {f"diffusion_model.{layer}.reshape_weight": torch.tensor([rows, columns])}
+    return factors([(layer, (rows, columns))], seed=seed) | shown
+
+
 def write_flux_control_lora(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Path:
     """A LoRA file as FLUX.1 Canny's and Depth's are: linears with their biases, and whole norms.
 
