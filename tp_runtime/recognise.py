@@ -14,7 +14,7 @@ from .files.diffusers_folder import CONFIG, FileNames
 from .files.quantised import METADATA as QUANTIZATION
 from .files.quantised import find_quantised
 from .files.safetensors_file import DTYPES, TensorInfo
-from .formats import QuantisedWeight
+from .formats import E4M3, E5M2, QuantisedWeight
 from .models import families, family_named
 from .models.family import Family, Settings, Sizes, UntoldError, blocks
 from .models.inputs import checked_inputs
@@ -81,8 +81,8 @@ class CheckpointInfo:
         if found is None:
             fixed = f"more columns of '{able}' only" if able else "no other shapes than its file's"
             why = f"{self.label} takes {fixed}"
-        elif quantised is not None and quantised.format.group > 1:
-            why = f"Its format in this file, {quantised.format.label}, has columns in groups"
+        elif quantised is not None and quantised.format.name not in (E4M3, E5M2):
+            why = f"In this file it is quantised ({quantised.format.label}), which must be fp8 then"
         else:
             return found
         raise InputError(

@@ -14,6 +14,7 @@ from support.inputs import make_inputs
 from support.native import import_comfy, native_patcher
 from support.newer import is_known
 from support.pack import pack_module
+from support.quantised_files import write_quantised
 from support.tiny_models import Fp8Layout, tiny, tiny_shapes, write_fp8, write_tiny
 from tp_runtime.client import GroupConfig, ModelSpec, RemoteModel, Runtime, inspect_checkpoint
 from tp_runtime.models import families
@@ -167,6 +168,8 @@ def test_what_cannot_be_widened(weights: ModuleType, tmp_path: Path) -> None:
             ("z_image", "z_image", {}),
         )
     }
+    int8 = write_quantised(tmp_path / "flux", tmp_path / "int8", "int8")
+    infos["int8"] = inspect_checkpoint(str(int8))
     of_input, wider = "diffusion_model.img_in.weight", widening("flux")
     lora = wider[of_input]
     rows, columns = tiny_shapes("flux")["img_in.weight"]
@@ -186,6 +189,7 @@ def test_what_cannot_be_widened(weights: ModuleType, tmp_path: Path) -> None:
     for shape in more:
         words = r"'img_in.weight' larger .*takes more columns of 'img_in.weight' only"
         refuse("flux", words, {of_input: reshaped(*shape)})
+    refuse("int8", r"quantised \(int8_tensorwise\), which must be fp8", {of_input: lora})
     refuse("flux", "LoraLoaderModelOnly", {}, {of_input: lora})
     refuse("fill", r"\[384, 384\] one of \[384, 128\].*FLUX.1 dev", {of_input: lora})
     key = "diffusion_model.x_embedder.weight"

@@ -95,6 +95,13 @@ def captions(width: int) -> Input:
     return Input("Captions", ("batch", "tokens", ("width", width)), _ENCODER)
 
 
+def style_tokens(width: int) -> Input:
+    """What nodes have put before the embedded text; made by ComfyUI's code, in ``x``'s dtype."""
+    axes = ("batch", "style tokens", ("width", width))
+    advice = "Use a projector that was made for this model."
+    return Input("Style tokens", axes, advice, optional=True, many=True, kind="any")
+
+
 @dataclass(frozen=True)
 class Geometry:
     """From pixels to latents, and from latents to tokens.
@@ -400,6 +407,8 @@ class Family:
     forward here evaluates a rank's stretch of the tokens (``token_shares``). ``model_patches``:
     those that the forward here takes (``DualStreamForward``). ``widens``: the weight that a LoRA
     may make wider: ComfyUI's class gives the model as many channels as it then takes.
+    ``style_patches``: ComfyUI's class of what a node puts into a model, to have tokens before the
+    text (``STYLE_TOKENS``) → that of the small model that makes them.
     ``comfyui_class``: of ComfyUI's supported_models, where ComfyUI finds only the published sizes.
     ``published`` and ``small``: sizes of the released model, and of one with its structure for
     tests. ``text_tokens``: of a usual caption, and ``extents``: width, height and frames of what is
@@ -427,6 +436,7 @@ class Family:
     shares_tokens: bool = False
     model_patches: "tuple[type[ModelPatch], ...]" = ()
     widens: str | None = None
+    style_patches: Mapping[str, str] = field(default_factory=dict)
 
     def model_patch(self, comfyui_model: str) -> "type[ModelPatch]":
         """The model patch whose small model is of that class of ComfyUI. Raises KeyError."""

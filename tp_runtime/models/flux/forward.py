@@ -53,6 +53,7 @@ class Forward(DualStreamForward):
         ref_latents: Sequence[torch.Tensor] = (),
         ref_latents_method: str = "offset",
         attention_mask: torch.Tensor | None = None,
+        style_tokens: Sequence[torch.Tensor] = (),
         transformer_options: Mapping[str, Any] | None = None,
     ) -> Conditioning:
         """``text`` (B, L, D); ``rotation`` of text, image and references; ``vector`` (B, D) from y.
@@ -62,7 +63,10 @@ class Forward(DualStreamForward):
         """
         check_method(self.label, ref_latents, ref_latents_method, REFERENCE_METHODS)
         rope_options = option(transformer_options, "rope_options")
-        positions = positions_of(x, context, ref_latents, ref_latents_method, rope_options)
+        text = self.model.context_embedder(context)
+        if style_tokens:
+            text = torch.cat((*reversed(style_tokens), text), dim=1)
+        positions = positions_of(x, text, ref_latents, ref_latents_method, rope_options)
         mask = None
         if attention_mask is not None:
             mask = mask_of(attention_mask, x.shape[0], len(positions))
@@ -70,7 +74,7 @@ class Forward(DualStreamForward):
             y = x.new_zeros(x.shape[0], self.sizes.vector_dim)
         embedders = self.model.time_text_embed
         found = {
-            "text": self.model.context_embedder(context),
+            "text": text,
             "rotation": rope_rotation(positions, self.sizes.axes_dims, ROPE_THETA),
             "vector": embedders.text_embedder(y[:, : self.sizes.vector_dim]),
         }
