@@ -166,6 +166,7 @@ class TPModelPatcher(comfy.model_patcher.ModelPatcher):
     ) -> Any:
         if unpatch_weights:
             self.model.model_lowvram = False  # or every module would be searched for patches
+            self.model.tp_outer_weights.patch(None, ())
             self.model.diffusion_model.give_shapes({})
         return super().unpatch_model(device_to, unpatch_weights, *args, **kwargs)
 
@@ -210,12 +211,12 @@ class TPModelPatcher(comfy.model_patcher.ModelPatcher):
             return
         strengths = tuple((hook.hook_ref, hook.strength) for hook in hooks.hooks) if hooks else ()
         version = (self.patches_uuid, strengths)
+        loaded = self.model.diffusion_model.patched_by_module
+        own = {key: of for key, of in self.patches.items() if key in loaded}
         if version != self.remote.version:
-            loaded = self.model.diffusion_model.patched_by_module
-            own = {key: of for key, of in self.patches.items() if key in loaded}
             patches = patched_weights(self.remote.info, own, hook_patches)
             self.remote.patch(version, patches)
-            outer.patch(version, (own, hook_patches))
+        outer.patch(version, (own, hook_patches))
         self._show_shapes()
 
     def _show_shapes(self) -> None:
