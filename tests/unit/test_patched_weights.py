@@ -5,14 +5,16 @@ from torch import nn
 
 from tp_runtime.rank.patched_weights import PatchedWeights, StoredWeight
 from tp_runtime.sharding.parts import Part
-from tp_runtime.wire.protocol import PatchedWeight, WeightPatch
+from tp_runtime.wire.protocol import PatchedWeight, TensorRef, WeightPatch
 
 ROWS, COLUMNS = 6, 4
+HELD = {columns: torch.ones(ROWS, columns) for columns in (8, 12)}
 
 
 def widening(columns: int) -> dict[str, PatchedWeight]:
-    """To so many columns, by a difference of ones."""
-    patch = WeightPatch("diff", (torch.ones(ROWS, columns), {"pad_weight": True}), 1.0)
+    """To so many columns, by a difference of ones (`HELD`)."""
+    ones = TensorRef((ROWS, columns), "float32", -1, columns)
+    patch = WeightPatch("diff", (ones, {"pad_weight": True}), 1.0)
     return {"stored": PatchedWeight(0, ((patch,),), shape=(ROWS, columns))}
 
 
@@ -28,7 +30,7 @@ def test_each_shape_has_a_place_of_its_own() -> None:
 
     def place(columns: int) -> int:
         """Of the weight, which is right in that shape."""
-        weights.apply(widening(columns) if columns > COLUMNS else {}, {})
+        weights.apply(widening(columns) if columns > COLUMNS else {}, HELD)
         added = in_file.new_zeros(ROWS, columns)
         added[:, :COLUMNS] = in_file
         assert torch.equal(linear.weight.data, added + float(columns > COLUMNS))
