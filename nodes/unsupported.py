@@ -133,8 +133,7 @@ def reshaped_weight(
     """For a LoRA that is to make a weight larger, and cannot."""
     return UnsupportedFeatureError(
         f"A LoRA is to make the weight '{name}' of the shape {list(shape)} one of {list(wanted)}: "
-        f"{why}. Remove it, or load the model that it was made for (a LoRA of FLUX.1 Canny or "
-        "Depth: FLUX.1 dev)."
+        f"{why}. It was made for another model: load that one, or remove the LoRA."
     )
 
 
