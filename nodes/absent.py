@@ -5,7 +5,7 @@ value, of a weight outside of the blocks (`outer_weights.py`), or an error that 
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import FrameType
 from typing import Any
 
@@ -109,6 +109,19 @@ def make_absent(model: torch.nn.Module, outer: OuterWeights) -> None:
             for name, tensor in tensors.items():
                 if tensor is not None:
                     tensors[name] = AbsentWeight.like(tensor, module_name + name, outer)
+
+
+def give_shapes(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Have absent weights look as if patches had made them that large, or small again."""
+    for name, shape in shapes.items():
+        path, _, parameter = name.rpartition(".")
+        parameters = model.get_submodule(path)._parameters
+        before = parameters[parameter]
+        assert isinstance(before, AbsentWeight)
+        larger = torch.empty(shape, dtype=before.dtype, device="meta")
+        parameters[parameter] = AbsentWeight.like(
+            torch.nn.Parameter(larger, requires_grad=False), name, before.tp_outer
+        )
 
 
 def _only_reads(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -166,6 +166,8 @@ class TPModelPatcher(comfy.model_patcher.ModelPatcher):
     ) -> Any:
         if unpatch_weights:
             self.model.model_lowvram = False  # or every module would be searched for patches
+            self.model.tp_outer_weights.patch(None, ())
+            self.model.diffusion_model.give_shapes({})
         return super().unpatch_model(device_to, unpatch_weights, *args, **kwargs)
 
     def _load_list(self, *_args: Any, **_kwargs: Any) -> list[Any]:
@@ -195,7 +197,8 @@ class TPModelPatcher(comfy.model_patcher.ModelPatcher):
         set the same weights several times.
 
         Raises:
-            UnsupportedFeatureError: for what is no LoRA.
+            UnsupportedFeatureError, InputError: for what is no LoRA, or changes shapes that it
+                cannot.
         """
         if self.weight_wrapper_patches:
             raise weight_functions(len(self.weight_wrapper_patches))
@@ -204,15 +207,23 @@ class TPModelPatcher(comfy.model_patcher.ModelPatcher):
         if not self.patches and not hook_patches:
             self.remote.patch(None, {})
             outer.patch(None, ())
+            self._show_shapes()
             return
         strengths = tuple((hook.hook_ref, hook.strength) for hook in hooks.hooks) if hooks else ()
         version = (self.patches_uuid, strengths)
+        loaded = self.model.diffusion_model.patched_by_module
+        own = {key: of for key, of in self.patches.items() if key in loaded}
         if version != self.remote.version:
-            loaded = self.model.diffusion_model.patched_by_module
-            own = {key: of for key, of in self.patches.items() if key in loaded}
             patches = patched_weights(self.remote.info, own, hook_patches)
             self.remote.patch(version, patches)
-            outer.patch(version, (own, hook_patches))
+        outer.patch(version, (own, hook_patches))
+        self._show_shapes()
+
+    def _show_shapes(self) -> None:
+        """Have the weights look as large as the patches make them."""
+        patches = self.remote.patches
+        shapes = {name: one.shape for name, one in patches.items() if one.shape is not None}
+        self.model.diffusion_model.give_shapes(shapes)
 
     def patch_hooks(self, hooks: Any, *_args: Any, **_kwargs: Any) -> None:
         self.sync_patches(hooks)

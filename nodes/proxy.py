@@ -2,15 +2,18 @@
 
 import functools
 import inspect
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import comfy.model_management
 import torch
 
-from ..tp_runtime.client import MODEL_PATCHES, RemoteModel
+from ..tp_runtime.client import MODEL_PATCHES, STYLE_TOKENS, RemoteModel
+from .absent import give_shapes
 from .arguments import remote_inputs
 from .model_patches import ModelPatches
 from .native_code import NativeCode
+from .style_tokens import StyleTokens
 from .together import Meeting
 from .unsupported import code_in_model, gradients, other_compute_dtype, refused_input
 from .weights import patched_by_module
@@ -36,6 +39,8 @@ class RemoteDiffusionModel(torch.nn.Module):
         self.native_signature = inspect.signature(skeleton.forward)
         self.native_code = NativeCode.of(skeleton)
         self.model_patches = ModelPatches(remote)
+        self.style_tokens = StyleTokens(remote)
+        self._larger: set[str] = set()  # weights that are so by patches
         native = type(skeleton)
         self._native_methods = {name for name in dir(native) if callable(getattr(native, name))}
         self.eval()
@@ -53,6 +58,15 @@ class RemoteDiffusionModel(torch.nn.Module):
     def weight_function(self) -> NoReturn:
         """Where layers keep functions on their weights: training nodes ask every module for it."""
         raise gradients()
+
+    def give_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Have these weights look so large, and all others as they are in the file.
+
+        ComfyUI's model looks how many channels its input takes, to know what to concatenate.
+        """
+        before = {name: self.remote.info.tensors[name].shape for name in self._larger}
+        give_shapes(self.skeleton, before | dict(shapes))
+        self._larger = set(shapes)
 
     @functools.cached_property
     def patched_by_module(self) -> frozenset[str]:
@@ -97,7 +111,7 @@ class RemoteDiffusionModel(torch.nn.Module):
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         self._check_methods()  # some nodes replace them during an evaluation
         bound = self.native_signature.bind(*args, **kwargs)
-        patches = self._take_model_patches(bound)
+        patches = self._take_patches(bound)
         family, sizes = self.remote.info.family, self.remote.info.sizes
         numbers = {
             name: getattr(self.skeleton, attribute) for name, attribute in family.numbers.items()
@@ -118,8 +132,7 @@ class RemoteDiffusionModel(torch.nn.Module):
         method = self._reference_method()
         if method is not None and "ref_latents" in inputs:
             inputs.setdefault("ref_latents_method", method)
-        if patches:
-            inputs[MODEL_PATCHES] = patches
+        inputs |= patches
         x = inputs["x"]
         latents = [x] if isinstance(x, torch.Tensor) else x
         for latent in latents:
@@ -139,8 +152,8 @@ class RemoteDiffusionModel(torch.nn.Module):
         ]
         return found if len(found) > 1 else found[0]  # as native models have it
 
-    def _take_model_patches(self, bound: inspect.BoundArguments) -> list[dict[str, Any]]:
-        """Those that the ranks compute: out of the options, as an input."""
+    def _take_patches(self, bound: inspect.BoundArguments) -> dict[str, Any]:
+        """Objects of nodes that the ranks compute with: out of the options, as inputs."""
         others = [
             bound.arguments[parameter.name]
             for parameter in bound.signature.parameters.values()
@@ -149,10 +162,12 @@ class RemoteDiffusionModel(torch.nn.Module):
         name = "transformer_options"
         holder = next((one for one in (bound.arguments, *others) if one.get(name)), None)
         if holder is None:
-            return []
+            return {}
         x = next(iter(bound.arguments.values()))
-        holder[name], found = self.model_patches.taken(holder[name], x)
-        return found
+        holder[name], patches = self.model_patches.taken(holder[name], x)
+        holder[name], tokens = self.style_tokens.taken(holder[name], x)
+        found = {MODEL_PATCHES: patches, STYLE_TOKENS: tokens}
+        return {name: listed for name, listed in found.items() if listed}
 
     def _connected(self, caption: torch.Tensor, unprocessed: bool = False) -> torch.Tensor:
         """What the native model makes of a caption before a generation, made by the ranks."""

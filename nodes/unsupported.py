@@ -127,14 +127,24 @@ def weight_functions(num_weights: int) -> UnsupportedFeatureError:
     )
 
 
-def widened_weight(
+def reshaped_weight(
+    name: str, shape: tuple[int, ...], wanted: tuple[int, ...], why: str
+) -> UnsupportedFeatureError:
+    """For a LoRA that is to make a weight larger, and cannot."""
+    return UnsupportedFeatureError(
+        f"A LoRA is to make the weight '{name}' of the shape {list(shape)} one of {list(wanted)}: "
+        f"{why}. It was made for another model: load that one, or remove the LoRA."
+    )
+
+
+def widened_by_hook(
     name: str, shape: tuple[int, ...], larger: tuple[int, ...]
 ) -> UnsupportedFeatureError:
-    """For a LoRA that gives the model more inputs."""
+    """For a LoRA that gives the model more inputs while it is sampled."""
     return UnsupportedFeatureError(
-        f"The LoRA makes the weight '{name}' larger ({list(shape)} to {list(larger)}), as those of "
-        "FLUX.1 Canny and Depth do. A tensor-parallel model keeps its sizes: load the full FLUX.1 "
-        "Canny or Depth model instead, or use the stock 'Load Diffusion Model' node."
+        f"A hook's LoRA makes the weight '{name}' larger ({list(shape)} to {list(larger)}). A "
+        "hook can change the numbers of a weight only, with the stock loader, too: load that LoRA "
+        "with LoraLoaderModelOnly."
     )
 
 

@@ -22,8 +22,9 @@ from ..tp_runtime.client import (
     PatchError,
     WeightPatch,
     check_fits,
+    shape_after,
 )
-from .unsupported import merged_weights, unknown_patch, widened_weight
+from .unsupported import merged_weights, reshaped_weight, unknown_patch, widened_by_hook
 
 PREFIX = "diffusion_model."
 _FUNCTIONS = {
@@ -44,27 +45,35 @@ def patched_weights(info: CheckpointInfo, *stages: Patches) -> dict[str, Patched
 
     Raises:
         UnsupportedFeatureError: a model merge, a patch of a kind that is not known, or one that
-            makes a weight larger.
+            makes a weight larger in a way that ComfyUI cannot, either.
+        InputError: one makes a weight larger whose shape is fixed.
     """
     found: dict[str, list[tuple[WeightPatch, ...]]] = {}
     seeds: dict[str, int] = {}
-    for stage in stages:
+    shapes: dict[str, tuple[int, ...]] = {}  # of weights that are larger than in the file
+    for number, stage in enumerate(stages):
         for key, patches in stage.items():
             name = _name_in_file(info, key)
             if name is None:
                 logging.warning("The patch of %s is left out: no such weight is used.", key)
                 continue
-            described = [_describe(key, patch) for patch in patches]
-            fitting = [
-                patch
-                for patch in (_fitting(one, name, info.tensors[name].shape) for one in described)
-                if patch is not None
-            ]
+            before = shape = shapes.get(name, info.tensors[name].shape)
+            fitting = []
+            for patch in patches:
+                described, shape = _fitting(_describe(key, patch), name, shape)
+                if described is not None:
+                    fitting.append(described)
+            if shape != before:
+                if number > 0:
+                    raise widened_by_hook(name, before, shape)
+                info.widened(name, shape)
+                shapes[name] = shape
             if fitting:
                 found.setdefault(name, []).append(tuple(fitting))
                 seeds[name] = zlib.crc32(key.encode())  # comfy.model_patcher.string_to_seed
     return {
-        name: PatchedWeight(seeds[name], tuple(stages), _BY_BYTES) for name, stages in found.items()
+        name: PatchedWeight(seeds[name], tuple(stages), _BY_BYTES, shapes.get(name))
+        for name, stages in found.items()
     }
 
 
@@ -113,20 +122,19 @@ def _describe(key: str, patch: tuple[Any, ...]) -> WeightPatch:
     )
 
 
-def _fitting(patch: WeightPatch, name: str, shape: tuple[int, ...]) -> WeightPatch | None:
-    """What ComfyUI would do of it: where it does not fit, only its strength of the weight."""
-    larger = None
-    if patch.kind == "lora" and patch.factors[5] is not None:
-        larger = tuple(patch.factors[5])
-    elif patch.kind == "diff" and len(patch.factors) > 1 and patch.factors[1]["pad_weight"]:
-        larger = tuple(patch.factors[0].shape)
-    if larger is not None and larger != shape:
-        raise widened_weight(name, shape, larger)
+def _fitting(
+    patch: WeightPatch, name: str, shape: tuple[int, ...]
+) -> tuple[WeightPatch | None, tuple[int, ...]]:
+    """What ComfyUI would do of it, and the shape that the weight then has.
+
+    Where it does not fit, that is only its strength of the weight.
+    """
     try:
-        check_fits(patch, shape)
+        return patch, check_fits(patch, shape)
     except PatchError as error:
+        if (wanted := shape_after(patch)) is not None:
+            raise reshaped_weight(name, shape, wanted, str(error)) from error
         logging.warning("The %s patch of %s is left out: %s", patch.kind, name, error)
         if patch.strength_model == 1.0:
-            return None
-        return WeightPatch("diff", (), 0.0, patch.strength_model, patch.offset, None)
-    return patch
+            return None, shape
+        return WeightPatch("diff", (), 0.0, patch.strength_model, patch.offset, None), shape

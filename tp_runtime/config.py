@@ -431,6 +431,9 @@ class ModelSpec(msgspec.Struct, frozen=True):
 # ``name`` that the ranks hold it by, its ``strength`` and settings, and ``hint``: what its family's
 # forward takes of its picture.
 MODEL_PATCHES = "model_patches"
+# The input that lists tokens (batch, tokens, width) which nodes put before the embedded text, each
+# before those that come earlier in the list.
+STYLE_TOKENS = "style_tokens"
 
 
 class ModelPatchSpec(msgspec.Struct, frozen=True):

@@ -14,7 +14,7 @@ from .files.diffusers_folder import CONFIG, FileNames
 from .files.quantised import METADATA as QUANTIZATION
 from .files.quantised import find_quantised
 from .files.safetensors_file import DTYPES, TensorInfo
-from .formats import QuantisedWeight
+from .formats import E4M3, E5M2, QuantisedWeight
 from .models import families, family_named
 from .models.family import Family, Settings, Sizes, UntoldError, blocks
 from .models.inputs import checked_inputs
@@ -60,9 +60,35 @@ class CheckpointInfo:
         plain = self.tensors.keys() - self.quantised.keys()
         return self.quantised_bytes + itemsize * sum(self.tensors[x].num_elements for x in plain)
 
-    def checked_inputs(self, inputs: Mapping[str, Any], compute_dtype: str) -> Mapping[str, Any]:
-        """What the model computes with. Raises InputError; see ``models/inputs.py``."""
-        return checked_inputs(self.label, self.sizes, inputs, compute_dtype)
+    def checked_inputs(
+        self, inputs: Mapping[str, Any], compute_dtype: str, sizes: Sizes | None = None
+    ) -> Mapping[str, Any]:
+        """What the model computes with. Raises InputError; see ``models/inputs.py``.
+
+        ``sizes``: of the model as patches make it; None: as it is in the file.
+        """
+        return checked_inputs(self.label, sizes or self.sizes, inputs, compute_dtype)
+
+    def widened(self, name: str, shape: Shape) -> Sizes:
+        """The sizes of the model when a patch has made that weight larger.
+
+        Raises:
+            InputError: the family's models do not take that, or it is quantised in such a way.
+        """
+        able, before = self.family.widens, list(self.tensors[name].shape)
+        quantised = self.quantised.get(name)
+        found = self.sizes.with_shape(name, shape) if name == able else None
+        if found is None:
+            fixed = f"more columns of '{able}' only" if able else "no other shapes than its file's"
+            why = f"{self.label} takes {fixed}"
+        elif quantised is not None and quantised.format.name not in (E4M3, E5M2):
+            why = f"In this file it is quantised ({quantised.format.label}), which must be fp8 then"
+        else:
+            return found
+        raise InputError(
+            f"A LoRA makes the weight '{name}' larger ({before} to {list(shape)}). {why}. Remove "
+            "that LoRA, or load this model with the stock 'Load Diffusion Model' node."
+        )
 
     def check_tp_size(self, tp_size: int) -> None:
         """Raises SizeError if the model cannot be split over ``tp_size`` ranks."""

@@ -318,3 +318,36 @@ def test_what_the_ranks_compute_with_is_not_loaded_here(models: ModuleType, tmp_
     patcher.set_model_double_block_patch(control)
     patcher.set_model_post_input_patch(other)
     assert patcher.model_patches_models() == [other.model_patch]
+
+
+def test_how_wide_a_weight_looks(
+    models: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As wide as a LoRA makes it while the MODEL with it is loaded; ComfyUI's model looks at it."""
+    import comfy.weight_adapter
+
+    path = write_tiny("flux", tmp_path / "flux.safetensors")
+    group, placement = GroupConfig(2, "cpu"), models.Placement()
+    plain = models.load_model(str(path), torch.float32, group, placement, "auto")
+    monkeypatch.setattr(plain.remote, "ensure_loaded", lambda **_: None)
+    model = plain.model.diffusion_model
+    rows, columns = model.img_in.weight.shape
+    factors = torch.ones(rows, 2), torch.ones(2, 2 * columns)
+    lora = comfy.weight_adapter.LoRAAdapter(set(), (*factors, *3 * (None,), [rows, 2 * columns]))
+    wide = plain.clone()
+    wide.add_patches({"diffusion_model.img_in.weight": lora})
+
+    def shapes() -> set[tuple[int, ...]]:
+        """As it says, as a state dict says, and of its true values."""
+        weight, listed = model.img_in.weight, model.state_dict()["img_in.weight"]
+        return {tuple(one.shape) for one in (weight, listed, weight + 0)}
+
+    for _ in range(2):
+        wide.partially_load(CPU, 1e32)
+        assert shapes() == {(rows, 2 * columns)}
+        wide.detach(unpatch_all=False)
+        plain.partially_load(CPU, 1e32)
+        assert shapes() == {(rows, columns)}
+    wide.partially_load(CPU, 1e32)
+    wide.detach()
+    assert shapes() == {(rows, columns)}

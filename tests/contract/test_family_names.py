@@ -23,8 +23,6 @@ NAME = re.compile(
 ALLOWED = {
     # A tooltip gives examples of distilled models.
     "nodes/sampler.py": ("distilled models such as Z-Image",),
-    # The refusal of a LoRA that only these models have, and the full models to load instead.
-    "nodes/unsupported.py": ("those of FLUX.1 Canny and Depth", "FLUX.1 Canny or Depth model"),
     # The tables of the limits and links are of one model, that of cards of three; the profile is
     # that of RESULTS.md, and other rows were measured with these models.
     "bench/scaling.py": ("flux", "z_image", "qwen_image", "wan"),

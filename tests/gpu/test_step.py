@@ -154,6 +154,33 @@ def test_lora(runtime: Runtime, load: Load, files: dict[str, Path], family: str)
     assert on_rank(runtime, model, digests=True)["model"]["digest"] == before
 
 
+def test_a_lora_that_widens_the_input(load: Load, files: dict[str, Path]) -> None:
+    """In turns with none: the recorded steps of each read its own weight."""
+    narrow = make_inputs("flux")
+    wide = narrow | {"x": torch.cat((narrow["x"], narrow["x"].flip(1)), dim=1)}
+    written, model = load(files["flux"], optimize="off"), load(files["flux"])
+    plain, name = steps(model, narrow)[-1], "img_in.weight"
+    rows, columns = model.info.tensors[name].shape
+    shape, generator = (rows, 2 * columns), torch.Generator().manual_seed(rows)
+    up, down = (torch.randn(*one, generator=generator) for one in ((rows, 4), (4, shape[1])))
+    for strength in (0.8, -0.3, 0.8):
+        lora = WeightPatch("lora", (up, down / 8, None, None, None, list(shape)), strength)
+        for one in (written, model):
+            one.patch(strength, {name: PatchedWeight(0, ((lora,),), shape=shape)})
+            one.ensure_loaded()
+        expected = written.evaluate(wide)
+        for found in steps(model, wide):
+            assert relative_error(found, expected) <= FP32_TOLERANCE
+        if strength < 0:  # what is recorded goes, and with it the place of the other shape
+            model.sleep()
+            model.ensure_loaded()
+        for one in (written, model):
+            one.patch(None, {})
+            one.ensure_loaded()
+        for found in steps(model, narrow):
+            assert relative_error(found, plain) <= FP32_TOLERANCE
+
+
 @pytest.mark.parametrize("layout", ["plain", "scaled"])
 @pytest.mark.parametrize("family", WRITERS)
 def test_fp8(

@@ -158,6 +158,29 @@ def test_plain_patches_in_their_order() -> None:
     assert torch.equal(patched(weight.clone(), patches), expected)
 
 
+@pytest.mark.parametrize("kind", ["lora", "diff"])
+def test_a_larger_weight(kind: str) -> None:
+    """Zeros are added after the strength of the weight; what is patched before is kept."""
+    before, after = random(*(shape := (ROWS, COLUMNS)), seed=2), (ROWS, 2 * COLUMNS)
+    up, down = random(ROWS, RANK, seed=3), random(RANK, 2 * COLUMNS, seed=4)
+    factors = (up, down, 2.0, None, None, list(after))
+    if kind == "diff":
+        factors = (random(*after, seed=5), {"pad_weight": True})
+    theirs = adapter(kind, factors) if kind == "lora" else (kind, factors)
+    weight = random(*shape, seed=9)
+    entries = [(0.5, (before,), 1.0, None, None), (0.7, theirs, 0.9, None, None)]
+    expected = comfys(entries, weight)
+    assert expected.shape == after
+    patch = WeightPatch(kind, factors, 0.7, 0.9)
+    assert check_fits(patch, shape) == after
+    assert torch.equal(
+        patched(weight.clone(), [WeightPatch("diff", (before,), 0.5), patch]), expected
+    )
+    for other in ((ROWS, 3 * COLUMNS), (ROWS,)):
+        with pytest.raises(PatchError, match="by adding zeros"):
+            check_fits(patch, other)
+
+
 @pytest.mark.parametrize(
     ("patch", "words"),
     [

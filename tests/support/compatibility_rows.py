@@ -472,7 +472,6 @@ def _train(prompt: Prompt, family: Family) -> None:
     }
 
 
-_BLOCK_PATCH = Refused("sampler", ("Python function", "Remove or bypass that node"))
 _WEIGHTS = ("read the model's weights",)
 
 SAMPLING = (
@@ -905,7 +904,7 @@ MODEL = (
     Row(
         "`USOStyleReference`",
         _model_patch(1, "USOStyleReference"),
-        expect={"flux": _BLOCK_PATCH},
+        expect={"flux": Same()},
     ),
 )
 

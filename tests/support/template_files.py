@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from support.lora_files import factors
+from support.lora_files import factors, widening
 from support.ltx2_inputs import OF_2_0, OF_2_3
 from support.quantised_files import write_quantised
 from support.tiny_controlnets import (
@@ -236,9 +236,7 @@ def _write_lora(path: Path, of: Stands) -> None:
     ]
     tensors = factors(layers[::3], seed=len(path.name))
     if re.search("flux1-(depth|canny)-dev-lora", path.name):
-        rows, columns = shapes["img_in.weight"]
-        tensors |= factors([("img_in", (rows, 2 * columns))])
-        tensors["diffusion_model.img_in.reshape_weight"] = torch.tensor([rows, 2 * columns])
+        tensors |= widening("img_in", shapes["img_in.weight"])
     save_file(tensors, path)
 
 

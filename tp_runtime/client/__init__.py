@@ -28,6 +28,7 @@ from ..config import (
     MAX_TP_SIZE,
     MODEL_PATCHES,
     OPTIMIZE,
+    STYLE_TOKENS,
     WEIGHT_DTYPES,
     WHERE,
     GroupConfig,
@@ -63,7 +64,7 @@ from ..tools.doctor import Check, examine
 from ..wire.protocol import PatchedWeight, WeightPatch
 from ..wire.weight_patches import FUNCTIONS as PATCH_FUNCTIONS
 from ..wire.weight_patches import KINDS as PATCH_KINDS
-from ..wire.weight_patches import PatchError, check_fits
+from ..wire.weight_patches import PatchError, check_fits, shape_after
 from .evaluated import ahead, meanwhile
 from .group_report import GroupReport
 from .inspection import checkpoint_info
@@ -82,6 +83,7 @@ __all__ = [
     "PATCH_FUNCTIONS",
     "PATCH_KINDS",
     "STORED_DTYPES",
+    "STYLE_TOKENS",
     "WEIGHT_DTYPES",
     "WHERE",
     "CallTimeoutError",
@@ -128,5 +130,6 @@ __all__ = [
     "ray_address",
     "reproducible",
     "runtime_python",
+    "shape_after",
     "visible_gpu_count",
 ]

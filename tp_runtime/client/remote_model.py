@@ -46,6 +46,7 @@ class RemoteModel:
         self.label = self.info.label
         self.version: Hashable = None
         self.patches: Mapping[str, PatchedWeight] = {}
+        self.sizes = self.info.sizes  # with the patches
         self.used_at_start = 0  # which start of its group it was loaded after, by ensure_loaded
         self._of_step: list[Evaluated] = []  # since ``begin_step``
         self._group = group
@@ -66,9 +67,17 @@ class RemoteModel:
 
         ``patches``: name of a tensor in the file → what changes it, with tensors as factors. The
         ranks are told when the model is used next. Equal versions mean equal patches; None, none.
+
+        Raises:
+            InputError: one makes a weight larger whose shape is fixed (``CheckpointInfo.widened``).
         """
+        sizes = self.info.sizes
+        for name, weight in patches.items():
+            if weight.shape is not None:  # there is one such weight at most
+                sizes = self.info.widened(name, weight.shape)
         self.version = version
         self.patches = patches
+        self.sizes = sizes
 
     def model_patch(self, kind: str, tensors: Tensors) -> RemotePatch:
         """A model patch for evaluations of this model.
@@ -137,7 +146,9 @@ class RemoteModel:
             NotFiniteError: a result has values that are NaN or infinite.
         """
         dtype = self.spec.compute_dtype
-        inputs_of_each = [self.info.checked_inputs(inputs, dtype) for inputs in inputs_of_each]
+        inputs_of_each = [
+            self.info.checked_inputs(inputs, dtype, self.sizes) for inputs in inputs_of_each
+        ]
         self.num_evaluations += len(inputs_of_each)
         batch_groups = self.group_config.batch_groups
         divided = divide_all(inputs_of_each, batch_groups)
@@ -196,7 +207,7 @@ class RemoteModel:
     def _result_shapes(self, inputs: Inputs) -> tuple[tuple[int, ...], ...]:
         first, *others = (tuple(latent.shape) for latent in tensors_in(inputs["x"]))
         batch, channels, *size = first
-        return (batch, self.info.sizes.geometry.out_channels or channels, *size), *others
+        return (batch, self.sizes.geometry.out_channels or channels, *size), *others
 
     def loaded_bytes(self) -> list[int]:
         """Bytes that the weights take on each rank's device now, with its model patches'."""

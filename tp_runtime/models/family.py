@@ -95,6 +95,13 @@ def captions(width: int) -> Input:
     return Input("Captions", ("batch", "tokens", ("width", width)), _ENCODER)
 
 
+def style_tokens(width: int) -> Input:
+    """What nodes have put before the embedded text; made by ComfyUI's code, in ``x``'s dtype."""
+    axes = ("batch", "style tokens", ("width", width))
+    advice = "Use a projector that was made for this model."
+    return Input("Style tokens", axes, advice, optional=True, many=True, kind="any")
+
+
 @dataclass(frozen=True)
 class Geometry:
     """From pixels to latents, and from latents to tokens.
@@ -316,6 +323,15 @@ class Sizes:
             if isinstance(source, Told)
         }
 
+    def with_shape(self, tensor: str, shape: Shape) -> "Sizes | None":
+        """The sizes of a model in which one of its tensors has that shape; None: there is none."""
+        shapes = self.table.file_tensors | {tensor: shape}
+        try:
+            found = type(self).of_file(shapes, self.told())
+            return found if found.table.file_tensors == shapes else None
+        except ValueError:
+            return None
+
     def _arguments(self, names: str) -> dict[str, Any]:
         pairs = (name.partition("=") for name in names.split())
         return {name: getattr(self, ours or name) for name, _, ours in pairs}
@@ -394,7 +410,10 @@ class Family:
     an input for its forward, which the forward here does. ``numbers``: keys of transformer_options
     that are numbers → the attribute of ComfyUI's class that stands for it. ``shares_tokens``: the
     forward here evaluates a rank's stretch of the tokens (``token_shares``). ``model_patches``:
-    those that the forward here takes (``ModelPatch``). ``comfyui_class``: of ComfyUI's
+    those that the forward here takes (``ModelPatch``). ``widens``: the weight that a LoRA may make
+    wider: ComfyUI's class gives the model as many channels as it then takes. ``style_patches``:
+    ComfyUI's class of what a node puts into a model, to have tokens before the text
+    (``STYLE_TOKENS``) → that of the small model that makes them. ``comfyui_class``: of ComfyUI's
     supported_models, where ComfyUI finds only the published sizes. ``published`` and ``small``:
     sizes of the released model, and of one with its structure for tests. ``text_tokens``: of a
     usual caption, and ``extents``: width, height and frames of what is usually made.
@@ -420,6 +439,8 @@ class Family:
     connects: str | None = None
     shares_tokens: bool = False
     model_patches: "tuple[type[ModelPatch], ...]" = ()
+    widens: str | None = None
+    style_patches: Mapping[str, str] = field(default_factory=dict)
 
     def model_patch(self, comfyui_model: str) -> "type[ModelPatch]":
         """The model patch whose small model is of that class of ComfyUI. Raises KeyError."""

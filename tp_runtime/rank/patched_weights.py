@@ -42,6 +42,9 @@ class StoredWeight:
 class PatchedWeights:
     """Changes weights in place, and back: a captured graph that reads them stays valid.
 
+    A weight that patches make larger has a place for each shape, to which its parameter is moved: a
+    graph was captured with latents of as many channels, and reads the place of that shape.
+
     ``parts_of(rank)``: the slices that a rank holds, and their places. ``device``: where new
     weights are computed; the places of streamed layers are with the host. How the own slices were
     before is kept in the host's memory for as long as any weight is patched.
@@ -67,6 +70,10 @@ class PatchedWeights:
         self._applied: dict[str, PatchedWeight] = {}
         self._before: dict[str, list[torch.Tensor]] = {}
         self._copies: list[HostCopy] = []
+        # Of parameters that are larger than in the file: their shape there, and the places of the
+        # shapes that they have had.
+        self._shape_in_file: dict[str, torch.Size] = {}
+        self._places_by_shape: dict[str, dict[torch.Size, torch.Tensor]] = {}
 
     def __len__(self) -> int:
         """How many weights are patched."""
@@ -97,6 +104,10 @@ class PatchedWeights:
             copy.close()
         self._copies.clear()
 
+    def drop_other_shapes(self) -> None:
+        """Give back the places of shapes that no weight has now. No graph reads them any more."""
+        self._places_by_shape.clear()
+
     def _patch(self, name: str, change: PatchedWeight, held: Mapping[int, torch.Tensor]) -> None:
         stored = self._stored[name]
         if stored.quantised is None:
@@ -122,8 +133,24 @@ class PatchedWeights:
 
     def _write(self, name: str, values: torch.Tensor) -> None:
         """Take the own slices of all of a stored tensor."""
+        if values.shape != self._stored[name].shape:
+            (part,) = self._parts[name][self._rank]  # such a weight is whole on every rank
+            parameter = self._parameters[part.target]
+            self._shape_in_file[part.target] = parameter.shape
+            self._move(part.target, values.shape)
+            parameter.data.copy_(values)
+            return
         for part, place in self._places(name):
             place.copy_(_slice(values, part))
+
+    def _move(self, target: str, shape: torch.Size) -> None:
+        """Have a parameter lie in its place for that shape, with whatever values that has."""
+        parameter = self._parameters[target]
+        places = self._places_by_shape.setdefault(target, {})
+        places[parameter.shape] = parameter.data
+        if shape not in places:
+            places[shape] = parameter.data.new_empty(shape)
+        parameter.data = places[shape]
 
     # --- before ----------------------------------------------------------------------------------
 
@@ -140,6 +167,10 @@ class PatchedWeights:
             self._before[name] = [copy.tensors[f"{name} {index}"] for index in range(count)]
 
     def _restore(self, name: str) -> None:
+        for stored_name in self._tensors_of(name).values():
+            for part in self._parts[stored_name][self._rank]:
+                if part.target in self._shape_in_file:
+                    self._move(part.target, self._shape_in_file.pop(part.target))
         for tensor, before in zip(self._slices(name), self._before[name], strict=True):
             tensor.copy_(before, non_blocking=True)
 

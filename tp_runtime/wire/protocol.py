@@ -12,7 +12,7 @@ import msgspec
 from ..config import ModelPatchSpec, ModelSpec
 from ..errors import ProtocolError
 
-VERSION = 9
+VERSION = 10
 MAX_FRAME_BYTES = 16 * 2**20  # a frame holds no tensor data, only references to it: but a Piece
 PIECE_BYTES = 2**20  # at most, of a Piece
 # Inputs that differ at every evaluation; all others are constant over a generation as a rule.
@@ -54,11 +54,13 @@ class PatchedWeight(msgspec.Struct, frozen=True, array_like=True):
     """All changes of one weight. After each of the stages the weight is rounded to its dtype.
 
     ``seed``: of the rounding to fp8, which is stochastic; ``by_bytes``: with random bytes.
+    ``shape``: what the weight becomes, where the patches make it larger.
     """
 
     seed: int
     stages: tuple[tuple[WeightPatch, ...], ...]
     by_bytes: bool = False
+    shape: tuple[int, ...] | None = None
 
 
 class _Message(msgspec.Struct, frozen=True, tag=True):

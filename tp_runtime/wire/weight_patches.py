@@ -36,7 +36,7 @@ class _Change:
 
 
 def patched(weight: torch.Tensor, patches: Iterable[WeightPatch]) -> torch.Tensor:
-    """``weight`` (fp32) with the patches applied in order, in place.
+    """``weight`` (fp32) with the patches applied in order: in place, but for one that is larger.
 
     Factors are tensors on any device; they are used in fp32 on the weight's.
 
@@ -47,6 +47,8 @@ def patched(weight: torch.Tensor, patches: Iterable[WeightPatch]) -> torch.Tenso
         place = weight if patch.offset is None else weight.narrow(*patch.offset)
         if patch.strength_model != 1.0:
             place *= patch.strength_model
+        if (shape := shape_after(patch)) is not None:
+            weight = place = _padded(weight, shape)
         factors = [_on(place, factor) for factor in patch.factors]
         if patch.kind == "set":
             place.copy_(factors[0])
@@ -59,15 +61,42 @@ def patched(weight: torch.Tensor, patches: Iterable[WeightPatch]) -> torch.Tenso
     return weight
 
 
-def check_fits(patch: WeightPatch, shape: Sequence[int]) -> None:
-    """Raises PatchError if the patch cannot be applied to a weight of that shape."""
+def shape_after(patch: WeightPatch) -> tuple[int, ...] | None:
+    """The shape that a patch gives its weight, by adding zeros; None: it leaves it as it is."""
+    if patch.offset is not None:
+        return None
+    if patch.kind == "lora" and patch.factors[5] is not None:
+        return tuple(patch.factors[5])
+    if patch.kind == "diff" and len(patch.factors) > 1 and patch.factors[1]["pad_weight"]:
+        return tuple(patch.factors[0].shape)
+    return None
+
+
+def _padded(weight: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """The weight in the corner of a larger one of zeros."""
+    larger = weight.new_zeros(shape)
+    larger[tuple(map(slice, weight.shape))] = weight
+    return larger
+
+
+def check_fits(patch: WeightPatch, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape that a weight of ``shape`` has with the patch.
+
+    Raises:
+        PatchError: the patch cannot be applied to it.
+    """
     weight = torch.empty(tuple(shape), device="meta")
+    wanted = shape_after(patch)
+    if wanted is not None:
+        pairs = list(zip(shape, wanted, strict=False))
+        if len(wanted) != len(shape) or any(before > after for before, after in pairs):
+            raise PatchError(f"{tuple(shape)} cannot become {wanted} by adding zeros to it")
     try:
-        if patch.kind == "diff" and patch.strength != 0.0:  # which would be broadcast
+        if wanted is None and patch.kind == "diff" and patch.strength != 0.0:
             place = weight if patch.offset is None else weight.narrow(*patch.offset)
-            if patch.factors[0].shape != place.shape:
+            if patch.factors[0].shape != place.shape:  # it would be broadcast
                 raise PatchError(f"{tuple(patch.factors[0].shape)} is not {tuple(place.shape)}")
-        patched(weight, [patch])
+        return tuple(patched(weight, [patch]).shape)
     except (RuntimeError, IndexError, TypeError) as error:
         raise PatchError(str(error)) from error
 

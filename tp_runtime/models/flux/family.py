@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
+from ...config import STYLE_TOKENS
 from ...sharding.plan import Column, MergedColumn, Replicated, Row, Split
 from ...sharding.table import IMAGE, ITEM, TEXT, Linear, Table, TableRow, Tensor
 from .. import family as of
@@ -47,6 +48,7 @@ class FluxSizes(Sizes):
     def inputs(self) -> dict[str, Input]:
         captions, pooled = of.captions(self.context_dim), of.pooled_captions(self.vector_dim)
         others = {"guidance": of.GUIDANCES, "ref_latents": self.geometry.references()}
+        others[STYLE_TOKENS] = of.style_tokens(self.dim)
         return {"context": captions, "y": pooled, "attention_mask": of.MASKS, **others}
 
     @cached_property
@@ -101,4 +103,6 @@ FAMILY = Family(
     small=FluxSizes(24, 16, 2, 2, 16, 16, 64, 48, True, "scale"),
     text_tokens=512,
     shares_tokens=True,
+    widens="img_in.weight",
+    style_patches={"UsoStyleProjectorPatch": "SigLIPMultiFeatProjModel"},
 )

@@ -51,18 +51,22 @@ class Forward(DualStreamForward):
         ref_latents: Sequence[torch.Tensor] = (),
         ref_latents_method: str = "offset",
         attention_mask: torch.Tensor | None = None,
+        style_tokens: Sequence[torch.Tensor] = (),
         transformer_options: Mapping[str, Any] | None = None,
     ) -> Conditioning:
         """See the class; ``vector`` (B, D) from y, ``guidance`` (B, D) or None, and ``mask``."""
         check_method(self.label, ref_latents, ref_latents_method, REFERENCE_METHODS)
         rope_options = option(transformer_options, "rope_options")
-        given = x, context.shape[1], ref_latents, ref_latents_method, rope_options
+        text = self.model.context_embedder(context)
+        if style_tokens:
+            text = torch.cat((*reversed(style_tokens), text), dim=1)
+        given = x, text.shape[1], ref_latents, ref_latents_method, rope_options
         positions = movable_positions(*given)
         if y is None:
             y = x.new_zeros(x.shape[0], self.sizes.vector_dim)
         embedders = self.model.time_text_embed
         return {
-            "text": self.model.context_embedder(context),
+            "text": text,
             "rotation": rope_rotation(positions, self.sizes.axes_dims, ROPE_THETA),
             "vector": embedders.text_embedder(y[:, : self.sizes.vector_dim]),
             "guidance": self.embedded_guidance(embedders, guidance, x.dtype),

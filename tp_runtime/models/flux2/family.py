@@ -116,4 +116,5 @@ FAMILY = Family(
     small=Flux2Sizes(24, 16, 2, 2, 128, 128, 64, True, "scale"),
     text_tokens=512,
     shares_tokens=True,
+    widens="img_in.weight",
 )

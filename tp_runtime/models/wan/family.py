@@ -232,4 +232,5 @@ FAMILY = Family(
     text_tokens=512,
     extents=((832, 480, 81), (1280, 720, 81)),
     shares_tokens=True,
+    widens="patch_embedding.weight",
 )
