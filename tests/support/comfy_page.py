@@ -21,7 +21,6 @@ SIZE = {"width": 1400, "height": 880}
 SETTINGS = {
     "Comfy.TutorialCompleted": True,
     "Comfy.InstalledVersion": "1.32.9",
-    "Comfy.VueNodes.Enabled": False,  # nodes are drawn on the canvas, where the tests click
     "Comfy.Workflow.ShowMissingModelsWarning": False,
     "Comfy.NodeBadge.NodeIdBadgeMode": "None",
     "Comfy.Validation.Workflows": False,
@@ -35,11 +34,15 @@ def chromium_path() -> str | None:
 
 
 class ComfyPage:
-    """One tab with ComfyUI in it. `page` is playwright's."""
+    """One tab with ComfyUI in it. `page` is playwright's.
+
+    `html`: whether nodes are drawn in HTML ("Nodes 2.0"), not on the canvas, once it is opened.
+    """
 
     def __init__(self, page: Page, server: ComfyServer) -> None:
         self.page = page
         self.server = server
+        self.html = False
         self.errors: list[str] = []
         page.add_init_script("localStorage.setItem('vueNodesBannerDismissed', 'true')")
         page.set_default_timeout(30_000)
@@ -47,7 +50,8 @@ class ComfyPage:
 
     def open(self, settings: Mapping[str, Any] | None = None) -> None:
         """(Re)load the page with these settings stored on the server; ready when this returns."""
-        self.server.post("/settings", {**SETTINGS, **(settings or {})})
+        drawn = {"Comfy.VueNodes.Enabled": self.html}
+        self.server.post("/settings", {**SETTINGS, **drawn, **(settings or {})})
         self.page.goto(self.server.url)
         self.page.wait_for_function(
             "window.app?.extensionManager?.getSidebarTabs?.()"
@@ -81,6 +85,36 @@ class ComfyPage:
     def run_command(self, command_id: str) -> None:
         """Run a command of the page, as its menus do."""
         self.page.evaluate("(id) => app.extensionManager.command.execute(id)", command_id)
+
+    def press_run(self) -> None:
+        """Press the page's Run. In some frontends the arrow beside it is called Run, too."""
+        self.page.get_by_role("button", name="Run", exact=True).first.click()
+
+    def choices(self, node_type: str, name: str) -> Locator:
+        """What a list of the first node of a type offers, opened by a click; visible on screen."""
+        if self.html:
+            row = self.node(node_type).locator(".lg-node-widget").filter(has_text=name)
+            row.get_by_role("combobox").click()
+            return self.page.get_by_role("option")
+        x, y = self.page.evaluate(
+            """([type, name]) => {
+                const node = app.graph.nodes.find((node) => node.comfyClass === type);
+                const widget = node.widgets.find((widget) => widget.name === name);
+                const place = [node.pos[0] + node.size[0] / 2, node.pos[1] + widget.last_y + 10];
+                return app.canvasPosToClientPos(place);
+            }""",
+            [node_type, name],
+        )
+        self.page.mouse.click(x, y)
+        return self.page.locator(".litecontextmenu .litemenu-entry")
+
+    def node(self, node_type: str) -> Locator:
+        """The first node of a type, where nodes are drawn in HTML."""
+        node_id = self.page.evaluate(
+            "(type) => String(app.graph.nodes.find(({ comfyClass }) => comfyClass === type).id)",
+            node_type,
+        )
+        return self.page.locator(f"[data-node-id='{node_id}']").first
 
     def open_tab(self) -> None:
         """Open the pack's sidebar tab, if it is not open."""

@@ -1,7 +1,9 @@
 """The tab offers to make a Python for the GPU processes where ComfyUI's lacks vLLM."""
 
+import os
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from playwright.sync_api import Browser, expect
 
 from support.comfy_page import ComfyPage, comfy_page
 from support.comfy_server import NO_GPU, ComfyServer
+from support.paths import NEWER_FRONTEND
 
 pytestmark = pytest.mark.web
 
@@ -23,17 +26,34 @@ util.find_spec = lambda name, package=None: None if name == "vllm" else find_spe
 
 @pytest.fixture(scope="module")
 def own_page(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyPage]:
-    """The page of such a ComfyUI, whose pip waits for an answer of its index."""
+    with page_without_vllm(browser, tmp_path_factory.mktemp("own_python")) as page:
+        yield page
+
+
+@pytest.fixture(scope="module")
+def newer_page(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyPage]:
     folder = tmp_path_factory.mktemp("own_python")
+    with page_without_vllm(browser, folder, "--front-end-root", str(NEWER_FRONTEND)) as page:
+        yield page
+
+
+@contextmanager
+def page_without_vllm(browser: Browser, folder: Path, *arguments: str) -> Iterator[ComfyPage]:
+    """The page of such a ComfyUI, whose pip waits for an answer of its index."""
     (folder / "sitecustomize.py").write_text(WITHOUT_VLLM)
+    path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
     with socket.create_server(("127.0.0.1", 0)) as index:
         env = {
             **NO_GPU,
-            "PYTHONPATH": str(folder),
+            "PYTHONPATH": path,
             "TP_RUNTIME_HOME": str(folder / "home"),
             "PIP_INDEX_URL": f"http://127.0.0.1:{index.getsockname()[1]}/simple",
         }
-        with ComfyServer(env=env) as server, comfy_page(browser, server) as page:
+        options = ("--cpu", *arguments)
+        with (
+            ComfyServer(env=env, extra_args=options) as server,
+            comfy_page(browser, server) as page,
+        ):
             yield page
 
 

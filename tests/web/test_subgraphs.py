@@ -8,7 +8,7 @@ import pytest
 from support.comfy_page import ComfyPage
 from support.workflows import Prompt, Sampling, text_to_latent, tp_loader
 
-pytestmark = [pytest.mark.web, pytest.mark.both_frontends]
+pytestmark = [pytest.mark.web, pytest.mark.every_page]
 
 MODEL = "tiny_z_image.safetensors"
 BOTH = ("TPLoadDiffusionModel", "TPSampler")
@@ -71,7 +71,7 @@ def test_counts_and_badges(web: ComfyPage, inside: tuple[str, ...]) -> None:
     wait_for_counts(web, *BOTH)
     web.page.evaluate(REOPEN)
     wait_for_counts(web, *BOTH)
-    web.page.get_by_role("button", name="Run", exact=True).click()
+    web.press_run()
     web.page.wait_for_function(
         f"() => {{ const seen = ({SEEN})();"
         " return ['host', 'TPSampler', 'TPLoadDiffusionModel'].every((kind) =>"
