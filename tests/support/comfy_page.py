@@ -13,9 +13,11 @@ from playwright.sync_api import Browser, Locator, Page, sync_playwright
 from playwright.sync_api import TimeoutError as PageTimeoutError
 
 from support.comfy_server import ComfyServer
-from support.paths import REPOSITORY
+from support.paths import NEWER_FRONTEND, REPOSITORY
 
 PICTURES = REPOSITORY / "out" / "web"
+# ComfyUI's options for the newer frontend.
+NEWER_PAGE = ("--cpu", "--front-end-root", str(NEWER_FRONTEND))
 SIZE = {"width": 1400, "height": 880}
 # A person who has seen ComfyUI before: no tour, no dialog at the start.
 SETTINGS = {
@@ -175,9 +177,10 @@ def chromium() -> Iterator[Browser]:
 
 
 @contextmanager
-def comfy_page(browser: Browser, server: ComfyServer) -> Iterator[ComfyPage]:
+def comfy_page(browser: Browser, server: ComfyServer, *, html: bool = False) -> Iterator[ComfyPage]:
     """A tab of the browser on ComfyUI's page."""
     with browser.new_page(viewport=SIZE) as tab:
         page = ComfyPage(tab, server)
+        page.html = html
         page.open()
         yield page

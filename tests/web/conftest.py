@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 from playwright.sync_api import Browser
 
-from support.comfy_page import PICTURES, ComfyPage, chromium, chromium_path, comfy_page
+from support.comfy_page import NEWER_PAGE, PICTURES, ComfyPage, chromium, chromium_path, comfy_page
 from support.comfy_server import NO_GPU, ComfyServer
 from support.compatibility import NEWER
 from support.paths import NEWER_FRONTEND
@@ -78,8 +78,7 @@ def newer_page(browser: Browser, tiny_z_image: Path) -> Iterator[ComfyPage]:
     """The newest frontend, with a ComfyUI of its own."""
     if not NEWER_FRONTEND.is_dir():
         pytest.skip("there is no newer frontend: `make comfyui` fetches it")
-    arguments = ("--cpu", "--front-end-root", str(NEWER_FRONTEND))
-    with ComfyServer(env=NO_GPU, extra_args=arguments) as server:
+    with ComfyServer(env=NO_GPU, extra_args=NEWER_PAGE) as server:
         (server.models / "diffusion_models" / tiny_z_image.name).symlink_to(tiny_z_image)
         write_template_models(server.models)
         with comfy_page(browser, server) as page:

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, expect
 
-from support.comfy_page import ComfyPage, comfy_page
+from support.comfy_page import NEWER_PAGE, ComfyPage, comfy_page
 from support.comfy_server import NO_GPU, ComfyServer
-from support.paths import NEWER_FRONTEND
 
 pytestmark = pytest.mark.web
 
@@ -33,12 +32,14 @@ def own_page(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iter
 @pytest.fixture(scope="module")
 def newer_page(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyPage]:
     folder = tmp_path_factory.mktemp("own_python")
-    with page_without_vllm(browser, folder, "--front-end-root", str(NEWER_FRONTEND)) as page:
+    with page_without_vllm(browser, folder, NEWER_PAGE) as page:
         yield page
 
 
 @contextmanager
-def page_without_vllm(browser: Browser, folder: Path, *arguments: str) -> Iterator[ComfyPage]:
+def page_without_vllm(
+    browser: Browser, folder: Path, options: tuple[str, ...] = ("--cpu",)
+) -> Iterator[ComfyPage]:
     """The page of such a ComfyUI, whose pip waits for an answer of its index."""
     (folder / "sitecustomize.py").write_text(WITHOUT_VLLM)
     path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
@@ -49,7 +50,6 @@ def page_without_vllm(browser: Browser, folder: Path, *arguments: str) -> Iterat
             "TP_RUNTIME_HOME": str(folder / "home"),
             "PIP_INDEX_URL": f"http://127.0.0.1:{index.getsockname()[1]}/simple",
         }
-        options = ("--cpu", *arguments)
         with (
             ComfyServer(env=env, extra_args=options) as server,
             comfy_page(browser, server) as page,
