@@ -30,6 +30,45 @@ SETTINGS = {
 }
 
 
+_RANKS = [
+    {
+        "rank": rank,
+        "device": f"cuda:{rank}",
+        "pid": rank,
+        "models": {},
+        "memory": {"allocated_bytes": 40e9, "total_bytes": 80e9},
+    }
+    for rank in range(2)
+]
+_GROUP = {
+    "tp_size": 2,
+    "sequence_size": 1,
+    "batch_groups": 1,
+    "device": "cuda",
+    "devices": [0, 1],
+    "models": {"z_image_turbo_bf16.safetensors@1": {"bytes": [6e9, 6e9], "asleep": False}},
+    "error": None,
+    "step_ms": 55,
+    "log_tail": "",
+    "ready_ranks": 0,
+    "ranks": _RANKS,
+}
+# A group in each state, as the server tells the page of them.
+GROUPS: tuple[dict[str, Any], ...] = (
+    {**_GROUP, "id": "1", "state": "starting", "ranks": [], "models": {}, "ready_ranks": 1},
+    {**_GROUP, "id": "2", "state": "ready"},
+    {**_GROUP, "id": "3", "state": "busy"},
+    {
+        **_GROUP,
+        "id": "4",
+        "state": "failed",
+        "error": "Rank 1 was killed by signal 9.",
+        "log_tail": "the last line",
+    },
+    {**_GROUP, "id": "5", "state": "closed"},
+)
+
+
 def chromium_path() -> str | None:
     """Debian's chromium; None where it is not installed."""
     return shutil.which("chromium")
@@ -39,12 +78,14 @@ class ComfyPage:
     """One tab with ComfyUI in it. `page` is playwright's.
 
     `html`: whether nodes are drawn in HTML ("Nodes 2.0"), not on the canvas, once it is opened.
+    `name`: of this kind of page, in the names of pictures.
     """
 
     def __init__(self, page: Page, server: ComfyServer) -> None:
         self.page = page
         self.server = server
         self.html = False
+        self.name = "own"
         self.errors: list[str] = []
         page.add_init_script("localStorage.setItem('vueNodesBannerDismissed', 'true')")
         page.set_default_timeout(30_000)
@@ -87,6 +128,24 @@ class ComfyPage:
     def run_command(self, command_id: str) -> None:
         """Run a command of the page, as its menus do."""
         self.page.evaluate("(id) => app.extensionManager.command.execute(id)", command_id)
+
+    def tell(self, event: str, detail: Any) -> None:
+        """An event of the pack, as if the server had sent it."""
+        self.page.evaluate(
+            "([name, detail]) => window.comfyAPI.api.api.dispatchCustomEvent(name, detail)",
+            [f"tensor_parallel.{event}", detail],
+        )
+
+    def show_groups(self, *groups: Mapping[str, Any]) -> None:
+        """Have the page show these groups."""
+        self.tell("groups", {"groups": groups})
+
+    def set_palette(self, name: str) -> None:
+        """Choose ComfyUI's colours; they are there when this returns."""
+        self.page.evaluate(
+            "(id) => app.extensionManager.setting.set('Comfy.ColorPalette', id)", name
+        )
+        self.page.wait_for_timeout(500)
 
     def press_run(self) -> None:
         """Press the page's Run. In some frontends the arrow beside it is called Run, too."""
@@ -142,11 +201,16 @@ class ComfyPage:
         self.page.wait_for_timeout(500)  # what it finds while words are typed
         names = [text.partition("\n")[0] for text in found.all_inner_texts()]
         self.page.keyboard.press("Escape")
+        self._search_box.wait_for(state="hidden")
         return names
+
+    @property
+    def _search_box(self) -> Locator:
+        return self.page.get_by_placeholder(re.compile("Search|Add a node")).last
 
     def _search(self, words: str) -> Locator:
         """Open the search box and type; what it finds, node by node."""
-        box = self.page.get_by_placeholder(re.compile("Search|Add a node")).last
+        box = self._search_box
         for _ in range(6):  # a page that is busy with a new workflow may miss a double click
             self.page.mouse.dblclick(900, 700)
             with suppress(PageTimeoutError):

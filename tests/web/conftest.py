@@ -91,15 +91,16 @@ def web(request: pytest.FixtureRequest) -> Iterator[ComfyPage]:
 
     One of `PAGES`, the own one if nothing else is said.
     """
-    frontend, html = PAGES[getattr(request, "param", "own")]
+    name = getattr(request, "param", "own")
+    frontend, html = PAGES[name]
     page: ComfyPage = request.getfixturevalue(frontend)
     PICTURES.mkdir(parents=True, exist_ok=True)
-    page.html = html
+    page.name, page.html = name, html
     page.errors.clear()
     page.open()
     yield page
-    name = "".join(c if c.isalnum() else "_" for c in request.node.name).strip("_")
-    page.page.screenshot(path=PICTURES / f"{name}.png")
+    picture = "".join(c if c.isalnum() else "_" for c in request.node.name).strip("_")
+    page.page.screenshot(path=PICTURES / f"{picture}.png")
     errors, shown = list(page.errors), page.toasts("error")
     page.page.goto("about:blank")  # an open page of ComfyUI draws, and takes a quarter of a core
     assert not errors

@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import pytest
 
-from support.comfy_page import PICTURES, ComfyPage
+from support.comfy_page import GROUPS, PICTURES, ComfyPage
 from support.tiny_vae import VAE_NAME
 from support.workflows import Prompt, Sampling, text_to_latent, tp_loader, with_picture
 
@@ -289,19 +289,6 @@ def test_saved_and_opened_again(web: ComfyPage) -> None:
 # The page's own store of palettes, which has no public name.
 PALETTES = """() => Object.keys(document.querySelector('#vue-app').__vue_app__.config
     .globalProperties.$pinia._s.get('colorPalette').palettesLookup)"""
-# A group in each state, as an event tells the page of them.
-SHOW_STATES = """() => {
-    const ranks = [0, 1].map((rank) => ({ rank, device: `cuda:${rank}`, pid: rank, models: {},
-        memory: { allocated_bytes: 4e10, total_bytes: 8e10 } }));
-    const group = (state, more) => ({ id: state, state, tp_size: 2, sequence_size: 1,
-        batch_groups: 1,
-        device: 'cuda', devices: [0, 1], models: { file: { bytes: [1e9, 1e9], asleep: false } },
-        error: null, step_ms: 55, log_tail: '', ready_ranks: 0, ranks, ...more });
-    const failed = { error: 'Rank 1 was killed by signal 9.', log_tail: 'the last line' };
-    window.comfyAPI.api.api.dispatchCustomEvent('tensor_parallel.groups', { groups: [
-        group('starting', { ranks: [], models: {}, ready_ranks: 1 }),
-        group('ready'), group('busy'), group('failed', failed), group('closed') ] });
-}"""
 # Of every element of the tab with a text of its own: what it says, and its contrast.
 CONTRASTS = """() => {
     const luminance = (colour) => {
@@ -333,14 +320,11 @@ def test_readable_in_every_palette(web: ComfyPage) -> None:
     web.open_tab()
     web.page.get_by_role("button", name="Check").click()
     web.page.locator(".tp-findings strong").first.wait_for(timeout=START_MS)
-    web.page.evaluate(SHOW_STATES)
+    web.show_groups(*GROUPS)
     palettes = web.page.evaluate(PALETTES)
     assert {"dark", "light", "solarized", "arc", "nord", "github"} <= set(palettes)
     for palette in palettes:
-        web.page.evaluate(
-            "(id) => app.extensionManager.setting.set('Comfy.ColorPalette', id)", palette
-        )
-        web.page.wait_for_timeout(500)
+        web.set_palette(palette)
         contrasts = dict(web.page.evaluate(CONTRASTS))
         assert {"starting", "ready", "working", "failed", "Rank 1 was killed by signal 9."} <= set(
             contrasts
@@ -355,7 +339,7 @@ def test_readable_in_every_palette(web: ComfyPage) -> None:
 @every_page
 def test_buttons_stand_in_whole_rows(web: ComfyPage) -> None:
     web.open_tab()
-    web.page.evaluate(SHOW_STATES)
+    web.show_groups(*GROUPS)
     for width in (220, 260, 320, 420, 600):
         rows = web.page.evaluate(
             """(width) => {
@@ -372,7 +356,7 @@ def test_buttons_stand_in_whole_rows(web: ComfyPage) -> None:
 @every_page
 def test_a_start_shows_how_far_it_is(web: ComfyPage) -> None:
     web.open_tab()
-    web.page.evaluate(SHOW_STATES)
+    web.show_groups(*GROUPS)
     card = web.page.locator(".tp-card").first
     card.get_by_text(re.compile(r"^1 of 2 processes started, \d+ s$")).wait_for()
     assert card.locator("progress").get_attribute("value") == "1"
