@@ -9,15 +9,26 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, expect
 
-from support.comfy_page import NEWER_PAGE, ComfyPage, comfy_page
+from support.comfy_page import NEWER_PAGE, PICTURES, ComfyPage, comfy_page
 from support.comfy_server import NO_GPU, ComfyServer
+from support.workflows import Sampling, text_to_latent, tp_loader
 
 pytestmark = pytest.mark.web
 
-# What a ComfyUI without vLLM would find; the one of the tests has it.
+# What a ComfyUI without vLLM would find, and its ranks; the one of the tests has it.
 WITHOUT_VLLM = """
 import importlib.util as util
+import sys
 
+
+class WithoutVllm:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "vllm":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+sys.meta_path.insert(0, WithoutVllm)
 find_spec = util.find_spec
 util.find_spec = lambda name, package=None: None if name == "vllm" else find_spec(name, package)
 """
@@ -73,6 +84,22 @@ def test_shown_asked_for_watched_and_cancelled(web: ComfyPage) -> None:
     part.get_by_role("button", name="Cancel").click()
     expect(part.get_by_role("button", name="Make it")).to_be_visible()
     assert not folder.exists()
+
+
+def test_the_first_run_says_what_to_do(web: ComfyPage, tiny_z_image: Path) -> None:
+    """The Python of its own before anything that would change ComfyUI's."""
+    file = web.server.models / "diffusion_models" / tiny_z_image.name
+    if not file.exists():
+        file.symlink_to(tiny_z_image)
+    web.open()  # with the file in its lists
+    web.load_prompt(text_to_latent(tp_loader(file.name, 2), "TPSampler", Sampling(steps=1)))
+    web.press_run()
+    said = web.page.get_by_text("Give the GPU processes a Python of their own").first
+    said.wait_for(timeout=120_000)
+    web.page.wait_for_timeout(1000)
+    web.page.screenshot(path=PICTURES / f"screen_first_start_{web.name}.png")
+    assert "the tab 'Tensor Parallel' makes one" in said.inner_text()
+    web.open()  # and the error is gone
 
 
 def test_nothing_is_offered_where_the_processes_have_a_python(web: ComfyPage) -> None:

@@ -36,6 +36,7 @@ BEYOND = """(types) => app.graph.nodes.filter(({ comfyClass, subgraph }) =>
         const notes = (node.widgets ?? []).map(({ element }) => element).filter(Boolean);
         const inside = html ? [...html.querySelectorAll('*')] : notes;
         return inside.filter((one) => one.textContent && one.offsetParent)
+            .filter((one) => !one.parentElement.closest('.tp-note'))  // these scroll
             .map((one) => [one.getBoundingClientRect(), one])
             .map(([box, one]) => [one.textContent, (box.right - right) / scale,
                 (box.bottom - bottom) / scale])
@@ -141,8 +142,7 @@ def shown(web: ComfyPage) -> None:
     """The whole workflow on the screen, with the answers that the nodes wait for."""
     web.page.evaluate("() => app.canvas.deselectAll()")
     web.run_command("Comfy.Canvas.FitView")
-    web.page.get_by_text("gpu_count can be").first.wait_for(state="attached")
-    web.page.wait_for_timeout(1000)
+    web.page.wait_for_timeout(2000)
 
 
 def beyond(web: ComfyPage) -> list[Any]:

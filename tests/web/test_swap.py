@@ -94,7 +94,7 @@ def test_the_menu_of_a_node(web: ComfyPage) -> None:
 
 @every_page
 def test_the_whole_workflow(web: ComfyPage) -> None:
-    """With what a subgraph shows of a loader; undone in one step."""
+    """With what a subgraph shows of a loader."""
     web.load_prompt(stock_prompt() | {"other": stock_loader(MODEL)})
     web.page.evaluate(PREPARE)
     before, sent = loaders(web), web.prompt()
@@ -110,6 +110,63 @@ def test_the_whole_workflow(web: ComfyPage) -> None:
     wait_for(web, STOCK)
     assert loaders(web) == before
     assert web.prompt() == sent
+
+
+# Load Diffusion Model and what is below it as in ComfyUI's templates, in a group and above one.
+AS_IN_TEMPLATES = """() => {
+    const places = { UNETLoader: [0, 0], EmptySD3LatentImage: [0, 130], KSampler: [400, 0] };
+    for (const node of app.graph.nodes)
+        node.pos = places[node.comfyClass] ?? [400 * app.graph.nodes.indexOf(node), 330];
+    for (const [y, height] of [[-80, 360], [290, 300]]) {
+        const group = new LGraphGroup('group');
+        group.pos = [-20, y];
+        group.size = [300, height];
+        app.graph.add(group);
+    }
+}"""
+BOXES = """() => app.graph.nodes.map(({ comfyClass, pos, size }) =>
+    [comfyClass, pos[0], pos[1] - 30, pos[0] + size[0], pos[1] + size[1]])"""
+
+
+@every_page
+def test_the_new_loader_covers_nothing(web: ComfyPage) -> None:
+    """It is higher than the stock one, so what is below moves down, and groups go with it."""
+    web.load_prompt(stock_prompt())
+    web.page.evaluate(AS_IN_TEMPLATES)
+    web.run_command("TensorParallel.UseInWorkflow")
+    wait_for(web, OURS)
+    web.page.wait_for_timeout(1000)  # HTML nodes are measured
+    web.run_command("Comfy.Canvas.FitView")
+    web.page.wait_for_timeout(500)
+    web.page.screenshot(path=PICTURES / f"swap_makes_room_{web.name}.png")
+    boxes = {name: box for name, *box in web.page.evaluate(BOXES)}
+    assert boxes[OURS][1] == -30
+    for name, box in boxes.items():
+        apart = box[0] >= boxes[OURS][2] or box[1] >= boxes[OURS][3]
+        assert name == OURS or apart, name
+    first, second = web.page.evaluate(
+        "() => app.graph.groups.map(({ pos, size }) => [...pos, ...size])"
+    )
+    assert first[1] + first[3] > boxes["EmptySD3LatentImage"][3]
+    assert second[1] > boxes["EmptySD3LatentImage"][3]
+
+
+@every_page
+def test_undone_and_done_again_in_one_step(web: ComfyPage) -> None:
+    web.load_prompt(stock_prompt())
+    before = web.prompt()
+    web.run_command("TensorParallel.UseInWorkflow")
+    wait_for(web, OURS)
+    assert web.page.evaluate("app.extensionManager.workflow.activeWorkflow.isModified")
+    after = web.prompt()
+    web.page.wait_for_timeout(1000)
+    web.page.mouse.click(900, 700)  # the page looks for changes then
+    web.page.keyboard.press("Control+z")
+    wait_for(web, STOCK)
+    assert web.prompt() == before
+    web.page.keyboard.press("Control+y")
+    wait_for(web, OURS)
+    assert web.prompt() == after
 
 
 @every_page
