@@ -159,9 +159,10 @@ class ComfyPage:
             return self.page.get_by_role("option")
         x, y = self.page.evaluate(
             """([type, name]) => {
-                const node = app.graph.nodes.find((node) => node.comfyClass === type);
+                const node = app.graph.nodes.find((node) => node.type === type);
                 const widget = node.widgets.find((widget) => widget.name === name);
-                const place = [node.pos[0] + node.size[0] / 2, node.pos[1] + widget.last_y + 10];
+                const y = widget.last_y ?? widget.y;
+                const place = [node.pos[0] + node.size[0] / 2, node.pos[1] + y + 10];
                 return app.canvasPosToClientPos(place);
             }""",
             [node_type, name],
@@ -172,8 +173,7 @@ class ComfyPage:
     def node(self, node_type: str) -> Locator:
         """The first node of a type, where nodes are drawn in HTML."""
         node_id = self.page.evaluate(
-            "(type) => String(app.graph.nodes.find(({ comfyClass }) => comfyClass === type).id)",
-            node_type,
+            "(type) => String(app.graph.nodes.find((node) => node.type === type).id)", node_type
         )
         return self.page.locator(f"[data-node-id='{node_id}']").first
 

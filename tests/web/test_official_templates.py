@@ -28,6 +28,7 @@ from support.official_templates import (
     recorded,
     templates,
 )
+from support.paths import NEWER_FRONTEND
 from support.template_files import model_of, write_files_of
 from support.workflows import Prompt
 
@@ -39,6 +40,8 @@ SOME = ("01_qwen_t2i_subgraphed", "flux_dev_checkpoint_example", "flux_dev_full_
 
 STOCK = {"UNETLoader": "unet_name", "CheckpointLoaderSimple": "ckpt_name"}
 OURS = {"TPLoadDiffusionModel": "unet_name", "TPLoadCheckpoint": "ckpt_name"}
+# Whose stock prompt is another one where nodes are drawn in HTML.
+OTHERWISE_IN_HTML = ("video_wan2_1_infinitetalk",)
 UNKNOWN = """() => {
     const found = new Set();
     const look = (graph) => graph.nodes.forEach((node) => {
@@ -58,10 +61,16 @@ class Sent:
     ours: Prompt
     unknown: tuple[str, ...] = ()
 
+    def swapped(self) -> Prompt:
+        """The nodes that the swap has changed."""
+        return {name: item for name, item in self.ours.items() if item != self.stock[name]}
+
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ComfyServer]:
     """One of its own: others have larger files under the names that the templates load."""
+    if not NEWER and not NEWER_FRONTEND.is_dir():
+        pytest.skip("there is no newer frontend: `make comfyui` fetches it")
     options = ("--cpu",) if NEWER else NEWER_PAGE
     with nothing_left_over(), ComfyServer(env=NO_GPU, extra_args=options) as server:
         yield server
@@ -131,10 +140,13 @@ def test_a_template_in_html(
     sent: dict[str, Sent], sent_in_html: dict[str, Sent], template: Template
 ) -> None:
     found, on_canvas = sent_in_html[template.name], sent[template.name]
-    assert found == on_canvas
+    assert found.unknown == on_canvas.unknown
+    assert found.swapped() == on_canvas.swapped()
+    if template.name not in OTHERWISE_IN_HTML:
+        assert found == on_canvas
     if not template.is_refused and not found.unknown:
         assert_only_the_loaders_changed(found.stock, found.ours)
-        assert found.ours != found.stock
+        assert found.swapped()
 
 
 def opened(web: ComfyPage, template: Template) -> Sent:
