@@ -95,7 +95,11 @@ def test_the_first_run_says_what_to_do(web: ComfyPage, tiny_z_image: Path) -> No
     web.load_prompt(text_to_latent(tp_loader(file.name, 2), "TPSampler", Sampling(steps=1)))
     web.press_run()
     said = web.page.get_by_text("Give the GPU processes a Python of their own").first
-    said.wait_for(timeout=120_000)
+    details = web.page.get_by_role("button", name="View details")  # in newer frontends
+    said.or_(details).first.wait_for(timeout=120_000)
+    if details.is_visible():
+        details.click()
+    said.wait_for()
     web.page.wait_for_timeout(1000)
     web.page.screenshot(path=PICTURES / f"screen_first_start_{web.name}.png")
     assert "the tab 'Tensor Parallel' makes one" in said.inner_text()
