@@ -80,7 +80,7 @@ def server() -> Iterator[ComfyServer]:
 def sent(browser: Browser, server: ComfyServer, request: pytest.FixtureRequest) -> dict[str, Sent]:
     """Template → what is sent for it. All at once: an open page takes a core from what runs."""
     with comfy_page(browser, server) as page:
-        return {template.name: opened(page, template) for template in tested(request)}
+        return {template.name: opened(page, template) for template in asked_for(request)}
 
 
 @pytest.fixture(scope="module")
@@ -89,13 +89,14 @@ def sent_in_html(
 ) -> dict[str, Sent]:
     """The same of a page whose nodes are drawn in HTML."""
     with comfy_page(browser, server, html=True) as page:
-        return {template.name: opened(page, template) for template in tested(request)}
+        return {template.name: opened(page, template) for template in asked_for(request)}
 
 
-def tested(request: pytest.FixtureRequest) -> dict[Template, None]:
+def asked_for(request: pytest.FixtureRequest) -> dict[Template, None]:
     """The templates of the tests that were asked for, in their order."""
     tests = [item for item in request.session.items if item.path == request.path]
-    return {item.callspec.params["template"]: None for item in tests}  # type: ignore[attr-defined]
+    found = [item.callspec.params["template"] for item in tests]  # type: ignore[attr-defined]
+    return {template: None for template in found if isinstance(template, Template)}
 
 
 @pytest.fixture(scope="module")
