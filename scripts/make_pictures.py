@@ -66,7 +66,7 @@ def run(page: ComfyPage, gpu_count: int) -> None:
         str(gpu_count),
     )
     page.run_command("Comfy.Canvas.FitView")
-    page.page.get_by_role("button", name="Run", exact=True).click()
+    page.press_run()
     page.page.wait_for_function(
         "app.graph.nodes.some((node) => node.comfyClass === 'SaveImage' && node.imgs?.length)",
         timeout=START_MS,
@@ -89,7 +89,7 @@ def end_node(page: ComfyPage, node_type: str) -> None:
         }""",
         node_type,
     )
-    page.page.get_by_role("button", name="Run", exact=True).click()
+    page.press_run()
     page.page.wait_for_timeout(4000)
 
 

@@ -26,6 +26,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="COMMIT",
         help="leave out what has its turn at other commits (HEAD: as the one checked out does)",
     )
+    parser.getgroup("web", "ComfyUI's page").addoption(
+        "--page",
+        help="run tests/web in this page alone: own, own-html, newer or newer-html",
+    )
     parser.getgroup("templates", "ComfyUI's official templates").addoption(
         "--write-templates",
         action="store_true",

@@ -40,7 +40,10 @@ export function prepareBadge(node) {
 function addBadge(node) {
   if (withBadge.has(node)) return;
   withBadge.add(node);
-  node.badges.push(() => new globalThis.LGraphBadge({ text: texts?.get(node) ?? "" }));
+  node.badges.push(() => {
+    const { BADGE_FG_COLOR: fgColor, BADGE_BG_COLOR: bgColor } = globalThis.LiteGraph; // the palette's
+    return new globalThis.LGraphBadge({ text: texts?.get(node) ?? "", fgColor, bgColor });
+  });
 }
 
 function show(node, mark) {
@@ -57,7 +60,9 @@ function label({ group: id, model: name }) {
   const model = group?.models[name];
   if (!model || group.state === "failed") return "";
   const parts = [ranksOf(group) > group.tp_size ? layoutOf(group) : `${group.tp_size}×`];
-  if (model.bytes) parts.push(text("each", { size: gibibytes(Math.max(...model.bytes)) }));
+  // HTML nodes, which have a badge inside, are too narrow for all of it.
+  const isNarrow = globalThis.LiteGraph.vueNodesMode;
+  if (model.bytes && !isNarrow) parts.push(text("each", { size: gibibytes(Math.max(...model.bytes)) }));
   if (model.asleep) parts.push(text("asleep"));
   else if (group.step_ms) parts.push(text("perStep", { time: milliseconds(group.step_ms) }));
   return parts.join(" · ");

@@ -1,7 +1,7 @@
 // `gpu_count` offers what works here for the node's model, and the node says why the rest does not.
 import { app } from "../../scripts/app.js";
 import { request } from "./groups.js";
-import { LOADERS, SAMPLER, decidingWidget, loaderOf, nodesOfType, placeOf, widgetOf } from "./graph.js";
+import { LOADERS, SAMPLER, decidingWidget, loaderOf, placesOf, widgetOf } from "./graph.js";
 import { addNote, showReasons } from "./note.js";
 import { text } from "./texts.js";
 import { toast } from "./toast.js";
@@ -10,7 +10,7 @@ export const DEFAULT_COUNT = "TensorParallel.Nodes.GpuCount";
 
 const DECIDE = ["unet_name", "ckpt_name", "devices", "where"]; // the loader's inputs that counts depend on
 const answers = new Map(); // query → promise of the route's answer
-const questions = new WeakMap(); // node → the query that it asked last
+const questions = new WeakMap(); // node → { the place's hosts: the query that was asked last }
 const followed = new WeakSet(); // widgets whose changes are heard of
 
 /** Follow the model of a node that has just been made. */
@@ -18,10 +18,9 @@ export function followModel(node) {
   if (LOADERS.includes(node.comfyClass)) {
     widgetOf(node, "gpu_count").value = app.extensionManager.setting.get(DEFAULT_COUNT) ?? "auto";
   }
-  const counted = [...LOADERS, SAMPLER].includes(node.comfyClass);
-  if (counted) addNote(node);
+  if (isCounted(node)) addNote(node);
   // The way of a model may lead through any subgraph.
-  if (counted || node.subgraph) {
+  if (isCounted(node) || node.subgraph) {
     chain(node, "onConnectionsChange", later);
     later();
   }
@@ -33,7 +32,15 @@ export function forgetAnswers() {
   offerEverywhere();
 }
 
-const offerEverywhere = () => nodesOfType(...LOADERS, SAMPLER).forEach(offerCounts);
+const isCounted = ({ comfyClass }) => [...LOADERS, SAMPLER].includes(comfyClass);
+
+function offerEverywhere() {
+  const seen = new Set();
+  for (const place of placesOf(isCounted)) {
+    offerCounts(place, !seen.has(place.node));
+    seen.add(place.node);
+  }
+}
 
 let waiting = false;
 
@@ -47,10 +54,11 @@ function later() {
   });
 }
 
-async function offerCounts(node) {
-  const place = node.graph && placeOf(node);
+/** The same node has other places where its subgraph is used again; it shows what holds in the first. */
+async function offerCounts(place, isFirst) {
+  const { node, hosts } = place;
   const own = widgetOf(node, "gpu_count");
-  if (!place || !own) return;
+  if (!own) return;
   const shown = decidingWidget(place, "gpu_count");
   const loader = loaderOf(place);
   const inputs = new URLSearchParams();
@@ -61,7 +69,10 @@ async function offerCounts(node) {
   }
   const query = String(inputs);
   own.allCounts ??= [...own.options.values];
-  questions.set(node, query);
+  const asked = questions.get(node) ?? {};
+  const where = hosts.map(({ id }) => id).join(":");
+  questions.set(node, asked);
+  asked[where] = query;
   let answer;
   try {
     answer = await countsFor(query);
@@ -69,11 +80,14 @@ async function offerCounts(node) {
     answers.delete(query);
     answer = { refused: {}, error: error.message };
   }
-  if (questions.get(node) !== query || !node.graph) return; // a later question was answered sooner
+  if (asked[where] !== query || !node.graph) return; // a later question was answered sooner
   const { refused } = answer;
   const values = own.allCounts.filter((count) => !(count in refused));
-  for (const widget of new Set([own, shown])) offer(widget, values, answer);
-  showReasons(node, answer, values);
+  if (isFirst) {
+    offer(own, values, answer);
+    showReasons(node, answer, values);
+  }
+  if (shown !== own) offer(shown, values, answer);
   if (!(shown.value in refused)) return;
   const before = shown.value;
   shown.value = nearest(values, before);
@@ -83,10 +97,21 @@ async function offerCounts(node) {
 
 function offer(widget, values, answer) {
   const disabled = Boolean(answer.error); // the file cannot run on any number
-  // A new object: HTML nodes do not look into it. Nodes on the canvas have their own property.
-  widget.options = { ...widget.options, values, disabled };
-  widget.disabled = disabled;
+  changeOptions(widget, { values, disabled });
+  widget.disabled = disabled; // what nodes on the canvas look at
   widget.tooltip = answer.error ?? tooltip(answer);
+}
+
+/** Change a widget's options so that HTML nodes see it: they watch another thing in each frontend. */
+function changeOptions(widget, changed) {
+  if (hasSetter(widget, "options")) widget.options = { ...widget.options, ...changed };
+  // 1.49: what a widget has registered of itself. A subgraph node's options are just that.
+  else Object.assign(widget._state?.options ?? widget.options, changed);
+}
+
+function hasSetter(object, name) {
+  const found = object && Object.getOwnPropertyDescriptor(object, name);
+  return found ? Boolean(found.set) : Boolean(object) && hasSetter(Object.getPrototypeOf(object), name);
 }
 
 function countsFor(query) {

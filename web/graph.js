@@ -44,11 +44,6 @@ export function placesOf(wanted, graph = rootGraph(), hosts = []) {
   ]);
 }
 
-export function nodesOfType(...types) {
-  const found = placesOf(({ comfyClass }) => types.includes(comfyClass));
-  return [...new Set(found.map(({ node }) => node))];
-}
-
 /** The place of the TP loader whose model reaches a place, if the way there is one of MODEL inputs. */
 export function loaderOf(place) {
   const seen = new Set();

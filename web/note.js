@@ -1,11 +1,12 @@
 // What a node says below its inputs: which counts work, why others do not, and what its last run
-// warned of. Its height never changes, so nothing grows over the nodes below.
+// warned of or failed with. Its height never changes, so nothing grows over the nodes below.
 import { api } from "../../scripts/api.js";
-import { findPlace } from "./graph.js";
+import { findPlace, loaderOf } from "./graph.js";
 import { text } from "./texts.js";
 
 const HEIGHT = 68; // three lines and litegraph's margins; more lines scroll
-const notes = new WeakMap(); // node → { element, reasons, warning }
+const notes = new WeakMap(); // node → { element, reasons, warning, error }
+const withError = new Set(); // notes
 
 export function addNote(node) {
   const element = Object.assign(document.createElement("div"), { className: "tp-note", tabIndex: 0 });
@@ -17,7 +18,7 @@ export function addNote(node) {
     getMaxHeight: () => HEIGHT,
   });
   widget.serialize = false; // nor a value of the workflow
-  notes.set(node, { element, reasons: [], warning: "" });
+  notes.set(node, { element, reasons: [], warning: "", error: "" });
 }
 
 /** Say which of the counts work, and why others do not. `answer` is the route's. */
@@ -31,7 +32,7 @@ export function showReasons(node, { num_gpus, refused, error }, offered) {
   show(note);
 }
 
-/** Show what runs warn of, as nodes/notices.py sends it; an empty text takes it back. */
+/** Show what runs warn of, as nodes/notices.py sends it, and fail with; an empty text takes it back. */
 export function showWarnings() {
   api.addEventListener("tensor_parallel.warning", ({ detail: { node: id, text: warning } }) => {
     const note = notes.get(findPlace(id)?.node);
@@ -39,14 +40,31 @@ export function showWarnings() {
     note.warning = warning;
     show(note);
   });
+  // Newer frontends say of an error no more than that there is one, until a person asks them to.
+  api.addEventListener("execution_error", ({ detail: { node_id: id, exception_type: type, ...more } }) => {
+    const place = findPlace(id);
+    const note = place && (notes.get(place.node) ?? notes.get(loaderOf(place)?.node));
+    if (!note || !type.startsWith("tp_runtime.")) return;
+    note.error = more.exception_message.trim();
+    withError.add(note);
+    show(note);
+  });
+  api.addEventListener("execution_start", () => {
+    for (const note of withError) {
+      note.error = "";
+      show(note);
+    }
+    withError.clear();
+  });
 }
 
-function show({ element, reasons, warning }) {
-  const lines = warning ? [`⚠ ${warning}`, ...reasons] : reasons;
+function show({ element, reasons, warning, error }) {
+  const found = [error && `✖ ${error}`, warning && `⚠ ${warning}`].filter(Boolean);
+  const lines = [...found, ...reasons];
   element.replaceChildren(
     ...lines.map((line) => Object.assign(document.createElement("p"), { textContent: line })),
   );
-  element.classList.toggle("tp-warning", Boolean(warning));
+  element.classList.toggle("tp-warning", found.length > 0);
   element.title = lines.join("\n");
 }
 

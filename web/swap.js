@@ -11,6 +11,8 @@ import { showError, toast } from "./toast.js";
 const OURS = { UNETLoader: "TPLoadDiffusionModel", CheckpointLoaderSimple: "TPLoadCheckpoint" };
 const STOCK = Object.fromEntries(Object.entries(OURS).map(([stock, ours]) => [ours, stock]));
 const FILES = ["unet_name", "ckpt_name"];
+const TITLE = 30; // a node's place is that of what is below its title
+const GAP = 30; // between a node and the title of the next one below
 const OF_A_PACK = ["cnr_id", "aux_id", "ver"]; // properties that say which pack a node is of
 
 const toOurs = (node) => known(OURS[node.type]);
@@ -70,27 +72,33 @@ async function swap(nodes, target) {
       if (types.has(loaderOf(placeOf(node))?.node)) types.set(node, "KSampler");
     }
   }
+  const { changeTracker } = app.extensionManager.workflow.activeWorkflow;
+  (changeTracker.captureCanvasState ?? changeTracker.checkState).call(changeTracker);
   for (const [node, type] of types) disconnectLost(node, sample(type));
   const root = app.rootGraph ?? app.graph;
   const shown = app.canvas.graph?.id;
-  const workflow = JSON.parse(JSON.stringify(root.serialize()));
+  const workflow = asSaved(root);
   const graphs = [workflow, ...(workflow.definitions?.subgraphs ?? [])];
   const changed = [];
   for (const [node, type] of types) {
     const graph = node.graph === root ? workflow : graphs.find(({ id }) => id === node.graph.id);
     // Frontend 1.49 has ids as texts, and saves them as numbers.
-    const saved = graph.nodes.find(({ id }) => String(id) === String(node.id));
-    changed.push(...replace(saved, node, sample(type)));
+    const old = graph.nodes.find(({ id }) => String(id) === String(node.id));
+    const bottom = old.pos[1] + old.size[1];
+    changed.push(...replace(old, node, sample(type)));
+    makeRoom(graph, old, bottom);
     for (const host of graphs.flatMap((each) => each.nodes)) forgetLost(host, graph.id, node.id, type);
   }
-  const { activeWorkflow } = app.extensionManager.workflow;
-  await app.loadGraphData(workflow, false, false, activeWorkflow);
+  // As a step that is done again: so it can be undone, and the workflow counts as changed.
+  changeTracker.redoQueue.splice(0, Infinity, workflow);
+  await changeTracker.redo();
   const subgraph = (app.rootGraph ?? app.graph).subgraphs?.get(shown);
   if (subgraph) app.canvas.setGraph(subgraph);
-  const { changeTracker } = activeWorkflow ?? {};
-  (changeTracker?.captureCanvasState ?? changeTracker?.checkState)?.call(changeTracker);
+  changeTracker.activeState = asSaved(app.rootGraph ?? app.graph); // or what loading adds is one more step
   if (changed.length) toast("warn", text("swap.changed"), changed.join("\n"));
 }
+
+const asSaved = (graph) => JSON.parse(JSON.stringify(graph.serialize()));
 
 /** A node of a type that is in no graph: its widgets and properties are those of a new one. */
 function sample(type) {
@@ -121,12 +129,38 @@ function replace(saved, node, made) {
     lost.push(text("swap.lost", { name: widget.name, before: before.value, after: widget.value }));
     return widget.value;
   };
+  saved.size = sizeFor(saved.size, node, made);
   saved.widgets_values = made.widgets.filter(saves).map(valueOf);
   saved.type = made.type;
   saved.inputs = saved.inputs?.filter(({ name }) => names.includes(name));
   for (const name of OF_A_PACK) delete saved.properties?.[name];
   saved.properties = { ...saved.properties, ...made.properties };
   return lost;
+}
+
+/** The height of the new type's widgets, unless a person has made the node larger than it had to be. */
+function sizeFor([width, height], node, made) {
+  const [leastWidth, leastHeight] = made.computeSize();
+  const enlarged = height > 1.3 * node.computeSize()[1];
+  return [Math.max(width, leastWidth), enlarged ? Math.max(height, leastHeight) : leastHeight];
+}
+
+/** Move what lies below a saved node, whose lower edge was higher before, so that it covers nothing. */
+function makeRoom({ nodes, groups = [], reroutes, extra }, { id, pos, size, flags }, before) {
+  if (flags?.collapsed) return;
+  const top = (node) => node.pos[1] - TITLE;
+  const covered = nodes.filter((node) =>
+    node.id !== id && node.pos[0] < pos[0] + size[0] && pos[0] < node.pos[0] + node.size[0]
+    && top(node) >= before && top(node) < pos[1] + size[1]);
+  if (!covered.length) return;
+  const line = Math.min(...covered.map(top));
+  const by = pos[1] + size[1] + GAP - line;
+  for (const node of nodes) if (top(node) >= line) node.pos[1] += by;
+  for (const { bounding } of groups) {
+    if (bounding[1] >= line) bounding[1] += by;
+    else if (bounding[1] + bounding[3] >= line) bounding[3] += by;
+  }
+  for (const reroute of reroutes ?? extra?.reroutes ?? []) if (reroute.pos[1] >= line) reroute.pos[1] += by;
 }
 
 function countOf({ name, value }) {

@@ -13,20 +13,60 @@ from playwright.sync_api import Browser, Locator, Page, sync_playwright
 from playwright.sync_api import TimeoutError as PageTimeoutError
 
 from support.comfy_server import ComfyServer
-from support.paths import REPOSITORY
+from support.paths import NEWER_FRONTEND, REPOSITORY
 
 PICTURES = REPOSITORY / "out" / "web"
+# ComfyUI's options for the newer frontend.
+NEWER_PAGE = ("--cpu", "--front-end-root", str(NEWER_FRONTEND))
 SIZE = {"width": 1400, "height": 880}
 # A person who has seen ComfyUI before: no tour, no dialog at the start.
 SETTINGS = {
     "Comfy.TutorialCompleted": True,
     "Comfy.InstalledVersion": "1.32.9",
-    "Comfy.VueNodes.Enabled": False,  # nodes are drawn on the canvas, where the tests click
     "Comfy.Workflow.ShowMissingModelsWarning": False,
     "Comfy.NodeBadge.NodeIdBadgeMode": "None",
     "Comfy.Validation.Workflows": False,
     "Comfy.Workflow.Persist": False,  # or the page opens what it had open before
 }
+
+
+_RANKS = [
+    {
+        "rank": rank,
+        "device": f"cuda:{rank}",
+        "pid": rank,
+        "models": {},
+        "memory": {"allocated_bytes": 40e9, "total_bytes": 80e9},
+    }
+    for rank in range(2)
+]
+_GROUP = {
+    "tp_size": 2,
+    "sequence_size": 1,
+    "batch_groups": 1,
+    "device": "cuda",
+    "devices": [0, 1],
+    "models": {"z_image_turbo_bf16.safetensors@1": {"bytes": [6e9, 6e9], "asleep": False}},
+    "error": None,
+    "step_ms": 55,
+    "log_tail": "",
+    "ready_ranks": 0,
+    "ranks": _RANKS,
+}
+# A group in each state, as the server tells the page of them.
+GROUPS: tuple[dict[str, Any], ...] = (
+    {**_GROUP, "id": "1", "state": "starting", "ranks": [], "models": {}, "ready_ranks": 1},
+    {**_GROUP, "id": "2", "state": "ready"},
+    {**_GROUP, "id": "3", "state": "busy"},
+    {
+        **_GROUP,
+        "id": "4",
+        "state": "failed",
+        "error": "Rank 1 was killed by signal 9.",
+        "log_tail": "the last line",
+    },
+    {**_GROUP, "id": "5", "state": "closed"},
+)
 
 
 def chromium_path() -> str | None:
@@ -35,11 +75,17 @@ def chromium_path() -> str | None:
 
 
 class ComfyPage:
-    """One tab with ComfyUI in it. `page` is playwright's."""
+    """One tab with ComfyUI in it. `page` is playwright's.
+
+    `html`: whether nodes are drawn in HTML ("Nodes 2.0"), not on the canvas, once it is opened.
+    `name`: of this kind of page, in the names of pictures.
+    """
 
     def __init__(self, page: Page, server: ComfyServer) -> None:
         self.page = page
         self.server = server
+        self.html = False
+        self.name = "own"
         self.errors: list[str] = []
         page.add_init_script("localStorage.setItem('vueNodesBannerDismissed', 'true')")
         page.set_default_timeout(30_000)
@@ -47,7 +93,8 @@ class ComfyPage:
 
     def open(self, settings: Mapping[str, Any] | None = None) -> None:
         """(Re)load the page with these settings stored on the server; ready when this returns."""
-        self.server.post("/settings", {**SETTINGS, **(settings or {})})
+        drawn = {"Comfy.VueNodes.Enabled": self.html}
+        self.server.post("/settings", {**SETTINGS, **drawn, **(settings or {})})
         self.page.goto(self.server.url)
         self.page.wait_for_function(
             "window.app?.extensionManager?.getSidebarTabs?.()"
@@ -82,6 +129,54 @@ class ComfyPage:
         """Run a command of the page, as its menus do."""
         self.page.evaluate("(id) => app.extensionManager.command.execute(id)", command_id)
 
+    def tell(self, event: str, detail: Any) -> None:
+        """An event of the pack, as if the server had sent it."""
+        self.page.evaluate(
+            "([name, detail]) => window.comfyAPI.api.api.dispatchCustomEvent(name, detail)",
+            [f"tensor_parallel.{event}", detail],
+        )
+
+    def show_groups(self, *groups: Mapping[str, Any]) -> None:
+        """Have the page show these groups."""
+        self.tell("groups", {"groups": groups})
+
+    def set_palette(self, name: str) -> None:
+        """Choose ComfyUI's colours; they are there when this returns."""
+        self.page.evaluate(
+            "(id) => app.extensionManager.setting.set('Comfy.ColorPalette', id)", name
+        )
+        self.page.wait_for_timeout(500)
+
+    def press_run(self) -> None:
+        """Press the page's Run. In some frontends the arrow beside it is called Run, too."""
+        self.page.get_by_role("button", name="Run", exact=True).first.click()
+
+    def choices(self, node_type: str, name: str) -> Locator:
+        """What a list of the first node of a type offers, opened by a click; visible on screen."""
+        if self.html:
+            row = self.node(node_type).locator(".lg-node-widget").filter(has_text=name)
+            row.get_by_role("combobox").click()
+            return self.page.get_by_role("option")
+        x, y = self.page.evaluate(
+            """([type, name]) => {
+                const node = app.graph.nodes.find((node) => node.type === type);
+                const widget = node.widgets.find((widget) => widget.name === name);
+                const y = widget.last_y ?? widget.y;
+                const place = [node.pos[0] + node.size[0] / 2, node.pos[1] + y + 10];
+                return app.canvasPosToClientPos(place);
+            }""",
+            [node_type, name],
+        )
+        self.page.mouse.click(x, y)
+        return self.page.locator(".litecontextmenu .litemenu-entry")
+
+    def node(self, node_type: str) -> Locator:
+        """The first node of a type, where nodes are drawn in HTML."""
+        node_id = self.page.evaluate(
+            "(type) => String(app.graph.nodes.find((node) => node.type === type).id)", node_type
+        )
+        return self.page.locator(f"[data-node-id='{node_id}']").first
+
     def open_tab(self) -> None:
         """Open the pack's sidebar tab, if it is not open."""
         if not self.page.locator(".tp-panel").is_visible():
@@ -106,11 +201,16 @@ class ComfyPage:
         self.page.wait_for_timeout(500)  # what it finds while words are typed
         names = [text.partition("\n")[0] for text in found.all_inner_texts()]
         self.page.keyboard.press("Escape")
+        self._search_box.wait_for(state="hidden")
         return names
+
+    @property
+    def _search_box(self) -> Locator:
+        return self.page.get_by_placeholder(re.compile("Search|Add a node")).last
 
     def _search(self, words: str) -> Locator:
         """Open the search box and type; what it finds, node by node."""
-        box = self.page.get_by_placeholder(re.compile("Search|Add a node")).last
+        box = self._search_box
         for _ in range(6):  # a page that is busy with a new workflow may miss a double click
             self.page.mouse.dblclick(900, 700)
             with suppress(PageTimeoutError):
@@ -141,9 +241,10 @@ def chromium() -> Iterator[Browser]:
 
 
 @contextmanager
-def comfy_page(browser: Browser, server: ComfyServer) -> Iterator[ComfyPage]:
+def comfy_page(browser: Browser, server: ComfyServer, *, html: bool = False) -> Iterator[ComfyPage]:
     """A tab of the browser on ComfyUI's page."""
     with browser.new_page(viewport=SIZE) as tab:
         page = ComfyPage(tab, server)
+        page.html = html
         page.open()
         yield page

@@ -1,7 +1,8 @@
 """ComfyUI's official templates, as the page sends them, made small and run on stock and on ours.
 
-A template is what the package comfyui-workflow-templates-json has; the newest that is installed, or
-the folder that `COMFYUI_TEMPLATES` names. What cannot be had here is replaced: files by tiny ones
+A template is what the package comfyui-workflow-templates-json has, or with an older ComfyUI
+comfyui-workflow-templates-media-image, which has no list of them. It is what is installed, or the
+folder that `COMFYUI_TEMPLATES` names. What cannot be had here is replaced: files by tiny ones
 (`support.template_files`), sizes and steps by small ones, nodes that need another model by what
 they are given (`PASSED_ON`). Each sampler's latent is kept, and what only leads to a picture is
 left out.
@@ -120,10 +121,11 @@ def _folder() -> Path:
     """
     if given := os.environ.get("COMFYUI_TEMPLATES"):
         return Path(given)
-    spec = find_spec("comfyui_workflow_templates_json")
-    if spec is None or spec.origin is None:
-        raise FileNotFoundError("there is no comfyui-workflow-templates-json")
-    return Path(spec.origin).parent / "templates"
+    for package in ("json", "media_image"):
+        spec = find_spec(f"comfyui_workflow_templates_{package}")
+        if spec is not None and spec.origin is not None:
+            return Path(spec.origin).parent / "templates"
+    raise FileNotFoundError("comfyui-workflow-templates is not installed")
 
 
 @cache

@@ -1,27 +1,60 @@
-"""One ComfyUI and one Chromium for all tests of the page; what they saw is kept in `out/web`."""
+"""ComfyUI's page in one Chromium; what the tests saw is kept in `out/web`.
+
+A page is a frontend, ComfyUI's own or the newer one, that draws its nodes on a canvas or in HTML
+("Nodes 2.0"). A test runs in the own one, on the canvas; with the mark `every_page` in each, with
+`html_page` in those of HTML nodes. `--page` has all of them run in that one alone.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from playwright.sync_api import Browser
 
-from support.comfy_page import PICTURES, ComfyPage, chromium, chromium_path, comfy_page
+from support.comfy_page import NEWER_PAGE, PICTURES, ComfyPage, chromium, chromium_path, comfy_page
 from support.comfy_server import NO_GPU, ComfyServer
+from support.compatibility import NEWER
 from support.paths import NEWER_FRONTEND
 from support.rotation import chosen
 from support.template_models import write_template_models
 from support.workflows import node
 
-FRONTENDS = ("own_page", "newer_page")
+
+class Kind(NamedTuple):
+    """Which fixture has the frontend, and whether nodes are drawn in HTML there."""
+
+    frontend: str
+    html: bool
+
+
+PAGES = {
+    "own": Kind("own_page", html=False),
+    "own-html": Kind("own_page", html=True),
+    "newer": Kind("newer_page", html=False),
+    "newer-html": Kind("newer_page", html=True),
+}
+if not NEWER:  # in frontend 1.32 they are an experiment, in which packs add nothing to menus
+    del PAGES["own-html"]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """What both frontends must do runs on the one that the commit chooses, or on both."""
-    if metafunc.definition.get_closest_marker("both_frontends"):
-        commit = metafunc.config.option.rotate
-        pages = (chosen(FRONTENDS, "frontend", commit),) if commit else FRONTENDS
-        metafunc.parametrize("web", pages, indirect=True)
+    """What every page must do runs in the one that the commit chooses, or in each."""
+    if "web" not in metafunc.fixturenames:
+        return
+    names = ["own"]
+    if metafunc.definition.get_closest_marker("every_page"):
+        names = list(PAGES)
+    elif metafunc.definition.get_closest_marker("html_page"):
+        names = [name for name, kind in PAGES.items() if kind.html]
+    if (only := metafunc.config.option.page) is not None:
+        if only not in PAGES:
+            raise pytest.UsageError(f"--page {only}: choose one of {', '.join(PAGES)}")
+        names = [only] if names == ["own"] or only in names else []
+    elif commit := metafunc.config.option.rotate:
+        names = [chosen(names, "frontend", commit)]
+    if names != ["own"]:
+        metafunc.parametrize("web", names, indirect=True)
 
 
 @pytest.fixture(scope="session")
@@ -45,8 +78,7 @@ def newer_page(browser: Browser, tiny_z_image: Path) -> Iterator[ComfyPage]:
     """The newest frontend, with a ComfyUI of its own."""
     if not NEWER_FRONTEND.is_dir():
         pytest.skip("there is no newer frontend: `make comfyui` fetches it")
-    arguments = ("--cpu", "--front-end-root", str(NEWER_FRONTEND))
-    with ComfyServer(env=NO_GPU, extra_args=arguments) as server:
+    with ComfyServer(env=NO_GPU, extra_args=NEWER_PAGE) as server:
         (server.models / "diffusion_models" / tiny_z_image.name).symlink_to(tiny_z_image)
         write_template_models(server.models)
         with comfy_page(browser, server) as page:
@@ -57,15 +89,18 @@ def newer_page(browser: Browser, tiny_z_image: Path) -> Iterator[ComfyPage]:
 def web(request: pytest.FixtureRequest) -> Iterator[ComfyPage]:
     """The page, freshly loaded. Afterwards a picture of it; neither it nor its scripts complain.
 
-    ComfyUI's own frontend, or the one that the test names (`both_frontends`).
+    One of `PAGES`, the own one if nothing else is said.
     """
-    page: ComfyPage = request.getfixturevalue(getattr(request, "param", "own_page"))
+    name = getattr(request, "param", "own")
+    frontend, html = PAGES[name]
+    page: ComfyPage = request.getfixturevalue(frontend)
     PICTURES.mkdir(parents=True, exist_ok=True)
+    page.name, page.html = name, html
     page.errors.clear()
     page.open()
     yield page
-    name = "".join(c if c.isalnum() else "_" for c in request.node.name).strip("_")
-    page.page.screenshot(path=PICTURES / f"{name}.png")
+    picture = "".join(c if c.isalnum() else "_" for c in request.node.name).strip("_")
+    page.page.screenshot(path=PICTURES / f"{picture}.png")
     errors, shown = list(page.errors), page.toasts("error")
     page.page.goto("about:blank")  # an open page of ComfyUI draws, and takes a quarter of a core
     assert not errors

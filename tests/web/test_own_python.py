@@ -1,21 +1,34 @@
 """The tab offers to make a Python for the GPU processes where ComfyUI's lacks vLLM."""
 
+import os
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, expect
 
-from support.comfy_page import ComfyPage, comfy_page
+from support.comfy_page import NEWER_PAGE, PICTURES, ComfyPage, comfy_page
 from support.comfy_server import NO_GPU, ComfyServer
+from support.workflows import Sampling, text_to_latent, tp_loader
 
 pytestmark = pytest.mark.web
 
-# What a ComfyUI without vLLM would find; the one of the tests has it.
+# What a ComfyUI without vLLM would find, and its ranks; the one of the tests has it.
 WITHOUT_VLLM = """
 import importlib.util as util
+import sys
 
+
+class WithoutVllm:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "vllm":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+sys.meta_path.insert(0, WithoutVllm)
 find_spec = util.find_spec
 util.find_spec = lambda name, package=None: None if name == "vllm" else find_spec(name, package)
 """
@@ -23,17 +36,35 @@ util.find_spec = lambda name, package=None: None if name == "vllm" else find_spe
 
 @pytest.fixture(scope="module")
 def own_page(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyPage]:
-    """The page of such a ComfyUI, whose pip waits for an answer of its index."""
+    with page_without_vllm(browser, tmp_path_factory.mktemp("own_python")) as page:
+        yield page
+
+
+@pytest.fixture(scope="module")
+def newer_page(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyPage]:
     folder = tmp_path_factory.mktemp("own_python")
+    with page_without_vllm(browser, folder, NEWER_PAGE) as page:
+        yield page
+
+
+@contextmanager
+def page_without_vllm(
+    browser: Browser, folder: Path, options: tuple[str, ...] = ("--cpu",)
+) -> Iterator[ComfyPage]:
+    """The page of such a ComfyUI, whose pip waits for an answer of its index."""
     (folder / "sitecustomize.py").write_text(WITHOUT_VLLM)
+    path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
     with socket.create_server(("127.0.0.1", 0)) as index:
         env = {
             **NO_GPU,
-            "PYTHONPATH": str(folder),
+            "PYTHONPATH": path,
             "TP_RUNTIME_HOME": str(folder / "home"),
             "PIP_INDEX_URL": f"http://127.0.0.1:{index.getsockname()[1]}/simple",
         }
-        with ComfyServer(env=env) as server, comfy_page(browser, server) as page:
+        with (
+            ComfyServer(env=env, extra_args=options) as server,
+            comfy_page(browser, server) as page,
+        ):
             yield page
 
 
@@ -53,6 +84,28 @@ def test_shown_asked_for_watched_and_cancelled(web: ComfyPage) -> None:
     part.get_by_role("button", name="Cancel").click()
     expect(part.get_by_role("button", name="Make it")).to_be_visible()
     assert not folder.exists()
+
+
+def test_the_first_run_says_what_to_do(web: ComfyPage, tiny_z_image: Path) -> None:
+    """On the node, and the Python of its own before what would change ComfyUI's."""
+    file = web.server.models / "diffusion_models" / tiny_z_image.name
+    if not file.exists():
+        file.symlink_to(tiny_z_image)
+    web.open()  # with the file in its lists
+    web.load_prompt(text_to_latent(tp_loader(file.name, 2), "TPSampler", Sampling(steps=1)))
+    web.press_run()
+    said = web.page.locator(".tp-note").get_by_text("cannot import what the ranks need")
+    said.wait_for(timeout=120_000)
+    web.page.wait_for_timeout(1000)
+    web.page.screenshot(path=PICTURES / f"screen_first_start_{web.name}.png")
+    own, advice = "Give the GPU processes a Python of their own", "vLLM replaces its torch"
+    assert 0 < said.inner_text().index(own) < said.inner_text().index(advice)
+    details = web.page.get_by_role("button", name="View details")  # newer frontends show no more
+    if details.is_visible():
+        details.click()
+        web.page.wait_for_timeout(1000)
+        web.page.screenshot(path=PICTURES / f"screen_first_start_details_{web.name}.png")
+    web.open()  # and the error is gone
 
 
 def test_nothing_is_offered_where_the_processes_have_a_python(web: ComfyPage) -> None:

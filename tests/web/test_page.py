@@ -8,12 +8,12 @@ from typing import Any
 import psutil
 import pytest
 
-from support.comfy_page import PICTURES, ComfyPage
+from support.comfy_page import GROUPS, PICTURES, ComfyPage
 from support.tiny_vae import VAE_NAME
 from support.workflows import Prompt, Sampling, text_to_latent, tp_loader, with_picture
 
 pytestmark = [pytest.mark.web, pytest.mark.rotates(2)]
-both_frontends = pytest.mark.both_frontends
+every_page = pytest.mark.every_page
 
 MODEL = "tiny_z_image.safetensors"
 START_MS = 240_000  # of a group, on a machine that is busy
@@ -36,7 +36,7 @@ def wait_for_picture(web: ComfyPage) -> None:
 def run(web: ComfyPage, prompt: Prompt) -> None:
     """Open a prompt, press Run and wait for its picture."""
     web.load_prompt(prompt)
-    web.page.get_by_role("button", name="Run", exact=True).click()
+    web.press_run()
     wait_for_picture(web)
 
 
@@ -49,21 +49,7 @@ def badges(web: ComfyPage, node_type: str) -> list[str]:
     return list(found)
 
 
-def click_widget(web: ComfyPage, node_type: str, name: str) -> None:
-    """Click into the middle of a widget that ComfyUI draws on its canvas."""
-    x, y = web.page.evaluate(
-        """([type, name]) => {
-            const node = app.graph.nodes.find((node) => node.comfyClass === type);
-            const widget = node.widgets.find((widget) => widget.name === name);
-            const place = [node.pos[0] + node.size[0] / 2, node.pos[1] + widget.last_y + 10];
-            return app.canvasPosToClientPos(place);
-        }""",
-        [node_type, name],
-    )
-    web.page.mouse.click(x, y)
-
-
-@both_frontends
+@every_page
 def test_a_picture_from_the_search_box_to_the_end(web: ComfyPage) -> None:
     prompt = picture_prompt()
     sampler = prompt.pop("sampler")["inputs"]
@@ -94,8 +80,7 @@ def test_a_picture_from_the_search_box_to_the_end(web: ComfyPage) -> None:
     web.run_command("Comfy.Canvas.FitView")
     page.wait_for_timeout(800)
 
-    click_widget(web, "TPSampler", "gpu_count")
-    page.locator(".litecontextmenu").get_by_text("2", exact=True).click()
+    web.choices("TPSampler", "gpu_count").get_by_text("2", exact=True).click()
     assert web.widget("TPSampler", "gpu_count") == "2"
 
     page.evaluate(
@@ -106,7 +91,7 @@ def test_a_picture_from_the_search_box_to_the_end(web: ComfyPage) -> None:
                 api.addEventListener(kind, () => { window.seen[kind] += 1; });
         }"""
     )
-    page.get_by_role("button", name="Run", exact=True).click()
+    web.press_run()
     wait_for_picture(web)
     seen = page.evaluate("window.seen")
     assert seen["progress"] >= 4
@@ -118,28 +103,22 @@ def test_a_picture_from_the_search_box_to_the_end(web: ComfyPage) -> None:
         assert badge.endswith(" ms/step")
 
 
-@pytest.mark.parametrize("web", ["newer_page"], indirect=True)
+@pytest.mark.html_page
 def test_nodes_drawn_in_html(web: ComfyPage) -> None:
-    """What newer frontends call Nodes 2.0."""
-    web.open({"Comfy.VueNodes.Enabled": True})
     web.load_prompt(picture_prompt())
     web.run_command("Comfy.Canvas.FitView")
-    loader, sampler = (
-        web.page.locator("[data-node-id]").filter(has_text=title).first
-        for title in ("Load Diffusion Model (TP)", "TP Sampler")
-    )
+    loader, sampler = (web.node(kind) for kind in ("TPLoadDiffusionModel", "TPSampler"))
     web.page.wait_for_function(
         "app.graph.nodes.find((node) => node.comfyClass === 'TPLoadDiffusionModel')"
         ".widgets.find((widget) => widget.name === 'gpu_count').tooltip?.includes('7: ')"
     )
     for drawn in (loader, sampler):
         drawn.locator(".tp-note").get_by_text("7: Z-Image cannot be split").wait_for()
-    loader.get_by_role("combobox").nth(2).click()
-    offered = web.page.get_by_role("option").all_inner_texts()
+    offered = web.choices("TPLoadDiffusionModel", "gpu_count").all_inner_texts()
     assert "6" in offered
     assert "7" not in offered
     web.page.keyboard.press("Escape")
-    web.page.get_by_role("button", name="Run", exact=True).click()
+    web.press_run()
     for node in (loader, sampler):
         badge = node.get_by_text("ms/step")
         badge.wait_for(timeout=START_MS)
@@ -156,13 +135,13 @@ WITHOUT_PREVIEWS = """() => {
 }"""
 
 
-@both_frontends
+@every_page
 def test_what_a_run_warns_of_is_on_the_node_and_nothing_grows(web: ComfyPage) -> None:
     web.load_prompt(picture_prompt(gpu_count=3, steps=1))
     web.page.evaluate(WITHOUT_PREVIEWS)  # the sampler would grow by one
     sizes = "app.graph.nodes.map(({ size }) => [...size])"
     before = web.page.evaluate(sizes)
-    web.page.get_by_role("button", name="Run", exact=True).click()
+    web.press_run()
     warning = web.page.locator(".tp-note.tp-warning").first
     warning.get_by_text("No CUDA GPU is visible: the model runs on 3 CPU processes").wait_for(
         timeout=START_MS
@@ -177,7 +156,7 @@ def test_what_a_run_warns_of_is_on_the_node_and_nothing_grows(web: ComfyPage) ->
     web.open()
 
 
-@both_frontends
+@every_page
 @pytest.mark.usefixtures("alone")
 def test_the_tab_and_its_buttons(web: ComfyPage) -> None:
     web.open_tab()
@@ -240,7 +219,7 @@ def test_the_machine_is_checked(web: ComfyPage) -> None:
 # --- workflows of other machines ---------------------------------------------------------------
 
 
-@both_frontends
+@every_page
 def test_a_count_that_the_model_cannot_have_is_changed(web: ComfyPage) -> None:
     web.load_prompt(picture_prompt(gpu_count=7))
     web.page.get_by_text("gpu_count 7 → 6").last.wait_for()
@@ -288,7 +267,7 @@ def test_a_workflow_of_four_gpus_on_this_machine(web: ComfyPage) -> None:
     web.page.get_by_text("No GPU process runs.").wait_for()
 
 
-@both_frontends
+@every_page
 def test_saved_and_opened_again(web: ComfyPage) -> None:
     web.load_prompt(picture_prompt(gpu_count=3))
     web.page.keyboard.press("Control+s")
@@ -310,19 +289,6 @@ def test_saved_and_opened_again(web: ComfyPage) -> None:
 # The page's own store of palettes, which has no public name.
 PALETTES = """() => Object.keys(document.querySelector('#vue-app').__vue_app__.config
     .globalProperties.$pinia._s.get('colorPalette').palettesLookup)"""
-# A group in each state, as an event tells the page of them.
-SHOW_STATES = """() => {
-    const ranks = [0, 1].map((rank) => ({ rank, device: `cuda:${rank}`, pid: rank, models: {},
-        memory: { allocated_bytes: 4e10, total_bytes: 8e10 } }));
-    const group = (state, more) => ({ id: state, state, tp_size: 2, sequence_size: 1,
-        batch_groups: 1,
-        device: 'cuda', devices: [0, 1], models: { file: { bytes: [1e9, 1e9], asleep: false } },
-        error: null, step_ms: 55, log_tail: '', ready_ranks: 0, ranks, ...more });
-    const failed = { error: 'Rank 1 was killed by signal 9.', log_tail: 'the last line' };
-    window.comfyAPI.api.api.dispatchCustomEvent('tensor_parallel.groups', { groups: [
-        group('starting', { ranks: [], models: {}, ready_ranks: 1 }),
-        group('ready'), group('busy'), group('failed', failed), group('closed') ] });
-}"""
 # Of every element of the tab with a text of its own: what it says, and its contrast.
 CONTRASTS = """() => {
     const luminance = (colour) => {
@@ -348,20 +314,17 @@ CONTRASTS = """() => {
 }"""
 
 
-@both_frontends
+@every_page
 def test_readable_in_every_palette(web: ComfyPage) -> None:
     """Every text of the tab, with a group in each state and findings of the check."""
     web.open_tab()
     web.page.get_by_role("button", name="Check").click()
     web.page.locator(".tp-findings strong").first.wait_for(timeout=START_MS)
-    web.page.evaluate(SHOW_STATES)
+    web.show_groups(*GROUPS)
     palettes = web.page.evaluate(PALETTES)
     assert {"dark", "light", "solarized", "arc", "nord", "github"} <= set(palettes)
     for palette in palettes:
-        web.page.evaluate(
-            "(id) => app.extensionManager.setting.set('Comfy.ColorPalette', id)", palette
-        )
-        web.page.wait_for_timeout(500)
+        web.set_palette(palette)
         contrasts = dict(web.page.evaluate(CONTRASTS))
         assert {"starting", "ready", "working", "failed", "Rank 1 was killed by signal 9."} <= set(
             contrasts
@@ -373,10 +336,10 @@ def test_readable_in_every_palette(web: ComfyPage) -> None:
     web.server.post("/settings", {"Comfy.ColorPalette": "dark"})
 
 
-@both_frontends
+@every_page
 def test_buttons_stand_in_whole_rows(web: ComfyPage) -> None:
     web.open_tab()
-    web.page.evaluate(SHOW_STATES)
+    web.show_groups(*GROUPS)
     for width in (220, 260, 320, 420, 600):
         rows = web.page.evaluate(
             """(width) => {
@@ -390,10 +353,10 @@ def test_buttons_stand_in_whole_rows(web: ComfyPage) -> None:
         assert rows in ([4], [2, 2]), width
 
 
-@both_frontends
+@every_page
 def test_a_start_shows_how_far_it_is(web: ComfyPage) -> None:
     web.open_tab()
-    web.page.evaluate(SHOW_STATES)
+    web.show_groups(*GROUPS)
     card = web.page.locator(".tp-card").first
     card.get_by_text(re.compile(r"^1 of 2 processes started, \d+ s$")).wait_for()
     assert card.locator("progress").get_attribute("value") == "1"

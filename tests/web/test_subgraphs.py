@@ -4,11 +4,13 @@ import time
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from support.comfy_page import ComfyPage
 from support.workflows import Prompt, Sampling, text_to_latent, tp_loader
 
-pytestmark = [pytest.mark.web, pytest.mark.both_frontends]
+pytestmark = [pytest.mark.web, pytest.mark.every_page]
 
 MODEL = "tiny_z_image.safetensors"
 BOTH = ("TPLoadDiffusionModel", "TPSampler")
@@ -34,11 +36,11 @@ INTO_SUBGRAPH = """(types) => {
     const nodes = app.graph.nodes.filter(({ comfyClass }) => types.includes(comfyClass));
     app.graph.convertToSubgraph(new Set(nodes));
 }"""
-PROMOTE = """() => {
+PROMOTE = """(input) => {
     const { subgraph } = app.graph.nodes.find((node) => node.subgraph);
     const loader = subgraph.nodes.find(({ comfyClass }) => comfyClass === 'TPLoadDiffusionModel');
-    const slot = loader.inputs.find(({ name }) => name === 'gpu_count');
-    subgraph.addInput('gpu_count', 'COMBO').connect(slot, loader);
+    const slot = loader.inputs.find(({ name }) => name === input);
+    subgraph.addInput(input, 'COMBO').connect(slot, loader);
 }"""
 REOPEN = "async () => app.loadGraphData((app.rootGraph ?? app.graph).serialize())"
 
@@ -71,7 +73,7 @@ def test_counts_and_badges(web: ComfyPage, inside: tuple[str, ...]) -> None:
     wait_for_counts(web, *BOTH)
     web.page.evaluate(REOPEN)
     wait_for_counts(web, *BOTH)
-    web.page.get_by_role("button", name="Run", exact=True).click()
+    web.press_run()
     web.page.wait_for_function(
         f"() => {{ const seen = ({SEEN})();"
         " return ['host', 'TPSampler', 'TPLoadDiffusionModel'].every((kind) =>"
@@ -105,7 +107,7 @@ def test_a_file_that_cannot_run(web: ComfyPage) -> None:
 def test_a_count_that_the_subgraph_shows(web: ComfyPage) -> None:
     web.load_prompt(prompt())
     web.page.evaluate(INTO_SUBGRAPH, list(BOTH[:1]))
-    web.page.evaluate(PROMOTE)
+    web.page.evaluate(PROMOTE, "gpu_count")
     wait_for_counts(web, "host")
     web.page.evaluate(
         "app.graph.nodes.find((node) => node.subgraph).widgets"
@@ -117,3 +119,23 @@ def test_a_count_that_the_subgraph_shows(web: ComfyPage) -> None:
     sent = web.prompt()
     (loader,) = [node for node in sent.values() if node["class_type"] == BOTH[0]]
     assert loader["inputs"]["gpu_count"] == "6"
+
+
+def test_a_file_that_the_subgraph_shows(web: ComfyPage) -> None:
+    """What is chosen there counts at once."""
+    other = "zz_no_model.safetensors"
+    save_file({"conv_in.weight": torch.zeros(4, 4)}, web.server.models / "diffusion_models" / other)
+    web.open()  # with the file in its lists
+    web.load_prompt(prompt())
+    web.page.evaluate(INTO_SUBGRAPH, list(BOTH[:1]))
+    web.page.evaluate(PROMOTE, "unet_name")
+    wait_for_counts(web, "TPSampler")
+    web.page.evaluate("() => app.canvas.deselectAll()")
+    web.run_command("Comfy.Canvas.FitView")
+    web.page.wait_for_timeout(1000)
+    host = web.page.evaluate("app.graph.nodes.find((node) => node.subgraph).type")
+    web.choices(host, "unet_name").get_by_text(other, exact=True).click()
+    web.page.wait_for_function(
+        "app.graph.nodes.find(({ comfyClass }) => comfyClass === 'TPSampler').widgets"
+        ".find(({ name }) => name === 'gpu_count').disabled"
+    )

@@ -10,7 +10,7 @@ from support.comfy_page import PICTURES, ComfyPage
 from support.workflows import Prompt, Sampling, node, stock_loader, text_to_latent, tp_loader
 
 pytestmark = pytest.mark.web
-both_frontends = pytest.mark.both_frontends
+every_page = pytest.mark.every_page
 
 MODEL = "tiny_z_image.safetensors"
 OURS, STOCK = "TPLoadDiffusionModel", "UNETLoader"
@@ -70,19 +70,8 @@ def right_click(web: ComfyPage, node_type: str) -> None:
     web.page.mouse.click(x, y, button="right")
 
 
-@both_frontends
+@every_page
 def test_the_menu_of_a_node(web: ComfyPage) -> None:
-    swap_and_back(web, "swap_menu_canvas")
-
-
-@pytest.mark.parametrize("web", ["newer_page"], indirect=True)
-def test_the_menu_of_a_node_in_html(web: ComfyPage) -> None:
-    """Frontend 1.32 has no entries of packs there."""
-    web.open({"Comfy.VueNodes.Enabled": True})
-    swap_and_back(web, "swap_menu_html")
-
-
-def swap_and_back(web: ComfyPage, picture: str) -> None:
     web.load_prompt(stock_prompt())
     before = web.prompt()
     web.run_command("Comfy.Canvas.FitView")
@@ -90,7 +79,7 @@ def swap_and_back(web: ComfyPage, picture: str) -> None:
     right_click(web, STOCK)
     entry = web.page.get_by_text(SWAP, exact=True).last
     entry.wait_for()
-    web.page.screenshot(path=PICTURES / f"{picture}.png")
+    web.page.screenshot(path=PICTURES / f"swap_menu_{'html' if web.html else 'canvas'}.png")
     entry.click()
     wait_for(web, OURS)
     (loader,) = [item for item in web.prompt().values() if item["class_type"] == OURS]
@@ -103,9 +92,9 @@ def swap_and_back(web: ComfyPage, picture: str) -> None:
     assert web.prompt() == before
 
 
-@both_frontends
+@every_page
 def test_the_whole_workflow(web: ComfyPage) -> None:
-    """With what a subgraph shows of a loader; undone in one step."""
+    """With what a subgraph shows of a loader."""
     web.load_prompt(stock_prompt() | {"other": stock_loader(MODEL)})
     web.page.evaluate(PREPARE)
     before, sent = loaders(web), web.prompt()
@@ -123,7 +112,64 @@ def test_the_whole_workflow(web: ComfyPage) -> None:
     assert web.prompt() == sent
 
 
-@both_frontends
+# Load Diffusion Model and what is below it as in ComfyUI's templates, in a group and above one.
+AS_IN_TEMPLATES = """() => {
+    const places = { UNETLoader: [0, 0], EmptySD3LatentImage: [0, 130], KSampler: [400, 0] };
+    for (const node of app.graph.nodes)
+        node.pos = places[node.comfyClass] ?? [400 * app.graph.nodes.indexOf(node), 330];
+    for (const [y, height] of [[-80, 360], [290, 300]]) {
+        const group = new LGraphGroup('group');
+        group.pos = [-20, y];
+        group.size = [300, height];
+        app.graph.add(group);
+    }
+}"""
+BOXES = """() => app.graph.nodes.map(({ comfyClass, pos, size }) =>
+    [comfyClass, pos[0], pos[1] - 30, pos[0] + size[0], pos[1] + size[1]])"""
+
+
+@every_page
+def test_the_new_loader_covers_nothing(web: ComfyPage) -> None:
+    """It is higher than the stock one, so what is below moves down, and groups go with it."""
+    web.load_prompt(stock_prompt())
+    web.page.evaluate(AS_IN_TEMPLATES)
+    web.run_command("TensorParallel.UseInWorkflow")
+    wait_for(web, OURS)
+    web.page.wait_for_timeout(1000)  # HTML nodes are measured
+    web.run_command("Comfy.Canvas.FitView")
+    web.page.wait_for_timeout(500)
+    web.page.screenshot(path=PICTURES / f"swap_makes_room_{web.name}.png")
+    boxes = {name: box for name, *box in web.page.evaluate(BOXES)}
+    assert boxes[OURS][1] == -30
+    for name, box in boxes.items():
+        apart = box[0] >= boxes[OURS][2] or box[1] >= boxes[OURS][3]
+        assert name == OURS or apart, name
+    first, second = web.page.evaluate(
+        "() => app.graph.groups.map(({ pos, size }) => [...pos, ...size])"
+    )
+    assert first[1] + first[3] > boxes["EmptySD3LatentImage"][3]
+    assert second[1] > boxes["EmptySD3LatentImage"][3]
+
+
+@every_page
+def test_undone_and_done_again_in_one_step(web: ComfyPage) -> None:
+    web.load_prompt(stock_prompt())
+    before = web.prompt()
+    web.run_command("TensorParallel.UseInWorkflow")
+    wait_for(web, OURS)
+    assert web.page.evaluate("app.extensionManager.workflow.activeWorkflow.isModified")
+    after = web.prompt()
+    web.page.wait_for_timeout(1000)
+    web.page.mouse.click(900, 700)  # the page looks for changes then
+    web.page.keyboard.press("Control+z")
+    wait_for(web, STOCK)
+    assert web.prompt() == before
+    web.page.keyboard.press("Control+y")
+    wait_for(web, OURS)
+    assert web.prompt() == after
+
+
+@every_page
 def test_a_model_of_another_family_stays_with_its_own_loader(web: ComfyPage) -> None:
     """Templates have depth and segmentation models beside the one that is sampled."""
     other = web.server.models / "diffusion_models" / "another_model.safetensors"
@@ -135,7 +181,7 @@ def test_a_model_of_another_family_stays_with_its_own_loader(web: ComfyPage) -> 
     assert found == {MODEL: OURS, other.name: STOCK}
 
 
-@both_frontends
+@every_page
 def test_tp_samplers_go_with_their_loader(web: ComfyPage) -> None:
     web.load_prompt(text_to_latent(tp_loader(MODEL, 2), "TPSampler", Sampling(seed=9)))
     web.run_command("TensorParallel.UseStockInWorkflow")
@@ -145,7 +191,7 @@ def test_tp_samplers_go_with_their_loader(web: ComfyPage) -> None:
     assert "TPSampler" not in sent
 
 
-@both_frontends
+@every_page
 def test_a_value_that_ours_cannot_have_is_said(web: ComfyPage) -> None:
     prompt = stock_prompt()
     prompt["model"] = node(STOCK, unet_name=MODEL, weight_dtype="fp8_e5m2")
@@ -162,7 +208,7 @@ def test_a_value_that_ours_cannot_have_is_said(web: ComfyPage) -> None:
 # --- workflows of before the file was called `unet_name` ------------------------------------------
 
 
-@both_frontends
+@every_page
 def test_an_old_prompt_opens_and_runs(web: ComfyPage) -> None:
     prompt = text_to_latent(tp_loader(MODEL, 1), sampling=Sampling(seed=10, steps=1))
     inputs = prompt["model"]["inputs"]
@@ -172,7 +218,7 @@ def test_an_old_prompt_opens_and_runs(web: ComfyPage) -> None:
     web.server.run(prompt)
 
 
-@both_frontends
+@every_page
 def test_an_old_workflow_opens(web: ComfyPage) -> None:
     web.load_prompt({"model": tp_loader(MODEL, 3)})
     workflow = web.page.evaluate("app.graph.serialize()")
@@ -187,7 +233,7 @@ def test_an_old_workflow_opens(web: ComfyPage) -> None:
     assert "model_name" not in web.page.evaluate(names)
 
 
-@both_frontends
+@every_page
 def test_a_workflow_whose_type_alone_was_edited(web: ComfyPage) -> None:
     """As a person edits a JSON; in a subgraph, which shows the file, too."""
     web.load_prompt(stock_prompt() | {"other": stock_loader(MODEL)})
@@ -208,7 +254,7 @@ def test_a_workflow_whose_type_alone_was_edited(web: ComfyPage) -> None:
     assert {inputs["gpu_count"] for inputs in ours} == {"auto"}
 
 
-@both_frontends
+@every_page
 def test_the_search_finds_ours(web: ComfyPage) -> None:
     """With the words for the stock loader; by "unet" where ComfyUI knows other names of nodes."""
     web.load_prompt({"model": stock_loader(MODEL)})
