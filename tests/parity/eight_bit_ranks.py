@@ -51,12 +51,19 @@ def heads() -> torch.Tensor:
     return torch.randn(2, TOKENS, HEADS, WIDTH, generator=generator)
 
 
+def gathered(x: torch.Tensor, _dim: int) -> torch.Tensor:
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x)
+    return torch.cat(parts)
+
+
 def results(rank: int, size: int) -> dict[str, Any]:
     group = SimpleNamespace(
         world_size=size,
         rank_in_group=rank,
         device_group=dist.group.WORLD,
         all_reduce=lambda x: dist.all_reduce(x) or x,
+        all_gather=gathered,
     )
     parallel_state.get_tp_group = parallel_state.get_pcp_group = lambda: group
     wire = eight_bit.EightBitCollectives(torch.device("cpu"), fast=False)

@@ -4,6 +4,8 @@ Each is one pass over memory. They take and give what plain torch does, of which
 to every bit.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -19,6 +21,8 @@ from .block_codes import (
 )
 
 _BLOCKS_PER_PROGRAM = 64
+# A product and a sum are rounded each for itself, as in plain torch.
+_OPTIONS: Any = {"enable_fp_fusion": False}
 
 # What kernels may read of this module.
 _BLOCK = tl.constexpr(BLOCK)
@@ -115,6 +119,7 @@ def encode(x: torch.Tensor, segments: torch.Tensor, first: int = 0) -> None:
             first,
             segments.shape[1] // BLOCK_BYTES,
             BLOCKS=_BLOCKS_PER_PROGRAM,
+            **_OPTIONS,
         )
 
 
@@ -122,7 +127,7 @@ def add_up(given: torch.Tensor, segment: torch.Tensor) -> None:
     """See ``block_codes.add_up``."""
     share = len(segment) // BLOCK_BYTES
     _add_up[(triton.cdiv(share, _BLOCKS_PER_PROGRAM),)](
-        given, segment, share, RANKS=len(given), BLOCKS=_BLOCKS_PER_PROGRAM
+        given, segment, share, RANKS=len(given), BLOCKS=_BLOCKS_PER_PROGRAM, **_OPTIONS
     )
 
 
@@ -139,4 +144,5 @@ def decode(segments: torch.Tensor, x: torch.Tensor, first: int = 0) -> None:
             first,
             segments.shape[1] // BLOCK_BYTES,
             BLOCKS=_BLOCKS_PER_PROGRAM,
+            **_OPTIONS,
         )
