@@ -30,7 +30,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "qwen_image": {"references": ((9, 8), (4, 6))},
     "wan": {"frames": 3, "height": 6, "width": 10, "batch": 2},
 }
-LIMIT = 2.5e-2
+LIMIT = 1.5e-2
 
 
 @pytest.fixture(scope="module")
@@ -65,19 +65,18 @@ def test_the_error_of_a_model(
     remote: Remote,
     fast: Callable[..., RemoteModel],
     runtime: Runtime,
-    record_property: Callable[[str, object], None],
     family: str,
     tp_size: int,
     sequence_size: int,
 ) -> None:
+    """`pytest -s` shows what `docs/scaling.md` has."""
     path, found = written(family), make_inputs(tiny(family), **ARGUMENTS[family])
     exact = remote(path, tp_size, sequence_size=sequence_size)
     expected = exact.evaluate(found)
     rounding = fast(path, tp_size, sequence_size)
     error = relative_error(rounding.evaluate(found), expected)
-    record_property("error", error)
     print(f"{family} {tp_size}x{sequence_size}: {error:.2e}")
-    assert 1e-4 < error <= LIMIT
+    assert 1e-3 < error <= LIMIT
     assert torch.equal(exact.evaluate(found), expected)  # also beside the other
     (report,) = [one for one in runtime.reports() if exact.group_id == one.id]
     for rank in report.ranks:
