@@ -12,7 +12,7 @@ logger = logging.getLogger("tensor_parallel")
 NODE_EVENT = "tensor_parallel.node"
 WARNING_EVENT = "tensor_parallel.warning"
 # Of an evaluation with 8 bits between the GPUs: `docs/scaling.md` has the measurements.
-ROUNDING_ERROR = "about 1 %"
+ROUNDING_ERROR = "up to about 1 %"
 
 
 def warnings_of_node(node_id: str | None) -> Callable[[str], None]:

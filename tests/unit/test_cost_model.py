@@ -178,8 +178,8 @@ def test_8_bits_halve_what_a_slow_link_carries(
     # What is once an evaluation goes as it is.
     assert CODED < fast.links / exact.links < 1.1 * CODED
     assert (fast.matmul, fast.attention) == (exact.matmul, exact.attention)
-    assert fast.elementwise > exact.elementwise
-    assert fast.fixed != exact.fixed
+    assert fast.elementwise >= exact.elementwise
+    assert fast.fixed > exact.fixed
 
 
 @pytest.mark.parametrize("model", MODELS)
