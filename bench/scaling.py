@@ -12,12 +12,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from bench.extents import Extent
-from tp_runtime.config import Layout
+from tp_runtime.config import Layout, Precision
 from tp_runtime.layouts.cost_model import (
     DEVICES,
     LINKS,
     Link,
     Prediction,
+    coded_sum_s,
     device_of,
     nccl_s,
     predict,
@@ -51,6 +52,7 @@ class Case:
     layout: Layout
     link: Link = NVLINK
     device: str = "NVIDIA H200"
+    precision: Precision = "exact"
 
     def predict(self) -> Prediction:
         of_model = family_named(self.model)
@@ -64,6 +66,7 @@ class Case:
             device_of(self.device),
             self.link,
             sequence_size=self.layout.sequence_size,
+            precision=self.precision,
         )
 
     @property
@@ -75,6 +78,8 @@ class Case:
 H100 = "NVIDIA H100 80GB HBM3"
 WITHOUT_PEERS = LINKS["pcie5-host"]
 SUMS_WITHOUT_PEERS = {2: 1.16, 4: 2.00}  # NCCL's, of 28 MiB, in ms
+# The same in 8 bits and two steps: a trial, with other kernels than `precision=fast` has.
+CODED_SUMS_WITHOUT_PEERS = {2: 0.76, 4: 0.94}
 STEPS_OF_H100S = {  # ms, at 1024²
     Case(model, Extent(1024, 1024), 1, Layout(size), link, H100): ms
     for model, link, of_sizes in (
@@ -149,6 +154,7 @@ def measured() -> list[Measured]:
                 Layout(row["tp"], row.get("batch_groups", 1), row.get("sequence_size") or 1),
                 link,
                 row["device"],
+                row.get("precision", "exact"),
             )
             newest[case] = Measured(case, row["commit"], row["ms_median"])
     return list(newest.values())
@@ -285,6 +291,11 @@ def sharing() -> str:
         found = 1e3 * nccl_s(28 * 2**20, size, WITHOUT_PEERS)
         times = f"{ms:.2f} ms", f"{found:.2f} ms", f"{found / ms - 1:+.1%}"
         rows.append(["a sum of 28 MiB", WITHOUT_PEERS.name, Layout(size), *times])
+    for size, ms in CODED_SUMS_WITHOUT_PEERS.items():
+        found = 1e3 * coded_sum_s(28 * 2**20, size, device_of(H100), WITHOUT_PEERS)
+        times = f"{ms:.2f} ms", f"{found:.2f} ms", f"{found / ms - 1:+.1%}"
+        what = "a sum of 28 MiB in 8 bits (a trial)"
+        rows.append([what, WITHOUT_PEERS.name, Layout(size), *times])
     for case, ms in STEPS_OF_H100S.items():
         what = f"{case.label}, {case.extent}"
         add(what, case.link.name, case.layout, case.predict().ms, ms, "ms")
@@ -324,6 +335,29 @@ def cards() -> str:
     return _table(["model", "size", "card", "link", *shown], rows)
 
 
+def eight_bits() -> str:
+    """What 8 bits between the GPUs make of one latent, where no NVLink connects them."""
+    shown = [Layout(2), Layout(1, 1, 2), Layout(4), Layout(2, 1, 2), Layout(1, 1, 4)]
+    machines = [
+        ("H100", "pcie5-host"),
+        ("RTX 4090", "pcie-host"),
+        ("RTX 5090", "pcie5-host"),
+        ("RTX PRO 6000", "pcie5"),
+    ]
+    rows = []
+    for model in ("z_image", "flux", "wan"):
+        extent = Extent.usual(family_named(model))[0]
+        for card, link in machines:
+            case = Case(model, extent, 1, Layout(1), LINKS[link], card)
+            cells = []
+            for layout in shown:
+                exact = replace(case, layout=layout).predict().ms
+                fast = replace(case, layout=layout, precision="fast").predict().ms
+                cells.append(f"{exact:.0f} → {fast:.0f}")
+            rows.append([_label(model), extent, card, link, *cells])
+    return _table(["model", "size", "card", "link", *shown], rows)
+
+
 def profile() -> str:
     """The parts of a step, against the profile in `bench/RESULTS.md` (Z-Image, commit 868a490)."""
     rows: list[list[object]] = []
@@ -349,6 +383,7 @@ TABLES = {
     "limits": limits,
     "links": links,
     "cards": cards,
+    "eight bits": eight_bits,
     "many GPUs": many_gpus,
     "throughput": throughput,
 }

@@ -49,6 +49,7 @@ from bench.errors import limit, relative_error
 from bench.extents import Extent
 from bench.inputs import make_inputs
 from tp_runtime.client import (
+    PRECISIONS,
     GroupConfig,
     Layout,
     ModelSpec,
@@ -198,7 +199,9 @@ def measure(
     rows = []
     try:
         remote = runtime.model(
-            ModelSpec.of(str(path), "bfloat16", "bfloat16", args.optimize),
+            ModelSpec.of(
+                str(path), "bfloat16", "bfloat16", args.optimize, precision=args.precision
+            ),
             group,
         )
         started = time.perf_counter()
@@ -214,6 +217,7 @@ def measure(
                 "side": extent.side,
                 "batch": batch,
                 "optimize": args.optimize,
+                "precision": args.precision,
                 "gpu_memory_gib": args.gpu_memory,
                 "start_s": round(began[0] - started, 1),
                 "load_s": round(loaded - began[0], 1),
@@ -368,6 +372,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=["bf16"])
     parser.add_argument("--optimize", choices=["auto", "off"], default="auto")
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="exact",
+        help="fast: sums and exchanges in 8 bits, unless NVLink connects the GPUs",
+    )
     parser.add_argument(
         "--gpu-memory",
         type=float,

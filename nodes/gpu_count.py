@@ -65,7 +65,8 @@ def choose_group(
     # The first of them needs no record of steps to be chosen.
     considered = layouts[:1] if is_reproducible else layouts
     runtime = get_runtime()
-    chosen = choose_layout(info, considered, gpus, runtime.records, runtime.links)
+    records = runtime.records, runtime.links
+    chosen = choose_layout(info, considered, gpus, *records, placement.precision)
     if chosen.reason:
         warn(chosen.reason)
     num_ranks = chosen.layout.num_gpus

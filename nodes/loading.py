@@ -8,8 +8,10 @@ from comfy_api.latest import io
 
 from ..tp_runtime.client import (
     OPTIMIZE,
+    PRECISIONS,
     WHERE,
     GroupStartError,
+    Precision,
     TPRuntimeError,
     checkpoint_info,
     file_version,
@@ -18,9 +20,9 @@ from ..tp_runtime.client import (
 from .gpu_count import CHOICES, choose_group
 from .layouts import LAYOUTS
 from .model import load_model
-from .notices import warn_of_streaming, warnings_of_node
+from .notices import warn_of_rounding, warn_of_streaming, warnings_of_node
 from .patcher import TPModelPatcher
-from .placement import AUTO, HERE, Placement
+from .placement import AUTO, EXACT, HERE, Placement
 from .schema import advanced, check_choice
 
 # Choice → what weights are held in, and whether fp8 weights are multiplied in fp8. Those of fp8 are
@@ -121,6 +123,20 @@ def choices() -> list[io.Input]:
                 ),
             )
         ),
+        advanced(
+            io.Combo.Input(
+                "precision",
+                options=list(PRECISIONS),
+                default=EXACT,
+                optional=True,
+                tooltip=(
+                    "What the GPUs send to one another. 'exact': numbers as they are. 'fast': in "
+                    "8 bits, which is faster where no NVLink connects the GPUs, and changes "
+                    "results a little (docs/scaling.md has by how much). With NVLink both are the "
+                    "same."
+                ),
+            )
+        ),
     ]
 
 
@@ -131,6 +147,7 @@ def fingerprint(
     devices: str | None = "",
     layout: str | None = AUTO,
     where: str | None = HERE,
+    precision: Precision | None = EXACT,
     **_: Any,
 ) -> str:
     """Another value when the file has been replaced by another of the same name.
@@ -140,9 +157,9 @@ def fingerprint(
     if path is None:
         return "missing"
     version = file_version(path)
-    if gpu_count is None or devices is None or layout is None or where is None:
+    if gpu_count is None or devices is None or layout is None or where is None or precision is None:
         return f"{path} {version}"
-    placement = Placement(gpu_count, devices, layout, where)
+    placement = Placement(gpu_count, devices, layout, where, precision)
     try:
         info = checkpoint_info(path)
         group = choose_group(placement, info, lambda _: None, _stop_if_cancelled)
@@ -162,6 +179,7 @@ def load(
     optimize: str = "auto",
     layout: str = AUTO,
     where: str = HERE,
+    precision: Precision = EXACT,
 ) -> TPModelPatcher:
     """The MODEL of the file that the node shows as `name`. What it warns of is shown on the node.
 
@@ -172,7 +190,8 @@ def load(
     """
     check_choice("weight_dtype", weight_dtype, _DTYPES)
     check_choice("optimize", optimize, OPTIMIZE)
-    placement = Placement(gpu_count, devices, layout, where)
+    check_choice("precision", precision, PRECISIONS)
+    placement = Placement(gpu_count, devices, layout, where, precision)
     info = checkpoint_info(path)
     warnings = warnings_of_node(node_id)
     if info.extra:  # as the stock loader says "unet unexpected", in the log
@@ -186,6 +205,7 @@ def load(
     dtype, fp8_products = _DTYPES[weight_dtype]
     model = load_model(path, dtype, group, placement, optimize, fp8_products)
     warn_of_streaming(model.remote, warnings)
+    warn_of_rounding(model.remote, warnings)
     # Ready, or nearly so, when the text encoder has run.
     if group.where != "ray":
         prepare_start(group.python)

@@ -27,16 +27,16 @@ def load_model(
     """The MODEL of a file, to run on `group`. Reads the file's header; starts nothing.
 
     `dtype` is what weights are held in; None: what the stock loader would choose. `placement` is
-    what `group` was chosen by: kept for a sampler that asks for another count. `fp8_products`: see
-    `ModelSpec`. ComfyUI passes
-    `disable_dynamic` when it loads a model anew; these models are never dynamic.
+    what `group` was chosen by: kept for a sampler that asks for another count; the model has its
+    precision. `fp8_products`: see `ModelSpec`. ComfyUI passes `disable_dynamic` when it loads a
+    model anew; these models are never dynamic.
 
     Raises:
         CheckpointError, SizeError: the file cannot be used, or not on a group of that size.
     """
     model = build_skeleton(checkpoint_info(path), dtype)
     names = _name(model.get_dtype()), _name(compute_dtype(model))
-    spec = ModelSpec.of(path, *names, optimize, fp8_products)
+    spec = ModelSpec.of(path, *names, optimize, fp8_products, placement.precision)
     remote = get_runtime().model(spec, group)
     model.diffusion_model = RemoteDiffusionModel(model.diffusion_model, remote)
     model.tp_placement = placement

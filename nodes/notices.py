@@ -11,6 +11,8 @@ logger = logging.getLogger("tensor_parallel")
 
 NODE_EVENT = "tensor_parallel.node"
 WARNING_EVENT = "tensor_parallel.warning"
+# Of an evaluation with 8 bits between the GPUs: `docs/scaling.md` has the measurements.
+ROUNDING_ERROR = "up to about 1 %"
 
 
 def warnings_of_node(node_id: str | None) -> Callable[[str], None]:
@@ -39,6 +41,16 @@ def warn_of_streaming(remote: RemoteModel, warn: Callable[[str], None]) -> None:
             f"{_gibibytes(held + streamed)}, about {_gibibytes(streamed)} stay in the host's "
             "memory and are read at every step, which is slower. More GPUs or a quantised file "
             "may hold all of it."
+        )
+
+
+def warn_of_rounding(remote: RemoteModel, warn: Callable[[str], None]) -> None:
+    """Warn that what the model's GPUs send to one another may be rounded, and by how much."""
+    if remote.spec.precision == "fast" and remote.group_config.num_ranks > 1:
+        warn(
+            "precision is 'fast': unless NVLink connects the GPUs, they send one another 8 bits a "
+            f"number. A result then differs from that of 'exact' by {ROUNDING_ERROR} "
+            "(docs/scaling.md)."
         )
 
 

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 
-from ..tp_runtime.client import WHERE
+from ..tp_runtime.client import PRECISIONS, WHERE, Precision
 
 AUTO = "auto"
 HERE = WHERE[0]
+EXACT = PRECISIONS[0]
 
 
 @dataclass(frozen=True)
@@ -19,3 +20,4 @@ class Placement:
     devices: str = ""
     layout: str = AUTO
     where: str = HERE
+    precision: Precision = EXACT

@@ -106,7 +106,11 @@ def _summary(report: GroupReport) -> str:
         streamed = max(model["streamed"] or [0])
         more = f" + {streamed / 2**30:.2f} GiB in the host's memory" if streamed else ""
         asleep = ", asleep" if model["asleep"] else ""
-        lines.append(f"{name.partition('@')[0]}: {size}{more}{asleep}")
+        rounds = any(
+            rank["models"].get(name, {}).get("precision") == "fast" for rank in report.ranks
+        )
+        bits = ", 8 bits between the GPUs" if rounds else ""
+        lines.append(f"{name.partition('@')[0]}: {size}{more}{asleep}{bits}")
     if report.step_ms is not None:
         lines.append(f"{report.step_ms:.0f} ms per step")
     return "\n".join(lines)

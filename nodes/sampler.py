@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from .gpu_count import CHOICES, choose_group
 from .model import on_group
-from .notices import warn_of_streaming, warnings_of_node
+from .notices import warn_of_rounding, warn_of_streaming, warnings_of_node
 from .patcher import TPModelPatcher
 from .schema import check_choice, tp_schema
 from .unsupported import UnsupportedFeatureError
@@ -156,4 +156,5 @@ class TPSampler(io.ComfyNode):
         )
         model = on_group(model, group)
         warn_of_streaming(model.remote, warn)
+        warn_of_rounding(model.remote, warn)
         return model

@@ -380,6 +380,11 @@ Optimize = Literal["auto", "off"]
 OPTIMIZE: tuple[Optimize, ...] = get_args(Optimize)
 
 
+# What ranks send one another: in its dtype, or in 8 bits where that is faster (``gpu/eight_bit``).
+Precision = Literal["exact", "fast"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+
 # What linear weights may be held in.
 WEIGHT_DTYPES = (
     *("float64", "float32", "float16", "bfloat16"),
@@ -395,7 +400,8 @@ class ModelSpec(msgspec.Struct, frozen=True):
     that was loaded (size and modification time in ns). ``optimize``: ``"auto"`` compiles and
     records an evaluation once its shapes repeat (GPU only); ``"off"`` runs it as it is written.
     ``fp8_products``: plain weights in e4m3 are multiplied in fp8, if the GPU can and ``optimize``
-    is ``"auto"``.
+    is ``"auto"``. ``precision``: ``"fast"`` sends sums, and what attention exchanges, in 8 bits,
+    unless NVLink connects the GPUs.
     """
 
     path: str
@@ -404,6 +410,7 @@ class ModelSpec(msgspec.Struct, frozen=True):
     version: tuple[int, int] = (0, 0)
     optimize: Optimize = "auto"
     fp8_products: bool = False
+    precision: Precision = "exact"
 
     @classmethod
     def of(
@@ -413,6 +420,7 @@ class ModelSpec(msgspec.Struct, frozen=True):
         compute_dtype: str,
         optimize: Optimize = "auto",
         fp8_products: bool = False,
+        precision: Precision = "exact",
     ) -> "ModelSpec":
         """The spec of the file as it is on disk now. Raises CheckpointError if it is not there."""
         if path != printable(path):
@@ -424,7 +432,8 @@ class ModelSpec(msgspec.Struct, frozen=True):
             version = file_version(path)
         except FileNotFoundError as error:
             raise CheckpointError(f"The model file {path} does not exist.") from error
-        return cls(path, weight_dtype, compute_dtype, version, optimize, fp8_products)
+        dtypes = weight_dtype, compute_dtype
+        return cls(path, *dtypes, version, optimize, fp8_products, precision)
 
 
 # The input of an evaluation that lists the model patches called in it, in their order: of each the

@@ -282,7 +282,9 @@ def test_room_is_made_for_what_comes_to_comfyuis_gpu(
 # --- what ComfyUI asks before it runs a loader ---------------------------------------------------
 
 
-@pytest.mark.parametrize("linked", ["unet_name", "gpu_count", "devices", "layout", "where"])
+@pytest.mark.parametrize(
+    "linked", ["unet_name", "gpu_count", "devices", "layout", "where", "precision"]
+)
 def test_a_linked_input_does_not_make_the_loader_run_again(
     tiny_z_image: Path, monkeypatch: pytest.MonkeyPatch, linked: str
 ) -> None:

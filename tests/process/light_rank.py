@@ -75,6 +75,7 @@ def _load(
         bytes_read=100,
         asleep=False,
         num_patched=0,
+        precision="exact",
         sleep=lambda: None,
         wake=lambda: None,
         close=lambda: None,

@@ -119,3 +119,16 @@ def test_a_limit_of_what_gpus_hold(tmp_path: Path) -> None:
         assert (row["streamed_gib"] > 0) == (folder == limited)
         assert row["gpu_memory_gib"] == (0.02 if folder == limited else None)
     assert row["weights_gib"] <= 0.02
+
+
+def test_a_row_with_8_bits_says_so(tmp_path: Path) -> None:
+    """And what they cost, which is more than bf16 and no mistake."""
+    exact, fast = tmp_path / "exact", tmp_path / "fast"
+    rows = {}
+    for folder in (exact, fast):
+        folder.mkdir()
+        options = ["--models", "flux", "--tp", "2", "--precision", folder.name]
+        status, (rows[folder.name],) = measured(folder, *options)
+        assert status == 0
+        assert rows[folder.name]["precision"] == folder.name
+    assert rows["exact"]["error"] < rows["fast"]["error"] <= TOLERANCE

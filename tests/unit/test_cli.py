@@ -102,6 +102,24 @@ def test_plan_predicts_for_the_link_of_a_card(
 
 
 @pytest.mark.parametrize(
+    ("device", "said", "is_faster"),
+    [("RTX 4090", "carries 8 bits; not measured", True), ("H200", "what it does in any", False)],
+)
+def test_plan_predicts_8_bits(
+    capsys: pytest.CaptureFixture[str], device: str, said: str, is_faster: bool
+) -> None:
+    command = ["plan", "--predict", "--model", "flux", "--device", device, "--precision"]
+    times = {}
+    for precision in ("exact", "fast"):
+        assert main([*command, precision]) == 0
+        *heads, tp, _, sharing = capsys.readouterr().out.splitlines()
+        assert any(said in line for line in heads) == (precision == "fast")
+        times[precision] = [float(line.split()[1]) for line in (tp, sharing)]
+    for fast, exact in zip(times["fast"], times["exact"], strict=True):
+        assert fast < exact if is_faster else fast == exact
+
+
+@pytest.mark.parametrize(
     ("size", "words"),
     [("7", "num_heads=30"), ("0", "size of 0 was asked for"), ("-1", "size of -1 was asked for")],
 )

@@ -63,6 +63,32 @@ def test_a_batch_group_asks_for_its_own_gpus(links, gpu: int, visible: int, aske
     assert found.asked == asked
 
 
+@pytest.mark.parametrize(
+    ("rank", "gpu", "visible", "asked"),
+    [
+        (0, 0, 4, [10, 12]),
+        (1, 3, 4, [11, 13]),
+        (0, 5, 8, [15, 17]),
+        (0, 1, 2, None),  # the other one is on the next host
+        (1, 1, 2, None),
+    ],
+)
+def test_ranks_that_share_tokens_ask_for_their_own_gpus(
+    links,
+    monkeypatch: pytest.MonkeyPatch,
+    rank: int,
+    gpu: int,
+    visible: int,
+    asked: list[int] | None,
+) -> None:
+    """Of two groups of two GPUs each, every second one."""
+    found = links(2, gpu % 2, gpu, visible)
+    sharers = SimpleNamespace(world_size=2, rank_in_group=rank)
+    monkeypatch.setattr(collectives.parallel_state, "get_pcp_group", lambda: sharers)
+    assert collectives.nvlink_of_sharers() is (asked is not None)
+    assert found.asked == asked
+
+
 def test_what_is_not_connected(links) -> None:
     links(2, 0, 0, 2, nvlink=False)
     assert (collectives.nvlink(), collectives.peer_access()) == (False, True)

@@ -6,13 +6,22 @@ from typing import Any
 
 import pytest
 
-from bench.scaling import STEPS_OF_H100S, SUMS_WITHOUT_PEERS, VIDEO_BLOCKS, Case, video_blocks
+from bench.scaling import (
+    CODED_SUMS_WITHOUT_PEERS,
+    STEPS_OF_H100S,
+    SUMS_WITHOUT_PEERS,
+    VIDEO_BLOCKS,
+    Case,
+    video_blocks,
+)
 from tp_runtime.config import Layout
 from tp_runtime.layouts.cost_model import (
+    CODED,
     DEVICES,
     LINKS,
     REQUEST_S,
     Prediction,
+    coded_sum_s,
     device_of,
     layouts,
     nccl_s,
@@ -23,6 +32,7 @@ from tp_runtime.models import families, family_named
 from tp_runtime.sharding.block_costs import BlockCosts, count_flops
 
 MODELS = sorted(families())
+SHARING = sorted(name for name, family in families().items() if family.shares_tokens)
 
 
 def predicted(
@@ -151,13 +161,38 @@ def test_measured_sums_without_peer_access(size: int, ms: float) -> None:
     assert 1e3 * nccl_s(28 * 2**20, size, LINKS["pcie5-host"]) == pytest.approx(ms, rel=0.12)
 
 
+@pytest.mark.parametrize(("size", "ms"), CODED_SUMS_WITHOUT_PEERS.items())
+def test_measured_sums_in_8_bits(size: int, ms: float) -> None:
+    found = coded_sum_s(28 * 2**20, size, DEVICES["H100"], LINKS["pcie5-host"])
+    assert 1e3 * found == pytest.approx(ms, rel=0.12)
+
+
+@pytest.mark.parametrize("model", SHARING)
+@pytest.mark.parametrize(("tp_size", "sequence_size"), [(2, 1), (4, 1), (1, 4), (2, 2)])
+def test_8_bits_halve_what_a_slow_link_carries(
+    model: str, tp_size: int, sequence_size: int
+) -> None:
+    link = replace(LINKS["pcie-host"], rate=1e6, exchange_rate=1e6)
+    of = {"sequence_size": sequence_size, "link": link}
+    exact, fast = (predicted(model, tp_size, **of, precision=each) for each in ("exact", "fast"))
+    # What is once an evaluation goes as it is.
+    assert CODED < fast.links / exact.links < 1.1 * CODED
+    assert (fast.matmul, fast.attention) == (exact.matmul, exact.attention)
+    assert fast.elementwise >= exact.elementwise
+    assert fast.fixed > exact.fixed
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_8_bits_change_nothing_over_nvlink_or_on_one_gpu(model: str) -> None:
+    assert predicted(model, 4, precision="fast") == predicted(model, 4)
+    host = LINKS["pcie-host"]
+    assert predicted(model, 1, link=host, precision="fast") == predicted(model, 1, link=host)
+
+
 @pytest.mark.parametrize(("case", "ms"), STEPS_OF_H100S.items(), ids=str)
 def test_measured_steps_of_h100s(case: Case, ms: float) -> None:
     """With NVLink, and without peer access."""
     assert case.predict().ms == pytest.approx(ms, rel=0.1)
-
-
-SHARING = sorted(name for name, family in families().items() if family.shares_tokens)
 
 
 @pytest.mark.parametrize("model", SHARING)

@@ -71,7 +71,7 @@ class Threads:
             return found
 
         return SimpleNamespace(
-            sequence_size=lambda: self.size, sequence_rank=lambda: rank, exchange=exchange
+            sequence_size=lambda: self.size, sequence_rank=lambda: rank, exchange_heads=exchange
         )
 
 

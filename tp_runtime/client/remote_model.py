@@ -12,7 +12,7 @@ import msgspec
 import torch
 
 from ..config import GroupConfig, ModelSpec, device_name
-from ..layouts.step_history import StepRecords, Workload
+from ..layouts.step_history import StepRecords, Workload, times_of
 from ..recognise import CheckpointInfo
 from ..wire.exchange import dtype_of
 from ..wire.protocol import Load, PatchedWeight
@@ -202,7 +202,8 @@ class RemoteModel:
         if config.where == "ray":  # what is known is known of this machine
             return
         device = device_name(config.devices[0] if config.devices else None)
-        self._records.add(self.spec.path, device, workload, config.layout, ms)
+        times = times_of(device, self.spec.precision)
+        self._records.add(self.spec.path, times, workload, config.layout, ms)
 
     def _result_shapes(self, inputs: Inputs) -> tuple[tuple[int, ...], ...]:
         first, *others = (tuple(latent.shape) for latent in tensors_in(inputs["x"]))

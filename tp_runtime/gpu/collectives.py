@@ -15,6 +15,7 @@ from vllm.distributed import parallel_state
 from vllm.platforms import current_platform
 
 from ..config import ranks_on_one_gpu
+from .epilogue import Product
 
 LINK_SIZES = 2**16, 2**25  # bytes: what takes hardly longer than nothing, and a step's tokens
 LINK_REPEATS, LINK_ROUNDS = 8, 3  # the first round also sets up what they need
@@ -28,6 +29,11 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
 def add_up(tensor: torch.Tensor) -> torch.Tensor:
     """The sum over the tensor-parallel group, element by element; equal on every rank."""
     return parallel_state.get_tp_group().all_reduce(tensor)
+
+
+def summed(products: Sequence[Product]) -> list[torch.Tensor]:
+    """What row-parallel linears make of their inputs, summed over the tensor-parallel group."""
+    return [linear(x) for linear, x in products]
 
 
 def sequence_size() -> int:
@@ -58,6 +64,9 @@ def exchange(parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]) -> 
     return [one.view(*shape) for one, shape in zip(stretches, shapes, strict=True)]
 
 
+exchange_heads = exchange  # as they are
+
+
 def on_one_host(group: dist.ProcessGroup, source_rank: int = 0) -> list[bool]:
     """For each rank of a group on the CPU, whether it is on the source's host. All must ask.
 
@@ -71,43 +80,57 @@ def on_one_host(group: dist.ProcessGroup, source_rank: int = 0) -> list[bool]:
     return [torch.equal(one, hosts[source_rank]) for one in hosts]
 
 
-def _gpus() -> range | None:
-    """Those of the tensor-parallel group, by this process's numbers; None if not all are here.
+def _gpus(group: parallel_state.GroupCoordinator, apart: int = 1) -> range | None:
+    """Those of a group, by this process's numbers; None if not all are here.
 
-    A rank sees the group's GPUs on its host in the order of the ranks, so fewer than these if the
-    group spans hosts.
+    ``apart``: from one of its ranks to the next. A rank sees the GPUs of all ranks on its host in
+    their order, so fewer than these if the group spans hosts.
     """
     if ranks_on_one_gpu():
         shared = os.environ.get("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES") == "1"
         return range(1) if shared else None
-    group = parallel_state.get_tp_group()
-    first = torch.cuda.current_device() - group.rank_in_group
-    gpus = range(first, first + group.world_size)
+    first = torch.cuda.current_device() - apart * group.rank_in_group
+    gpus = range(first, first + apart * (group.world_size - 1) + 1, apart)
     return gpus if first >= 0 and gpus.stop <= torch.cuda.device_count() else None
 
 
 def peer_access() -> bool:
-    """Whether all GPUs of the group can read each other's memory (over NVLink or PCIe)."""
-    gpus = _gpus()
+    """Whether all GPUs of the tensor-parallel group can read each other's memory.
+
+    Over NVLink or PCIe.
+    """
+    return _peer_access(_gpus(parallel_state.get_tp_group()))
+
+
+def _peer_access(gpus: range | None) -> bool:
     if gpus is None:
         return False
     return all(torch.cuda.can_device_access_peer(a, b) for a in gpus for b in gpus if a != b)
 
 
 def nvlink() -> bool:
-    """Whether NVLink connects all GPUs of the group. One alone needs none.
+    """Whether NVLink connects all GPUs of the tensor-parallel group. One alone needs none.
 
     Where GPUs read each other's memory over PCIe, they need not be able to change it atomically;
     torch's barriers between them would then wait for ever (torch/csrc/distributed/c10d/
     symm_mem/CUDASymmetricMemory-inl.h, 2.11).
     """
-    gpus = _gpus()
+    return _nvlink(_gpus(parallel_state.get_tp_group()))
+
+
+def nvlink_of_sharers() -> bool:
+    """The same of the GPUs that share the tokens."""
+    apart = parallel_state.get_tp_group().world_size
+    return _nvlink(_gpus(parallel_state.get_pcp_group(), apart))
+
+
+def _nvlink(gpus: range | None) -> bool:
     if gpus is None:
         return False
     if len(gpus) == 1:
         return True
     physical = [current_platform.device_id_to_physical_device_id(gpu) for gpu in gpus]
-    return peer_access() and current_platform.is_fully_connected(physical)
+    return _peer_access(gpus) and current_platform.is_fully_connected(physical)
 
 
 def link_times(device: torch.device) -> dict[str, list[float]]:

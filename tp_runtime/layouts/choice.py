@@ -14,6 +14,7 @@ from ..config import (
     ROOM_BYTES,
     ROOM_FACTOR,
     Layout,
+    Precision,
     cuda_index,
     device_name,
     gpu_names,
@@ -22,7 +23,7 @@ from ..config import (
 from ..recognise import CheckpointInfo
 from .cost_model import Device, Link, device_of, predict, usual_link
 from .link_records import LinkRecords
-from .step_history import StepRecords, Workload
+from .step_history import StepRecords, Workload, times_of
 
 MIN_GAIN = 0.05  # a layout other than the default must be so much faster
 
@@ -88,6 +89,7 @@ def choose_layout(
     gpus: Sequence[int],
     records: StepRecords,
     links: LinkRecords,
+    precision: Precision = "exact",
 ) -> Choice:
     """The fastest of ``layouts`` for what the model is used for; the first is the default.
 
@@ -95,15 +97,17 @@ def choose_layout(
     CPU, where nothing is predicted. Where they are not connected by NVLink, what is predicted to be
     the fastest for what the model is made for takes the default's place. Layouts whose ranks share
     tokens are taken once they were measured here (``tries_sharing``); before, they are named.
+    ``precision``: what links carry; only times with the same count.
     """
     plain, native = layouts[0], native_workload(info)
     device = device_name(gpus[0] if gpus else None)
-    usual = records.usual_workload(info.path, device)
+    times = times_of(device, precision)
+    usual = records.usual_workload(info.path, times)
     if len(layouts) == 1 or not (usual or gpus):
         return Choice(plain)
     link = link_between(gpus, links) if gpus else None
     workload = usual or native
-    measured = records.times(info.path, device, workload)
+    measured = records.times(info.path, times, workload)
     # On the CPU, where ranks share the cores, nothing is to be had by sharing tokens.
     fitting = [
         layout
@@ -122,7 +126,7 @@ def choose_layout(
     def predictor(of: Workload) -> Callable[[Layout], float] | None:
         if link is None:
             return None
-        return functools.partial(_predicted_ms, info, of, device_of(device), link)
+        return functools.partial(_predicted_ms, info, of, device_of(device), link, precision)
 
     default = plain
     if link is not None and not link.fused:
@@ -162,12 +166,24 @@ def native_workload(info: CheckpointInfo) -> Workload:
 
 
 def _predicted_ms(
-    info: CheckpointInfo, workload: Workload, device: Device, link: Link, layout: Layout
+    info: CheckpointInfo,
+    workload: Workload,
+    device: Device,
+    link: Link,
+    precision: Precision,
+    layout: Layout,
 ) -> float:
-    shape, text_tokens = workload.latent_shape, workload.text_tokens
-    sizes = layout.tp_size, layout.batch_groups
-    shared = layout.sequence_size
-    return predict(info.sizes, shape, text_tokens, *sizes, device, link, sequence_size=shared).ms
+    return predict(
+        info.sizes,
+        workload.latent_shape,
+        workload.text_tokens,
+        layout.tp_size,
+        layout.batch_groups,
+        device,
+        link,
+        sequence_size=layout.sequence_size,
+        precision=precision,
+    ).ms
 
 
 def link_between(gpus: Sequence[int], links: LinkRecords) -> Link:

@@ -9,11 +9,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from ..config import Layout
+from ..config import Layout, Precision
 from ..models.family import Sizes
 from ..sharding.block_costs import AttentionCosts, BlockCosts
 
 BYTES = 2  # of an element: activations and weights in bf16
+CODED = (1 + 2 / 32) / BYTES  # of these, in 8 bits with their scales (``gpu/block_codes``)
 
 # Calibrated once for all devices and models.
 TILE = 128  # rows and columns of a result that one multiprocessor works on at a time
@@ -201,12 +202,13 @@ def predict(
     link: Link = LINKS["nvlink"],
     references: Sequence[Sequence[int]] = (),
     sequence_size: int = 1,
+    precision: Precision = "exact",
 ) -> Prediction:
     """One evaluation on ``tp_size`` x ``sequence_size`` x ``batch_groups`` GPUs.
 
     ``sizes``: of a ``CheckpointInfo``. ``latent_shape`` (B, ..., H, W): the forward batch, which is
     dealt out to the groups; the fullest sets the time. ``references``: shapes of reference latents.
-    Does not check that the model can be split so.
+    ``precision``: what links carry, but NVLink. Does not check that the model can be split so.
     """
     geometry = sizes.geometry
     image, *others = (
@@ -220,7 +222,7 @@ def predict(
     blocks = sizes.table.block_costs(geometry.padded(text_tokens), geometry.padded(image))
     total = Prediction(fixed=1e3 * REQUEST_S)
     for block in blocks:
-        total += predict_blocks(block, batch, tp_size, sequence_size, device, link)
+        total += predict_blocks(block, batch, tp_size, sequence_size, device, link, precision)
     last = blocks[-1]
     ends = END_PASSES * BYTES * batch * last.tokens * last.width
     total += Prediction(elementwise=1e3 * ends / device.memory)
@@ -236,9 +238,16 @@ def predict(
 
 
 def predict_blocks(
-    block: BlockCosts, batch: int, tp_size: int, sequence_size: int, device: Device, link: Link
+    block: BlockCosts,
+    batch: int,
+    tp_size: int,
+    sequence_size: int,
+    device: Device,
+    link: Link,
+    precision: Precision = "exact",
 ) -> Prediction:
     """So many equal blocks, on the rank that has most to do."""
+    coded = precision == "fast" and not link.fused
 
     def share(tokens: int) -> int:
         return -(-tokens // sequence_size)
@@ -273,16 +282,24 @@ def predict_blocks(
     elif link.fused:
         moved = 2 * size * (tp_size - 1) / tp_size / link.rate
         links += block.joins * (BARRIERS_S + max(moved, whole / tp_size))
+    elif coded:
+        links += block.joins * coded_sum_s(size, tp_size, device, link)
+        elementwise += block.joins * whole * num_streams
+        kernels += block.joins * (2 * num_streams + 1)
     else:
         links += block.joins * num_streams * nccl_s(size / num_streams, tp_size, link)
         elementwise += block.joins * whole * num_streams  # with two, they are put together again
     for one in block.attentions if sequence_size > 1 else ():
         to_it, back = (BYTES * batch * size for size in _exchanged(one, tp_size, sequence_size))
         if to_it:
-            links += sum(_exchange_s(size, sequence_size, link) for size in (to_it, back))
+            part = CODED if coded else 1
+            links += sum(_exchange_s(part * size, sequence_size, link) for size in (to_it, back))
             copied = COPIES_TO_ATTENTION * to_it + COPIES_BACK * back
             elementwise += 2 * copied / sequence_size / device.memory
             kernels += COPIES_TO_ATTENTION + COPIES_BACK
+            if coded:
+                elementwise += 2 * (1 + CODED) * (to_it + back) / sequence_size / device.memory
+                kernels += 4 * (sequence_size - 1)
     attention = sum(
         _attention_s(one, batch, tp_size, sequence_size, device) for one in block.attentions
     )
@@ -336,6 +353,17 @@ def _exchange_s(size: float, sequence_size: int, link: Link) -> float:
     """
     sent = size * (sequence_size - 1) / sequence_size**2
     return NCCL_S + link.hop_s + sent / link.exchange_rate
+
+
+def coded_sum_s(size: float, tp_size: int, device: Device, link: Link) -> float:
+    """In 8 bits, and in two steps: to the rank that adds them up, and from it to all.
+
+    Each sends as many bytes as in NCCL's ring, of codes. They are made, added up and read in passes
+    of their own.
+    """
+    sent = 2 * (tp_size - 1) / tp_size * CODED * size
+    passes = (2 + (3 + 1 / tp_size) * CODED) * size
+    return 2 * NCCL_S + tp_size * link.hop_s + sent / link.rate + passes / device.memory
 
 
 def nccl_s(size: float, tp_size: int, link: Link) -> float:

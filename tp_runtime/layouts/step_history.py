@@ -11,7 +11,7 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
-from ..config import Layout
+from ..config import Layout, Precision
 from .book import read_book, write_book
 
 KEPT_TIMES = 16  # the latest ones, of which the shortest counts: first steps compile and record
@@ -41,6 +41,11 @@ class Workload(msgspec.Struct, frozen=True):
     @property
     def batch(self) -> int:
         return self.latent_shape[0]
+
+
+def times_of(device: str, precision: Precision) -> str:
+    """The name by which times of a device are kept: sums in 8 bits have others."""
+    return device if precision == "exact" else f"{device}, {precision}"
 
 
 class _OfModel(msgspec.Struct):
@@ -79,7 +84,7 @@ class StepRecords:
         self._mine: _Book = {}
 
     def add(self, model: str, device: str, workload: Workload, layout: Layout, ms: float) -> None:
-        """A step took so long. ``model``: the file's path; ``device``: its product name."""
+        """A step took so long. ``model``: the file's path; ``device``: of ``times_of``."""
         key = _key(model, device)
         entry = self._mine.pop(key, None) or self._read().get(key) or _OfModel(workload)
         self._mine[key] = entry  # at the end: it was used last

@@ -44,6 +44,13 @@ class Collectives(SequenceGroup, Protocol):
         """The sum over the ranks, element by element, equal on every one."""
         ...
 
+    def summed(self, products: Sequence[Product]) -> list[torch.Tensor]:
+        """What row-parallel linears make of their inputs, summed over the ranks.
+
+        It may be rounded on its way, but equally on every rank.
+        """
+        ...
+
 
 class Reduction(Protocol):
     """``ShardedForward.join`` with the sum over the ranks inside (``gpu/reduction.py``)."""
@@ -214,7 +221,7 @@ class ShardedForward:
         """
         if self._reduction is not None and optimising():
             return tokens, self._reduction(products, tokens, epilogue)
-        updates = [linear(x) for linear, x in products]
+        updates = self.collectives.summed(products)
         if late := epilogue.num_late:
             updates += updates.pop().tensor_split((-late,), dim=1)
         found = []

@@ -32,6 +32,12 @@ class SequenceGroup(Protocol):
         """Give each rank its part, all of one dtype; what each gives to this one, of that shape."""
         ...
 
+    def exchange_heads(
+        self, parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]
+    ) -> list[torch.Tensor]:
+        """The same of what attention takes and gives, which may be rounded on its way."""
+        ...
+
 
 def dealt_out(count: int, size: int) -> list[int]:
     """How many of ``count`` each of ``size`` ranks has; the first have one more."""
@@ -135,14 +141,15 @@ class TokenShares:
         mine = heads[self._rank]
         lengths = [sum(of_rank) for of_rank in zip(*self._dealt, strict=True)]
         shapes = [(batch, other, mine + sum(own), head_dim) for other in lengths]
-        given = self._group.exchange([torch.cat(part, dim=2) for part in parts], shapes)
+        given = self._group.exchange_heads([torch.cat(part, dim=2) for part in parts], shapes)
         q, k, v = torch.cat(given, dim=1).split([mine, *own], dim=2)
         first = sum(kv_heads[: self._rank])
         k, v = _behind([part[:, :, first : first + own[0]] for part in held], (k, v))
         found = attention(q, k, v, mask) if mine else q.flatten(2)
         found = found.unflatten(2, (mine, head_dim))
         back = [(batch, length, of_rank, head_dim) for of_rank in heads]
-        return torch.cat(self._group.exchange(found.split(lengths, 1), back), dim=2).flatten(2)
+        given = self._group.exchange_heads(found.split(lengths, 1), back)
+        return torch.cat(given, dim=2).flatten(2)
 
 
 def _together(streams: Sequence[torch.Tensor]) -> torch.Tensor:

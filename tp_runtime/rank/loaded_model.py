@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
+from ..config import Precision
 from ..models.forward import Memo, Prediction, ShardedForward, memo_bytes
 from ..wire.protocol import PatchedWeight
 from .host_copy import HostCopy
@@ -17,7 +18,10 @@ class Shard:
     """A module's parameters, on the device or in the host's memory.
 
     ``resident_bytes``: on the device while it is awake; ``streamed_bytes``: with the host, always.
+    ``precision``: of what its ranks send one another for it.
     """
+
+    precision: Precision = "exact"
 
     def __init__(
         self, module: nn.Module, device: torch.device, streamed: StreamedLayers | None = None
@@ -97,8 +101,10 @@ class LoadedModel(Shard):
         new_run: Callable[[], Callable[..., Prediction]],
         bytes_read: int,
         streamed: StreamedLayers | None = None,
+        precision: Precision = "exact",
     ) -> None:
         super().__init__(forward.model, device, streamed)
+        self.precision = precision
         self.forward = forward
         self.weights = weights
         self.bytes_read = bytes_read

@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..config import AttentionKernel, ModelSpec, file_version, quantised_products
+from ..config import AttentionKernel, ModelSpec, Precision, file_version, quantised_products
 from ..errors import CheckpointError
 from ..fault_points import reach
 from ..formats import QuantisedWeight
 from ..gpu import collectives
+from ..gpu.eight_bit import EightBitCollectives
 from ..gpu.graphs import RecordedEvaluation
-from ..models.forward import Prediction, ShardedForward, memo_bytes
+from ..models.forward import Collectives, Prediction, ShardedForward, memo_bytes
 from ..recognise import inspect_checkpoint, open_checkpoint
 from ..sharding.parts import Part
 from ..sharding.quantisation import Quantisation, sharded, stored_weights
@@ -143,9 +144,14 @@ def load_model(
         reduction = fused_reduction(device)
         choices = KernelChoices(Path(kernel_choices)) if kernel_choices else None
         fast_attention = FastAttention(attention, choices)
-    forward: ShardedForward = kind(model.eval(), info.sizes, collectives, reduction)
+    eight_bit = EightBitCollectives(device, fast) if spec.precision == "fast" else None
+    shared: Collectives = eight_bit or collectives
+    forward: ShardedForward = kind(model.eval(), info.sizes, shared, reduction)
 
     evaluate = forward.evaluate if streamed is None else streamed.stream.passes(forward.evaluate)
+    precision: Precision = "exact"
+    if eight_bit is not None and eight_bit.rounds:
+        precision, evaluate = "fast", eight_bit.during(evaluate)
 
     def new_run() -> Callable[..., Prediction]:
         if not fast:
@@ -153,7 +159,7 @@ def load_model(
         capture = functools.partial(collectives.graph_capture, device)
         return RecordedEvaluation(evaluate, capture, fast_attention, memo_bytes(device))
 
-    return LoadedModel(forward, weights, device, new_run, bytes_read, streamed)
+    return LoadedModel(forward, weights, device, new_run, bytes_read, streamed, precision)
 
 
 def _log_quantisation(path: str, quantisation: Quantisation, device: torch.device) -> None:

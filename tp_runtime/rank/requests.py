@@ -268,6 +268,7 @@ class Runner:
                     "bytes_read": model.bytes_read,
                     "asleep": model.asleep,
                     "patched_weights": model.num_patched,
+                    "precision": model.precision,
                     **({"digest": model.digest()} if digests else {}),
                 }
                 for name, model in (self._models | self._patches).items()

@@ -7,7 +7,7 @@ from collections import Counter
 
 import torch
 
-from ..config import quantised_products
+from ..config import PRECISIONS, quantised_products
 from ..errors import InputError
 from ..layouts.choice import link_between
 from ..layouts.cost_model import (
@@ -49,6 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     case.add_argument(
         "--link", choices=list(LINKS), help="(default: this machine's, or what GPUs of it have)"
+    )
+    case.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="exact",
+        help="fast: sums and exchanges in 8 bits, but over NVLink (default exact)",
     )
 
 
@@ -148,11 +154,23 @@ def _predict(options: argparse.Namespace) -> None:
     )
     print(f"  GPU {device.name}: {device.source}")
     print(f"  link {link.name}: {link.source}")
+    if options.precision == "fast":
+        said = "carries what it does in any case" if link.fused else "carries 8 bits; not measured"
+        print(f"  precision fast: the link {said}")
     parts = [part.name for part in dataclasses.fields(Prediction)]
     print(" ".join(f"{title:>11}" for title in ("layout", "ms", *parts)))
     for layout in layouts(sizes, options.tp, shares_tokens=family.shares_tokens):
         gpus, shared = (layout.tp_size, layout.batch_groups), layout.sequence_size
-        found = predict(sizes, shape, options.text, *gpus, device, link, sequence_size=shared)
+        found = predict(
+            sizes,
+            shape,
+            options.text,
+            *gpus,
+            device,
+            link,
+            sequence_size=shared,
+            precision=options.precision,
+        )
         times = (found.ms, *(getattr(found, part) for part in parts))
         print(f"{layout!s:>11}", *(f"{ms:11.1f}" for ms in times))
 
