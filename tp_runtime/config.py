@@ -18,8 +18,6 @@ With ``settings``, the only place where the package reads environment variables 
                                (torch's choice)
 ``TP_RUNTIME_REPRODUCIBLE``    on: the layout and the attention kernel follow from the model and the
                                GPUs alone, not from what was measured (default: the setting, off)
-``TP_RUNTIME_TRY_SHARING``     on: ``auto`` also takes layouts whose ranks share tokens that no step
-                               has measured here (default off: they have not run on several GPUs)
 ``TP_RUNTIME_QUANTISED_PRODUCTS``  off: GPUs multiply with dequantised weights, also where they
                                can multiply in int8 and fp8 (default: on)
 ``TP_RUNTIME_FAMILIES``        packages with more families of models, by spaces; on the PYTHONPATH
@@ -126,11 +124,6 @@ def quantised_products() -> bool:
 def reproducible(preferred: bool) -> bool:
     """Whether what was measured decides nothing: the environment's word, else ``preferred``."""
     return _switch("TP_RUNTIME_REPRODUCIBLE", preferred)
-
-
-def tries_sharing() -> bool:
-    """Whether ``auto`` takes layouts whose ranks share tokens before one was measured here."""
-    return _switch("TP_RUNTIME_TRY_SHARING", preferred=False)
 
 
 def _switch(variable: str, preferred: bool) -> bool:

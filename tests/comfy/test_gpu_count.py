@@ -62,7 +62,6 @@ def choose(
     monkeypatch.setattr(choice, "device_name", lambda gpu: "cpu" if gpu is None else GPU)
     monkeypatch.setattr(choice, "link_between", lambda *_: LINKS["nvlink"])
     monkeypatch.setattr(choice, "_fits", lambda *_: True)
-    monkeypatch.setenv("TP_RUNTIME_TRY_SHARING", "on")
     warnings: list[str] = []
 
     def on_machine(
@@ -273,28 +272,6 @@ def test_without_nvlink_the_first_prompt_runs_on_what_is_predicted(
     assert f"the layout {layout} (TP size x sequence size x batch groups): " in warning
     assert "(1, 16, 128, 128) as usual for the model" in warning
     assert "pcie5-host" in warning
-
-
-def test_sharing_tokens_is_named_until_it_was_measured(
-    choose: tuple[Choose, list[str]],
-    linked: Callable[[Link], None],
-    records: StepRecords,
-    tiny_z_image: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.delenv("TP_RUNTIME_TRY_SHARING")
-    on_machine, warnings = choose
-    linked(LINKS["pcie5-host"])
-    assert str(on_machine(4, "4").layout) == "4x1"
-    (warning,) = warnings
-    assert warning.startswith("The layout 1x4x1 (TP size x sequence size x batch groups) is predic")
-    assert "choose it as layout to try it" in warning
-    linked(LINKS["nvlink"])
-    assert str(on_machine(2, "auto").layout) == "2x1"
-    assert len(warnings) == 1, "with NVLink there is little to be had"
-    linked(LINKS["pcie5-host"])
-    measured(records, tiny_z_image, SINGLE, tp1x4x1=60.0, tp4x1=100.0)
-    assert str(on_machine(4, "auto").layout) == "1x4x1"
 
 
 def test_with_nvlink_the_first_prompt_needs_a_gain(choose: tuple[Choose, list[str]]) -> None:

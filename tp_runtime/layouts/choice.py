@@ -18,7 +18,6 @@ from ..config import (
     cuda_index,
     device_name,
     gpu_names,
-    tries_sharing,
 )
 from ..recognise import CheckpointInfo
 from .cost_model import Device, Link, device_of, predict, usual_link
@@ -95,9 +94,8 @@ def choose_layout(
 
     Before its first use, for what it is made for. ``gpus``: those that may be used, empty on the
     CPU, where nothing is predicted. Where they are not connected by NVLink, what is predicted to be
-    the fastest for what the model is made for takes the default's place. Layouts whose ranks share
-    tokens are taken once they were measured here (``tries_sharing``); before, they are named.
-    ``precision``: what links carry; only times with the same count.
+    the fastest for what the model is made for takes the default's place. ``precision``: what links
+    carry; only times with the same count.
     """
     plain, native = layouts[0], native_workload(info)
     device = device_name(gpus[0] if gpus else None)
@@ -109,19 +107,14 @@ def choose_layout(
     workload = usual or native
     measured = records.times(info.path, times, workload)
     # On the CPU, where ranks share the cores, nothing is to be had by sharing tokens.
-    fitting = [
+    possible = [
         layout
         for layout in layouts
         if layout == plain or (_fits(info, layout, gpus) if gpus else layout.sequence_size == 1)
     ]
-    possible = [
-        layout
-        for layout in fitting
-        if layout.sequence_size == 1 or layout in measured or tries_sharing()
-    ]
 
-    def useful(of: Workload, among: Sequence[Layout] = possible) -> list[Layout]:
-        return [layout for layout in among if layout == plain or layout.batch_groups <= of.batch]
+    def useful(of: Workload) -> list[Layout]:
+        return [one for one in possible if one == plain or one.batch_groups <= of.batch]
 
     def predictor(of: Workload) -> Callable[[Layout], float] | None:
         if link is None:
@@ -134,11 +127,8 @@ def choose_layout(
         default = min(predicted, key=lambda layout: predicted[layout].ms)
     estimates = estimate(useful(workload), measured, predictor(workload))
     layout = fastest(default, estimates)
-    of_all = estimate(useful(workload, fitting), measured, predictor(workload))
-    other = fastest(layout, of_all) if link is not None and not link.fused else layout
-    untried = "" if other == layout else _to_try(other, of_all[other])
     if layout == plain:
-        return Choice(plain, untried or None)
+        return Choice(plain)
     of_three = "sequence size x " if layout.sequence_size > 1 else ""
     why = f" The GPUs' link is {link.name} ({link.source})." if link is not None else ""
     return Choice(
@@ -146,15 +136,7 @@ def choose_layout(
         f"'auto' takes the layout {layout} (TP size x {of_three}batch groups): "
         f"{estimates[layout]} a step, and {plain} takes {estimates[plain]}, for latents of "
         f"{workload.latent_shape} {'as of late' if usual else 'as usual for the model'}.{why} Set "
-        f"layout or gpu_count to decide yourself. {untried}".rstrip(),
-    )
-
-
-def _to_try(layout: Layout, predicted: Estimate) -> str:
-    return (
-        f"The layout {layout} (TP size x sequence size x batch groups) is predicted to take "
-        f"{predicted.ms:.0f} ms a step. It was never run on this machine: choose it as layout to "
-        "try it, and 'auto' goes by what it takes."
+        "layout or gpu_count to decide yourself.",
     )
 
 
