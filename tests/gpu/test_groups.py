@@ -1,9 +1,9 @@
 """Groups of several GPUs, in every layout, against one GPU that computes as it is written.
 
 Whole groups through the runtime: NCCL, also in 8 bits, or memory that the ranks share, recorded
-graphs, batch groups, ranks that share tokens. On a machine with fewer GPUs the ranks share the first one
-(``TP_RUNTIME_TEST_ONE_GPU``; NCCL 2.30 or newer): they take turns, so the time of a step means
-nothing there, but its results are those of the same kernels on the same parts.
+graphs, batch groups, ranks that share tokens. On a machine with fewer GPUs the ranks share the
+first one (``TP_RUNTIME_TEST_ONE_GPU``; NCCL 2.30 or newer): they take turns, so the time of a step
+means nothing there, but its results are those of the same kernels on the same parts.
 """
 
 import ctypes
