@@ -9,11 +9,14 @@ from tp_runtime.models import family_named
 from tp_runtime.models.family import Input, Sizes, axis_length
 
 
-def make_inputs(model: str, sizes: Sizes, extent: Extent, batch: int) -> dict[str, Any]:
+def make_inputs(
+    model: str, sizes: Sizes, extent: Extent, batch: int, references: int = 0
+) -> dict[str, Any]:
     """Inputs for pictures or videos of that extent, in bf16 with fp32 timesteps.
 
-    Where ComfyUI has them: on the first GPU, if there is one. Without reference pictures, and
-    without what the model computes without, if its size is not known.
+    Where ComfyUI has them: on the first GPU, if there is one. With so many ``references``, of the
+    size of the picture, and without what the model computes without, if its size is not known.
+    Raises ValueError if the model takes no references.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = sizes.geometry.latent_shape(extent.width, extent.height, extent.frames)
@@ -43,4 +46,12 @@ def make_inputs(model: str, sizes: Sizes, extent: Extent, batch: int) -> dict[st
         dtype = dtypes.get(name, torch.bfloat16)
         found = [tensor(each).to(device, dtype) for each in (one, *one.besides)]
         inputs[name] = found if one.besides else found[0]
+    if references:
+        if "ref_latents" not in sizes.all_inputs:
+            raise ValueError(f"{model} takes no references")
+        one_picture = shape[:1] + ((1,) if sizes.geometry.video else ()) + shape[-2:]
+        inputs["ref_latents"] = [
+            torch.randn(batch, *one_picture, generator=generator).to(device, torch.bfloat16)
+            for _ in range(references)
+        ]
     return inputs

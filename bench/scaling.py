@@ -53,6 +53,7 @@ class Case:
     link: Link = NVLINK
     device: str = "NVIDIA H200"
     precision: Precision = "exact"
+    references: int = 0
 
     def predict(self) -> Prediction:
         of_model = family_named(self.model)
@@ -66,12 +67,17 @@ class Case:
             device_of(self.device),
             self.link,
             sequence_size=self.layout.sequence_size,
+            references=[(1, *latent)] * self.references,
             precision=self.precision,
         )
 
     @property
     def label(self) -> str:
         return family_named(self.model).label
+
+    @property
+    def with_references(self) -> str:
+        return f"{self.extent}, {self.references} reference{'s' * (self.references > 1)}"
 
 
 # What was measured on 4 H100s (28 November 2026). Without peer access: NCCL_P2P_DISABLE=1.
@@ -155,6 +161,7 @@ def measured() -> list[Measured]:
                 link,
                 row["device"],
                 row.get("precision", "exact"),
+                row.get("references", 0),
             )
             newest[case] = Measured(case, row["commit"], row["ms_median"])
     return list(newest.values())
@@ -166,7 +173,7 @@ def check() -> str:
             each.case.label,
             each.case.device.removeprefix("NVIDIA "),
             each.case.layout,
-            each.case.extent,
+            each.case.extent if not each.case.references else each.case.with_references,
             each.case.batch,
             "fused" if each.case.link.fused else "NCCL",
             each.commit,

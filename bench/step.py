@@ -117,7 +117,8 @@ def cases(
                 # Two at least: a replayed graph must take its latent, not that of before.
                 num_latents = max([2, *(_evaluations_at_once(layout, batch) for layout in layouts)])
                 inputs = [
-                    _with_latent(model, sizes, extent, batch, seed) for seed in range(num_latents)
+                    _with_latent(make_inputs(model, sizes, extent, batch, args.references), seed)
+                    for seed in range(num_latents)
                 ]
                 expected = [flat(remote.evaluate(one)).cpu() for one in inputs]
                 found[extent, batch] = Case(inputs, expected)
@@ -154,8 +155,7 @@ def _in_fp32(inputs: dict[str, Any]) -> dict[str, Any]:
     return pytree.tree_map_only(torch.Tensor, torch.Tensor.float, inputs)
 
 
-def _with_latent(model: str, sizes: Sizes, extent: Extent, batch: int, seed: int) -> dict[str, Any]:
-    inputs = make_inputs(model, sizes, extent, batch)
+def _with_latent(inputs: dict[str, Any], seed: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
 
     def latent(like: torch.Tensor) -> torch.Tensor:
@@ -218,6 +218,7 @@ def measure(
                 "batch": batch,
                 "optimize": args.optimize,
                 "precision": args.precision,
+                "references": args.references,
                 "gpu_memory_gib": args.gpu_memory,
                 "start_s": round(began[0] - started, 1),
                 "load_s": round(loaded - began[0], 1),
@@ -287,6 +288,9 @@ def _flops(sizes: Sizes, inputs: dict[str, Any]) -> int:
     x, geometry = inputs["x"], sizes.geometry
     batch, *latent = (x if isinstance(x, torch.Tensor) else x[0]).shape
     text, image = inputs["context"].shape[1], geometry.image_tokens(tuple(latent))
+    if not geometry.references_once:
+        pictures = [one.shape[1:] for one in inputs.get("ref_latents", ())]
+        image += sum(geometry.image_tokens(tuple(shape)) for shape in pictures)
     blocks = sizes.table.block_costs(geometry.padded(text), geometry.padded(image))
     return batch * count_flops(blocks)
 
@@ -369,6 +373,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="1024, or 832x480x81 for 81 frames (default: what the model usually makes)",
     )
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
+    parser.add_argument(
+        "--references", type=int, default=0, help="pictures of the same size that it looks at"
+    )
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=["bf16"])
     parser.add_argument("--optimize", choices=["auto", "off"], default="auto")
@@ -394,6 +401,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measure, print a table, write the rows; 1 if a row is wrong."""
+    if options.diffusers and options.references:
+        raise SystemExit("--diffusers: rows of diffusers are without --references")
     known = environment(options.commit)
     rate = known["gemm_tflops"]
     rows: list[dict[str, Any]] = []

@@ -121,6 +121,20 @@ def test_a_limit_of_what_gpus_hold(tmp_path: Path) -> None:
     assert row["weights_gib"] <= 0.02
 
 
+@pytest.mark.rotates(4)
+@pytest.mark.parametrize("model", ["flux2", "krea2", "qwen_image", "qwen_image_21"])
+def test_references(tmp_path: Path, model: str) -> None:
+    options = ["--models", model, "--tp", "2", "--references", "2"]
+    status, (row,) = measured(tmp_path, *options)
+    assert (status, row["references"]) == (0, 2)
+    assert 0 < row["error"] <= TOLERANCE
+
+
+def test_a_model_without_references(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="wan takes no references"):
+        measured(tmp_path, "--models", "wan", "--tp", "1", "--references", "1")
+
+
 def test_a_row_with_8_bits_says_so(tmp_path: Path) -> None:
     """And what they cost, which is more than bf16 and no mistake."""
     exact, fast = tmp_path / "exact", tmp_path / "fast"
