@@ -22,6 +22,7 @@ export function followModel(node) {
   // The way of a model may lead through any subgraph.
   if (isCounted(node) || node.subgraph) {
     chain(node, "onConnectionsChange", later);
+    if (node.subgraph) chain(node, "onWidgetChanged", later); // its widgets come and go
     later();
   }
 }
@@ -104,9 +105,13 @@ function offer(widget, values, answer) {
 
 /** Change a widget's options so that HTML nodes see it: they watch another thing in each frontend. */
 function changeOptions(widget, changed) {
-  if (hasSetter(widget, "options")) widget.options = { ...widget.options, ...changed };
-  // 1.49: what a widget has registered of itself. A subgraph node's options are just that.
-  else Object.assign(widget._state?.options ?? widget.options, changed);
+  if (hasSetter(widget, "options")) {
+    widget.options = { ...widget.options, ...changed };
+    return;
+  }
+  // 1.49: what is registered of a widget, that of a node of the same id before it at times; first,
+  // since it is watched. A subgraph node's options are nothing else.
+  for (const options of [widget._state?.options, widget.options]) Object.assign(options ?? {}, changed);
 }
 
 function hasSetter(object, name) {

@@ -40,7 +40,8 @@ SOME = ("01_qwen_t2i_subgraphed", "flux_dev_checkpoint_example", "flux_dev_full_
 
 STOCK = {"UNETLoader": "unet_name", "CheckpointLoaderSimple": "ckpt_name"}
 OURS = {"TPLoadDiffusionModel": "unet_name", "TPLoadCheckpoint": "ckpt_name"}
-# Whose stock prompt is another one where nodes are drawn in HTML.
+# Whose stock prompt is another one where nodes are drawn in HTML: ComfyUI's Painter keeps its empty
+# drawing in a file there, whose name has the time.
 OTHERWISE_IN_HTML = ("video_wan2_1_infinitetalk",)
 UNKNOWN = """() => {
     const found = new Set();
