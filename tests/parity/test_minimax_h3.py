@@ -23,15 +23,16 @@ PADDED = 3  # ranks, of 8 heads: 9
 SIZED = [(2, case) for case in CASES]
 SIZED += [(size, case) for size in (1, PADDED, 4) for case in ("odd sizes", "references", "masks")]
 SIZED += [(PADDED, "full file, references and masks")]
+SIZED += [(size, "heads of the published model") for size in (3, 5, 7, 8)]  # 56, padded to 57, 60
 
 
 @pytest.fixture(scope="module")
 def variants(tmp_path_factory: pytest.TempPathFactory) -> Variants:
-    """The tiny file of a pruned model, or, with changes, of a full one."""
+    """The tiny file of a pruned model, with changes of its sizes."""
     folder = tmp_path_factory.mktemp("minimax_h3")
 
     def written(changes: Mapping[str, Any]) -> Path:
-        path = folder / f"{'full' if changes else 'pruned'}.safetensors"
+        path = folder / f"{'-'.join(changes) or 'pruned'}.safetensors"
         return path if path.exists() else write_tiny("minimax_h3", path, **changes)
 
     return written

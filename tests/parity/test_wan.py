@@ -1,5 +1,6 @@
 """Wan on real ranks against ComfyUI's own WanModel, on the same tiny files."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -194,17 +195,28 @@ def test_sizes(checkpoint: Path) -> None:
         info.check_tp_size(6)
 
 
-@pytest.mark.parametrize(
-    ("tensor", "variant"),
-    [
-        ("patch_embedding_mask.weight", "SCAIL-2"),
-        ("face_adapter.fuser_blocks.0.k_norm.weight", "Wan Animate"),
-    ],
-)
-def test_variants_are_refused_by_name(tmp_path: Path, tensor: str, variant: str) -> None:
+# What ComfyUI tells the other models of these blocks by: a tensor, or a setting in the metadata.
+VARIANTS = {
+    "casual_audio_encoder.encoder.final_linear.weight": "Wan S2V",
+    "audio_proj.audio_proj_glob_1.layer.bias": "HuMo",
+    "face_adapter.fuser_blocks.0.k_norm.weight": "Wan Animate",
+    "patch_embedding_mask.weight": "SCAIL-2",
+    "patch_embedding_pose.weight": "SCAIL",
+    "patch_embedding_global.weight": "WanDancer",
+    "model_type=animate2": "Wan Animate 2",
+    "model_type=flow_rvs": "FlowRVS",
+    "causal_ar=True": "causal Wan (Causal Forcing, Self Forcing)",
+}
+
+
+@pytest.mark.parametrize(("told", "variant"), VARIANTS.items(), ids=VARIANTS.values())
+def test_variants_are_refused_by_name(tmp_path: Path, told: str, variant: str) -> None:
     shapes = tiny_shapes("wan", num_blocks=1)
-    path = write(tmp_path / "variant.safetensors", shapes | {tensor: (320, 96, 1, 2, 2)})
-    with pytest.raises(CheckpointError, match=variant):
+    setting, _, value = told.partition("=")
+    settings = {setting: value} if value else None
+    tensors = {} if value else {told: (320, 96, 1, 2, 2)}
+    path = write(tmp_path / "variant.safetensors", shapes | tensors, told=settings)
+    with pytest.raises(CheckpointError, match=re.escape(f"This is a {variant} file")):
         inspect_checkpoint(str(path))
 
 
