@@ -101,6 +101,15 @@ def test_sparse_attention_is_refused_by_name(tmp_path: Path) -> None:
         inspect_checkpoint(str(path))
 
 
+def test_folders_are_refused_by_name(tmp_path: Path) -> None:
+    """MiniMaxAI's own among them, whose rows of q, k and v lie head by head."""
+    write_tiny("minimax_h3", tmp_path / "diffusion_pytorch_model.safetensors")
+    said = {"_class_name": "MiniMaxH3Transformer3DModel", "num_refiner_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    with pytest.raises(CheckpointError, match="This is MiniMax H3 as a diffusers folder"):
+        inspect_checkpoint(str(tmp_path))
+
+
 def test_settings_that_no_shape_shows_are_refused(tmp_path: Path) -> None:
     """ComfyUI's class would compute with them."""
 
