@@ -72,6 +72,16 @@ def test_conditions_change_the_result(variants: Variants, remote: Remote) -> Non
                 assert relative_error(latents, others) > 1e-3
 
 
+def test_asleep_between_two_steps(variants: Variants, remote: Remote) -> None:
+    """Both latents of the next are what they would have been."""
+    model, inputs = remote(variants({}), 2), inputs_of("minimax_h3", "masks", torch.float32)
+    before = model.evaluate(inputs)
+    model.sleep()
+    assert sum(model.loaded_bytes()) == 0
+    for one, other in zip(model.evaluate(inputs), before, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_an_evaluation_of_the_same_shapes_has_tables_of_the_same_shapes() -> None:
     """Whatever the timestep: a recorded evaluation serves all of a generation."""
     sizes, shapes = tiny("minimax_h3"), set()
