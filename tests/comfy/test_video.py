@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from support.comfy_history import History, PromptError
 from support.comfy_server import ComfyServer
+from support.compatibility import NEWER
 from support.group_reports import group, rank_pids
 from support.lora_files import factors
 from support.tiny_models import tiny_shapes, write_tiny
@@ -29,6 +30,7 @@ FILES: Mapping[str, Mapping[str, Any]] = {
     "fun_2.2": {"in_channels": 52, "reference_channels": 16},
     "vace": {"num_blocks": 2, "vace_blocks": 2, "vace_channels": 96},
     "camera": {"in_channels": 32, "image_dim": 1280, "camera_channels": 24},
+    "scail": {"in_channels": 20, "image_dim": 1280, "pose_channels": 20, "mask_channels": 28},
     "5b": {"in_channels": 48, "out_channels": 48},
     "high": {"in_channels": 36},
     "low": {"in_channels": 36, "seed": 1},
@@ -98,6 +100,7 @@ def video(name: str, maker: dict[str, Any], *, seed: int = 7, **sampler: Any) ->
         "first": node("LoadImage", image=PICTURES[0]),
         "last": node("LoadImage", image=PICTURES[1]),
         "seen": node("TPTestSeen", seed=3, patches=257, width=1280),
+        "moving": node("RepeatImageBatch", image=["last", 0], amount=SIZE["length"]),
         "path": node("WanCameraEmbedding", camera_pose="Zoom In", **SIZE),
         "maker": maker,
         "sampler": node(
@@ -124,7 +127,9 @@ def conditioned(class_type: str, **inputs: Any) -> dict[str, Any]:
 
 
 EMPTY = node("EmptyHunyuanLatentVideo", batch_size=1, **SIZE)
-FIRST, LAST, SEEN = ["first", 0], ["last", 0], ["seen", 0]
+FIRST, LAST, SEEN, MOVING = ["first", 0], ["last", 0], ["seen", 0], ["moving", 0]
+RANGE: dict[str, Any] = {"pose_strength": 1.0, "pose_start": 0.0, "pose_end": 1.0}
+RANGE |= {"previous_frame_count": 5, "video_frame_offset": 0}
 MAKERS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "text": ("t2v", EMPTY),
     "33 frames of odd sizes": (
@@ -174,6 +179,38 @@ MAKERS: Mapping[str, tuple[str, dict[str, Any]]] = {
         ),
     ),
 }
+
+POSES = {"pose_video": MOVING, "pose_video_mask": MOVING, "clip_vision_output": SEEN}
+# Of newer releases.
+NEWER_MAKERS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "poses": ("scail", conditioned("WanSCAILToVideo", **POSES, **RANGE)),
+    "people and poses": (
+        "scail",
+        conditioned(
+            "WanSCAILToVideo", reference_image=FIRST, reference_image_mask=LAST, **POSES, **RANGE
+        ),
+    ),
+    "people in the place of others, and a part of the steps": (
+        "scail",
+        conditioned(
+            "WanSCAILToVideo",
+            reference_image=["people", 0],
+            reference_image_mask=["people", 0],
+            previous_frames=MOVING,
+            replacement_mode=True,
+            **POSES,
+            **RANGE | {"pose_end": 0.6, "pose_strength": 0.8},
+        ),
+    ),
+}
+
+
+@pytest.mark.skipif(not NEWER, reason="ComfyUI has SCAIL since 0.33")
+@pytest.mark.parametrize("case", NEWER_MAKERS)
+def test_a_video_by_nodes_of_newer_releases(same_as_stock: Compare, case: str) -> None:
+    prompt = video(*NEWER_MAKERS[case])
+    prompt["people"] = node("ImageBatch", image1=["first", 0], image2=["last", 0])
+    same_as_stock(prompt)
 
 
 @pytest.mark.rotates(3)

@@ -48,7 +48,7 @@ WORDS = {
     "allocate": r"Rank 1 ran out of memory on the host{doing} "
     r"\(1152921504606846976 bytes asked for\)\. Use more GPUs",
     "out of memory": r"Rank 1 ran out of memory on the host{doing} \(2\.50 GiB asked for, "
-    r"138\.60 GiB held\)\. Use more GPUs \(gpu_count\), a smaller size or batch, or .* fp8",
+    r"138\.60 GiB held\)\. Use more GPUs \(gpu_count\), a smaller size, fewer frames or .* fp8",
 }
 
 

@@ -215,9 +215,12 @@ def test_apply_change_remove(
 
 @pytest.mark.rotates(3)
 @pytest.mark.parametrize("layout", ["plain", "scaled", "mixed"])
-def test_fp8(runtime: Runtime, weights: ModuleType, tmp_path: Path, layout: Fp8Layout) -> None:
+@pytest.mark.parametrize("family", ["flux", "wan"])
+def test_fp8(
+    runtime: Runtime, weights: ModuleType, tmp_path: Path, family: str, layout: Fp8Layout
+) -> None:
     """Rounded to fp8 with ComfyUI's own random numbers, in each of its formats."""
-    family, inputs = "flux", INPUTS["flux"]
+    inputs = INPUTS[family]
     path = write_fp8(
         write_tiny(family, tmp_path / "whole.safetensors"), tmp_path / "fp8.safetensors", layout
     )
@@ -226,7 +229,7 @@ def test_fp8(runtime: Runtime, weights: ModuleType, tmp_path: Path, layout: Fp8L
     remote = on_ranks(runtime, path, 2, "float8_e4m3fn" if plain_dtype else "float32")
     before = digests(runtime, remote)
     plain = remote.evaluate(inputs)
-    sets = make_patches(patcher, "flux")
+    sets = make_patches(patcher, family)
     if layout == "scaled":  # ComfyUI holds the biases of such a file in fp8; we as they are stored
         sets[0] = ({k: v for k, v in sets[0][0].items() if k.endswith(".weight")}, 0.8)
     apply(patcher, remote, weights, sets)

@@ -161,6 +161,13 @@ def test_metadata_that_do_not_fit(tmp_path: Path, metadata: Any, words: str) -> 
             },
             "frames of 7 tokens",
         ),
+        (
+            {"ref_audio": {"tokens": torch.zeros(1, 3, 96)}},
+            r"\(batch, tokens, 128\); got \(1, 3, 96",
+        ),
+        ({"ref_audio": torch.zeros(1, 3, 128)}, "LTXVReferenceAudio"),
+        ({"frame_rate": 0}, "frame rate of LTX-2 must be a number above 0; got 0"),
+        ({"transformer_options": {"stg_self_attn_blocks": 3}}, "Perturbed blocks .* got 3"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(

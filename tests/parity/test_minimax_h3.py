@@ -23,15 +23,16 @@ PADDED = 3  # ranks, of 8 heads: 9
 SIZED = [(2, case) for case in CASES]
 SIZED += [(size, case) for size in (1, PADDED, 4) for case in ("odd sizes", "references", "masks")]
 SIZED += [(PADDED, "full file, references and masks")]
+SIZED += [(size, "heads of the published model") for size in (3, 5, 7, 8)]  # 56, padded to 57, 60
 
 
 @pytest.fixture(scope="module")
 def variants(tmp_path_factory: pytest.TempPathFactory) -> Variants:
-    """The tiny file of a pruned model, or, with changes, of a full one."""
+    """The tiny file of a pruned model, with changes of its sizes."""
     folder = tmp_path_factory.mktemp("minimax_h3")
 
     def written(changes: Mapping[str, Any]) -> Path:
-        path = folder / f"{'full' if changes else 'pruned'}.safetensors"
+        path = folder / f"{'-'.join(changes) or 'pruned'}.safetensors"
         return path if path.exists() else write_tiny("minimax_h3", path, **changes)
 
     return written
@@ -71,6 +72,16 @@ def test_conditions_change_the_result(variants: Variants, remote: Remote) -> Non
                 assert relative_error(latents, others) > 1e-3
 
 
+def test_asleep_between_two_steps(variants: Variants, remote: Remote) -> None:
+    """Both latents of the next are what they would have been."""
+    model, inputs = remote(variants({}), 2), inputs_of("minimax_h3", "masks", torch.float32)
+    before = model.evaluate(inputs)
+    model.sleep()
+    assert sum(model.loaded_bytes()) == 0
+    for one, other in zip(model.evaluate(inputs), before, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_an_evaluation_of_the_same_shapes_has_tables_of_the_same_shapes() -> None:
     """Whatever the timestep: a recorded evaluation serves all of a generation."""
     sizes, shapes = tiny("minimax_h3"), set()
@@ -98,6 +109,15 @@ def test_sparse_attention_is_refused_by_name(tmp_path: Path) -> None:
     path = write(tmp_path / "fast.safetensors", tiny_shapes("minimax_h3") | gate)
     with pytest.raises(CheckpointError, match="FastH3"):
         inspect_checkpoint(str(path))
+
+
+def test_folders_are_refused_by_name(tmp_path: Path) -> None:
+    """MiniMaxAI's own among them, whose rows of q, k and v lie head by head."""
+    write_tiny("minimax_h3", tmp_path / "diffusion_pytorch_model.safetensors")
+    said = {"_class_name": "MiniMaxH3Transformer3DModel", "num_refiner_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    with pytest.raises(CheckpointError, match="This is MiniMax H3 as a diffusers folder"):
+        inspect_checkpoint(str(tmp_path))
 
 
 def test_settings_that_no_shape_shows_are_refused(tmp_path: Path) -> None:

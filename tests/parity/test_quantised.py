@@ -4,45 +4,57 @@ A row cut divides the features over which an input is quantised, so a rank's sca
 own: finer than ComfyUI's. The bar is then the distance from the model before it was quantised.
 """
 
+import json
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from parity.conftest import FP32_TOLERANCE, Remote, relative_error
+from safetensors import safe_open
 
+from support.compatibility import NEWER
 from support.native import import_comfy, native_patcher
 from support.pack import pack_module
-from support.quantised_files import write_quantised
+from support.quantised_files import as_held, write_quantised
 from support.quantised_references import (
     CASES,
     PATCHED,
     PATCHED_FAMILY,
     PLAIN,
     STRENGTH,
+    digest,
+    digests,
+    digests_here,
     inputs_of,
     lora,
+    patched_layers,
     reference,
     write_case,
 )
-from tp_runtime.client import inspect_checkpoint
+from tp_runtime.client import CheckpointInfo, PatchedWeight, inspect_checkpoint
+from tp_runtime.rank.quantised_arithmetic import dequantised
+from tp_runtime.rank.requantising import requantised
+from tp_runtime.tools.footprint import model_footprint
+from tp_runtime.wire.weight_patches import patched
+
+Patches = Callable[[CheckpointInfo], Mapping[str, PatchedWeight]]
 
 pytestmark = pytest.mark.process
 
 # Inputs are quantised in these, so another order of additions may tip a rounding.
-OF_INTEGERS = ("int8", "int8_scalar", "int8_convrot", "w4a4", "w4a8", "w4a8_plain")
+OF_INTEGERS = (
+    *("int8", "int8_scalar", "int8_convrot", "int8_convrot_64", "w4a4", "w4a8", "w4a8_plain"),
+)
 TIPPED = 0.35  # of the distance that quantising makes, for the same scales
-# Both distances are errors by chance: of 18 cases at TP 2 to 4 ours was 0.87 to 1.08 times
-# ComfyUI's, 0.98 in the mean.
-SCATTER = 1.2
-# Sizes beside 2: one, and those at which heads are padded (30 to 32, 20 to 21, 24 to 25).
+# Both distances are errors by chance: of all cases and sizes ours was 0.78 to 1.25 times ComfyUI's,
+# 0.99 in the mean. FLUX.1's in groups of 64, the largest, was 0.82 to 1.03 times on other inputs.
+SCATTER = 1.3
+# Every case on one rank, on four, and where heads are padded: 30 to 32, 20 to 21, 8 to 9, 24 to 25.
+PADDED = {"z_image": 4, "wan": 3, "minimax_h3": 3, "ltx2": 3}
 OTHER_SIZES = [
-    ("qwen_image", "int8_convrot", 1),
-    ("flux", "w4a8", 1),
-    ("wan", "int8_convrot", 3),
-    ("z_image", "int8_convrot", 4),
-    ("flux", "fp8", 5),
-    ("flux2", "int8_convrot", 4),
-]
+    (family, name, size) for family, name in CASES for size in sorted({1, 4, PADDED.get(family, 5)})
+] + [("krea2", "int8_convrot", 8)]  # ranks that share heads of keys and values
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +63,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_as_good_as_comfyui(
-    found: torch.Tensor, family: str, name: str, tp_size: int, patched: bool = False
+    found: torch.Tensor | list[torch.Tensor],
+    family: str,
+    name: str,
+    tp_size: int,
+    patched: bool = False,
 ) -> None:
     """Equal to ComfyUI's result, or no further from that of the plain weights."""
     comfy, exact = reference(family, name, patched), reference(family, PLAIN, patched)
@@ -63,6 +79,11 @@ def assert_as_good_as_comfyui(
         f"{family} {name} tp {tp_size}: {apart:.2e} from ComfyUI's, {ours:.4f} from the plain"
         f" model, ComfyUI's {theirs:.4f}"
     )
+    if name == "int8_exact" or (name == "nvfp4_awq" and patched):
+        # ComfyUI multiplies integers all the same; and it rounds what is patched of q, k and v,
+        # which the ranks hold dequantised.
+        assert ours <= theirs
+        return
     if name not in OF_INTEGERS:
         assert apart <= FP32_TOLERANCE
         return
@@ -79,7 +100,7 @@ def test_on_two_ranks(folder: Path, remote: Remote, family: str, name: str) -> N
     assert_as_good_as_comfyui(found, family, name, 2)
 
 
-@pytest.mark.rotates(2)
+@pytest.mark.rotates(12)
 @pytest.mark.parametrize(("family", "name", "tp_size"), OTHER_SIZES)
 def test_on_other_sizes(folder: Path, remote: Remote, family: str, name: str, tp_size: int) -> None:
     path = write_case(family, name, folder)
@@ -87,23 +108,70 @@ def test_on_other_sizes(folder: Path, remote: Remote, family: str, name: str, tp
     assert_as_good_as_comfyui(found, family, name, tp_size)
 
 
-@pytest.mark.rotates(3)
-@pytest.mark.parametrize("name", PATCHED)
-def test_patched(folder: Path, remote: Remote, name: str) -> None:
-    """The values are patched, and quantised again with ComfyUI's random numbers."""
+# Format → sizes at which a rank's heads of 16 end within a group: 6 or 5 of 24 heads.
+UNEVEN = {"int8_convrot_64": (4, 5), "mxfp8": (5,)}
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_where_heads_end_within_a_group(folder: Path, name: str) -> None:
+    """There the cases above hold the ends of attentions dequantised, and rotated back."""
+    info = inspect_checkpoint(str(write_case("qwen_image", name, folder)))
+    for tp_size in (1, 2, 4, 5):
+        dequantised = model_footprint(info, tp_size).quantisation.dequantised
+        assert bool(dequantised) == (tp_size in UNEVEN[name])
+        assert all(path.endswith(("to_out.0", "to_add_out")) for path in dequantised)
+
+
+@pytest.fixture
+def patches(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Patches]:
+    """What our loader makes of the LoRA, where ComfyUI rounds fp8 as 0.33 does."""
     import_comfy()
     import comfy.sd
 
-    model = remote(write_case(PATCHED_FAMILY, name, folder), 2)
-    inputs = inputs_of(PATCHED_FAMILY)
-    before = model.evaluate(inputs)
     plain = native_patcher(write_case(PATCHED_FAMILY, PLAIN, folder))
     plain, _ = comfy.sd.load_lora_for_models(plain, None, lora(), STRENGTH, 0)
     with pack_module("nodes.weights") as weights:
-        model.patch(object(), weights.patched_weights(model.info, plain.patches))
-        assert_as_good_as_comfyui(model.evaluate(inputs), PATCHED_FAMILY, name, 2, patched=True)
-        model.patch(None, {})
+        monkeypatch.setattr(weights, "_BY_BYTES", True)
+        yield lambda info: weights.patched_weights(info, plain.patches)
+
+
+@pytest.mark.rotates(6)
+@pytest.mark.parametrize("name", PATCHED)
+def test_patched(folder: Path, remote: Remote, patches: Patches, name: str) -> None:
+    """The values are patched, and quantised again with ComfyUI's random numbers."""
+    model = remote(write_case(PATCHED_FAMILY, name, folder), 2)
+    inputs = inputs_of(PATCHED_FAMILY)
+    before = model.evaluate(inputs)
+    model.patch(object(), patches(model.info))
+    assert_as_good_as_comfyui(model.evaluate(inputs), PATCHED_FAMILY, name, 2, patched=True)
+    model.patch(None, {})
     assert torch.equal(model.evaluate(inputs), before)
+
+
+@pytest.mark.parametrize("name", PATCHED)
+def test_patched_weights_are_comfyuis_bit_by_bit(folder: Path, patches: Patches, name: str) -> None:
+    path = write_case(PATCHED_FAMILY, name, folder)
+    info = inspect_checkpoint(str(path))
+    changes, rotated = patches(info), any(one.format.rotation for one in info.quantised.values())
+    if rotated and not NEWER:
+        pytest.skip("what ComfyUI rotates has other last bits on another CPU, and 0.3.75 cannot")
+    expected = digests_here(name, folder) if rotated else digests(name)
+    with safe_open(path, framework="pt") as file:
+        stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    assert expected.keys() == set(patched_layers())
+    for layer, of_comfyui in expected.items():
+        of_layer = {
+            key.removeprefix(f"{layer}."): tensor
+            for key, tensor in stored.items()
+            if key.startswith(f"{layer}.") and not key.endswith(".bias")
+        }
+        said = json.loads(of_layer.pop("comfy_quant").numpy().tobytes())
+        weight, held = as_held(of_layer, said)
+        change = changes[f"{layer}.weight"]
+        for stage in change.stages:
+            values = patched(dequantised(weight.format, held, torch.float32), stage)
+            held = requantised(weight, values, held, change.seed, change.by_bytes)
+        assert digest(held) == of_comfyui, layer
 
 
 def test_weights_stay_quantised(folder: Path, remote: Remote) -> None:

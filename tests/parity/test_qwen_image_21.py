@@ -74,7 +74,9 @@ def test_bf16_is_as_close_as_comfyui(written: Written, remote: Remote, tp_size: 
 
 
 @pytest.mark.rotates(3)
-@pytest.mark.parametrize(("tp_size", "case"), [(n, case) for n in (1, 2, 4) for case in QUANTISED])
+@pytest.mark.parametrize(
+    ("tp_size", "case"), [(n, case) for n in (1, 2, 4, 5) for case in QUANTISED]
+)
 def test_quantised(written: Written, remote: Remote, tp_size: int, case: str) -> None:
     """fp8 is equal to ComfyUI's; int8 is no further from the plain model than ComfyUI's."""
     found = remote(written(**EACH[case][0]), tp_size).evaluate(

@@ -41,6 +41,7 @@ STORED = {
     "flux2": ["references at time 0", "references at time 0 with a ControlNet"],
     "qwen_image": ["2511 with a ControlNet", "captions of different lengths"],
     "minimax_h3": list(NEWER_CASES["minimax_h3"])[:3],
+    "wan": ["SCAIL-2"],
     "qwen_image_21": ["odd sizes, gate and up apart", "references at its ends, batch"],
 }
 LAYOUTS = [(1, 2), (1, 3), (2, 2), (1, 4)]  # TP size, ranks that share the tokens

@@ -1,5 +1,6 @@
 """Wan on real ranks against ComfyUI's own WanModel, on the same tiny files."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -160,13 +161,33 @@ def test_newer_comfyui(tmp_path: Path, remote: Remote, tp_size: int, case: str) 
     assert relative_error(found, expected("wan", case, torch.float32)) <= FP32_TOLERANCE
 
 
-def test_other_videos_in_bf16(tmp_path: Path, remote: Remote) -> None:
+@pytest.mark.parametrize("case", ["other videos", "SCAIL-2"])
+def test_newer_comfyui_in_bf16(tmp_path: Path, remote: Remote, case: str) -> None:
     """No further from ComfyUI's results in bf16 than those are from its own in fp32."""
-    path, case = write_tiny("wan", tmp_path / "tiny.safetensors"), "other videos"
+    path = write_tiny("wan", tmp_path / "tiny.safetensors", **NEWER[case][0])
     comfy = expected("wan", case, torch.bfloat16)
     found = remote(path, 2, torch.bfloat16).evaluate(inputs_of("wan", case, torch.bfloat16))
     exact = expected("wan", case, torch.float32)
     assert relative_error(found, comfy) <= relative_error(comfy, exact)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "words"),
+    [
+        ("ref_mask_latents", (1, 28, 4, 6, 8), "each of 2 pictures and 3 of the video; got 4"),
+        ("ref_mask_latents", (1, 7, 5, 6, 8), "Masks of references .*28, masked frames"),
+        ("sam_latents", (1, 28, 2, 3, 4), "Masks of poses .* the size of the video"),
+        ("reference_latent", (1, 16, 2, 6, 8), "Reference latents .*20, pictures"),
+        ("reference_latent", (1, 20, 2, 6, 9), "here with width 8"),
+    ],
+)
+def test_people_that_do_not_fit_are_refused(
+    tmp_path: Path, remote: Remote, name: str, shape: tuple[int, ...], words: str
+) -> None:
+    path = write_tiny("wan", tmp_path / "tiny.safetensors", **NEWER["SCAIL-2"][0])
+    inputs = inputs_of("wan", "SCAIL-2", torch.float32)
+    with pytest.raises(InputError, match=words):
+        remote(path, 2).evaluate(inputs | {name: torch.zeros(shape)})
 
 
 @pytest.fixture(scope="module")
@@ -194,17 +215,26 @@ def test_sizes(checkpoint: Path) -> None:
         info.check_tp_size(6)
 
 
-@pytest.mark.parametrize(
-    ("tensor", "variant"),
-    [
-        ("patch_embedding_mask.weight", "SCAIL-2"),
-        ("face_adapter.fuser_blocks.0.k_norm.weight", "Wan Animate"),
-    ],
-)
-def test_variants_are_refused_by_name(tmp_path: Path, tensor: str, variant: str) -> None:
+# What ComfyUI tells the other models of these blocks by: a tensor, or a setting in the metadata.
+VARIANTS = {
+    "casual_audio_encoder.encoder.final_linear.weight": "Wan S2V",
+    "audio_proj.audio_proj_glob_1.layer.bias": "HuMo",
+    "face_adapter.fuser_blocks.0.k_norm.weight": "Wan Animate",
+    "patch_embedding_global.weight": "WanDancer",
+    "model_type=animate2": "Wan Animate 2",
+    "model_type=flow_rvs": "FlowRVS",
+    "causal_ar=True": "causal Wan (Causal Forcing, Self Forcing)",
+}
+
+
+@pytest.mark.parametrize(("told", "variant"), VARIANTS.items(), ids=VARIANTS.values())
+def test_variants_are_refused_by_name(tmp_path: Path, told: str, variant: str) -> None:
     shapes = tiny_shapes("wan", num_blocks=1)
-    path = write(tmp_path / "variant.safetensors", shapes | {tensor: (320, 96, 1, 2, 2)})
-    with pytest.raises(CheckpointError, match=variant):
+    setting, _, value = told.partition("=")
+    settings = {setting: value} if value else None
+    tensors = {} if value else {told: (320, 96, 1, 2, 2)}
+    path = write(tmp_path / "variant.safetensors", shapes | tensors, told=settings)
+    with pytest.raises(CheckpointError, match=re.escape(f"This is a {variant} file")):
         inspect_checkpoint(str(path))
 
 

@@ -876,6 +876,7 @@ MODEL = (
         newer={
             # What is stored fails in stock where both conditions of a step fit into one batch.
             "flux": Refused("sampler", ("nodes_flux", "Remove or bypass"), in_stock=False),
+            "flux2": Refused("sampler", ("nodes_flux", "Remove or bypass"), in_stock=False),
             "qwen_image": Refused("sampler", ("nodes_flux", "Remove or bypass")),
         },
     ),

@@ -119,6 +119,7 @@ CASES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
         VIDEO | {"masks": {name: 0 * mask + 0.5 for name, mask in masks().items()}},
     ),
     "shifts": ({}, VIDEO | {"transformer_options": _SHIFTS}),
+    "heads of the published model": ({"num_heads": 56}, VIDEO | {"minimax_payload": _ENDS}),
     "full file": (FULL, ODD),
     "full file, references and masks": (
         FULL,

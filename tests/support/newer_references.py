@@ -59,6 +59,11 @@ _OTHERS = {  # videos and pictures that a video is made after (Bernini)
     "references": ((6, 8), (5, 3), (2, 9)),
     "lengths": {"other frames": 2},
 }
+_SCAIL = {"in_channels": 20, "image_dim": 1280, "pose_channels": 20}
+_SCAIL_2 = _SCAIL | {"mask_channels": 28}
+_PEOPLE = {"pictures": 2, "pose frames": 3, "pose rows": 3, "pose columns": 4}
+_MASKED = _PEOPLE | {"masked frames": 5}
+_MOVING = {"frames": 3, "height": 6, "width": 8, "time_scale": 1000.0}
 _ROPE = {"scale_x": 1.5, "scale_y": 0.75, "shift_x": 2.0, "shift_t": 3.0}
 _EXACT_TIMES = {"timesteps": torch.tensor([0.5])}
 _SMALL = {"height": 6, "width": 7}
@@ -87,6 +92,34 @@ CASES: dict[str, dict[str, Case]] = {
         "other videos, rope options": (
             {},
             _OTHERS | {"transformer_options": {"rope_options": _ROPE}},
+        ),
+        "SCAIL": (_SCAIL, _MOVING | {"lengths": _PEOPLE}),
+        "SCAIL, odd sizes, batch": (
+            _SCAIL,
+            _MOVING | {"height": 5, "width": 7, "batch": 2, "lengths": _PEOPLE | {"pictures": 1}},
+        ),
+        "SCAIL without anything": (_SCAIL, _MOVING | {"without": ("clip_fea",)}),
+        "SCAIL-2": (_SCAIL_2, _MOVING | {"lengths": _MASKED}),
+        "SCAIL-2, replacing people": (
+            _SCAIL_2,
+            _MOVING | {"lengths": _MASKED, "ref_mask_flag": False},
+        ),
+        "SCAIL-2, replacing people, rope options": (
+            _SCAIL_2,
+            _MOVING
+            | {"lengths": _MASKED, "ref_mask_flag": False, "batch": 2}
+            | {"transformer_options": {"rope_options": _ROPE}},
+        ),
+        "SCAIL-2, animating people, more frames": (
+            _SCAIL_2,
+            _MOVING
+            | {"lengths": _MASKED | {"more frames": 2, "masked frames": 7}, "ref_mask_flag": True},
+        ),
+        "SCAIL-2, replacing without a picture": (
+            _SCAIL_2,
+            _MOVING
+            | {"without": ("reference_latent", "ref_mask_latents"), "ref_mask_flag": False}
+            | {"lengths": _MASKED},
         ),
         "a picture before, and other pictures": (
             {"in_channels": 52, "reference_channels": 16},

@@ -15,6 +15,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from tp_runtime.files.quantised import companion_values, find_quantised
+from tp_runtime.files.safetensors_file import DTYPES, TensorInfo
+from tp_runtime.formats import QuantisedWeight
+
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 # Tiny models have heads of 16 features: ConvRot's groups are as many, where 256 are usual.
 ROTATION = 16
@@ -34,14 +38,23 @@ def int8_scalar(weight: torch.Tensor) -> Quantised:
     return {"weight": codes, "weight_scale": scale}, {"format": "int8_tensorwise"}
 
 
-def int8_convrot(weight: torch.Tensor) -> Quantised:
+def int8_convrot(weight: torch.Tensor, group: int = ROTATION) -> Quantised:
     """Rotated, one scale a row."""
     layout = _kitchen().tensor.TensorWiseINT8Layout
-    codes, params = layout.quantize(
-        weight, per_channel=True, convrot=True, convrot_groupsize=ROTATION
-    )
-    said = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": ROTATION}
+    codes, params = layout.quantize(weight, per_channel=True, convrot=True, convrot_groupsize=group)
+    said = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": group}
     return {"weight": codes, "weight_scale": params.scale}, said
+
+
+def int8_convrot_64(weight: torch.Tensor) -> Quantised:
+    """The same in groups of four heads, within which a rank's heads may end."""
+    return int8_convrot(weight, 4 * ROTATION)
+
+
+def int8_exact(weight: torch.Tensor) -> Quantised:
+    """Rotated, and to be dequantised at every use, as a file may ask."""
+    tensors, said = int8_convrot(weight)
+    return tensors, said | {"full_precision_matrix_mult": True}
 
 
 def fp8(weight: torch.Tensor, dtype: torch.dtype = E4M3) -> Quantised:
@@ -108,6 +121,8 @@ FORMATS = {
     "int8": (int8, 1),
     "int8_scalar": (int8_scalar, 1),
     "int8_convrot": (int8_convrot, ROTATION),
+    "int8_convrot_64": (int8_convrot_64, 4 * ROTATION),
+    "int8_exact": (int8_exact, ROTATION),
     "fp8": (fp8, 1),
     "fp8_e5m2": (fp8_e5m2, 1),
     "mxfp8": (mxfp8, 32),
@@ -156,6 +171,27 @@ def write_quantised(
             tensors[f"{layer}.comfy_quant"] = torch.tensor(list(text), dtype=torch.uint8)
     save_file({key: value.contiguous() for key, value in tensors.items()}, path, metadata=metadata)
     return path
+
+
+def as_held(
+    tensors: Mapping[str, torch.Tensor], said: Mapping[str, Any]
+) -> tuple[QuantisedWeight, dict[str, torch.Tensor]]:
+    """A weight of one of `FORMATS` as ranks hold it: with its companions, by `formats.py`'s names.
+
+    `tensors`: what a file has of its layer, but for the bias.
+    """
+    stored = {f"x.{kind}": tensor.contiguous() for kind, tensor in tensors.items()}
+    infos = {key: TensorInfo(tuple(t.shape), _NAMES[t.dtype]) for key, t in stored.items()}
+    metadata = {"_quantization_metadata": json.dumps({"layers": {"x": said}})}
+    weights, _ = find_quantised("file", infos, metadata, stored.__getitem__)
+    weight = weights["x.weight"]
+    held = {"weight": stored["x.weight"].view(weight.format.storage.dtype)}
+    for kind, key in weight.tensors.items():
+        held[kind] = companion_values(weight, kind, stored[key])
+    return weight, held
+
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def _kitchen() -> Any:

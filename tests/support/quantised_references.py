@@ -5,9 +5,11 @@ results are kept (`tests/data/quantised_references.safetensors`).
 formats and with `COMFYUI_PATH` at its source (`CONTRIBUTING.md`). The results are of fp32.
 """
 
+import hashlib
 import json
 import sys
 import tempfile
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,10 @@ from safetensors.torch import save_file
 
 from support.inputs import make_inputs
 from support.lora_files import factors
+from support.minimax_payloads import VIDEO
+from support.newer_references import MAKERS
 from support.paths import REPOSITORY
-from support.quantised_files import FORMATS, write_quantised
+from support.quantised_files import FORMATS, as_held, write_quantised
 from support.random_numbers import on_every_cpu
 from support.tiny_models import tiny, write_tiny
 
@@ -35,30 +39,32 @@ INPUTS = {
     "qwen_image": _PICTURE,
     "flux2": _PICTURE,
     "wan": _VIDEO,
+    "krea2": _PICTURE,
+    "minimax_h3": VIDEO,
+    "ltx2": {"first": 0.0},
 }
 # Every family in the format that most people download; two of them in the others, one with q, k and
 # v in one tensor.
 CASES = [
     *((family, "int8_convrot") for family in INPUTS),
     *(("qwen_image", name) for name in FORMATS if name != "int8_convrot"),
-    *(("flux", name) for name in ("fp8", "nvfp4_awq", "w4a8")),
+    *(("flux", name) for name in ("fp8", "nvfp4_awq", "w4a8", "int8_convrot_64")),
+    *((family, "fp8") for family in ("krea2", "minimax_h3", "ltx2")),
 ]
-# Patched, in each format that is quantised anew in a way of its own.
-PATCHED = ("int8_convrot", "nvfp4", "mxfp8", "w4a4", "w4a8", "int8_scalar")
+PATCHED = tuple(FORMATS)
 PATCHED_FAMILY = "qwen_image"
 _LAYERS = ("attn.to_q", "attn.to_out.0", "img_mlp.net.0.proj", "img_mlp.net.2", "img_mod.1")
 
 
 def inputs_of(family: str) -> dict[str, Any]:
     """The arguments of the forward."""
-    return make_inputs(tiny(family), **INPUTS[family])
+    return MAKERS.get(family, make_inputs)(tiny(family), **INPUTS[family])
 
 
 def lora() -> dict[str, torch.Tensor]:
     """A LoRA of linears of every style."""
     shapes = tiny(PATCHED_FAMILY).table.file_tensors
-    paths = [f"transformer_blocks.0.{layer}" for layer in _LAYERS]
-    layers = [(path, shapes[f"{path}.weight"]) for path in paths]
+    layers = [(path, shapes[f"{path}.weight"]) for path in patched_layers()]
     found = factors(layers, numbers=on_every_cpu)
     return {key: (value * 1024).round() / 1024 for key, value in found.items()}  # few bits
 
@@ -70,20 +76,81 @@ def write_case(family: str, name: str, folder: Path) -> Path:
         write_tiny(family, whole, numbers=on_every_cpu)
     if name == PLAIN:
         return whole
-    path = folder / f"{family}_{name}.safetensors"
-    return path if path.exists() else write_quantised(whole, path, name)
+    path, table = folder / f"{family}_{name}.safetensors", tiny(family).table
+    # What a model computes in fp32 is not quantised in published files either.
+    keep = {table.places[parameter].name.removesuffix(".weight") for parameter in table.exact}
+    return path if path.exists() else write_quantised(whole, path, name, keep=keep)
 
 
 @cache
-def reference(family: str, name: str, patched: bool = False) -> torch.Tensor:
-    """What ComfyUI computes."""
+def reference(family: str, name: str, patched: bool = False) -> Any:
+    """What ComfyUI computes: a tensor, or a list of them."""
+    key = _key(family, name, patched)
     with safe_open(FILE, framework="pt") as file:
-        found: torch.Tensor = file.get_tensor(_key(family, name, patched))
+        if key in file.keys():  # noqa: SIM118  (not a dict)
+            return file.get_tensor(key)
+        parts = sorted(one for one in file.keys() if one.startswith(f"{key}, "))  # noqa: SIM118
+        return [file.get_tensor(part) for part in parts]
+
+
+def patched_layers() -> list[str]:
+    """Those that `lora` changes."""
+    return [f"transformer_blocks.0.{layer}" for layer in _LAYERS]
+
+
+def digest(held: Mapping[str, torch.Tensor]) -> str:
+    """Of a weight as ranks hold it, bit by bit."""
+    found = hashlib.sha256()
+    for kind, tensor in sorted(held.items()):
+        found.update(f"{kind} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def digests(name: str) -> dict[str, str]:
+    """Of the weights that ComfyUI makes of a patched file's quantised layers, by layer.
+
+    Of a format that rotates, they are those of the CPU that `_make` ran on: sums of floats, whose
+    last bit may tip a rounding.
+    """
+    with safe_open(FILE, framework="pt") as file:
+        found: dict[str, str] = json.loads(file.metadata()[_DIGESTS])[name]
     return found
+
+
+def digests_here(name: str, folder: Path) -> dict[str, str]:
+    """The same by the ComfyUI that is tested, on this CPU."""
+    return _digests_of(_patched(write_case(PATCHED_FAMILY, name, folder)))
+
+
+_DIGESTS = "digests"
 
 
 def _key(family: str, name: str, patched: bool) -> str:
     return f"{family} {name}{' patched' if patched else ''}"
+
+
+def _patched(path: Path) -> Any:
+    """ComfyUI's model of a file, with the LoRA in its weights."""
+    from support.native import import_comfy, native_patcher
+
+    import_comfy()
+    import comfy.sd
+
+    patcher, _ = comfy.sd.load_lora_for_models(native_patcher(path), None, lora(), STRENGTH, 0)
+    patcher.load(torch.device("cpu"), full_load=True)
+    return patcher.model.diffusion_model
+
+
+def _digests_of(model: torch.nn.Module) -> dict[str, str]:
+    found = {}
+    for layer in patched_layers():
+        tensors = model.get_submodule(layer).state_dict()
+        tensors.pop("bias", None)
+        if (said := tensors.pop("comfy_quant", None)) is not None:
+            _, held = as_held(tensors, json.loads(said.numpy().tobytes()))
+            found[layer] = digest(held)
+    return found
 
 
 def _make() -> None:
@@ -92,7 +159,6 @@ def _make() -> None:
     from support.native import import_comfy, native_patcher
 
     import_comfy()
-    import comfy.sd
     import comfyui_version
 
     packages = ("torch", "comfy-kitchen")
@@ -100,24 +166,34 @@ def _make() -> None:
         name: version(name) for name in packages
     }
     results: dict[str, torch.Tensor] = {}
+    of_patched: dict[str, dict[str, str]] = {}
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         cases = [*((family, PLAIN) for family in INPUTS), *CASES]
         todo = [(family, name, False) for family, name in cases]
-        todo[10:10] = [(PATCHED_FAMILY, name, True) for name in (PLAIN, *PATCHED)]
+        todo += [(PATCHED_FAMILY, name, True) for name in (PLAIN, *PATCHED)]
         for family, name, patched in todo:
-            patcher = native_patcher(write_case(family, name, Path(folder)))
+            path = write_case(family, name, Path(folder))
+            model = _patched(path) if patched else native_patcher(path).model.diffusion_model
             if patched:
-                patcher, _ = comfy.sd.load_lora_for_models(patcher, None, lora(), STRENGTH, 0)
-                patcher.load(torch.device("cpu"), full_load=True)
+                of_patched[name] = _digests_of(model)
             inputs = inputs_of(family)
-            model = patcher.model.diffusion_model
-            found = model(inputs.pop("x"), inputs.pop("timesteps"), **inputs)
-            exact = results.get(_key(family, PLAIN, patched), found)
-            error = ((found - exact).norm() / exact.norm()).item()
-            print(f"{_key(family, name, patched):32} {error:.4f} from plain", flush=True)
-            results[_key(family, name, patched)] = found.float().contiguous()
-            FILE.parent.mkdir(exist_ok=True)
-            save_file(results, FILE, metadata={"made_with": json.dumps(made_with)})
+            x, timesteps = inputs.pop("x"), inputs.pop("timesteps")
+            if "a_timestep" in inputs:
+                timesteps = timesteps, inputs.pop("a_timestep")
+            found = model(x, timesteps, **inputs)
+            key, plain = _key(family, name, patched), _key(family, PLAIN, patched)
+            if isinstance(found, torch.Tensor):
+                keys, parts = {key: plain}, [found]
+            else:
+                keys, parts = {f"{key}, {n}": f"{plain}, {n}" for n in range(len(found))}, found
+            for (one, before), part in zip(keys.items(), parts, strict=True):
+                exact = results.get(before, part)
+                error = ((part - exact).norm() / exact.norm()).item()
+                print(f"{one:40} {error:.4f} from plain", flush=True)
+                results[one] = part.float().contiguous()
+    FILE.parent.mkdir(exist_ok=True)
+    about = {"made_with": json.dumps(made_with), _DIGESTS: json.dumps(of_patched)}
+    save_file(results, FILE, metadata=about)
     print(f"{FILE}: {FILE.stat().st_size} bytes, {made_with}")
 
 

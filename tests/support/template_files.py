@@ -92,6 +92,7 @@ def is_int8(name: str) -> bool:
 PLAIN = "plain"  # folder of files whose weights are not in int8
 VAE_MARK = "tp_test_vae"
 IMAGE_TO_VIDEO = {"in_channels": 36, "image_dim": 1280}
+SCAIL_2 = {"in_channels": 20, "pose_channels": 20, "mask_channels": 28}
 # ComfyUI spreads the layers of Z-Image's ControlNets over 30 of the model's.
 OF_30_LAYERS = {"num_heads": 6, "head_dim": 48, "ffn_dim": 768, "num_layers": 30, "time_dim": 288}
 # Name of a published file → what it is; the first that is found in the name. Later ones follow.
@@ -116,7 +117,7 @@ MODELS: tuple[tuple[str, Stands], ...] = (
     (r"qwen_image|FireRed-Image-Edit", Stands("qwen_image", {})),
     (r"s2v", Stands("wan", {}, "casual_audio_encoder.encoder.final_linear.weight")),
     (r"humo", Stands("wan", {}, "audio_proj.audio_proj_glob_1.layer.bias")),
-    (r"SCAIL_2", Stands("wan", {}, "patch_embedding_mask.weight")),
+    (r"SCAIL_2", Stands("wan", IMAGE_TO_VIDEO | SCAIL_2)),
     (r"dancer", Stands("wan", {}, "patch_embedding_global.weight")),
     (r"wan_animate_2", Stands("wan", IMAGE_TO_VIDEO, "model_type=animate2")),
     (r"causal_forcing", Stands("wan", {}, "causal_ar=True")),

@@ -1,6 +1,5 @@
 """Products, values and new roundings of quantised weights: comfy-kitchen's, bit by bit."""
 
-import json
 from typing import Any
 
 import comfy_kitchen as kitchen
@@ -8,30 +7,19 @@ import pytest
 import torch
 from comfy_kitchen.tensor import int8_utils
 
-from support.quantised_files import FORMATS, ROTATION
-from tp_runtime.files.quantised import companion_values, find_quantised, tiles_to_rows
-from tp_runtime.files.safetensors_file import DTYPES, TensorInfo
+from support.quantised_files import FORMATS, ROTATION, as_held
+from tp_runtime.files.quantised import tiles_to_rows
 from tp_runtime.formats import INT8, W4A4, W4A8, QuantisedWeight
 from tp_runtime.gpu.rotation import hadamard, rotated
 from tp_runtime.rank.quantised_arithmetic import dequantised, product
 from tp_runtime.rank.requantising import requantised
 
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ROWS, COLUMNS, SEED = 48, 128, 1234
 
 
 def quantised(name: str, values: torch.Tensor) -> tuple[QuantisedWeight, dict[str, torch.Tensor]]:
     """A weight as a file has it, read as the ranks do."""
-    found, said = FORMATS[name][0](values)
-    stored = {f"x.{kind}": tensor.contiguous() for kind, tensor in found.items()}
-    infos = {key: TensorInfo(tuple(t.shape), NAMES[t.dtype]) for key, t in stored.items()}
-    said_by_metadata = {"_quantization_metadata": json.dumps({"layers": {"x": said}})}
-    weights, _ = find_quantised("file", infos, said_by_metadata, stored.__getitem__)
-    weight = weights["x.weight"]
-    tensors = {"weight": stored["x.weight"].view(weight.format.storage.dtype)}
-    for kind, key in weight.tensors.items():
-        tensors[kind] = companion_values(weight, kind, stored[key])
-    return weight, tensors
+    return as_held(*FORMATS[name][0](values))
 
 
 def expected_product(
@@ -128,8 +116,9 @@ def test_values(name: str, dtype: torch.dtype) -> None:
     else:
         expected = stored["weight"].float() * stored["weight_scale"].float()
         if weight.format.rotation:
-            matrix = int8_utils._build_hadamard(ROTATION)
-            expected = int8_utils._rotate_weight(expected, matrix, ROTATION)
+            group = weight.format.rotation
+            matrix = int8_utils._build_hadamard(group)
+            expected = int8_utils._rotate_weight(expected, matrix, group)
         expected = expected.to(dtype)
     assert torch.equal(found[:ROWS], expected[:ROWS])  # rows may be padded
 

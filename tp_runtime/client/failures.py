@@ -153,9 +153,10 @@ def _no_memory(
         streaming = ", or have less of the weights on each GPU (TP_RUNTIME_GPU_MEMORY)"
     return RankMemoryError(
         f"Rank {rank.index} ran out of memory on {place}{_during(doing)} "
-        f"({amounts or failed.message}). Use more GPUs (gpu_count), a smaller size or batch, or a "
-        f"model file in fp8{streaming}. The group was ended, which freed what it held; the next "
-        f"request starts a new one. Log: {rank.log_path}"
+        f"({amounts or failed.message}). Use more GPUs (gpu_count), a smaller size, fewer frames "
+        f"or a smaller batch, or a model file in fp8 or int8{streaming}. The group was ended, "
+        "which freed what it held; the next request starts a new one. "
+        f"Log: {rank.log_path}"
     )
 
 

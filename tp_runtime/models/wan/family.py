@@ -1,7 +1,7 @@
-"""Wan 2.1 and 2.2 (text and image to video, 5B, VACE, Fun): its files, sizes and split.
+"""Wan 2.1 and 2.2 (text and image to video, 5B, VACE, Fun, SCAIL): its files, sizes and split.
 
 Module: diffusers' ``WanTransformer3DModel`` (0.42, models/transformers/transformer_wan.py).
-File: ComfyUI's ``WanModel`` (0.3.75, comfy/ldm/wan/model.py).
+File: ComfyUI's ``WanModel`` (0.3.75, and 0.33 for SCAIL; comfy/ldm/wan/model.py).
 """
 
 from dataclasses import dataclass, replace
@@ -17,6 +17,7 @@ from ..rows import TIME_CHANNELS, attention, mlp
 PATCH = (1, 2, 2)
 CAMERA_DOWNSCALE = 8  # pixels of a camera's path along a side of a latent's
 _WIDTH = "head.modulation"
+_POSE, _MASKS = "patch_embedding_pose", "patch_embedding_mask"
 _OF_VARIANTS = "clip_fea", "reference_latent", "vace_context", "camera_conditions"
 _VACE, _CAMERA, _OUTSIDE = "vace_patch_embedding", "control_adapter", "condition_embedder"
 
@@ -31,13 +32,14 @@ class WanSizes(Sizes):
     """``image_dim``: of the CLIP features that a model looks at. ``image_positions``: how many of
     them have a learned position (first and last frame). ``reference_channels``: of the picture that
     goes before the first frame (Fun Control). ``vace_channels``: of control videos, which go
-    through ``vace_blocks`` of their own. ``camera_channels``: of a camera's path (Fun Camera). None
-    where a model has no such input.
+    through ``vace_blocks`` of their own. ``camera_channels``: of a camera's path (Fun Camera).
+    ``pose_channels``: of a video of poses (SCAIL), and ``mask_channels`` of masks that say who is
+    who (SCAIL-2). None where a model has no such input.
     """
 
     to_diffusers: ClassVar = "image_dim added_kv_proj_dim pos_embed_seq_len=image_positions"
     to_comfyui: ClassVar = "num_heads text_dim=context_dim"
-    plain_inputs, options = ("vace_strength",), ("rope_options",)
+    plain_inputs, options = ("vace_strength", "ref_mask_flag"), ("rope_options",)
     num_heads: int = size(lambda s: s[_WIDTH][2] // _head_dim(s), "num_attention_heads")
     head_dim: int = size(_head_dim, "attention_head_dim")
     mlp_dim: int = size(of.length("blocks.0.ffn.0.weight"), "ffn_dim")
@@ -60,6 +62,8 @@ class WanSizes(Sizes):
     camera_channels: int | None = size(
         of.length_if_present(f"{_CAMERA}.conv.weight", 1, per=CAMERA_DOWNSCALE**2), lambda _: None
     )
+    pose_channels: int | None = size(of.length_if_present(f"{_POSE}.weight", 1), lambda _: None)
+    mask_channels: int | None = size(of.length_if_present(f"{_MASKS}.weight", 1), lambda _: None)
 
     @property
     def added_kv_proj_dim(self) -> int | None:
@@ -95,7 +99,7 @@ class WanSizes(Sizes):
             "context": of.captions(self.context_dim),
             "time_dim_concat": Input("Latents of more frames", more, optional=True),
         }
-        if not self.vace_channels and not self.camera_channels:
+        if not self.vace_channels and not self.camera_channels and not self.pose_channels:
             others = "batch", ("channels", self.in_channels), "other frames", "rows", "columns"
             found["context_latents"] = Input(
                 "Context latents", others, optional=True, many=True, usual={"other frames": 1}
@@ -109,6 +113,8 @@ class WanSizes(Sizes):
         if self.reference_channels:
             picture = ("batch", ("channels", self.reference_channels), "rows", "columns")
             found["reference_latent"] = Input("Reference latents", picture, optional=True)
+        if self.pose_channels:
+            found |= self._of_poses(self.pose_channels)
         if self.vace_channels:
             size_of = ("channels", self.vace_channels), "control frames", "rows", "columns"
             found["vace_context"] = Input("Control videos", ("batch", "videos", *size_of))
@@ -120,6 +126,23 @@ class WanSizes(Sizes):
                 "pixel columns",
             )
             found["camera_conditions"] = Input("Camera paths", ("batch", *path), optional=True)
+        return found
+
+    def _of_poses(self, channels: int) -> dict[str, Input]:
+        """What SCAIL looks at: people in pictures, before the first frame, and how they move."""
+        moving = "pose frames", "pose rows", "pose columns"
+        pictures = ("channels", self.in_channels), "pictures", "height", "width"
+        found = {
+            "reference_latent": Input("Reference latents", ("batch", *pictures), optional=True),
+            "pose_latents": Input(
+                "Latents of poses", ("batch", ("channels", channels), *moving), optional=True
+            ),
+        }
+        if self.mask_channels:
+            masks = "batch", ("channels", self.mask_channels)
+            of_all = *masks, "masked frames", "height", "width"
+            found["ref_mask_latents"] = Input("Masks of references", of_all, optional=True)
+            found["sam_latents"] = Input("Masks of poses", (*masks, *moving), optional=True)
         return found
 
     @cached_property
@@ -167,6 +190,10 @@ class WanSizes(Sizes):
         if self.reference_channels:
             shape = dim, self.reference_channels, *kernel[1:]
             outside += Tensor("ref_conv.weight", "", shape), Tensor("ref_conv.bias", "", (dim,))
+        for name, channels in ((_POSE, self.pose_channels), (_MASKS, self.mask_channels)):
+            if channels:
+                weight = Tensor(f"{name}.weight", "", (dim, channels, *kernel), exact=True)
+                outside += weight, Tensor(f"{name}.bias", "", (dim,), exact=True)
         if self.camera_channels:
             outside += self._of_cameras(self.camera_channels * CAMERA_DOWNSCALE**2)
         stacks = [Stack("blocks", "blocks", self.num_blocks, block, attentions)]
@@ -208,27 +235,30 @@ class WanSizes(Sizes):
         return rows
 
 
+_PLAIN = None, None, None, 0, None, None, None, None  # of text to video
 FAMILY = Family(
     name="wan",
     label="Wan",
-    models=("2.1", "2.2", "2.2 5B", "VACE", "Fun Control", "Fun Camera", "Bernini"),
+    models=(
+        *("2.1", "2.2", "2.2 5B", "VACE", "Fun Control", "Fun Camera", "Bernini"),
+        *("SCAIL", "SCAIL-2"),
+    ),
     sizes=WanSizes,
     signature=("head.modulation", "blocks.0.cross_attn.norm_q.weight", "patch_embedding.weight"),
     diffusers_class="WanTransformer3DModel",
-    published=WanSizes(40, 128, 13824, 40, 16, 16, 4096, None, None, None, 0, None, None),
-    small=WanSizes(20, 16, 640, 2, 16, 16, 64, None, None, None, 0, None, None),
+    published=WanSizes(40, 128, 13824, 40, 16, 16, 4096, *_PLAIN),
+    small=WanSizes(20, 16, 640, 2, 16, 16, 64, *_PLAIN),
     variants={
         "casual_audio_encoder.encoder.final_linear.weight": "Wan S2V",
         "audio_proj.audio_proj_glob_1.layer.bias": "HuMo",
         "face_adapter.fuser_blocks.0.k_norm.weight": "Wan Animate",
-        "patch_embedding_mask.weight": "SCAIL-2",
-        "patch_embedding_pose.weight": "SCAIL",
         "patch_embedding_global.weight": "WanDancer",
         # Of the tensors of ordinary models.
         "model_type=animate2": "Wan Animate 2",
         "model_type=flow_rvs": "FlowRVS",
         "causal_ar=True": "causal Wan (Causal Forcing, Self Forcing)",
     },
+    newer={f"{_MASKS}.weight": ("SCAIL-2", "0.33"), f"{_POSE}.weight": ("SCAIL", "0.33")},
     text_tokens=512,
     extents=((832, 480, 81), (1280, 720, 81)),
     shares_tokens=True,

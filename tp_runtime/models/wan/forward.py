@@ -1,9 +1,12 @@
 """Wan's arithmetic: ComfyUI's ``WanModel._forward`` (0.3.75, comfy/ldm/wan/model.py).
 
+Of ``SCAILWanModel`` it is that of 0.33.
+
 Shapes: B batch, C channels, T H W frames and size of the latent, L tokens, D model width, N heads
 on this rank, K head width.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -32,6 +35,7 @@ from .layers import (
     modulated,
     padded,
     positions_of,
+    positions_with_poses,
     rows_of,
     sinusoids,
     unpatchified,
@@ -67,15 +71,20 @@ class Forward(ShardedForward):
         camera_conditions: torch.Tensor | None = None,
         vace_context: torch.Tensor | None = None,
         vace_strength: Sequence[float] = (),
+        pose_latents: torch.Tensor | None = None,
+        ref_mask_latents: torch.Tensor | None = None,
+        sam_latents: torch.Tensor | None = None,
+        ref_mask_flag: bool | None = None,
         transformer_options: Mapping[str, Any] | None = None,
     ) -> Conditioning:
         """``keys``, ``values`` (blocks, B, L, N, K) of the caption in every block; ``rotation``.
 
         If present: ``picture_keys`` and ``picture_values`` of CLIP's features; ``reference``
         (B, L, D), the tokens before the first frame's; ``more`` latents behind the last frame;
-        ``others`` (B, L, D), the tokens of other videos and pictures (Bernini), after all; the
-        ``camera``'s share of the tokens (B, L, D); ``vace`` (n, B, L, D), the tokens of n control
-        videos, with the ``vace_keys`` and ``vace_values`` of the caption in its blocks.
+        ``others`` (B, L, D), the tokens of other videos and pictures (Bernini, SCAIL's poses),
+        after all; ``added`` (B, L, D), the share of a camera, or of masks, in the tokens; ``vace``
+        (n, B, L, D), the tokens of n control videos, with the ``vace_keys`` and ``vace_values`` of
+        the caption in its blocks.
         """
         more = None if time_dim_concat is None else padded(time_dim_concat)
         uses_reference = reference_latent is not None and self.sizes.reference_channels
@@ -102,16 +111,22 @@ class Forward(ShardedForward):
             found["more"] = more
         if context_latents:
             latents = [padded(latent) for latent in context_latents]
-            embedded = [self.model.patch_embedding(latent.float()) for latent in latents]
-            found["others"] = torch.cat([as_tokens(one.to(x.dtype)) for one in embedded], dim=1)
+            embedding = self.model.patch_embedding
+            embedded = [self._of_patches(embedding, latent, x) for latent in latents]
+            found["others"] = torch.cat(embedded, dim=1)
             rotations = [found["rotation"]]
             for number, latent in enumerate(latents, start=1):
                 positions = positions_of(tuple(latent.shape[2:]), rope_options, x)
                 rotations.append(self._turned(self._rotation(positions), number))
             found["rotation"] = torch.cat(rotations, dim=1)
+        if self.sizes.pose_channels:
+            pictures = reference_latent, ref_mask_latents
+            poses = pose_latents, sam_latents
+            size = frames, *x.shape[3:]
+            found |= self._with_poses(x, size, pictures, poses, ref_mask_flag, rope_options)
         if camera_conditions is not None and self.sizes.camera_channels:
-            found["camera"] = as_tokens(self.model.control_adapter(camera_conditions))
-            check_length("Camera paths", camera_conditions, found["camera"], positions)
+            found["added"] = as_tokens(self.model.control_adapter(camera_conditions))
+            check_length("Camera paths", camera_conditions, found["added"], positions)
         if vace_context is not None and self.sizes.vace_channels:
             videos = vace_context.transpose(0, 1)
             embedded = self.model.vace_patch_embedding(videos.flatten(0, 1).float())
@@ -135,7 +150,7 @@ class Forward(ShardedForward):
         reference: torch.Tensor | None = None,
         more: torch.Tensor | None = None,
         others: torch.Tensor | None = None,
-        camera: torch.Tensor | None = None,
+        added: torch.Tensor | None = None,
         vace: torch.Tensor | None = None,
         vace_strength: Sequence[float] = (),
         vace_keys: torch.Tensor | None = None,
@@ -149,8 +164,8 @@ class Forward(ShardedForward):
             x = torch.cat((x, more), dim=2)
         embedded = model.patch_embedding(x.float()).to(x.dtype)
         grid, tokens = embedded.shape[2:], as_tokens(embedded)
-        if camera is not None:
-            tokens = tokens + camera
+        if added is not None:
+            tokens = tokens + added
         num_before = 0
         if reference is not None:
             num_before = reference.shape[1]
@@ -184,13 +199,13 @@ class Forward(ShardedForward):
             prompt = [(keys[index], values[index])]
             if picture_keys is not None and picture_values is not None:
                 prompt.append((picture_keys[index], picture_values[index]))
-            added = next_hints(place)
-            after = None if added else rows[place + 1]
+            hints_here = next_hints(place)
+            after = None if hints_here else rows[place + 1]
             block = module, rows[place], prompt, rotation, after, shares
             tokens, normed = self._block(tokens, normed, *block)
-            if added:
+            if hints_here:
                 tokens = normed
-                for hint in added:
+                for hint in hints_here:
                     tokens = tokens + hint
                 normed = modulated(tokens, rows[place + 1])
         found = shares.whole(model.proj_out(normed))[:, num_before:num_wanted]
@@ -263,6 +278,53 @@ class Forward(ShardedForward):
         if len(given) != count:
             raise InputError(f"{count} control videos of {self.label} need as many strengths.")
         return tuple(given)
+
+    def _with_poses(
+        self,
+        x: torch.Tensor,
+        size: tuple[int, int, int],
+        pictures: tuple[torch.Tensor | None, torch.Tensor | None],
+        poses: tuple[torch.Tensor | None, torch.Tensor | None],
+        before: bool | None,
+        rope_options: Mapping[str, float],
+    ) -> Conditioning:
+        """SCAIL's: ``rotation``, and if there are ``pictures`` of people, or ``poses``, each with
+        masks, ``reference``, ``others`` and ``added``. ``before``: see ``positions_with_poses``.
+        """
+        model, found, count = self.model, Conditioning(), 0
+        picture, masks = pictures
+        per_frame = math.prod(-(-side // 2) for side in size[1:])
+        of_masks = None if masks is None else self._of_patches(model.patch_embedding_mask, masks, x)
+        if picture is not None:
+            count = picture.shape[2]
+            found["reference"] = self._of_patches(model.patch_embedding, picture, x)
+        if of_masks is not None and masks is not None:
+            if masks.shape[2] != count + size[0]:
+                raise InputError(
+                    f"Masks of references of {self.label} have a frame for each of {count} "
+                    f"pictures and {size[0]} of the video; got {masks.shape[2]}. Set them with "
+                    "'WanSCAILToVideo'."
+                )
+            if picture is not None:
+                found["reference"] = found["reference"] + of_masks[:, : count * per_frame]
+            found["added"] = of_masks[:, count * per_frame :]
+        video, of_poses = poses
+        shape = None
+        if video is not None:
+            shape = padded(video).shape[2:]
+            found["others"] = self._of_patches(model.patch_embedding_pose, video, x)
+            if of_poses is not None:
+                embedded = self._of_patches(model.patch_embedding_mask, of_poses, x)
+                check_length("Masks of poses", of_poses, embedded, found["others"][0])
+                found["others"] = found["others"] + embedded
+        replaces = before is not None and not before
+        positions = positions_with_poses(size, count, shape, replaces, rope_options, x)
+        found["rotation"] = torch.cat([self._rotation(one) for one in positions], dim=1)
+        return found
+
+    def _of_patches(self, embedding: Any, latents: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Latents (B, C, T, H, W) as tokens (B, L, D), embedded in fp32, in the dtype of ``x``."""
+        return as_tokens(embedding(padded(latents).float()).to(x.dtype))
 
     def _rotation(self, positions: torch.Tensor) -> torch.Tensor:
         return rope_rotation(positions, self.sizes.axes_dims, ROPE_THETA)

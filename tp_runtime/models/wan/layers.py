@@ -15,6 +15,7 @@ from .family import CAMERA_DOWNSCALE, FAMILY, PATCH, WanSizes
 
 EPS = 1e-6
 CLIP_EPS = 1e-5
+BESIDE = 120.0  # rows or columns to what lies beside a video
 AXES = (("scale_t", "shift_t"), ("scale_y", "shift_y"), ("scale_x", "shift_x"))
 
 
@@ -80,6 +81,36 @@ def positions_of(
     return torch.cartesian_prod(*lines)
 
 
+def positions_with_poses(
+    size: tuple[int, int, int],
+    pictures: int,
+    poses: tuple[int, ...] | None,
+    replaces: bool,
+    options: Mapping[str, float],
+    x: torch.Tensor,
+) -> list[torch.Tensor]:
+    """Positions of SCAIL's tokens: of ``pictures`` and a video of ``size`` frames, rows and
+    columns, and of a video of ``poses``, beside it. ``replaces`` people in the video: then pictures
+    lie below it, and else before it.
+    """
+    frames, *sides = size
+    if replaces:
+        start = max(pictures - 1, 0)
+        later = {**options, "shift_t": options.get("shift_t", 0.0) + start}
+        found = [positions_of((pictures, *sides), {"shift_y": BESIDE}, x)] if pictures else []
+        found.append(positions_of((frames, *sides), later, x))
+    else:
+        start = pictures
+        found = [positions_of((pictures + frames, *sides), options, x)]
+    if poses is not None:
+        # Spread over the size of the video, each in the middle of what it stands for.
+        rows, columns = (side / of_poses for side, of_poses in zip(sides, poses[1:], strict=True))
+        beside = {"scale_y": rows, "scale_x": columns, "shift_t": start}
+        beside |= {"shift_y": (rows - 1) / 2, "shift_x": BESIDE + (columns - 1) / 2}
+        found.append(positions_of(poses, beside, x))
+    return found
+
+
 def modulated(tokens: torch.Tensor, rows: Sequence[torch.Tensor]) -> torch.Tensor:
     """Layer norm without weights of (B, L, D), scaled and shifted as a block begins."""
     shift, scale = rows[:2]
@@ -135,6 +166,9 @@ def with_variants(module: nn.Module, sizes: WanSizes) -> nn.Module:
     dim, kernel = sizes.dim, PATCH[1:]
     if sizes.reference_channels:
         module.ref_conv = nn.Conv2d(sizes.reference_channels, dim, kernel, kernel)
+    for name, channels in (("pose", sizes.pose_channels), ("mask", sizes.mask_channels)):
+        if channels:
+            setattr(module, f"patch_embedding_{name}", nn.Conv3d(channels, dim, PATCH, PATCH))
     if sizes.camera_channels:
         module.control_adapter = CameraAdapter(sizes.camera_channels, dim)
     if sizes.vace_channels:
