@@ -173,6 +173,14 @@ def visible_gpu_count() -> int:
     return count and (ranks_on_one_gpu() or count)
 
 
+def may_access_peers() -> bool:
+    """Whether GPUs may read each other's memory where they can: not where NCCL was told not to.
+
+    People set ``NCCL_P2P_DISABLE`` where that is broken; then it is for our kernels, too.
+    """
+    return os.environ.get("NCCL_P2P_DISABLE", "0") in ("", "0")
+
+
 def cuda_index(gpu: int) -> int:
     """The number that CUDA gives to a visible GPU."""
     return 0 if ranks_on_one_gpu() else gpu

@@ -51,6 +51,13 @@ def test_a_group_across_hosts_has_no_common_memory(
     assert collectives.peer_access() is False
 
 
+def test_where_nccl_may_not_use_peers_nobody_does(links, monkeypatch: pytest.MonkeyPatch) -> None:
+    links(2, 0, 0, 2)
+    for value, expected in (("1", False), ("0", True), ("", True)):
+        monkeypatch.setenv("NCCL_P2P_DISABLE", value)
+        assert collectives.nvlink() is collectives.peer_access() is expected
+
+
 @pytest.mark.parametrize(
     ("gpu", "visible", "asked"),
     [(0, 4, [10, 11]), (1, 4, [10, 11]), (2, 4, [12, 13]), (3, 4, [12, 13]), (1, 2, [10, 11])],

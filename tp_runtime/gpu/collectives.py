@@ -14,7 +14,7 @@ import torch.distributed as dist
 from vllm.distributed import parallel_state
 from vllm.platforms import current_platform
 
-from ..config import ranks_on_one_gpu
+from ..config import may_access_peers, ranks_on_one_gpu
 from .epilogue import Product
 
 LINK_SIZES = 2**16, 2**25  # bytes: what takes hardly longer than nothing, and a step's tokens
@@ -103,7 +103,7 @@ def peer_access() -> bool:
 
 
 def _peer_access(gpus: range | None) -> bool:
-    if gpus is None:
+    if gpus is None or not may_access_peers():
         return False
     return all(torch.cuda.can_device_access_peer(a, b) for a in gpus for b in gpus if a != b)
 

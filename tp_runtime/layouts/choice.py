@@ -18,6 +18,7 @@ from ..config import (
     cuda_index,
     device_name,
     gpu_names,
+    may_access_peers,
 )
 from ..recognise import CheckpointInfo
 from .cost_model import Device, Link, device_of, predict, usual_link
@@ -183,7 +184,9 @@ def likely_link(gpus: Sequence[int]) -> Link:
     import torch
 
     pairs = itertools.permutations({cuda_index(gpu) for gpu in gpus}, 2)
-    peers = all(torch.cuda.can_device_access_peer(one, other) for one, other in pairs)
+    peers = may_access_peers() and all(
+        torch.cuda.can_device_access_peer(one, other) for one, other in pairs
+    )
     return usual_link(device_of(device_name(gpus[0])), peers=peers)
 
 
