@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from tp_runtime.models import family as of
+from tp_runtime.models import rows
 from tp_runtime.models.family import Family, Geometry, Input, Sizes, size
 from tp_runtime.sharding.plan import Column, MergedColumn, Replicated, Row, Split
 from tp_runtime.sharding.table import IMAGE, ITEM, PROMPT, TEXT, Attention, Linear, Stack, Table
@@ -60,7 +61,7 @@ class ExampleSizes(Sizes):
         outside = (
             Linear("patch_in", "img_in", Replicated(), patch, dim),
             Linear("text_in", "txt_in", gathered, self.context_dim, dim),
-            *mlp("time_in.{0,2}", "time.{in,out}", (32, dim, dim)),
+            *rows.mlp("time_in.{0,2}", "time.{in,out}", (32, dim, dim)),
             Linear("last", "img_out", Replicated(), dim, patch),
         )
         return Table(outside, (Stack("blocks", "blocks", self.num_blocks, block, attentions),))
