@@ -6,7 +6,9 @@ weights. The model is the standard BaseModel of the running ComfyUI, so samplers
 LoRA key maps are its own; who computes with its weights gets an error (`absent.py`).
 """
 
-from collections.abc import Iterable, Mapping
+import contextlib
+import importlib.util
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import comfy.model_detection
@@ -39,13 +41,34 @@ def build_skeleton(info: CheckpointInfo, dtype: torch.dtype | None) -> Any:
     state_dict = _state_dict(info)
     config = _model_config(info, state_dict)
     _set_dtypes(config, info, state_dict, dtype)
-    model = config.get_model(state_dict, "", device="meta")
-    _assign_tensors(info, model, state_dict)
+    with _layers_with_weights():
+        model = config.get_model(state_dict, "", device="meta")
+        _assign_tensors(info, model, state_dict)
     model.tp_outer_weights = OuterWeights(info)
     make_absent(model.diffusion_model, model.tp_outer_weights)
     model.device = comfy.model_management.unet_offload_device()
     model.state_dict_for_saving = _refuse_saving
     return model.eval()
+
+
+@contextlib.contextmanager
+def _layers_with_weights() -> Iterator[None]:
+    """In the body, ComfyUI's layers have weights from the start, if only on the meta device.
+
+    Since 0.33, with a GPU ("dynamic VRAM"), linear layers and embeddings have none until a file is
+    loaded into them (`disable_weight_init.Linear` in comfy/ops.py), and no shapes to compare.
+    """
+    if importlib.util.find_spec("comfy.memory_management") is None:
+        yield
+        return
+    import comfy.memory_management
+
+    enabled = comfy.memory_management.aimdo_enabled
+    comfy.memory_management.aimdo_enabled = False
+    try:
+        yield
+    finally:
+        comfy.memory_management.aimdo_enabled = enabled
 
 
 def compute_dtype(model: Any) -> torch.dtype:

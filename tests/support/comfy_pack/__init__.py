@@ -16,6 +16,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .clip_vision import extend_clip_vision_loader
 from .detection import tiny_models_detected
+from .dynamic_vram import layers_without_weights
 from .nodes import (
     TPTestConditioning,
     TPTestKeepLatent,
@@ -59,6 +60,7 @@ class TestExtension(ComfyExtension):
 
 async def comfy_entrypoint() -> TestExtension:
     """Called once by ComfyUI when it loads the pack."""
+    layers_without_weights()
     _extend_stock_loader(comfy.sd, "load_diffusion_model")
     _extend_stock_loader(comfy.sd, "load_checkpoint_guess_config")
     _extend_stock_loader(comfy.controlnet, "load_controlnet")
