@@ -121,6 +121,7 @@ VARIANTS = {
         {"image_dim": 32, "reference_channels": 16},
         {"vace_blocks": 1, "vace_channels": 96},
         {"camera_channels": 6},
+        {"pose_channels": 16, "mask_channels": 28},
     )
 }
 
