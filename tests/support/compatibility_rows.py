@@ -734,7 +734,6 @@ GUIDANCE = (
             "CFGNorm": {"strength": 0.9},
             "CFGZeroStar": {},
             "RescaleCFG": {},
-            "RenormCFG": {"cfg_trunc": 0.9},
             "APG": {"momentum": 0.3},
             "FreSca": {"freq_cutoff": 2},
             "Mahiro": {},
@@ -743,6 +742,14 @@ GUIDANCE = (
             "VideoLinearCFGGuidance": {},
             "VideoTriangleCFGGuidance": {},
         }.items()
+    ),
+    Row(
+        "`RenormCFG`",
+        on_model("RenormCFG", cfg_trunc=0.9),
+        CFG,
+        # It asks the model for its channels, which ComfyUI's class of Wan does not tell.
+        expect=dict.fromkeys(("z_image", "flux", "flux2", "qwen_image"), Same())
+        | {"wan": FailsInStock("sampler")},
     ),
     Row(
         "`CFGOverride`",
