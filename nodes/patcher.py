@@ -44,19 +44,25 @@ class TPModelPatcher(comfy.model_patcher.ModelPatcher):
 
     # A model that is only on other GPUs needs no room before it is loaded, but has a size
     # afterwards: ComfyUI would put one of size 0 to sleep first, and gain nothing by it.
+    # ComfyUI asks both sizes of what stands in its books, to choose what leaves; and of what it is
+    # about to load, which it takes out of the books before. Of that, what the ranks hold already
+    # is nothing: newer releases let go of as many bytes of their own pinned memory.
 
     def model_size(self, *_args: Any, **_kwargs: Any) -> int:
-        return self.loaded_size() or self._on_device(
-            [self.remote.planned_bytes()] * self.remote.group_config.num_ranks
-        )
+        if self._is_in_books():
+            return self._held_bytes()
+        planned = self.remote.planned_bytes()
+        return self._on_device([max(planned - held, 0) for held in self.remote.loaded_bytes()])
 
     def loaded_size(self, *_args: Any, **_kwargs: Any) -> int:
+        return self._held_bytes() if self._is_in_books() else 0
+
+    def _is_in_books(self) -> bool:
+        return any(one.model is self for one in comfy.model_management.current_loaded_models)
+
+    def _held_bytes(self) -> int:
         rank_bytes = self.remote.loaded_bytes()
         return self._on_device(rank_bytes) or sum(rank_bytes)
-
-    def current_loaded_device(self, *_args: Any, **_kwargs: Any) -> Any:
-        # Also where another MODEL of the same file has had the weights loaded.
-        return self.load_device if self.loaded_size() else super().current_loaded_device()
 
     def partially_unload(
         self, _device_to: Any = None, memory_to_free: int = 0, *_args: Any, **_kwargs: Any
@@ -126,7 +132,7 @@ class TPModelPatcher(comfy.model_patcher.ModelPatcher):
             # "Not everything is on the device": makes ComfyUI call load before every run, so that
             # a group that has ended meanwhile is noticed here, where loading shows progress.
             model.model_lowvram = True
-            model.model_loaded_weight_memory = self.loaded_size()
+            model.model_loaded_weight_memory = self._held_bytes()
             model.current_weight_patches_uuid = self.patches_uuid
             for callback in self.get_all_callbacks(CallbacksMP.ON_LOAD):
                 callback(self, device_to, lowvram_model_memory, force_patch_weights, full_load)

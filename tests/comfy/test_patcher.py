@@ -244,9 +244,9 @@ def test_comfyui_does_not_free_what_is_on_other_gpus(
 def test_comfyui_frees_what_is_on_its_gpu(patcher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(2 * GIB, monkeypatch)
     remote = on_gpus(patcher, (1, 0), 20 * GIB, monkeypatch)
-    assert patcher.loaded_size() == 20 * GIB
     monkeypatch.setattr(remote, "sleep", lambda *_, **__: machine.freed.append("ours"))
     machine.take(patcher)
+    assert patcher.loaded_size() == 20 * GIB
     machine.management.free_memory(6 * GIB, machine.device)
     assert machine.freed == ["ours"]
 
@@ -277,6 +277,31 @@ def test_room_is_made_for_what_comes_to_comfyuis_gpu(
     # Another MODEL of the file has had the weights loaded: nothing more is needed.
     monkeypatch.setattr(remote, "loaded_bytes", lambda: [GIB, GIB])
     assert loaded.model_memory_required(patcher.load_device) == 0
+
+
+def test_what_is_loaded_needs_no_pinned_memory(
+    patcher: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Newer releases free as much of their text encoders' as `model_memory`, at every prompt."""
+    machine = Machine(40 * GIB, monkeypatch)
+    remote = on_gpus(patcher, (0, 1), 20 * GIB, monkeypatch)
+    monkeypatch.setattr(remote, "ensure_loaded", lambda **_: None)
+    asked: list[dict[str, Any]] = []
+    free_memory = machine.management.free_memory
+
+    def record(needed: float, device: torch.device, **options: Any) -> Any:
+        asked.append({"needed": needed} | options)
+        return free_memory(needed, device, **options)
+
+    monkeypatch.setattr(machine.management, "free_memory", record)
+    assert machine.management.LoadedModel(patcher).model_memory() == 0
+    for _ in range(2):  # loaded by another MODEL of the file, then by itself
+        machine.management.load_models_gpu([patcher], minimum_memory_required=GIB)
+    assert [one.model for one in machine.management.current_loaded_models] == [patcher]
+    assert len(asked) == 2
+    for one in asked:
+        assert one["needed"] < 2 * GIB
+        assert one.get("pins_required", 0) == 0
 
 
 # --- what ComfyUI asks before it runs a loader ---------------------------------------------------
