@@ -31,7 +31,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,7 @@ from safetensors.torch import load_file
 
 from bench.dummy import WEIGHTS, dummy_file, sizes_of
 from bench.extents import Extent
+from bench.rows import add_rows
 from tp_runtime.models import families, family_named
 
 COLUMNS = [
@@ -296,14 +296,6 @@ def rows_of(args: argparse.Namespace, model: str, weights: str) -> Iterator[dict
             yield row
 
 
-def add_row(folder: Path, row: dict[str, Any]) -> None:
-    """Write it to the file of the day, after what that holds."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{date.today()}-{row['device'].replace(' ', '-')}-comfyui.json"
-    rows = json.loads(path.read_text()) if path.exists() else []
-    path.write_text(json.dumps([*rows, row], indent=1) + "\n")
-
-
 def main() -> int:
     """Measure, write the rows, print a table; the exit status is 1 if a layout failed."""
     parser = argparse.ArgumentParser(
@@ -340,7 +332,7 @@ def main() -> int:
             rows.append(row)
             print(json.dumps(row), flush=True)
             if args.out and "failed" not in row:
-                add_row(args.out, row)
+                add_rows(args.out, [row], "-comfyui")
     for row in [{column: column for column in COLUMNS}, *rows]:
         print(" ".join(f"{row.get(column) or '':>14}" for column in COLUMNS))
     return int(any("failed" in row for row in rows))

@@ -1,7 +1,9 @@
-"""Measures one evaluation through the runtime; prints a table and writes its rows as JSON.
+"""Measures one evaluation through the runtime; prints a table, and adds its rows to a file.
 
     python -m bench.step --models z_image --tp 1 2 --sides 1024 --out bench/results
     python -m bench.step --models wan --tp 1 2 4 --sides 832x480x81 1280x720x81
+
+Rows are added to the file of the day in `--out`, those of a model as soon as they are there.
 
 Each row: the wall-clock time of `RemoteModel.evaluate`, as ComfyUI sees it (request, transfer of
 the latent from its device and back, evaluation); `ms_hop`, what of it lies outside the slower rank,
@@ -37,7 +39,6 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from bench.dummy import WEIGHTS, dummy_file, sizes_of
 from bench.errors import limit, relative_error
 from bench.extents import Extent
 from bench.inputs import make_inputs
+from bench.rows import add_rows
 from tp_runtime.client import (
     PRECISIONS,
     GroupConfig,
@@ -415,15 +417,15 @@ def run(options: argparse.Namespace) -> int:
     for model, weights in itertools.product(options.models, options.weights):
         path = dummy_file(model, options.folder, options.small, weights)
         of_model = cases(path, options, model, layouts)
-        of_file = known | {"weights": weights}
+        measured: list[dict[str, Any]] = []
         if options.diffusers and weights == "bf16":
-            rows += [row | of_file for row in _of_diffusers(path, options, of_model)]
+            measured += _of_diffusers(path, options, of_model)
         for layout in layouts:
-            rows += [row | of_file for row in measure(path, options, model, layout, rate, of_model)]
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        name = f"{date.today()}-{known['device'].replace(' ', '-')}.json"
-        (options.out / name).write_text(json.dumps(rows, indent=1) + "\n")
+            measured += measure(path, options, model, layout, rate, of_model)
+        of_file = [row | known | {"weights": weights} for row in measured]
+        if options.out and of_file:
+            add_rows(options.out, of_file)
+        rows += of_file
     print(" ".join(f"{column:>12}" for column in COLUMNS))
     for row in rows:
         cells = [row[column] if row[column] is not None else "" for column in COLUMNS]
