@@ -270,6 +270,20 @@ def test_a_rank_is_stopped(model: RemoteModel, stream: Stream) -> None:
         sample()
 
 
+def test_sleep_waits_for_what_is_under_way(model: RemoteModel, stream: Stream) -> None:
+    inputs = ordered(sleep_s=0.5)
+    with ahead():
+        found = model.evaluate(inputs)
+        sleep = threading.Thread(target=model.sleep)
+        sleep.start()
+        sleep.join(0.2)
+        assert sleep.is_alive()
+        sleep.join(10)
+        assert not sleep.is_alive()
+    assert stream.is_idle(within_s=5)
+    assert torch.equal(found, inputs["x"] * 2 + inputs["context"].sum())
+
+
 def test_a_scope_within_another_leaves_the_end_to_that(model: RemoteModel, stream: Stream) -> None:
     with ahead():
         with ahead():
