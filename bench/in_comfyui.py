@@ -277,10 +277,12 @@ def rows_of(args: argparse.Namespace, model: str, weights: str) -> Iterator[dict
     tokens = args.tokens or [family_named(model).text_tokens]
     stock: list[torch.Tensor] = []
     with comfyui(args, model, file) as server:
-        (device,) = server.ask("/system_stats")["devices"]  # cuda:0 NVIDIA H100 : cudaMallocAsync
+        stats = server.ask("/system_stats")
+        (device,) = stats["devices"]  # cuda:0 NVIDIA H100 : cudaMallocAsync
         name = "cpu" if args.cpu else device["name"].partition(" ")[2].partition(" :")[0]
         known = {"where": "comfyui", "device": name, "commit": args.commit}
         known |= {of: importlib.metadata.version(of) for of in ("torch", "vllm", "diffusers")}
+        known["comfyui"] = stats["system"]["comfyui_version"]
         known |= {
             "model": model,
             "weights": weights,

@@ -2,7 +2,7 @@
 
 Runs in ComfyUI's process. Sees ComfyUI's modules and the public names of `tp_runtime`, nothing of
 vLLM or diffusers. The rank processes are started when a sampler first runs, not on import; what
-they are forked from when a loader does, or with ComfyUI if the settings say so.
+they are forked from, with ComfyUI or when somebody is likely to run a loader (`early_start.py`).
 
     loader.py, checkpoint_loader.py           the nodes that load; what both share:
       loading.py                                inputs, and what they mean
@@ -16,25 +16,22 @@ they are forked from when a loader does, or with ComfyUI if the settings say so.
     conditions.py, together.py                a sampler's step: timed, its evaluations made at once
     weights.py, block_patches.py              what LoRA nodes and others change, to plain data
     schema.py, notices.py                     node declarations, messages on a node
-    renamed.py                                prompts with older names
+    renamed.py, replacements.py               prompts with older names; nodes ours stand for
+    early_start.py                            the imports of the GPU processes, begun in time
     page.py, settings.py                      what `web/` asks the server; the settings it stores
 """
 
-import logging
-
 from comfy_api.latest import ComfyExtension, io
 
-from ..tp_runtime.client import GroupStartError, prepare_start, runtime_python
 from .checkpoint_loader import TPLoadCheckpoint
+from .early_start import prepare_for, prepare_with_comfyui
 from .loader import TPLoadDiffusionModel
 from .notices import comfy_server
 from .page import serve_page
 from .renamed import with_new_names
+from .replacements import register_replacements
 from .runtime_nodes import TPReleaseRuntime, TPRuntimeInfo
 from .sampler import TPSampler
-from .settings import keep_ready_setting, python_setting
-
-logger = logging.getLogger("tensor_parallel")
 
 
 class TensorParallelExtension(ComfyExtension):
@@ -49,15 +46,8 @@ async def comfy_entrypoint() -> TensorParallelExtension:
     server = comfy_server()
     if server is not None:
         serve_page(server)
-        _be_ready_early()
+        prepare_with_comfyui()
+        server.add_on_prompt_handler(prepare_for)
         server.add_on_prompt_handler(with_new_names)
+        await register_replacements()
     return TensorParallelExtension()
-
-
-def _be_ready_early() -> None:
-    """Begin with the imports of the GPU processes, if a person wants that."""
-    try:
-        if keep_ready_setting():
-            prepare_start(runtime_python(python_setting()), keep=True)
-    except GroupStartError as error:  # a setting is wrong: ComfyUI starts all the same
-        logger.warning("%s", error)

@@ -16,15 +16,12 @@ field `error`, a sentence for a person.
 """
 
 import asyncio
-import contextlib
 import functools
 import logging
-import sys
 import threading
 import urllib.parse
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
-from importlib.util import find_spec
 from ipaddress import ip_address
 from typing import Any, TypeVar
 
@@ -32,15 +29,14 @@ from aiohttp import web
 from comfy.cli_args import args
 
 from ..tp_runtime.client import (
-    GroupStartError,
     OwnPython,
     TPRuntimeError,
     examine,
     get_runtime,
-    prepare_start,
     runtime_python,
 )
 from .checkpoint_loader import checkpoint_path
+from .early_start import lacks_runtime, prepare
 from .gpu_count import refused_counts
 from .loader import model_path
 from .placement import Placement
@@ -73,7 +69,7 @@ def serve_page(server: Any) -> None:
     own = OwnPython()
 
     async def python(_request: web.Request) -> Any:
-        return {**own.progress().as_dict(), "missing": _lacks_runtime(), "refusal": _refusal()}
+        return {**own.progress().as_dict(), "missing": lacks_runtime(), "refusal": _refusal()}
 
     async def change_python(request: web.Request) -> Any:
         if refusal := _refusal(request.remote):
@@ -162,23 +158,13 @@ async def _gpu_counts(request: web.Request) -> Any:
     counts = await _in_thread(refused_counts, path, placement)
     if path is not None and placement.where != "ray":
         # Somebody looks at a loader with its file: likely to run it soon.
-        await _in_thread(_prepare_start)
+        await _in_thread(prepare)
     return counts
-
-
-def _prepare_start() -> None:
-    with contextlib.suppress(GroupStartError):  # a setting is wrong, as a start will say
-        prepare_start(runtime_python(python_setting()))
 
 
 async def _doctor(_request: web.Request) -> Any:
     checks = await _in_thread(examine, runtime_python(python_setting()))
     return {"checks": [check.as_dict() for check in checks]}
-
-
-def _lacks_runtime() -> bool:
-    """Whether the ranks are to run in ComfyUI's Python, which has no vLLM."""
-    return runtime_python(python_setting()) == sys.executable and find_spec("vllm") is None
 
 
 def _refusal(remote: str | None = None) -> str:

@@ -16,8 +16,9 @@ from ..tp_runtime.client import GroupStartError, reproducible
 
 _PYTHON = "TensorParallel.Runtime.Python"
 _DEVICES = "TensorParallel.Runtime.Devices"
-_KEEP_READY = "TensorParallel.Runtime.KeepReady"
+_PREPARE = "TensorParallel.Runtime.Prepare"
 _REPRODUCIBLE = "TensorParallel.Runtime.Reproducible"
+PREPARE = ("auto", "always", "when used")
 _TRIES, _WRITING_S = 3, 0.05
 
 
@@ -44,9 +45,22 @@ def python_setting() -> str | None:
     return str(path)
 
 
-def keep_ready_setting() -> bool:
-    """Whether what the GPU processes are forked from runs from ComfyUI's start on."""
-    return _stored().get(_KEEP_READY) is True
+def prepare_setting() -> str:
+    """When what the GPU processes are forked from is started: one of `PREPARE`.
+
+    With ComfyUI where it sees several GPUs (`auto`), or anywhere and for as long as ComfyUI runs
+    (`always`); or when a page shows a loader, or a prompt has one (`when used`).
+
+    Raises:
+        GroupStartError: it is none of them.
+    """
+    chosen = _stored().get(_PREPARE) or PREPARE[0]
+    if chosen not in PREPARE:
+        raise GroupStartError(
+            f"The setting 'Prepare the GPU processes' is {chosen!r}: choose one of "
+            f"{', '.join(PREPARE)} in ComfyUI's settings."
+        )
+    return chosen
 
 
 def reproducible_setting() -> bool:

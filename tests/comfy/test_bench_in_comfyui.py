@@ -16,6 +16,10 @@ pytestmark = [pytest.mark.comfy, pytest.mark.rotates(3)]
 
 SMALL = ["--small", "--cpu", "--side", "64", "--steps", "1", "--short-steps", "1", "--repeats", "1"]
 
+KEYS = {"where", "device", "model", "weights", "layout", "cfg", "side", "batch", "previews"}
+KEYS |= {"ms_step", "error", "first_prompt_s", "gpu_gib"}
+KEYS |= {"commit", "torch", "vllm", "diffusers", "comfyui"}
+
 
 @pytest.mark.parametrize("model", ["flux", "qwen_image", "z_image"])
 def test_rows_of_a_model(tmp_path: Path, model: str) -> None:
@@ -32,6 +36,7 @@ def test_rows_of_a_model(tmp_path: Path, model: str) -> None:
     stock, ours = json.loads(file.read_text())
     assert (stock["layout"], ours["layout"]) == ("stock", "2x1")
     for row in (stock, ours):
+        assert row.keys() >= KEYS
         assert (row["where"], row["model"], row["device"]) == ("comfyui", model, "cpu")
         assert math.isfinite(row["ms_step"])  # on a busy machine a step can look like none
         assert row["first_prompt_s"] > 0

@@ -70,6 +70,21 @@ def test_any_settings(settings: ModuleType, file: Path, stored: dict[str, Any]) 
         assert settings.python_setting() is None
 
 
+@pytest.mark.parametrize("stored", [None, "", "auto", "always", "when used"])
+def test_when_to_prepare(settings: ModuleType, file: Path, stored: str | None) -> None:
+    file.write_text(json.dumps({"TensorParallel.Runtime.Prepare": stored}))
+    assert settings.prepare_setting() == (stored or "auto")
+
+
+@pytest.mark.parametrize("stored", ["never", True, ["auto"], {"auto": 1}, 3.5])
+def test_another_time_to_prepare_is_refused(
+    settings: ModuleType, file: Path, stored: object
+) -> None:
+    file.write_text(json.dumps({"TensorParallel.Runtime.Prepare": stored}))
+    with pytest.raises(GroupStartError, match="choose one of auto, always, when used"):
+        settings.prepare_setting()
+
+
 @pytest.mark.parametrize("flag", ["fp8_e8m0fnu_unet"])
 def test_a_flag_for_a_dtype_that_we_have_not(
     tiny_z_image: Path, monkeypatch: pytest.MonkeyPatch, flag: str

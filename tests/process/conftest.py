@@ -44,9 +44,9 @@ exec(sys.argv[0].rpartition("runpy.run_module(")[0])  # all but running the serv
 sys.argv[0] = __file__  # which the server's title says
 
 from process import light_rank
-from tp_runtime.rank import fork_server
+from tp_runtime.rank import fork_server, imports
 
-import_all = fork_server._import_all
+import_all = imports.import_all
 
 def import_some():
 {while_importing}
@@ -61,7 +61,7 @@ def import_some():
 
     worker.run = run
 
-fork_server._import_all = import_some
+imports.import_all = import_some
 fork_server.main()
 """
 

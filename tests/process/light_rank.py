@@ -2,8 +2,9 @@
 
 It starts in a third of the time, and does what `transformer_options` tells it to, so that a test
 can put a fault at a known place: `{"rank": 1, "sleep_s": 5}`, `{"rank": 0, "raise": "text"}`,
-`{"rank": 0, "exit": 3}`, `{"rank": 0, "refuse": "text"}`, `{"rank": 0, "send": b"frame"}` or
-`{"rank": 0, "print": "text"}`. Without `rank`, every rank does it.
+`{"rank": 0, "exit": 3}`, `{"rank": 0, "refuse": "text"}`, `{"rank": 0, "allocate": True}`,
+`{"rank": 0, "send": b"frame"}` or `{"rank": 0, "print": "text"}`. Without `rank`, every rank
+does it.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ import torch
 
 from tp_runtime.config import ModelSpec, WorkerConfig
 from tp_runtime.errors import InputError
-from tp_runtime.fault_points import reach
+from tp_runtime.fault_points import OUT_OF_MEMORY, reach
 
 _control_fd = -1
 
@@ -60,6 +61,8 @@ def _load(
                 print(order["print"], flush=True)
             if "raise" in order:
                 raise RuntimeError(order["raise"])
+            if "allocate" in order:
+                raise torch.OutOfMemoryError(OUT_OF_MEMORY)
             if "refuse" in order:
                 raise InputError(order["refuse"])
         return inputs["x"] * 2 + inputs["context"].sum()

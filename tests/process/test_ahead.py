@@ -23,6 +23,7 @@ from tp_runtime.client import (
     InputError,
     ModelSpec,
     RankError,
+    RankMemoryError,
     RemoteModel,
     Runtime,
     ahead,
@@ -151,6 +152,7 @@ FAULTS = [
     ({"rank": 0, "raise": "the text"}, RankError, "Rank 0 raised RuntimeError"),
     ({"rank": 0, "exit": 3}, GroupDiedError, "exited with status 3"),
     ({"refuse": "no"}, InputError, "^no$"),
+    ({"rank": 1, "allocate": True}, RankMemoryError, "Rank 1 ran out of memory"),
     ({"rank": 1, "sleep_s": 60}, CallTimeoutError, r"Ranks \[1\] gave no sign of life"),
 ]
 
@@ -169,7 +171,7 @@ def test_a_fault_is_raised_when_sampling_ends(
     assert not may_be_ahead()
 
 
-@pytest.mark.parametrize(("order", "kind", "text"), FAULTS[:4], ids=lambda value: str(value)[:24])
+@pytest.mark.parametrize(("order", "kind", "text"), FAULTS[:5], ids=lambda value: str(value)[:24])
 def test_a_fault_is_raised_at_the_next_evaluation(
     model: RemoteModel, order: dict[str, Any], kind: type[Exception], text: str
 ) -> None:
@@ -235,6 +237,51 @@ def test_an_error_of_the_sampler_lets_the_stream_go_on(model: RemoteModel, strea
         sample()
     assert stream.is_idle(within_s=1)
     assert time.monotonic() - began < 1.2
+
+
+@pytest.mark.parametrize(("order", "kind", "text"), FAULTS[:5], ids=lambda value: str(value)[:24])
+def test_an_error_that_comes_of_a_fault_is_that_fault(
+    model: RemoteModel, stream: Stream, order: dict[str, Any], kind: type[Exception], text: str
+) -> None:
+    """A sampler that reads values reads any, once the stream was let go."""
+
+    def sample() -> None:
+        with ahead():
+            model.evaluate(ordered(**order))
+            assert stream.is_idle(within_s=20)
+            raise ZeroDivisionError
+
+    with pytest.raises(kind, match=text) as caught:
+        sample()
+    assert isinstance(caught.value.__context__, ZeroDivisionError)
+
+
+def test_a_rank_is_stopped(model: RemoteModel, stream: Stream) -> None:
+    (pid, _) = ranks_of(model)
+
+    def sample() -> None:
+        with ahead():
+            model.evaluate(make_inputs())
+            os.kill(pid, signal.SIGSTOP)
+            model.evaluate(make_inputs(seed=1))
+            assert stream.is_idle(within_s=20)
+
+    with pytest.raises(CallTimeoutError, match=r"Ranks \[0\] gave no sign of life"):
+        sample()
+
+
+def test_sleep_waits_for_what_is_under_way(model: RemoteModel, stream: Stream) -> None:
+    inputs = ordered(sleep_s=0.5)
+    with ahead():
+        found = model.evaluate(inputs)
+        sleep = threading.Thread(target=model.sleep)
+        sleep.start()
+        sleep.join(0.2)
+        assert sleep.is_alive()
+        sleep.join(10)
+        assert not sleep.is_alive()
+    assert stream.is_idle(within_s=5)
+    assert torch.equal(found, inputs["x"] * 2 + inputs["context"].sum())
 
 
 def test_a_scope_within_another_leaves_the_end_to_that(model: RemoteModel, stream: Stream) -> None:

@@ -146,7 +146,7 @@ def test_every_layer_computes_as_it_would_or_refuses(
         if make is None and own.keys() <= {"weight", "scale"}:  # a norm of ComfyUI's own
             make = lambda layer: torch.zeros(2, *next(layer.parameters()).shape)  # noqa: E731
         if make is None:
-            continue  # it computes with what `test_every_use_of_every_weight_is_refused` has tried
+            continue  # it computes with what the test of every weight has tried
         called.add(type(layer))
         x = torch.randn_like(make(layer))
         own_true = {key: true[f"{name}.{key}"] for key in own if f"{name}.{key}" in true}

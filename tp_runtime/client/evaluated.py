@@ -18,6 +18,9 @@ import torch
 from .call import Call
 from .poll import Poll
 
+# What has let a stream go on is known so much later, at the latest.
+_KNOWN_S = 0.5
+
 _scope: contextvars.ContextVar["_Scope | None"] = contextvars.ContextVar("ahead", default=None)
 
 
@@ -64,6 +67,10 @@ class Evaluated:
         for function in self._then:
             function()
         self._then.clear()
+
+    def has_ended(self, within_s: float) -> bool:
+        """Whether the ranks have answered, or will not any more, by then."""
+        return self._call.finished.wait(within_s)
 
     def give_up(self) -> None:
         """Nobody is going to look at the results: whatever waits for them may go on."""
@@ -142,6 +149,9 @@ def do_meanwhile() -> None:
 def ahead(poll: Poll | None = None) -> Iterator[None]:
     """Within, evaluations may return before they are computed; at the end all of them are.
 
+    An error in the body may come of a value that is not right: if the ranks have failed, that is
+    raised instead.
+
     Raises:
         What ``Evaluated.settle`` raises of the last evaluations.
     """
@@ -154,6 +164,10 @@ def ahead(poll: Poll | None = None) -> Iterator[None]:
         yield
         settle_all(poll)
         do_meanwhile()
+    except Exception:
+        while scope.under_way and scope.under_way[0].has_ended(_KNOWN_S):
+            scope.under_way.pop(0).settle(poll)
+        raise
     finally:
         for evaluated in scope.under_way:  # an error, or a cancel
             evaluated.give_up()

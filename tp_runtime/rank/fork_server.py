@@ -1,7 +1,8 @@
 """The process that ranks are forked from.
 
-It imports once what every rank needs, which takes ten seconds, and the ranks share the memory of
-it. It has one thread, computes nothing and never touches a GPU, so that a fork of it is sound.
+It imports once what every rank needs (``imports``), which takes five seconds or more, and the ranks
+share the memory of it. It has one thread, computes nothing and never touches a GPU, so that a fork
+of it is sound.
 
 Started by ``forking``, on whose socket requests come, each with a socket for the answers: a
 ``WorkerConfig`` and file descriptors, answered with the number of the new process and later with
@@ -13,7 +14,6 @@ unless the word ``keep`` follows the socket on its command line.
 import contextlib
 import ctypes
 import gc
-import importlib
 import os
 import signal
 import socket
@@ -30,6 +30,7 @@ from setproctitle import setproctitle
 from ..config import WorkerConfig
 from ..reasons import printable
 from ..wire.transport import receive_with_fds, wait
+from . import imports
 
 KEEP = "keep"
 IDLE_S = 300.0
@@ -177,18 +178,6 @@ def _give_way() -> None:
         return
 
 
-def _import_all() -> None:
-    """Everything that ranks import, sooner or later."""
-    importlib.import_module("tp_runtime.rank.worker")
-    # diffusers imports flashinfer if there is one (quantizers/bfl/utils.py, 0.42), which asks each
-    # GPU for its capability (compilation_context.py, 0.6) and thereby initialises CUDA. No driver
-    # uses it.
-    sys.modules["flashinfer"] = None  # type: ignore[assignment]
-    importlib.import_module("diffusers.utils.import_utils")  # which looks what there is
-    del sys.modules["flashinfer"]
-    importlib.import_module("diffusers.models.transformers")
-
-
 def _check_can_fork() -> None:
     """Raises RuntimeError if what is forked from this process could not compute."""
     import torch
@@ -218,7 +207,7 @@ def main() -> None:
     # neither this process nor a rank could have a title.
     setproctitle(f"tp_runtime.rank.fork_server: {sys.argv[0]}")
     try:
-        _import_all()
+        imports.import_all()
         _check_can_fork()
     except BaseException:  # noqa: BLE001  the engine shows it
         traceback.print_exc()
