@@ -72,6 +72,15 @@ def test_by_a_page_that_shows_a_loader(server: ComfyServer) -> None:
     assert not server.ranks()
 
 
+def test_by_the_loader(tiny_z_image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that no prompt named, or that had to wait in the queue for long."""
+    asked: list[str] = []
+    with pack_module("nodes.loading") as loading:
+        monkeypatch.setattr(loading, "prepare_start", asked.append)
+        model = loading.load(None, MODEL, str(tiny_z_image), gpu_count="1")
+    assert asked == [model.remote.group_config.python]
+
+
 @pytest.fixture
 def early_start() -> Iterator[ModuleType]:
     with pack_module("nodes.early_start") as module:

@@ -25,7 +25,7 @@ MODEL = "tiny_z_image.safetensors"
 
 @pytest.fixture(scope="module")
 def server(tiny_z_image: Path) -> Iterator[ComfyServer]:
-    with ComfyServer(env=NO_GPU, extra_args=["--cache-none"]) as server:
+    with ComfyServer(env=NO_GPU, extra_args=("--cpu", "--cache-none")) as server:
         (server.models / "diffusion_models" / MODEL).symlink_to(tiny_z_image)
         yield server
 

@@ -87,15 +87,18 @@ def test_batch_groups(checkpoint: Path, remote: Remote, name: str) -> None:
     assert_equal_to_native(checkpoint, remote(checkpoint, 1, batch_groups=2), name)
 
 
-def test_its_memory_is_shared(checkpoint: Path, remote: Remote) -> None:
+def test_its_memory_is_shared_and_sleeps(checkpoint: Path, remote: Remote) -> None:
     """But for what heads that only pad take, and the embedder: of real sizes, next to nothing."""
     model = remote(checkpoint, 2)
     alone = model.loaded_bytes()
     inputs, controls, _patches = listed(model, "2.1")
-    model.evaluate({**inputs, MODEL_PATCHES: controls})
+    first = model.evaluate({**inputs, MODEL_PATCHES: controls})
     whole = sum(tensor.nbytes for tensor in tensors_of("2.1").values())
     of_each = [now - before for now, before in zip(model.loaded_bytes(), alone, strict=True)]
     assert max(of_each) <= 1.05 * whole / 2
+    model.sleep()
+    assert not any(model.loaded_bytes())
+    assert model.evaluate({**inputs, MODEL_PATCHES: controls}).equal(first)
 
 
 def test_a_control_of_another_model_is_refused(checkpoint: Path, remote: Remote) -> None:

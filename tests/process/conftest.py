@@ -48,9 +48,9 @@ from tp_runtime.rank import fork_server, imports
 
 import_all = imports.import_all
 
-def import_some():
+def import_some(lean):
 {while_importing}
-    light_rank.be_light() if {light} else import_all()
+    light_rank.be_light() if {light} else import_all(lean=lean)
     from tp_runtime.rank import worker
 
     be_rank = worker.run

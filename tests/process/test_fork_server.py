@@ -161,6 +161,29 @@ def test_one_that_is_kept_does_not_end_when_it_is_idle(
     assert works(started(python))
 
 
+# Such as scikit-learn where transformers finds it.
+NEEDS_WHAT_IS_LEFT_OUT = """
+import sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "diffusers.models.transformers":
+            import torchvision
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def test_a_package_that_needs_what_is_left_out_gets_it(
+    python_with: PythonWith, started: Groups
+) -> None:
+    """The imports begin again, in the same process."""
+    check = "import sys; assert sys.modules['torchvision']"
+    python = python_with(check, while_importing=NEEDS_WHAT_IS_LEFT_OUT, light=False)
+    prepare_start(python)
+    (server,) = servers(python)
+    assert works(started(python))
+    assert servers(python) == [server]
+
+
 def test_preparing_leaves_errors_to_the_start() -> None:
     nowhere = "/nowhere/python"
     prepare_start(nowhere)

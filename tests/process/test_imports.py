@@ -21,7 +21,7 @@ def answer_of(code: str) -> list[str]:
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=REPOSITORY,
-        env=_server_environment(),
+        env=_server_environment() | {"PYTHONPATH": str(REPOSITORY)},
         check=True,
         timeout=300,
         stdout=subprocess.PIPE,

@@ -8,7 +8,8 @@ Started by ``forking``, on whose socket requests come, each with a socket for th
 ``WorkerConfig`` and file descriptors, answered with the number of the new process and later with
 how it ended, or with the reason if there can be none; or ``null``, answered once ranks can be
 forked. It ends with that socket or, while it has no rank, after some minutes without a request,
-unless the word ``keep`` follows the socket on its command line.
+unless the word ``keep`` follows the socket on its command line. ``everything`` there: the imports
+leave nothing out.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ from ..reasons import printable
 from ..wire.transport import receive_with_fds, wait
 from . import imports
 
-KEEP = "keep"
+KEEP, EVERYTHING = "keep", "everything"
 IDLE_S = 300.0
 # Of one request: for the answers, of the rank's channel, shared memory, log and rendezvous.
 _MAX_FDS = 5
@@ -206,11 +207,16 @@ def main() -> None:
     # variable of the environment, which an import may replace (1.3.8, src/spt_setup.c). Then
     # neither this process nor a rank could have a title.
     setproctitle(f"tp_runtime.rank.fork_server: {sys.argv[0]}")
+    lean = EVERYTHING not in sys.argv
     try:
-        imports.import_all()
+        imports.import_all(lean=lean)
         _check_can_fork()
-    except BaseException:  # noqa: BLE001  the engine shows it
+    except BaseException as error:  # noqa: BLE001  the engine shows it
         traceback.print_exc()
+        if lean and isinstance(error, ImportError):
+            # A package that is installed here needs what was left out: from the beginning, with it.
+            sys.stderr.flush()
+            os.execv(sys.executable, [*sys.orig_argv, EVERYTHING])
         # Not sys.exit: it would wait for threads that an import has started.
         os._exit(1)
     gc.freeze()  # so that no rank's collection touches, and thereby copies, what all share

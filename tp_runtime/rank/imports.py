@@ -12,8 +12,9 @@ import sys
 from collections.abc import Iterator, Mapping
 from types import ModuleType
 
-# These are not there for who imports them only if they are: with vLLM 0.26 to 0.32.
-LEFT_OUT = ("av", "cv2", "mistral_common", "scipy", "torchaudio", "torchcodec", "torchvision")
+# These are not there for who imports them only if they are: with vLLM 0.26 to 0.32. Not scipy, which
+# many packages need that transformers imports where they are installed, such as scikit-learn.
+LEFT_OUT = ("av", "cv2", "mistral_common", "torchaudio", "torchcodec", "torchvision")
 # Modules of vLLM that others of it name a class or a function of, but only use in a server of
 # language models, or on ROCm.
 STOOD_IN_FOR = (
@@ -47,10 +48,14 @@ def _with(modules: Mapping[str, ModuleType | None]) -> Iterator[None]:
             del sys.modules[name]
 
 
-def import_all() -> None:
-    """Everything that ranks import, sooner or later."""
-    left_out = dict.fromkeys(LEFT_OUT)
-    with _with({**left_out, **{name: _StandIn(name) for name in STOOD_IN_FOR}}):
+def import_all(*, lean: bool = True) -> None:
+    """Everything that ranks import, sooner or later.
+
+    ``lean``: without what none of them needs. Then an ImportError may mean that something which is
+    installed here does need it.
+    """
+    absent = dict.fromkeys(LEFT_OUT) | {name: _StandIn(name) for name in STOOD_IN_FOR}
+    with _with(absent if lean else {}):
         importlib.import_module("tp_runtime.rank.worker")
         # diffusers imports flashinfer if there is one (quantizers/bfl/utils.py, 0.42), which asks
         # each GPU for its capability (compilation_context.py, 0.6) and thereby initialises CUDA.
