@@ -57,3 +57,17 @@ def test_it_would_be_imported_otherwise() -> None:
         "print(json.dumps(list(sys.modules)))"
     )
     assert {*LEFT_OUT, *STOOD_IN_FOR, *WITH_THEM} <= set(seen)
+
+
+def test_a_rank_imports_none_of_vllms_servers() -> None:
+    """Each would, as it joins its group: what it is configured with asks them for a class."""
+    seen = answer_of(
+        "import json, sys\n"
+        "from tp_runtime.rank import imports\n"
+        "imports.import_all()\n"
+        "from vllm.config import DeviceConfig, VllmConfig\n"
+        "with imports.configuring():\n"
+        "    VllmConfig(device_config=DeviceConfig(device='cpu'))\n"
+        "print(json.dumps(list(sys.modules)))"
+    )
+    assert not {"vllm.v1.executor", "opentelemetry", *WITH_THEM} & set(seen)

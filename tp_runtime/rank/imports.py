@@ -63,3 +63,28 @@ def import_all(*, lean: bool = True) -> None:
         with _with({"flashinfer": None}):
             importlib.import_module("diffusers.utils.import_utils")  # which looks what there is
         importlib.import_module("diffusers.models.transformers")
+
+
+class _NoExecutor:
+    """Whom a ``VllmConfig`` asks how requests to a language model are to be scheduled."""
+
+    @classmethod
+    def get_class(cls, _config: object) -> type:
+        return cls
+
+    @classmethod
+    def supports_async_scheduling(cls) -> bool:
+        return False
+
+
+def configuring() -> contextlib.AbstractContextManager[None]:
+    """In the body, a ``VllmConfig`` is made without the 1500 modules of vLLM's servers.
+
+    It imports them for one class (config/parallel.py, config/vllm.py, 0.26 to 0.33), and would do
+    so in each rank.
+    """
+    names = ("vllm.v1.executor", "vllm.v1.executor.abstract")
+    modules = {name: ModuleType(name) for name in names}
+    for module in modules.values():
+        module.Executor = _NoExecutor  # type: ignore[attr-defined]
+    return _with(modules)

@@ -15,6 +15,7 @@ from vllm.distributed import (
 from .. import machine
 from ..config import WorkerConfig
 from ..gpu import collectives
+from . import imports
 
 
 def select_device(config: WorkerConfig) -> torch.device:
@@ -36,7 +37,8 @@ def tensor_parallel_group(config: WorkerConfig) -> Iterator[int]:
     behind another for what shares their tokens. Its parallel layers read a global
     configuration when they are built, so it stays set for as long as the group exists.
     """
-    vllm_config = VllmConfig(device_config=DeviceConfig(device=config.device))
+    with imports.configuring():
+        vllm_config = VllmConfig(device_config=DeviceConfig(device=config.device))
     with set_current_vllm_config(vllm_config):
         # It would serve a few small sums of a step, and ends the process where a CUDA graph's
         # memory is not of CUDA's plainest allocator (csrc/custom_all_reduce.cuh, 0.32).
