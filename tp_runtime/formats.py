@@ -156,12 +156,12 @@ class QuantisedWeight:
     """A weight of a file that is quantised.
 
     ``shape``: (rows, columns) of its numbers. ``tensors``: companion → its name in the file.
-    ``keeps_scale``: patching it leaves its scale as it is (ComfyUI's first format with scales).
+    ``first_format``: it is in ComfyUI's first format with scales, which releases patch differently.
     ``one_scale``: int8 with one scale for all rows, and so again when it is patched.
     """
 
     format: LayerFormat
     shape: tuple[int, int]
     tensors: Mapping[str, str] = field(default_factory=dict)
-    keeps_scale: bool = False
+    first_format: bool = False
     one_scale: bool = False

@@ -170,7 +170,7 @@ def test_patched_weights_are_comfyuis_bit_by_bit(folder: Path, patches: Patches,
         change = changes[f"{layer}.weight"]
         for stage in change.stages:
             values = patched(dequantised(weight.format, held, torch.float32), stage)
-            held = requantised(weight, values, held, change.seed, change.by_bytes)
+            held = requantised(weight, values, held, change)
         assert digest(held) == of_comfyui, layer
 
 

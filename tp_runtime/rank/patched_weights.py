@@ -122,7 +122,7 @@ class PatchedWeights:
         for stage in change.stages:
             values = dequantised(stored.quantised.format, tensors, torch.float32)
             values = _patched(values, stage, held)
-            tensors = requantised(stored.quantised, values, tensors, change.seed, change.by_bytes)
+            tensors = requantised(stored.quantised, values, tensors, change)
         for kind, stored_name in names.items():
             self._write(stored_name, tensors[kind])
 
