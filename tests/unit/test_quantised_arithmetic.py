@@ -180,7 +180,8 @@ def test_new_roundings_are_unbiased_and_near(name: str) -> None:
     step = 0.13 if name != "nvfp4" else 0.9
     for seed in (1, 2):
         found = dequantised(
-            weight.format, requantised(weight, values.clone(), tensors, PatchedWeight(seed, ())),
+            weight.format,
+            requantised(weight, values.clone(), tensors, PatchedWeight(seed, ())),
             torch.float32,
         )
         assert (found - values).abs().max() <= step * values.abs().max()

@@ -86,7 +86,9 @@ def _scaled(
         name = E5M2 if stored is not None and stored.dtype == "F8_E5M2" else E4M3
         names = {"weight_scale": f"{layer}.scale_weight"}
         layer_format = LayerFormat(name, full_precision=exact)
-        found[f"{layer}.weight"] = _checked(path, layer, layer_format, names, tensors, first_format=True)
+        found[f"{layer}.weight"] = _checked(
+            path, layer, layer_format, names, tensors, first_format=True
+        )
     extra = {_MARKER} | {f"{x}.{kind}" for x in layers for kind in ("scale_weight", "scale_input")}
     return found, extra & tensors.keys()
 
