@@ -188,10 +188,7 @@ def _normed_heads(
     row = tl.program_id(0).to(tl.int64)
     batch, token = row // num_tokens, row % num_tokens
     source = x + batch * batch_stride + token * token_stride
-    if SUMMED:
-        square = tl.load(squares + row)
-    else:
-        square = _square(source, width, WIDTH)
+    square = tl.load(squares + row) if SUMMED else _square(source, width, WIDTH)
     scale = tl.rsqrt(square / full_width + eps)
     for start in range(0, width, WIDTH):
         features = start + tl.arange(0, WIDTH)
