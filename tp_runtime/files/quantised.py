@@ -240,8 +240,8 @@ def companion_values(weight: QuantisedWeight, name: str, stored: torch.Tensor) -
     dtype = layer_format.companion_dtype(name)
     if name == "weight_scale":
         return stored.to(dtype).reshape(-1).expand(rows)
-    if name == "codebook":
-        return stored.to(dtype).reshape(1, CODES)
+    if name in ("codebook", "pre_quant_scale"):  # of one linear
+        return stored.to(dtype).reshape(1, -1)
     if name == "block_scale" and stored.dtype.itemsize == dtype.itemsize:
         stored = stored.view(dtype)
         return (
