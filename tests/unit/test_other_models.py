@@ -11,7 +11,7 @@ import torch
 from support.compatibility import NEWER
 from support.native import import_comfy
 from support.sparse_files import holes, one_block, write_sparse
-from support.tiny_models import tiny_shapes
+from support.tiny_models import tiny_shapes, write
 from tp_runtime.client import CheckpointError, inspect_checkpoint
 from tp_runtime.models import families
 from tp_runtime.models.others import OTHERS
@@ -212,6 +212,26 @@ def test_comfyui_takes_these_files_for_the_same(label: str) -> None:
     shapes, image_model = FILES[label]
     tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     assert detect_unet_config(tensors, "")["image_model"] == image_model
+
+
+VARIANTS = [(name, *of) for name, one in families().items() for of in one.variants.items()]
+
+
+@pytest.mark.parametrize(
+    ("name", "sign", "variant"), [x for x in VARIANTS if "." in x[1] or "=" in x[1]]
+)
+def test_a_variant_is_refused_by_its_name(
+    tmp_path: Path, name: str, sign: str, variant: str
+) -> None:
+    """It has all tensors of its family, and one more, or a word in its metadata."""
+    setting, _, value = sign.partition("=")
+    shapes, told = tiny_shapes(name, **one_block(name)), {setting: value} if value else {}
+    path = write(
+        tmp_path / "variant.safetensors", shapes | ({} if value else {sign: (1,)}), told=told
+    )
+    with pytest.raises(CheckpointError, match="cannot be split yet") as caught:
+        inspect_checkpoint(str(path))
+    assert f" {variant} file (it" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", families())
