@@ -8,11 +8,12 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from parity.conftest import FP32_TOLERANCE, Remote, relative_error
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from support.compatibility import NEWER
 from support.native import import_comfy, native_patcher
@@ -222,22 +223,36 @@ def test_files_in_which_layers_differ(folder: Path, remote: Remote) -> None:
     assert 0.01 < error < 0.1
 
 
-def test_a_lora_on_what_is_dequantised_for_other_scales_of_inputs(
+def test_a_lora_on_what_is_dequantised_with_its_inputs_scale(
     folder: Path, remote: Remote, patches: Patches
 ) -> None:
-    """One of q, k and v is plain: the others are held with what their inputs are multiplied by."""
-    whole, layer = write_case(PATCHED_FAMILY, PLAIN, folder), "transformer_blocks.0.attn"
-    keep = {name.removesuffix(".weight") for name in tiny_shapes(PATCHED_FAMILY)}
-    keep -= {f"{layer}.to_q", f"{layer}.to_v"}
+    """k and v are plain, so q is held with what its input is multiplied by: as is its change."""
+    whole, layer = write_case(PATCHED_FAMILY, PLAIN, folder), "transformer_blocks.0.attn.to_q"
+    keep = {name.removesuffix(".weight") for name in tiny_shapes(PATCHED_FAMILY)} - {layer}
     path = write_quantised(whole, folder / "awq_beside_plain.safetensors", "nvfp4_awq", keep=keep)
-    inputs, effects = inputs_of(PATCHED_FAMILY), []
-    for model in (remote(whole, 2), remote(path, 2)):
+    with safe_open(path, framework="pt") as file:
+        names = [key for key in file.keys() if key.startswith(f"{layer}.")]  # noqa: SIM118
+        stored = {key.removeprefix(f"{layer}."): file.get_tensor(key) for key in names}
+    said = json.loads(stored.pop("comfy_quant").numpy().tobytes())
+    weight, held = as_held({kind: one for kind, one in stored.items() if kind != "bias"}, said)
+    values, scale = dequantised(weight.format, held, torch.float32), held["pre_quant_scale"]
+    assert scale.std() > 0.01
+    plain = folder / "values_beside_plain.safetensors"
+    save_file(load_file(whole) | {f"{layer}.weight": values * scale}, plain)
+
+    inputs, found = inputs_of(PATCHED_FAMILY), []
+    for one, factor in ((path, torch.ones(())), (plain, scale)):
+        model = remote(one, 2)
+        (change,) = (of for key, of in patches(model.info).items() if key == f"{layer}.weight")
+        ((lora,),) = change.stages
+        up, down, *others = lora.factors
+        lora = msgspec.structs.replace(lora, factors=(up, down * factor, *others))
         before = model.evaluate(inputs)
-        of_q = {key: of for key, of in patches(model.info).items() if key.endswith("to_q.weight")}
-        assert of_q
-        model.patch(object(), of_q)
-        effects.append(model.evaluate(inputs) - before)
-    assert relative_error(effects[1], effects[0]) < 0.1
+        change = msgspec.structs.replace(change, stages=((lora,),))
+        model.patch(object(), {f"{layer}.weight": change})
+        found.append(model.evaluate(inputs))
+        assert relative_error(found[-1], before) > 0.01
+    assert relative_error(*found) <= FP32_TOLERANCE
 
 
 def test_bf16(folder: Path, remote: Remote) -> None:
