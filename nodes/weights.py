@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import comfy.float
+import comfy.ops
 import comfy.utils
 import comfy.weight_adapter
 import torch
@@ -33,6 +34,9 @@ _FUNCTIONS = {
 
 # ComfyUI's stochastic rounding to fp8 draws other random numbers where it has comfy-kitchen.
 _BY_BYTES: bool = getattr(comfy.float, "_CK_STOCHASTIC_ROUNDING_AVAILABLE", False)
+# Its class for the first fp8 files with scales leaves a scale as it is. Releases without that class
+# (0.33) read them as today's files, of which a patched weight gets a new one.
+_KEEPS_SCALE: bool = hasattr(comfy.ops, "scaled_fp8_ops")
 
 Patches = Mapping[str, list[tuple[Any, ...]]]
 
@@ -72,7 +76,7 @@ def patched_weights(info: CheckpointInfo, *stages: Patches) -> dict[str, Patched
                 found.setdefault(name, []).append(tuple(fitting))
                 seeds[name] = zlib.crc32(key.encode())  # comfy.model_patcher.string_to_seed
     return {
-        name: PatchedWeight(seeds[name], tuple(stages), _BY_BYTES, shapes.get(name))
+        name: PatchedWeight(seeds[name], tuple(stages), _BY_BYTES, _KEEPS_SCALE, shapes.get(name))
         for name, stages in found.items()
     }
 

@@ -6,8 +6,9 @@ one name here, whatever each format calls them in the file:
 
 - ``weight_scale`` (rows,) fp32: multiplies the rows of the weight.
 - ``block_scale`` (rows, columns / block): multiplies blocks of a row's columns.
-- ``pre_quant_scale`` (columns,) fp32: multiplies the layer's input.
-- ``codebook`` (16,) fp32: what the weight's four bits stand for.
+- ``pre_quant_scale`` (linears, columns) fp32: multiplies the input of each linear that a layer
+  stands for.
+- ``codebook`` (linears, 16) fp32: what the four bits of each stand for.
 """
 
 import math
@@ -138,7 +139,7 @@ class LayerFormat:
             {
                 "weight_scale": (rows,),
                 "block_scale": (rows, columns // self.block if self.block else 0),
-                "pre_quant_scale": (columns,),
+                "pre_quant_scale": (linears, columns),
                 "codebook": (linears, CODES),
             }[name]
         )
@@ -156,12 +157,12 @@ class QuantisedWeight:
     """A weight of a file that is quantised.
 
     ``shape``: (rows, columns) of its numbers. ``tensors``: companion → its name in the file.
-    ``keeps_scale``: patching it leaves its scale as it is (ComfyUI's first format with scales).
+    ``first_format``: it is in ComfyUI's first format with scales, which releases patch differently.
     ``one_scale``: int8 with one scale for all rows, and so again when it is patched.
     """
 
     format: LayerFormat
     shape: tuple[int, int]
     tensors: Mapping[str, str] = field(default_factory=dict)
-    keeps_scale: bool = False
+    first_format: bool = False
     one_scale: bool = False

@@ -19,6 +19,7 @@ from .models import families, family_named
 from .models.family import Family, Settings, Sizes, UntoldError, blocks
 from .models.inputs import checked_inputs
 from .models.model_patch import ModelPatch
+from .models.others import OTHERS
 from .sharding.parts import Shape
 from .sharding.table import Table
 
@@ -210,9 +211,18 @@ def _bytes(info: TensorInfo) -> int:
 
 
 def _recognised(path: str, tensors: Mapping[str, TensorInfo]) -> Family:
-    for family in families().values():
-        if all(name in tensors for name in family.signature):
-            return family
+    found = [
+        family
+        for family in families().values()
+        if all(name in tensors for name in family.signature)
+    ]
+    like = found[0].name if found else None
+    shapes = {name: info.shape for name, info in tensors.items()}
+    for other in OTHERS:
+        if other.like == like and other.matches(shapes):
+            raise CheckpointError(_refused(other.label, other.sign(shapes)))
+    if found:
+        return found[0]
     known = ", ".join(family.label for family in families().values())
     raise CheckpointError(
         f"The model file {path} is of an architecture that cannot be split yet (first tensors: "
@@ -229,10 +239,7 @@ def _sizes_of_file(
 ) -> Sizes:
     for name, variant in family.variants.items():
         if name in tensors:
-            raise CheckpointError(
-                f"This is a {variant} file (it has the tensor {name}), which cannot be split yet. "
-                "Load it with the stock 'Load Diffusion Model' node."
-            )
+            raise CheckpointError(_refused(variant, f"it has the tensor {name}"))
     try:
         shapes = {name: info.shape for name, info in tensors.items()}
         told = _told(metadata or {})
@@ -256,11 +263,16 @@ def _sizes_of_file(
     for name, variant in family.variants.items():
         setting, _, value = name.partition("=")
         if value and str(told.get(setting)) == value:
-            raise CheckpointError(
-                f"This is a {variant} file (its metadata set {setting} to {value}), which cannot "
-                "be split yet. Load it with the stock 'Load Diffusion Model' node."
-            )
+            raise CheckpointError(_refused(variant, f"its metadata set {setting} to {value}"))
     return sizes
+
+
+def _refused(label: str, why: str) -> str:
+    article = "an" if label.startswith(("A", "E", "I", "O", "LTX")) else "a"
+    return (
+        f"This is {article} {label} file ({why}), which cannot be split yet. "
+        "Load it with the stock 'Load Diffusion Model' node."
+    )
 
 
 def _told(metadata: Mapping[str, str]) -> Settings:

@@ -6,7 +6,9 @@ contents merge: nothing here may have the name of one of ComfyUI's modules, and 
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ import torch
 from support.comfy_history import History
 from support.comfy_server import ComfyServer
 from support.group_reports import rank_pids
+from support.pack import pack_module
+from support.tiny_models import write_tiny
 from support.workflows import (
     Prompt,
     Sampling,
@@ -64,6 +68,22 @@ def works(comfy_server: ComfyServer, references: dict[int, torch.Tensor]) -> Pid
         return rank_pids(history)
 
     return check
+
+
+@pytest.fixture(scope="module")
+def loader() -> Iterator[ModuleType]:
+    """The pack's module of that name."""
+    with pack_module("nodes.loader") as module:
+        yield module
+
+
+@pytest.fixture
+def file_of_loader(loader: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny Z-Image: what the loader node of `loader` finds, whatever name it is asked for."""
+    path = write_tiny("z_image", tmp_path / "model.safetensors")
+    monkeypatch.setattr(loader, "model_path", lambda _: str(path))
+    monkeypatch.setattr(loader.TPLoadDiffusionModel, "hidden", SimpleNamespace(unique_id="7"))
+    return path
 
 
 @pytest.fixture

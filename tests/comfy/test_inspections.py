@@ -1,24 +1,15 @@
 """How often a load reads the file's header, which may lie on a slow disk."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from support.pack import pack_module
 from support.tiny_models import write_tiny
 from tp_runtime.client import inspection
 from tp_runtime.recognise import CheckpointInfo, inspect_checkpoint
 
 pytestmark = pytest.mark.comfy
-
-
-@pytest.fixture(scope="module")
-def loader() -> Iterator[ModuleType]:
-    """The pack's module of that name."""
-    with pack_module("nodes.loader") as module:
-        yield module
 
 
 @pytest.fixture

@@ -1,13 +1,11 @@
 """What a person asks for as `precision`: a model of its own, and a word on the node."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from support.pack import pack_module
-from support.tiny_models import write_tiny
 from tp_runtime.client import GroupReport
 from tp_runtime.config import Layout
 from tp_runtime.layouts.step_history import MIN_TIMES, StepRecords, Workload, times_of
@@ -15,26 +13,13 @@ from tp_runtime.layouts.step_history import MIN_TIMES, StepRecords, Workload, ti
 pytestmark = pytest.mark.comfy
 
 
-@pytest.fixture(scope="module")
-def loader() -> Iterator[ModuleType]:
-    """The pack's module of that name."""
-    with pack_module("nodes.loader") as module:
-        yield module
-
-
 @pytest.mark.parametrize("gpu_count", ["1", "2"])
+@pytest.mark.usefixtures("file_of_loader")
 def test_the_loader_says_what_fast_costs(
-    loader: ModuleType,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    gpu_count: str,
+    loader: ModuleType, caplog: pytest.LogCaptureFixture, gpu_count: str
 ) -> None:
     """And nothing of a single process, or of a prompt that does not ask for it."""
-    path = write_tiny("z_image", tmp_path / "model.safetensors")
     node = loader.TPLoadDiffusionModel
-    monkeypatch.setattr(loader, "model_path", lambda _: str(path))
-    monkeypatch.setattr(node, "hidden", SimpleNamespace(unique_id="7"))
 
     def load(**precision: str):
         caplog.clear()
@@ -56,13 +41,11 @@ def test_the_loader_says_what_fast_costs(
         load(precision="8 bit")
 
 
+@pytest.mark.usefixtures("file_of_loader")
 def test_a_sampler_with_a_count_of_its_own_keeps_it(
-    loader: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loader: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write_tiny("z_image", tmp_path / "model.safetensors")
     node = loader.TPLoadDiffusionModel
-    monkeypatch.setattr(loader, "model_path", lambda _: str(path))
-    monkeypatch.setattr(node, "hidden", SimpleNamespace(unique_id="7"))
     (model,) = node.execute(unet_name="x", gpu_count="1", precision="fast").result
     with pack_module("nodes.sampler") as sampler:
         monkeypatch.setattr(sampler.TPSampler, "hidden", SimpleNamespace(unique_id="8"))

@@ -1,13 +1,11 @@
 """What a person is told of a model that its GPUs cannot hold."""
 
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 
 from support.pack import pack_module
-from support.tiny_models import write_tiny
 from tp_runtime.client import GroupReport
 
 pytestmark = pytest.mark.comfy
@@ -15,26 +13,16 @@ pytestmark = pytest.mark.comfy
 GIB = 2**30
 
 
-@pytest.fixture(scope="module")
-def loader() -> Iterator[ModuleType]:
-    """The pack's module of that name."""
-    with pack_module("nodes.loader") as module:
-        yield module
-
-
 @pytest.mark.parametrize("gpu_count", ["1", "2"])
 def test_the_loader_says_how_much_stays_with_the_host(
     loader: ModuleType,
-    tmp_path: Path,
+    file_of_loader: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     gpu_count: str,
 ) -> None:
     """Before anything starts; and nothing where all of it fits."""
-    path = write_tiny("z_image", tmp_path / "model.safetensors")
-    node, share = loader.TPLoadDiffusionModel, path.stat().st_size / int(gpu_count)
-    monkeypatch.setattr(loader, "model_path", lambda _: str(path))
-    monkeypatch.setattr(node, "hidden", SimpleNamespace(unique_id="7"))
+    node, share = loader.TPLoadDiffusionModel, file_of_loader.stat().st_size / int(gpu_count)
 
     def load(gpu_memory: float) -> tuple[str, int]:
         """What it warns of, and how large ComfyUI takes the model to be."""

@@ -31,6 +31,9 @@ def test_the_command_lists_every_family_as_json(capsys: pytest.CaptureFixture[st
     assert [row["name"] for row in rows] == list(families())
     for row in rows:
         assert row["models"]
-        assert row["formats"]
+        folder = row["diffusers_class"] is not None
+        assert ("diffusers folder" in row["formats"]) == folder
+        assert folder == (f"{row['label']} as a diffusers folder" not in row["not_yet"])
         assert 1 in row["gpu_counts"]
         assert row["parameters"] > 1e9
+    assert [row["name"] for row in rows if row["diffusers_class"] is None] == ["minimax_h3"]

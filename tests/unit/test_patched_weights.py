@@ -45,3 +45,22 @@ def test_each_shape_has_a_place_of_its_own() -> None:
     weights.drop_other_shapes()
     for columns in (COLUMNS, 12, COLUMNS):
         place(columns)
+
+
+def test_what_is_held_with_its_inputs_scale_is_patched_before_it() -> None:
+    """A weight that is held dequantised has in it what its linear multiplies the input by."""
+    linear = nn.Linear(COLUMNS, ROWS, bias=False).requires_grad_(False)
+    scale = torch.tensor([0.5, 2.0, 0.0, 3.0])
+    before = linear.weight.data.clone()
+    linear.weight.data *= scale
+    held = linear.weight.data.clone()
+    stored = {"stored": StoredWeight((ROWS, COLUMNS), torch.float32, input_scale=scale)}
+    parts = [Part("weight", 0, 0, "stored", (0, ROWS))]
+    weights = PatchedWeights(
+        linear, stored, lambda _: parts, 0, 1, lambda values: values, torch.device("cpu")
+    )
+    patch = WeightPatch("diff", (TensorRef((ROWS, COLUMNS), "float32", -1, 1),), 0.5)
+    weights.apply({"stored": PatchedWeight(0, ((patch,),))}, {1: torch.ones(ROWS, COLUMNS)})
+    torch.testing.assert_close(linear.weight.data, (before + 0.5) * scale)
+    weights.apply({}, {})
+    assert torch.equal(linear.weight.data, held)

@@ -40,7 +40,7 @@ def test_a_patched_weight_arrives_as_it_is() -> None:
     """All that says how it is rounded; only its factors become references."""
     sender, factor = TensorSender(), torch.ones(10)
     (stages,) = (weight.stages for weight in patched_by(factor).values())
-    weight = PatchedWeight(7, stages, by_bytes=True)
+    weight = PatchedWeight(7, stages, by_bytes=True, keeps_scale=True)
     sender.hold(1, [factor])
     sent = sender.patch(2, "model", {"a": weight}).weights["a"]
     ((patch,),) = sent.stages

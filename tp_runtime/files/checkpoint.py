@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # What people call the files that can be read.
 FORMATS = (
     *("bf16", "fp16", "fp32", "fp8, plain and scaled", "int8, also with ConvRot", "mxfp8", "nvfp4"),
-    *("4 bits (convrot_w4a4, asym_w4a8_int8)", "GGUF", "diffusers folder"),
+    *("4 bits (convrot_w4a4, asym_w4a8_int8)", "GGUF"),
 )
 # As ComfyUI 0.3.75 chooses one (unet_prefix_from_state_dict in comfy/model_detection.py): the most
 # frequent of the first three, if more tensors have it than _FEW, else the one after them. The last

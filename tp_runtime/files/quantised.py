@@ -86,7 +86,9 @@ def _scaled(
         name = E5M2 if stored is not None and stored.dtype == "F8_E5M2" else E4M3
         names = {"weight_scale": f"{layer}.scale_weight"}
         layer_format = LayerFormat(name, full_precision=exact)
-        found[f"{layer}.weight"] = _checked(path, layer, layer_format, names, tensors, old=True)
+        found[f"{layer}.weight"] = _checked(
+            path, layer, layer_format, names, tensors, first_format=True
+        )
     extra = {_MARKER} | {f"{x}.{kind}" for x in layers for kind in ("scale_weight", "scale_input")}
     return found, extra & tensors.keys()
 
@@ -166,7 +168,7 @@ def _checked(
     layer_format: LayerFormat,
     names: Mapping[str, str],
     tensors: Mapping[str, TensorInfo],
-    old: bool = False,
+    first_format: bool = False,
 ) -> QuantisedWeight:
     """Raises CheckpointError unless the weight and its companions are there and fit together."""
     storage, weight = layer_format.storage, f"{layer}.weight"
@@ -210,7 +212,7 @@ def _checked(
         ):
             raise refused(f"{name} is stored as {info.dtype}")
     one_scale = layer_format.name == INT8 and tensors[names["weight_scale"]].shape == ()
-    return QuantisedWeight(layer_format, (rows, columns), dict(names), old, one_scale)
+    return QuantisedWeight(layer_format, (rows, columns), dict(names), first_format, one_scale)
 
 
 def _companion_shapes(
@@ -238,8 +240,8 @@ def companion_values(weight: QuantisedWeight, name: str, stored: torch.Tensor) -
     dtype = layer_format.companion_dtype(name)
     if name == "weight_scale":
         return stored.to(dtype).reshape(-1).expand(rows)
-    if name == "codebook":
-        return stored.to(dtype).reshape(1, CODES)
+    if name in ("codebook", "pre_quant_scale"):  # of one linear
+        return stored.to(dtype).reshape(1, -1)
     if name == "block_scale" and stored.dtype.itemsize == dtype.itemsize:
         stored = stored.view(dtype)
         return (

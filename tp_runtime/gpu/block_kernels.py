@@ -97,7 +97,7 @@ def _add_up(given, segment, share, RANKS: tl.constexpr, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def _decode(segments, x, size, count, first, share, BLOCKS: tl.constexpr):
+def _decode(x, segments, size, count, first, share, BLOCKS: tl.constexpr):
     """One program: ``BLOCKS`` blocks of ``x``."""
     blocks = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     codes, scales = _places(segments, first + blocks, share)
@@ -108,19 +108,7 @@ def _decode(segments, x, size, count, first, share, BLOCKS: tl.constexpr):
 
 def encode(x: torch.Tensor, segments: torch.Tensor, first: int = 0) -> None:
     """See ``block_codes.encode``."""
-    assert x.is_contiguous()
-    count = num_blocks(x.numel())
-    if count:
-        _encode[(triton.cdiv(count, _BLOCKS_PER_PROGRAM),)](
-            x,
-            segments,
-            x.numel(),
-            count,
-            first,
-            segments.shape[1] // BLOCK_BYTES,
-            BLOCKS=_BLOCKS_PER_PROGRAM,
-            **_OPTIONS,
-        )
+    _over_blocks(_encode, x, segments, first)
 
 
 def add_up(given: torch.Tensor, segment: torch.Tensor) -> None:
@@ -133,12 +121,17 @@ def add_up(given: torch.Tensor, segment: torch.Tensor) -> None:
 
 def decode(segments: torch.Tensor, x: torch.Tensor, first: int = 0) -> None:
     """See ``block_codes.decode``."""
+    _over_blocks(_decode, x, segments, first)
+
+
+def _over_blocks(kernel: Any, x: torch.Tensor, segments: torch.Tensor, first: int) -> None:
+    """Run a kernel over all blocks of ``x``, which lie in ``segments`` from block ``first`` on."""
     assert x.is_contiguous()
     count = num_blocks(x.numel())
     if count:
-        _decode[(triton.cdiv(count, _BLOCKS_PER_PROGRAM),)](
-            segments,
+        kernel[(triton.cdiv(count, _BLOCKS_PER_PROGRAM),)](
             x,
+            segments,
             x.numel(),
             count,
             first,

@@ -125,16 +125,22 @@ _FEATURES_AT_A_TIME = 2048
 
 
 @triton.jit
-def _sum_of_squares(x, out, num_tokens, width, batch_stride, token_stride, WIDTH: tl.constexpr):
-    """One program: one row of ``width`` features."""
-    row = tl.program_id(0).to(tl.int64)
-    source = x + (row // num_tokens) * batch_stride + (row % num_tokens) * token_stride
+def _square(source, width, WIDTH: tl.constexpr):
+    """The sum of the squares of a row's ``width`` features, ``WIDTH`` at a time."""
     sums = tl.zeros((WIDTH,), tl.float32)
     for start in range(0, width, WIDTH):
         features = start + tl.arange(0, WIDTH)
         loaded = tl.load(source + features, mask=features < width, other=0.0).to(tl.float32)
         sums += loaded * loaded
-    tl.store(out + row, tl.sum(sums, axis=0))
+    return tl.sum(sums, axis=0)
+
+
+@triton.jit
+def _sum_of_squares(x, out, num_tokens, width, batch_stride, token_stride, WIDTH: tl.constexpr):
+    """One program: one row of ``width`` features."""
+    row = tl.program_id(0).to(tl.int64)
+    source = x + (row // num_tokens) * batch_stride + (row % num_tokens) * token_stride
+    tl.store(out + row, _square(source, width, WIDTH))
 
 
 def sum_of_squares(x: torch.Tensor) -> torch.Tensor:
@@ -182,15 +188,7 @@ def _normed_heads(
     row = tl.program_id(0).to(tl.int64)
     batch, token = row // num_tokens, row % num_tokens
     source = x + batch * batch_stride + token * token_stride
-    if SUMMED:
-        square = tl.load(squares + row)
-    else:
-        sums = tl.zeros((WIDTH,), tl.float32)
-        for start in range(0, width, WIDTH):
-            features = start + tl.arange(0, WIDTH)
-            loaded = tl.load(source + features, mask=features < width, other=0.0).to(tl.float32)
-            sums += loaded * loaded
-        square = tl.sum(sums, axis=0)
+    square = tl.load(squares + row) if SUMMED else _square(source, width, WIDTH)
     scale = tl.rsqrt(square / full_width + eps)
     for start in range(0, width, WIDTH):
         features = start + tl.arange(0, WIDTH)

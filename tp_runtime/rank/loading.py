@@ -123,10 +123,14 @@ def load_model(
         with _copier(device, tp_size) as copy:
             _fill(model, parts_of(rank), reader, copy, report_progress)
         bytes_read = file.bytes_read
-    stored = {
-        name: StoredWeight(tensor.shape, torch.float32 if name in exact else weight_dtype)
-        for name, tensor in info.tensors.items()
-    }
+        stored = {
+            name: StoredWeight(
+                tensor.shape,
+                torch.float32 if name in exact else weight_dtype,
+                input_scale=reader.input_scale(name),
+            )
+            for name, tensor in info.tensors.items()
+        }
     for layer in sharding.layers:
         if layer.path in quantisation.held:
             for name in stored_weights(layer, table.sources):

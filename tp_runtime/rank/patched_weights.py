@@ -32,11 +32,14 @@ class StoredWeight:
 
     ``shape`` is the whole tensor's, in units of the parameter; ``dtype`` what its values are
     rounded to, which the parameter may exceed. ``quantised``: how, if it is held so.
+    ``input_scale`` (columns,): what the file's values were multiplied by, of a weight that is held
+    dequantised and whose linear scales its input. A patch is of the values before that.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     quantised: QuantisedWeight | None = None
+    input_scale: torch.Tensor | None = None
 
 
 class PatchedWeights:
@@ -113,7 +116,8 @@ class PatchedWeights:
         if stored.quantised is None:
             values = self._whole(name)
             for stage in change.stages:
-                values = _patched(values.to(torch.float32, copy=True), stage, held)
+                values = values.to(torch.float32, copy=True)
+                values = _patched_before(stored.input_scale, values, stage, held)
                 values = rounded(values, stored.dtype, change.seed, change.by_bytes)
             self._write(name, values)
             return
@@ -122,7 +126,7 @@ class PatchedWeights:
         for stage in change.stages:
             values = dequantised(stored.quantised.format, tensors, torch.float32)
             values = _patched(values, stage, held)
-            tensors = requantised(stored.quantised, values, tensors, change.seed, change.by_bytes)
+            tensors = requantised(stored.quantised, values, tensors, change)
         for kind, stored_name in names.items():
             self._write(stored_name, tensors[kind])
 
@@ -231,6 +235,20 @@ def _patched(
     weight: torch.Tensor, stage: tuple[WeightPatch, ...], held: Mapping[int, torch.Tensor]
 ) -> torch.Tensor:
     return patched(weight, [_with_factors(patch, held) for patch in stage])
+
+
+def _patched_before(
+    scale: torch.Tensor | None,
+    weight: torch.Tensor,
+    stage: tuple[WeightPatch, ...],
+    held: Mapping[int, torch.Tensor],
+) -> torch.Tensor:
+    """The same for a weight (rows, columns) that was multiplied by ``scale`` (columns,)."""
+    if scale is None:
+        return _patched(weight, stage, held)
+    scale = scale.to(weight.device)
+    before = torch.where(scale == 0, 0.0, weight / scale)
+    return _patched(before, stage, held) * scale
 
 
 def _slice(whole: torch.Tensor, part: Part) -> torch.Tensor:

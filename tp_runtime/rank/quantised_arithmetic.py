@@ -53,10 +53,14 @@ def _scaled(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> to
     return (weight.to(torch.float32) * scale[:, None]).to(dtype)
 
 
-def smoothed(values: torch.Tensor, tensors: Tensors) -> torch.Tensor:
-    """The values with what the layer's input is multiplied by, if any, in them."""
-    scale = tensors.get("pre_quant_scale")
-    return values if scale is None else (values.float() * scale).to(values.dtype)
+def smoothed(values: torch.Tensor, tensors: Tensors, linears: Sequence[int] = ()) -> torch.Tensor:
+    """The values, changed in place: with what each linear's input is multiplied by, if any."""
+    scales = tensors.get("pre_quant_scale")
+    if scales is not None:
+        rows = values.split(list(linears) or [len(values)])
+        for scale, of_linear in zip(scales, rows, strict=True):
+            of_linear *= scale.to(values.dtype)
+    return values
 
 
 def codes_of(
@@ -118,9 +122,8 @@ def product(
         if layer_format.name == W4A4:
             return _int4_product(x, codes, scale, bias)
         return _int8_product(x, codes, scale, bias)
-    if "pre_quant_scale" in tensors:
-        x = x * tensors["pre_quant_scale"].to(x.dtype)
-    return F.linear(x, dequantised(layer_format, tensors, x.dtype, linears), bias)
+    values = dequantised(layer_format, tensors, x.dtype, linears)
+    return F.linear(x, smoothed(values, tensors, linears), bias)
 
 
 def _int8_product(

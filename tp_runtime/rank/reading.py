@@ -50,6 +50,17 @@ class Reader:
             data = _slice(self._values(part.source, part.rows), None, part.columns)
         return data.to(torch.float32 if part.source in self._exact else self._weight_dtype)
 
+    def input_scale(self, name: str) -> torch.Tensor | None:
+        """What the layer of a weight multiplies its input by (columns,); None: by nothing.
+
+        It is in the values of a weight that is held dequantised.
+        """
+        weight = self._quantisation.weights.get(name)
+        if weight is None or "pre_quant_scale" not in weight.tensors:
+            return None
+        (scale,) = self._companion(weight.tensors["pre_quant_scale"])
+        return scale.clone()
+
     def _values(self, name: str, rows: tuple[int, int]) -> torch.Tensor:
         """Rows of a quantised weight, in fp32; all of each, since they may be rotated."""
         weight = self._quantisation.weights[name]

@@ -12,6 +12,7 @@ import torch
 from ..errors import CheckpointError
 from ..formats import INT8, MXFP8, NVFP4, W4A4, W4A8, LayerFormat, QuantisedWeight
 from ..gpu.rotation import rotated
+from ..wire.protocol import PatchedWeight
 from ..wire.weight_patches import rounded, rounded_to_fp4
 from .quantised_arithmetic import INT4_LIMIT, INT8_LIMIT, Tensors
 
@@ -22,19 +23,18 @@ def requantised(
     weight: QuantisedWeight,
     values: torch.Tensor,
     before: Tensors,
-    seed: int,
-    by_bytes: bool = False,
+    change: PatchedWeight,
 ) -> dict[str, torch.Tensor]:
     """The weight and its companions for new values (rows, columns) in fp32.
 
-    Companions that patching does not change are those of ``before``. ``by_bytes``: of
-    ``weight_patches.rounded``; it counts for formats that older releases of ComfyUI read, too.
+    Companions that patching does not change are those of ``before``. ``change`` says how to round:
+    ``by_bytes`` and ``keeps_scale`` count for formats that older releases of ComfyUI read, too.
 
     Raises:
         CheckpointError: the package that does it for a format is not installed.
     """
     layer_format = weight.format
-    name = layer_format.name
+    name, seed = layer_format.name, change.seed
     if name in (MXFP8, NVFP4):
         return {**before, **_in_blocks(layer_format, values, seed)}
     if name == W4A8:
@@ -42,12 +42,12 @@ def requantised(
     if name in (INT8, W4A4):
         return _in_integers(weight, rotated(values, layer_format.rotation), seed)
     dtype, scale = before["weight"].dtype, before["weight_scale"]
-    if weight.keeps_scale:
+    if weight.first_format and change.keeps_scale:
         values = values / scale[:, None]
     else:
         one = values.abs().amax() / torch.finfo(dtype).max
         values, scale = values * (1.0 / one), one.expand(len(values))
-    return {"weight": rounded(values, dtype, seed, by_bytes), "weight_scale": scale}
+    return {"weight": rounded(values, dtype, seed, change.by_bytes), "weight_scale": scale}
 
 
 def _in_integers(

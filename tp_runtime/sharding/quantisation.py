@@ -107,8 +107,6 @@ def _obstacle(layer: Layer, found: list[QuantisedWeight | None], tp_size: int) -
         return f"its linears are stored differently ({', '.join(names)})"
     (layer_format,) = formats
     assert layer_format is not None
-    if "pre_quant_scale" in layer_format.companions and len(found) > 1:
-        return "its linears scale their inputs differently"
     if layer.axis == 1 and not _between_groups(layer, layer_format.group, tp_size):
         return f"its cuts do not fall on groups of {layer_format.group} columns"
     return None
@@ -148,10 +146,9 @@ def _companion(
         return dataclasses.replace(blocks, target=target, source=stored)
     if name == "weight_scale":
         return Part(target, 0, 0 if by_column else part.target_start, stored, part.rows)
-    if name == "pre_quant_scale":
-        columns = part.columns or (0, layer.full[0])
-        return Part(target, 0, part.target_start if by_column else 0, stored, columns)
-    assert name == "codebook", name
+    assert name in ("pre_quant_scale", "codebook"), name
+    if by_column and name == "pre_quant_scale":
+        return dataclasses.replace(part, target=target, source=stored, rows=(0, 1))
     ends = accumulate(section.split.local(tp_size) for section in layer.sections)
     linear = 0 if by_column else sum(end <= part.target_start for end in ends)
     return Part(target, 0, linear, stored, (0, 1))

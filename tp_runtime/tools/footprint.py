@@ -74,8 +74,9 @@ def _held_bytes(layer: Layer, quantisation: Quantisation, tp_size: int) -> int:
         return PLAIN_BYTES * _held(layer, tp_size)
     storage = layer_format.storage
     weight = out_features * (in_features // storage.packed) * storage.dtype.itemsize
+    linears = len(layer.sections) if layer.axis == 0 else 1
     companions = sum(
-        layer_format.companion_shape(name, (out_features, in_features)).numel()
+        layer_format.companion_shape(name, (out_features, in_features), linears).numel()
         * layer_format.companion_dtype(name).itemsize
         for name in layer_format.companions
     )

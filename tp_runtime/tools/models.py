@@ -9,6 +9,8 @@ from ..files.checkpoint import FORMATS
 from ..models import families
 from ..models.family import Family
 
+_FOLDER = "diffusers folder"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """How to print."""
@@ -26,16 +28,16 @@ def run(options: argparse.Namespace) -> None:
         counts = ", ".join(map(str, row["gpu_counts"]))
         print(f"{row['label']} ({row['name']}): {', '.join(row['models'])}")
         print(f"  {row['parameters'] / 1e9:.1f} B parameters; on {counts} GPUs")
-        print(
-            f"  diffusers folders of {row['diffusers_class']}; files: {', '.join(row['formats'])}"
-        )
+        if row["diffusers_class"] is not None:
+            print(f"  also diffusers folders of {row['diffusers_class']}")
         if row["not_yet"]:
             print(f"  not yet: {', '.join(row['not_yet'])}")
+    print(f"Files of each, as ComfyUI has them: {'; '.join(FORMATS)}.")
 
 
 def describe(family: Family) -> dict[str, Any]:
     """What is supported of a family, as plain data; README's table is made of it."""
-    table = family.published.table
+    table, folders = family.published.table, _takes_folders(family)
     return {
         "name": family.name,
         "label": family.label,
@@ -43,9 +45,13 @@ def describe(family: Family) -> dict[str, Any]:
         "not_yet": sorted(set(family.variants.values())),
         "parameters": sum(_count(shape) for shape in table.file_tensors.values()),
         "gpu_counts": list(table.plan.valid_tp_sizes(MAX_TP_SIZE)),
-        "diffusers_class": family.diffusers_class,
-        "formats": list(FORMATS),
+        "diffusers_class": family.diffusers_class if folders else None,
+        "formats": [*FORMATS, *([_FOLDER] if folders else [])],
     }
+
+
+def _takes_folders(family: Family) -> bool:
+    return f"{family.label} as a {_FOLDER}" not in family.variants.values()
 
 
 def as_table() -> str:

@@ -95,10 +95,14 @@ def _weights(layer: Layer, quantisation: Quantisation) -> str:
         why = quantisation.dequantised.get(layer.path)
         held = "plain" if why is None else "dequantised"
         return f"{held:28} {'-':26} {'as it is' if why is None else f'as it is: {why}'}"
-    scales = ", ".join(name.removesuffix("_scale") for name in layer_format.companions)
-    block = f" of {layer_format.block}" if layer_format.block else ""
+    words = {
+        "weight_scale": "rows",
+        "block_scale": f"blocks of {layer_format.block}",
+        "pre_quant_scale": "inputs",
+    }
+    scales = ", ".join(words.get(name, name) for name in layer_format.companions)
     compute = layer_format.compute(_capability(), quantised_products())
-    return f"{layer_format.label:28} {scales + block:26} {compute}"
+    return f"{layer_format.label:28} {scales:26} {compute}"
 
 
 def _show_quantisation(info: CheckpointInfo, found: Footprint, tp_size: int) -> None:
@@ -113,7 +117,8 @@ def _show_quantisation(info: CheckpointInfo, found: Footprint, tp_size: int) -> 
             for layer in found.layers
             if dequantised.get(layer.path) == why
         )
-        print(f"{count} layers are held dequantised, in bf16 {size / 1e9:.3f} GB a rank, as {why}.")
+        layers = "1 layer is" if count == 1 else f"{count} layers are"
+        print(f"{layers} held dequantised, in bf16 {size / 1e9:.3f} GB a rank, as {why}.")
 
 
 def _capability() -> tuple[int, int] | None:

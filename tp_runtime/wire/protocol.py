@@ -54,12 +54,14 @@ class PatchedWeight(msgspec.Struct, frozen=True, array_like=True):
     """All changes of one weight. After each of the stages the weight is rounded to its dtype.
 
     ``seed``: of the rounding to fp8, which is stochastic; ``by_bytes``: with random bytes.
+    ``keeps_scale``: in ComfyUI's first format with scales (``QuantisedWeight.first_format``).
     ``shape``: what the weight becomes, where the patches make it larger.
     """
 
     seed: int
     stages: tuple[tuple[WeightPatch, ...], ...]
     by_bytes: bool = False
+    keeps_scale: bool = False
     shape: tuple[int, ...] | None = None
 
 
