@@ -22,6 +22,7 @@ VIDEO = {"frames": 3, "height": 6, "width": 8, "time_scale": 1000.0}
 ODD = VIDEO | {"frames": 2, "height": 5, "width": 7, "length": 33}
 CONTROLS = {"lengths": {"videos": 2, "control frames": 3, "rows": 6, "columns": 8}}
 PATH = {"camera frames": 3, "pixel rows": 48, "pixel columns": 64}
+MOVING = {"pose frames": 2, "face frames": 5}
 PADDED = 3  # ranks, of 20 heads: 21
 
 
@@ -144,6 +145,27 @@ class TestFunCamera(Fp32Tests):
         elsewhere=("a path",),
         other_sizes=(PADDED,),
         changes={"in_channels": 32, "image_dim": 1280, "camera_channels": 24},
+    )
+
+
+class TestAnimate(ParityTests):
+    """Wan Animate: a video of poses, and one of a face, in blocks of its own."""
+
+    cases = Cases(
+        "wan",
+        {
+            "poses and a face": VIDEO | {"lengths": MOVING},
+            "more poses than frames": VIDEO
+            | {"lengths": {"pose frames": 4}, "times_per_item": 3, "without": ("clip_fea",)},
+            "one picture of a face, odd sizes": ODD | {"frames": 4, "lengths": {"face frames": 1}},
+            "more pictures than frames, batch": VIDEO
+            | {"batch": 2, "frames": 2, "lengths": {"pose frames": 1, "face frames": 5}},
+            "more frames": VIDEO
+            | {"frames": 1, "lengths": {"more frames": 2, "pose frames": 1, "face frames": 1}},
+        },
+        elsewhere=("poses and a face",),
+        other_sizes=(1, PADDED, 4),
+        changes={"num_blocks": 10, "in_channels": 36, "image_dim": 1280, "has_faces": True},
     )
 
 

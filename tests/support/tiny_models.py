@@ -136,12 +136,17 @@ def _random_tensor(
     key: str, shape: Shape, numbers: Numbers, generator: torch.Generator
 ) -> torch.Tensor:
     values = numbers(shape, generator)
+    if key.endswith(".kernel"):  # of Wan Animate: what pictures are blurred with
+        line = torch.tensor((1.0, 3.0, 3.0, 1.0)) / 8
+        return torch.outer(line, line)
     if key.endswith("pad_token"):
         return values
     if key.endswith(".bias"):
         return 0.2 * values
     if key.endswith(_AROUND_ZERO):
         return 0.2 * values
+    if key.startswith("motion_encoder."):  # of Wan Animate, whose layers scale their weights
+        return values
     if len(shape) == 1:  # norms, and markers, which are empty
         return 1 + 0.2 * values
     # The sinusoid and SiLU each halve it.

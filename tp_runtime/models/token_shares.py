@@ -57,6 +57,10 @@ class TokenShares:
         """This rank's tokens of a stream."""
         return self._dealt[stream][self._rank]
 
+    def own_start(self, stream: int) -> int:
+        """How many tokens of a stream lie before this rank's."""
+        return sum(self._dealt[stream][: self._rank])
+
     def of_first(self, length: int) -> "TokenShares":
         """The same stretches of the first stream's first ``length`` tokens, as a stream."""
         found = TokenShares(self._group, [length])
@@ -75,7 +79,7 @@ class TokenShares:
 
     def own_of(self, tokens: torch.Tensor, stream: int) -> torch.Tensor:
         """(B, L, ...) of a whole stream, or of its first tokens → this rank's stretch of it."""
-        start = sum(self._dealt[stream][: self._rank])
+        start = self.own_start(stream)
         return tokens[:, start : start + self.own_length(stream)]
 
     def own_of_all(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2 (text and image to video, 5B, VACE, Fun, SCAIL): its files, sizes and split.
+"""Wan 2.1 and 2.2 (text and image to video, 5B, VACE, Fun, SCAIL, Animate): its files and sizes.
 
 Module: diffusers' ``WanTransformer3DModel`` (0.42, models/transformers/transformer_wan.py).
 File: ComfyUI's ``WanModel`` (0.3.75, and 0.33 for SCAIL; comfy/ldm/wan/model.py).
@@ -13,12 +13,14 @@ from ...sharding.table import IMAGE, PROMPT, TEXT, Attention, Linear, Stack, Tab
 from .. import family as of
 from ..family import Family, Geometry, Input, Shapes, Sizes, size
 from ..rows import TIME_CHANNELS, attention, mlp
+from . import rows as animate
+from .rows import PATCH
 
-PATCH = (1, 2, 2)
 CAMERA_DOWNSCALE = 8  # pixels of a camera's path along a side of a latent's
 _WIDTH = "head.modulation"
 _POSE, _MASKS = "patch_embedding_pose", "patch_embedding_mask"
 _OF_VARIANTS = "clip_fea", "reference_latent", "vace_context", "camera_conditions"
+_FACES = "face_adapter.fuser_blocks.0.k_norm.weight"
 _VACE, _CAMERA, _OUTSIDE = "vace_patch_embedding", "control_adapter", "condition_embedder"
 
 
@@ -34,7 +36,8 @@ class WanSizes(Sizes):
     goes before the first frame (Fun Control). ``vace_channels``: of control videos, which go
     through ``vace_blocks`` of their own. ``camera_channels``: of a camera's path (Fun Camera).
     ``pose_channels``: of a video of poses (SCAIL), and ``mask_channels`` of masks that say who is
-    who (SCAIL-2). None where a model has no such input.
+    who (SCAIL-2). None where a model has no such input. ``has_faces``: it looks at a video of poses
+    and at one of a face (Wan Animate).
     """
 
     to_diffusers: ClassVar = "image_dim added_kv_proj_dim pos_embed_seq_len=image_positions"
@@ -64,6 +67,7 @@ class WanSizes(Sizes):
     )
     pose_channels: int | None = size(of.length_if_present(f"{_POSE}.weight", 1), lambda _: None)
     mask_channels: int | None = size(of.length_if_present(f"{_MASKS}.weight", 1), lambda _: None)
+    has_faces: bool = size(of.has(_FACES), lambda _: False)
 
     @property
     def added_kv_proj_dim(self) -> int | None:
@@ -99,7 +103,8 @@ class WanSizes(Sizes):
             "context": of.captions(self.context_dim),
             "time_dim_concat": Input("Latents of more frames", more, optional=True),
         }
-        if not self.vace_channels and not self.camera_channels and not self.pose_channels:
+        own = self.vace_channels, self.camera_channels, self.pose_channels, self.has_faces
+        if not any(own):
             others = "batch", ("channels", self.in_channels), "other frames", "rows", "columns"
             found["context_latents"] = Input(
                 "Context latents", others, optional=True, many=True, usual={"other frames": 1}
@@ -115,6 +120,8 @@ class WanSizes(Sizes):
             found["reference_latent"] = Input("Reference latents", picture, optional=True)
         if self.pose_channels:
             found |= self._of_poses(self.pose_channels)
+        if self.has_faces:
+            found |= self._of_faces()
         if self.vace_channels:
             size_of = ("channels", self.vace_channels), "control frames", "rows", "columns"
             found["vace_context"] = Input("Control videos", ("batch", "videos", *size_of))
@@ -144,6 +151,17 @@ class WanSizes(Sizes):
             found["ref_mask_latents"] = Input("Masks of references", of_all, optional=True)
             found["sam_latents"] = Input("Masks of poses", (*masks, *moving), optional=True)
         return found
+
+    def _of_faces(self) -> dict[str, Input]:
+        """What Wan Animate looks at: how a body moves, and a face."""
+        poses = ("channels", animate.POSE_CHANNELS), "pose frames", "height", "width"
+        pixels = ("pixel rows", animate.FACE_SIDE), ("pixel columns", animate.FACE_SIDE)
+        faces = ("batch", ("channels", 3), "face frames", *pixels)
+        advice = "Set them with 'WanAnimateToVideo'."
+        return {
+            "pose_latents": Input("Latents of poses", ("batch", *poses), advice, optional=True),
+            "face_pixel_values": Input("Videos of faces", faces, advice, optional=True),
+        }
 
     @cached_property
     def table(self) -> Table:
@@ -205,7 +223,10 @@ class WanSizes(Sizes):
             )
             block += (Linear("proj_out", "after_proj", gathered, dim, dim, IMAGE),)
             stacks.append(Stack("vace_blocks", "vace_blocks", self.vace_blocks, block, attentions))
-        return Table(outside, tuple(stacks))
+        if not self.has_faces:
+            return Table(outside, tuple(stacks))
+        stacks.append(animate.faces(heads, self.head_dim, self.num_blocks))
+        return Table((*outside, *animate.outside(dim)), tuple(stacks), animate.kernels())
 
     def _of_cameras(self, channels: int) -> tuple[TableRow, ...]:
         """The convolutions of a camera's path, which run once a generation, on every rank."""
@@ -235,13 +256,13 @@ class WanSizes(Sizes):
         return rows
 
 
-_PLAIN = None, None, None, 0, None, None, None, None  # of text to video
+_PLAIN = None, None, None, 0, None, None, None, None, False  # of text to video
 FAMILY = Family(
     name="wan",
     label="Wan",
     models=(
         *("2.1", "2.2", "2.2 5B", "VACE", "Fun Control", "Fun Camera", "Bernini"),
-        *("SCAIL", "SCAIL-2"),
+        *("SCAIL", "SCAIL-2", "Animate"),
     ),
     sizes=WanSizes,
     signature=("head.modulation", "blocks.0.cross_attn.norm_q.weight", "patch_embedding.weight"),
@@ -251,7 +272,6 @@ FAMILY = Family(
     variants={
         "casual_audio_encoder.encoder.final_linear.weight": "Wan S2V",
         "audio_proj.audio_proj_glob_1.layer.bias": "HuMo",
-        "face_adapter.fuser_blocks.0.k_norm.weight": "Wan Animate",
         "patch_embedding_global.weight": "WanDancer",
         # Of the tensors of ordinary models.
         "model_type=animate2": "Wan Animate 2",

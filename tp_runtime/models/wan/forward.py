@@ -26,6 +26,7 @@ from ..layers import (
     rope_rotation,
 )
 from ..token_shares import TokenShares
+from . import animate
 from .family import FAMILY, WanSizes
 from .layers import (
     EPS,
@@ -58,7 +59,10 @@ class Forward(ShardedForward):
     @classmethod
     def build(cls, sizes: WanSizes) -> nn.Module:  # type: ignore[override]
         """diffusers' module, with what variants of the model have beside it."""
-        return with_variants(super().build(sizes), sizes)
+        module = with_variants(super().build(sizes), sizes)
+        if sizes.has_faces:
+            animate.add_to(module, sizes)
+        return module
 
     def condition(
         self,
@@ -75,6 +79,7 @@ class Forward(ShardedForward):
         ref_mask_latents: torch.Tensor | None = None,
         sam_latents: torch.Tensor | None = None,
         ref_mask_flag: bool | None = None,
+        face_pixel_values: torch.Tensor | None = None,
         transformer_options: Mapping[str, Any] | None = None,
     ) -> Conditioning:
         """``keys``, ``values`` (blocks, B, L, N, K) of the caption in every block; ``rotation``.
@@ -82,7 +87,8 @@ class Forward(ShardedForward):
         If present: ``picture_keys`` and ``picture_values`` of CLIP's features; ``reference``
         (B, L, D), the tokens before the first frame's; ``more`` latents behind the last frame;
         ``others`` (B, L, D), the tokens of other videos and pictures (Bernini, SCAIL's poses),
-        after all; ``added`` (B, L, D), the share of a camera, or of masks, in the tokens; ``vace``
+        after all; ``added`` (B, L, D), the share of a camera, of masks or of poses in the tokens;
+        ``face_keys`` and ``face_values`` (blocks, B, T, 5, N, K) of each frame's face; ``vace``
         (n, B, L, D), the tokens of n control videos, with the ``vace_keys`` and ``vace_values`` of
         the caption in its blocks.
         """
@@ -124,6 +130,14 @@ class Forward(ShardedForward):
             poses = pose_latents, sam_latents
             size = frames, *x.shape[3:]
             found |= self._with_poses(x, size, pictures, poses, ref_mask_flag, rope_options)
+        if self.sizes.has_faces and pose_latents is not None:
+            grid = frames, *(-(-side // 2) for side in x.shape[3:])
+            embedding = self.model.pose_patch_embedding
+            found["added"] = animate.of_poses(embedding, pose_latents, grid, x.dtype)
+        if face_pixel_values is not None:
+            faces = animate.of_faces(self.model, face_pixel_values, frames)
+            of_faces = self.model.face_adapter, faces, self.sizes.head_dim
+            found["face_keys"], found["face_values"] = animate.keys_and_values(*of_faces)
         if camera_conditions is not None and self.sizes.camera_channels:
             found["added"] = as_tokens(self.model.control_adapter(camera_conditions))
             check_length("Camera paths", camera_conditions, found["added"], positions)
@@ -155,6 +169,8 @@ class Forward(ShardedForward):
         vace_strength: Sequence[float] = (),
         vace_keys: torch.Tensor | None = None,
         vace_values: torch.Tensor | None = None,
+        face_keys: torch.Tensor | None = None,
+        face_values: torch.Tensor | None = None,
         skip: Sequence[BlockName] = (),
     ) -> torch.Tensor:
         """(B, C, T, H, W) → (B, out_channels, T, H, W); ``timesteps`` (B,) or (B, T)."""
@@ -180,8 +196,8 @@ class Forward(ShardedForward):
         rows = [rows_of(block.scale_shift_table, modulation, shares) for _, block in kept]
         rows.append(rows_of(model.scale_shift_table, time[:, :, None], shares))
 
-        # After which of the blocks that are kept each of VACE's adds something; -1: before them.
-        places = [sum(i <= layer for i, _ in kept) - 1 for layer in self._vace_layers]
+        # After which of the blocks that are kept each other one adds something; -1: before them.
+        places = [sum(i <= layer for i, _ in kept) - 1 for layer in self._layers_with_more]
         hints: Iterator[list[torch.Tensor]] = iter(())
         if vace is not None and vace_keys is not None and vace_values is not None:
             of_text = list(zip(vace_keys, vace_values, strict=True))
@@ -192,17 +208,38 @@ class Forward(ShardedForward):
         def next_hints(place: int) -> list[torch.Tensor]:
             return [hint for _ in range(places.count(place)) for hint in next(hints, [])]
 
+        faces: list[Any] = []
+        if face_keys is not None and face_values is not None:
+            faces = list(zip(model.face_adapter, face_keys, face_values, strict=True))
+        per_frame = grid[1] * grid[2]
+
+        def look_at_faces(
+            place: int, tokens: torch.Tensor, normed: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            """Normed as the next block begins, by those that look at faces after a block."""
+            here = [face for face, at in zip(faces, places, strict=False) if at == place]
+            for left, face in enumerate(here, start=1 - len(here)):
+                product = animate.look_at_faces(face[0], normed, *face[1:], per_frame, shares)
+                after = self._before(() if left else rows[place + 1])
+                tokens, normed = self.join([product], tokens, after)
+            return tokens, normed
+
         for hint in next_hints(-1):
             tokens = tokens + hint
-        normed = modulated(tokens, rows[0])
+        looked = faces and -1 in places
+        normed = modulated(tokens, () if looked else rows[0])
+        tokens, normed = look_at_faces(-1, tokens, normed)
         for place, (index, module) in enumerate(kept):
             prompt = [(keys[index], values[index])]
             if picture_keys is not None and picture_values is not None:
                 prompt.append((picture_keys[index], picture_values[index]))
             hints_here = next_hints(place)
             after = None if hints_here else rows[place + 1]
+            if faces and place in places:
+                after = ()
             block = module, rows[place], prompt, rotation, after, shares
             tokens, normed = self._block(tokens, normed, *block)
+            tokens, normed = look_at_faces(place, tokens, normed)
             if hints_here:
                 tokens = normed
                 for hint in hints_here:
@@ -224,7 +261,8 @@ class Forward(ShardedForward):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``join``'s results at the end of a block.
 
-        Normed as the block that the rows ``following`` are of begins; None: not normed.
+        Normed as the block that the rows ``following`` are of begins; empty: without a modulation;
+        None: not normed.
         """
         _, _, gate, mlp_shift, mlp_scale, mlp_gate = rows
         affine = {"weight": block.norm2.weight, "bias": block.norm2.bias}
@@ -233,11 +271,13 @@ class Forward(ShardedForward):
         product = self._attend_to_prompt(block.attn2, normed, prompt)
         after = Epilogue(EPS, None, "layer", mlp_scale, mlp_shift)
         tokens, normed = self.join([product], tokens, after)
-        after = Epilogue(EPS, mlp_gate)
-        if following is not None:
-            shift, scale = following[:2]
-            after = Epilogue(EPS, mlp_gate, "layer", scale, shift)
+        after = Epilogue(EPS, mlp_gate) if following is None else self._before(following, mlp_gate)
         return self.join([gelu_mlp(block.ffn, normed)], tokens, after)
+
+    def _before(self, following: Rows, gate: torch.Tensor | None = None) -> Epilogue:
+        """Normed as the block that the rows are of begins; without rows: normed only."""
+        shift, scale = following[:2] if following else (None, None)
+        return Epilogue(EPS, gate, "layer", scale, shift)
 
     def _hints(
         self,
@@ -268,8 +308,10 @@ class Forward(ShardedForward):
             yield hints
 
     @property
-    def _vace_layers(self) -> Sequence[int]:
-        """The block that each VACE block adds to."""
+    def _layers_with_more(self) -> Sequence[int]:
+        """The block that each VACE block adds to, or after which the model looks at faces."""
+        if self.sizes.has_faces:
+            return animate.layers(self.sizes)
         if not self.sizes.vace_blocks:
             return ()
         return range(0, self.sizes.num_blocks, self.sizes.num_blocks // self.sizes.vace_blocks)

@@ -11,7 +11,8 @@ from torch import nn
 from ...errors import InputError
 from ..rows import TIME_CHANNELS
 from ..token_shares import TokenShares
-from .family import CAMERA_DOWNSCALE, FAMILY, PATCH, WanSizes
+from .family import CAMERA_DOWNSCALE, FAMILY, WanSizes
+from .rows import PATCH
 
 EPS = 1e-6
 CLIP_EPS = 1e-5
@@ -112,9 +113,14 @@ def positions_with_poses(
 
 
 def modulated(tokens: torch.Tensor, rows: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Layer norm without weights of (B, L, D), scaled and shifted as a block begins."""
-    shift, scale = rows[:2]
+    """Layer norm without weights of (B, L, D), scaled and shifted as a block begins.
+
+    Without ``rows``: normed only.
+    """
     normed = F.layer_norm(tokens, tokens.shape[-1:], eps=EPS)
+    if not rows:
+        return normed
+    shift, scale = rows[:2]
     return torch.addcmul(of_tokens(shift), normed, 1 + of_tokens(scale))
 
 
