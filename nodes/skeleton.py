@@ -107,7 +107,8 @@ def _model_config(info: CheckpointInfo, state_dict: Mapping[str, torch.Tensor]) 
         state_dict, "", metadata=dict(info.metadata)
     )
     if detected is None:
-        _refuse_newer(info, info.tensors)
+        told = [f"{name}={value}" for name, value in info.sizes.told().items()]
+        _refuse_newer(info, [*info.tensors, *told])
         raise CheckpointError(
             f"This ComfyUI does not know the {info.label} model of {info.path}. Update ComfyUI."
         )
@@ -123,12 +124,17 @@ def _model_config(info: CheckpointInfo, state_dict: Mapping[str, torch.Tensor]) 
 
 
 def _refuse_newer(info: CheckpointInfo, unknown: Iterable[str]) -> None:
-    """Raises CheckpointError if the running ComfyUI is too old for the file."""
+    """Raises CheckpointError if the running ComfyUI is too old for the file.
+
+    ``unknown``: tensors, and ``setting=value`` of its metadata.
+    """
     for name in info.family.newer.keys() & set(unknown):
         variant, version = info.family.newer[name]
+        setting, _, value = name.partition("=")
+        how = f"its metadata set {setting} to {value}" if value else f"it has the tensor {name}"
         raise CheckpointError(
-            f"{info.path} is a {variant} file (it has the tensor {name}), which this ComfyUI does "
-            f"not know. Update ComfyUI: {version} knows it."
+            f"{info.path} is a {variant} file ({how}), which this ComfyUI does not know. Update "
+            f"ComfyUI: {version} knows it."
         )
 
 

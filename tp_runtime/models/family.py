@@ -166,15 +166,19 @@ class Told:
     """A size, or another setting, that ComfyUI's class takes from a file's metadata.
 
     ``name``: there, in ``config`` below ``transformer``. ``absent``: what stands for one that is
-    missing, or where to read it; None: a file without it is refused.
+    missing, or where to read it; None: a file without it is refused. ``equals``: what is read is
+    whether the setting is that.
     """
 
     name: str
     absent: "Reader | Told | int | float | str | tuple[float, ...] | None" = None
+    equals: str | None = None
 
     def read(self, shapes: Shapes, told: Settings) -> Any:
         """The value. Raises UntoldError."""
         found: Any = told.get(self.name, self.absent)
+        if self.equals is not None:
+            return found == self.equals
         if found is None:
             raise UntoldError(self.name)
         if isinstance(found, Told):
@@ -318,9 +322,9 @@ class Sizes:
         """What a file's metadata tell of the model."""
         sources = {one.name: one.metadata["file"] for one in _fields(type(self))}
         return {
-            source.name: getattr(self, name)
+            source.name: source.equals or getattr(self, name)
             for name, source in sources.items()
-            if isinstance(source, Told)
+            if isinstance(source, Told) and (source.equals is None or getattr(self, name))
         }
 
     def with_shape(self, tensor: str, shape: Shape) -> "Sizes | None":
@@ -402,8 +406,8 @@ class Family:
     be of it. ``signature``: tensors that together only files of the family have. ``variants``: what
     only a variant has which cannot be split yet → what the variant is called: a tensor of its file,
     ``setting=value`` of its metadata, or a setting of its config.json that is true. ``newer``:
-    tensors that older releases of ComfyUI do not know → the variant that has them, and a release
-    that does. ``used_with``: an input of the model → the attribute that ComfyUI's class has in the
+    tensors, or ``setting=value`` of the metadata, that older releases of ComfyUI do not know → the
+    variant that has them, and a release that does. ``used_with``: an input of the model → the attribute that ComfyUI's class has in the
     releases that use it. ``connects``: the method of ComfyUI's class that makes captions ready
     (``Sizes.connected``). ``refused_inputs``: what ComfyUI's class takes and the forward here does
     not, by its name there → what it is. ``left_to_ranks``: methods of ComfyUI's class that prepare

@@ -6,7 +6,7 @@ tokens for its own share of these heads (DeepSpeed Ulysses, arXiv:2309.14509). N
 what does not divide is dealt out unevenly.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from typing import Protocol
 
@@ -95,6 +95,11 @@ class TokenShares:
         shapes = [(batch, length, *rest) for length in self._dealt[stream]]
         return torch.cat(self._group.exchange([own] * self._size, shapes), dim=1)
 
+    def own_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """Of (B, L, N, K) the heads for which this rank computes attention."""
+        dealt = dealt_out(x.shape[2], self._size)
+        return x.split(dealt, dim=2)[self._rank]
+
     def in_their_order(self, mask: torch.Tensor | None) -> torch.Tensor | None:
         """A mask over all tokens (..., L or 1, L) as attention meets them: rank by rank.
 
@@ -122,16 +127,18 @@ class TokenShares:
         v: torch.Tensor,
         mask: torch.Tensor | None = None,
         before: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attend: Callable[..., torch.Tensor] = attention,
     ) -> torch.Tensor:
         """Of this rank's tokens to all: q (B, l, N, K), k and v (B, l, N', K) → (B, l, N·K).
 
         ``mask``: as ``in_their_order`` gives it. ``before``: keys and values (B, P, N', K) that
-        every rank has, of tokens before these. All else as ``layers.attention``.
+        every rank has, of tokens before these. ``attend``: what is computed of all tokens, rank by
+        rank, for the heads that are this rank's (``own_heads``). All else as ``layers.attention``.
         """
         held: list[torch.Tensor] = list(before or ())
         if self._size == 1:
             k, v = _behind(held, (k, v))
-            return attention(q, k, v, mask)
+            return attend(q, k, v, mask)
         batch, length, num_heads, head_dim = q.shape
         num_kv = k.shape[2]
         if num_kv != num_heads and num_kv % self._size:
@@ -149,7 +156,7 @@ class TokenShares:
         q, k, v = torch.cat(given, dim=1).split([mine, *own], dim=2)
         first = sum(kv_heads[: self._rank])
         k, v = _behind([part[:, :, first : first + own[0]] for part in held], (k, v))
-        found = attention(q, k, v, mask) if mine else q.flatten(2)
+        found = attend(q, k, v, mask) if mine else q.flatten(2)
         found = found.unflatten(2, (mine, head_dim))
         back = [(batch, length, of_rank, head_dim) for of_rank in heads]
         given = self._group.exchange_heads(found.split(lengths, 1), back)

@@ -19,7 +19,7 @@ from ...gpu.epilogue import Product
 from ..layers import attention, rms_norm
 from ..token_shares import TokenShares
 from .family import FAMILY, WanSizes
-from .layers import EPS
+from .layers import EPS, Pair
 from .rows import BLOCKS_PER_FACES, DIRECTIONS, MOTION, PATCH, POSE_CHANNELS, WIDTHS
 
 _AT_ONCE = 8  # pictures of faces that are encoded at once
@@ -174,21 +174,21 @@ def keys_and_values(
 def look_at_faces(
     block: Any,
     normed: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    faces: Pair,
     per_frame: int,
     shares: TokenShares,
 ) -> Product:
-    """From each of this rank's tokens (B, l, D) to the faces (B, T, 5, N, K) of its frame.
+    """From each of this rank's tokens (B, l, D) to the face of its frame.
 
-    ``per_frame``: tokens of a frame. A rank's stretch may begin and end within one.
+    ``faces``: keys and values (B, T, 5, N, K). ``per_frame``: tokens of a frame. A rank's stretch
+    may begin and end within one.
     """
     length, start = normed.shape[1], shares.own_start(0)
     first, end = start // per_frame, -(-(start + length) // per_frame)
     before, after = start - first * per_frame, end * per_frame - start - length
     q = block.to_q(normed)
-    q = rms_norm(q.unflatten(-1, keys.shape[-2:]), block.norm_q.weight, EPS)
+    q = rms_norm(q.unflatten(-1, faces[0].shape[-2:]), block.norm_q.weight, EPS)
     q = F.pad(q, (0, 0, 0, 0, before, after)).unflatten(1, (end - first, per_frame))
-    k, v = (part[:, first:end].flatten(0, 1) for part in (keys, values))
+    k, v = (part[:, first:end].flatten(0, 1) for part in faces)
     found = attention(q.flatten(0, 1), k, v).unflatten(0, (-1, end - first)).flatten(1, 2)
     return block.to_out, found[:, before : before + length]

@@ -21,6 +21,9 @@ _WIDTH = "head.modulation"
 _POSE, _MASKS = "patch_embedding_pose", "patch_embedding_mask"
 _OF_VARIANTS = "clip_fea", "reference_latent", "vace_context", "camera_conditions"
 _FACES = "face_adapter.fuser_blocks.0.k_norm.weight"
+_STRENGTHS = "vace_strength", "pose_strength", "reference_strength"
+# What ComfyUI's class of Wan Animate 2 does not look at, or only to keep what is kept here anyway.
+_NOT_WITH_POSES = "time_dim_concat", "context_latents", "animate2_cache", "context_window"
 _VACE, _CAMERA, _OUTSIDE = "vace_patch_embedding", "control_adapter", "condition_embedder"
 
 
@@ -37,12 +40,13 @@ class WanSizes(Sizes):
     through ``vace_blocks`` of their own. ``camera_channels``: of a camera's path (Fun Camera).
     ``pose_channels``: of a video of poses (SCAIL), and ``mask_channels`` of masks that say who is
     who (SCAIL-2). None where a model has no such input. ``has_faces``: it looks at a video of poses
-    and at one of a face (Wan Animate).
+    and at one of a face (Wan Animate). ``poses_pass``: a video of poses passes through the blocks,
+    too (Wan Animate 2), which only the file's metadata tell.
     """
 
     to_diffusers: ClassVar = "image_dim added_kv_proj_dim pos_embed_seq_len=image_positions"
     to_comfyui: ClassVar = "num_heads text_dim=context_dim"
-    plain_inputs, options = ("vace_strength", "ref_mask_flag"), ("rope_options",)
+    plain_inputs, options = (*_STRENGTHS, "ref_mask_flag"), ("rope_options",)
     num_heads: int = size(lambda s: s[_WIDTH][2] // _head_dim(s), "num_attention_heads")
     head_dim: int = size(_head_dim, "attention_head_dim")
     mlp_dim: int = size(of.length("blocks.0.ffn.0.weight"), "ffn_dim")
@@ -68,6 +72,7 @@ class WanSizes(Sizes):
     pose_channels: int | None = size(of.length_if_present(f"{_POSE}.weight", 1), lambda _: None)
     mask_channels: int | None = size(of.length_if_present(f"{_MASKS}.weight", 1), lambda _: None)
     has_faces: bool = size(of.has(_FACES), lambda _: False)
+    poses_pass: bool = size(of.Told("model_type", equals="animate2"), lambda _: False)
 
     @property
     def added_kv_proj_dim(self) -> int | None:
@@ -83,7 +88,8 @@ class WanSizes(Sizes):
     @cached_property
     def unused_inputs(self) -> tuple[str, ...]:
         """Those of other models: `WanImageToVideo` sets CLIP features for every model."""
-        return tuple(name for name in _OF_VARIANTS if name not in self.inputs)
+        found = tuple(name for name in _OF_VARIANTS if name not in self.inputs)
+        return (*found, *_NOT_WITH_POSES) if self.poses_pass else found
 
     @property
     def geometry(self) -> Geometry:
@@ -122,6 +128,9 @@ class WanSizes(Sizes):
             found |= self._of_poses(self.pose_channels)
         if self.has_faces:
             found |= self._of_faces()
+        if self.poses_pass:
+            found |= self._of_passing_poses()
+            found = {name: one for name, one in found.items() if name not in _NOT_WITH_POSES}
         if self.vace_channels:
             size_of = ("channels", self.vace_channels), "control frames", "rows", "columns"
             found["vace_context"] = Input("Control videos", ("batch", "videos", *size_of))
@@ -162,6 +171,20 @@ class WanSizes(Sizes):
             "pose_latents": Input("Latents of poses", ("batch", *poses), advice, optional=True),
             "face_pixel_values": Input("Videos of faces", faces, advice, optional=True),
         }
+
+    def _of_passing_poses(self) -> dict[str, Input]:
+        """What Wan Animate 2 looks at: a video of poses, with a caption and a picture."""
+        channels = ("channels", (self.in_channels - 4) // 2)  # twice, and a mask
+        poses = ("batch", channels, "pose frames", "height", "width")
+        advice = "Set them with 'WanAnimate2ToVideo'."
+        found = {
+            "pose_latents": Input("Latents of poses", poses, advice, optional=True),
+            "context_pose": replace(of.captions(self.context_dim), what="Captions of poses"),
+        }
+        if self.image_dim:
+            features = ("batch", "pose patches", ("width", self.image_dim))
+            found["clip_fea_pose"] = Input("CLIP vision features of poses", features)
+        return {name: replace(one, optional=True) for name, one in found.items()}
 
     @cached_property
     def table(self) -> Table:
@@ -256,13 +279,13 @@ class WanSizes(Sizes):
         return rows
 
 
-_PLAIN = None, None, None, 0, None, None, None, None, False  # of text to video
+_PLAIN = None, None, None, 0, None, None, None, None, False, False  # of text to video
 FAMILY = Family(
     name="wan",
     label="Wan",
     models=(
         *("2.1", "2.2", "2.2 5B", "VACE", "Fun Control", "Fun Camera", "Bernini"),
-        *("SCAIL", "SCAIL-2", "Animate"),
+        *("SCAIL", "SCAIL-2", "Animate", "Animate 2"),
     ),
     sizes=WanSizes,
     signature=("head.modulation", "blocks.0.cross_attn.norm_q.weight", "patch_embedding.weight"),
@@ -274,11 +297,14 @@ FAMILY = Family(
         "audio_proj.audio_proj_glob_1.layer.bias": "HuMo",
         "patch_embedding_global.weight": "WanDancer",
         # Of the tensors of ordinary models.
-        "model_type=animate2": "Wan Animate 2",
         "model_type=flow_rvs": "FlowRVS",
         "causal_ar=True": "causal Wan (Causal Forcing, Self Forcing)",
     },
-    newer={f"{_MASKS}.weight": ("SCAIL-2", "0.33"), f"{_POSE}.weight": ("SCAIL", "0.33")},
+    newer={
+        f"{_MASKS}.weight": ("SCAIL-2", "0.33"),
+        f"{_POSE}.weight": ("SCAIL", "0.33"),
+        "model_type=animate2": ("Wan Animate 2", "0.33"),
+    },
     text_tokens=512,
     extents=((832, 480, 81), (1280, 720, 81)),
     shares_tokens=True,
