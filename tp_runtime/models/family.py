@@ -407,20 +407,21 @@ class Family:
     only a variant has which cannot be split yet → what the variant is called: a tensor of its file,
     ``setting=value`` of its metadata, or a setting of its config.json that is true. ``newer``:
     tensors, or ``setting=value`` of the metadata, that older releases of ComfyUI do not know → the
-    variant that has them, and a release that does. ``used_with``: an input of the model → the attribute that ComfyUI's class has in the
-    releases that use it. ``connects``: the method of ComfyUI's class that makes captions ready
-    (``Sizes.connected``). ``refused_inputs``: what ComfyUI's class takes and the forward here does
-    not, by its name there → what it is. ``left_to_ranks``: methods of ComfyUI's class that prepare
-    an input for its forward, which the forward here does. ``numbers``: keys of transformer_options
-    that are numbers → the attribute of ComfyUI's class that stands for it. ``shares_tokens``: the
-    forward here evaluates a rank's stretch of the tokens (``token_shares``). ``model_patches``:
-    those that the forward here takes (``ModelPatch``). ``widens``: the weight that a LoRA may make
-    wider: ComfyUI's class gives the model as many channels as it then takes. ``style_patches``:
-    ComfyUI's class of what a node puts into a model, to have tokens before the text
-    (``STYLE_TOKENS``) → that of the small model that makes them. ``comfyui_class``: of ComfyUI's
-    supported_models, where ComfyUI finds only the published sizes. ``published`` and ``small``:
-    sizes of the released model, and of one with its structure for tests. ``text_tokens``: of a
-    usual caption, and ``extents``: width, height and frames of what is usually made.
+    variant that has them, and a release that does. ``used_with``: an input of the model → the
+    attribute that ComfyUI's class has in the releases that use it. ``connects``: the method of
+    ComfyUI's class that makes captions ready (``Sizes.connected``). ``refused_inputs``: what
+    ComfyUI's class takes and the forward here does not, by its name there → what it is.
+    ``left_to_ranks``: methods of ComfyUI's class that prepare an input for its forward, which the
+    forward here does. ``numbers``: keys of transformer_options that are numbers → the attribute of
+    ComfyUI's class that stands for it. ``shares_tokens``: the forward here evaluates a rank's
+    stretch of the tokens (``token_shares``). ``model_patches``: those that the forward here takes
+    (``ModelPatch``). ``widens``: the weight that a LoRA may make wider: ComfyUI's class gives the
+    model as many channels as it then takes. ``style_patches``: ComfyUI's class of what a node puts
+    into a model, to have tokens before the text (``STYLE_TOKENS``) → that of the small model that
+    makes them. ``comfyui_class``: of ComfyUI's supported_models, where ComfyUI finds only the
+    published sizes. ``published`` and ``small``: sizes of the released model, and of one with its
+    structure for tests. ``text_tokens``: of a usual caption, and ``extents``: width, height and
+    frames of what is usually made.
     """
 
     name: str
