@@ -1,6 +1,5 @@
 """Each family's table and module fit together, at the published models' sizes."""
 
-import dataclasses
 import functools
 import math
 from collections import defaultdict
@@ -26,10 +25,8 @@ LINEARS = {
     "minimax_h3": 50 * 7 + 2 * 6 + 2,
     "ltx2": 48 * 34 + 16 * 7 + 28,
     "krea2": 28 * 8 + 4 * 8 + 8,
-    "Wan Animate": 40 * 12 + 8 + 8 * 4 + 1,
+    "wan, a variant": 40 * 12 + 8 + 8 * 4 + 1,
 }
-# Models with layers that the family's published one has not: family, and changes of its sizes.
-VARIANTS = {"Wan Animate": ("wan", {"in_channels": 36, "image_dim": 1280, "has_faces": True})}
 VALID_SIZES = {
     "z_image": (1, 2, 3, 4, 5, 6, 8),
     "flux": (1, 2, 3, 4, 5, 6, 8),
@@ -40,23 +37,28 @@ VALID_SIZES = {
     "minimax_h3": (1, 2, 3, 4, 5, 6, 7, 8),
     "ltx2": (1, 2, 3, 4, 5, 6, 7, 8),
     "krea2": (1, 2, 3, 4, 5, 6, 7, 8),
-    "Wan Animate": (1, 2, 3, 4, 5, 6, 7, 8),
+    "wan, a variant": (1, 2, 3, 4, 5, 6, 7, 8),
 }
 SIZED = [(name, size) for name, sizes in VALID_SIZES.items() for size in sizes]
-MODELS = [*sorted(families()), *VARIANTS]
+MODELS = sorted(VALID_SIZES)
 
 
-def published(name: str) -> Any:
-    """The sizes of a family's published model, or of a variant of it."""
-    family, changes = VARIANTS.get(name, (name, {}))
-    return dataclasses.replace(family_named(family).published, **changes)  # type: ignore[type-var]
+def sizes_of(name: str) -> Any:
+    """Of a family's published model, or of a variant that has other layers."""
+    family, _, variant = name.partition(", ")
+    return family_named(family).variant if variant else family_named(family).published
+
+
+def test_all_are_here() -> None:
+    variants = [f"{name}, a variant" for name, family in families().items() if family.variant]
+    assert sorted([*families(), *variants]) == MODELS
 
 
 @functools.cache
 def built(name: str) -> tuple[nn.Module, Sharding]:
-    sizes, (family, _) = published(name), VARIANTS.get(name, (name, {}))
+    sizes = sizes_of(name)
     with torch.device("meta"):
-        model = family_named(family).forward().build(sizes)
+        model = family_named(name.partition(", ")[0]).forward().build(sizes)
     return model, Sharding.of(model, sizes.table.plan)
 
 
@@ -72,7 +74,7 @@ def test_every_linear_has_one_style(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_every_tensor_of_the_file_is_used_once(name: str) -> None:
     model, _ = built(name)
-    table = published(name).table
+    table = sizes_of(name).table
     rows: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for parameter, value in model.named_parameters():
         (source,) = table.sources(parameter)
@@ -88,18 +90,18 @@ def test_every_tensor_of_the_file_is_used_once(name: str) -> None:
 def test_the_table_has_all_of_the_module(name: str) -> None:
     model, _ = built(name)
     parameters = {parameter for parameter, _ in model.named_parameters()}
-    assert set(published(name).table.places) == parameters
+    assert set(sizes_of(name).table.places) == parameters
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_valid_sizes(name: str) -> None:
-    assert published(name).table.plan.valid_tp_sizes(8) == VALID_SIZES[name]
+    assert sizes_of(name).table.plan.valid_tp_sizes(8) == VALID_SIZES[name]
 
 
 @pytest.mark.parametrize(("name", "tp_size"), SIZED)
 def test_ranks_together_hold_every_split_weight_once(name: str, tp_size: int) -> None:
     _, sharding = built(name)
-    table = published(name).table
+    table = sizes_of(name).table
     held: dict[tuple[str, tuple[int, int] | None], list[tuple[int, int]]] = defaultdict(list)
     shared = set()  # heads of keys and values that neighbouring ranks may both need
     for layer in sharding.layers:
@@ -127,7 +129,7 @@ def test_ranks_together_hold_every_split_weight_once(name: str, tp_size: int) ->
 @pytest.mark.parametrize(("name", "tp_size"), SIZED)
 def test_a_rank_holds_its_share_of_the_bytes(name: str, tp_size: int) -> None:
     model, sharding = built(name)
-    table = published(name).table
+    table = sizes_of(name).table
     elements = sum(split.local(tp_size) for split in sharding.vectors.values())
     for layer in sharding.layers:
         in_features, out_features = layer.local(tp_size)
@@ -139,7 +141,7 @@ def test_a_rank_holds_its_share_of_the_bytes(name: str, tp_size: int) -> None:
     full = sum(parameter.numel() for parameter in model.parameters())
     ratio = elements * tp_size / full
     print(f"{name} on {tp_size}: {ratio:.4f} of an even share, {2 * elements / 2**30:.2f} GiB bf16")
-    padded = published(name).num_heads % tp_size > 0
+    padded = sizes_of(name).num_heads % tp_size > 0
     assert ratio <= (MORE_BYTES.get(name, PADDED_BYTES) if padded else MAX_BYTES)
 
 

@@ -420,8 +420,9 @@ class Family:
     into a model, to have tokens before the text (``STYLE_TOKENS``) → that of the small model that
     makes them. ``comfyui_class``: of ComfyUI's supported_models, where ComfyUI finds only the
     published sizes. ``published`` and ``small``: sizes of the released model, and of one with its
-    structure for tests. ``text_tokens``: of a usual caption, and ``extents``: width, height and
-    frames of what is usually made.
+    structure for tests; ``variant``: of a released one with layers that it has not.
+    ``text_tokens``: of a usual caption, and ``extents``: width, height and frames of what is
+    usually made.
     """
 
     name: str
@@ -432,6 +433,7 @@ class Family:
     diffusers_class: str
     published: Sizes
     small: Sizes
+    variant: Sizes | None = None
     variants: Mapping[str, str] = field(default_factory=dict)
     newer: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     used_with: Mapping[str, str] = field(default_factory=dict)

@@ -292,6 +292,7 @@ FAMILY = Family(
     diffusers_class="WanTransformer3DModel",
     published=WanSizes(40, 128, 13824, 40, 16, 16, 4096, *_PLAIN),
     small=WanSizes(20, 16, 640, 2, 16, 16, 64, *_PLAIN),
+    variant=WanSizes(40, 128, 13824, 40, 36, 16, 4096, 1280, *_PLAIN[1:-2], True, False),  # Animate
     variants={
         "casual_audio_encoder.encoder.final_linear.weight": "Wan S2V",
         "audio_proj.audio_proj_glob_1.layer.bias": "HuMo",
