@@ -6,6 +6,7 @@ looks at one of its frames in every block. Nothing of it changes over a generati
 computes it once, where ComfyUI does so at every evaluation, or keeps it if asked to.
 """
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,6 +44,22 @@ def of_poses(
     if all(bool((one == one[:1]).all()) for one in given):
         poses, context = poses[:1], context[:1]
         clip_fea = None if clip_fea is None else clip_fea[:1]
+    known = [one for one in (poses, context, clip_fea) if one is not None]
+    key = x.shape[2:], x.dtype, strength
+    return forward.memo.part(
+        key, known, partial(_passed, forward, x, poses, context, clip_fea, strength)
+    )
+
+
+def _passed(
+    forward: "Forward",
+    x: torch.Tensor,
+    poses: torch.Tensor,
+    context: torch.Tensor,
+    clip_fea: torch.Tensor | None,
+    strength: float,
+) -> list[Pair]:
+    """What ``of_poses`` returns, computed."""
     model, width = forward.model, -(-x.shape[4] // 2)
     video = padded(poses)
     known = torch.cat([video, torch.ones_like(video[:, :4]), video], dim=1)
