@@ -106,9 +106,12 @@ def _model_config(info: CheckpointInfo, state_dict: Mapping[str, torch.Tensor]) 
     detected = comfy.model_detection.model_config_from_unet(
         state_dict, "", metadata=dict(info.metadata)
     )
+    # An older release takes such a file for another model: its class is not for that setting.
+    matched = {} if detected is None else type(detected).unet_config
+    told = info.sizes.told().items()
+    _refuse_newer(info, [f"{name}={value}" for name, value in told if matched.get(name) != value])
     if detected is None:
-        told = [f"{name}={value}" for name, value in info.sizes.told().items()]
-        _refuse_newer(info, [*info.tensors, *told])
+        _refuse_newer(info, info.tensors)
         raise CheckpointError(
             f"This ComfyUI does not know the {info.label} model of {info.path}. Update ComfyUI."
         )
