@@ -75,10 +75,16 @@ def comfyuis_patches(info: CheckpointInfo) -> dict[str, list[Any]]:
         if len(shape) == 2 and name.endswith(".weight")
     ]
     lora = factors(matrices, seed=3, scale=0.1)
+    weights = {name for name in shapes if name.endswith(".weight")}
+    alone = {  # that are no layer's
+        name
+        for name in shapes
+        if name.endswith(".bias") and f"{name.removesuffix('.bias')}.weight" not in weights
+    }
     for seed, name in enumerate(sorted(shapes.keys() - {f"{path}.weight" for path, _ in matrices})):
         layer, _, kind = name.rpartition(".")
         change = 0.05 * normal(shapes[name], torch.Generator().manual_seed(seed))
-        if kind in ("weight", "bias"):  # as lightx2v's files call them
+        if kind in ("weight", "bias") and name not in alone:  # as lightx2v's files call them
             end = "diff" if kind == "weight" else "diff_b"
             lora[f"diffusion_model.{layer}.{end}"] = change
         else:
@@ -88,7 +94,7 @@ def comfyuis_patches(info: CheckpointInfo) -> dict[str, list[Any]]:
     to_load = {
         key: key if key.removeprefix("diffusion_model.") in shapes else f"{key}.weight"
         for key in layers
-        if not key.endswith(ends)
+        if not key.endswith(ends) or key.removeprefix("diffusion_model.") in alone
     }
     found = comfy.lora.load_lora(lora, to_load)
     assert {key.removeprefix("diffusion_model.") for key in found} == shapes.keys()
