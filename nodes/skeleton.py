@@ -106,6 +106,10 @@ def _model_config(info: CheckpointInfo, state_dict: Mapping[str, torch.Tensor]) 
     detected = comfy.model_detection.model_config_from_unet(
         state_dict, "", metadata=dict(info.metadata)
     )
+    # An older release takes such a file for another model: its class is not for that setting.
+    matched = {} if detected is None else type(detected).unet_config
+    told = info.sizes.told().items()
+    _refuse_newer(info, [f"{name}={value}" for name, value in told if matched.get(name) != value])
     if detected is None:
         _refuse_newer(info, info.tensors)
         raise CheckpointError(
@@ -123,12 +127,17 @@ def _model_config(info: CheckpointInfo, state_dict: Mapping[str, torch.Tensor]) 
 
 
 def _refuse_newer(info: CheckpointInfo, unknown: Iterable[str]) -> None:
-    """Raises CheckpointError if the running ComfyUI is too old for the file."""
+    """Raises CheckpointError if the running ComfyUI is too old for the file.
+
+    ``unknown``: tensors, and ``setting=value`` of its metadata.
+    """
     for name in info.family.newer.keys() & set(unknown):
         variant, version = info.family.newer[name]
+        setting, _, value = name.partition("=")
+        how = f"its metadata set {setting} to {value}" if value else f"it has the tensor {name}"
         raise CheckpointError(
-            f"{info.path} is a {variant} file (it has the tensor {name}), which this ComfyUI does "
-            f"not know. Update ComfyUI: {version} knows it."
+            f"{info.path} is a {variant} file ({how}), which this ComfyUI does not know. Update "
+            f"ComfyUI: {version} knows it."
         )
 
 

@@ -149,7 +149,8 @@ def open_checkpoint(path: str) -> Iterator[CheckpointFile]:
     Raises:
         CheckpointError: it is missing, cut short, not of its format, or a folder of no known class.
     """
-    tables = [family.published.table for family in families().values()]
+    each = [(family.published, family.variant) for family in families().values()]
+    tables = [sizes.table for both in each for sizes in both if sizes is not None]
     shapes = [item for table in tables for item in table.file_tensors.items()]
     axes = {name: len(shape) for name, shape in shapes if shape[0] == 1}
     with CheckpointFile.open(path, _names_in_folder, partial(_names_alone, path), axes) as file:

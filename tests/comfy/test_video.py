@@ -31,6 +31,8 @@ FILES: Mapping[str, Mapping[str, Any]] = {
     "vace": {"num_blocks": 2, "vace_blocks": 2, "vace_channels": 96},
     "camera": {"in_channels": 32, "image_dim": 1280, "camera_channels": 24},
     "scail": {"in_channels": 20, "image_dim": 1280, "pose_channels": 20, "mask_channels": 28},
+    "animate": {"num_blocks": 5, "in_channels": 36, "image_dim": 1280, "has_faces": True},
+    "animate_2": {"in_channels": 36, "image_dim": 1280, "poses_pass": True},
     "5b": {"in_channels": 48, "out_channels": 48},
     "high": {"in_channels": 36},
     "low": {"in_channels": 36, "seed": 1},
@@ -130,7 +132,8 @@ EMPTY = node("EmptyHunyuanLatentVideo", batch_size=1, **SIZE)
 FIRST, LAST, SEEN, MOVING = ["first", 0], ["last", 0], ["seen", 0], ["moving", 0]
 RANGE: dict[str, Any] = {"pose_strength": 1.0, "pose_start": 0.0, "pose_end": 1.0}
 RANGE |= {"previous_frame_count": 5, "video_frame_offset": 0}
-MAKERS: Mapping[str, tuple[str, dict[str, Any]]] = {
+CHUNK: dict[str, Any] = {"continue_motion_max_frames": 5, "video_frame_offset": 0}
+MAKERS: dict[str, tuple[str, dict[str, Any]]] = {
     "text": ("t2v", EMPTY),
     "33 frames of odd sizes": (
         "t2v",
@@ -180,9 +183,34 @@ MAKERS: Mapping[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+MAKERS |= {
+    "poses and a face": (
+        "animate",
+        conditioned(
+            "WanAnimateToVideo",
+            **CHUNK,
+            reference_image=FIRST,
+            clip_vision_output=SEEN,
+            face_video=LAST,
+            pose_video=MOVING,
+        ),
+    ),
+    "poses after a video, before a background": (
+        "animate",
+        conditioned(
+            "WanAnimateToVideo",
+            **CHUNK,
+            reference_image=FIRST,
+            pose_video=MOVING,
+            background_video=MOVING,
+            continue_motion=MOVING,
+        ),
+    ),
+}
+
 POSES = {"pose_video": MOVING, "pose_video_mask": MOVING, "clip_vision_output": SEEN}
 # Of newer releases.
-NEWER_MAKERS: Mapping[str, tuple[str, dict[str, Any]]] = {
+NEWER_MAKERS: dict[str, tuple[str, dict[str, Any]]] = {
     "poses": ("scail", conditioned("WanSCAILToVideo", **POSES, **RANGE)),
     "people and poses": (
         "scail",
@@ -205,12 +233,52 @@ NEWER_MAKERS: Mapping[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.skipif(not NEWER, reason="ComfyUI has SCAIL since 0.33")
+ALL_POSES = {"pose_strength": 1.0, "pose_start_percent": 0.0, "pose_end_percent": 1.0}
+ALL_POSES |= {"reference_image_strength": 1.0, "video_frame_offset": 0, "pose_video": MOVING}
+NEWER_MAKERS |= {
+    "poses that pass": (
+        "animate_2",
+        conditioned(
+            "WanAnimate2ToVideo", reference_image=FIRST, clip_vision_output=SEEN, **ALL_POSES
+        ),
+    ),
+    "poses that pass, in a part of the steps": (
+        "animate_2",
+        conditioned(
+            "WanAnimate2ToVideo",
+            reference_image=FIRST,
+            clip_vision_output=SEEN,
+            positive_pose=["negative", 0],
+            clip_vision_output_pose=SEEN,
+            continue_motion=MOVING,
+            **ALL_POSES
+            | {"pose_end_percent": 0.6, "pose_strength": 0.8, "reference_image_strength": 1.2},
+        ),
+    ),
+}
+
+
+@pytest.mark.skipif(not NEWER, reason="ComfyUI has SCAIL and Wan Animate 2 since 0.33")
 @pytest.mark.parametrize("case", NEWER_MAKERS)
 def test_a_video_by_nodes_of_newer_releases(same_as_stock: Compare, case: str) -> None:
     prompt = video(*NEWER_MAKERS[case])
     prompt["people"] = node("ImageBatch", image1=["first", 0], image2=["last", 0])
     same_as_stock(prompt)
+
+
+@pytest.mark.skipif(not NEWER, reason="ComfyUI has Wan Animate 2 since 0.33")
+def test_what_keeps_poses_in_comfyui_has_no_effect(same_as_stock: Compare) -> None:
+    """The ranks keep keys and values of a video of poses over a generation, asked for or not."""
+    prompt = video(*NEWER_MAKERS["poses that pass"], cfg=2.5)
+    prompt["kept"] = node("WanAnimate2Cache", model=["model", 0], device="cpu", dtype="default")
+    prompt["sampler"]["inputs"]["model"] = ["kept", 0]
+    same_as_stock(prompt, BATCH_TOLERANCE)
+
+
+@pytest.mark.skipif(NEWER, reason="this ComfyUI knows it")
+def test_an_older_comfyui_is_told_what_it_does_not_know(comfy_server: ComfyServer) -> None:
+    with pytest.raises(PromptError, match=r"Wan Animate 2 file \(its metadata .*0.33 knows it"):
+        comfy_server.run(video("animate_2", EMPTY))
 
 
 @pytest.mark.rotates(3)

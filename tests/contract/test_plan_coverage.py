@@ -3,6 +3,7 @@
 import functools
 import math
 from collections import defaultdict
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ LINEARS = {
     "minimax_h3": 50 * 7 + 2 * 6 + 2,
     "ltx2": 48 * 34 + 16 * 7 + 28,
     "krea2": 28 * 8 + 4 * 8 + 8,
+    "wan, a variant": 40 * 12 + 8 + 8 * 4 + 1,
 }
 VALID_SIZES = {
     "z_image": (1, 2, 3, 4, 5, 6, 8),
@@ -35,20 +37,32 @@ VALID_SIZES = {
     "minimax_h3": (1, 2, 3, 4, 5, 6, 7, 8),
     "ltx2": (1, 2, 3, 4, 5, 6, 7, 8),
     "krea2": (1, 2, 3, 4, 5, 6, 7, 8),
+    "wan, a variant": (1, 2, 3, 4, 5, 6, 7, 8),
 }
 SIZED = [(name, size) for name, sizes in VALID_SIZES.items() for size in sizes]
-FAMILIES = sorted(families())
+MODELS = sorted(VALID_SIZES)
+
+
+def sizes_of(name: str) -> Any:
+    """Of a family's published model, or of a variant that has other layers."""
+    family, _, variant = name.partition(", ")
+    return family_named(family).variant if variant else family_named(family).published
+
+
+def test_all_are_here() -> None:
+    variants = [f"{name}, a variant" for name, family in families().items() if family.variant]
+    assert sorted([*families(), *variants]) == MODELS
 
 
 @functools.cache
 def built(name: str) -> tuple[nn.Module, Sharding]:
-    sizes = family_named(name).published
+    sizes = sizes_of(name)
     with torch.device("meta"):
-        model = family_named(name).forward().build(sizes)
+        model = family_named(name.partition(", ")[0]).forward().build(sizes)
     return model, Sharding.of(model, sizes.table.plan)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MODELS)
 def test_every_linear_has_one_style(name: str) -> None:
     model, sharding = built(name)
     linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -57,10 +71,10 @@ def test_every_linear_has_one_style(name: str) -> None:
     assert len(linears) == LINEARS[name]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MODELS)
 def test_every_tensor_of_the_file_is_used_once(name: str) -> None:
     model, _ = built(name)
-    table = family_named(name).published.table
+    table = sizes_of(name).table
     rows: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for parameter, value in model.named_parameters():
         (source,) = table.sources(parameter)
@@ -72,22 +86,22 @@ def test_every_tensor_of_the_file_is_used_once(name: str) -> None:
         assert_tiles(ranges, table.file_tensors[tensor][0])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MODELS)
 def test_the_table_has_all_of_the_module(name: str) -> None:
     model, _ = built(name)
     parameters = {parameter for parameter, _ in model.named_parameters()}
-    assert set(family_named(name).published.table.places) == parameters
+    assert set(sizes_of(name).table.places) == parameters
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MODELS)
 def test_valid_sizes(name: str) -> None:
-    assert family_named(name).published.table.plan.valid_tp_sizes(8) == VALID_SIZES[name]
+    assert sizes_of(name).table.plan.valid_tp_sizes(8) == VALID_SIZES[name]
 
 
 @pytest.mark.parametrize(("name", "tp_size"), SIZED)
 def test_ranks_together_hold_every_split_weight_once(name: str, tp_size: int) -> None:
     _, sharding = built(name)
-    table = family_named(name).published.table
+    table = sizes_of(name).table
     held: dict[tuple[str, tuple[int, int] | None], list[tuple[int, int]]] = defaultdict(list)
     shared = set()  # heads of keys and values that neighbouring ranks may both need
     for layer in sharding.layers:
@@ -115,7 +129,7 @@ def test_ranks_together_hold_every_split_weight_once(name: str, tp_size: int) ->
 @pytest.mark.parametrize(("name", "tp_size"), SIZED)
 def test_a_rank_holds_its_share_of_the_bytes(name: str, tp_size: int) -> None:
     model, sharding = built(name)
-    table = family_named(name).published.table
+    table = sizes_of(name).table
     elements = sum(split.local(tp_size) for split in sharding.vectors.values())
     for layer in sharding.layers:
         in_features, out_features = layer.local(tp_size)
@@ -127,7 +141,7 @@ def test_a_rank_holds_its_share_of_the_bytes(name: str, tp_size: int) -> None:
     full = sum(parameter.numel() for parameter in model.parameters())
     ratio = elements * tp_size / full
     print(f"{name} on {tp_size}: {ratio:.4f} of an even share, {2 * elements / 2**30:.2f} GiB bf16")
-    padded = family_named(name).published.num_heads % tp_size > 0
+    padded = sizes_of(name).num_heads % tp_size > 0
     assert ratio <= (MORE_BYTES.get(name, PADDED_BYTES) if padded else MAX_BYTES)
 
 

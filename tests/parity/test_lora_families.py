@@ -37,9 +37,18 @@ INPUTS: dict[str, dict[str, Any]] = {
     "minimax_h3": VIDEO | {"minimax_payload": payload([keyframe(0, 1)])},
     "ltx2": {"first": 0.0, "frames": 5, "guides": 2, "strengths": (0.5, 1.0), "reference": 3},
 }
+# Models with layers that the family's tiny one has not: family, and changes of its sizes.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Wan Animate": (
+        "wan",
+        {"num_blocks": 5, "in_channels": 36, "image_dim": 1280, "has_faces": True},
+    ),
+}
+INPUTS["Wan Animate"] = INPUTS["wan"] | {"lengths": {"pose frames": 2, "face frames": 1}}
 # Family → sizes at which heads are padded: 30 to 32, 24 to 25, 20 to 21, 8 to 9.
 PADDED = {"z_image": 4, "wan": 3, "minimax_h3": 3, "ltx2": 3}
 SIZED = [(name, size) for name in families() for size in (1, 2, PADDED.get(name, 5))]
+SIZED += [("Wan Animate", size) for size in (2, PADDED["wan"])]
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +57,10 @@ def weights() -> Iterator[ModuleType]:
         yield module
 
 
-def inputs_of(family: str) -> dict[str, Any]:
+def inputs_of(name: str) -> dict[str, Any]:
+    family, changes = VARIANTS.get(name, (name, {}))
     make = make_ltx2_inputs if family == "ltx2" else make_inputs
-    return make(tiny(family), **INPUTS.get(family, _PICTURE))
+    return make(tiny(family, **changes), **INPUTS.get(name, _PICTURE))
 
 
 def comfyuis_patches(info: CheckpointInfo) -> dict[str, list[Any]]:
@@ -65,10 +75,16 @@ def comfyuis_patches(info: CheckpointInfo) -> dict[str, list[Any]]:
         if len(shape) == 2 and name.endswith(".weight")
     ]
     lora = factors(matrices, seed=3, scale=0.1)
+    weights = {name for name in shapes if name.endswith(".weight")}
+    alone = {  # that are no layer's
+        name
+        for name in shapes
+        if name.endswith(".bias") and f"{name.removesuffix('.bias')}.weight" not in weights
+    }
     for seed, name in enumerate(sorted(shapes.keys() - {f"{path}.weight" for path, _ in matrices})):
         layer, _, kind = name.rpartition(".")
         change = 0.05 * normal(shapes[name], torch.Generator().manual_seed(seed))
-        if kind in ("weight", "bias"):  # as lightx2v's files call them
+        if kind in ("weight", "bias") and name not in alone:  # as lightx2v's files call them
             end = "diff" if kind == "weight" else "diff_b"
             lora[f"diffusion_model.{layer}.{end}"] = change
         else:
@@ -78,7 +94,7 @@ def comfyuis_patches(info: CheckpointInfo) -> dict[str, list[Any]]:
     to_load = {
         key: key if key.removeprefix("diffusion_model.") in shapes else f"{key}.weight"
         for key in layers
-        if not key.endswith(ends)
+        if not key.endswith(ends) or key.removeprefix("diffusion_model.") in alone
     }
     found = comfy.lora.load_lora(lora, to_load)
     assert {key.removeprefix("diffusion_model.") for key in found} == shapes.keys()
@@ -100,12 +116,13 @@ def merged(path: Path, patches: dict[str, list[Any]], merged_path: Path) -> Path
 
 
 @pytest.mark.rotates(8)
-@pytest.mark.parametrize(("family", "tp_size"), SIZED)
+@pytest.mark.parametrize(("name", "tp_size"), SIZED)
 def test_as_if_it_were_in_the_file(
-    tmp_path: Path, remote: Remote, weights: ModuleType, family: str, tp_size: int
+    tmp_path: Path, remote: Remote, weights: ModuleType, name: str, tp_size: int
 ) -> None:
-    path = write_tiny(family, tmp_path / "plain.safetensors")
-    model, inputs = remote(path, tp_size), inputs_of(family)
+    family, changes = VARIANTS.get(name, (name, {}))
+    path = write_tiny(family, tmp_path / "plain.safetensors", **changes)
+    model, inputs = remote(path, tp_size), inputs_of(name)
     before = model.evaluate(inputs)
     patches = comfyuis_patches(model.info)
     model.patch(object(), weights.patched_weights(model.info, patches))

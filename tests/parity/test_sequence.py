@@ -18,6 +18,8 @@ pytestmark = pytest.mark.process
 
 _REFERENCES = {"references": ((9, 8), (4, 6))}
 _ODD = {"height": 9, "width": 7, "length": 5, "batch": 2}
+_ANIMATE = {"num_blocks": 5, "in_channels": 36, "image_dim": 1280, "has_faces": True}
+_MOVING = {"pose frames": 2, "face frames": 1}
 # Family → changes of the tiny model's sizes, and inputs.
 CASES: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "z_image": [({}, {}), ({}, _ODD)],
@@ -33,6 +35,7 @@ CASES: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
         ({}, {"frames": 3, "height": 6, "width": 10, "batch": 2}),
         ({"reference_channels": 16}, {"frames": 2, "height": 5, "width": 6}),
         ({}, {"frames": 3, "height": 4, "width": 6, "times_per_item": 3}),
+        (_ANIMATE, {"frames": 3, "height": 2, "width": 6, "batch": 2, "lengths": _MOVING}),
     ],
 }
 # Of families whose classes newer releases have: cases that are stored.
@@ -41,7 +44,7 @@ STORED = {
     "flux2": ["references at time 0", "references at time 0 with a ControlNet"],
     "qwen_image": ["2511 with a ControlNet", "captions of different lengths"],
     "minimax_h3": list(NEWER_CASES["minimax_h3"])[:3],
-    "wan": ["SCAIL-2"],
+    "wan": ["SCAIL-2", "Animate 2, strengths, timesteps of frames"],
     "qwen_image_21": ["odd sizes, gate and up apart", "references at its ends, batch"],
 }
 LAYOUTS = [(1, 2), (1, 3), (2, 2), (1, 4)]  # TP size, ranks that share the tokens

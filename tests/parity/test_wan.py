@@ -8,6 +8,7 @@ import pytest
 import torch
 from parity.conftest import FP32_TOLERANCE, Remote, relative_error
 from parity.suite import Cases, Fp32Tests, ParityTests, assert_equal_to_native, native
+from torch.utils import _pytree as pytree
 
 from support.inputs import make_inputs
 from support.newer_references import CASES as OF_NEWER
@@ -22,6 +23,7 @@ VIDEO = {"frames": 3, "height": 6, "width": 8, "time_scale": 1000.0}
 ODD = VIDEO | {"frames": 2, "height": 5, "width": 7, "length": 33}
 CONTROLS = {"lengths": {"videos": 2, "control frames": 3, "rows": 6, "columns": 8}}
 PATH = {"camera frames": 3, "pixel rows": 48, "pixel columns": 64}
+MOVING = {"pose frames": 2, "face frames": 1}
 PADDED = 3  # ranks, of 20 heads: 21
 
 
@@ -147,6 +149,37 @@ class TestFunCamera(Fp32Tests):
     )
 
 
+class TestAnimate(Fp32Tests):
+    """Wan Animate: a video of poses, and one of a face, in blocks of its own.
+
+    Pictures of faces are of 512 x 512 pixels in any model: there are few of them.
+    """
+
+    cases = Cases(
+        "wan",
+        {
+            "poses and a face": VIDEO | {"lengths": MOVING},
+            "more poses than frames": VIDEO
+            | {"lengths": {"pose frames": 4}, "times_per_item": 3, "without": ("clip_fea",)},
+            "one picture of a face, odd sizes": ODD
+            | {"frames": 4, "batch": 2, "lengths": {"face frames": 1}},
+            "more pictures than frames": VIDEO
+            | {"frames": 2, "lengths": {"pose frames": 1, "face frames": 9}},
+            "more frames": VIDEO | {"frames": 1, "lengths": {"more frames": 2, "pose frames": 1}},
+        },
+        elsewhere=("poses and a face",),
+        other_sizes=(1, PADDED, 4),
+        changes={"num_blocks": 10, "in_channels": 36, "image_dim": 1280, "has_faces": True},
+    )
+
+    def test_bf16_is_as_close_as_comfyui(self, checkpoint: Path, remote: Remote) -> None:
+        inputs = self.cases.inputs("poses and a face", torch.bfloat16)
+        comfy = native(checkpoint, inputs, torch.bfloat16)
+        exact = native(checkpoint, pytree.tree_map_only(torch.Tensor, torch.Tensor.float, inputs))
+        found = remote(checkpoint, 2, torch.bfloat16).evaluate(inputs)
+        assert relative_error(found, comfy) <= relative_error(comfy, exact)
+
+
 NEWER = OF_NEWER["wan"]
 
 
@@ -161,7 +194,7 @@ def test_newer_comfyui(tmp_path: Path, remote: Remote, tp_size: int, case: str) 
     assert relative_error(found, expected("wan", case, torch.float32)) <= FP32_TOLERANCE
 
 
-@pytest.mark.parametrize("case", ["other videos", "SCAIL-2"])
+@pytest.mark.parametrize("case", ["other videos", "SCAIL-2", "Animate 2"])
 def test_newer_comfyui_in_bf16(tmp_path: Path, remote: Remote, case: str) -> None:
     """No further from ComfyUI's results in bf16 than those are from its own in fp32."""
     path = write_tiny("wan", tmp_path / "tiny.safetensors", **NEWER[case][0])
@@ -188,6 +221,45 @@ def test_people_that_do_not_fit_are_refused(
     inputs = inputs_of("wan", "SCAIL-2", torch.float32)
     with pytest.raises(InputError, match=words):
         remote(path, 2).evaluate(inputs | {name: torch.zeros(shape)})
+
+
+@pytest.mark.parametrize(
+    ("variant", "name", "shape", "words"),
+    [
+        ("Animate", "pose_latents", (1, 16, 2, 5, 8), "here with height 6"),
+        ("Animate", "face_pixel_values", (1, 3, 1, 256, 256), "pixel rows 512"),
+        ("Animate", "context_latents", (1, 36, 1, 6, 8), "context_latents"),
+        ("Animate", "x", (1, 36, 3, 5, 8), "multiples of 16"),
+        ("Animate 2", "pose_latents", (1, 16, 3, 6, 8), "but the first.*: 2; got 3"),
+        ("Animate 2", "context_pose", (1, 5, 65), "Captions of poses"),
+    ],
+)
+def test_motion_that_does_not_fit_is_refused(
+    tmp_path: Path, remote: Remote, variant: str, name: str, shape: tuple[int, ...], words: str
+) -> None:
+    changes = TestAnimate.cases.changes if variant == "Animate" else NEWER["Animate 2"][0]
+    path = write_tiny("wan", tmp_path / "tiny.safetensors", **changes)
+    lengths = {"pose frames": 2}
+    inputs = make_inputs(tiny("wan", **changes), **VIDEO | {"lengths": lengths})
+    given = inputs | {name: torch.zeros(shape)}
+    if name == "x":
+        given["pose_latents"] = torch.zeros(1, 16, 2, *shape[3:])
+    with pytest.raises(InputError, match=words):
+        remote(path, 2).evaluate(given)
+
+
+@pytest.mark.parametrize("left_out", [(0,), (1, 5, 6), (0, 1, 2, 3, 4, 5)], ids=str)
+def test_faces_are_looked_at_where_blocks_are_left_out(
+    tmp_path: Path, remote: Remote, left_out: tuple[int, ...]
+) -> None:
+    cases = TestAnimate.cases
+    path = write_tiny("wan", tmp_path / "tiny.safetensors", **cases.changes)
+    inputs = cases.inputs("one picture of a face, odd sizes")
+    returned = {("double_block", index): lambda given, _: given for index in left_out}
+    theirs = inputs | {"transformer_options": {"patches_replace": {"dit": returned}}}
+    ours = inputs | {"transformer_options": {"skip_blocks": {"double_block": [*left_out]}}}
+    found = remote(path, 2).evaluate(ours)
+    assert relative_error(found, native(path, theirs)) <= FP32_TOLERANCE
 
 
 @pytest.fixture(scope="module")
@@ -219,9 +291,7 @@ def test_sizes(checkpoint: Path) -> None:
 VARIANTS = {
     "casual_audio_encoder.encoder.final_linear.weight": "Wan S2V",
     "audio_proj.audio_proj_glob_1.layer.bias": "HuMo",
-    "face_adapter.fuser_blocks.0.k_norm.weight": "Wan Animate",
     "patch_embedding_global.weight": "WanDancer",
-    "model_type=animate2": "Wan Animate 2",
     "model_type=flow_rvs": "FlowRVS",
     "causal_ar=True": "causal Wan (Causal Forcing, Self Forcing)",
 }

@@ -122,6 +122,8 @@ VARIANTS = {
         {"vace_blocks": 1, "vace_channels": 96},
         {"camera_channels": 6},
         {"pose_channels": 16, "mask_channels": 28},
+        {"has_faces": True},
+        {"image_dim": 32, "poses_pass": True},
     )
 }
 

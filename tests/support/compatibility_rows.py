@@ -979,7 +979,7 @@ _OF_OTHER_MODELS = _words(
     LTXVDualCFGGuider LTXVDurationPredictor LTXVModalityGuidance LTXVReferenceAudio
     LTXVSpatioTemporalGuidance RTDETR_detect SAM3_Detect SAM3_VideoTrack SDPoseKeypointExtractor
     SUPIRApply SamplerARVideo SeedVR2Conditioning TripoSplatSamplingPreview VOIDSampler
-    VOIDWarpedNoiseSource WanAnimate2Cache WanInfiniteTalkToVideo WanUni3CControlnetApply
+    VOIDWarpedNoiseSource WanInfiniteTalkToVideo WanUni3CControlnetApply
     """
 )
 _CONTROLS = (
@@ -1027,5 +1027,7 @@ ELSEWHERE = {
     "SelectModelDevice": "chooses ComfyUI's device; ours is chosen by `devices`",
     "ModelNoiseScale": "another model sampling, which is ComfyUI's own code",
     "MiniMaxH3SigmaShift": "another model sampling, which is ComfyUI's own code",
+    "WanAnimate2Cache": "keeps what is kept on the ranks anyway (Wan Animate 2): no effect "
+    "(`tests/comfy/test_video.py`)",
     "QwenImage21Cache": "where ComfyUI keeps its keys and values (Qwen-Image-2.1): no effect",
 }

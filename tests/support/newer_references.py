@@ -63,6 +63,8 @@ _SCAIL = {"in_channels": 20, "image_dim": 1280, "pose_channels": 20}
 _SCAIL_2 = _SCAIL | {"mask_channels": 28}
 _PEOPLE = {"pictures": 2, "pose frames": 3, "pose rows": 3, "pose columns": 4}
 _MASKED = _PEOPLE | {"masked frames": 5}
+_ANIMATE_2 = {"in_channels": 36, "image_dim": 1280, "poses_pass": True}
+_POSED = {"pose frames": 2, "pose patches": 9}
 _MOVING = {"frames": 3, "height": 6, "width": 8, "time_scale": 1000.0}
 _ROPE = {"scale_x": 1.5, "scale_y": 0.75, "shift_x": 2.0, "shift_t": 3.0}
 _EXACT_TIMES = {"timesteps": torch.tensor([0.5])}
@@ -120,6 +122,27 @@ CASES: dict[str, dict[str, Case]] = {
             _MOVING
             | {"without": ("reference_latent", "ref_mask_latents"), "ref_mask_flag": False}
             | {"lengths": _MASKED},
+        ),
+        "Animate 2": (_ANIMATE_2, _MOVING | {"lengths": _POSED}),
+        "Animate 2, odd sizes, batch": (
+            _ANIMATE_2,
+            _MOVING | {"height": 5, "width": 7, "batch": 2, "lengths": _POSED},
+        ),
+        "Animate 2, strengths, timesteps of frames": (
+            _ANIMATE_2,
+            _MOVING
+            | {"lengths": _POSED, "times_per_item": 3}
+            | {"pose_strength": 0.6, "reference_strength": 1.5},
+        ),
+        "Animate 2, poses with the video's caption": (
+            _ANIMATE_2,
+            _MOVING
+            | {"lengths": {"pose frames": 2}, "without": ("context_pose",), "batch": 2}
+            | {"transformer_options": {"rope_options": _ROPE}},
+        ),
+        "Animate 2 without poses": (
+            _ANIMATE_2,
+            _MOVING | {"without": ("clip_fea",), "reference_strength": 0.5},
         ),
         "a picture before, and other pictures": (
             {"in_channels": 52, "reference_channels": 16},

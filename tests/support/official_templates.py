@@ -207,9 +207,14 @@ def loaders(stock: Prompt) -> Prompt:
 
 
 def with_plain_weights(prompt: Prompt) -> Prompt:
-    """The prompt with the int8 files' weights as they were before; the same prompt without any."""
+    """The prompt with the int8 files' weights as they were before; the same prompt without any.
+
+    Nor does ComfyUI round what it keeps of a model, which the ranks never do.
+    """
     found = copy.deepcopy(prompt)
     for item in found.values():
+        if item["class_type"] == "WanAnimate2Cache":
+            item["inputs"]["dtype"] = "default"
         name = item["inputs"].get("unet_name")
         if isinstance(name, str) and is_int8(name):
             item["inputs"]["unet_name"] = f"{PLAIN}/{name}"

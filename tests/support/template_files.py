@@ -119,7 +119,11 @@ MODELS: tuple[tuple[str, Stands], ...] = (
     (r"humo", Stands("wan", {}, "audio_proj.audio_proj_glob_1.layer.bias")),
     (r"SCAIL_2", Stands("wan", IMAGE_TO_VIDEO | SCAIL_2)),
     (r"dancer", Stands("wan", {}, "patch_embedding_global.weight")),
-    (r"wan_animate_2", Stands("wan", IMAGE_TO_VIDEO, "model_type=animate2")),
+    (r"wan_animate_2", Stands("wan", IMAGE_TO_VIDEO | {"poses_pass": True})),
+    (
+        r"(?i)2[._]2[-_]animate",
+        Stands("wan", IMAGE_TO_VIDEO | {"num_blocks": 5, "has_faces": True}),
+    ),
     (r"causal_forcing", Stands("wan", {}, "causal_ar=True")),
     (r"ti2v_5B", Stands("wan", {"in_channels": 48, "out_channels": 48})),
     (

@@ -136,8 +136,13 @@ def _random_tensor(
     key: str, shape: Shape, numbers: Numbers, generator: torch.Generator
 ) -> torch.Tensor:
     values = numbers(shape, generator)
+    if key.endswith(".kernel"):  # of Wan Animate: what pictures are blurred with
+        line = torch.tensor((1.0, 3.0, 3.0, 1.0)) / 8
+        return torch.outer(line, line)
     if key.endswith("pad_token"):
         return values
+    if key.startswith("motion_encoder.") and not key.endswith(".bias"):
+        return 1.8 * values  # of Wan Animate: scaled by its layers, which also blur what is random
     if key.endswith(".bias"):
         return 0.2 * values
     if key.endswith(_AROUND_ZERO):

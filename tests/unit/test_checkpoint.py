@@ -172,12 +172,12 @@ def test_another_architecture(tmp_path: Path) -> None:
     ("told", "variant"),
     [
         (
-            {"model_type": "animate2"},
-            "Wan Animate 2 file (its metadata set model_type to animate2)",
+            {"model_type": "flow_rvs"},
+            "FlowRVS file (its metadata set model_type to flow_rvs)",
         ),
         ({"causal_ar": True}, "causal Wan"),
     ],
-    ids=["Animate 2", "causal"],
+    ids=["FlowRVS", "causal"],
 )
 def test_a_variant_that_only_the_metadata_tell(
     tmp_path: Path, told: dict[str, Any], variant: str
@@ -188,6 +188,8 @@ def test_a_variant_that_only_the_metadata_tell(
     assert variant in message_for(path)
     path = write(tmp_path / "usual.safetensors", shapes, told={"model_type": "i2v"})
     assert inspect_checkpoint(str(path)).sizes == tiny("wan", **changes)
+    path = write(tmp_path / "animate.safetensors", shapes, told={"model_type": "animate2"})
+    assert inspect_checkpoint(str(path)).sizes == tiny("wan", **changes, poses_pass=True)
 
 
 def test_no_tensors(tmp_path: Path) -> None:

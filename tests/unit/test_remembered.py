@@ -58,3 +58,31 @@ def test_graphs_of_large_inputs_go(monkeypatch: pytest.MonkeyPatch) -> None:
         run(x=torch.zeros(1000))  # more than the bound: it stays, alone
     run(x=torch.zeros(1000))
     assert _Graph.recorded == [100, 101, 102, 101, 1000]
+
+
+def test_what_entries_have_in_common_is_computed_once() -> None:
+    """Also where the entries that hold it have gone."""
+    memo, computed = Memo(100), [0]
+
+    def part(key: str, *given: torch.Tensor) -> torch.Tensor:
+        def compute() -> torch.Tensor:
+            computed[0] += 1
+            return torch.full((30,), float(computed[0]))
+
+        return memo.part(key, given, compute)
+
+    video, caption = torch.ones(2, 3), torch.zeros(4)
+    first = part("a", video, caption)
+    for name in ("positive", "negative"):
+        held = memo.get(name, lambda: {"poses": part("a", video.clone(), caption.clone())})
+        assert held["poses"] is first
+    assert computed == [1]
+    for key, given in (
+        ("b", (video, caption)),
+        ("b", (video, caption + 1)),
+        ("b", (video,)),
+        ("b", (video[:1],)),
+        ("a", (video, caption)),
+    ):
+        computed[0] = 1
+        assert part(key, *given)[0] == 2, (key, given)

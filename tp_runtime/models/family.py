@@ -166,15 +166,19 @@ class Told:
     """A size, or another setting, that ComfyUI's class takes from a file's metadata.
 
     ``name``: there, in ``config`` below ``transformer``. ``absent``: what stands for one that is
-    missing, or where to read it; None: a file without it is refused.
+    missing, or where to read it; None: a file without it is refused. ``equals``: what is read is
+    whether the setting is that.
     """
 
     name: str
     absent: "Reader | Told | int | float | str | tuple[float, ...] | None" = None
+    equals: str | None = None
 
     def read(self, shapes: Shapes, told: Settings) -> Any:
         """The value. Raises UntoldError."""
         found: Any = told.get(self.name, self.absent)
+        if self.equals is not None:
+            return found == self.equals
         if found is None:
             raise UntoldError(self.name)
         if isinstance(found, Told):
@@ -318,9 +322,9 @@ class Sizes:
         """What a file's metadata tell of the model."""
         sources = {one.name: one.metadata["file"] for one in _fields(type(self))}
         return {
-            source.name: getattr(self, name)
+            source.name: source.equals or getattr(self, name)
             for name, source in sources.items()
-            if isinstance(source, Told)
+            if isinstance(source, Told) and (source.equals is None or getattr(self, name))
         }
 
     def with_shape(self, tensor: str, shape: Shape) -> "Sizes | None":
@@ -402,21 +406,23 @@ class Family:
     be of it. ``signature``: tensors that together only files of the family have. ``variants``: what
     only a variant has which cannot be split yet → what the variant is called: a tensor of its file,
     ``setting=value`` of its metadata, or a setting of its config.json that is true. ``newer``:
-    tensors that older releases of ComfyUI do not know → the variant that has them, and a release
-    that does. ``used_with``: an input of the model → the attribute that ComfyUI's class has in the
-    releases that use it. ``connects``: the method of ComfyUI's class that makes captions ready
-    (``Sizes.connected``). ``refused_inputs``: what ComfyUI's class takes and the forward here does
-    not, by its name there → what it is. ``left_to_ranks``: methods of ComfyUI's class that prepare
-    an input for its forward, which the forward here does. ``numbers``: keys of transformer_options
-    that are numbers → the attribute of ComfyUI's class that stands for it. ``shares_tokens``: the
-    forward here evaluates a rank's stretch of the tokens (``token_shares``). ``model_patches``:
-    those that the forward here takes (``ModelPatch``). ``widens``: the weight that a LoRA may make
-    wider: ComfyUI's class gives the model as many channels as it then takes. ``style_patches``:
-    ComfyUI's class of what a node puts into a model, to have tokens before the text
-    (``STYLE_TOKENS``) → that of the small model that makes them. ``comfyui_class``: of ComfyUI's
-    supported_models, where ComfyUI finds only the published sizes. ``published`` and ``small``:
-    sizes of the released model, and of one with its structure for tests. ``text_tokens``: of a
-    usual caption, and ``extents``: width, height and frames of what is usually made.
+    tensors, or ``setting=value`` of the metadata, that older releases of ComfyUI do not know → the
+    variant that has them, and a release that does. ``used_with``: an input of the model → the
+    attribute that ComfyUI's class has in the releases that use it. ``connects``: the method of
+    ComfyUI's class that makes captions ready (``Sizes.connected``). ``refused_inputs``: what
+    ComfyUI's class takes and the forward here does not, by its name there → what it is.
+    ``left_to_ranks``: methods of ComfyUI's class that prepare an input for its forward, which the
+    forward here does. ``numbers``: keys of transformer_options that are numbers → the attribute of
+    ComfyUI's class that stands for it. ``shares_tokens``: the forward here evaluates a rank's
+    stretch of the tokens (``token_shares``). ``model_patches``: those that the forward here takes
+    (``ModelPatch``). ``widens``: the weight that a LoRA may make wider: ComfyUI's class gives the
+    model as many channels as it then takes. ``style_patches``: ComfyUI's class of what a node puts
+    into a model, to have tokens before the text (``STYLE_TOKENS``) → that of the small model that
+    makes them. ``comfyui_class``: of ComfyUI's supported_models, where ComfyUI finds only the
+    published sizes. ``published`` and ``small``: sizes of the released model, and of one with its
+    structure for tests; ``variant``: of a released one with layers that it has not.
+    ``text_tokens``: of a usual caption, and ``extents``: width, height and frames of what is
+    usually made.
     """
 
     name: str
@@ -427,6 +433,7 @@ class Family:
     diffusers_class: str
     published: Sizes
     small: Sizes
+    variant: Sizes | None = None
     variants: Mapping[str, str] = field(default_factory=dict)
     newer: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     used_with: Mapping[str, str] = field(default_factory=dict)

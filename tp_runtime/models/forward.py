@@ -3,7 +3,7 @@
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -28,6 +28,7 @@ Prediction = torch.Tensor | list[torch.Tensor]  # as ``x`` is
 
 # ComfyUI's name of the kind of a block, "double_block" or "single_block", and its number.
 BlockName = tuple[str, int]
+Part = TypeVar("Part")
 
 
 class Collectives(SequenceGroup, Protocol):
@@ -81,6 +82,7 @@ class Memo:
         self._limit_bytes = limit_bytes
         self._entries: OrderedDict[Hashable, Conditioning] = OrderedDict()
         self._bytes = 0
+        self._part: tuple[Hashable, Sequence[torch.Tensor], Any] | None = None
 
     def get(self, key: Hashable, compute: Callable[[], Conditioning]) -> Conditioning:
         """What ``compute`` returned for this key, or returns now."""
@@ -92,6 +94,27 @@ class Memo:
                 self._bytes -= _num_bytes(dropped)
         self._entries.move_to_end(key)
         return self._entries[key]
+
+    def part(
+        self, key: Hashable, given: Sequence[torch.Tensor], compute: Callable[[], Part]
+    ) -> Part:
+        """What ``compute`` makes of these tensors, or made of equal ones under this key.
+
+        What entries have in common, as those of a step's two conditions. Only the last one is kept,
+        in memory that the entries share; it stays when they go.
+        """
+        last = self._part
+        if last is not None and last[0] == key and _all_equal(last[1], given):
+            kept: Part = last[2]
+            return kept
+        self._part = last = None
+        found = compute()
+        self._part = key, list(given), found
+        return found
+
+
+def _all_equal(some: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:
+    return len(some) == len(others) and all(map(torch.equal, some, others))
 
 
 def _num_bytes(conditioning: Conditioning) -> int:

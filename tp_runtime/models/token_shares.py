@@ -6,7 +6,7 @@ tokens for its own share of these heads (DeepSpeed Ulysses, arXiv:2309.14509). N
 what does not divide is dealt out unevenly.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from typing import Protocol
 
@@ -57,6 +57,10 @@ class TokenShares:
         """This rank's tokens of a stream."""
         return self._dealt[stream][self._rank]
 
+    def own_start(self, stream: int) -> int:
+        """How many tokens of a stream lie before this rank's."""
+        return sum(self._dealt[stream][: self._rank])
+
     def of_first(self, length: int) -> "TokenShares":
         """The same stretches of the first stream's first ``length`` tokens, as a stream."""
         found = TokenShares(self._group, [length])
@@ -75,7 +79,7 @@ class TokenShares:
 
     def own_of(self, tokens: torch.Tensor, stream: int) -> torch.Tensor:
         """(B, L, ...) of a whole stream, or of its first tokens → this rank's stretch of it."""
-        start = sum(self._dealt[stream][: self._rank])
+        start = self.own_start(stream)
         return tokens[:, start : start + self.own_length(stream)]
 
     def own_of_all(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -90,6 +94,11 @@ class TokenShares:
         batch, _, *rest = own.shape
         shapes = [(batch, length, *rest) for length in self._dealt[stream]]
         return torch.cat(self._group.exchange([own] * self._size, shapes), dim=1)
+
+    def own_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """Of (B, L, N, K) the heads for which this rank computes attention."""
+        dealt = dealt_out(x.shape[2], self._size)
+        return x.split(dealt, dim=2)[self._rank]
 
     def in_their_order(self, mask: torch.Tensor | None) -> torch.Tensor | None:
         """A mask over all tokens (..., L or 1, L) as attention meets them: rank by rank.
@@ -118,16 +127,18 @@ class TokenShares:
         v: torch.Tensor,
         mask: torch.Tensor | None = None,
         before: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attend: Callable[..., torch.Tensor] = attention,
     ) -> torch.Tensor:
         """Of this rank's tokens to all: q (B, l, N, K), k and v (B, l, N', K) → (B, l, N·K).
 
         ``mask``: as ``in_their_order`` gives it. ``before``: keys and values (B, P, N', K) that
-        every rank has, of tokens before these. All else as ``layers.attention``.
+        every rank has, of tokens before these. ``attend``: what is computed of all tokens, rank by
+        rank, for the heads that are this rank's (``own_heads``). All else as ``layers.attention``.
         """
         held: list[torch.Tensor] = list(before or ())
         if self._size == 1:
             k, v = _behind(held, (k, v))
-            return attention(q, k, v, mask)
+            return attend(q, k, v, mask)
         batch, length, num_heads, head_dim = q.shape
         num_kv = k.shape[2]
         if num_kv != num_heads and num_kv % self._size:
@@ -145,7 +156,7 @@ class TokenShares:
         q, k, v = torch.cat(given, dim=1).split([mine, *own], dim=2)
         first = sum(kv_heads[: self._rank])
         k, v = _behind([part[:, :, first : first + own[0]] for part in held], (k, v))
-        found = attention(q, k, v, mask) if mine else q.flatten(2)
+        found = attend(q, k, v, mask) if mine else q.flatten(2)
         found = found.unflatten(2, (mine, head_dim))
         back = [(batch, length, of_rank, head_dim) for of_rank in heads]
         given = self._group.exchange_heads(found.split(lengths, 1), back)

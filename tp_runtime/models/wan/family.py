@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2 (text and image to video, 5B, VACE, Fun, SCAIL): its files, sizes and split.
+"""Wan 2.1 and 2.2 (text and image to video, 5B, VACE, Fun, SCAIL, Animate): its files and sizes.
 
 Module: diffusers' ``WanTransformer3DModel`` (0.42, models/transformers/transformer_wan.py).
 File: ComfyUI's ``WanModel`` (0.3.75, and 0.33 for SCAIL; comfy/ldm/wan/model.py).
@@ -13,12 +13,17 @@ from ...sharding.table import IMAGE, PROMPT, TEXT, Attention, Linear, Stack, Tab
 from .. import family as of
 from ..family import Family, Geometry, Input, Shapes, Sizes, size
 from ..rows import TIME_CHANNELS, attention, mlp
+from . import rows as animate
+from .rows import PATCH
 
-PATCH = (1, 2, 2)
 CAMERA_DOWNSCALE = 8  # pixels of a camera's path along a side of a latent's
 _WIDTH = "head.modulation"
 _POSE, _MASKS = "patch_embedding_pose", "patch_embedding_mask"
 _OF_VARIANTS = "clip_fea", "reference_latent", "vace_context", "camera_conditions"
+_FACES = "face_adapter.fuser_blocks.0.k_norm.weight"
+_STRENGTHS = "vace_strength", "pose_strength", "reference_strength"
+# What ComfyUI's class of Wan Animate 2 does not look at, or only to keep what is kept here anyway.
+_NOT_WITH_POSES = "time_dim_concat", "context_latents", "animate2_cache", "context_window"
 _VACE, _CAMERA, _OUTSIDE = "vace_patch_embedding", "control_adapter", "condition_embedder"
 
 
@@ -34,12 +39,14 @@ class WanSizes(Sizes):
     goes before the first frame (Fun Control). ``vace_channels``: of control videos, which go
     through ``vace_blocks`` of their own. ``camera_channels``: of a camera's path (Fun Camera).
     ``pose_channels``: of a video of poses (SCAIL), and ``mask_channels`` of masks that say who is
-    who (SCAIL-2). None where a model has no such input.
+    who (SCAIL-2). None where a model has no such input. ``has_faces``: it looks at a video of poses
+    and at one of a face (Wan Animate). ``poses_pass``: a video of poses passes through the blocks,
+    too (Wan Animate 2), which only the file's metadata tell.
     """
 
     to_diffusers: ClassVar = "image_dim added_kv_proj_dim pos_embed_seq_len=image_positions"
     to_comfyui: ClassVar = "num_heads text_dim=context_dim"
-    plain_inputs, options = ("vace_strength", "ref_mask_flag"), ("rope_options",)
+    plain_inputs, options = (*_STRENGTHS, "ref_mask_flag"), ("rope_options",)
     num_heads: int = size(lambda s: s[_WIDTH][2] // _head_dim(s), "num_attention_heads")
     head_dim: int = size(_head_dim, "attention_head_dim")
     mlp_dim: int = size(of.length("blocks.0.ffn.0.weight"), "ffn_dim")
@@ -64,6 +71,8 @@ class WanSizes(Sizes):
     )
     pose_channels: int | None = size(of.length_if_present(f"{_POSE}.weight", 1), lambda _: None)
     mask_channels: int | None = size(of.length_if_present(f"{_MASKS}.weight", 1), lambda _: None)
+    has_faces: bool = size(of.has(_FACES), lambda _: False)
+    poses_pass: bool = size(of.Told("model_type", equals="animate2"), lambda _: False)
 
     @property
     def added_kv_proj_dim(self) -> int | None:
@@ -79,7 +88,8 @@ class WanSizes(Sizes):
     @cached_property
     def unused_inputs(self) -> tuple[str, ...]:
         """Those of other models: `WanImageToVideo` sets CLIP features for every model."""
-        return tuple(name for name in _OF_VARIANTS if name not in self.inputs)
+        found = tuple(name for name in _OF_VARIANTS if name not in self.inputs)
+        return (*found, *_NOT_WITH_POSES) if self.poses_pass else found
 
     @property
     def geometry(self) -> Geometry:
@@ -99,7 +109,8 @@ class WanSizes(Sizes):
             "context": of.captions(self.context_dim),
             "time_dim_concat": Input("Latents of more frames", more, optional=True),
         }
-        if not self.vace_channels and not self.camera_channels and not self.pose_channels:
+        own = self.vace_channels, self.camera_channels, self.pose_channels, self.has_faces
+        if not any(own):
             others = "batch", ("channels", self.in_channels), "other frames", "rows", "columns"
             found["context_latents"] = Input(
                 "Context latents", others, optional=True, many=True, usual={"other frames": 1}
@@ -115,6 +126,11 @@ class WanSizes(Sizes):
             found["reference_latent"] = Input("Reference latents", picture, optional=True)
         if self.pose_channels:
             found |= self._of_poses(self.pose_channels)
+        if self.has_faces:
+            found |= self._of_faces()
+        if self.poses_pass:
+            found |= self._of_passing_poses()
+            found = {name: one for name, one in found.items() if name not in _NOT_WITH_POSES}
         if self.vace_channels:
             size_of = ("channels", self.vace_channels), "control frames", "rows", "columns"
             found["vace_context"] = Input("Control videos", ("batch", "videos", *size_of))
@@ -144,6 +160,31 @@ class WanSizes(Sizes):
             found["ref_mask_latents"] = Input("Masks of references", of_all, optional=True)
             found["sam_latents"] = Input("Masks of poses", (*masks, *moving), optional=True)
         return found
+
+    def _of_faces(self) -> dict[str, Input]:
+        """What Wan Animate looks at: how a body moves, and a face."""
+        poses = ("channels", animate.POSE_CHANNELS), "pose frames", "height", "width"
+        pixels = ("pixel rows", animate.FACE_SIDE), ("pixel columns", animate.FACE_SIDE)
+        faces = ("batch", ("channels", 3), "face frames", *pixels)
+        advice = "Set them with 'WanAnimateToVideo'."
+        return {
+            "pose_latents": Input("Latents of poses", ("batch", *poses), advice, optional=True),
+            "face_pixel_values": Input("Videos of faces", faces, advice, optional=True),
+        }
+
+    def _of_passing_poses(self) -> dict[str, Input]:
+        """What Wan Animate 2 looks at: a video of poses, with a caption and a picture."""
+        channels = ("channels", (self.in_channels - 4) // 2)  # twice, and a mask
+        poses = ("batch", channels, "pose frames", "height", "width")
+        advice = "Set them with 'WanAnimate2ToVideo'."
+        found = {
+            "pose_latents": Input("Latents of poses", poses, advice, optional=True),
+            "context_pose": replace(of.captions(self.context_dim), what="Captions of poses"),
+        }
+        if self.image_dim:
+            features = ("batch", "pose patches", ("width", self.image_dim))
+            found["clip_fea_pose"] = Input("CLIP vision features of poses", features)
+        return {name: replace(one, optional=True) for name, one in found.items()}
 
     @cached_property
     def table(self) -> Table:
@@ -205,7 +246,10 @@ class WanSizes(Sizes):
             )
             block += (Linear("proj_out", "after_proj", gathered, dim, dim, IMAGE),)
             stacks.append(Stack("vace_blocks", "vace_blocks", self.vace_blocks, block, attentions))
-        return Table(outside, tuple(stacks))
+        if not self.has_faces:
+            return Table(outside, tuple(stacks))
+        stacks.append(animate.faces(heads, self.head_dim, self.num_blocks))
+        return Table((*outside, *animate.outside(dim)), tuple(stacks), animate.kernels())
 
     def _of_cameras(self, channels: int) -> tuple[TableRow, ...]:
         """The convolutions of a camera's path, which run once a generation, on every rank."""
@@ -235,30 +279,33 @@ class WanSizes(Sizes):
         return rows
 
 
-_PLAIN = None, None, None, 0, None, None, None, None  # of text to video
+_PLAIN = None, None, None, 0, None, None, None, None, False, False  # of text to video
 FAMILY = Family(
     name="wan",
     label="Wan",
     models=(
         *("2.1", "2.2", "2.2 5B", "VACE", "Fun Control", "Fun Camera", "Bernini"),
-        *("SCAIL", "SCAIL-2"),
+        *("SCAIL", "SCAIL-2", "Animate", "Animate 2"),
     ),
     sizes=WanSizes,
     signature=("head.modulation", "blocks.0.cross_attn.norm_q.weight", "patch_embedding.weight"),
     diffusers_class="WanTransformer3DModel",
     published=WanSizes(40, 128, 13824, 40, 16, 16, 4096, *_PLAIN),
     small=WanSizes(20, 16, 640, 2, 16, 16, 64, *_PLAIN),
+    variant=WanSizes(40, 128, 13824, 40, 36, 16, 4096, 1280, *_PLAIN[1:-2], True, False),  # Animate
     variants={
         "casual_audio_encoder.encoder.final_linear.weight": "Wan S2V",
         "audio_proj.audio_proj_glob_1.layer.bias": "HuMo",
-        "face_adapter.fuser_blocks.0.k_norm.weight": "Wan Animate",
         "patch_embedding_global.weight": "WanDancer",
         # Of the tensors of ordinary models.
-        "model_type=animate2": "Wan Animate 2",
         "model_type=flow_rvs": "FlowRVS",
         "causal_ar=True": "causal Wan (Causal Forcing, Self Forcing)",
     },
-    newer={f"{_MASKS}.weight": ("SCAIL-2", "0.33"), f"{_POSE}.weight": ("SCAIL", "0.33")},
+    newer={
+        f"{_MASKS}.weight": ("SCAIL-2", "0.33"),
+        f"{_POSE}.weight": ("SCAIL", "0.33"),
+        "model_type=animate2": ("Wan Animate 2", "0.33"),
+    },
     text_tokens=512,
     extents=((832, 480, 81), (1280, 720, 81)),
     shares_tokens=True,

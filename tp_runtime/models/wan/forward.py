@@ -7,7 +7,8 @@ on this rank, K head width.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,10 +27,13 @@ from ..layers import (
     rope_rotation,
 )
 from ..token_shares import TokenShares
+from . import animate, animate2
 from .family import FAMILY, WanSizes
 from .layers import (
     EPS,
+    Pair,
     as_tokens,
+    by_block,
     check_length,
     embedded_picture,
     modulated,
@@ -45,8 +49,9 @@ from .layers import (
 ROPE_THETA = 10000.0
 
 Rows = Sequence[torch.Tensor]
-# Keys and values of what a block looks at beside its tokens: the caption, and a picture.
-Prompt = Sequence[tuple[torch.Tensor, torch.Tensor]]
+Prompt = Sequence[Pair]  # what a block looks at beside its tokens: the caption, and a picture
+# q, k and v of this rank's tokens (B, l, N, K) → what they find among all (B, l, N·K).
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Forward(ShardedForward):
@@ -58,7 +63,10 @@ class Forward(ShardedForward):
     @classmethod
     def build(cls, sizes: WanSizes) -> nn.Module:  # type: ignore[override]
         """diffusers' module, with what variants of the model have beside it."""
-        return with_variants(super().build(sizes), sizes)
+        module = with_variants(super().build(sizes), sizes)
+        if sizes.has_faces:
+            animate.add_to(module, sizes)
+        return module
 
     def condition(
         self,
@@ -75,6 +83,11 @@ class Forward(ShardedForward):
         ref_mask_latents: torch.Tensor | None = None,
         sam_latents: torch.Tensor | None = None,
         ref_mask_flag: bool | None = None,
+        face_pixel_values: torch.Tensor | None = None,
+        context_pose: torch.Tensor | None = None,
+        clip_fea_pose: torch.Tensor | None = None,
+        pose_strength: float = 1.0,
+        reference_strength: float = 1.0,
         transformer_options: Mapping[str, Any] | None = None,
     ) -> Conditioning:
         """``keys``, ``values`` (blocks, B, L, N, K) of the caption in every block; ``rotation``.
@@ -82,7 +95,9 @@ class Forward(ShardedForward):
         If present: ``picture_keys`` and ``picture_values`` of CLIP's features; ``reference``
         (B, L, D), the tokens before the first frame's; ``more`` latents behind the last frame;
         ``others`` (B, L, D), the tokens of other videos and pictures (Bernini, SCAIL's poses),
-        after all; ``added`` (B, L, D), the share of a camera, or of masks, in the tokens; ``vace``
+        after all; ``added`` (B, L, D), the share of a camera, of masks or of poses in the tokens;
+        ``face_keys`` and ``face_values`` (blocks, B, T, 5, N, K) of each frame's face; ``poses``,
+        for each block keys and values (B, L', N, K) of a video of them (Wan Animate 2); ``vace``
         (n, B, L, D), the tokens of n control videos, with the ``vace_keys`` and ``vace_values`` of
         the caption in its blocks.
         """
@@ -91,19 +106,8 @@ class Forward(ShardedForward):
         frames = x.shape[2] + (0 if more is None else more.shape[2]) + bool(uses_reference)
         rope_options = option(transformer_options, "rope_options")
         positions = positions_of((frames, *x.shape[3:]), rope_options, x)
-        text = self._embedded(context)
-        of_text = [(block.attn2.norm_k, block.attn2.to_kv) for block in self.model.blocks]
-        found: Conditioning = {"rotation": self._rotation(positions)}
-        found["keys"], found["values"] = self._keys_and_values(text, of_text)
-        if self.sizes.image_dim:
-            # Without features ComfyUI gives these layers the caption, too.
-            embedder = self.model.condition_embedder.image_embedder
-            picture = text if clip_fea is None else embedded_picture(embedder, clip_fea)
-            of_picture = [
-                (block.attn2.norm_added_k, block.attn2.to_added_kv) for block in self.model.blocks
-            ]
-            pair = self._keys_and_values(picture, of_picture)
-            found["picture_keys"], found["picture_values"] = pair
+        found: Conditioning = {"rotation": self.rotation_of(positions)}
+        found |= self.prompts_of(context, clip_fea)
         if uses_reference:
             assert reference_latent is not None
             found["reference"] = as_tokens(self.model.ref_conv(reference_latent))
@@ -117,13 +121,30 @@ class Forward(ShardedForward):
             rotations = [found["rotation"]]
             for number, latent in enumerate(latents, start=1):
                 positions = positions_of(tuple(latent.shape[2:]), rope_options, x)
-                rotations.append(self._turned(self._rotation(positions), number))
+                rotations.append(self._turned(self.rotation_of(positions), number))
             found["rotation"] = torch.cat(rotations, dim=1)
         if self.sizes.pose_channels:
             pictures = reference_latent, ref_mask_latents
             poses = pose_latents, sam_latents
             size = frames, *x.shape[3:]
             found |= self._with_poses(x, size, pictures, poses, ref_mask_flag, rope_options)
+        if self.sizes.poses_pass:
+            found["reference_strength"] = reference_strength
+        if self.sizes.poses_pass and pose_latents is not None:
+            seen_by_poses = (
+                context if context_pose is None else context_pose,
+                clip_fea if clip_fea_pose is None else clip_fea_pose,
+            )
+            passing = self, x, pose_latents, *seen_by_poses, pose_strength
+            found["poses"] = animate2.of_poses(*passing)
+        if self.sizes.has_faces and pose_latents is not None:
+            grid = frames, -(-x.shape[3] // 2), -(-x.shape[4] // 2)
+            embedding = self.model.pose_patch_embedding
+            found["added"] = animate.of_poses(embedding, pose_latents, grid, x.dtype)
+        if face_pixel_values is not None:
+            faces = animate.of_faces(self.model, face_pixel_values, frames)
+            of_faces = self.model.face_adapter, faces, self.sizes.head_dim
+            found["face_keys"], found["face_values"] = animate.keys_and_values(*of_faces)
         if camera_conditions is not None and self.sizes.camera_channels:
             found["added"] = as_tokens(self.model.control_adapter(camera_conditions))
             check_length("Camera paths", camera_conditions, found["added"], positions)
@@ -135,7 +156,8 @@ class Forward(ShardedForward):
             found["vace"] = tokens.unflatten(0, videos.shape[:2])
             found["vace_strength"] = self._strengths(vace_strength, len(videos))
             of_text = [(block.attn2.norm_k, block.attn2.to_kv) for block in self.model.vace_blocks]
-            found["vace_keys"], found["vace_values"] = self._keys_and_values(text, of_text)
+            pair = self._keys_and_values(self._embedded(context), of_text)
+            found["vace_keys"], found["vace_values"] = pair
         return found
 
     def evaluate(
@@ -155,6 +177,10 @@ class Forward(ShardedForward):
         vace_strength: Sequence[float] = (),
         vace_keys: torch.Tensor | None = None,
         vace_values: torch.Tensor | None = None,
+        face_keys: torch.Tensor | None = None,
+        face_values: torch.Tensor | None = None,
+        poses: Sequence[Pair] = (),
+        reference_strength: float = 1.0,
         skip: Sequence[BlockName] = (),
     ) -> torch.Tensor:
         """(B, C, T, H, W) → (B, out_channels, T, H, W); ``timesteps`` (B,) or (B, T)."""
@@ -175,13 +201,13 @@ class Forward(ShardedForward):
             tokens = torch.cat((tokens, others), dim=1)
         shares, tokens = self.shared(tokens)
         rotation = shares.own(rotation)
-        time, modulation = self._of_time(timesteps, x.dtype)
+        time, modulation = self.embedded_time(timesteps, x.dtype)
         kept = kept_blocks(model.blocks, skip)
         rows = [rows_of(block.scale_shift_table, modulation, shares) for _, block in kept]
         rows.append(rows_of(model.scale_shift_table, time[:, :, None], shares))
 
-        # After which of the blocks that are kept each of VACE's adds something; -1: before them.
-        places = [sum(i <= layer for i, _ in kept) - 1 for layer in self._vace_layers]
+        # After which of the blocks that are kept each other one adds something; -1: before them.
+        places = [sum(i <= layer for i, _ in kept) - 1 for layer in self._layers_with_more]
         hints: Iterator[list[torch.Tensor]] = iter(())
         if vace is not None and vace_keys is not None and vace_values is not None:
             of_text = list(zip(vace_keys, vace_values, strict=True))
@@ -192,17 +218,41 @@ class Forward(ShardedForward):
         def next_hints(place: int) -> list[torch.Tensor]:
             return [hint for _ in range(places.count(place)) for hint in next(hints, [])]
 
+        faces: list[tuple[Any, Pair]] = []
+        if face_keys is not None and face_values is not None:
+            pairs = zip(face_keys, face_values, strict=True)
+            faces = list(zip(model.face_adapter, pairs, strict=True))
+        per_frame = grid[1] * grid[2]
+        prompts = by_block(keys, values, picture_keys, picture_values)
+
+        def look_at_faces(
+            place: int, tokens: torch.Tensor, normed: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            """Normed as the next block begins, by those that look at faces after a block."""
+            here = [face for face, at in zip(faces, places, strict=False) if at == place]
+            for left, (block, pair) in enumerate(here, start=1 - len(here)):
+                product = animate.look_at_faces(block, normed, pair, per_frame, shares)
+                after = self._before(() if left else rows[place + 1])
+                tokens, normed = self.join([product], tokens, after)
+            return tokens, normed
+
         for hint in next_hints(-1):
             tokens = tokens + hint
-        normed = modulated(tokens, rows[0])
+        normed = modulated(tokens, () if faces and -1 in places else rows[0])
+        tokens, normed = look_at_faces(-1, tokens, normed)
         for place, (index, module) in enumerate(kept):
-            prompt = [(keys[index], values[index])]
-            if picture_keys is not None and picture_values is not None:
-                prompt.append((picture_keys[index], picture_values[index]))
             hints_here = next_hints(place)
             after = None if hints_here else rows[place + 1]
-            block = module, rows[place], prompt, rotation, after, shares
-            tokens, normed = self._block(tokens, normed, *block)
+            if faces and place in places:
+                after = ()
+            attend: Attend = shares.attention
+            if self.sizes.poses_pass:
+                seen = poses[index] if poses else None
+                looks = partial(animate2.look_at_poses, seen, per_frame, reference_strength)
+                attend = partial(shares.attention, attend=looks)
+            of_block = module, rows[place], prompts[index], rotation, after, attend
+            tokens, normed = self.block(tokens, normed, *of_block)
+            tokens, normed = look_at_faces(place, tokens, normed)
             if hints_here:
                 tokens = normed
                 for hint in hints_here:
@@ -211,7 +261,7 @@ class Forward(ShardedForward):
         found = shares.whole(model.proj_out(normed))[:, num_before:num_wanted]
         return unpatchified(found, grid)[:, :, : shape[2], : shape[3], : shape[4]]
 
-    def _block(
+    def block(
         self,
         tokens: torch.Tensor,
         normed: torch.Tensor,
@@ -220,24 +270,27 @@ class Forward(ShardedForward):
         prompt: Prompt,
         rotation: torch.Tensor,
         following: Rows | None,
-        shares: TokenShares,
+        attend: Attend,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """``join``'s results at the end of a block.
 
-        Normed as the block that the rows ``following`` are of begins; None: not normed.
+        Normed as the block that the rows ``following`` are of begins; empty: without a modulation;
+        None: not normed.
         """
         _, _, gate, mlp_shift, mlp_scale, mlp_gate = rows
         affine = {"weight": block.norm2.weight, "bias": block.norm2.bias}
-        product = self._attend(block.attn1, normed, rotation, shares)
+        product = self._attend(block.attn1, normed, rotation, attend)
         tokens, normed = self.join([product], tokens, Epilogue(EPS, gate, "layer", **affine))
         product = self._attend_to_prompt(block.attn2, normed, prompt)
         after = Epilogue(EPS, None, "layer", mlp_scale, mlp_shift)
         tokens, normed = self.join([product], tokens, after)
-        after = Epilogue(EPS, mlp_gate)
-        if following is not None:
-            shift, scale = following[:2]
-            after = Epilogue(EPS, mlp_gate, "layer", scale, shift)
+        after = Epilogue(EPS, mlp_gate) if following is None else self._before(following, mlp_gate)
         return self.join([gelu_mlp(block.ffn, normed)], tokens, after)
+
+    def _before(self, following: Rows, gate: torch.Tensor | None = None) -> Epilogue:
+        """Normed as the block that the rows are of begins; without rows: normed only."""
+        shift, scale = following[:2] if following else (None, None)
+        return Epilogue(EPS, gate, "layer", scale, shift)
 
     def _hints(
         self,
@@ -261,15 +314,17 @@ class Forward(ShardedForward):
             hints = []
             for index, (stream, strength) in enumerate(zip(streams, strengths, strict=True)):
                 normed = modulated(stream, rows)
-                of_block = block, rows, [pair], rotation, None, shares
-                _, whole = self._block(stream, normed, *of_block)
+                of_block = block, rows, [pair], rotation, None, shares.attention
+                _, whole = self.block(stream, normed, *of_block)
                 hints.append(block.proj_out(whole) * strength)
                 streams[index] = whole.clone()  # the next sum overwrites it
             yield hints
 
     @property
-    def _vace_layers(self) -> Sequence[int]:
-        """The block that each VACE block adds to."""
+    def _layers_with_more(self) -> Sequence[int]:
+        """The block that each VACE block adds to, or after which the model looks at faces."""
+        if self.sizes.has_faces:
+            return animate.layers(self.sizes)
         if not self.sizes.vace_blocks:
             return ()
         return range(0, self.sizes.num_blocks, self.sizes.num_blocks // self.sizes.vace_blocks)
@@ -319,14 +374,14 @@ class Forward(ShardedForward):
                 found["others"] = found["others"] + embedded
         replaces = before is not None and not before
         positions = positions_with_poses(size, count, shape, replaces, rope_options, x)
-        found["rotation"] = torch.cat([self._rotation(one) for one in positions], dim=1)
+        found["rotation"] = torch.cat([self.rotation_of(one) for one in positions], dim=1)
         return found
 
     def _of_patches(self, embedding: Any, latents: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, T, H, W) as tokens (B, L, D), embedded in fp32, in the dtype of ``x``."""
         return as_tokens(embedding(padded(latents).float()).to(x.dtype))
 
-    def _rotation(self, positions: torch.Tensor) -> torch.Tensor:
+    def rotation_of(self, positions: torch.Tensor) -> torch.Tensor:
         return rope_rotation(positions, self.sizes.axes_dims, ROPE_THETA)
 
     def _turned(self, rotation: torch.Tensor, number: int) -> torch.Tensor:
@@ -335,6 +390,24 @@ class Forward(ShardedForward):
         cos, sin = rope_rotation(position, (self.sizes.head_dim,), ROPE_THETA).unbind(-1)
         c, s = rotation.unbind(-1)
         return torch.stack((c * cos - s * sin, c * sin + s * cos), dim=-1)
+
+    def prompts_of(self, context: torch.Tensor, clip_fea: torch.Tensor | None) -> Conditioning:
+        """``keys``, ``values`` (blocks, B, L, N, K) of the caption in every block.
+
+        Where models look at a picture, ``picture_keys`` and ``picture_values``, too.
+        """
+        text, blocks = self._embedded(context), self.model.blocks
+        found = Conditioning()
+        of_text = [(block.attn2.norm_k, block.attn2.to_kv) for block in blocks]
+        found["keys"], found["values"] = self._keys_and_values(text, of_text)
+        if self.sizes.image_dim:
+            # Without features ComfyUI gives these layers the caption, too.
+            embedder = self.model.condition_embedder.image_embedder
+            picture = text if clip_fea is None else embedded_picture(embedder, clip_fea)
+            of_picture = [(block.attn2.norm_added_k, block.attn2.to_added_kv) for block in blocks]
+            pair = self._keys_and_values(picture, of_picture)
+            found["picture_keys"], found["picture_values"] = pair
+        return found
 
     def _embedded(self, context: torch.Tensor) -> torch.Tensor:
         embedder = self.model.condition_embedder.text_embedder
@@ -364,7 +437,7 @@ class Forward(ShardedForward):
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (-1, self.sizes.head_dim))
 
-    def _of_time(
+    def embedded_time(
         self, timesteps: torch.Tensor, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The embedding (B, F, D) of the timesteps, one or one a frame; of blocks (B, F, 6, D)."""
@@ -374,12 +447,12 @@ class Forward(ShardedForward):
         return time, embedder.time_proj(F.silu(time)).unflatten(-1, (6, -1))
 
     def _attend(
-        self, attend: Any, normed: torch.Tensor, rotation: torch.Tensor, shares: TokenShares
+        self, module: Any, normed: torch.Tensor, rotation: torch.Tensor, attend: Attend
     ) -> Product:
-        q, k, v = attend.to_qkv(normed).chunk(3, dim=-1)
-        parts = (q, attend.norm_q.weight), (k, attend.norm_k.weight)
+        q, k, v = module.to_qkv(normed).chunk(3, dim=-1)
+        parts = (q, module.norm_q.weight), (k, module.norm_k.weight)
         q, k = self._normed(parts, rotation)
-        return attend.to_out[0], shares.attention(q, k, self._heads(v))
+        return module.to_out[0], attend(q, k, self._heads(v))
 
     def _attend_to_prompt(
         self,

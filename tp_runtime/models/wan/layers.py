@@ -11,11 +11,13 @@ from torch import nn
 from ...errors import InputError
 from ..rows import TIME_CHANNELS
 from ..token_shares import TokenShares
-from .family import CAMERA_DOWNSCALE, FAMILY, PATCH, WanSizes
+from .family import CAMERA_DOWNSCALE, FAMILY, WanSizes
+from .rows import PATCH
 
 EPS = 1e-6
 CLIP_EPS = 1e-5
 BESIDE = 120.0  # rows or columns to what lies beside a video
+Pair = tuple[torch.Tensor, torch.Tensor]  # keys, and values (B, L, N, K)
 AXES = (("scale_t", "shift_t"), ("scale_y", "shift_y"), ("scale_x", "shift_x"))
 
 
@@ -61,6 +63,20 @@ def rows_of(
     repeats = -(-num_tokens // frames)
     rows = modulation.repeat_interleave(repeats, dim=1)[:, :num_tokens]
     return shares.own(rows)[None].unbind(3)
+
+
+def by_block(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    picture_keys: torch.Tensor | None = None,
+    picture_values: torch.Tensor | None = None,
+) -> list[list[Pair]]:
+    """For each block what it looks at beside its tokens, of (blocks, B, L, N, K) each."""
+    found = [[pair] for pair in zip(keys, values, strict=True)]
+    if picture_keys is not None and picture_values is not None:
+        for here, pair in zip(found, zip(picture_keys, picture_values, strict=True), strict=True):
+            here.append(pair)
+    return found
 
 
 def of_tokens(row: torch.Tensor) -> torch.Tensor:
@@ -112,9 +128,14 @@ def positions_with_poses(
 
 
 def modulated(tokens: torch.Tensor, rows: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Layer norm without weights of (B, L, D), scaled and shifted as a block begins."""
-    shift, scale = rows[:2]
+    """Layer norm without weights of (B, L, D), scaled and shifted as a block begins.
+
+    Without ``rows``: normed only.
+    """
     normed = F.layer_norm(tokens, tokens.shape[-1:], eps=EPS)
+    if not rows:
+        return normed
+    shift, scale = rows[:2]
     return torch.addcmul(of_tokens(shift), normed, 1 + of_tokens(scale))
 
 
