@@ -240,7 +240,7 @@ def test_an_error_of_the_sampler_lets_the_stream_go_on(model: RemoteModel, strea
 
     with pytest.raises(ZeroDivisionError):
         sample()
-    assert time.monotonic() - raised < bound_s(0.1)
+    assert time.monotonic() - raised < bound_s(0.4)
     assert stream.is_idle(within_s=1)
     assert time.monotonic() - raised < 1.2
 
