@@ -18,8 +18,9 @@ import torch
 from .call import Call
 from .poll import Poll
 
-# What has let a stream go on is known so much later, at the latest.
-_KNOWN_S = 0.5
+# What has let a stream go on is known a moment later. A cancel, which is over within a tenth of a
+# second, may be what waits for that.
+_KNOWN_S = 0.05
 
 _scope: contextvars.ContextVar["_Scope | None"] = contextvars.ContextVar("ahead", default=None)
 
