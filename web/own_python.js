@@ -20,8 +20,9 @@ async function show(part) {
 }
 
 async function follow(part, found) {
+  const update = found.state === "making" ? progress(part) : undefined;
   while (found.state === "making") {
-    progress(part, found);
+    update(found);
     await new Promise((resolve) => setTimeout(resolve, LOOK_MS));
     if (!part.isConnected) return; // the tab was closed; it goes on
     found = await request("/python");
@@ -49,14 +50,16 @@ function offer(part, found) {
   );
 }
 
-function progress(part, found) {
-  const seconds = Math.round(found.seconds);
-  part.replaceChildren(
-    heading(),
-    paragraph(text("python.making", { minutes: Math.floor(seconds / 60), seconds: seconds % 60 })),
-    element("pre", { textContent: found.line }),
-    button(part, "cancel"),
-  );
+/** Elements that stay while they are updated: a button that is put anew misses clicks and loses the focus. */
+function progress(part) {
+  const time = paragraph("");
+  const line = element("pre");
+  part.replaceChildren(heading(), time, line, button(part, "cancel"));
+  return (found) => {
+    const seconds = Math.round(found.seconds);
+    time.textContent = text("python.making", { minutes: Math.floor(seconds / 60), seconds: seconds % 60 });
+    line.textContent = found.line;
+  };
 }
 
 function button(part, action) {

@@ -14,9 +14,9 @@ export function openPanel(container) {
   const empty = emptyState();
   const panel = element("section", { className: "tp-panel", tabIndex: -1, ariaLabel: text("title") }, [
     element("h2", { textContent: text("title") }),
+    ownPython(),
     groups,
     empty,
-    ownPython(),
     doctor(),
   ]);
   container.replaceChildren(panel);
@@ -83,7 +83,7 @@ function groupCard(id) {
       ready && group.step_ms ? text("perStep", { time: milliseconds(group.step_ms) }) : "",
     ].filter(Boolean).join(" · ");
     start.update(group, count);
-    devices.replaceChildren(...group.ranks.map(deviceRow));
+    devices.replaceChildren(...(ready ? group.ranks : []).map(deviceRow));
     models.replaceChildren(...Object.entries(held).map(modelRow));
     error.textContent = group.error ?? "";
     logTail.textContent = group.log_tail;
@@ -208,14 +208,11 @@ function doctor() {
 }
 
 function finding({ name, status, text: what, advice }) {
-  const row = element("li", {}, [
-    element("span", { className: "tp-state", textContent: text(`check.${status}`) }),
-    element("div", {}, [
-      element("strong", { textContent: name }),
-      element("span", { textContent: what }),
-      ...(advice ? [element("em", { textContent: advice })] : []),
-    ]),
+  const state = element("span", { className: "tp-state", textContent: text(`check.${status}`) });
+  state.dataset.state = status;
+  return element("li", {}, [
+    element("header", {}, [element("strong", { textContent: name }), state]),
+    element("p", { textContent: what }),
+    ...(advice ? [element("p", { className: "tp-advice", textContent: advice })] : []),
   ]);
-  row.firstChild.dataset.state = status;
-  return row;
 }

@@ -68,6 +68,8 @@ def test_what_pip_says_is_the_error(
 def test_it_is_given_up(tmp_path: Path, own: OwnPython, requirements: Path) -> None:
     requirements.write_text("some-package==1\n")
     own.make()
+    # Making the environment prints nothing, and takes a while.
+    wait_until(lambda: "-m venv --clear" in own.progress().line, within_s=10)
     wait_until(lambda: "some-package" in own.progress().line, within_s=300)
     pip = [child for child in psutil.Process().children() if str(requirements) in child.cmdline()]
     assert len(pip) == 1

@@ -7,6 +7,7 @@ from typing import Any
 
 import psutil
 import pytest
+from playwright.sync_api import expect
 
 from support.comfy_page import GROUPS, PICTURES, ComfyPage
 from support.tiny_vae import VAE_NAME
@@ -202,10 +203,26 @@ def test_a_dead_group_says_why(web: ComfyPage) -> None:
     card.locator(".tp-state[data-state=failed]").wait_for()
     assert "was killed by signal 9" in card.inner_text()
     assert "Log: " in card.inner_text()
+    assert card.locator(".tp-devices li").count() == 0  # its processes hold nothing any more
     card.get_by_text("End of the log").click()
     assert card.locator("pre").inner_text()
     card.get_by_role("button", name="Release").click()
     web.page.get_by_text("No GPU process runs.").wait_for()
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_card_of_a_dead_group_goes_when_its_model_runs_elsewhere(web: ComfyPage) -> None:
+    web.open_tab()
+    run(web, picture_prompt())
+    psutil.Process(web.server.ranks()[0].pid).kill()
+    card = web.page.locator(".tp-card")
+    card.locator(".tp-state[data-state=failed]").wait_for()
+    web.load_prompt(picture_prompt(gpu_count=1))
+    web.press_run()
+    web.page.locator(".tp-card", has_text="1 CPU process").wait_for(timeout=START_MS)
+    expect(card.locator(".tp-state[data-state=failed]")).to_have_count(0, timeout=START_MS)
+    wait_for_picture(web)
+    expect(card).to_have_count(1)
 
 
 def test_the_machine_is_checked(web: ComfyPage) -> None:

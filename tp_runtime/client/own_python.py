@@ -41,7 +41,11 @@ State = Literal["absent", "making", "ready", "failed"]
 
 @dataclass(frozen=True)
 class Progress:
-    """How it stands. ``line``: what pip has printed last; ``error``: why it failed, else empty."""
+    """How it stands.
+
+    ``line``: the command that runs, then what it has printed last; ``error``: why it failed, else
+    empty.
+    """
 
     state: State
     folder: str
@@ -156,6 +160,8 @@ class OwnPython:
                 return "It was cancelled."
             try:
                 self._folder.parent.mkdir(parents=True, exist_ok=True)
+                self._log.write(f"$ {shlex.join(command)}\n".encode())
+                self._log.flush()
                 process = self._process = subprocess.Popen(
                     [sys.executable, "-c", _WITH_THREAD, *command],
                     stdin=subprocess.DEVNULL,
