@@ -306,6 +306,9 @@ def test_saved_and_opened_again(web: ComfyPage) -> None:
 # The page's own store of palettes, which has no public name.
 PALETTES = """() => Object.keys(document.querySelector('#vue-app').__vue_app__.config
     .globalProperties.$pinia._s.get('colorPalette').palettesLookup)"""
+# The names of the page's menus; of its own store of them, too.
+MENUS = """() => document.querySelector('#vue-app').__vue_app__.config.globalProperties
+    .$pinia._s.get('menuItem').menuItems.map(({ label }) => label)"""
 # Of every element of the tab with a text of its own: what it says, and its contrast.
 CONTRASTS = """() => {
     const luminance = (colour) => {
@@ -354,6 +357,14 @@ def test_readable_in_every_palette(web: ComfyPage) -> None:
 
 
 @every_page
+def test_its_commands_are_in_no_menu_of_their_own(web: ComfyPage) -> None:
+    """ComfyUI would call it "Extensions", as another of its menus."""
+    menus = web.page.evaluate(MENUS)
+    assert "Edit" in menus
+    assert "Extensions" not in menus
+
+
+@every_page
 def test_buttons_stand_in_whole_rows(web: ComfyPage) -> None:
     web.open_tab()
     web.show_groups(*GROUPS)
@@ -376,7 +387,7 @@ def test_a_start_shows_how_far_it_is(web: ComfyPage) -> None:
     web.show_groups(*GROUPS)
     # At once: what the tab has asked for as it opened may come later, and then it shows that.
     card = web.page.locator(".tp-card", has_text=re.compile(r"1 of 2 processes started, \d+ s"))
-    card.locator("progress[value='1']").wait_for()
+    card.locator("[role=progressbar][aria-valuenow='50']").wait_for()
 
 
 @pytest.mark.usefixtures("alone")
@@ -422,7 +433,7 @@ def test_another_server_is_asked_which_counts_it_has(web: ComfyPage) -> None:
 def test_a_new_loader_has_the_count_of_the_settings(web: ComfyPage) -> None:
     web.open({"TensorParallel.Nodes.GpuCount": "2"})
     try:
-        web.page.evaluate("app.graph.add(LiteGraph.createNode('TPLoadDiffusionModel'))")
+        web.page.evaluate("() => { app.graph.add(LiteGraph.createNode('TPLoadDiffusionModel')); }")
         assert web.widget("TPLoadDiffusionModel", "gpu_count") == "2"
     finally:
         web.server.post("/settings", {"TensorParallel.Nodes.GpuCount": "auto"})
