@@ -84,3 +84,15 @@ def test_without_room_nothing_begins(own: OwnPython, monkeypatch: pytest.MonkeyP
     with pytest.raises(InputError, match=r"has 3\.0 GiB of free disk.*TP_RUNTIME_HOME"):
         own.make()
     assert own.progress().state == "absent"
+
+
+def test_a_python_that_is_too_old_makes_none(
+    own: OwnPython, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert own.refusal == ""
+    monkeypatch.setattr(module, "OLDEST_PYTHON", (9, 0))
+    with pytest.raises(
+        InputError, match=r"ComfyUI's Python is 3\.\d+, that .* has to be 9\.0 or newer"
+    ):
+        own.make()
+    assert own.progress().state == "absent"

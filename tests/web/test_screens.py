@@ -128,7 +128,9 @@ def test_the_settings(web: ComfyPage) -> None:
     dialog.get_by_text("Python of the GPU processes").first.wait_for()
     web.page.wait_for_timeout(500)
     keep(web, "settings")
-    field = dialog.locator("[id='TensorParallel.Runtime.Python']").bounding_box()
+    first = dialog.locator("input[id^='TensorParallel']").first
+    assert first.get_attribute("id") == "TensorParallel.Runtime.Python"
+    field = first.bounding_box()
     assert field is not None
     assert field["width"] >= 360  # a path is long
 

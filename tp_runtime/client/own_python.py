@@ -23,6 +23,7 @@ from typing import Any, Literal
 from ..config import PACKAGE, home
 from ..errors import InputError
 from ..reasons import how_ended
+from ..tools.doctor import OLDEST_PYTHON
 from .launch.launcher import tail_of
 
 REQUIREMENTS = tuple(
@@ -90,6 +91,18 @@ class OwnPython:
         """The path that it has, or will have."""
         return str(self._folder / "bin" / "python")
 
+    @property
+    def refusal(self) -> str:
+        """Why this Python cannot make one; empty where it can."""
+        if sys.version_info[:2] >= OLDEST_PYTHON:
+            return ""
+        here, oldest = (".".join(map(str, one[:2])) for one in (sys.version_info, OLDEST_PYTHON))
+        return (
+            f"ComfyUI's Python is {here}, that of the GPU processes has to be {oldest} or newer: "
+            f"run the commands with such a python3 in the place of {sys.executable}, and name what "
+            "they make in the setting 'Python of the GPU processes'."
+        )
+
     def progress(self) -> Progress:
         """How it stands now. Never waits."""
         with self._lock:
@@ -114,8 +127,10 @@ class OwnPython:
         """Begin, in a thread. Nothing happens if that is under way.
 
         Raises:
-            InputError: there is no room on the disk.
+            InputError: there is no room on the disk, or this Python is too old.
         """
+        if self.refusal:
+            raise InputError(self.refusal)
         with self._lock:
             if self._thread is not None and self._thread.is_alive():
                 return
