@@ -4,7 +4,7 @@ import { app } from "../../scripts/app.js";
 import { element } from "./elements.js";
 import { changeGroup, refreshGroups, request, showGroups, watchGroups } from "./groups.js";
 import { ownPython } from "./own_python.js";
-import { gibibytes, layoutOf, milliseconds, ranksOf, text } from "./texts.js";
+import { gibibytes, layoutOf, milliseconds, ranksOf, sizeOf, text } from "./texts.js";
 import { showError } from "./toast.js";
 
 let close = () => {};
@@ -162,8 +162,7 @@ function bar(role, ariaLabel) {
 }
 
 function modelRow([name, { bytes, streamed, asleep }]) {
-  const size = bytes && gibibytes(Math.max(...bytes));
-  const facts = [bytes ? (bytes.length > 1 ? text("each", { size }) : size) : text("loading")];
+  const facts = [bytes ? sizeOf(bytes) : text("loading")];
   const inHost = Math.max(...(streamed ?? [0]));
   if (inHost) facts.push(text("streamed", { size: gibibytes(inHost) }));
   if (asleep) facts.push(text("asleep"));

@@ -41,6 +41,12 @@ console.warn = (...words) => {
     warn(...words);
 };"""
 
+# What is wider than its box in an element, unless it ends in an ellipsis and has it all as a title.
+CUT_OFF = """(root) => [root, ...root.querySelectorAll('*')]
+    .filter((one) => one.offsetParent && one.clientWidth && one.scrollWidth > one.clientWidth + 1)
+    .filter((one) => !(getComputedStyle(one).textOverflow === 'ellipsis' && one.title))
+    .map((one) => `${one.className}: ${one.textContent}`)"""
+
 
 _RANKS = [
     {
@@ -231,6 +237,10 @@ class ComfyPage:
                 break
         box.fill(words)
         return self.page.locator(".p-autocomplete-option, [data-testid=node-preview-card] h3")
+
+    def cut_off(self, part: Locator) -> list[str]:
+        """What does not fit into its box, in a part of the page."""
+        return list(part.evaluate(CUT_OFF))
 
     def deprecated(self) -> list[str]:
         """What the page has warned of as deprecated that the pack does."""

@@ -74,7 +74,9 @@ def page_without_vllm(
         env = {
             **NO_GPU,
             "PYTHONPATH": path,
-            "TP_RUNTIME_HOME": str(folder / "home"),
+            "TP_RUNTIME_HOME": str(
+                folder / "home_of_a_name_that_no_line_has_room_for_and_no_hyphen"
+            ),
             "PIP_INDEX_URL": f"http://127.0.0.1:{index.getsockname()[1]}/simple",
         }
         with (
@@ -93,6 +95,7 @@ def test_shown_asked_for_watched_and_cancelled(web: ComfyPage) -> None:
     expect(part).to_contain_text("requirements-runtime.txt")
     expect(part).to_contain_text("Takes up to 12.0 GiB of disk while it is made")
     web.page.screenshot(path=PICTURES / f"screen_own_python_{web.name}.png")
+    assert web.cut_off(part) == []
     assert not folder.exists()  # nothing is made unless a person asks for it
     part.get_by_role("button", name="Make it").click()
     expect(part).to_contain_text("Being made, 0 min")
@@ -132,9 +135,15 @@ def test_the_first_run_says_what_to_do(web: ComfyPage, tiny_z_image: Path) -> No
 
 
 def test_nothing_is_offered_where_the_processes_have_a_python(web: ComfyPage) -> None:
-    setting = "TensorParallel.Runtime.Python"
-    web.open({setting: "/usr/bin/python3"})
+    choose = "(path) => app.extensionManager.setting.set('TensorParallel.Runtime.Python', path)"
+    web.open_tab()
+    part = web.page.locator(".tp-python")
+    expect(part).to_contain_text("A Python for the GPU processes")
+    web.page.evaluate(choose, "/usr/bin/python3")
+    expect(part).to_be_empty()
+    web.open()
     web.open_tab()
     expect(web.page.locator(".tp-doctor")).to_be_visible()
-    expect(web.page.locator(".tp-python")).to_be_empty()
-    web.server.post("/settings", {setting: ""})
+    expect(part).to_be_empty()
+    web.page.evaluate(choose, "")
+    expect(part).to_contain_text("A Python for the GPU processes")
