@@ -67,7 +67,11 @@ function progress(part) {
   part.replaceChildren(heading(), time, line, button(part, "cancel"));
   return (found) => {
     const seconds = Math.round(found.seconds);
-    time.textContent = text("python.making", { minutes: Math.floor(seconds / 60), seconds: seconds % 60 });
+    time.textContent = text("python.making", {
+      minutes: Math.floor(seconds / 60),
+      seconds: seconds % 60,
+      size: gibibytes(found.written_bytes),
+    });
     line.textContent = found.line;
   };
 }

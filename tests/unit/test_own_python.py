@@ -79,6 +79,21 @@ def test_it_is_given_up(tmp_path: Path, own: OwnPython, requirements: Path) -> N
     assert not (tmp_path / "home" / "python").exists()
 
 
+@pytest.mark.usefixtures("index_that_never_answers")
+def test_it_says_what_it_has_written(
+    own: OwnPython, requirements: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = [20 * 2**30]
+    monkeypatch.setattr(module, "_free_bytes", lambda _: free[0])
+    requirements.write_text("some-package==1\n")
+    assert own.progress().written_bytes == 0
+    own.make()
+    free[0] -= 3 * 2**30
+    assert own.progress().written_bytes == 3 * 2**30
+    free[0] += 4 * 2**30  # somebody else's
+    assert own.progress().written_bytes == 0
+
+
 def test_without_room_nothing_begins(own: OwnPython, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_free_bytes", lambda _: 3 * 2**30)
     with pytest.raises(InputError, match=r"has 3\.0 GiB of free disk.*TP_RUNTIME_HOME"):

@@ -44,8 +44,8 @@ State = Literal["absent", "making", "ready", "failed"]
 class Progress:
     """How it stands.
 
-    ``line``: the command that runs, then what it has printed last; ``error``: why it failed, else
-    empty.
+    ``line``: the command that runs, then what it has printed last; ``written_bytes``: what the disk
+    has less of since it began; ``error``: why it failed, else empty.
     """
 
     state: State
@@ -56,6 +56,7 @@ class Progress:
     free_bytes: int
     line: str = ""
     seconds: float = 0.0
+    written_bytes: int = 0
     error: str = ""
 
     def as_dict(self) -> dict[str, Any]:
@@ -81,6 +82,7 @@ class OwnPython:
         self._process: subprocess.Popen[bytes] | None = None
         self._cancelled = False
         self._began = 0.0
+        self._free_before = 0
         self._error = ""
         # For appending, since it is read while it is written to.
         self._log = tempfile.TemporaryFile("a+b")  # noqa: SIM115  (open as long as this object)
@@ -111,15 +113,17 @@ class OwnPython:
             if not making and (self._folder / _COMPLETE).exists():
                 state = "ready"
             lines = tail_of(self._log).splitlines() if making else []
+            free = _free_bytes(self._folder)
             return Progress(
                 state,
                 str(self._folder),
                 self.python,
                 [shlex.join(command) for command in self._commands],
                 NEEDED_BYTES,
-                _free_bytes(self._folder),
+                free,
                 line=lines[-1] if lines else "",
                 seconds=round(time.monotonic() - self._began, 1) if making else 0.0,
+                written_bytes=max(0, self._free_before - free) if making else 0,
                 error="" if making else self._error,
             )
 
@@ -142,6 +146,7 @@ class OwnPython:
                     "or set TP_RUNTIME_HOME to a folder on another disk."
                 )
             self._cancelled, self._error, self._began = False, "", time.monotonic()
+            self._free_before = free
             self._log.truncate(0)
             self._thread = threading.Thread(
                 target=self._run, name="tp-runtime-own-python", daemon=True
