@@ -93,7 +93,7 @@ def test_shown_asked_for_watched_and_cancelled(web: ComfyPage) -> None:
     expect(part).to_contain_text("A Python for the GPU processes")
     expect(part).to_contain_text(f"-m venv --clear {folder}")
     expect(part).to_contain_text("requirements-runtime.txt")
-    expect(part).to_contain_text("Takes up to 12.0 GiB of disk while it is made")
+    expect(part).to_contain_text("Takes up to 14.0 GiB of disk while it is made")
     web.page.screenshot(path=PICTURES / f"screen_own_python_{web.name}.png")
     assert web.cut_off(part) == []
     assert not folder.exists()  # nothing is made unless a person asks for it

@@ -29,7 +29,9 @@ from .launch.launcher import tail_of
 REQUIREMENTS = tuple(
     PACKAGE.parent / name for name in ("requirements.txt", "requirements-runtime.txt")
 )
-NEEDED_BYTES = 12 * 2**30  # what it takes, and pip's copies while it unpacks
+NEEDED_BYTES = 14 * 2**30  # 9 for what it takes, 4 for pip's copies while it unpacks, and some room
+# A cache would take four GiB more, for what is made once.
+_PIP_OPTIONS = ("--no-input", "--no-cache-dir", "--progress-bar", "off")
 _COMPLETE = "complete"  # a file in the folder, once all is installed
 # The kernel ends pip with the thread that started it, whatever that is doing.
 _WITH_THREAD = """\
@@ -75,7 +77,7 @@ class OwnPython:
         files = [word for file in requirements for word in ("-r", str(file))]
         self._commands = [
             [sys.executable, "-m", "venv", "--clear", str(self._folder)],
-            [self.python, "-m", "pip", "install", "--no-input", "--progress-bar", "off", *files],
+            [self.python, "-m", "pip", "install", *_PIP_OPTIONS, *files],
         ]
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
