@@ -69,7 +69,8 @@ def serve_page(server: Any) -> None:
     own = OwnPython()
 
     async def python(_request: web.Request) -> Any:
-        return {**own.progress().as_dict(), "missing": lacks_runtime(), "refusal": _refusal()}
+        refusal = _refusal() or own.refusal
+        return {**own.progress().as_dict(), "missing": lacks_runtime(), "refusal": refusal}
 
     async def change_python(request: web.Request) -> Any:
         if refusal := _refusal(request.remote):

@@ -19,24 +19,24 @@ def card(model: str, what: str, footer: str) -> Image.Image:
     chance = random.Random(hashlib.sha256(f"{model} {what}".encode()).digest())
     hue = int.from_bytes(hashlib.sha256(model.encode()).digest()[:2], "big") / 2**16
     width, height = SIZE[0] * SCALE, SIZE[1] * SCALE
-    picture = Image.new("RGB", (width, height), _colour(hue, 0.55, 0.30))
+    picture = Image.new("RGB", (width, height), _colour(hue, 0.55, 0.38))
     draw = ImageDraw.Draw(picture)
     for number in range(9):
-        colour = _colour(hue + chance.uniform(-0.18, 0.18), 0.6, 0.35 + 0.05 * number)
+        colour = _colour(hue + chance.uniform(-0.18, 0.18), 0.62, 0.45 + 0.055 * number)
         radius = chance.randint(40, 130) * SCALE
         x, y = chance.randint(0, width), chance.randint(0, height)
         _shape(draw, chance.choice(SHAPES), x, y, radius, colour)
     picture = picture.filter(ImageFilter.GaussianBlur(1.5 * SCALE))
     shade = Image.new("RGB", picture.size, (12, 12, 16))
-    band = Image.linear_gradient("L").resize(picture.size).point(lambda v: 70 + v * 150 // 255)
+    band = Image.linear_gradient("L").resize(picture.size).point(lambda v: 15 + v * 200 // 255)
     picture.paste(shade, mask=band)
     draw = ImageDraw.Draw(picture)
     margin = 36 * SCALE
     draw.text(
-        (margin, 190 * SCALE), model, "white", _fitting(model, 64 * SCALE, width - 2 * margin)
+        (margin, 168 * SCALE), model, "white", _fitting(model, 64 * SCALE, width - 2 * margin)
     )
-    draw.text((margin, 276 * SCALE), what, (225, 225, 232), _font(34 * SCALE))
-    draw.text((margin, 338 * SCALE), footer, (178, 178, 190), _font(21 * SCALE))
+    draw.text((margin, 256 * SCALE), what, (235, 235, 242), _font(38 * SCALE))
+    draw.text((margin, 322 * SCALE), footer, (215, 215, 224), _font(32 * SCALE))
     return picture.resize(SIZE, Image.Resampling.LANCZOS)
 
 

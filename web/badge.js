@@ -3,7 +3,7 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { watchGroups } from "./groups.js";
 import { findPlace, loaderOf } from "./graph.js";
-import { gibibytes, layoutOf, milliseconds, ranksOf, text } from "./texts.js";
+import { layoutOf, milliseconds, ranksOf, sizeOf, text } from "./texts.js";
 
 // Node → what it runs on: { group, model }, both being ids.
 const marks = new Map();
@@ -62,7 +62,7 @@ function label({ group: id, model: name }) {
   const parts = [ranksOf(group) > group.tp_size ? layoutOf(group) : `${group.tp_size}×`];
   // HTML nodes, which have a badge inside, are too narrow for all of it.
   const isNarrow = globalThis.LiteGraph.vueNodesMode;
-  if (model.bytes && !isNarrow) parts.push(text("each", { size: gibibytes(Math.max(...model.bytes)) }));
+  if (model.bytes && !isNarrow) parts.push(sizeOf(model.bytes));
   if (model.asleep) parts.push(text("asleep"));
   else if (group.step_ms) parts.push(text("perStep", { time: milliseconds(group.step_ms) }));
   return parts.join(" · ");

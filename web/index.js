@@ -5,6 +5,7 @@ import { prepareBadge, showBadges } from "./badge.js";
 import { DEFAULT_COUNT, followModel, forgetAnswers } from "./gpu_counts.js";
 import { refreshGroups, releaseAll, showGroups } from "./groups.js";
 import { showWarnings } from "./note.js";
+import { lookAgain } from "./own_python.js";
 import { closePanel, openPanel } from "./panel.js";
 import { openOldPrompts, renameInputs } from "./renamed.js";
 import { menuItems, swapAll } from "./swap.js";
@@ -28,6 +29,7 @@ app.registerExtension({
       attrs: { style: "width: 24rem" },
       sortOrder: 40,
       defaultValue: "",
+      onChange: (now, before) => settingChanged("TensorParallel.Runtime.Python", now, before, lookAgain),
     },
     {
       id: "TensorParallel.Runtime.Devices",
@@ -37,7 +39,7 @@ app.registerExtension({
       type: "text",
       sortOrder: 30,
       defaultValue: "",
-      onChange: (now, before) => devicesChanged("TensorParallel.Runtime.Devices", now, before),
+      onChange: (now, before) => settingChanged("TensorParallel.Runtime.Devices", now, before, forgetAnswers),
     },
     {
       id: "TensorParallel.Runtime.Reproducible",
@@ -124,11 +126,11 @@ app.registerExtension({
   refreshComboInNodes: forgetAnswers,
 });
 
-/** Ask anew which counts work. The server reads the stored value, so that is stored first. */
-async function devicesChanged(id, now, before) {
+/** Show what follows from it. The server reads the stored value, so that is stored first. */
+async function settingChanged(id, now, before, show) {
   if (before === undefined) return; // the page is being loaded
   await api.storeSetting(id, now);
-  forgetAnswers();
+  show();
 }
 
 function addStyle() {

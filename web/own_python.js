@@ -7,12 +7,18 @@ import { showError } from "./toast.js";
 
 const SETTING = "TensorParallel.Runtime.Python";
 const LOOK_MS = 1000;
+let offered; // the part of the open tab
 
 /** The part of the tab for it; empty where the GPU processes have what they need. */
 export function ownPython() {
-  const part = element("div", { className: "tp-python", role: "status" });
-  show(part).catch(showError);
-  return part;
+  offered = element("div", { className: "tp-python", role: "status" });
+  lookAgain();
+  return offered;
+}
+
+/** Another Python may be set now. What is being made is looked at anyway, and what was made stays said. */
+export function lookAgain() {
+  if (offered && !["making", "made"].includes(offered.dataset.shown)) show(offered).catch(showError);
 }
 
 async function show(part) {
@@ -20,18 +26,21 @@ async function show(part) {
 }
 
 async function follow(part, found) {
+  const update = found.state === "making" ? progress(part) : undefined;
   while (found.state === "making") {
-    progress(part, found);
+    update(found);
     await new Promise((resolve) => setTimeout(resolve, LOOK_MS));
     if (!part.isConnected) return; // the tab was closed; it goes on
     found = await request("/python");
   }
   if (found.state === "ready" && found.missing) {
-    await app.extensionManager.setting.set(SETTING, found.python);
+    part.dataset.shown = "made";
     part.replaceChildren(heading(), paragraph(text("python.ready", { python: found.python })));
+    await app.extensionManager.setting.set(SETTING, found.python);
   } else if (found.missing) {
     offer(part, found);
   } else {
+    part.dataset.shown = "nothing";
     part.replaceChildren();
   }
 }
@@ -39,6 +48,7 @@ async function follow(part, found) {
 function offer(part, found) {
   const size = gibibytes(found.needed_bytes);
   const free = gibibytes(found.free_bytes);
+  part.dataset.shown = "offer";
   part.replaceChildren(
     heading(),
     paragraph(text("python.what")),
@@ -49,14 +59,21 @@ function offer(part, found) {
   );
 }
 
-function progress(part, found) {
-  const seconds = Math.round(found.seconds);
-  part.replaceChildren(
-    heading(),
-    paragraph(text("python.making", { minutes: Math.floor(seconds / 60), seconds: seconds % 60 })),
-    element("pre", { textContent: found.line }),
-    button(part, "cancel"),
-  );
+/** Elements that stay while they are updated: a button that is put anew misses clicks and loses the focus. */
+function progress(part) {
+  const time = paragraph("");
+  const line = element("pre");
+  part.dataset.shown = "making";
+  part.replaceChildren(heading(), time, line, button(part, "cancel"));
+  return (found) => {
+    const seconds = Math.round(found.seconds);
+    time.textContent = text("python.making", {
+      minutes: Math.floor(seconds / 60),
+      seconds: seconds % 60,
+      size: gibibytes(found.written_bytes),
+    });
+    line.textContent = found.line;
+  };
 }
 
 function button(part, action) {

@@ -4,7 +4,7 @@ import { app } from "../../scripts/app.js";
 import { element } from "./elements.js";
 import { changeGroup, refreshGroups, request, showGroups, watchGroups } from "./groups.js";
 import { ownPython } from "./own_python.js";
-import { gibibytes, layoutOf, milliseconds, ranksOf, text } from "./texts.js";
+import { gibibytes, layoutOf, milliseconds, ranksOf, sizeOf, text } from "./texts.js";
 import { showError } from "./toast.js";
 
 let close = () => {};
@@ -14,9 +14,9 @@ export function openPanel(container) {
   const empty = emptyState();
   const panel = element("section", { className: "tp-panel", tabIndex: -1, ariaLabel: text("title") }, [
     element("h2", { textContent: text("title") }),
+    ownPython(),
     groups,
     empty,
-    ownPython(),
     doctor(),
   ]);
   container.replaceChildren(panel);
@@ -83,7 +83,7 @@ function groupCard(id) {
       ready && group.step_ms ? text("perStep", { time: milliseconds(group.step_ms) }) : "",
     ].filter(Boolean).join(" · ");
     start.update(group, count);
-    devices.replaceChildren(...group.ranks.map(deviceRow));
+    devices.replaceChildren(...(ready ? group.ranks : []).map(deviceRow));
     models.replaceChildren(...Object.entries(held).map(modelRow));
     error.textContent = group.error ?? "";
     logTail.textContent = group.log_tail;
@@ -98,9 +98,9 @@ function groupCard(id) {
 
 /** How many processes have started, and for how long that has been going on. */
 function startProgress() {
-  const bar = element("progress", { ariaLabel: text("state.starting") });
+  const started = bar("progressbar", text("state.starting"));
   const label = element("span");
-  const made = element("div", { className: "tp-start", hidden: true }, [bar, label]);
+  const made = element("div", { className: "tp-start", hidden: true }, [started.element, label]);
   let since, ready, count, timer;
 
   function show() {
@@ -115,9 +115,7 @@ function startProgress() {
     const before = made.hidden;
     made.hidden = group.state !== "starting";
     [ready, count] = [group.ready_ranks, numRanks];
-    bar.max = count;
-    if (ready) bar.value = ready;
-    else bar.removeAttribute("value"); // nobody knows how far the imports are
+    started.show(ready ? ready / count : undefined); // nobody knows how far the imports are
     if (before && !made.hidden) {
       since = Date.now();
       timer = setTimeout(show);
@@ -140,12 +138,31 @@ function deviceRow(rank) {
         : text("ofTotal", { used: gibibytes(used), total: gibibytes(total) }),
     }),
   ]);
-  if (!onCpu) row.append(element("meter", { min: 0, max: total, value: used, ariaLabel: name }));
+  if (!onCpu) {
+    const memory = bar("meter", name);
+    memory.show(used / total);
+    row.append(memory.element);
+  }
   return row;
 }
 
+/** Drawn by panel.css: of a browser's own bars, newer frontends leave no more than their colours. */
+function bar(role, ariaLabel) {
+  const part = element("div");
+  const made = element("div", { className: "tp-bar", role, ariaLabel, ariaValueMin: "0", ariaValueMax: "100" }, [part]);
+
+  /** `share`: from 0 to 1; undefined where nobody knows. */
+  function show(share) {
+    const percent = share === undefined ? null : String(Math.round(100 * share));
+    made.ariaValueNow = percent;
+    part.style.width = percent === null ? "" : `${percent}%`;
+  }
+
+  return { element: made, show };
+}
+
 function modelRow([name, { bytes, streamed, asleep }]) {
-  const facts = [bytes ? text("each", { size: gibibytes(Math.max(...bytes)) }) : text("loading")];
+  const facts = [bytes ? sizeOf(bytes) : text("loading")];
   const inHost = Math.max(...(streamed ?? [0]));
   if (inHost) facts.push(text("streamed", { size: gibibytes(inHost) }));
   if (asleep) facts.push(text("asleep"));
@@ -208,14 +225,11 @@ function doctor() {
 }
 
 function finding({ name, status, text: what, advice }) {
-  const row = element("li", {}, [
-    element("span", { className: "tp-state", textContent: text(`check.${status}`) }),
-    element("div", {}, [
-      element("strong", { textContent: name }),
-      element("span", { textContent: what }),
-      ...(advice ? [element("em", { textContent: advice })] : []),
-    ]),
+  const state = element("span", { className: "tp-state", textContent: text(`check.${status}`) });
+  state.dataset.state = status;
+  return element("li", {}, [
+    element("header", {}, [element("strong", { textContent: name }), state]),
+    element("p", { textContent: what }),
+    ...(advice ? [element("p", { className: "tp-advice", textContent: advice })] : []),
   ]);
-  row.firstChild.dataset.state = status;
-  return row;
 }

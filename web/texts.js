@@ -22,6 +22,12 @@ export function gibibytes(bytes) {
   return size < 0.1 ? `${(bytes / 2 ** 20).toFixed(1)} MiB` : `${size.toFixed(1)} GiB`;
 }
 
+/** What a model's weights take on each rank. */
+export function sizeOf(bytes) {
+  const size = gibibytes(Math.max(...bytes));
+  return bytes.length > 1 ? text("each", { size }) : size;
+}
+
 /** Milliseconds with about three digits. */
 export function milliseconds(ms) {
   return `${ms < 10 ? ms.toFixed(1) : Math.round(ms)} ms`;

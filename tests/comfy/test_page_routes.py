@@ -13,6 +13,7 @@ import pytest
 from support.comfy_history import PromptError
 from support.comfy_server import NO_GPU, ComfyServer
 from support.group_reports import group
+from support.pack import pack_module
 from support.workflows import Sampling, tp_text_to_latent
 
 pytestmark = pytest.mark.comfy
@@ -158,6 +159,27 @@ def test_a_python_setting_that_is_none(comfy_server: ComfyServer) -> None:
         assert ask(comfy_server, "/doctor", JSON)[0] == 400
     finally:
         comfy_server.post("/settings", {PYTHON: ""})
+
+
+@pytest.mark.parametrize(
+    ("listen", "remote", "named"),
+    [
+        ("127.0.0.1", "127.0.0.1", ""),
+        ("localhost", "::1", ""),
+        ("127.0.0.1,::1", None, ""),
+        ("0.0.0.0,::", "127.0.0.1", "0.0.0.0"),
+        ("127.0.0.1,192.168.0.7", "127.0.0.1", "192.168.0.7"),
+        ("127.0.0.1", "192.168.0.9", "192.168.0.9"),  # through something that passes it on
+    ],
+)
+def test_a_python_is_made_for_who_sits_at_the_machine(
+    monkeypatch: pytest.MonkeyPatch, listen: str, remote: str | None, named: str
+) -> None:
+    with pack_module("nodes.page") as page:
+        monkeypatch.setattr(page.args, "listen", listen)
+        refusal = page._refusal(remote)
+    assert (f"over the network ({named})" in refusal) == bool(named)
+    assert bool(refusal) == bool(named)
 
 
 @pytest.fixture(scope="module")

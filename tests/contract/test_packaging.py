@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from support.paths import REPOSITORY
+from tp_runtime.ray_driver.driver import REQUIREMENT
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,19 @@ def test_requirements_are_the_declared_dependencies(pyproject: dict[str, Any]) -
 def test_the_runtimes_requirements_are_the_extra(pyproject: dict[str, Any]) -> None:
     extra = pyproject["project"]["optional-dependencies"]["runtime"]
     assert requirement_lines("requirements-runtime.txt") == extra
+
+
+def test_ray_is_asked_for_as_the_extra_is(pyproject: dict[str, Any]) -> None:
+    assert pyproject["project"]["optional-dependencies"]["ray"] == [REQUIREMENT]
+
+
+def test_nobody_is_told_to_install_this_folder() -> None:
+    """setuptools would leave `build` and `*.egg-info` in `custom_nodes`."""
+    documents = [REPOSITORY / "README.md", *REPOSITORY.glob("docs/*.md")]
+    code = [*REPOSITORY.glob("tp_runtime/**/*.py"), *REPOSITORY.glob("nodes/*.py")]
+    for path in (*documents, *code):
+        for command in re.findall(r"pip install [^\n]+", path.read_text()):
+            assert not re.search(r"\[(runtime|ray|gguf)|install (-e|\.)", command), path
 
 
 def test_requirements_leave_comfyuis_torch_alone() -> None:

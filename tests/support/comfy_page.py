@@ -12,7 +12,7 @@ from typing import Any
 from playwright.sync_api import Browser, Locator, Page, sync_playwright
 from playwright.sync_api import TimeoutError as PageTimeoutError
 
-from support.comfy_server import ComfyServer
+from support.comfy_server import PACK_FOLDER, ComfyServer
 from support.paths import NEWER_FRONTEND, REPOSITORY
 
 PICTURES = REPOSITORY / "out" / "web"
@@ -28,6 +28,24 @@ SETTINGS = {
     "Comfy.Validation.Workflows": False,
     "Comfy.Workflow.Persist": False,  # or the page opens what it had open before
 }
+
+# What the page warns of as deprecated while a function of the pack runs.
+DEPRECATED = """
+Error.stackTraceLimit = 50;
+window.deprecated = [];
+const warn = console.warn;
+console.warn = (...words) => {
+    const { stack } = new Error();
+    if (/deprecated/i.test(words.join(" ")) && stack.includes("/extensions/PACK/"))
+        window.deprecated.push(words.join(" "));
+    warn(...words);
+};"""
+
+# What is wider than its box in an element, unless it ends in an ellipsis and has it all as a title.
+CUT_OFF = """(root) => [root, ...root.querySelectorAll('*')]
+    .filter((one) => one.offsetParent && one.clientWidth && one.scrollWidth > one.clientWidth + 1)
+    .filter((one) => !(getComputedStyle(one).textOverflow === 'ellipsis' && one.title))
+    .map((one) => `${one.className}: ${one.textContent}`)"""
 
 
 _RANKS = [
@@ -88,6 +106,7 @@ class ComfyPage:
         self.name = "own"
         self.errors: list[str] = []
         page.add_init_script("localStorage.setItem('vueNodesBannerDismissed', 'true')")
+        page.add_init_script(DEPRECATED.replace("PACK", PACK_FOLDER))
         page.set_default_timeout(30_000)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
 
@@ -218,6 +237,14 @@ class ComfyPage:
                 break
         box.fill(words)
         return self.page.locator(".p-autocomplete-option, [data-testid=node-preview-card] h3")
+
+    def cut_off(self, part: Locator) -> list[str]:
+        """What does not fit into its box, in a part of the page."""
+        return list(part.evaluate(CUT_OFF))
+
+    def deprecated(self) -> list[str]:
+        """What the page has warned of as deprecated that the pack does."""
+        return list(self.page.evaluate("window.deprecated"))
 
     def toasts(self, severity: str | None = None) -> str:
         """The text of the messages that are shown, in frontend 1.32 and in newer ones."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import psutil
 import pytest
+from playwright.sync_api import expect
 
 from support.comfy_page import GROUPS, PICTURES, ComfyPage
 from support.tiny_vae import VAE_NAME
@@ -202,10 +203,26 @@ def test_a_dead_group_says_why(web: ComfyPage) -> None:
     card.locator(".tp-state[data-state=failed]").wait_for()
     assert "was killed by signal 9" in card.inner_text()
     assert "Log: " in card.inner_text()
+    assert card.locator(".tp-devices li").count() == 0  # its processes hold nothing any more
     card.get_by_text("End of the log").click()
     assert card.locator("pre").inner_text()
     card.get_by_role("button", name="Release").click()
     web.page.get_by_text("No GPU process runs.").wait_for()
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_card_of_a_dead_group_goes_when_its_model_runs_elsewhere(web: ComfyPage) -> None:
+    web.open_tab()
+    run(web, picture_prompt())
+    psutil.Process(web.server.ranks()[0].pid).kill()
+    card = web.page.locator(".tp-card")
+    card.locator(".tp-state[data-state=failed]").wait_for()
+    web.load_prompt(picture_prompt(gpu_count=1))
+    web.press_run()
+    web.page.locator(".tp-card", has_text="1 CPU process").wait_for(timeout=START_MS)
+    expect(card.locator(".tp-state[data-state=failed]")).to_have_count(0, timeout=START_MS)
+    wait_for_picture(web)
+    expect(card).to_have_count(1)
 
 
 def test_the_machine_is_checked(web: ComfyPage) -> None:
@@ -289,6 +306,9 @@ def test_saved_and_opened_again(web: ComfyPage) -> None:
 # The page's own store of palettes, which has no public name.
 PALETTES = """() => Object.keys(document.querySelector('#vue-app').__vue_app__.config
     .globalProperties.$pinia._s.get('colorPalette').palettesLookup)"""
+# The names of the page's menus; of its own store of them, too.
+MENUS = """() => document.querySelector('#vue-app').__vue_app__.config.globalProperties
+    .$pinia._s.get('menuItem').menuItems.map(({ label }) => label)"""
 # Of every element of the tab with a text of its own: what it says, and its contrast.
 CONTRASTS = """() => {
     const luminance = (colour) => {
@@ -337,6 +357,14 @@ def test_readable_in_every_palette(web: ComfyPage) -> None:
 
 
 @every_page
+def test_its_commands_are_in_no_menu_of_their_own(web: ComfyPage) -> None:
+    """ComfyUI would call it "Extensions", as another of its menus."""
+    menus = web.page.evaluate(MENUS)
+    assert "Edit" in menus
+    assert "Extensions" not in menus
+
+
+@every_page
 def test_buttons_stand_in_whole_rows(web: ComfyPage) -> None:
     web.open_tab()
     web.show_groups(*GROUPS)
@@ -359,7 +387,7 @@ def test_a_start_shows_how_far_it_is(web: ComfyPage) -> None:
     web.show_groups(*GROUPS)
     # At once: what the tab has asked for as it opened may come later, and then it shows that.
     card = web.page.locator(".tp-card", has_text=re.compile(r"1 of 2 processes started, \d+ s"))
-    card.locator("progress[value='1']").wait_for()
+    card.locator("[role=progressbar][aria-valuenow='50']").wait_for()
 
 
 @pytest.mark.usefixtures("alone")
@@ -405,7 +433,7 @@ def test_another_server_is_asked_which_counts_it_has(web: ComfyPage) -> None:
 def test_a_new_loader_has_the_count_of_the_settings(web: ComfyPage) -> None:
     web.open({"TensorParallel.Nodes.GpuCount": "2"})
     try:
-        web.page.evaluate("app.graph.add(LiteGraph.createNode('TPLoadDiffusionModel'))")
+        web.page.evaluate("() => { app.graph.add(LiteGraph.createNode('TPLoadDiffusionModel')); }")
         assert web.widget("TPLoadDiffusionModel", "gpu_count") == "2"
     finally:
         web.server.post("/settings", {"TensorParallel.Nodes.GpuCount": "auto"})

@@ -19,11 +19,6 @@ every_page = pytest.mark.every_page
 MODEL = "z_image_turbo_bf16.safetensors"
 LOADER, SAMPLER = "TPLoadDiffusionModel", "TPSampler"
 WARNING = "No CUDA GPU is visible: the model runs on 2 CPU processes. Results are right, but slow."
-# What is wider than its box in an element, unless it ends in an ellipsis and has it all as a title.
-CUT_OFF = """(root) => [root, ...root.querySelectorAll('*')]
-    .filter((one) => one.offsetParent && one.clientWidth && one.scrollWidth > one.clientWidth + 1)
-    .filter((one) => !(getComputedStyle(one).textOverflow === 'ellipsis' && one.title))
-    .map((one) => `${one.className}: ${one.textContent}`)"""
 # What of our nodes reaches beyond their right or lower edge, and how far in pixels at a scale of 1:
 # of their notes and, where nodes are drawn in HTML, of all that is in them.
 BEYOND = """(types) => app.graph.nodes.filter(({ comfyClass, subgraph }) =>
@@ -71,7 +66,7 @@ def test_the_tab(web: ComfyPage, palette: str) -> None:
             if summary.is_visible():
                 summary.click()
         web.page.wait_for_timeout(200)
-        assert panel.evaluate(CUT_OFF) == []
+        assert web.cut_off(panel) == []
         keep(web, f"tab_{groups[0]['state'] if groups else 'empty'}_{palette}", panel)
 
 
@@ -128,6 +123,11 @@ def test_the_settings(web: ComfyPage) -> None:
     dialog.get_by_text("Python of the GPU processes").first.wait_for()
     web.page.wait_for_timeout(500)
     keep(web, "settings")
+    first = dialog.locator("input[id^='TensorParallel']").first
+    assert first.get_attribute("id") == "TensorParallel.Runtime.Python"
+    field = first.bounding_box()
+    assert field is not None
+    assert field["width"] >= 360  # a path is long
 
 
 def mark(web: ComfyPage, sampler: str) -> None:

@@ -28,7 +28,7 @@ from .tensor_sender import Asked
 
 logger = logging.getLogger("tp_runtime")
 
-_IMPORT_ERROR = re.compile(r"^(?:ModuleNotFoundError|ImportError): .*$", re.MULTILINE)
+_IMPORT_ERROR = re.compile(r"^(?:ModuleNotFoundError|ImportError): (.*?)\.?$", re.MULTILINE)
 # torch's words, on a GPU and on a CPU.
 _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|^MemoryError", re.IGNORECASE)
 _ASKED = re.compile(r"[Tt]ried to allocate (\d[\d.]* \w+)")
@@ -94,10 +94,8 @@ def no_fork_server(config: GroupConfig, error: BaseException, log: str) -> Group
 def _lacking(config: GroupConfig, logs: Sequence[str]) -> str | None:
     """What to install, if one of the logs says that something cannot be imported."""
     found = next(filter(None, map(_IMPORT_ERROR.search, logs)), None)
-    return found and (
-        f"The runtime's Python {config.python} cannot import what the ranks need ({found[0]}). "
-        f"{how_to_have_runtime(config.python)}"
-    )
+    # The node in the page shows the first hundred letters without being scrolled.
+    return found and f"{found[1]}. {how_to_have_runtime(config.python)}"
 
 
 def silence(silent: Sequence[Rank], timeout_s: float, doing: str) -> CallTimeoutError:

@@ -23,12 +23,15 @@ from typing import Any, Literal
 from ..config import PACKAGE, home
 from ..errors import InputError
 from ..reasons import how_ended
+from ..tools.doctor import OLDEST_PYTHON
 from .launch.launcher import tail_of
 
 REQUIREMENTS = tuple(
     PACKAGE.parent / name for name in ("requirements.txt", "requirements-runtime.txt")
 )
-NEEDED_BYTES = 12 * 2**30  # what it takes, and pip's copies while it unpacks
+NEEDED_BYTES = 14 * 2**30  # 9 for what it takes, 4 for pip's copies while it unpacks, and some room
+# A cache would take four GiB more, for what is made once.
+_PIP_OPTIONS = ("--no-input", "--no-cache-dir", "--progress-bar", "off")
 _COMPLETE = "complete"  # a file in the folder, once all is installed
 # The kernel ends pip with the thread that started it, whatever that is doing.
 _WITH_THREAD = """\
@@ -41,7 +44,11 @@ State = Literal["absent", "making", "ready", "failed"]
 
 @dataclass(frozen=True)
 class Progress:
-    """How it stands. ``line``: what pip has printed last; ``error``: why it failed, else empty."""
+    """How it stands.
+
+    ``line``: the command that runs, then what it has printed last; ``written_bytes``: what the disk
+    has less of since it began; ``error``: why it failed, else empty.
+    """
 
     state: State
     folder: str
@@ -51,6 +58,7 @@ class Progress:
     free_bytes: int
     line: str = ""
     seconds: float = 0.0
+    written_bytes: int = 0
     error: str = ""
 
     def as_dict(self) -> dict[str, Any]:
@@ -69,13 +77,14 @@ class OwnPython:
         files = [word for file in requirements for word in ("-r", str(file))]
         self._commands = [
             [sys.executable, "-m", "venv", "--clear", str(self._folder)],
-            [self.python, "-m", "pip", "install", "--no-input", "--progress-bar", "off", *files],
+            [self.python, "-m", "pip", "install", *_PIP_OPTIONS, *files],
         ]
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._cancelled = False
         self._began = 0.0
+        self._free_before = 0
         self._error = ""
         # For appending, since it is read while it is written to.
         self._log = tempfile.TemporaryFile("a+b")  # noqa: SIM115  (open as long as this object)
@@ -86,6 +95,18 @@ class OwnPython:
         """The path that it has, or will have."""
         return str(self._folder / "bin" / "python")
 
+    @property
+    def refusal(self) -> str:
+        """Why this Python cannot make one; empty where it can."""
+        if sys.version_info[:2] >= OLDEST_PYTHON:
+            return ""
+        here, oldest = (".".join(map(str, one[:2])) for one in (sys.version_info, OLDEST_PYTHON))
+        return (
+            f"ComfyUI's Python is {here}, that of the GPU processes has to be {oldest} or newer: "
+            f"run the commands with such a python3 in the place of {sys.executable}, and name what "
+            "they make in the setting 'Python of the GPU processes'."
+        )
+
     def progress(self) -> Progress:
         """How it stands now. Never waits."""
         with self._lock:
@@ -94,15 +115,17 @@ class OwnPython:
             if not making and (self._folder / _COMPLETE).exists():
                 state = "ready"
             lines = tail_of(self._log).splitlines() if making else []
+            free = _free_bytes(self._folder)
             return Progress(
                 state,
                 str(self._folder),
                 self.python,
                 [shlex.join(command) for command in self._commands],
                 NEEDED_BYTES,
-                _free_bytes(self._folder),
+                free,
                 line=lines[-1] if lines else "",
                 seconds=round(time.monotonic() - self._began, 1) if making else 0.0,
+                written_bytes=max(0, self._free_before - free) if making else 0,
                 error="" if making else self._error,
             )
 
@@ -110,8 +133,10 @@ class OwnPython:
         """Begin, in a thread. Nothing happens if that is under way.
 
         Raises:
-            InputError: there is no room on the disk.
+            InputError: there is no room on the disk, or this Python is too old.
         """
+        if self.refusal:
+            raise InputError(self.refusal)
         with self._lock:
             if self._thread is not None and self._thread.is_alive():
                 return
@@ -123,6 +148,7 @@ class OwnPython:
                     "or set TP_RUNTIME_HOME to a folder on another disk."
                 )
             self._cancelled, self._error, self._began = False, "", time.monotonic()
+            self._free_before = free
             self._log.truncate(0)
             self._thread = threading.Thread(
                 target=self._run, name="tp-runtime-own-python", daemon=True
@@ -156,6 +182,8 @@ class OwnPython:
                 return "It was cancelled."
             try:
                 self._folder.parent.mkdir(parents=True, exist_ok=True)
+                self._log.write(f"$ {shlex.join(command)}\n".encode())
+                self._log.flush()
                 process = self._process = subprocess.Popen(
                     [sys.executable, "-c", _WITH_THREAD, *command],
                     stdin=subprocess.DEVNULL,

@@ -18,7 +18,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -28,6 +27,7 @@ from ..wire.transport import Channel, wait
 
 logger = logging.getLogger("tp_runtime.ray_driver")
 
+REQUIREMENT = "ray>=2.50,<3"  # the extra `ray` of pyproject.toml
 POLL_S = 0.1
 CONNECT_TIMEOUT_S = 5.0
 PARENT_CHECK_S = 1.0
@@ -232,7 +232,7 @@ def main() -> None:
         driver.send(
             Refused(
                 f"Ray is not installed in the runtime's Python {sys.executable}. Install it with: "
-                f"{sys.executable} -m pip install '{Path(config.package).parent}[ray]'"
+                f"{sys.executable} -m pip install '{REQUIREMENT}'"
             )
         )
         return

@@ -163,8 +163,8 @@ def how_to_have_runtime(python: str) -> str:
         )
     own = Path("~/tp-runtime")
     return (
-        "Give the GPU processes a Python of their own: the tab 'Tensor Parallel' makes one, or "
-        f"run: python3 -m venv {own} && {_install(f'{own}/bin/python', 'runtime')}; and name "
+        "The GPU processes need their own Python: the tab 'Tensor Parallel' makes one. Or run: "
+        f"python3 -m venv {own} && {_install(f'{own}/bin/python', 'runtime')}; and name "
         f"{own}/bin/python in the setting 'Python of the GPU processes', or in TP_RUNTIME_PYTHON. "
         f"(Installed into {python} itself, vLLM replaces its torch, torchvision and numpy.)"
     )
