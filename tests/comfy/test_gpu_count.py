@@ -14,7 +14,7 @@ from tp_runtime.config import Layout
 from tp_runtime.layouts import choice
 from tp_runtime.layouts.cost_model import LINKS, Link
 from tp_runtime.layouts.link_records import LinkRates, LinkRecords
-from tp_runtime.layouts.step_history import MIN_TIMES, StepRecords, Workload
+from tp_runtime.layouts.step_history import MIN_TIMES, StepRecords, Workload, times_of
 
 pytestmark = pytest.mark.comfy
 
@@ -52,7 +52,9 @@ def choose(
     links: LinkRecords,
     monkeypatch: pytest.MonkeyPatch,
 ) -> tuple[Choose, list[str]]:
-    """`choose(visible, choice, devices, layout, where)`: the group on so many GPUs; warnings."""
+    """`choose(visible, choice, devices, layout, where, precision)`: the group on so many GPUs;
+    warnings.
+    """
     info = inspect_checkpoint(str(tiny_z_image))
     # Of the published size: what is small is predicted to be the fastest on one GPU.
     info = replace(info, sizes=info.family.published)
@@ -70,10 +72,11 @@ def choose(
         devices: str = "",
         layout: str = "auto",
         where: str = "this machine",
+        precision: str = "exact",
     ) -> GroupConfig:
         monkeypatch.setattr(gpu_count, "visible_gpu_count", lambda: visible)
         monkeypatch.setattr("tp_runtime.config.visible_gpu_count", lambda: visible)
-        placement = gpu_count.Placement(choice, devices, layout, where)
+        placement = gpu_count.Placement(choice, devices, layout, where, precision)
         return gpu_count.choose_group(placement, info, warnings.append)
 
     return on_machine, warnings
@@ -201,6 +204,25 @@ def test_auto_divides_a_batch_where_that_was_measured_to_be_faster(
     assert "60 ms measured a step, and 4x1 takes 72 ms measured" in warning
     assert on_machine(4, "4", layout="tp").batch_groups == 1
     assert on_machine(4, "2").num_ranks == 2
+
+
+def test_what_was_measured_in_8_bits_counts_for_8_bits(
+    choose: tuple[Choose, list[str]],
+    records: StepRecords,
+    tiny_z_image: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    on_machine, warnings = choose
+    measured(records, tiny_z_image, CFG, tp2x1=60.0, tp1x2=70.0, tp1x2x1=70.0)
+    assert str(on_machine(2, "2").layout) == "2x1"
+    monkeypatch.setattr(choice, "link_between", lambda *_: LINKS["pcie5-host"])
+    as_kept = times_of(GPU, "fast")
+    for layout, ms in (("2x1", 90.0), ("1x2", 30.0), ("1x2x1", 90.0)):
+        for _ in range(MIN_TIMES):
+            records.add(str(tiny_z_image), as_kept, CFG, Layout.parse(layout), ms)
+    group = on_machine(2, "2", precision="fast")
+    assert str(group.layout) == "1x2"
+    assert "30 ms measured" in warnings[-1]
 
 
 def test_what_was_measured_decides_nothing_where_bits_are_to_be_the_same(
