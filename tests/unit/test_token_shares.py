@@ -76,7 +76,7 @@ class Threads:
 
 
 @pytest.mark.parametrize("num_kv", [6, 3, 2])
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7])
 def test_keys_that_every_rank_has_come_first(size: int, num_kv: int) -> None:
     """Of 6 heads and fewer of keys, which need not divide."""
     torch.manual_seed(0)
