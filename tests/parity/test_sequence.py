@@ -43,6 +43,10 @@ STORED = {
     "minimax_h3": list(NEWER_CASES["minimax_h3"])[:3],
     "wan": ["SCAIL-2"],
     "qwen_image_21": ["odd sizes, gate and up apart", "references at its ends, batch"],
+    "ltx2": [
+        *("2.5", "2.0", "other rotary embedding", "odd sizes, batch"),
+        *("a part of both", "a guide with a mask", "a voice"),
+    ],
 }
 LAYOUTS = [(1, 2), (1, 3), (2, 2), (1, 4)]  # TP size, ranks that share the tokens
 
