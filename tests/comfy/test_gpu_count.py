@@ -21,7 +21,7 @@ from tp_runtime.config import Layout
 from tp_runtime.layouts import choice
 from tp_runtime.layouts.cost_model import LINKS, Link
 from tp_runtime.layouts.gpus import Gpu
-from tp_runtime.layouts.link_records import LinkRates, LinkRecords
+from tp_runtime.layouts.link_records import LinkRates, LinkRecords, Speed
 from tp_runtime.layouts.step_history import MIN_TIMES, StepRecords, Workload, times_of
 
 pytestmark = pytest.mark.comfy
@@ -409,6 +409,18 @@ def test_gpus_that_do_not_help_are_left_out(
     names = [KINDS[kinds.split()[number]].name for number in devices]
     assert (used in warning) == (len(set(names)) > 1)
     assert (left in warning) == (len(set(names)) == 1)
+
+
+def test_an_unknown_gpu_that_was_measured_is_left_out(
+    unlike: Callable[..., GroupConfig], links: LinkRecords
+) -> None:
+    assert unlike("3090 1660", "2", layout="tp").devices == (0, 1)
+    slow = Speed(5e12, 4e12, 0.1e12, 22)
+    fast = Speed(100e12, 80e12, 0.6e12, 90)
+    links.add(["1 NVIDIA GeForce GTX 1660"], LinkRates(12e9, 17e9, 5e-6), [slow])
+    assert str(unlike("3090 1660", "auto").layout) == "1x1"
+    links.add(["1 NVIDIA GeForce GTX 1660"], LinkRates(12e9, 17e9, 5e-6), [fast])
+    assert unlike("3090 1660", "2", layout="tp").devices == (1, 0)
 
 
 def test_which_gpu_is_left_out_and_why(

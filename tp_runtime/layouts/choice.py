@@ -106,7 +106,8 @@ def choose_layout(
     carry; only times with the same count.
     """
     plain, native = layouts[0], native_workload(info)
-    ordered = best_first(gpus_of(gpus))
+    speeds = links.speeds()
+    ordered = best_first(gpus_of(gpus), speeds)
 
     def taken(layout: Layout) -> list[Gpu]:
         return ordered[: layout.num_gpus]
@@ -142,14 +143,15 @@ def choose_layout(
     def useful(of: Workload) -> list[Layout]:
         return [one for one in possible if one == plain or one.batch_groups <= of.batch]
 
-    kinds = devices_of(gpu.name for gpu in ordered)
+    kinds = devices_of((gpu.name for gpu in ordered), speeds)
 
     def predictor(of: Workload) -> Callable[[Layout], float] | None:
         if link is None:
             return None
 
         def on_slowest(layout: Layout) -> float:
-            here = kinds if len(kinds) == 1 else devices_of(gpu.name for gpu in taken(layout))
+            names = (gpu.name for gpu in taken(layout))
+            here = kinds if len(kinds) == 1 else devices_of(names, speeds)
             return max(_predicted_ms(info, of, kind, link, precision, layout) for kind in here)
 
         return on_slowest

@@ -4,11 +4,12 @@ Each rank has an equal share, so a step takes as long as on the slowest GPU, and
 must hold a share.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..config import cuda_index, device_name
 from .cost_model import DEVICES, Device, device_of
+from .link_records import Speed
 
 
 @dataclass(frozen=True)
@@ -41,21 +42,28 @@ def gpus_of(numbers: Iterable[int]) -> list[Gpu]:
     ]
 
 
-def devices_of(names: Iterable[str]) -> list[Device]:
+def kind_of(name: str, speeds: Mapping[str, Speed]) -> Device:
+    """The kind of that name; of one that is not known, with what was measured."""
+    found = device_of(name)
+    is_measured = found is DEVICES["other"] and name in speeds
+    return speeds[name].device(name) if is_measured else found
+
+
+def devices_of(names: Iterable[str], speeds: Mapping[str, Speed]) -> list[Device]:
     """The kinds of GPUs with these names, each once.
 
-    Of one that is not known, no speed is: then all of them count as the same.
+    Of one that is neither known nor measured, no speed is: then all of them count as the same.
     """
-    found = list(dict.fromkeys(map(device_of, names)))
+    found = list(dict.fromkeys(kind_of(name, speeds) for name in names))
     return [DEVICES["other"]] if DEVICES["other"] in found else found
 
 
-def best_first(gpus: Sequence[Gpu]) -> list[Gpu]:
+def best_first(gpus: Sequence[Gpu], speeds: Mapping[str, Speed]) -> list[Gpu]:
     """The fastest first, and of those as fast the largest; else in the order that they are in."""
-    same = len(devices_of(gpu.name for gpu in gpus)) <= 1
+    same = len(devices_of((gpu.name for gpu in gpus), speeds)) <= 1
 
     def rank(gpu: Gpu) -> tuple[float, int]:
-        return (0.0 if same else -device_of(gpu.name).matmul), -gpu.gib
+        return (0.0 if same else -kind_of(gpu.name, speeds).matmul), -gpu.gib
 
     return sorted(gpus, key=rank)
 

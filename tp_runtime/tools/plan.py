@@ -180,14 +180,15 @@ def _predict(options: argparse.Namespace) -> None:
 def _devices(options: argparse.Namespace) -> list[Device]:
     """The kinds of the GPUs: of those that are named, of this machine's best, or an H200."""
     if options.device is None:
-        gpus = best_first(gpus_of(range(torch.cuda.device_count())))[: options.tp]
-        return devices_of(gpu.name for gpu in gpus) or [DEVICES["H200"]]
+        speeds = LinkRecords.of_home().speeds()
+        gpus = best_first(gpus_of(range(torch.cuda.device_count())), speeds)[: options.tp]
+        return devices_of((gpu.name for gpu in gpus), speeds) or [DEVICES["H200"]]
     if len(options.device) not in (1, options.tp):
         raise InputError(
             f"{len(options.device)} GPUs are named by --device, but --tp is {options.tp}: give one "
             "for all of them, or one for each."
         )
-    return devices_of(options.device)
+    return devices_of(options.device, {})
 
 
 def _layer_name(layer: Layer) -> str:
