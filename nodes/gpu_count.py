@@ -70,7 +70,7 @@ def choose_group(
     if chosen.reason:
         warn(chosen.reason)
     num_ranks = chosen.layout.num_gpus
-    group = GroupConfig.of_layout(chosen.layout, gpus[:num_ranks] or None)
+    group = GroupConfig.of_layout(chosen.layout, chosen.gpus or None)
     if group.device == "cpu":
         ranks = "1 CPU process" if num_ranks == 1 else f"{num_ranks} CPU processes"
         warn(f"No CUDA GPU is visible: the model runs on {ranks}. Results are right, but slow.")
@@ -109,9 +109,9 @@ def refused_counts(path: str | None, placement: Placement) -> dict[str, Any]:
     for count in range(1, MAX_GPU_COUNT + 1):
         try:
             if info is not None:
-                info.check_tp_size(count)
+                possible_layouts(placement.layout, count, info, count)
             _check_enough(count, gpus, shown_by)
-        except (SizeError, DeviceError) as error:
+        except (SizeError, DeviceError, ValueError) as error:
             refused[str(count)] = str(error)
     return {"num_gpus": len(gpus), "refused": refused}
 

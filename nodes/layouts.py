@@ -28,11 +28,8 @@ def possible_layouts(
     check_choice("layout", layout, LAYOUTS)
     if layout not in (AUTO, PLAIN):
         return [_explicit(layout, gpu_count, info)]
-    if gpu_count is not None:
-        info.check_tp_size(gpu_count)
-    sizes = info.valid_tp_sizes(limit=min(gpu_count or num_gpus, MAX_TP_SIZE))
-    default = Layout(max(sizes))
     most = gpu_count or num_gpus
+    sizes = info.valid_tp_sizes(limit=min(most, MAX_TP_SIZE))
     shares_tokens = layout == AUTO and info.family.shares_tokens
     every = [
         Layout(tp_size, batch_groups, sequence_size)
@@ -46,6 +43,12 @@ def possible_layouts(
         for found in every
         if found.num_gpus == gpu_count or (gpu_count is None and found.num_gpus <= most)
     ]
+    # Of one latent, batch groups have one: a default without them.
+    defaults = [found for found in every if found.batch_groups == 1]
+    if not defaults:
+        assert gpu_count is not None, "one GPU is possible"
+        info.check_tp_size(gpu_count)
+    default = max(defaults, key=lambda found: (found.sequence_size == 1, found.tp_size))
     return [default, *(found for found in every if found != default)]
 
 

@@ -2,8 +2,8 @@
 
     GET  /tensor_parallel/groups                        what runs now
     POST /tensor_parallel/groups/{id}/{action}          sleep, wake, restart or release a group
-    POST /tensor_parallel/gpu_counts?unet_name&devices&where
-    POST /tensor_parallel/gpu_counts?ckpt_name&devices&where
+    POST /tensor_parallel/gpu_counts?unet_name&devices&where&layout
+    POST /tensor_parallel/gpu_counts?ckpt_name&devices&where&layout
                                                         which counts do not work there, and why
                                                         (a Ray cluster is asked by a process)
     POST /tensor_parallel/doctor                        the checks of `python -m tp_runtime doctor`
@@ -154,8 +154,8 @@ async def _gpu_counts(request: web.Request) -> Any:
         path = _PATHS[key](name)
         if path is None:
             raise _Refusal(404, f"There is no model {name!r} in ComfyUI's folders.")
-    inputs = {key: request.query[key] for key in ("devices", "where") if key in request.query}
-    placement = Placement(**inputs)
+    keys = ("devices", "where", "layout")
+    placement = Placement(**{key: request.query[key] for key in keys if key in request.query})
     counts = await _in_thread(refused_counts, path, placement)
     if path is not None and placement.where != "ray":
         # Somebody looks at a loader with its file: likely to run it soon.

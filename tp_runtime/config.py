@@ -193,6 +193,11 @@ def device_name(gpu: int | None) -> str:
     return "cpu" if gpu is None else torch.cuda.get_device_name(cuda_index(gpu))
 
 
+def device_names(gpus: Iterable[int]) -> str:
+    """The product names of visible GPUs, each once; ``"cpu"`` without any."""
+    return " and ".join(dict.fromkeys(map(device_name, gpus))) or device_name(None)
+
+
 def gpu_names(gpus: Iterable[int]) -> list[str]:
     """Number and product name of visible GPUs, by which the machine's GPUs are told apart."""
     return [f"{gpu} {device_name(gpu)}" for gpu in gpus]

@@ -8,7 +8,7 @@ import { toast } from "./toast.js";
 
 export const DEFAULT_COUNT = "TensorParallel.Nodes.GpuCount";
 
-const DECIDE = ["unet_name", "ckpt_name", "devices", "where"]; // the loader's inputs that counts depend on
+const DECIDE = ["unet_name", "ckpt_name", "devices", "where", "layout"]; // the loader's inputs that counts depend on
 const answers = new Map(); // query → promise of the route's answer
 const questions = new WeakMap(); // node → { the place's hosts: the query that was asked last }
 const followed = new WeakSet(); // widgets whose changes are heard of

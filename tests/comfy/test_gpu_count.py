@@ -9,18 +9,27 @@ import pytest
 import torch
 
 from support.pack import pack_module
-from tp_runtime.client import DeviceError, GroupConfig, SizeError, inspect_checkpoint
+from tp_runtime import config
+from tp_runtime.client import (
+    CheckpointInfo,
+    DeviceError,
+    GroupConfig,
+    SizeError,
+    inspect_checkpoint,
+)
 from tp_runtime.config import Layout
 from tp_runtime.layouts import choice
 from tp_runtime.layouts.cost_model import LINKS, Link
-from tp_runtime.layouts.link_records import LinkRates, LinkRecords
-from tp_runtime.layouts.step_history import MIN_TIMES, StepRecords, Workload
+from tp_runtime.layouts.gpus import Gpu
+from tp_runtime.layouts.link_records import LinkRates, LinkRecords, Speed
+from tp_runtime.layouts.step_history import MIN_TIMES, StepRecords, Workload, times_of
 
 pytestmark = pytest.mark.comfy
 
 Choose = Callable[..., GroupConfig]
 GPU = "NVIDIA H200"
-LINK_BETWEEN = choice.link_between
+GIB = 2**30
+LINK_BETWEEN, FITS = choice.link_between, choice._fits
 CFG = Workload((2, 16, 128, 128), 77)
 SINGLE = Workload((1, 16, 128, 128), 77)
 
@@ -52,14 +61,17 @@ def choose(
     links: LinkRecords,
     monkeypatch: pytest.MonkeyPatch,
 ) -> tuple[Choose, list[str]]:
-    """`choose(visible, choice, devices, layout, where)`: the group on so many GPUs; warnings."""
+    """`choose(visible, choice, devices, layout, where, precision)`: the group on so many GPUs;
+    warnings.
+    """
     info = inspect_checkpoint(str(tiny_z_image))
     # Of the published size: what is small is predicted to be the fastest on one GPU.
     info = replace(info, sizes=info.family.published)
     monkeypatch.setattr(
         gpu_count, "get_runtime", lambda: SimpleNamespace(records=records, links=links)
     )
-    monkeypatch.setattr(choice, "device_name", lambda gpu: "cpu" if gpu is None else GPU)
+    monkeypatch.setattr(config, "device_name", lambda gpu: "cpu" if gpu is None else GPU)
+    monkeypatch.setattr(choice, "gpus_of", lambda gpus: [Gpu(gpu, GPU, 141 * GIB) for gpu in gpus])
     monkeypatch.setattr(choice, "link_between", lambda *_: LINKS["nvlink"])
     monkeypatch.setattr(choice, "_fits", lambda *_: True)
     warnings: list[str] = []
@@ -70,10 +82,11 @@ def choose(
         devices: str = "",
         layout: str = "auto",
         where: str = "this machine",
+        precision: str = "exact",
     ) -> GroupConfig:
         monkeypatch.setattr(gpu_count, "visible_gpu_count", lambda: visible)
         monkeypatch.setattr("tp_runtime.config.visible_gpu_count", lambda: visible)
-        placement = gpu_count.Placement(choice, devices, layout, where)
+        placement = gpu_count.Placement(choice, devices, layout, where, precision)
         return gpu_count.choose_group(placement, info, warnings.append)
 
     return on_machine, warnings
@@ -104,6 +117,17 @@ def test_a_size_that_the_model_cannot_have_is_told_first(
 ) -> None:
     on_machine, _ = choose
     with pytest.raises(SizeError, match="num_heads=30"):
+        on_machine(2, "7", layout="tp")
+
+
+def test_any_count_works_where_tokens_are_shared(choose: tuple[Choose, list[str]]) -> None:
+    """Of 30 heads 7 ranks have 4 or 5; tensor parallelism would pad them to 35."""
+    on_machine, _ = choose
+    for count in range(1, 9):
+        assert on_machine(8, str(count)).num_ranks == count
+    assert str(on_machine(7, "7").layout) == "1x7x1"
+    assert str(on_machine(0, "7").layout) == "1x7x1"
+    with pytest.raises(DeviceError, match="7 GPUs were asked for"):
         on_machine(2, "7")
 
 
@@ -201,6 +225,25 @@ def test_auto_divides_a_batch_where_that_was_measured_to_be_faster(
     assert "60 ms measured a step, and 4x1 takes 72 ms measured" in warning
     assert on_machine(4, "4", layout="tp").batch_groups == 1
     assert on_machine(4, "2").num_ranks == 2
+
+
+def test_what_was_measured_in_8_bits_counts_for_8_bits(
+    choose: tuple[Choose, list[str]],
+    records: StepRecords,
+    tiny_z_image: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    on_machine, warnings = choose
+    measured(records, tiny_z_image, CFG, tp2x1=60.0, tp1x2=70.0, tp1x2x1=70.0)
+    assert str(on_machine(2, "2").layout) == "2x1"
+    monkeypatch.setattr(choice, "link_between", lambda *_: LINKS["pcie5-host"])
+    as_kept = times_of(GPU, "fast")
+    for layout, ms in (("2x1", 90.0), ("1x2", 30.0), ("1x2x1", 90.0)):
+        for _ in range(MIN_TIMES):
+            records.add(str(tiny_z_image), as_kept, CFG, Layout.parse(layout), ms)
+    group = on_machine(2, "2", precision="fast")
+    assert str(group.layout) == "1x2"
+    assert "30 ms measured" in warnings[-1]
 
 
 def test_what_was_measured_decides_nothing_where_bits_are_to_be_the_same(
@@ -303,6 +346,129 @@ def test_a_layout_whose_weights_do_not_fit_is_not_taken(
     assert str(on_machine(4, "auto").layout) == "2x2x1"
     monkeypatch.setattr(choice, "_fits", lambda *_: False)
     assert str(on_machine(4, "auto").layout) == "4x1"
+
+
+# --- GPUs that are not alike --------------------------------------------------------------------
+
+KINDS = {
+    name.rpartition(" ")[2]: Gpu(0, f"NVIDIA GeForce {name}", memory * GIB)
+    for name, memory in (
+        ("RTX 3060", 12),
+        ("RTX 3080", 10),
+        ("RTX 3090", 24),
+        ("RTX 4090", 24),
+        ("GTX 1660", 6),
+    )
+}
+
+
+@pytest.fixture
+def unlike(
+    choose: tuple[Choose, list[str]],
+    linked: Callable[[Link], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., GroupConfig]:
+    """`unlike(kinds, choice, devices, layout)`: the group on a machine with these GPUs."""
+    linked(LINKS["pcie-host"])
+
+    def on_machine(kinds: str, *arguments: str, **options: str) -> GroupConfig:
+        gpus = [replace(KINDS[kind], number=number) for number, kind in enumerate(kinds.split())]
+        monkeypatch.setattr(choice, "gpus_of", lambda numbers: [gpus[one] for one in numbers])
+        monkeypatch.setattr(
+            config, "device_name", lambda gpu: "cpu" if gpu is None else gpus[gpu].name
+        )
+        return choose[0](len(gpus), *arguments, **options)
+
+    return on_machine
+
+
+@pytest.mark.parametrize(
+    ("kinds", "count", "layout", "devices"),
+    [
+        ("3060 4090 4090", "auto", "1x2x1", (1, 2)),  # with the slow one, slower than on two
+        ("3080 3090", "auto", "1x2x1", (1, 0)),  # slower, and yet of use
+        ("3090 4090", "auto", "1x1", (1,)),
+        ("3060 4090", "auto", "1x1", (1,)),
+        ("3060 3090 4090", "2", "1x2x1", (2, 1)),
+        ("3060 3090 4090", "3", "1x3x1", (2, 1, 0)),
+        ("1660 4090", "2", "1x2x1", (1, 0)),  # of an unknown one no speed is known
+    ],
+)
+def test_gpus_that_do_not_help_are_left_out(
+    choose: tuple[Choose, list[str]],
+    unlike: Callable[..., GroupConfig],
+    kinds: str,
+    count: str,
+    layout: str,
+    devices: tuple[int, ...],
+) -> None:
+    group = unlike(kinds, count)
+    assert (str(group.layout), group.devices) == (layout, devices)
+    (warning,) = choose[1]
+    used, left = f"devices={devices[0]} leaves the others out", "Not used: GPU"
+    names = [KINDS[kinds.split()[number]].name for number in devices]
+    assert (used in warning) == (len(set(names)) > 1)
+    assert (left in warning) == (len(set(names)) == 1)
+
+
+def test_an_unknown_gpu_that_was_measured_is_left_out(
+    unlike: Callable[..., GroupConfig], links: LinkRecords
+) -> None:
+    assert unlike("3090 1660", "2", layout="tp").devices == (0, 1)
+    slow = Speed(5e12, 4e12, 0.1e12, 22)
+    fast = Speed(100e12, 80e12, 0.6e12, 90)
+    links.add(["1 NVIDIA GeForce GTX 1660"], LinkRates(12e9, 17e9, 5e-6), [slow])
+    assert str(unlike("3090 1660", "auto").layout) == "1x1"
+    links.add(["1 NVIDIA GeForce GTX 1660"], LinkRates(12e9, 17e9, 5e-6), [fast])
+    assert unlike("3090 1660", "2", layout="tp").devices == (1, 0)
+
+
+def test_which_gpu_is_left_out_and_why(
+    choose: tuple[Choose, list[str]], unlike: Callable[..., GroupConfig]
+) -> None:
+    unlike("3060 4090 4090", "auto")
+    assert "Not used: GPU 0 (NVIDIA GeForce RTX 3060, 12 GiB)." in choose[1][-1]
+    assert "so the slowest sets the pace, and the smallest what fits" in choose[1][-1]
+    unlike("3060 4090 4090", "3", layout="tp")
+    assert "RTX 3060, 12 GiB)): every GPU has an equal share" in choose[1][-1]
+    assert choose[1][-1].endswith("devices=1,2 leaves the others out.")
+    unlike("3060 4090 4090", "auto", "1,2")
+    assert "3060" not in choose[1][-1]
+    choose[1].clear()
+    assert unlike("4090 4090", "2", layout="tp").devices == (0, 1)
+    assert not choose[1]
+
+
+def test_a_gpu_that_is_too_small_for_its_share_is_left_out(
+    choose: tuple[Choose, list[str]],
+    unlike: Callable[..., GroupConfig],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """40 GiB of weights: a third of them, and the room beside, is too much for 12 GiB."""
+    monkeypatch.setattr(choice, "_fits", FITS)
+    monkeypatch.setattr(CheckpointInfo, "weight_bytes", lambda *_, **__: 40 * GIB)
+    for layout in ("tp", "auto"):
+        group = unlike("3060 3090 3090", "auto", layout=layout)
+        assert (str(group.layout), group.devices) == ("2x1", (1, 2))
+        assert "Not used: GPU 0 (NVIDIA GeForce RTX 3060, 12 GiB)." in choose[1][-1]
+    # Where nothing fits, the shares are as small as can be, and the rest is streamed.
+    monkeypatch.setattr(CheckpointInfo, "weight_bytes", lambda *_, **__: 90 * GIB)
+    assert str(unlike("3060 3090 3090", "auto").layout) == "3x1"
+
+
+def test_times_are_those_of_the_gpus_that_were_used(
+    choose: tuple[Choose, list[str]],
+    unlike: Callable[..., GroupConfig],
+    records: StepRecords,
+    tiny_z_image: Path,
+) -> None:
+    pair = "NVIDIA GeForce RTX 4090 and NVIDIA GeForce RTX 3090"
+    for name, ms in ((KINDS["4090"].name, 5000.0), (pair, 80.0)):
+        for _ in range(MIN_TIMES):
+            records.add(str(tiny_z_image), name, SINGLE, Layout(1, 1, 2), ms)
+    assert unlike("3090 4090", "2").devices == (1, 0)
+    assert "1x2x1" in choose[1][-1]
+    assert "80 ms measured" in choose[1][-1]
 
 
 def test_a_model_that_cannot_share_tokens(gpu_count: ModuleType) -> None:

@@ -44,9 +44,26 @@ def counts(server: ComfyServer, query: str) -> tuple[int, Any]:
 
 
 def test_counts_of_a_model(comfy_server: ComfyServer) -> None:
-    status, answer = counts(comfy_server, f"unet_name={MODEL}")
-    assert (status, answer["num_gpus"], set(answer["refused"])) == (200, 0, {"7"})
-    assert "num_heads=30" in answer["refused"]["7"]
+    """Where the GPUs may share tokens, any."""
+    assert counts(comfy_server, f"unet_name={MODEL}") == (200, {"num_gpus": 0, "refused": {}})
+
+
+@pytest.mark.parametrize(
+    ("layout", "possible", "words"),
+    [
+        ("tp", {1, 2, 3, 4, 5, 6, 8}, "num_heads=30"),
+        ("2x2", {4}, "layout=2x2 takes 4 GPUs"),
+        ("7x1", set(), "num_heads=30"),
+        ("several", set(), "layout='several' is not in list"),
+    ],
+)
+def test_counts_of_a_layout(
+    comfy_server: ComfyServer, layout: str, possible: set[int], words: str
+) -> None:
+    status, answer = counts(comfy_server, f"unet_name={MODEL}&layout={layout}")
+    assert status == 200
+    assert {int(count) for count in answer["refused"]} == set(range(1, 9)) - possible
+    assert words in answer["refused"]["7"]
 
 
 def test_counts_of_any_model(comfy_server: ComfyServer) -> None:

@@ -56,6 +56,7 @@ def test_a_size_that_cannot_work(
     """Said before any process starts."""
     works()
     prompt = tp_text_to_latent(MODEL)
+    prompt["model"]["inputs"]["layout"] = "tp"
     prompt[where]["inputs"]["gpu_count"] = "7"
     processes = {process.pid for process in comfy_server.ranks()}
     error = refused(prompt, where)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from parity.conftest import FP32_TOLERANCE, Remote, relative_error
 from parity.suite import native
+from parity.test_wan import TestVace as Vace
 
 from support.inputs import make_inputs
 from support.newer_references import CASES as NEWER_CASES
@@ -46,8 +47,13 @@ STORED = {
     "minimax_h3": list(NEWER_CASES["minimax_h3"])[:3],
     "wan": ["SCAIL-2", "Animate 2, strengths, timesteps of frames"],
     "qwen_image_21": ["odd sizes, gate and up apart", "references at its ends, batch"],
+    "ltx2": [
+        *("2.5", "2.0", "other rotary embedding", "odd sizes, batch"),
+        *("a part of both", "a guide with a mask", "a voice"),
+    ],
 }
 LAYOUTS = [(1, 2), (1, 3), (2, 2), (1, 4)]  # TP size, ranks that share the tokens
+MORE_RANKS = [(1, 5, 1), (1, 7, 1), (3, 2, 1), (1, 2, 2), (2, 2, 2)]  # and batch groups
 
 Write = Callable[[str, dict[str, Any]], Path]
 
@@ -81,11 +87,37 @@ def test_fp32(
     assert relative_error(found, native(path, inputs)) <= FP32_TOLERANCE
 
 
-@pytest.mark.rotates(3)
+@pytest.mark.rotates(5)
+@pytest.mark.parametrize("layout", MORE_RANKS)
+@pytest.mark.parametrize("family", ["z_image", "flux"])
+def test_more_ranks(
+    written: Write, remote: Remote, family: str, layout: tuple[int, int, int]
+) -> None:
+    """Some have no head, or none of the text; the batch may be divided, too."""
+    tp_size, sequence_size, batch_groups = layout
+    path, inputs = written(family, {}), make_inputs(tiny(family), **_ODD)
+    model = remote(path, tp_size, batch_groups=batch_groups, sequence_size=sequence_size)
+    found = model.evaluate(inputs)
+    if family == "z_image":
+        inputs |= {"num_tokens": inputs["context"].shape[1]}
+    assert relative_error(found, native(path, inputs)) <= FP32_TOLERANCE
+
+
+@pytest.mark.rotates(2)
+@pytest.mark.parametrize("sequence_size", [2, 3])
+def test_control_videos(tmp_path: Path, remote: Remote, sequence_size: int) -> None:
+    """VACE's, which have tokens of their own."""
+    path = write_tiny("wan", tmp_path / "tiny.safetensors", **Vace.cases.changes)
+    inputs = Vace.cases.inputs("two videos")
+    found = remote(path, 1, sequence_size=sequence_size).evaluate(inputs)
+    assert relative_error(found, native(path, inputs)) <= FP32_TOLERANCE
+
+
+@pytest.mark.rotates(8)
 @pytest.mark.parametrize(
     ("family", "case"), [(family, case) for family, each in STORED.items() for case in each]
 )
-@pytest.mark.parametrize(("tp_size", "sequence_size"), [(1, 2), (2, 2)])
+@pytest.mark.parametrize(("tp_size", "sequence_size"), LAYOUTS)
 def test_stored(
     tmp_path: Path, remote: Remote, family: str, case: str, tp_size: int, sequence_size: int
 ) -> None:

@@ -82,6 +82,26 @@ def test_plan_predicts_every_layout(
     assert links[0] > links[1] > links[2] == 0 < links[4]
 
 
+def test_plan_predicts_for_the_slowest_of_gpus_that_are_not_alike(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def predicted(*devices: str) -> list[str]:
+        options = [word for device in devices for word in ("--device", device)]
+        command = ["plan", "--predict", "--model", "flux", "--tp", "2", "--link", "pcie-host"]
+        assert main([*command, *options]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    both = predicted("RTX 4090", "RTX 3090")
+    assert both[-3:] == predicted("RTX 3090")[-3:] != predicted("RTX 4090")[-3:]
+    assert [line.split(":")[0] for line in both[1:3]] == ["  GPU RTX 4090", "  GPU RTX 3090"]
+    assert "the slowest" in both[3]
+    with pytest.raises(SystemExit):
+        predicted("RTX 4090", "RTX 9999")
+    options = ["--device", "RTX 4090", "--device", "RTX 3090"]
+    assert main(["plan", "--predict", "--model", "flux", "--tp", "3", *options]) == 1
+    assert "2 GPUs are named by --device, but --tp is 3" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "link"),
     [

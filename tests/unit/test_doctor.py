@@ -7,6 +7,7 @@ import sys
 import tomllib
 import venv
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,7 +39,7 @@ def test_this_machine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     assert "For GPU use: " in next(line for line in lines if "GPUs" in line)
 
 
-LINKED = {
+LINKED: dict[str, Any] = {
     "python": "3.12.1",
     "cuda_build": "12.8",
     "packages": {},
@@ -67,6 +68,15 @@ def test_the_link_between_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert "plan --predict --model NAME --tp 2" in check.advice
     (tmp_path / FILE).write_text("[]")
     assert "not measured yet" in link_of(monkeypatch, tmp_path).text
+
+
+def test_gpus_that_are_not_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"name": "NVIDIA GeForce RTX 3060", "total_bytes": 12 * 2**30}
+    for gpus, said in ((LINKED["gpus"], False), ([*LINKED["gpus"], small], True)):
+        monkeypatch.setattr(doctor, "_probe", lambda _, gpus=gpus: LINKED | {"gpus": gpus})
+        check = next(check for check in examine(sys.executable) if check.name == "GPUs")
+        assert check.status == "ok"
+        assert ("They are not alike" in check.advice) == said
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,45 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tp_runtime.client.link import measure_link
 from tp_runtime.config import GroupConfig
 from tp_runtime.errors import GroupDiedError
-from tp_runtime.layouts.cost_model import LINKS, NCCL_S, Link, nccl_s
-from tp_runtime.layouts.link_records import LinkRates, LinkRecords
+from tp_runtime.gpu.speeds import speed_times
+from tp_runtime.layouts.cost_model import (
+    DEVICES,
+    LINKS,
+    NCCL_S,
+    Device,
+    Link,
+    _attention_s,
+    _product_s,
+    nccl_s,
+)
+from tp_runtime.layouts.gpus import Gpu, best_first, devices_of
+from tp_runtime.layouts.link_records import PASSES, LinkRates, LinkRecords, Speed
+from tp_runtime.sharding.block_costs import AttentionCosts
+from tp_runtime.sharding.plan import Split
 
 GPUS = ["0 NVIDIA H100", "1 NVIDIA H100"]
 RATES = LinkRates(25e9, 35e9, 5e-6)
 SMALL, LARGE = 2**16, 2**25
+
+
+def speed_of(device: Device, factor: float = 1.0) -> dict[str, float]:
+    """What a rank on such a GPU answers, as the cost model has it; so many times as slow."""
+    attention = AttentionCosts(Split(8, 128), Split(8, 128), 4096, 4096, 4096)
+    return {
+        "product_s": factor * _product_s(4096, 4096, 4096, device),
+        "attention_s": factor * _attention_s(attention, 1, 1, 1, device),
+        "sum_s": factor * PASSES * 3 * 2**26 / device.memory,
+        "side": 4096,
+        "heads": 8,
+        "head_dim": 128,
+        "added_bytes": 2**26,
+        "multiprocessors": device.multiprocessors,
+    }
 
 
 def said(link: Link, num_ranks: int) -> list[dict[str, Any]]:
@@ -26,6 +55,7 @@ def said(link: Link, num_ranks: int) -> list[dict[str, Any]]:
             "sizes": [SMALL, LARGE],
             "sums_s": [time * factor for time in sums],
             "exchanges_s": [time * factor for time in exchanges],
+            "speed": speed_of(DEVICES["RTX 4090"], factor),
         }
         for factor in (*[0.5] * (num_ranks - 1), 1.0)
     ]
@@ -61,6 +91,38 @@ def test_a_link_with_what_was_measured() -> None:
     nvlink = RATES.on(LINKS["nvlink"])
     assert (nvlink.rate, nvlink.fused) == (LINKS["nvlink"].rate, True)
     assert nvlink.exchange_rate == 35e9
+
+
+@pytest.mark.parametrize("name", ["RTX 4090", "H200", "RTX 3060"])
+def test_a_speed_explains_the_times(name: str) -> None:
+    device = DEVICES[name]
+    found = Speed.of_rank(speed_of(device)).device("NVIDIA New")
+    for rate in ("matmul", "attention", "memory"):
+        assert getattr(found, rate) == pytest.approx(getattr(device, rate), rel=1e-3)
+    assert (found.multiprocessors, found.name) == (device.multiprocessors, "NVIDIA New")
+    assert "measured on this machine" in found.source
+
+
+def test_a_speed_is_measured() -> None:
+    """On the CPU, with small tensors."""
+    speed = Speed.of_rank(speed_times(torch.device("cpu"), side=256))
+    assert min(speed.matmul, speed.attention, speed.memory) > 1e6
+
+
+def test_unknown_gpus_have_the_speed_that_was_measured(path: Path) -> None:
+    """Without it, they count as all the same; the slowest of one name counts."""
+    records, gpus = LinkRecords(path), ["0 NVIDIA Old", "1 NVIDIA New", "2 NVIDIA New"]
+    speeds = [Speed.of_rank(speed_of(DEVICES["RTX 3090"], factor)) for factor in (1.0, 0.5, 0.6)]
+    on_machine = [Gpu(number, gpu[2:], 2**35) for number, gpu in enumerate(gpus)]
+    assert [gpu.number for gpu in best_first(on_machine, records.speeds())] == [0, 1, 2]
+    assert devices_of(["NVIDIA Old", "NVIDIA H200"], records.speeds()) == [DEVICES["other"]]
+    records.add(gpus, RATES, speeds)
+    found = LinkRecords(path).speeds()
+    assert found == {"NVIDIA Old": speeds[0], "NVIDIA New": speeds[2]}
+    assert [gpu.number for gpu in best_first(on_machine, found)] == [1, 2, 0]
+    old, known = devices_of(["NVIDIA Old", "NVIDIA H200", "NVIDIA Old"], found)
+    assert old.matmul == pytest.approx(DEVICES["RTX 3090"].matmul, rel=1e-3)
+    assert known is DEVICES["H200"]
 
 
 def test_another_process_finds_what_was_measured(path: Path) -> None:
@@ -139,6 +201,8 @@ def test_it_is_measured_once(path: Path) -> None:
     found = records.between(GPUS)
     assert found is not None
     assert found.rate == pytest.approx(LINKS["pcie"].rate)
+    (speed,) = records.speeds().values()
+    assert speed == Speed.of_rank(speed_of(DEVICES["RTX 4090"]))
 
 
 @pytest.mark.parametrize(

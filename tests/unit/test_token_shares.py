@@ -76,7 +76,7 @@ class Threads:
 
 
 @pytest.mark.parametrize("num_kv", [6, 3, 2])
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7])
 def test_keys_that_every_rank_has_come_first(size: int, num_kv: int) -> None:
     """Of 6 heads and fewer of keys, which need not divide."""
     torch.manual_seed(0)
@@ -92,3 +92,45 @@ def test_keys_that_every_rank_has_come_first(size: int, num_kv: int) -> None:
         found = torch.cat(list(pool.map(of_rank, range(size))), dim=1)
     of_all = (torch.cat(pair, dim=1) for pair in zip(before, (k, v), strict=True))
     torch.testing.assert_close(found, attention(q, *of_all))
+
+
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(7, 5), (2, 9)])
+@pytest.mark.parametrize("num_kv", [6, 2])
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_tokens_look_at_others_that_are_shared(
+    size: int, num_kv: int, num_queries: int, num_keys: int
+) -> None:
+    """As video looks at sound; some ranks have no token, or no head."""
+    torch.manual_seed(0)
+    q = torch.randn(2, num_queries, 6, 16)
+    k, v = (torch.randn(2, num_keys, num_kv, 16) for _ in range(2))
+    weight = torch.randn(1, 1, 1, num_keys)
+    threads = Threads(size)
+
+    def of_rank(rank: int) -> torch.Tensor:
+        group = threads.of_rank(rank)
+        ours, theirs = TokenShares(group, [num_queries]), TokenShares(group, [num_keys])
+        given = ours.own(q), theirs.own(k), theirs.own(v), weight
+        return ours.attention(*given, of_keys=theirs)
+
+    with ThreadPoolExecutor(size) as pool:
+        found = torch.cat(list(pool.map(of_rank, range(size))), dim=1)
+    torch.testing.assert_close(found, attention(q, k, v, weight))
+
+
+def test_another_attention_sees_all_tokens() -> None:
+    """In their order, of some of the heads, with what else it is given."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 5, 4, 8) for _ in range(3))
+    threads = Threads(2)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, late: int) -> torch.Tensor:
+        return torch.cat((attention(q[:, :late], k, v), 2 * attention(q[:, late:], k, v)), dim=1)
+
+    def of_rank(rank: int) -> torch.Tensor:
+        shares = TokenShares(threads.of_rank(rank), [5])
+        return shares.attention(*map(shares.own, (q, k, v)), 4, attend=attend)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = torch.cat(list(pool.map(of_rank, range(2))), dim=1)
+    torch.testing.assert_close(found, attend(q, k, v, 4))

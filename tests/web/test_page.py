@@ -20,10 +20,11 @@ MODEL = "tiny_z_image.safetensors"
 START_MS = 240_000  # of a group, on a machine that is busy
 
 
-def picture_prompt(gpu_count: int = 2, steps: int = 4) -> Prompt:
+def picture_prompt(gpu_count: int = 2, steps: int = 4, layout: str = "auto") -> Prompt:
     sampling = Sampling(seed=time.monotonic_ns() % 2**32, steps=steps, width=256, height=256)
     prompt = text_to_latent(tp_loader(MODEL, gpu_count), "TPSampler", sampling)
     del prompt["save"]
+    prompt["model"]["inputs"]["layout"] = layout
     return with_picture(prompt, VAE_NAME)
 
 
@@ -106,7 +107,7 @@ def test_a_picture_from_the_search_box_to_the_end(web: ComfyPage) -> None:
 
 @pytest.mark.html_page
 def test_nodes_drawn_in_html(web: ComfyPage) -> None:
-    web.load_prompt(picture_prompt())
+    web.load_prompt(picture_prompt(layout="tp"))
     web.run_command("Comfy.Canvas.FitView")
     loader, sampler = (web.node(kind) for kind in ("TPLoadDiffusionModel", "TPSampler"))
     web.page.wait_for_function(
@@ -238,7 +239,7 @@ def test_the_machine_is_checked(web: ComfyPage) -> None:
 
 @every_page
 def test_a_count_that_the_model_cannot_have_is_changed(web: ComfyPage) -> None:
-    web.load_prompt(picture_prompt(gpu_count=7))
+    web.load_prompt(picture_prompt(gpu_count=7, layout="tp"))
     web.page.get_by_text("gpu_count 7 → 6").last.wait_for()
     assert web.widget("TPLoadDiffusionModel", "gpu_count") == "6"
     for node_type in ("TPLoadDiffusionModel", "TPSampler"):

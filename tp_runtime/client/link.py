@@ -1,10 +1,10 @@
-"""Has a new group measure how its GPUs are connected, if that is not known yet."""
+"""Has a new group measure how its GPUs are connected, and how fast, if that is not known yet."""
 
 import logging
 
 from ..config import gpu_names
 from ..errors import TPRuntimeError
-from ..layouts.link_records import LinkRates, LinkRecords
+from ..layouts.link_records import LinkRates, LinkRecords, Speed
 from ..wire.protocol import MeasureLink
 from .engine import Engine
 from .poll import Poll
@@ -13,7 +13,7 @@ logger = logging.getLogger("tp_runtime")
 
 
 def measure_link(engine: Engine, links: LinkRecords, poll: Poll | None) -> bool:
-    """Remember the link between the group's GPUs; under a second, once on a machine.
+    """Remember the link between the group's GPUs, and their speed; a second, once on a machine.
 
     Of GPUs of this machine only, and of two or more. False: it has ended the group, of which the
     log tells. It is not tried again: the link is then what is usual for such GPUs. Raises what
@@ -34,5 +34,6 @@ def measure_link(engine: Engine, links: LinkRecords, poll: Poll | None) -> bool:
     except BaseException:  # poll raised it
         links.forget(gpus)
         raise
-    links.add(gpus, LinkRates.of_ranks(said))
+    speeds = [Speed.of_rank(one["speed"]) for one in said]
+    links.add(gpus, LinkRates.of_ranks(said), speeds)
     return True

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import torch
 
-from ..config import GroupConfig, ModelSpec, device_name
+from ..config import GroupConfig, ModelSpec, device_names
 from ..layouts.step_history import StepRecords, Workload, times_of
 from ..recognise import CheckpointInfo
 from ..wire.exchange import dtype_of
@@ -201,8 +201,7 @@ class RemoteModel:
         config = self.group_config
         if config.where == "ray":  # what is known is known of this machine
             return
-        device = device_name(config.devices[0] if config.devices else None)
-        times = times_of(device, self.spec.precision)
+        times = times_of(device_names(config.devices), self.spec.precision)
         self._records.add(self.spec.path, times, workload, config.layout, ms)
 
     def _result_shapes(self, inputs: Inputs) -> tuple[tuple[int, ...], ...]:

@@ -6,8 +6,7 @@ import hashlib
 import math
 import os
 import platform
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -16,6 +15,7 @@ from vllm.platforms import current_platform
 
 from ..config import may_access_peers, ranks_on_one_gpu
 from .epilogue import Product
+from .speeds import least_seconds
 
 LINK_SIZES = 2**16, 2**25  # bytes: what takes hardly longer than nothing, and a step's tokens
 LINK_REPEATS, LINK_ROUNDS = 8, 3  # the first round also sets up what they need
@@ -150,23 +150,13 @@ def link_times(device: torch.device) -> dict[str, list[float]]:
         exchanged = functools.partial(
             dist.all_to_all_single, received, tensor, taken, lengths, group=group
         )
-        found["sums_s"].append(_seconds(summed, device))
-        found["exchanges_s"].append(_seconds(exchanged, device))
+        times = [
+            least_seconds(one, device, LINK_REPEATS, LINK_ROUNDS) for one in (summed, exchanged)
+        ]
+        for name, seconds in zip(("sums_s", "exchanges_s"), times, strict=True):
+            found[name].append(seconds)
     dist.destroy_process_group(group)
     return found
-
-
-def _seconds(collective: Callable[[], object], device: torch.device) -> float:
-    """The least time of one of several, one behind another."""
-    times = []
-    for _ in range(LINK_ROUNDS):
-        began = time.perf_counter()
-        for _ in range(LINK_REPEATS):
-            collective()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append((time.perf_counter() - began) / LINK_REPEATS)
-    return min(times)
 
 
 @contextlib.contextmanager

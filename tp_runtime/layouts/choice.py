@@ -4,7 +4,6 @@ By what the model is used for, or made for until it is: steps that were measured
 (``step_history``), and predictions (``cost_model``) for the layouts that were not.
 """
 
-import functools
 import itertools
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,11 +16,13 @@ from ..config import (
     Precision,
     cuda_index,
     device_name,
+    device_names,
     gpu_names,
     may_access_peers,
 )
 from ..recognise import CheckpointInfo
 from .cost_model import Device, Link, device_of, predict, usual_link
+from .gpus import Gpu, are_alike, best_first, devices_of, gpus_of
 from .link_records import LinkRecords
 from .step_history import StepRecords, Workload, times_of
 
@@ -77,9 +78,14 @@ def fastest(default: Layout, estimates: Mapping[Layout, Estimate]) -> Layout:
 
 @dataclass(frozen=True)
 class Choice:
-    """A layout; ``reason`` says why it is not the default, and which other one is to be tried."""
+    """A layout, and the GPUs that it takes, none on the CPU.
+
+    ``reason`` says why it is not the default, which other one is to be tried, and what GPUs that
+    are not alike mean for it; None: there is nothing to say.
+    """
 
     layout: Layout
+    gpus: tuple[int, ...]
     reason: str | None = None
 
 
@@ -95,32 +101,60 @@ def choose_layout(
 
     Before its first use, for what it is made for. ``gpus``: those that may be used, empty on the
     CPU, where nothing is predicted. Where they are not connected by NVLink, what is predicted to be
-    the fastest for what the model is made for takes the default's place. ``precision``: what links
+    the fastest for what the model is made for takes the default's place. Of GPUs that are not
+    alike, a layout takes the fastest, or the largest of those as fast. ``precision``: what links
     carry; only times with the same count.
     """
     plain, native = layouts[0], native_workload(info)
-    device = device_name(gpus[0] if gpus else None)
-    times = times_of(device, precision)
-    usual = records.usual_workload(info.path, times)
+    speeds = links.speeds()
+    ordered = best_first(gpus_of(gpus), speeds)
+
+    def taken(layout: Layout) -> list[Gpu]:
+        return ordered[: layout.num_gpus]
+
+    def times_name(layout: Layout) -> str:
+        return times_of(device_names(gpu.number for gpu in taken(layout)), precision)
+
+    def chosen(layout: Layout, *reasons: str) -> Choice:
+        said = " ".join(filter(None, (*reasons, _of_unlike(ordered, layout.num_gpus))))
+        return Choice(layout, tuple(gpu.number for gpu in taken(layout)), said or None)
+
+    names = dict.fromkeys(map(times_name, layouts))
+    usual = next(filter(None, (records.usual_workload(info.path, name) for name in names)), None)
     if len(layouts) == 1 or not (usual or gpus):
-        return Choice(plain)
+        return chosen(plain)
     link = link_between(gpus, links) if gpus else None
     workload = usual or native
-    measured = records.times(info.path, times, workload)
+    measured = {
+        layout: ms
+        for name in names
+        for layout, ms in records.times(info.path, name, workload).items()
+        if times_name(layout) == name
+    }
     # On the CPU, where ranks share the cores, nothing is to be had by sharing tokens.
     possible = [
-        layout
-        for layout in layouts
-        if layout == plain or (_fits(info, layout, gpus) if gpus else layout.sequence_size == 1)
-    ]
+        one
+        for one in layouts
+        if (_fits(info, one, taken(one)) if gpus else one == plain or one.sequence_size == 1)
+    ] or [plain]
+    if plain not in possible:  # it needs a GPU that is smaller than the others
+        plain = max(possible, key=lambda one: (-one.batch_groups, -one.sequence_size, one.tp_size))
 
     def useful(of: Workload) -> list[Layout]:
         return [one for one in possible if one == plain or one.batch_groups <= of.batch]
 
+    kinds = devices_of((gpu.name for gpu in ordered), speeds)
+
     def predictor(of: Workload) -> Callable[[Layout], float] | None:
         if link is None:
             return None
-        return functools.partial(_predicted_ms, info, of, device_of(device), link, precision)
+
+        def on_slowest(layout: Layout) -> float:
+            names = (gpu.name for gpu in taken(layout))
+            here = kinds if len(kinds) == 1 else devices_of(names, speeds)
+            return max(_predicted_ms(info, of, kind, link, precision, layout) for kind in here)
+
+        return on_slowest
 
     default = plain
     if link is not None and not link.fused:
@@ -128,16 +162,37 @@ def choose_layout(
         default = min(predicted, key=lambda layout: predicted[layout].ms)
     estimates = estimate(useful(workload), measured, predictor(workload))
     layout = fastest(default, estimates)
-    if layout == plain:
-        return Choice(plain)
+    if layout == plain == layouts[0]:
+        return chosen(plain)
     of_three = "sequence size x " if layout.sequence_size > 1 else ""
     why = f" The GPUs' link is {link.name} ({link.source})." if link is not None else ""
-    return Choice(
+    others = f", and {plain} takes {estimates[plain]}" if layout != plain else ""
+    return chosen(
         layout,
         f"'auto' takes the layout {layout} (TP size x {of_three}batch groups): "
-        f"{estimates[layout]} a step, and {plain} takes {estimates[plain]}, for latents of "
+        f"{estimates[layout]} a step{others}, for latents of "
         f"{workload.latent_shape} {'as of late' if usual else 'as usual for the model'}.{why} Set "
         "layout or gpu_count to decide yourself.",
+    )
+
+
+def _of_unlike(ordered: Sequence[Gpu], num_gpus: int) -> str:
+    """What it means that the GPUs, the best first, are not alike; so many of them are used."""
+    used, left = ordered[:num_gpus], ordered[num_gpus:]
+    share = "every GPU has an equal share, so the slowest sets the pace, and the smallest what fits"
+    if not are_alike(used):
+        alike = [gpu for gpu in used if are_alike((used[0], gpu))]
+        numbers = ",".join(str(gpu.number) for gpu in alike)
+        return (
+            f"The GPUs are not alike ({', '.join(map(str, used))}): {share}. devices={numbers} "
+            "leaves the others out."
+        )
+    without = [gpu for gpu in left if not are_alike((used[0], gpu))] if used else []
+    if not without:
+        return ""
+    which = ", ".join(map(str, without))
+    return (
+        f"Not used: GPU{'s' * (len(without) > 1)} {which}. They are not like the others: {share}."
     )
 
 
@@ -179,7 +234,7 @@ def link_between(gpus: Sequence[int], links: LinkRecords) -> Link:
 def likely_link(gpus: Sequence[int]) -> Link:
     """What is likely to connect these GPUs: torch tells whether they reach each other's memory.
 
-    Those of data centres do it through NVLink.
+    Those of data centres do it through NVLink. Of GPUs that are not alike, the slowest link.
     """
     import torch
 
@@ -187,15 +242,12 @@ def likely_link(gpus: Sequence[int]) -> Link:
     peers = may_access_peers() and all(
         torch.cuda.can_device_access_peer(one, other) for one, other in pairs
     )
-    return usual_link(device_of(device_name(gpus[0])), peers=peers)
+    of_each = [usual_link(device_of(device_name(gpu)), peers=peers) for gpu in gpus]
+    return min(of_each, key=lambda link: link.rate)
 
 
-def _fits(info: CheckpointInfo, layout: Layout, gpus: Sequence[int]) -> bool:
+def _fits(info: CheckpointInfo, layout: Layout, gpus: Sequence[Gpu]) -> bool:
     """Whether each GPU could hold its share of the weights, if nothing else were on it."""
-    import torch
-
     plain_fp8 = not info.quantised and any(t.dtype.startswith("F8") for t in info.tensors.values())
     share = info.weight_bytes(itemsize=1 if plain_fp8 else 2) / layout.tp_size
-    numbers = map(cuda_index, gpus)
-    smallest = min(torch.cuda.get_device_properties(gpu).total_memory for gpu in numbers)
-    return share * ROOM_FACTOR + ROOM_BYTES <= smallest
+    return share * ROOM_FACTOR + ROOM_BYTES <= min(gpu.memory for gpu in gpus)

@@ -1,8 +1,9 @@
-"""How fast the GPUs of this machine send data to one another, measured once and kept.
+"""How fast the GPUs of this machine send data to one another, and compute; measured once and kept.
 
 One small JSON file in ``home()``: by machine and set of GPUs. ``choice`` predicts by it.
 """
 
+import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -13,10 +14,11 @@ import msgspec
 
 from ..config import home
 from .book import read_book, write_book
-from .cost_model import NCCL_S, Link
+from .cost_model import NCCL_S, START, TILE, Device, Link
 
 FILE = "link_records.json"  # ``doctor`` reads it, too, and what it reads of an entry
 _Rate = Annotated[float, msgspec.Meta(gt=0, lt=1e15)]
+_Flops = Annotated[float, msgspec.Meta(gt=0, lt=1e18)]
 
 
 class LinkRates(msgspec.Struct, frozen=True):
@@ -63,12 +65,42 @@ def _longer(small_s: float, large_s: float) -> float:
     return max(large_s - small_s, large_s / 100)
 
 
+# Of what a plain sum of two tensors reaches, what the element-wise passes of a step do.
+PASSES = 0.7
+
+
+class Speed(msgspec.Struct, frozen=True):
+    """How fast a GPU computes: rates and multiprocessors, as of a ``Device``."""
+
+    matmul: _Flops
+    attention: _Flops
+    memory: _Rate
+    multiprocessors: Annotated[int, msgspec.Meta(gt=0, lt=10_000)]
+
+    @classmethod
+    def of_rank(cls, said: Mapping[str, Any]) -> "Speed":
+        """From the times of a rank's answer to ``MeasureLink``: what explains them."""
+        side, at_once = said["side"], said["multiprocessors"]
+        tiles = math.ceil(side / TILE) ** 2
+        product = 2 * TILE**2 * (side * tiles + START * max(tiles, at_once))
+        tiles = math.ceil(side / TILE) * said["heads"]
+        attention = 4 * TILE * side * said["head_dim"] * max(tiles, at_once)
+        memory = PASSES * 3 * said["added_bytes"] / said["sum_s"]
+        return cls(product / said["product_s"], attention / said["attention_s"], memory, at_once)
+
+    def device(self, name: str) -> Device:
+        """The kind of that name, with what was measured."""
+        rates = self.matmul, self.attention, self.memory, self.multiprocessors
+        return Device(name, *rates, "measured on this machine", pcie=4, nvlink=False)
+
+
 class _OfGpus(msgspec.Struct):
-    """``rates`` None: the measurement was begun and has not ended."""
+    """``rates`` None: the measurement was begun and has not ended. ``speeds``: by product name."""
 
     machine: str
     gpus: tuple[str, ...]
     rates: LinkRates | None = None
+    speeds: dict[str, Speed] = {}
 
 
 class LinkRecords:
@@ -99,13 +131,24 @@ class LinkRecords:
         ]
         return max(found, key=lambda entry: len(entry.gpus)).rates if found else None
 
+    def speeds(self) -> dict[str, Speed]:
+        """Of the GPUs of this machine that were measured, by product name."""
+        here = platform.node()
+        found = [entry.speeds for entry in self._read().values() if entry.machine == here]
+        return {name: speed for speeds in found for name, speed in speeds.items()}
+
     def begin(self, gpus: Iterable[str]) -> None:
         """These are about to be measured."""
         self._write(gpus, None)
 
-    def add(self, gpus: Iterable[str], rates: LinkRates) -> None:
-        """These were measured."""
-        self._write(gpus, rates)
+    def add(self, gpus: Iterable[str], rates: LinkRates, speeds: Sequence[Speed] = ()) -> None:
+        """These were measured; ``speeds``: of each. Of GPUs with one name, the slowest counts."""
+        gpus = list(gpus)
+        by_name: dict[str, Speed] = {}
+        for gpu, speed in zip(gpus, speeds, strict=False):
+            name = gpu.partition(" ")[2]
+            by_name[name] = min(by_name.get(name, speed), speed, key=lambda one: one.matmul)
+        self._write(gpus, rates, by_name)
 
     def forget(self, gpus: Iterable[str]) -> None:
         """These are to be measured the next time."""
@@ -113,9 +156,14 @@ class LinkRecords:
         book.pop(_key(gpus), None)
         write_book(self._path, book)
 
-    def _write(self, gpus: Iterable[str], rates: LinkRates | None) -> None:
+    def _write(
+        self,
+        gpus: Iterable[str],
+        rates: LinkRates | None,
+        speeds: Mapping[str, Speed] | None = None,
+    ) -> None:
         gpus = tuple(gpus)
-        entry = _OfGpus(platform.node(), gpus, rates)
+        entry = _OfGpus(platform.node(), gpus, rates, dict(speeds or {}))
         write_book(self._path, self._read() | {_key(gpus): entry})
 
     def _read(self) -> dict[str, _OfGpus]:

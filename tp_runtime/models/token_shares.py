@@ -8,7 +8,7 @@ what does not divide is dealt out unevenly.
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -86,6 +86,10 @@ class TokenShares:
         """(B, L, ...) of all streams, one behind another → this rank's stretches of them."""
         return tokens if self._size == 1 else self.own(*tokens.split(list(self.lengths), dim=1))
 
+    def _lengths_of_ranks(self) -> list[int]:
+        """Tokens of all streams on each rank."""
+        return [sum(of_rank) for of_rank in zip(*self._dealt, strict=True)]
+
     def whole(self, tokens: torch.Tensor, stream: int = 0) -> torch.Tensor:
         """Of this rank's tokens (B, l, D) of all streams, a stream (B, L, D): on every rank."""
         own = self.of_stream(tokens, stream)
@@ -125,15 +129,18 @@ class TokenShares:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        mask: torch.Tensor | None = None,
+        mask: Any = None,
         before: tuple[torch.Tensor, torch.Tensor] | None = None,
+        of_keys: "TokenShares | None" = None,
         attend: Callable[..., torch.Tensor] = attention,
     ) -> torch.Tensor:
         """Of this rank's tokens to all: q (B, l, N, K), k and v (B, l, N', K) → (B, l, N·K).
 
         ``mask``: as ``in_their_order`` gives it. ``before``: keys and values (B, P, N', K) that
-        every rank has, of tokens before these. ``attend``: what is computed of all tokens, rank by
-        rank, for the heads that are this rank's (``own_heads``). All else as ``layers.attention``.
+        every rank has, of tokens before these. ``of_keys``: the shares of other tokens, whose keys
+        and values k and v are. ``attend``: what is computed of all tokens, rank by rank, for the
+        heads that are this rank's (``own_heads``), with the arguments of ``layers.attention``, as
+        which all else is.
         """
         held: list[torch.Tensor] = list(before or ())
         if self._size == 1:
@@ -150,10 +157,19 @@ class TokenShares:
         parts = zip(q.split(heads, 2), k.split(kv_heads, 2), v.split(kv_heads, 2), strict=True)
         own = [kv_heads[self._rank]] * 2
         mine = heads[self._rank]
-        lengths = [sum(of_rank) for of_rank in zip(*self._dealt, strict=True)]
-        shapes = [(batch, other, mine + sum(own), head_dim) for other in lengths]
-        given = self._group.exchange_heads([torch.cat(part, dim=2) for part in parts], shapes)
-        q, k, v = torch.cat(given, dim=1).split([mine, *own], dim=2)
+        lengths = self._lengths_of_ranks()
+        if of_keys is None:
+            shapes = [(batch, other, mine + sum(own), head_dim) for other in lengths]
+            given = self._group.exchange_heads([torch.cat(part, dim=2) for part in parts], shapes)
+            q, k, v = torch.cat(given, dim=1).split([mine, *own], dim=2)
+        else:
+            shapes = [(batch, other, mine, head_dim) for other in lengths]
+            of_queries, *pairs = zip(*parts, strict=True)
+            q = torch.cat(self._group.exchange_heads(of_queries, shapes), dim=1)
+            shapes = [(batch, other, sum(own), head_dim) for other in of_keys._lengths_of_ranks()]
+            together = [torch.cat(pair, dim=2) for pair in zip(*pairs, strict=True)]
+            given = self._group.exchange_heads(together, shapes)
+            k, v = torch.cat(given, dim=1).split(own, dim=2)
         first = sum(kv_heads[: self._rank])
         k, v = _behind([part[:, :, first : first + own[0]] for part in held], (k, v))
         found = attend(q, k, v, mask) if mine else q.flatten(2)

@@ -14,6 +14,7 @@ from ..config import MODEL_PATCHES, WorkerConfig
 from ..errors import InputError
 from ..fault_points import reach
 from ..gpu import collectives
+from ..gpu.speeds import speed_times
 from ..wire.exchange import Exchange
 from ..wire.protocol import (
     PER_EVALUATION_INPUTS,
@@ -93,7 +94,9 @@ class Runner:
             case Report():
                 return self._report(request.digests)
             case MeasureLink():
-                times = collectives.link_times(self._device)
+                times: dict[str, Any] = collectives.link_times(self._device)
+                if self._device.type == "cuda":  # of the CPU nothing is predicted
+                    times["speed"] = speed_times(self._device)
                 self._free_cache()
                 return times
         raise AssertionError(f"unknown request {request}")

@@ -205,8 +205,15 @@ def _gpus(found: dict[str, Any]) -> list[Check]:
             ),
             Check("P2P and NCCL", "missing", "not checked: they need a GPU."),
         ]
-    names = ", ".join(f"{gpu['name']} {gpu['total_bytes'] / _GIB:.0f} GiB" for gpu in gpus)
-    return [Check("GPUs", "ok", f"{len(gpus)}: {names}"), _p2p(found), _link(found), _nccl(found)]
+    names = [f"{gpu['name']} {gpu['total_bytes'] / _GIB:.0f} GiB" for gpu in gpus]
+    unlike = (
+        "They are not alike: every GPU has an equal share of a model, so the slowest sets the "
+        "pace, and the smallest what fits. 'auto' leaves out those that do not help; 'devices' of "
+        "the loader, or the setting 'GPUs to use', says which are used."
+    )
+    listed = f"{len(gpus)}: {', '.join(names)}"
+    all_gpus = Check("GPUs", "ok", listed, unlike if len(set(names)) > 1 else "")
+    return [all_gpus, _p2p(found), _link(found), _nccl(found)]
 
 
 def _p2p(found: dict[str, Any]) -> Check:

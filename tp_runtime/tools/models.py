@@ -44,7 +44,11 @@ def describe(family: Family) -> dict[str, Any]:
         "models": list(family.models),
         "not_yet": sorted(set(family.variants.values())),
         "parameters": sum(_count(shape) for shape in table.file_tensors.values()),
-        "gpu_counts": list(table.plan.valid_tp_sizes(MAX_TP_SIZE)),
+        "gpu_counts": [
+            count
+            for count in range(1, MAX_TP_SIZE + 1)
+            if family.shares_tokens or count in table.plan.valid_tp_sizes(count)
+        ],
         "diffusers_class": family.diffusers_class if folders else None,
         "formats": [*FORMATS, *([_FOLDER] if folders else [])],
     }

@@ -13,12 +13,13 @@ from ..layouts.choice import link_between
 from ..layouts.cost_model import (
     DEVICES,
     LINKS,
+    Device,
     Prediction,
-    device_of,
     layouts,
     predict,
     usual_link,
 )
+from ..layouts.gpus import best_first, devices_of, gpus_of
 from ..layouts.link_records import LinkRecords
 from ..models import families
 from ..recognise import CheckpointInfo, inspect_checkpoint
@@ -45,7 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     case.add_argument("--batch", type=int, default=1, help="of the forward: 2 with CFG (default 1)")
     case.add_argument("--text", type=int, default=512, metavar="L", help="tokens (default 512)")
     case.add_argument(
-        "--device", choices=sorted(DEVICES), help="(default: this machine's, or H200)"
+        "--device",
+        choices=sorted(DEVICES),
+        action="append",
+        help="given once for each GPU where they are not alike (default: this machine's, or H200)",
     )
     case.add_argument(
         "--link", choices=list(LINKS), help="(default: this machine's, or what GPUs of it have)"
@@ -138,18 +142,14 @@ def _predict(options: argparse.Namespace) -> None:
     else:
         family = families()[options.model]
         sizes = family.published
-    if options.device is not None:
-        device = DEVICES[options.device]
-    elif torch.cuda.is_available():
-        device = device_of(torch.cuda.get_device_name())
-    else:
-        device = DEVICES["H200"]
+    devices = _devices(options)
     if options.link is not None:
         link = LINKS[options.link]
     elif options.device is None and torch.cuda.device_count() > 1:
         link = link_between(range(torch.cuda.device_count()), LinkRecords.of_home())
     else:
-        link = usual_link(device, peers=device.nvlink)
+        links = (usual_link(device, peers=device.nvlink) for device in devices)
+        link = min(links, key=lambda one: one.rate)
     width, height = options.size
     shape = options.batch, *sizes.geometry.latent_shape(width, height, options.frames)
     frames = f" x {options.frames} frames" * (options.frames > 1)
@@ -157,7 +157,10 @@ def _predict(options: argparse.Namespace) -> None:
         f"{family.label}, {width} x {height}{frames}, batch {options.batch}, {options.text} text "
         f"tokens, bf16. Predicted ms per evaluation on {options.tp} GPUs:"
     )
-    print(f"  GPU {device.name}: {device.source}")
+    for device in devices:
+        print(f"  GPU {device.name}: {device.source}")
+    if len(devices) > 1:
+        print("  Every GPU has an equal share: the times are those of the slowest.")
     print(f"  link {link.name}: {link.source}")
     if options.precision == "fast":
         said = "carries what it does in any case" if link.fused else "carries 8 bits; not measured"
@@ -166,18 +169,31 @@ def _predict(options: argparse.Namespace) -> None:
     print(" ".join(f"{title:>11}" for title in ("layout", "ms", *parts)))
     for layout in layouts(sizes, options.tp, shares_tokens=family.shares_tokens):
         gpus, shared = (layout.tp_size, layout.batch_groups), layout.sequence_size
-        found = predict(
-            sizes,
-            shape,
-            options.text,
-            *gpus,
-            device,
-            link,
-            sequence_size=shared,
-            precision=options.precision,
-        )
+        each = [
+            predict(
+                *(sizes, shape, options.text, *gpus, device, link),
+                sequence_size=shared,
+                precision=options.precision,
+            )
+            for device in devices
+        ]
+        found = max(each, key=lambda one: one.ms)
         times = (found.ms, *(getattr(found, part) for part in parts))
         print(f"{layout!s:>11}", *(f"{ms:11.1f}" for ms in times))
+
+
+def _devices(options: argparse.Namespace) -> list[Device]:
+    """The kinds of the GPUs: of those that are named, of this machine's best, or an H200."""
+    if options.device is None:
+        speeds = LinkRecords.of_home().speeds()
+        gpus = best_first(gpus_of(range(torch.cuda.device_count())), speeds)[: options.tp]
+        return devices_of((gpu.name for gpu in gpus), speeds) or [DEVICES["H200"]]
+    if len(options.device) not in (1, options.tp):
+        raise InputError(
+            f"{len(options.device)} GPUs are named by --device, but --tp is {options.tp}: give one "
+            "for all of them, or one for each."
+        )
+    return devices_of(options.device, {})
 
 
 def _layer_name(layer: Layer) -> str:

@@ -4,7 +4,7 @@ Shapes: B batch, L tokens, D width of a stream, N heads on this rank, K head wid
 an item.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from ...gpu.epilogue import Epilogue, Product
 from ..forward import ShardedForward
 from ..layers import HeadsOfRank, attention, gelu_mlp, normed_over_ranks
+from ..token_shares import TokenShares
 from .guides import Guides, guided_attention
 from .layers import EPS, QK_EPS, gated_heads, modulated, row_of
 
@@ -28,13 +29,15 @@ NORM: Norm = {"norm": "rms"}
 
 @dataclass
 class Stream:
-    """The tokens (B, L, D) of one stream, their norm, and what they are computed with.
+    """The tokens (B, L, D) of one stream that this rank has, their norm, and what they are computed
+    with.
 
     ``prefix``: of its modules' names; ``which``: its name in those of both. ``width``: of all
     ranks' heads. ``times`` (B, F, 6 or 9, D): modulation by the timesteps, of ``repeats`` tokens
-    each, and ``last`` (B, F, D), after the blocks. ``prompt`` (B, 1, 2, D): of the ``caption`` (B,
-    L', D). ``cross`` (B, F, 4, D), ``gate`` (B, 1, 1, D): where the streams look at each other.
-    ``rotations`` (B or 1, L, N, K/2, 2): of its own heads, and of those with which they do.
+    each (if of one, then of this rank's), and ``last`` (B, F, D), after the blocks. ``prompt`` (B,
+    1, 2, D): of the ``caption`` (B, L', D). ``cross`` (B, F, 4, D), ``gate`` (B, 1, 1, D): where
+    the streams look at each other. ``rotations`` (B or 1, L, N, K/2, 2): of its own heads, and of
+    those with which they do. ``shares``: which tokens each rank has.
     """
 
     prefix: str
@@ -48,6 +51,7 @@ class Stream:
     repeats: int
     caption: torch.Tensor
     rotations: tuple[torch.Tensor, torch.Tensor]
+    shares: TokenShares
     guides: Guides | None = None
     prompt: torch.Tensor | None = None
     cross: torch.Tensor | None = None
@@ -66,8 +70,8 @@ class Stream:
         """``row_of``. Those of a table are made at once where they are of one timestep, and small:
         each by itself would be a kernel of a few microseconds, of 1,500.
         """
-        if of_time.shape[1] > 1:
-            return row_of(table, of_time, index, self.repeats)
+        if of_time.shape[1] != 1:
+            return row_of(table, of_time, index, self.repeats, self.shares)
         if id(table) not in self._made:
             rows = table[: of_time.shape[2]] + of_time[:, 0]
             self._made[id(table)] = rows[None].unbind(2)
@@ -106,6 +110,8 @@ class Look:
     """One attention: of queries, keys and values (B, L, N·K) by the modules of ``attend``.
 
     ``gates`` (B, L, N): the logits of its heads' gates. ``rotations``: of queries and of keys.
+    ``shares``: of queries that look at tokens which the ranks share, and of these; None: every rank
+    has all that is looked at.
     """
 
     attend: Any
@@ -118,6 +124,20 @@ class Look:
     rotations: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
     mask: torch.Tensor | None = None
     guides: Guides | None = None
+    shares: tuple[TokenShares, TokenShares] | None = None
+
+    def attended(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        """The result (B, L, N·K); queries and keys are normed."""
+        v = self.v.unflatten(-1, (-1, self.head_dim))
+        attend: Callable[..., torch.Tensor] = attention
+        mask: torch.Tensor | Guides | None = self.mask
+        if self.guides is not None:
+            attend, mask = guided_attention, self.guides
+        if self.shares is None:
+            return attend(q, k, v, mask)
+        of_queries, of_keys = self.shares
+        other = None if of_keys is of_queries else of_keys
+        return of_queries.attention(q, k, v, mask, of_keys=other, attend=attend)
 
     def product(self, attended: torch.Tensor) -> Product:
         """What is left to project."""
@@ -153,6 +173,7 @@ class StreamsForward(ShardedForward):
                 stream.normed,
                 stream.rotations[0],
                 stream.guides,
+                stream.shares,
             )
             for stream in streams
         ]
@@ -212,7 +233,8 @@ class StreamsForward(ShardedForward):
         if to_video:
             rotations = video.rotations[1], sound.rotations[1]
             own, logits = from_sound.to_q(video.normed), _gates(from_sound, video.normed)
-            look = Look(from_sound, *sizes, own, k, v, logits, rotations)
+            sharing = video.shares, sound.shares
+            look = Look(from_sound, *sizes, own, k, v, logits, rotations, shares=sharing)
             (product,) = self.attend([look])
             norm = NORM if to_sound else video.norm(block, _BEFORE_MLP)
             self._join(video, product, video.cross_gate(block), norm)
@@ -222,7 +244,9 @@ class StreamsForward(ShardedForward):
         k, v = from_video.to_kv(given).chunk(2, dim=-1)
         video_mlp = gelu_mlp(block.ff, video.modulated(video.norm(block, _BEFORE_MLP)))
         rotations = sound.rotations[1], video.rotations[1]
-        (product,) = self.attend([Look(from_video, *sizes, q, k, v, gates, rotations)])
+        sharing = sound.shares, video.shares
+        look = Look(from_video, *sizes, q, k, v, gates, rotations, shares=sharing)
+        (product,) = self.attend([look])
         self._join(sound, product, sound.cross_gate(block), sound.norm(block, _BEFORE_MLP))
         return [gelu_mlp(block.audio_ff, sound.normed), video_mlp]
 
@@ -240,15 +264,8 @@ class StreamsForward(ShardedForward):
             )
         ]
         normed = normed_over_ranks(parts, QK_EPS, self.collectives.add_up)
-        found = []
-        for look, q, k in zip(looks, normed[::2], normed[1::2], strict=True):
-            v = look.v.unflatten(-1, (-1, look.head_dim))
-            if look.guides is None:
-                attended = attention(q, k, v, look.mask)
-            else:
-                attended = guided_attention(q, k, v, look.guides)
-            found.append(look.product(attended))
-        return found
+        each = zip(looks, normed[::2], normed[1::2], strict=True)
+        return [look.product(look.attended(q, k)) for look, q, k in each]
 
     def _join(
         self, stream: Stream, product: Product, gate: torch.Tensor | None, norm: Norm
@@ -271,11 +288,14 @@ def at_itself(
     normed: torch.Tensor,
     rotation: torch.Tensor,
     guides: Guides | None = None,
+    shares: TokenShares | None = None,
 ) -> Look:
     """The attention of tokens to themselves."""
     q, k, v = attend.to_qkv(normed).chunk(3, dim=-1)
     gates, rotations = _gates(attend, normed), (rotation, rotation)
-    return Look(attend, width, head_dim, q, k, v, gates, rotations, guides=guides)
+    sharing = None if shares is None else (shares, shares)
+    of_heads = attend, width, head_dim, q, k, v, gates, rotations
+    return Look(*of_heads, guides=guides, shares=sharing)
 
 
 def first_norm(

@@ -253,6 +253,7 @@ FAMILY = Family(
     ),
     newer={"audio_adaln_single.linear.weight": ("LTX-2", "0.33")},
     connects="preprocess_text_embeds",
+    shares_tokens=True,
     text_tokens=MIN_CAPTION,
     extents=((960, 544, 121), (1920, 1088, 121)),
 )

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from ..forward import BlockName, Conditioning, kept_blocks
 from ..layers import timestep_embedding
+from ..token_shares import TokenShares
 from .blocks import BEFORE_ITSELF, Norm, Stream, first_norm
 from .connectors import ConnectorsForward
 from .family import AUDIO_BINS, FAMILY, LTX2Sizes
@@ -141,9 +142,10 @@ class Forward(ConnectorsForward):
             times = times[:, kept]
         times = times * self.sizes.time_scale
         tokens = video.flatten(2).transpose(1, 2)
-        tokens = model.proj_in(tokens if kept is None else tokens[:, kept])
+        shares, tokens = self.shared(tokens if kept is None else tokens[:, kept])
+        tokens = model.proj_in(tokens)
         if mark is not None:
-            tokens = tokens + mark
+            tokens = tokens + shares.own(mark)
         streams, sound_times = [], None
         for sound in sounds:
             of_sound = timesteps if a_timestep is None else a_timestep
@@ -154,13 +156,13 @@ class Forward(ConnectorsForward):
                 sound_times = sound_times.expand(-1, sound.shape[2])
                 before = sound_times.new_zeros(reference.shape[:2])
                 sound_times = torch.cat((before, sound_times), dim=1)
+            sound_shares, of_sound = self.shared(of_sound)
             of_sound = model.audio_proj_in(of_sound)
             sound_times = sound_times * self.sizes.time_scale
             sound_pair = rotations[2], rotations[3]
-            streams.append(
-                self._stream("audio", of_sound, captions[1], sound_pair, sound_times, times)
-            )
-        of_video = captions[0], (rotations[0], rotations[1]), times, sound_times
+            of_audio = captions[1], sound_pair, sound_shares, sound_times, times
+            streams.append(self._stream("audio", of_sound, *of_audio))
+        of_video = captions[0], (rotations[0], rotations[1]), shares, times, sound_times
         streams.append(self._stream("video", tokens, *of_video, repeats, guides))
 
         blocks = kept_blocks(model.transformer_blocks, skip)
@@ -176,9 +178,10 @@ class Forward(ConnectorsForward):
         for place, (number, block) in enumerate(blocks):
             shared = mask, directions, number in plain
             self.run_block(block, streams, norms(place + 1), *shared)
-        results = [self._video(streams[-1].normed, video.shape, kept)]
+        results = [self._video(streams[-1], video.shape, kept)]
         for sound, stream in zip(sounds, streams, strict=False):
-            projected = model.audio_proj_out(stream.normed[:, -sound.shape[2] :])
+            projected = stream.shares.whole(model.audio_proj_out(stream.normed))
+            projected = projected[:, -sound.shape[2] :]
             results.append(projected.unflatten(2, (-1, AUDIO_BINS)).transpose(1, 2))
         return results
 
@@ -188,23 +191,30 @@ class Forward(ConnectorsForward):
         tokens: torch.Tensor,
         caption: torch.Tensor,
         rotations: tuple[torch.Tensor, torch.Tensor],
+        shares: TokenShares,
         times: torch.Tensor,
         other_times: torch.Tensor | None,
         repeats: int = 1,
         guides: Guides | None = None,
     ) -> Stream:
-        """Of tokens before the first block. ``times`` (B, F), and the other stream's."""
+        """Of this rank's tokens before the first block. ``times`` (B, F), and the other stream's;
+        these and ``rotations`` are of all tokens.
+        """
         model, sizes, dtype = self.model, self.sizes, tokens.dtype
+        latest_time = times.amax(dim=1, keepdim=True)
+        if repeats == 1 and times.shape[1] > 1:
+            times = shares.own(times)
+        own, meeting = map(shares.own, rotations)
         prefix, direction = ("", "a2v") if which == "video" else ("audio_", "v2a")
         head_dim = sizes.head_dim if which == "video" else sizes.audio_head_dim
         of_time, last = _modulation(getattr(model, f"{prefix}time_embed"), times, dtype)
         stream = Stream(
             prefix, which, tokens.shape[-1], head_dim, tokens, tokens, of_time, last, repeats,
-            caption, rotations, guides,
+            caption, (own, meeting), shares, guides,
         )  # fmt: skip
         if sizes.text_modulation:
             module = getattr(model, f"{prefix}prompt_adaln")
-            stream.prompt, _ = _modulation(module, times.amax(dim=1, keepdim=True), dtype)
+            stream.prompt, _ = _modulation(module, latest_time, dtype)
         if other_times is not None:
             name = f"av_cross_attn_{which}"
             stream.cross, _ = _modulation(getattr(model, f"{name}_scale_shift"), times, dtype)
@@ -216,14 +226,14 @@ class Forward(ConnectorsForward):
 
     def _last_norm(self, stream: Stream) -> Norm:
         table, of_time = stream.part(self.model, "scale_shift_table"), stream.last[:, :, None]
-        shift, scale = (row_of(table[index:], of_time, 0, stream.repeats) for index in (0, 1))
+        shift, scale = (
+            row_of(table[index:], of_time, 0, stream.repeats, stream.shares) for index in (0, 1)
+        )
         return {"norm": "layer", "shift": shift, "scale": scale}
 
-    def _video(
-        self, normed: torch.Tensor, shape: torch.Size, kept: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Tokens (B, L, D) as latents of that shape; zero where none was kept."""
-        found = self.model.proj_out(normed)
+    def _video(self, stream: Stream, shape: torch.Size, kept: torch.Tensor | None) -> torch.Tensor:
+        """All tokens as latents of that shape; zero where none was kept."""
+        found = stream.shares.whole(self.model.proj_out(stream.normed))
         if kept is not None:
             whole = found.new_zeros(shape[0], math.prod(shape[2:]), found.shape[-1])
             whole[:, kept] = found

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from ...gpu.graphs import fused
 from ...sharding.plan import Split
+from ..token_shares import TokenShares
 
 EPS = 1e-6
 QK_EPS = 1e-5
@@ -110,14 +111,24 @@ def middle_of(positions: torch.Tensor, middle: bool = True) -> torch.Tensor:
 
 
 def row_of(
-    table: torch.Tensor, of_time: torch.Tensor, index: int, repeats: int = 1
+    table: torch.Tensor,
+    of_time: torch.Tensor,
+    index: int,
+    repeats: int = 1,
+    shares: TokenShares | None = None,
 ) -> torch.Tensor:
     """Row ``index`` of a block's table (n, D) and of (B, F, n, D) of F timesteps, as joins take it.
 
-    (1, B, D) of one timestep; (1, B, L, D) of several, each of ``repeats`` tokens.
+    (1, B, D) of one timestep; (1, B, L, D) of several, each of ``repeats`` tokens. Where that is
+    more than one token, of this rank's in ``shares``.
     """
     row = table[index] + of_time[:, :, index]
-    return row[:, 0][None] if row.shape[1] == 1 else row.repeat_interleave(repeats, dim=1)[None]
+    if row.shape[1] == 1:
+        return row[:, 0][None]
+    if repeats > 1:
+        row = row.repeat_interleave(repeats, dim=1)
+        row = row if shares is None else shares.own(row)
+    return row[None]
 
 
 @fused
