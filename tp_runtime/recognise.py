@@ -269,7 +269,8 @@ def _sizes_of_file(
 
 
 def _refused(label: str, why: str) -> str:
-    article = "an" if label.startswith(("A", "E", "I", "O", "LTX")) else "a"
+    spelt = label[:2].isupper()  # as it is spoken: an "el"
+    article = "an" if label.startswith(tuple("AEFHILMNORSX" if spelt else "AEIO")) else "a"
     return (
         f"This is {article} {label} file ({why}), which cannot be split yet. "
         "Load it with the stock 'Load Diffusion Model' node."

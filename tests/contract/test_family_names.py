@@ -23,6 +23,14 @@ NAME = re.compile(
 ALLOWED = {
     # A tooltip gives examples of distilled models.
     "nodes/sampler.py": ("distilled models such as Z-Image",),
+    # Of other models, some are called after a family of ours, or have its signature.
+    "tp_runtime/models/others.py": (
+        "_FLUX",
+        "Z-Image in pixel space",
+        "LTX-Video",
+        "qwen_image",
+        "z_image",
+    ),
     # The tables of the limits and links are of one model, that of cards of three; the profile is
     # that of RESULTS.md, and other rows were measured with these models.
     "bench/scaling.py": ("flux", "z_image", "qwen_image", "wan"),
