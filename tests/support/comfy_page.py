@@ -197,10 +197,12 @@ class ComfyPage:
         return self.page.locator(f"[data-node-id='{node_id}']").first
 
     def open_tab(self) -> None:
-        """Open the pack's sidebar tab, if it is not open."""
+        """Open the pack's sidebar tab, if it is not open; it has the server's answer then."""
         if not self.page.locator(".tp-panel").is_visible():
-            self.page.locator("button:has(.pi-microchip)").click()
+            with self.page.expect_response(re.compile(r"/tensor_parallel/groups$")):
+                self.page.locator("button:has(.pi-microchip)").click()
             self.page.locator(".tp-panel").wait_for()
+            self.page.wait_for_timeout(100)
 
     def add_node(self, name: str) -> None:
         """Look for a node in the search box, and take the first that it finds."""

@@ -386,7 +386,6 @@ def test_buttons_stand_in_whole_rows(web: ComfyPage) -> None:
 def test_a_start_shows_how_far_it_is(web: ComfyPage) -> None:
     web.open_tab()
     web.show_groups(*GROUPS)
-    # At once: what the tab has asked for as it opened may come later, and then it shows that.
     card = web.page.locator(".tp-card", has_text=re.compile(r"1 of 2 processes started, \d+ s"))
     card.locator("[role=progressbar][aria-valuenow='50']").wait_for()
 
