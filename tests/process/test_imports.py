@@ -19,8 +19,7 @@ WITH_THEM = ("fastapi", "openai", "xgrammar")
 def answer_of(code: str) -> list[str]:
     """What a Python prints as its last line, as JSON; with the fork server's environment."""
     done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=REPOSITORY,
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(REPOSITORY)!r})\n{code}"],
         env=_server_environment(),
         check=True,
         timeout=300,
