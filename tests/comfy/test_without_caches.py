@@ -32,7 +32,7 @@ def server(tiny_z_image: Path) -> Iterator[ComfyServer]:
 
 def adaptive(seed: int) -> Prompt:
     """dpm_adaptive decides by values how long its next step is. With previews (latent2rgb)."""
-    sampling = Sampling(sampler_name="dpm_adaptive", seed=seed, cfg=2.5)
+    sampling = Sampling(sampler_name="dpm_adaptive", seed=seed)
     return with_report(text_to_latent(tp_loader(MODEL, 2), "SamplerCustomAdvanced", sampling))
 
 
