@@ -333,6 +333,14 @@ class GroupConfig:
         )
 
     @property
+    def parts_on_host(self) -> int:
+        """How many parts of a model lie in the host's memory, if they do.
+
+        Ranks with the same part have one copy, but on Ray, where they may be on several hosts.
+        """
+        return self.num_ranks if self.where == "ray" else self.tp_size
+
+    @property
     def attention(self) -> AttentionKernel:
         """What the ranks compute attention with."""
         kernel = attention_kernel()
@@ -471,8 +479,10 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     environment that it starts in, as bytes, since names and values may be no UTF-8; None removes a
     variable. The file descriptors are the rank's own, and so is the ``rendezvous`` of ranks of one
     machine; it learns of them when it gets them. ``mirrored``: its exchange memory is not the
-    engine's. ``kernel_choices``: the file of what was fastest on its machine; empty: none is kept.
-    ``weight_limit``: bytes of weights that its device may hold; 0: as many as fit, less room.
+    engine's. ``part_fd``: of memory for what ranks with the same part of a model keep in the
+    host's, if there are several; -1: each has its own. ``kernel_choices``: the file of what was
+    fastest on its machine; empty: none is kept. ``weight_limit``: bytes of weights that its device
+    may hold; 0: as many as fit, less room.
     """
 
     rank: int
@@ -491,6 +501,7 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     environment: list[tuple[bytes, bytes | None]] = []
     control_fd: int = -1
     exchange_fd: int = -1
+    part_fd: int = -1
     mirrored: bool = False
 
     @property

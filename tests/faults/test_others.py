@@ -1,6 +1,8 @@
 """What can go wrong around ranks: sockets, memory, disks, files, a machine that stands still."""
 
+import ctypes
 import os
+import re
 import resource
 import socket
 import struct
@@ -9,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from signal import SIGCONT, SIGSTOP
 from typing import Any
@@ -19,7 +21,7 @@ import pytest
 import torch
 from faults.cases import FILE_S, Case, case
 from faults.conftest import Observe, put
-from process.conftest import TESTS, PythonWith, cpu_group, make_inputs
+from process.conftest import TESTS, PythonWith, assert_ended, cpu_group, make_inputs
 
 from support.native import native_model
 from support.paths import REPOSITORY
@@ -29,6 +31,7 @@ from tp_runtime import machine
 from tp_runtime.client import (
     CallTimeoutError,
     CheckpointError,
+    GroupConfig,
     GroupDiedError,
     ModelSpec,
     ProtocolError,
@@ -41,6 +44,7 @@ from tp_runtime.client import (
 )
 from tp_runtime.client.engine import Engine
 from tp_runtime.client.group_state import State
+from tp_runtime.client.launch.local import LocalRank
 from tp_runtime.wire.protocol import MAX_FRAME_BYTES, VERSION, Done, encode
 
 pytestmark = pytest.mark.process
@@ -393,3 +397,48 @@ def test_memory_runs_out_in_mid_forward(faults: Path, tiny_z_image: Path) -> Non
         model.evaluate(make_inputs())
     same_as_native(model)
     runtime.release()
+
+
+_PIDFD_GETFD = 438  # the number of the system call
+
+
+def cut_links(rank: LocalRank) -> int:
+    """Shut down the sockets between a rank and others; how many there were."""
+    cut = 0
+    for file in Path(f"/proc/{rank.pid}/fd").iterdir():
+        if not str(file.readlink()).startswith("socket:"):
+            continue
+        fd = ctypes.CDLL(None, use_errno=True).syscall(
+            _PIDFD_GETFD, rank.death_fd, int(file.name), 0
+        )
+        assert fd >= 0, os.strerror(ctypes.get_errno())
+        with socket.socket(fileno=fd) as one, suppress(OSError):  # one that only listens
+            if one.family in (socket.AF_INET, socket.AF_INET6) and one.getpeername():
+                one.shutdown(socket.SHUT_RDWR)
+                cut += 1
+    return cut
+
+
+@pytest.mark.usefixtures("home")
+def test_the_link_between_ranks_fails(tiny_z_image: Path) -> None:
+    """Two share the tokens, and are in the middle of an evaluation."""
+    runtime = Runtime()
+    spec = ModelSpec.of(str(tiny_z_image), "float32", "float32")
+    model = runtime.model(spec, GroupConfig(1, "cpu", sequence_size=2))
+    model.ensure_loaded()
+    engine = engine_of(model)
+    with ThreadPoolExecutor(1) as pool:
+        evaluating = pool.submit(model.evaluate, make_inputs(256))
+        wait_until(lambda: engine.state is State.BUSY)
+        time.sleep(1.0)
+        assert not evaluating.done()
+        began = time.monotonic()
+        assert cut_links(engine.ranks[1])
+        error = evaluating.exception(timeout=20)
+        assert time.monotonic() - began < 2.0
+    assert type(error) is RankError
+    assert re.search(r"Rank [01] raised .* during 'Evaluate'", str(error))
+    assert_ended([rank.pid for rank in engine.ranks], within_s=1)
+    same_as_native(model)
+    assert engine_of(model) is not engine
+    assert runtime.release() == 1

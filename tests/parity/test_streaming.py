@@ -68,8 +68,10 @@ def limited(runtime: Runtime, whole: RemoteModel, share: float = SHARE) -> Itera
     runtime.release(model.group_id)
 
 
-def load(runtime: Runtime, path: Path, weight_dtype: str = "float32") -> RemoteModel:
-    model = runtime.model(spec_of(path, weight_dtype), group_of())
+def load(
+    runtime: Runtime, path: Path, weight_dtype: str = "float32", group: GroupConfig | None = None
+) -> RemoteModel:
+    model = runtime.model(spec_of(path, weight_dtype), group or group_of())
     model.ensure_loaded()
     return model
 
@@ -116,6 +118,43 @@ def test_ranks_that_share_the_tokens(runtime: Runtime, tmp_path: Path) -> None:
     with limited(runtime, whole) as model:
         for _ in range(2):
             assert equal(model.evaluate(inputs), expected)
+
+
+def on_host(runtime: Runtime, model: RemoteModel) -> list[int]:
+    """Bytes that are taken of the memory of each part, which the ranks share without a name."""
+    (report,) = (one for one in runtime.reports() if one.id == model.group_id)
+    taken = {}
+    for rank in report.ranks:
+        for file in Path(f"/proc/{rank['pid']}/fd").iterdir():
+            if "tp-runtime-part" in str(file.readlink()):
+                taken[file.stat().st_ino] = 512 * file.stat().st_blocks
+    return list(taken.values())
+
+
+@pytest.mark.parametrize(("tp_size", "copies"), [(2, "batch_groups"), (1, "sequence_size")])
+def test_ranks_with_the_same_part_have_one_copy_in_the_hosts_memory(
+    runtime: Runtime, tmp_path: Path, tp_size: int, copies: str
+) -> None:
+    path = write_tiny("flux", tmp_path / "tiny.safetensors")
+    whole = load(runtime, path, group=group_of(tp_size, **{copies: 2}))
+    assert on_host(runtime, whole) == [0] * tp_size
+    with limited(runtime, whole) as model:
+        (report,) = (one for one in runtime.groups() if one.id == model.group_id)
+        streamed = report.models[model.name]["streamed"]
+        assert len(streamed) == 2 * tp_size
+        before = on_host(runtime, model)
+        assert [-(-size // 4096) * 4096 for size in streamed[:tp_size]] == before
+        model.patch(0.5, patches(model, 0.5))
+        model.ensure_loaded()
+        inputs = make_inputs(tiny("flux"))
+        model.evaluate(inputs)
+        assert min(on_host(runtime, model)) > max(before)
+        model.patch(None, {})
+        model.evaluate(inputs)
+        assert on_host(runtime, model) == before
+        assert model._group._residency is not None
+        model._group._residency._unload(model.name, None)
+        assert on_host(runtime, model) == [0] * tp_size
 
 
 def test_sleep_and_wake(runtime: Runtime, tmp_path: Path) -> None:
@@ -170,9 +209,12 @@ def assert_patched_alike(runtime: Runtime, whole: RemoteModel, inputs: Any) -> N
         assert digests(runtime, model) == before
 
 
-@pytest.mark.parametrize("family", ["flux", "wan"])
-def test_lora(runtime: Runtime, tmp_path: Path, family: str) -> None:
-    whole = load(runtime, write_tiny(family, tmp_path / "tiny.safetensors"))
+@pytest.mark.parametrize(
+    ("family", "group"),
+    [("flux", group_of()), ("wan", group_of()), ("flux", group_of(1, sequence_size=2))],
+)
+def test_lora(runtime: Runtime, tmp_path: Path, family: str, group: GroupConfig) -> None:
+    whole = load(runtime, write_tiny(family, tmp_path / "tiny.safetensors"), group=group)
     assert_patched_alike(runtime, whole, make_inputs(tiny(family)))
 
 
@@ -191,8 +233,9 @@ def test_quantised(runtime: Runtime, tmp_path: Path, family: str, name: str) -> 
             assert equal(model.evaluate(inputs), expected)
 
 
-def test_lora_on_quantised(runtime: Runtime, tmp_path: Path) -> None:
-    whole = load(runtime, write_case("qwen_image", "int8_convrot", tmp_path))
+@pytest.mark.parametrize("group", [group_of(), group_of(1, batch_groups=2)])
+def test_lora_on_quantised(runtime: Runtime, tmp_path: Path, group: GroupConfig) -> None:
+    whole = load(runtime, write_case("qwen_image", "int8_convrot", tmp_path), group=group)
     assert_patched_alike(runtime, whole, inputs_of("qwen_image"))
 
 

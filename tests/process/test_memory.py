@@ -1,5 +1,6 @@
 """Where models are: awake, asleep or freed; and what a page can ask of a group."""
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from tp_runtime.client import GroupReport, InputError, ModelSpec, RemoteModel, R
 from tp_runtime.client.engine import Engine
 from tp_runtime.client.group_state import State
 from tp_runtime.client.rank_processes import RankProcesses
-from tp_runtime.rank.host_copy import HostCopy
+from tp_runtime.rank.host_copy import HostCopy, PartMemory
 from tp_runtime.wire.protocol import Evaluate, Load, Request, Sleep, Unload, Wake
 
 pytestmark = pytest.mark.process
@@ -292,3 +293,27 @@ def test_copies_in_one_piece() -> None:
         assert torch.equal(copy.tensors[name].float(), tensor.float())
     copy.close()
     assert not copy.tensors
+
+
+def test_ranks_with_the_same_part_copy_it_once() -> None:
+    """Threads are ranks here; the second one's tensors are others, so that it shows whose count."""
+    fd = os.memfd_create("part", os.MFD_CLOEXEC)
+    meeting = threading.Barrier(2)
+    held = [{"a": torch.arange(2000.0) * sign, "b": torch.empty(0)} for sign in (1, -1)]
+
+    def of_rank(rank: int) -> list[int]:
+        part = PartMemory(fd, rank == 0, lambda: meeting.wait(timeout=30))
+        taken = []
+        for _ in range(2):
+            empty = HostCopy({}, part)
+            copy = HostCopy(held[rank], part)
+            assert torch.equal(copy.tensors["a"], held[0]["a"])
+            taken.append(512 * os.fstat(fd).st_blocks)
+            for one in (copy, empty, copy):
+                one.close()
+        meeting.wait(timeout=30)
+        return [*taken, os.fstat(fd).st_blocks]
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(of_rank, range(2))) == 2 * [[8192, 8192, 0]]
+    os.close(fd)

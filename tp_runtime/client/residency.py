@@ -166,7 +166,8 @@ class Residency:
         resident = self._models.get(name)
         if resident is None or resident.asleep:
             return
-        if not self._host_has_room(sum(resident.rank_bytes or []), poll):
+        parts = (resident.rank_bytes or [])[: self.engine.config.parts_on_host]
+        if not self._host_has_room(sum(parts), poll):
             self._unload(name, poll)
             return
 
@@ -271,14 +272,14 @@ class Residency:
     def _make_room_on_host(self, model: Holdable, poll: Poll | None) -> None:
         """Have the host's memory take what is streamed of a model; raises SizeError."""
         config, share = self.engine.config, model.planned_streaming()
-        needed = share * config.num_ranks
+        needed = share * config.parts_on_host
         if not needed or self._host_has_room(needed, poll):
             return
         memory = machine.memory()
         raise SizeError(
             f"A GPU may hold {config.weight_limit / _GIB:.2f} GiB of {model.label}'s weights, "
-            f"so {share / _GIB:.2f} GiB for each of {config.num_ranks} must stay in the host's "
-            f"memory. It has {memory.available / _GIB:.2f} GiB left, of which "
+            f"so {share / _GIB:.2f} GiB for each of {config.parts_on_host} parts must stay in the "
+            f"host's memory. It has {memory.available / _GIB:.2f} GiB left, of which "
             f"{host_reserve() * memory.total / _GIB:.2f} GiB stay free (TP_RUNTIME_HOST_RESERVE). "
             "Choose more GPUs or a quantised file, or close what takes the memory."
         )

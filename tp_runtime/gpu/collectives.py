@@ -36,6 +36,11 @@ def summed(products: Sequence[Product]) -> list[torch.Tensor]:
     return [linear(x) for linear, x in products]
 
 
+def meet() -> None:
+    """Wait until every rank of the whole group has called it."""
+    parallel_state.get_world_group().barrier()
+
+
 def sequence_size() -> int:
     """Ranks that share the tokens: vLLM calls it context parallelism."""
     return parallel_state.get_pcp_group().world_size

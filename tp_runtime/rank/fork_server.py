@@ -36,7 +36,7 @@ from . import imports
 KEEP, EVERYTHING = "keep", "everything"
 IDLE_S = 300.0
 # Of one request: for the answers, of the rank's channel, shared memory, log and rendezvous.
-_MAX_FDS = 5
+_MAX_FDS = 6
 _PR_SET_PDEATHSIG = 1
 _NICENESS = 5
 # The driver's, once CUDA was asked for GPUs (there are none), and jemalloc's in pyarrow, which
@@ -138,7 +138,12 @@ def _fork() -> int:
 
 
 def _become_rank(
-    config: WorkerConfig, control_fd: int, exchange_fd: int, log_fd: int, rendezvous_fd: int
+    config: WorkerConfig,
+    control_fd: int,
+    exchange_fd: int,
+    log_fd: int,
+    rendezvous_fd: int,
+    part_fd: int = -1,
 ) -> WorkerConfig:
     """Make this process the rank's own; returns what the rank is told."""
     folder = printable(Path(f"/proc/self/fd/{log_fd}").readlink().parent)
@@ -154,6 +159,7 @@ def _become_rank(
         config,
         control_fd=control_fd,
         exchange_fd=exchange_fd,
+        part_fd=part_fd,
         # torch opens its file again and again. Each rank has its own number for it.
         rendezvous=f"file:///proc/self/fd/{rendezvous_fd}",
     )

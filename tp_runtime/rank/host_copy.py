@@ -1,10 +1,43 @@
-"""A rank's tensors in the host's memory."""
+"""A rank's tensors in the host's memory; of ranks that hold the same, all have one copy."""
 
-from collections.abc import Mapping
+import mmap
+import os
+from collections.abc import Callable, Mapping
 
 import torch
 
 _ALIGNMENT = 256
+
+
+class PartMemory:
+    """Host memory of the ranks that hold the same part of a model.
+
+    All ranks of a group take and give back the same pieces of it in the same order, and meet
+    meanwhile. ``leads``: whether this is the rank that writes what all of them read.
+    """
+
+    def __init__(self, fd: int, leads: bool, meet: Callable[[], None]) -> None:
+        """``fd``: of a file in memory. ``meet`` returns when all ranks of the group called it."""
+        self.leads = leads
+        self.meet = meet
+        self._fd = fd
+        self._taken = 0  # of the file, which has holes where pieces were given back
+
+    def take(self, size: int) -> mmap.mmap | None:
+        """A new piece, mapped; None if it has no bytes. Raises OSError: there is no room."""
+        start = self._taken
+        self._taken += -(-size // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        if self.leads and size:
+            # Without this, a lack of memory would be a SIGBUS at the first write.
+            os.posix_fallocate(self._fd, start, size)
+        self.meet()
+        return mmap.mmap(self._fd, size, offset=start) if size else None
+
+    def give_back(self, piece: mmap.mmap | None) -> None:
+        """Have the system use the memory for something else; nobody may read it any more."""
+        self.meet()
+        if self.leads and piece is not None:
+            piece.madvise(mmap.MADV_REMOVE)
 
 
 class HostMemory:
@@ -14,13 +47,27 @@ class HostMemory:
     of two. Call ``close`` to give the memory back.
     """
 
-    def __init__(self, like: Mapping[str, torch.Tensor], *, locked: bool) -> None:
-        """``like``: shapes and dtypes, by name. They lie one behind another."""
+    def __init__(
+        self,
+        like: Mapping[str, torch.Tensor],
+        *,
+        locked: bool,
+        part_memory: PartMemory | None = None,
+    ) -> None:
+        """``like``: shapes and dtypes, by name. They lie one behind another.
+
+        ``part_memory``: where they lie; None: in memory of this process alone.
+        """
         offsets, size = {}, 0
         for name, tensor in like.items():
             offsets[name] = size
             size += aligned(tensor.nbytes)
-        self._memory = torch.empty(size, dtype=torch.uint8)
+        self._part_memory = part_memory
+        self._piece = part_memory.take(size) if part_memory is not None else None
+        if self._piece is not None:
+            self._memory = torch.frombuffer(self._piece, dtype=torch.uint8)
+        else:
+            self._memory = torch.empty(size, dtype=torch.uint8)
         self._locked = size > 0 and locked
         if self._locked:
             address = self._memory.data_ptr()
@@ -49,17 +96,28 @@ class HostMemory:
             self._locked = False
         self.tensors.clear()
         self._memory = torch.empty(0, dtype=torch.uint8)
+        part_memory, self._part_memory = self._part_memory, None
+        if part_memory is not None:
+            part_memory.give_back(self._piece)
+            self._piece = None
 
 
 class HostCopy(HostMemory):
     """Copies of tensors; page-locked if they come from a GPU."""
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        super().__init__(tensors, locked=any(tensor.is_cuda for tensor in tensors.values()))
-        for name, tensor in tensors.items():
-            self.tensors[name].copy_(tensor, non_blocking=True)
+    def __init__(
+        self, tensors: Mapping[str, torch.Tensor], part_memory: PartMemory | None = None
+    ) -> None:
+        """``part_memory``: as of ``HostMemory``; every rank that shares it has the same values."""
+        locked = any(tensor.is_cuda for tensor in tensors.values())
+        super().__init__(tensors, locked=locked, part_memory=part_memory)
+        if part_memory is None or part_memory.leads:
+            for name, tensor in tensors.items():
+                self.tensors[name].copy_(tensor, non_blocking=True)
         if self._locked:
             torch.cuda.synchronize()
+        if part_memory is not None:
+            part_memory.meet()
 
 
 def aligned(nbytes: int) -> int:

@@ -9,7 +9,7 @@ from torch import nn
 from ..config import Precision
 from ..models.forward import Memo, Prediction, ShardedForward, memo_bytes
 from ..wire.protocol import PatchedWeight
-from .host_copy import HostCopy
+from .host_copy import HostCopy, PartMemory
 from .patched_weights import PatchedWeights
 from .streamed_layers import StreamedLayers
 
@@ -18,15 +18,21 @@ class Shard:
     """A module's parameters, on the device or in the host's memory.
 
     ``resident_bytes``: on the device while it is awake; ``streamed_bytes``: with the host, always.
-    ``precision``: of what its ranks send one another for it.
+    ``precision``: of what its ranks send one another for it. ``part_memory``: the host
+    memory of the ranks that hold the same; None: each has its own.
     """
 
     precision: Precision = "exact"
 
     def __init__(
-        self, module: nn.Module, device: torch.device, streamed: StreamedLayers | None = None
+        self,
+        module: nn.Module,
+        device: torch.device,
+        streamed: StreamedLayers | None = None,
+        part_memory: PartMemory | None = None,
     ) -> None:
         self._device = device
+        self._part_memory = part_memory
         self._copy: HostCopy | None = None
         self.asleep = False
         self.bytes_read = 0  # of a file
@@ -56,7 +62,7 @@ class Shard:
             self._streamed.stream.leave_device()
         if self._device.type == "cuda":
             there = {name: p.data for name, p in self._parameters.items() if p.is_cuda}
-            self._copy = HostCopy(there)
+            self._copy = HostCopy(there, self._part_memory)
             for name in there:
                 parameter = self._parameters[name]
                 parameter.data = torch.empty(0, dtype=parameter.dtype, device=self._device)
@@ -102,8 +108,9 @@ class LoadedModel(Shard):
         bytes_read: int,
         streamed: StreamedLayers | None = None,
         precision: Precision = "exact",
+        part_memory: PartMemory | None = None,
     ) -> None:
-        super().__init__(forward.model, device, streamed)
+        super().__init__(forward.model, device, streamed, part_memory)
         self.precision = precision
         self.forward = forward
         self.weights = weights

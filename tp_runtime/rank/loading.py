@@ -5,7 +5,7 @@ import functools
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from ..recognise import inspect_checkpoint, open_checkpoint
 from ..sharding.parts import Part
 from ..sharding.quantisation import Quantisation, sharded, stored_weights
 from ..wire.exchange import dtype_of
+from .host_copy import PartMemory
 from .loaded_model import LoadedModel
 from .parallel_layers import shard_module
 from .patched_weights import PatchedWeights, StoredWeight
@@ -47,11 +48,13 @@ def load_model(
     attention: AttentionKernel = "auto",
     kernel_choices: str = "",
     weight_limit: int = 0,
+    part_memory: PartMemory | None = None,
 ) -> LoadedModel:
     """Read the slices of the file that this rank holds, and nothing else of it.
 
     ``report_progress(done, total)`` is called with bytes now and then. ``attention``: of optimised
-    steps. ``kernel_choices``, ``weight_limit``: see ``WorkerConfig``.
+    steps. ``kernel_choices``, ``weight_limit``: see ``WorkerConfig``. ``part_memory``: the
+    host memory of the ranks that hold the same; None: each has its own.
 
     Raises:
         CheckpointError: the file is not what it was when the model was chosen.
@@ -107,7 +110,8 @@ def load_model(
 
     limit = limit_of(device, weight_limit)
     plan = plan_for(model, sharding, table, info.label, limit)
-    streamed = give_memory(model, device, plan)
+    streamed = give_memory(model, device, plan, part_memory)
+    in_host = frozenset() if streamed is None else streamed.memory.tensors.keys()
     if streamed is not None and rank == 0:
         logger.info(
             "%s: %.2f GiB of each rank's weights stay in the host's memory, since its device may "
@@ -121,23 +125,28 @@ def load_model(
         exact = {table.places[name].name for name in table.exact}
         reader = Reader(file, quantisation, weight_dtype, exact)
         with _copier(device, tp_size) as copy:
-            _fill(model, parts_of(rank), reader, copy, report_progress)
+            others = in_host if part_memory is not None and not part_memory.leads else frozenset()
+            _fill(model, parts_of(rank), reader, copy, report_progress, others)
         bytes_read = file.bytes_read
-        stored = {
-            name: StoredWeight(
-                tensor.shape,
-                torch.float32 if name in exact else weight_dtype,
-                input_scale=reader.input_scale(name),
-            )
-            for name, tensor in info.tensors.items()
-        }
+    if part_memory is not None:
+        part_memory.meet()
+    stored = {
+        name: StoredWeight(
+            tensor.shape,
+            torch.float32 if name in exact else weight_dtype,
+            input_scale=reader.input_scale(name),
+        )
+        for name, tensor in info.tensors.items()
+    }
     for layer in sharding.layers:
         if layer.path in quantisation.held:
             for name in stored_weights(layer, table.sources):
                 stored |= _quantised(name, info.tensors[name].shape, info.quantised[name])
     if file_version(spec.path) != spec.version:
         raise RuntimeError(f"The model file {spec.path} was changed while it was read.")
-    weights = PatchedWeights(model, stored, parts_of, rank, tp_size, collectives.gather, device)
+    weights = PatchedWeights(
+        *(model, stored, parts_of, rank, tp_size, collectives.gather, device, part_memory, in_host)
+    )
     reduction = None
     if fast:
         # Here, since without a GPU there may be no Triton.
@@ -163,7 +172,9 @@ def load_model(
         capture = functools.partial(collectives.graph_capture, device)
         return RecordedEvaluation(evaluate, capture, fast_attention, memo_bytes(device))
 
-    return LoadedModel(forward, weights, device, new_run, bytes_read, streamed, precision)
+    return LoadedModel(
+        forward, weights, device, new_run, bytes_read, streamed, precision, part_memory
+    )
 
 
 def _log_quantisation(path: str, quantisation: Quantisation, device: torch.device) -> None:
@@ -207,16 +218,22 @@ def _fill(
     reader: Reader,
     copy: Copy,
     report_progress: ReportProgress,
+    others: Collection[str] = (),
 ) -> None:
-    """Copy every part to its place; what no part covers is padding and becomes zero."""
+    """Copy every part to its place; what no part covers is padding and becomes zero.
+
+    But for the parameters that lie in memory which one of the ``others`` fills.
+    """
     parameters = dict(model.named_parameters())
-    total = sum(parameter.nbytes for parameter in parameters.values())
+    total = sum(one.nbytes for name, one in parameters.items() if name not in others)
     by_target: dict[str, list[Part]] = {}
     for part in parts:
         by_target.setdefault(part.target, []).append(part)
     assert by_target.keys() <= parameters.keys(), by_target.keys() - parameters.keys()
     done, reported = 0, 0.0
     for name, parameter in parameters.items():
+        if name in others:
+            continue
         here = by_target.get(name, [])  # none: all of it pads
         if not here or sum(part.length for part in here) < parameter.shape[here[0].axis]:
             parameter.data.zero_()

@@ -10,6 +10,7 @@ from ..recognise import model_patch
 from ..sharding.parts import Part
 from ..sharding.quantisation import sharded
 from ..wire.exchange import dtype_of
+from .host_copy import PartMemory
 from .loaded_model import Shard
 from .parallel_layers import shard_module
 
@@ -17,7 +18,14 @@ from .parallel_layers import shard_module
 class LoadedPatch(Shard):
     """``module`` is what the forward of a model calls."""
 
-    def __init__(self, spec: ModelPatchSpec, device: torch.device, rank: int, tp_size: int) -> None:
+    def __init__(
+        self,
+        spec: ModelPatchSpec,
+        device: torch.device,
+        rank: int,
+        tp_size: int,
+        part_memory: PartMemory | None = None,
+    ) -> None:
         dtype = dtype_of(spec.compute_dtype)
         sizes = model_patch(spec.family, spec.comfyui_model, spec.shapes)
         with torch.device("meta"):
@@ -27,7 +35,7 @@ class LoadedPatch(Shard):
         sharding, quantisation = sharded(self.module, table.plan, table.sources, {}, tp_size)
         shard_module(self.module, sharding, tp_size, dtype, dtype, quantisation.held, False, False)
         self.module.to_empty(device=device)
-        super().__init__(self.module, device)
+        super().__init__(self.module, device, part_memory=part_memory)
         for parameter in self._parameters.values():
             parameter.data.zero_()  # what no tensor fills is padding
         self._parts: dict[str, list[Part]] = {}

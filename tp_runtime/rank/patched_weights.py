@@ -7,7 +7,7 @@ of the whole weight. The ranks put it together from their shards, so nothing is 
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -18,7 +18,7 @@ from ..formats import QuantisedWeight
 from ..sharding.parts import Part
 from ..wire.protocol import PatchedWeight, TensorRef, WeightPatch
 from ..wire.weight_patches import patched, rounded
-from .host_copy import HostCopy
+from .host_copy import HostCopy, PartMemory
 from .quantised_arithmetic import dequantised
 from .requantising import requantised
 
@@ -50,7 +50,9 @@ class PatchedWeights:
 
     ``parts_of(rank)``: the slices that a rank holds, and their places. ``device``: where new
     weights are computed; the places of streamed layers are with the host. How the own slices were
-    before is kept in the host's memory for as long as any weight is patched.
+    before is kept in the host's memory for as long as any weight is patched. ``part_memory``: in
+    that of all ranks that hold the same, if there are others; there the parameters ``in_host`` lie,
+    too, which one rank writes for all.
     """
 
     def __init__(
@@ -62,7 +64,11 @@ class PatchedWeights:
         tp_size: int,
         gather: Gather,
         device: torch.device,
+        part_memory: PartMemory | None = None,
+        in_host: Collection[str] = (),
     ) -> None:
+        self._part_memory = part_memory
+        self._in_host = in_host if part_memory is not None else ()
         self._parameters = dict(model.named_parameters())
         self._stored = stored
         self._parts_of = parts_of
@@ -90,12 +96,15 @@ class PatchedWeights:
         """
         wanted = {name: change for name, change in wanted.items() if name in self._parts}
         changed = [name for name, change in wanted.items() if self._applied.get(name) != change]
+        self._meet()  # others may still compute with the weights that were
         for name in self._applied:
             if name in changed or name not in wanted:
                 self._restore(name)
+        self._meet()
         self._back_up([name for name in changed if name not in self._before])
         for name in changed:
             self._patch(name, wanted[name], held)
+        self._meet()
         self._applied = wanted
         if not wanted:
             self.close()
@@ -113,20 +122,22 @@ class PatchedWeights:
 
     def _patch(self, name: str, change: PatchedWeight, held: Mapping[int, torch.Tensor]) -> None:
         stored = self._stored[name]
+        names = self._tensors_of(name)
         if stored.quantised is None:
             values = self._whole(name)
             for stage in change.stages:
                 values = values.to(torch.float32, copy=True)
                 values = _patched_before(stored.input_scale, values, stage, held)
                 values = rounded(values, stored.dtype, change.seed, change.by_bytes)
+            self._meet(name)
             self._write(name, values)
             return
-        names = self._tensors_of(name)
         tensors = {kind: self._whole(stored_name) for kind, stored_name in names.items()}
         for stage in change.stages:
             values = dequantised(stored.quantised.format, tensors, torch.float32)
             values = _patched(values, stage, held)
             tensors = requantised(stored.quantised, values, tensors, change)
+        self._meet(*names.values())
         for kind, stored_name in names.items():
             self._write(stored_name, tensors[kind])
 
@@ -145,7 +156,8 @@ class PatchedWeights:
             parameter.data.copy_(values)
             return
         for part, place in self._places(name):
-            place.copy_(_slice(values, part))
+            if self._writes(part):
+                place.copy_(_slice(values, part))
 
     def _move(self, target: str, shape: torch.Size) -> None:
         """Have a parameter lie in its place for that shape, with whatever values that has."""
@@ -156,6 +168,23 @@ class PatchedWeights:
             places[shape] = parameter.data.new_empty(shape)
         parameter.data = places[shape]
 
+    def _writes(self, part: Part) -> bool:
+        """Whether this rank writes there, and not another one for all."""
+        return (
+            self._part_memory is None or self._part_memory.leads or part.target not in self._in_host
+        )
+
+    def _meet(self, *names: str) -> None:
+        """Wait for all ranks, where one writes what others read; ``names``: only if it is in these.
+
+        Whether it is, is the same on every rank.
+        """
+        if self._part_memory is None or not self._in_host:
+            return
+        targets = {part.target for name in names for parts in self._parts[name] for part in parts}
+        if not names or not targets.isdisjoint(self._in_host):
+            self._part_memory.meet()
+
     # --- before ----------------------------------------------------------------------------------
 
     def _back_up(self, names: list[str]) -> None:
@@ -164,7 +193,7 @@ class PatchedWeights:
             for name in names
             for index, tensor in enumerate(self._slices(name))
         }
-        copy = HostCopy(slices)
+        copy = HostCopy(slices, self._part_memory)
         self._copies.append(copy)
         for name in names:
             count = len(self._slices(name))
@@ -175,8 +204,11 @@ class PatchedWeights:
             for part in self._parts[stored_name][self._rank]:
                 if part.target in self._shape_in_file:
                     self._move(part.target, self._shape_in_file.pop(part.target))
-        for tensor, before in zip(self._slices(name), self._before[name], strict=True):
-            tensor.copy_(before, non_blocking=True)
+        names_of = self._tensors_of(name).values()
+        places = [place for stored_name in names_of for place in self._places(stored_name)]
+        for (part, tensor), before in zip(places, self._before[name], strict=True):
+            if self._writes(part):
+                tensor.copy_(before, non_blocking=True)
 
     # --- where a stored tensor's values are ------------------------------------------------------
 

@@ -32,6 +32,7 @@ from ..wire.protocol import (
     Unload,
     Wake,
 )
+from .host_copy import PartMemory
 from .loaded_model import LoadedModel, Shard
 from .loading import ReportProgress, load_model
 from .model_patches import LoadedPatch
@@ -44,6 +45,10 @@ class Runner:
         self._config = config
         self._device = device
         self._exchange = Exchange(config.exchange_fd)
+        self._part_memory = None
+        if config.part_fd >= 0:
+            leads = config.rank == config.tp_rank  # the first with this part
+            self._part_memory = PartMemory(config.part_fd, leads, collectives.meet)
         self._models: dict[str, LoadedModel] = {}
         self._patches: dict[str, LoadedPatch] = {}
         self._held: dict[int, torch.Tensor] = {}
@@ -113,6 +118,7 @@ class Runner:
                 self._config.attention,
                 os.fsdecode(self._config.kernel_choices),
                 self._config.weight_limit,
+                self._part_memory,
             )
             self._models[request.model] = model
         return {
@@ -124,7 +130,8 @@ class Runner:
     def _load_patch(self, request: LoadModelPatch) -> dict[str, Any]:
         self._unload(request.model)  # what an abandoned call has begun to fill
         config = self._config
-        patch = LoadedPatch(request.spec, self._device, config.tp_rank, config.tp_size)
+        place = self._device, config.tp_rank, config.tp_size, self._part_memory
+        patch = LoadedPatch(request.spec, *place)
         self._patches[request.model] = patch
         return {"resident_bytes": patch.resident_bytes, "bytes_read": patch.bytes_read}
 

@@ -12,7 +12,7 @@ from ..gpu.streaming import LayerStream, StreamedLayer
 from ..sharding.parts import Sharding
 from ..sharding.streaming import LayerSize, StreamingPlan, streaming_plan
 from ..sharding.table import Table
-from .host_copy import HostMemory, aligned
+from .host_copy import HostMemory, PartMemory, aligned
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,14 @@ def limit_of(device: torch.device, asked: int) -> int | None:
 
 
 def give_memory(
-    model: nn.Module, device: torch.device, plan: StreamingPlan | None
+    model: nn.Module,
+    device: torch.device,
+    plan: StreamingPlan | None,
+    part_memory: PartMemory | None = None,
 ) -> StreamedLayers | None:
     """Have the parameters of a module on the meta device lie in real memory, without values.
 
-    On the device; of the plan's layers, if there is one, in the host's memory.
+    On the device; of the plan's layers, if there is one, in the host's memory (``part_memory``).
     """
     layers = {path: model.get_submodule(path) for path in plan.paths} if plan else {}
     like = {path: _tensors(layer) for path, layer in layers.items()}
@@ -75,7 +78,7 @@ def give_memory(
         for path, of_layer in like.items()
         for name, tensor in of_layer.items()
     }
-    memory = HostMemory(by_name, locked=device.type == "cuda")
+    memory = HostMemory(by_name, locked=device.type == "cuda", part_memory=part_memory)
     streamed = []
     for path, layer in layers.items():
         tensors = {name: memory.tensors[f"{path}.{name}"] for name in like[path]}

@@ -119,14 +119,17 @@ class LocalLauncher:
     def launch(self, config: GroupConfig, exchange: Exchange, poll: Poll) -> Sequence[Rank]:
         ranks: list[Rank] = []
         try:
-            # Where torch's ranks meet: like all that they share, without a name and on no disk.
-            rendezvous_fd = os.memfd_create("tp-runtime-rendezvous", os.MFD_CLOEXEC)
-            try:
+            with contextlib.ExitStack() as shared:
+                # Where torch's ranks meet: like all that they share, without a name and on no disk.
+                rendezvous_fd = _new_memory("tp-runtime-rendezvous", shared)
+                # For what ranks with the same part of a model keep in the host's memory.
+                several = config.num_ranks > config.tp_size
+                names = [f"tp-runtime-part-{part}" for part in range(config.tp_size) if several]
+                part_fds = [_new_memory(name, shared) for name in names]
                 for index in range(config.num_ranks):
                     poll()
-                    ranks.append(self._launch_rank(config, index, exchange.fd, rendezvous_fd))
-            finally:
-                os.close(rendezvous_fd)
+                    fds = exchange.fd, rendezvous_fd, *part_fds[index % config.tp_size :][:1]
+                    ranks.append(self._launch_rank(config, index, *fds))
         except BaseException as error:
             end_ranks(ranks, grace_s=0)
             self.clean_up(keep_logs=False)
@@ -142,7 +145,12 @@ class LocalLauncher:
         return ranks
 
     def _launch_rank(
-        self, config: GroupConfig, index: int, exchange_fd: int, rendezvous_fd: int
+        self,
+        config: GroupConfig,
+        index: int,
+        exchange_fd: int,
+        rendezvous_fd: int,
+        *part_fd: int,
     ) -> LocalRank:
         assert self._folder is not None, "prepare comes first"
         assert self._server is not None, "prepare comes first"
@@ -168,7 +176,7 @@ class LocalLauncher:
         with contextlib.ExitStack() as on_error, rank_end:
             on_error.callback(channel.close)
             with open(os.open(log_path, flags, 0o600), "ab") as log:
-                fds = (rank_end.fileno(), exchange_fd, log.fileno(), rendezvous_fd)
+                fds = (rank_end.fileno(), exchange_fd, log.fileno(), rendezvous_fd, *part_fd)
                 forked = server.fork(worker, _rank_environment(config), fds)
             on_error.pop_all()
         return LocalRank(index, channel, *forked, server, log_path)
@@ -177,6 +185,13 @@ class LocalLauncher:
         if self._folder is not None:
             self._folder.release(keep_logs)
             self._folder = None
+
+
+def _new_memory(name: str, on_exit: contextlib.ExitStack) -> int:
+    """A file in memory, which this process closes in the end."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC)
+    on_exit.callback(os.close, fd)
+    return fd
 
 
 def prepare_start(python: str, *, keep: bool = False) -> None:
