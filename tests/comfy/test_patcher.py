@@ -98,6 +98,19 @@ def test_code_in_the_model_is_refused(
     patcher.pre_run()
 
 
+@pytest.mark.parametrize(("value", "words"), [(7, "to 7"), (torch.ones(2), "to a Tensor")])
+def test_another_setting_of_the_model_is_refused(patcher: Any, value: object, words: str) -> None:
+    """As newer releases set what a LoRA's file says of the model."""
+    changed = patcher.clone()
+    changed.add_object_patch("diffusion_model.patch_size", value)
+    changed.partially_load(CPU, 1e32)
+    with pytest.raises(ValueError, match=rf"set 'diffusion_model\.patch_size' .*{words}"):
+        changed.pre_run()
+    changed.detach(unpatch_all=False)
+    patcher.partially_load(CPU, 1e32)
+    patcher.pre_run()
+
+
 def test_hooks_and_methods_are_refused(patcher: Any) -> None:
     model = patcher.model.diffusion_model
     hook = model.layers[0].register_forward_hook(inside)
