@@ -22,6 +22,7 @@ import torch
 from tp_runtime.config import ModelSpec, WorkerConfig
 from tp_runtime.errors import InputError
 from tp_runtime.fault_points import OUT_OF_MEMORY, reach
+from tp_runtime.rank.host_copy import PartMemory
 
 _control_fd = -1
 
@@ -42,6 +43,7 @@ def _load(
     attention: str,
     kernel_choices: str,
     weight_limit: int,
+    part_memory: PartMemory | None,
 ) -> SimpleNamespace:
     shapes = set()
 

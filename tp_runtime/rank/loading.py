@@ -128,16 +128,16 @@ def load_model(
             others = in_host if part_memory is not None and not part_memory.leads else frozenset()
             _fill(model, parts_of(rank), reader, copy, report_progress, others)
         bytes_read = file.bytes_read
+        stored = {
+            name: StoredWeight(
+                tensor.shape,
+                torch.float32 if name in exact else weight_dtype,
+                input_scale=reader.input_scale(name),
+            )
+            for name, tensor in info.tensors.items()
+        }
     if part_memory is not None:
         part_memory.meet()
-    stored = {
-        name: StoredWeight(
-            tensor.shape,
-            torch.float32 if name in exact else weight_dtype,
-            input_scale=reader.input_scale(name),
-        )
-        for name, tensor in info.tensors.items()
-    }
     for layer in sharding.layers:
         if layer.path in quantisation.held:
             for name in stored_weights(layer, table.sources):
