@@ -267,6 +267,8 @@ def test_one_that_cannot_fit_is_refused(
     assert [rank["pid"] for rank in after.ranks] == [rank["pid"] for rank in before.ranks]
 
     monkeypatch.setattr(residency.Residency, "_host_has_room", lambda *_: False)
-    with pytest.raises(SizeError, match=r"for each of 2 must stay in the host's memory.*RESERVE"):
+    with pytest.raises(
+        SizeError, match=r"for each of 2 parts must stay in the host's memory.*RESERVE"
+    ):
         model.ensure_loaded()
     runtime.release(model.group_id)
