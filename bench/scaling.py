@@ -23,6 +23,7 @@ from tp_runtime.layouts.cost_model import (
     nccl_s,
     predict,
     predict_blocks,
+    usual_link,
 )
 from tp_runtime.models import families, family_named
 from tp_runtime.sharding.block_costs import BlockCosts
@@ -153,6 +154,8 @@ def measured() -> list[Measured]:
             if row.get("streamed_gib"):
                 continue  # nor is reading weights from the host's memory
             link = replace(NVLINK, fused=row["commit"] not in THROUGH_NCCL or row["tp"] == 1)
+            if row.get("peer_access") is False:
+                link = usual_link(device_of(row["device"]), peers=False)
             case = Case(
                 row["model"],
                 Extent.parse(str(row["side"])),
@@ -175,7 +178,7 @@ def check() -> str:
             each.case.layout,
             each.case.extent if not each.case.references else each.case.with_references,
             each.case.batch,
-            "fused" if each.case.link.fused else "NCCL",
+            "fused" if each.case.link.fused else f"NCCL, {each.case.link.name}",
             each.commit,
             f"{each.ms:.1f}",
             f"{each.case.predict().ms:.1f}",

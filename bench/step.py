@@ -275,6 +275,7 @@ def _time_steps(remote: RemoteModel, runtime: Runtime, case: Case, steps: int) -
         "ms_p90": round(times[int(0.9 * (len(times) - 1))], 2),
         "ms_hop": round(statistics.median(hops), 2),
         "first_s": round(first / 1000, 1),
+        "peer_access": ranks[0]["peer_access"],
         "weights_gib": round(
             max(sum(m["resident_bytes"] for m in r["models"].values()) for r in ranks) / GIB, 3
         ),

@@ -73,7 +73,7 @@ def results(rank: int, size: int) -> dict[str, Any]:
     shapes = [(2, length, counts[rank], WIDTH) for length in lengths]
 
     def evaluate() -> dict[str, Any]:
-        parts = wire.exchange_heads(mine.split(counts, 2), shapes)
+        parts = wire.begin_exchange(mine.split(counts, 2), shapes)()
         return {"sums": wire.summed(products), "heads": torch.cat(parts, 1)}
 
     return {"rounds": wire.rounds, "exact": evaluate(), "fast": wire.during(evaluate)()}

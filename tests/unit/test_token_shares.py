@@ -1,6 +1,6 @@
 """What ranks that share tokens do with a mask over all of them, and with keys that each has."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 from types import SimpleNamespace
@@ -55,34 +55,39 @@ def test_the_order_of_a_mask_is_made_where_the_mask_is() -> None:
 class Threads:
     """Ranks that are threads: what each gives to the others in an exchange."""
 
-    def __init__(self, size: int) -> None:
-        self.size, self.given = size, dict[int, Sequence[torch.Tensor]]()
+    def __init__(self, size: int, turns: int = 1) -> None:
+        self.size, self.turns = size, turns
+        self.given = dict[int, Sequence[torch.Tensor]]()
         self.barrier = Barrier(size)
 
     def of_rank(self, rank: int) -> Any:
-        def exchange(
+        def begin(
             parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]
-        ) -> list[torch.Tensor]:
+        ) -> Callable[[], list[torch.Tensor]]:
             self.given[rank] = parts
             self.barrier.wait(timeout=60)
             found = [self.given[other][rank] for other in range(self.size)]
             self.barrier.wait(timeout=60)
             assert [tuple(one.shape) for one in found] == [tuple(shape) for shape in shapes]
-            return found
+            return lambda: found
 
         return SimpleNamespace(
-            sequence_size=lambda: self.size, sequence_rank=lambda: rank, exchange_heads=exchange
+            sequence_size=lambda: self.size,
+            sequence_rank=lambda: rank,
+            begin_exchange=begin,
+            turns=lambda: self.turns,
         )
 
 
+@pytest.mark.parametrize("turns", [1, 2, 3])
 @pytest.mark.parametrize("num_kv", [6, 3, 2])
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7])
-def test_keys_that_every_rank_has_come_first(size: int, num_kv: int) -> None:
-    """Of 6 heads and fewer of keys, which need not divide."""
+def test_keys_that_every_rank_has_come_first(size: int, num_kv: int, turns: int) -> None:
+    """Of 6 heads and fewer of keys, which need not divide, and in some turns a rank has none."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 7, heads, 16) for heads in (6, num_kv, num_kv))
     before = torch.randn(2, 5, num_kv, 16), torch.randn(2, 5, num_kv, 16)
-    threads = Threads(size)
+    threads = Threads(size, turns)
 
     def of_rank(rank: int) -> torch.Tensor:
         shares = TokenShares(threads.of_rank(rank), [7])
@@ -94,18 +99,19 @@ def test_keys_that_every_rank_has_come_first(size: int, num_kv: int) -> None:
     torch.testing.assert_close(found, attention(q, *of_all))
 
 
+@pytest.mark.parametrize("turns", [1, 2])
 @pytest.mark.parametrize(("num_queries", "num_keys"), [(7, 5), (2, 9)])
 @pytest.mark.parametrize("num_kv", [6, 2])
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_tokens_look_at_others_that_are_shared(
-    size: int, num_kv: int, num_queries: int, num_keys: int
+    size: int, num_kv: int, num_queries: int, num_keys: int, turns: int
 ) -> None:
     """As video looks at sound; some ranks have no token, or no head."""
     torch.manual_seed(0)
     q = torch.randn(2, num_queries, 6, 16)
     k, v = (torch.randn(2, num_keys, num_kv, 16) for _ in range(2))
     weight = torch.randn(1, 1, 1, num_keys)
-    threads = Threads(size)
+    threads = Threads(size, turns)
 
     def of_rank(rank: int) -> torch.Tensor:
         group = threads.of_rank(rank)
@@ -122,7 +128,7 @@ def test_another_attention_sees_all_tokens() -> None:
     """In their order, of some of the heads, with what else it is given."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 5, 4, 8) for _ in range(3))
-    threads = Threads(2)
+    threads = Threads(2, turns=2)  # but all of its heads at once
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, late: int) -> torch.Tensor:
         return torch.cat((attention(q[:, :late], k, v), 2 * attention(q[:, late:], k, v)), dim=1)

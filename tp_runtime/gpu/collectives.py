@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from .epilogue import Product
 from .speeds import least_seconds
 
 LINK_SIZES = 2**16, 2**25  # bytes: what takes hardly longer than nothing, and a step's tokens
+TURNS = int(os.environ.get("X_TURNS", "2"))
 LINK_REPEATS, LINK_ROUNDS = 8, 3  # the first round also sets up what they need
 
 
@@ -51,25 +52,40 @@ def sequence_rank() -> int:
     return parallel_state.get_pcp_group().rank_in_group
 
 
-def exchange(parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """Give each rank of the sequence group its part; what each gives to this one, of that shape."""
+def begin_exchange(
+    parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]
+) -> Callable[[], list[torch.Tensor]]:
+    """Begin ``exchange``; what is returned waits for it: a GPU's stream does, not the caller."""
     sizes = [math.prod(shape) for shape in shapes]
     sent = torch.cat([part.flatten() for part in parts])
     received = sent.new_empty(sum(sizes))
     # As bytes: gloo knows no bf16 here.
     width = sent.element_size()
-    dist.all_to_all_single(
+    work = dist.all_to_all_single(
         received.view(torch.uint8),
         sent.view(torch.uint8),
         [width * size for size in sizes],
         [width * part.numel() for part in parts],
         group=parallel_state.get_pcp_group().device_group,
+        async_op=True,
     )
-    stretches = received.split(sizes)
-    return [one.view(*shape) for one, shape in zip(stretches, shapes, strict=True)]
+
+    def arrived() -> list[torch.Tensor]:
+        work.wait()
+        stretches = received.split(sizes)
+        return [one.view(*shape) for one, shape in zip(stretches, shapes, strict=True)]
+
+    return arrived
 
 
-exchange_heads = exchange  # as they are
+def exchange(parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Give each rank of the sequence group its part; what each gives to this one, of that shape."""
+    return begin_exchange(parts, shapes)()
+
+
+def turns() -> int:
+    """In how many exchanges the heads of an attention go: in one where NVLink takes them."""
+    return 1 if nvlink_of_sharers() else TURNS
 
 
 def on_one_host(group: dist.ProcessGroup, source_rank: int = 0) -> list[bool]:

@@ -75,6 +75,7 @@ class EightBitCollectives:
     sequence_size = staticmethod(collectives.sequence_size)
     sequence_rank = staticmethod(collectives.sequence_rank)
     exchange = staticmethod(collectives.exchange)
+    turns = staticmethod(collectives.turns)
 
     def summed(self, products: Sequence[Product]) -> list[torch.Tensor]:
         """See ``models.forward.Collectives``: the sums of all products travel together."""
@@ -101,12 +102,12 @@ class EightBitCollectives:
             self._codec.decode(summed, part, first)
         return parts
 
-    def exchange_heads(
+    def begin_exchange(
         self, parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]
-    ) -> list[torch.Tensor]:
+    ) -> Callable[[], list[torch.Tensor]]:
         """See ``models.token_shares.SequenceGroup``."""
         if not (self._running and self._rounds_heads):
-            return collectives.exchange_heads(parts, shapes)
+            return collectives.begin_exchange(parts, shapes)
         group = parallel_state.get_pcp_group()
         own = group.rank_in_group
         given = [0 if rank == own else part.numel() for rank, part in enumerate(parts)]
@@ -118,13 +119,19 @@ class EightBitCollectives:
         for part, segment in zip(parts, sent.split(sizes[0]), strict=True):
             if segment.numel():
                 self._codec.encode(part.contiguous(), segment[None])
-        dist.all_to_all_single(received, sent, sizes[1], sizes[0], group=group.device_group)
-        found = []
-        for rank, segment in enumerate(received.split(sizes[1])):
-            if rank == own:
-                found.append(parts[own])
-                continue
-            found.append(parts[own].new_empty(shapes[rank]))
-            if segment.numel():
-                self._codec.decode(segment[None], found[-1])
-        return found
+        by_rank, of_group = (sizes[1], sizes[0]), group.device_group
+        work = dist.all_to_all_single(received, sent, *by_rank, group=of_group, async_op=True)
+
+        def arrived() -> list[torch.Tensor]:
+            work.wait()
+            found = []
+            for rank, segment in enumerate(received.split(sizes[1])):
+                if rank == own:
+                    found.append(parts[own])
+                    continue
+                found.append(parts[own].new_empty(shapes[rank]))
+                if segment.numel():
+                    self._codec.decode(segment[None], found[-1])
+            return found
+
+        return arrived

@@ -3,7 +3,8 @@
 Ranks of a sequence group hold the same weights, each a stretch of every stream's tokens. Around
 attention, heads and tokens change places: a rank has all its heads of its own tokens, and then all
 tokens for its own share of these heads (DeepSpeed Ulysses, arXiv:2309.14509). Nothing is padded:
-what does not divide is dealt out unevenly.
+what does not divide is dealt out unevenly. Over a slow link the heads go in turns: while attention
+of some is computed, the next are on their way, and so are the results of those before.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,10 +33,17 @@ class SequenceGroup(Protocol):
         """Give each rank its part, all of one dtype; what each gives to this one, of that shape."""
         ...
 
-    def exchange_heads(
+    def begin_exchange(
         self, parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]
-    ) -> list[torch.Tensor]:
-        """The same of what attention takes and gives, which may be rounded on its way."""
+    ) -> Callable[[], list[torch.Tensor]]:
+        """The same of what attention takes and gives, which may be rounded on its way.
+
+        Returns at once what waits for it. Every rank begins its exchanges in the same order.
+        """
+        ...
+
+    def turns(self) -> int:
+        """In how many exchanges the heads of an attention go; the same on every rank."""
         ...
 
 
@@ -146,37 +154,60 @@ class TokenShares:
         if self._size == 1:
             k, v = _behind(held, (k, v))
             return attend(q, k, v, mask)
-        batch, length, num_heads, head_dim = q.shape
-        num_kv = k.shape[2]
+        num_heads, num_kv = q.shape[2], k.shape[2]
         if num_kv != num_heads and num_kv % self._size:
             # Neighbours share a key: where a share of the heads may end between them, each has one.
             sharers = num_heads // num_kv
             k, v, *held = (part.repeat_interleave(sharers, dim=2) for part in (k, v, *held))
             num_kv = num_heads
-        heads, kv_heads = dealt_out(num_heads, self._size), dealt_out(num_kv, self._size)
-        parts = zip(q.split(heads, 2), k.split(kv_heads, 2), v.split(kv_heads, 2), strict=True)
-        own = [kv_heads[self._rank]] * 2
-        mine = heads[self._rank]
-        lengths = self._lengths_of_ranks()
+        # What else ``attend`` was given may be of all heads of this rank.
+        turns = self._group.turns() if attend is attention else 1
+        kv_heads = [dealt_out(of_rank, turns) for of_rank in dealt_out(num_kv, self._size)]
+        heads = [[count * num_heads // num_kv for count in of_rank] for of_rank in kv_heads]
+        queries = _by_turn(q, heads)
+        keys, values, *held_ones = (_by_turn(part, kv_heads) for part in (k, v, *held))
+        begun = [
+            self._begin(*of_turn, of_keys) for of_turn in zip(queries, keys, values, strict=True)
+        ]
+        back = []
+        for turn, arriving in enumerate(begun):
+            q, k, v = arriving()
+            k, v = _behind([part[turn][self._rank] for part in held_ones], (k, v))
+            found = attend(q, k, v, mask) if q.shape[2] else q.flatten(2)
+            parts = found.unflatten(2, q.shape[2:]).split(self._lengths_of_ranks(), dim=1)
+            back.append(self._group.begin_exchange(parts, [one.shape for one in queries[turn]]))
+        of_turns = [arriving() for arriving in back]
+        of_ranks = zip(*of_turns, strict=True)
+        return torch.cat([part for of_rank in of_ranks for part in of_rank], dim=2).flatten(2)
+
+    def _begin(
+        self,
+        q: Sequence[torch.Tensor],
+        k: Sequence[torch.Tensor],
+        v: Sequence[torch.Tensor],
+        of_keys: "TokenShares | None",
+    ) -> Callable[[], Sequence[torch.Tensor]]:
+        """Give each rank its heads of this rank's tokens; its own heads of all come: q, k and v."""
+        counts = [part[self._rank].shape[2] for part in (q, k, v)]
         if of_keys is None:
-            shapes = [(batch, other, mine + sum(own), head_dim) for other in lengths]
-            given = self._group.exchange_heads([torch.cat(part, dim=2) for part in parts], shapes)
-            q, k, v = torch.cat(given, dim=1).split([mine, *own], dim=2)
-        else:
-            shapes = [(batch, other, mine, head_dim) for other in lengths]
-            of_queries, *pairs = zip(*parts, strict=True)
-            q = torch.cat(self._group.exchange_heads(of_queries, shapes), dim=1)
-            shapes = [(batch, other, sum(own), head_dim) for other in of_keys._lengths_of_ranks()]
-            together = [torch.cat(pair, dim=2) for pair in zip(*pairs, strict=True)]
-            given = self._group.exchange_heads(together, shapes)
-            k, v = torch.cat(given, dim=1).split(own, dim=2)
-        first = sum(kv_heads[: self._rank])
-        k, v = _behind([part[:, :, first : first + own[0]] for part in held], (k, v))
-        found = attend(q, k, v, mask) if mine else q.flatten(2)
-        found = found.unflatten(2, (mine, head_dim))
-        back = [(batch, length, of_rank, head_dim) for of_rank in heads]
-        given = self._group.exchange_heads(found.split(lengths, 1), back)
-        return torch.cat(given, dim=2).flatten(2)
+            together = self._begin_one([torch.cat(parts, 2) for parts in zip(q, k, v, strict=True)])
+            return lambda: together().split(counts, dim=2)
+        of_queries = self._begin_one(q)
+        pairs = of_keys._begin_one([torch.cat(pair, dim=2) for pair in zip(k, v, strict=True)])
+        return lambda: (of_queries(), *pairs().split(counts[1:], dim=2))
+
+    def _begin_one(self, parts: Sequence[torch.Tensor]) -> Callable[[], torch.Tensor]:
+        batch, _, *rest = parts[self._rank].shape
+        shapes = [(batch, length, *rest) for length in self._lengths_of_ranks()]
+        arriving = self._group.begin_exchange(parts, shapes)
+        return lambda: torch.cat(arriving(), dim=1)
+
+
+def _by_turn(x: torch.Tensor, heads: Sequence[Sequence[int]]) -> list[list[torch.Tensor]]:
+    """(B, L, N, K) → by turn, then by rank, these heads; ``heads``: how many, by rank."""
+    parts = iter(x.split([count for of_rank in heads for count in of_rank], dim=2))
+    of_ranks = [[next(parts) for _ in of_rank] for of_rank in heads]
+    return [list(of_turn) for of_turn in zip(*of_ranks, strict=True)]
 
 
 def _together(streams: Sequence[torch.Tensor]) -> torch.Tensor:
