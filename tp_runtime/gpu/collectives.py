@@ -85,7 +85,8 @@ def exchange(parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]) -> 
 
 def turns() -> int:
     """In how many exchanges the heads of an attention go: in one where NVLink takes them."""
-    return 1 if nvlink_of_sharers() else TURNS
+    on_gpus = parallel_state.get_pcp_group().device.type == "cuda"
+    return 1 if on_gpus and nvlink_of_sharers() else TURNS
 
 
 def on_one_host(group: dist.ProcessGroup, source_rank: int = 0) -> list[bool]:
