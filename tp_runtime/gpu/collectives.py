@@ -14,12 +14,15 @@ from vllm.distributed import parallel_state
 from vllm.platforms import current_platform
 
 from ..config import may_access_peers, ranks_on_one_gpu
+from . import host_wire
 from .epilogue import Product
 from .speeds import least_seconds
 
 LINK_SIZES = 2**16, 2**25  # bytes: what takes hardly longer than nothing, and a step's tokens
-TURNS = int(os.environ.get("X_TURNS", "2"))
 LINK_REPEATS, LINK_ROUNDS = 8, 3  # the first round also sets up what they need
+TURNS = int(os.environ.get("X_TURNS", "2"))
+
+_host_wire: host_wire.HostWire | None = None  # of the ranks that share tokens
 
 
 def gather(tensor: torch.Tensor) -> torch.Tensor:
@@ -52,27 +55,59 @@ def sequence_rank() -> int:
     return parallel_state.get_pcp_group().rank_in_group
 
 
+def connect_sharers() -> None:
+    """Find the best way for what the ranks exchange that share tokens. All must call it."""
+    global _host_wire
+    apart = parallel_state.get_tp_group().world_size
+    _host_wire = _wire_between(parallel_state.get_pcp_group(), apart)
+
+
+def _wire_between(
+    group: parallel_state.GroupCoordinator, apart: int = 1
+) -> host_wire.HostWire | None:
+    """Through the host's memory, between GPUs of one host that cannot reach each other."""
+    if (
+        group.world_size == 1
+        or group.device.type != "cuda"
+        or not all(on_one_host(group.cpu_group))
+    ):
+        return None
+    if _peer_access(_gpus(group, apart)):
+        return None
+    return host_wire.connected(group.cpu_group, group.device)
+
+
+def begin_all_to_all(
+    sent: torch.Tensor, given: Sequence[int], taken: Sequence[int]
+) -> tuple[torch.Tensor, Callable[[], None]]:
+    """Give each rank of the sequence group so many of the bytes, and take so many from each.
+
+    Returns at once what is taken, and what waits for it: a GPU's stream does, not the caller.
+    """
+    received = sent.new_empty(sum(taken))
+    if _host_wire is not None:
+        parts = sent.split(list(given)), received.split(list(taken))
+        return received, _host_wire.begin(*parts)
+    group = parallel_state.get_pcp_group().device_group
+    sizes = list(taken), list(given)
+    work = dist.all_to_all_single(received, sent, *sizes, group=group, async_op=True)
+    return received, work.wait
+
+
 def begin_exchange(
     parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]
 ) -> Callable[[], list[torch.Tensor]]:
     """Begin ``exchange``; what is returned waits for it: a GPU's stream does, not the caller."""
     sizes = [math.prod(shape) for shape in shapes]
     sent = torch.cat([part.flatten() for part in parts])
-    received = sent.new_empty(sum(sizes))
-    # As bytes: gloo knows no bf16 here.
     width = sent.element_size()
-    work = dist.all_to_all_single(
-        received.view(torch.uint8),
-        sent.view(torch.uint8),
-        [width * size for size in sizes],
-        [width * part.numel() for part in parts],
-        group=parallel_state.get_pcp_group().device_group,
-        async_op=True,
-    )
+    # As bytes: gloo knows no bf16 here.
+    given, taken = ([width * size for size in of] for of in (map(torch.numel, parts), sizes))
+    received, wait = begin_all_to_all(sent.view(torch.uint8), given, taken)
 
     def arrived() -> list[torch.Tensor]:
-        work.wait()
-        stretches = received.split(sizes)
+        wait()
+        stretches = received.view(sent.dtype).split(sizes)
         return [one.view(*shape) for one, shape in zip(stretches, shapes, strict=True)]
 
     return arrived
@@ -161,24 +196,35 @@ def link_times(device: torch.device) -> dict[str, list[float]]:
     In a group of its own, whose buffers are given back.
     """
     group = dist.new_group()
+    wire = _wire_between(parallel_state.get_world_group())
     found: dict[str, list[float]] = {"sizes": list(LINK_SIZES), "sums_s": [], "exchanges_s": []}
     for size in LINK_SIZES:
         tensor = torch.zeros(size, dtype=torch.uint8, device=device)
         parts = tensor.tensor_split(dist.get_world_size(group))
-        received = torch.cat([parts[dist.get_rank(group)]] * len(parts))
-        lengths = [part.numel() for part in parts]
-        taken = [parts[dist.get_rank(group)].numel()] * len(parts)
+        taken = [torch.empty_like(parts[dist.get_rank(group)]) for _ in parts]
         summed = functools.partial(dist.all_reduce, tensor.view(torch.float32), group=group)
-        exchanged = functools.partial(
-            dist.all_to_all_single, received, tensor, taken, lengths, group=group
-        )
+        exchanged = functools.partial(_exchange_once, parts, taken, group, wire)
         times = [
             least_seconds(one, device, LINK_REPEATS, LINK_ROUNDS) for one in (summed, exchanged)
         ]
         for name, seconds in zip(("sums_s", "exchanges_s"), times, strict=True):
             found[name].append(seconds)
+    if wire is not None:
+        wire.close()
     dist.destroy_process_group(group)
     return found
+
+
+def _exchange_once(
+    parts: Sequence[torch.Tensor],
+    taken: Sequence[torch.Tensor],
+    group: dist.ProcessGroup,
+    wire: host_wire.HostWire | None,
+) -> None:
+    if wire is None:
+        dist.all_to_all(list(taken), list(parts), group=group)
+    else:
+        wire.begin(parts, taken)()
 
 
 @contextlib.contextmanager

@@ -113,17 +113,14 @@ class EightBitCollectives:
         given = [0 if rank == own else part.numel() for rank, part in enumerate(parts)]
         taken = [0 if rank == own else math.prod(shape) for rank, shape in enumerate(shapes)]
         sizes = [[segment_bytes(num_blocks(size)) for size in of] for of in (given, taken)]
-        sent, received = (
-            torch.empty(sum(of), dtype=torch.uint8, device=parts[0].device) for of in sizes
-        )
+        sent = torch.empty(sum(sizes[0]), dtype=torch.uint8, device=parts[0].device)
         for part, segment in zip(parts, sent.split(sizes[0]), strict=True):
             if segment.numel():
                 self._codec.encode(part.contiguous(), segment[None])
-        by_rank, of_group = (sizes[1], sizes[0]), group.device_group
-        work = dist.all_to_all_single(received, sent, *by_rank, group=of_group, async_op=True)
+        received, wait = collectives.begin_all_to_all(sent, *sizes)
 
         def arrived() -> list[torch.Tensor]:
-            work.wait()
+            wait()
             found = []
             for rank, segment in enumerate(received.split(sizes[1])):
                 if rank == own:

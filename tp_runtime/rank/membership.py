@@ -55,6 +55,7 @@ def tensor_parallel_group(config: WorkerConfig) -> Iterator[int]:
                 tensor_model_parallel_size=config.tp_size,
                 prefill_context_model_parallel_size=config.sequence_size,
             )
+        collectives.connect_sharers()
         yield get_tensor_model_parallel_world_size()
         parallel_state.destroy_model_parallel()
         parallel_state.destroy_distributed_environment()

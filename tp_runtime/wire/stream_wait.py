@@ -1,8 +1,9 @@
-"""A CUDA stream that waits for a number in the host's memory, while the thread that asked goes on.
+"""A CUDA stream that waits for a number in the host's memory, or writes one, when it gets there.
 
-``cuStreamWaitValue32`` of the CUDA driver (CUDA Driver API, "Stream Memory Operations"), which
-torch does not offer. Its wait costs the GPU nothing: on an H200, kernels of another process took
-44.9 ms beside a stream that waits, and 44.8 without one.
+``cuStreamWaitValue32`` and ``cuStreamWriteValue32`` of the CUDA driver (CUDA Driver API, "Stream
+Memory Operations"), which torch does not offer. A CUDA graph can record them. A wait costs the GPU
+nothing: on an H200, kernels of another process took 44.9 ms beside a stream that waits, and 44.8
+without one.
 """
 
 import ctypes
@@ -14,20 +15,37 @@ import torch
 logger = logging.getLogger("tp_runtime")
 
 GREATER_OR_EQUAL = 0  # CU_STREAM_WAIT_VALUE_GEQ: by the difference, so numbers may wrap around
+EQUAL = 1  # CU_STREAM_WAIT_VALUE_EQ
 
 
 class StreamWaitError(Exception):
     """The CUDA driver refused it: "not supported" on some systems (WSL)."""
 
 
-def until(device: torch.device, address: int, value: int) -> None:
+def until(
+    device: torch.device, address: int, value: int, condition: int = GREATER_OR_EQUAL
+) -> None:
     """Have the device's current stream wait until the 32 bits at ``address`` are ``value`` or more.
 
-    ``address``: in page-locked memory of the host (``cudaHostRegister``).
+    ``address``: in page-locked memory of the host (``cudaHostRegister``). ``condition``: or
+    ``EQUAL``.
 
     Raises:
         StreamWaitError
     """
+    _queue("cuStreamWaitValue32_v2", device, address, value, condition)
+
+
+def write(device: torch.device, address: int, value: int) -> None:
+    """Have the device's current stream write there, after all that it wrote before.
+
+    Raises:
+        StreamWaitError
+    """
+    _queue("cuStreamWriteValue32_v2", device, address, value, 0)
+
+
+def _queue(operation: str, device: torch.device, address: int, value: int, flags: int) -> None:
     driver = _driver()
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream
@@ -35,14 +53,14 @@ def until(device: torch.device, address: int, value: int) -> None:
         result = driver.cuMemHostGetDevicePointer_v2(
             ctypes.byref(seen_by_device), ctypes.c_void_p(address), ctypes.c_uint(0)
         )
-        result = result or driver.cuStreamWaitValue32_v2(
+        result = result or getattr(driver, operation)(
             ctypes.c_void_p(stream),
             seen_by_device,
             ctypes.c_uint32(value % 2**32),
-            ctypes.c_uint(GREATER_OR_EQUAL),
+            ctypes.c_uint(flags),
         )
     if result:
-        raise StreamWaitError(f"error {result} of the CUDA driver")
+        raise StreamWaitError(f"{operation}: error {result} of the CUDA driver")
 
 
 @functools.cache
