@@ -88,12 +88,12 @@ class HostWire:
                 for other, chunks in zip(others, taken, strict=True):
                     if index < len(chunks):
                         self._move(chunks[index], other, gives=False)
+        ends = [stream.record_event() for stream in (self._giving, self._taking)]
         received[self._rank].copy_(parts[self._rank])
 
         def wait() -> None:
-            current = torch.cuda.current_stream(self._device)
-            current.wait_stream(self._taking)
-            current.wait_stream(self._giving)
+            for end in ends:
+                torch.cuda.current_stream(self._device).wait_event(end)
             for chunks in (given, taken):  # until now other streams use their memory
                 chunks.clear()
 
