@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -33,6 +34,9 @@ from .patched_weights import PatchedWeights, StoredWeight
 from .reading import Reader
 from .streamed_layers import give_memory, limit_of, plan_for
 from .uploading import Uploads
+
+if TYPE_CHECKING:
+    from ..gpu.attention import FastAttention
 
 logger = logging.getLogger("tp_runtime.rank.loading")
 
@@ -62,6 +66,7 @@ def load_model(
     Raises:
         CheckpointError: the file is not what it was when the model was chosen, on some rank.
         SizeError: the device of some rank cannot hold what of it cannot be streamed.
+        InputError: ``attention`` is a kernel that some rank's device has not.
         RuntimeError: it was changed while it was read, or cannot be read.
     """
     fast = device.type == "cuda" and spec.optimize == "auto"
@@ -69,6 +74,7 @@ def load_model(
     limit = limit_of(device, weight_limit)
     with refused_together():
         outline = _outline(spec, tp_size, products, limit)
+        fast_attention = _fast_attention(attention, kernel_choices) if fast else None
         reach("load")
     info, model, exact = outline.info, outline.model, outline.exact
     sharding, quantisation = outline.sharding, outline.quantisation
@@ -125,13 +131,9 @@ def load_model(
     reduction = None
     if fast:
         # Here, since without a GPU there may be no Triton.
-        from ..gpu.attention import FastAttention
-        from ..gpu.kernel_choices import KernelChoices
         from ..gpu.reduction import fused_reduction
 
         reduction = fused_reduction(device)
-        choices = KernelChoices(Path(kernel_choices)) if kernel_choices else None
-        fast_attention = FastAttention(attention, choices)
     eight_bit = EightBitCollectives(device, fast) if spec.precision == "fast" else None
     shared: Collectives = eight_bit or collectives
     kind = info.family.forward()
@@ -143,7 +145,7 @@ def load_model(
         precision, evaluate = "fast", eight_bit.during(evaluate)
 
     def new_run() -> Callable[..., Prediction]:
-        if not fast:
+        if fast_attention is None:
             return evaluate
         capture = functools.partial(collectives.graph_capture, device)
         return RecordedEvaluation(evaluate, capture, fast_attention, memo_bytes(device))
@@ -210,6 +212,16 @@ def _outline(spec: ModelSpec, tp_size: int, products: bool, limit: int | None) -
     exact = frozenset(table.places[name].name for name in table.exact)
     streaming = plan_for(model, sharding, table, info.label, limit)
     return _Outline(info, model, sharding, quantisation, exact, streaming)
+
+
+def _fast_attention(kernel: AttentionKernel, kernel_choices: str) -> "FastAttention":
+    """Raises InputError: there is no such kernel here."""
+    # Here, since without a GPU there may be no Triton.
+    from ..gpu.attention import FastAttention
+    from ..gpu.kernel_choices import KernelChoices
+
+    choices = KernelChoices(Path(kernel_choices)) if kernel_choices else None
+    return FastAttention(kernel, choices)
 
 
 def _log_quantisation(path: str, quantisation: Quantisation, device: torch.device) -> None:
