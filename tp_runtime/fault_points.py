@@ -5,8 +5,9 @@ A test names a file in ``TP_RUNTIME_TEST_FAULTS`` before the group starts, and l
 once, leaves the moment (of the machine's monotonic clock, in seconds) in a file beside it that
 ends in ``.at``, and does what the fault says.
 
-Points: ``start`` (before the rank joins its group), ``load`` (the file is open), ``compile``
-(conditioning is new), ``evaluate``, ``sleep``, ``unload``, ``idle`` (no request for a second).
+Points: ``start`` (before the rank joins its group), ``load`` (the file has been checked), ``read``
+(the file is open, and no rank has refused it), ``compile`` (conditioning is new), ``evaluate``,
+``sleep``, ``unload``, ``idle`` (no request for a second).
 """
 
 import os
@@ -17,6 +18,8 @@ from typing import Literal
 
 import msgspec
 import torch
+
+from .errors import CheckpointError
 
 # What torch says on a GPU, with its numbers.
 OUT_OF_MEMORY = (
@@ -32,7 +35,7 @@ class Fault(msgspec.Struct, frozen=True):
 
     rank: int
     point: str
-    action: Literal["die", "stop", "raise", "allocate", "out of memory", "delay"]
+    action: Literal["die", "stop", "raise", "refuse", "allocate", "out of memory", "delay"]
     delay_s: float = 0.0
 
 
@@ -65,6 +68,8 @@ def reach(point: str) -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
         case "raise":
             raise RuntimeError(f"a fault at {point!r}, as a test asked")
+        case "refuse":
+            raise CheckpointError(f"a refusal at {point!r}, as a test asked")
         case "allocate":  # more than any machine has
             device = "cuda" if torch.cuda.is_available() else "cpu"
             torch.empty(2**60, dtype=torch.uint8, device=device)

@@ -35,7 +35,7 @@ ROOMS: dict[str, set[str]] = {
     "formats": set(),
     "settings": {"errors"},
     "config": {"errors", "reasons", "settings"},
-    "fault_points": {"settings"},
+    "fault_points": {"errors", "settings"},
     "wire": SHARED,
     "files": SHARED,
     "sharding": SHARED,

@@ -66,6 +66,8 @@ OTHERS = [
     Case("idle", "a sandbox refuses pidfd_send_signal", "the ranks end", 5.0),
     Case("start", "the fork server ends with a request unread", "GroupStartError", 2.0),
     Case("load", "the file was replaced before", "CheckpointError; the group stays", FILE_S),
+    Case("load", "one rank alone refuses the file", "CheckpointError; the group stays", 2.0),
+    Case("load", "one rank alone cannot read the file", "RankError", RAISED_S),
     Case("load", "the file changes", "RankError", FILE_S),
     Case("load", "the file is cut short", "GroupDiedError", FILE_S),
     Case("idle", "a rank dies, and a request comes at once", "works", START_TIMEOUT_S),

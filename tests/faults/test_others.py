@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from faults.cases import FILE_S, Case, case
+from faults.cases import CALL_TIMEOUT_S, FILE_S, Case, case
 from faults.conftest import Observe, put
 from process.conftest import TESTS, PythonWith, assert_ended, cpu_group, make_inputs
 
@@ -342,7 +342,7 @@ def same_as_native(model: RemoteModel) -> None:
 @contextmanager
 def while_it_loads(model: RemoteModel, faults: Path, change: Callable[[], None]) -> Iterator[Any]:
     """Yields the error that the load ends in when the file is changed in the middle of it."""
-    put(faults, rank=0, point="load", action="delay", delay_s=2.0)
+    put(faults, rank=0, point="read", action="delay", delay_s=2.0)
     with ThreadPoolExecutor(1) as pool:
         loading = pool.submit(model.ensure_loaded)
         wait_until(lambda: not faults.exists())
@@ -384,6 +384,60 @@ def test_files_that_change(real: RemoteModel, faults: Path, observe: Observe) ->
             assert "signal 7 (a file that it was reading was cut short" in str(error)
     path.write_bytes(content)
     same_as_native(chosen_again(real))
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(2, {}), (1, {"batch_groups": 2}), (1, {"sequence_size": 2})],
+    ids=["parts", "batch groups", "shared tokens"],
+)
+def on_two(
+    request: pytest.FixtureRequest, faults: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RemoteModel]:
+    """A model on two real ranks, most of it in the host's memory, in each layout."""
+    path = write_tiny("z_image", tmp_path_factory.mktemp("file") / "model.safetensors")
+    tp_size, sizes = request.param
+    limit = int(0.6 * path.stat().st_size / tp_size)
+    config = cpu_group(tp_size, **sizes, gpu_memory=limit, call_timeout_s=CALL_TIMEOUT_S)
+    runtime = Runtime()
+    model = runtime.model(ModelSpec.of(str(path), "float32", "float32"), config)
+    model._group.start()
+    yield model
+    runtime.release()
+
+
+def test_one_rank_alone_refuses_a_file(on_two: RemoteModel, faults: Path, observe: Observe) -> None:
+    """The others would wait for it where they take memory for what all of them have once."""
+    group = engine_of(on_two)
+    for rank in (1, 0):
+        put(faults, rank=rank, point="load", action="refuse")
+        with timed(observe, case("load", "one rank alone refuses the file")):
+            with pytest.raises(CheckpointError, match=r"^a refusal at 'load', as a test asked$"):
+                on_two.ensure_loaded()
+        assert not faults.exists()
+    same_as_native(on_two)
+    assert engine_of(on_two) is group
+    residency = on_two._group._residency
+    assert residency is not None
+    assert min(residency.report()[on_two.name]["streamed"]) > 0
+
+
+def test_one_rank_alone_cannot_read_a_file(
+    on_two: RemoteModel, faults: Path, observe: Observe
+) -> None:
+    model = chosen_again(on_two)
+    on_two._group.close()
+    on_two._group.start()
+    group = engine_of(model)
+    put(faults, rank=0, point="read", action="refuse")
+    with pytest.raises(RankError, match=r"Rank 0 raised .* 'Load': a refusal at 'read', as"):
+        model.ensure_loaded()
+    observe(
+        case("load", "one rank alone cannot read the file"),
+        time.monotonic() - float(faults.with_suffix(".at").read_text()),
+    )
+    assert_ended([rank.pid for rank in group.ranks], within_s=0.5)
+    same_as_native(model)
 
 
 def test_memory_runs_out_in_mid_forward(faults: Path, tiny_z_image: Path) -> None:

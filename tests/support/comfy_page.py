@@ -220,7 +220,7 @@ class ComfyPage:
         found = self.page.locator(".p-autocomplete-option, [data-testid=result-item]")
         found.first.wait_for()
         self.page.wait_for_timeout(500)  # what it finds while words are typed
-        names = [text.partition("\n")[0] for text in found.all_inner_texts()]
+        names = [text.partition("\n")[0].strip() for text in found.all_inner_texts()]
         self.page.keyboard.press("Escape")
         self._search_box.wait_for(state="hidden")
         return names

@@ -806,7 +806,8 @@ GUIDANCE = (
     Row(
         "`SelfAttentionGuidance`",
         on_model("SelfAttentionGuidance"),
-        CFG,
+        # It leaves latents of 4 rows alone, which newer releases make of 64 pixels for FLUX.2.
+        replace(CFG, width=128, height=128),
         expect={
             "z_image": FailsInStock("sampler"),
             "flux": FailsInStock("sampler"),
@@ -827,7 +828,8 @@ _WAN_WINDOWS = {
 _SCALE_ROPE = _WAN_WINDOWS
 # Newer releases of ComfyUI have these models call patches of attention layers.
 _ATTENTION_PATCHES = dict.fromkeys(
-    ("flux", "qwen_image"), Refused("sampler", ("Python function", "attention layers"), False)
+    ("flux", "flux2", "qwen_image", "wan"),
+    Refused("sampler", ("Python function", "attention layers"), in_stock=False),
 )
 MODEL = (
     Row("`ModelSamplingFlux`", on_model("ModelSamplingFlux", width=64, height=64)),

@@ -6,7 +6,9 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -19,10 +21,12 @@ from ..gpu import collectives
 from ..gpu.eight_bit import EightBitCollectives
 from ..gpu.graphs import RecordedEvaluation
 from ..models.forward import Collectives, Prediction, ShardedForward, memo_bytes
-from ..recognise import inspect_checkpoint, open_checkpoint
-from ..sharding.parts import Part
+from ..recognise import CheckpointInfo, inspect_checkpoint, open_checkpoint
+from ..sharding.parts import Part, Sharding
 from ..sharding.quantisation import Quantisation, sharded, stored_weights
+from ..sharding.streaming import StreamingPlan
 from ..wire.exchange import dtype_of
+from .agreement import beyond_refusing, refused_together
 from .host_copy import PartMemory
 from .loaded_model import LoadedModel
 from .parallel_layers import shard_module
@@ -30,6 +34,9 @@ from .patched_weights import PatchedWeights, StoredWeight
 from .reading import Reader
 from .streamed_layers import give_memory, limit_of, plan_for
 from .uploading import Uploads
+
+if TYPE_CHECKING:
+    from ..gpu.attention import FastAttention
 
 logger = logging.getLogger("tp_runtime.rank.loading")
 
@@ -57,44 +64,21 @@ def load_model(
     host memory of the ranks that hold the same; None: each has its own.
 
     Raises:
-        CheckpointError: the file is not what it was when the model was chosen.
-        SizeError: the device cannot hold what of it cannot be streamed.
-        RuntimeError: it was changed while it was read.
+        CheckpointError: the file is not what it was when the model was chosen, on some rank.
+        SizeError: the device of some rank cannot hold what of it cannot be streamed.
+        InputError: ``attention`` is a kernel that some rank's device has not.
+        RuntimeError: it was changed while it was read, or cannot be read.
     """
-    try:
-        version = file_version(spec.path)
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"The model file {spec.path} does not exist, or not on the host of every GPU: it must "
-            "lie under the same path on all of them."
-        ) from error
-    if version != spec.version:
-        raise CheckpointError(
-            f"The model file {spec.path} was replaced after the model had been chosen. Queue the "
-            "prompt again."
-        )
-    info = inspect_checkpoint(spec.path)
-    table, kind = info.sizes.table, info.family.forward()
-    compute_dtype, weight_dtype = dtype_of(spec.compute_dtype), dtype_of(spec.weight_dtype)
-    with torch.device("meta"):
-        model = nn.Module.to(kind.build(info.sizes), compute_dtype)
-    for name in table.exact:
-        parameter = model.get_parameter(name)
-        parameter.data = parameter.data.float()
-    model.requires_grad_(False)
-    sharding, quantisation = sharded(model, table.plan, table.sources, info.quantised, tp_size)
     fast = device.type == "cuda" and spec.optimize == "auto"
     products = fast and quantised_products()
-    shard_module(
-        model,
-        sharding,
-        tp_size,
-        weight_dtype,
-        compute_dtype,
-        quantisation.held,
-        fast=products,
-        fast_plain=products and spec.fp8_products,
-    )
+    limit = limit_of(device, weight_limit)
+    with refused_together():
+        outline = _outline(spec, tp_size, products, limit)
+        fast_attention = _fast_attention(attention, kernel_choices) if fast else None
+        reach("load")
+    info, model, exact = outline.info, outline.model, outline.exact
+    sharding, quantisation = outline.sharding, outline.quantisation
+    table, weight_dtype = info.sizes.table, dtype_of(spec.weight_dtype)
     if rank == 0:
         _log_quantisation(spec.path, quantisation, device)
         if spec.fp8_products and not products:
@@ -108,9 +92,7 @@ def load_model(
     def parts_of(rank: int) -> list[Part]:
         return quantisation.parts(sharding, rank, tp_size, table.sources)
 
-    limit = limit_of(device, weight_limit)
-    plan = plan_for(model, sharding, table, info.label, limit)
-    streamed = give_memory(model, device, plan, part_memory)
+    streamed = give_memory(model, device, outline.streaming, part_memory)
     in_host = frozenset() if streamed is None else streamed.memory.tensors.keys()
     if streamed is not None and rank == 0:
         logger.info(
@@ -120,9 +102,8 @@ def load_model(
             streamed.memory.nbytes / 2**30,
             (limit or 0) / 2**30,
         )
-    with open_checkpoint(spec.path) as file:
-        reach("load")
-        exact = {table.places[name].name for name in table.exact}
+    with beyond_refusing(), open_checkpoint(spec.path) as file:
+        reach("read")
         reader = Reader(file, quantisation, weight_dtype, exact)
         with _copier(device, tp_size) as copy:
             others = in_host if part_memory is not None and not part_memory.leads else frozenset()
@@ -150,15 +131,12 @@ def load_model(
     reduction = None
     if fast:
         # Here, since without a GPU there may be no Triton.
-        from ..gpu.attention import FastAttention
-        from ..gpu.kernel_choices import KernelChoices
         from ..gpu.reduction import fused_reduction
 
         reduction = fused_reduction(device)
-        choices = KernelChoices(Path(kernel_choices)) if kernel_choices else None
-        fast_attention = FastAttention(attention, choices)
     eight_bit = EightBitCollectives(device, fast) if spec.precision == "fast" else None
     shared: Collectives = eight_bit or collectives
+    kind = info.family.forward()
     forward: ShardedForward = kind(model.eval(), info.sizes, shared, reduction)
 
     evaluate = forward.evaluate if streamed is None else streamed.stream.passes(forward.evaluate)
@@ -167,7 +145,7 @@ def load_model(
         precision, evaluate = "fast", eight_bit.during(evaluate)
 
     def new_run() -> Callable[..., Prediction]:
-        if not fast:
+        if fast_attention is None:
             return evaluate
         capture = functools.partial(collectives.graph_capture, device)
         return RecordedEvaluation(evaluate, capture, fast_attention, memo_bytes(device))
@@ -175,6 +153,75 @@ def load_model(
     return LoadedModel(
         forward, weights, device, new_run, bytes_read, streamed, precision, part_memory
     )
+
+
+@dataclass(frozen=True)
+class _Outline:
+    """What a rank knows of a model before it takes memory for it.
+
+    ``model``: the rank's shard, on the meta device. ``exact``: what is held in fp32, by the names
+    in the file. ``streaming``: which layers stay with the host, if any do.
+    """
+
+    info: CheckpointInfo
+    model: nn.Module
+    sharding: Sharding
+    quantisation: Quantisation
+    exact: frozenset[str]
+    streaming: StreamingPlan | None
+
+
+def _outline(spec: ModelSpec, tp_size: int, products: bool, limit: int | None) -> _Outline:
+    """Look at the file; raises CheckpointError and SizeError.
+
+    ``products``: whether quantised weights are multiplied as they are. ``limit``: bytes of weights
+    that the device may hold.
+    """
+    try:
+        version = file_version(spec.path)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"The model file {spec.path} does not exist, or not on the host of every GPU: it must "
+            "lie under the same path on all of them."
+        ) from error
+    if version != spec.version:
+        raise CheckpointError(
+            f"The model file {spec.path} was replaced after the model had been chosen. Queue the "
+            "prompt again."
+        )
+    info = inspect_checkpoint(spec.path)
+    table, kind = info.sizes.table, info.family.forward()
+    compute_dtype = dtype_of(spec.compute_dtype)
+    with torch.device("meta"):
+        model = nn.Module.to(kind.build(info.sizes), compute_dtype)
+    for name in table.exact:
+        parameter = model.get_parameter(name)
+        parameter.data = parameter.data.float()
+    model.requires_grad_(False)
+    sharding, quantisation = sharded(model, table.plan, table.sources, info.quantised, tp_size)
+    shard_module(
+        model,
+        sharding,
+        tp_size,
+        dtype_of(spec.weight_dtype),
+        compute_dtype,
+        quantisation.held,
+        fast=products,
+        fast_plain=products and spec.fp8_products,
+    )
+    exact = frozenset(table.places[name].name for name in table.exact)
+    streaming = plan_for(model, sharding, table, info.label, limit)
+    return _Outline(info, model, sharding, quantisation, exact, streaming)
+
+
+def _fast_attention(kernel: AttentionKernel, kernel_choices: str) -> "FastAttention":
+    """Raises InputError: there is no such kernel here."""
+    # Here, since without a GPU there may be no Triton.
+    from ..gpu.attention import FastAttention
+    from ..gpu.kernel_choices import KernelChoices
+
+    choices = KernelChoices(Path(kernel_choices)) if kernel_choices else None
+    return FastAttention(kernel, choices)
 
 
 def _log_quantisation(path: str, quantisation: Quantisation, device: torch.device) -> None:

@@ -68,8 +68,8 @@ class Runner:
         """Carry out one request; the result is the ``value`` of its ``Done``.
 
         Raises:
-            InputError, CheckpointError, SizeError: refused before any collective; nothing has
-                changed.
+            InputError, CheckpointError, SizeError: refused, by every rank of the group; nothing
+                has changed.
         """
         match request:
             case Load():

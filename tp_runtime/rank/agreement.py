@@ -1,0 +1,38 @@
+"""A request that one rank of a group refuses is refused by all of them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import msgspec
+
+from ..errors import REFUSALS, TPRuntimeError
+from ..gpu import collectives
+
+
+@contextmanager
+def refused_together() -> Iterator[None]:
+    """What the body refuses on one rank, every rank of the group raises at its end.
+
+    In the body a rank looks at what it was asked for, and waits for no other one. Of several that
+    refuse, all raise what the first of them did. Every rank has to come here. An error that is no
+    refusal goes on at once, and ends the group.
+    """
+    own: TPRuntimeError | None = None
+    try:
+        yield
+    except tuple(REFUSALS.values()) as error:
+        own = error
+    said = None if own is None else msgspec.json.encode((type(own).__name__, str(own)))
+    first = collectives.first_said(said)
+    if first is not None:
+        kind, message = msgspec.json.decode(first, type=tuple[str, str])
+        raise REFUSALS[kind](message) from own
+
+
+@contextmanager
+def beyond_refusing() -> Iterator[None]:
+    """What the body refuses ends the group, as any error does: others may wait for this rank."""
+    try:
+        yield
+    except tuple(REFUSALS.values()) as error:
+        raise RuntimeError(str(error)) from error
