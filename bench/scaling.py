@@ -12,9 +12,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from bench.extents import Extent
-from tp_runtime.config import Layout, Precision
+from tp_runtime.config import Layout, Precision, fitting_weights
 from tp_runtime.layouts.cost_model import (
+    BYTES,
     DEVICES,
+    HOST_RATES,
     LINKS,
     Link,
     Prediction,
@@ -25,6 +27,7 @@ from tp_runtime.layouts.cost_model import (
     predict_blocks,
     usual_link,
 )
+from tp_runtime.layouts.room import streamed_bytes
 from tp_runtime.models import families, family_named
 from tp_runtime.sharding.block_costs import BlockCosts
 
@@ -55,6 +58,7 @@ class Case:
     device: str = "NVIDIA H200"
     precision: Precision = "exact"
     references: int = 0
+    gpu_gib: float | None = None  # of weights that each GPU may hold
 
     def predict(self) -> Prediction:
         of_model = family_named(self.model)
@@ -70,15 +74,29 @@ class Case:
             sequence_size=self.layout.sequence_size,
             references=[(1, *latent)] * self.references,
             precision=self.precision,
+            streamed=self.streamed,
         )
+
+    @property
+    def streamed(self) -> int:
+        """Bytes of weights that each GPU reads from the host's memory."""
+        of_model = family_named(self.model)
+        sizes = of_model.published
+        limit = None if self.gpu_gib is None else int(self.gpu_gib * 2**30)
+        weights = BYTES * sizes.table.num_elements
+        return streamed_bytes(of_model.label, sizes, self.layout.tp_size, weights, limit)
 
     @property
     def label(self) -> str:
         return family_named(self.model).label
 
     @property
-    def with_references(self) -> str:
-        return f"{self.extent}, {self.references} reference{'s' * (self.references > 1)}"
+    def what(self) -> str:
+        """The size, and what else is special about it."""
+        found = str(self.extent)
+        if self.references:
+            found += f", {self.references} reference{'s' * (self.references > 1)}"
+        return found if self.gpu_gib is None else f"{found}, {self.gpu_gib:g} GiB a GPU"
 
 
 # What was measured on 4 H100s (28 November 2026). Without peer access: NCCL_P2P_DISABLE=1.
@@ -151,8 +169,6 @@ def measured() -> list[Measured]:
                 continue  # diffusers alone; no GPU; operations as written
             if row.get("weights", "bf16") != "bf16":
                 continue  # products with quantised weights are not predicted
-            if row.get("streamed_gib"):
-                continue  # nor is reading weights from the host's memory
             link = replace(NVLINK, fused=row["commit"] not in THROUGH_NCCL or row["tp"] == 1)
             if row.get("peer_access") is False:
                 link = usual_link(device_of(row["device"]), peers=False)
@@ -165,6 +181,7 @@ def measured() -> list[Measured]:
                 row["device"],
                 row.get("precision", "exact"),
                 row.get("references", 0),
+                row.get("gpu_memory_gib"),
             )
             newest[case] = Measured(case, row["commit"], row["ms_median"])
     return list(newest.values())
@@ -176,7 +193,7 @@ def check() -> str:
             each.case.label,
             each.case.device.removeprefix("NVIDIA "),
             each.case.layout,
-            each.case.extent if not each.case.references else each.case.with_references,
+            each.case.what,
             each.case.batch,
             "fused" if each.case.link.fused else f"NCCL, {each.case.link.name}",
             each.commit,
@@ -222,17 +239,17 @@ def cfg() -> str:
 
 def limits() -> str:
     """Where the time of a step goes as a tensor-parallel group grows, FLUX.1."""
+    parts = [part.name for part in fields(Prediction) if part.name != "streaming"]
     rows = []
     for extent in Extent.usual(family_named("flux")):
         alone = Case("flux", extent, 1, Layout(1)).predict().ms
         for size in (1, 2, 4, 8, 12, 24):
             link = LINKS["nvlink" if size <= GPUS_PER_HOST else "network"]
             found = Case("flux", extent, 1, Layout(size), link).predict()
-            times = [*(getattr(found, part.name) for part in fields(found)), found.ms]
+            times = [*(getattr(found, part) for part in parts), found.ms]
             name = "" if size == 1 else link.name
             efficiency = f"{alone / found.ms / size:.0%}"
             rows.append([extent, size, name, *(f"{ms:.1f}" for ms in times), efficiency])
-    parts = [part.name for part in fields(Prediction)]
     return _table(["size", "GPUs", "link", *parts, "ms", "of even"], rows)
 
 
@@ -285,6 +302,9 @@ def constants() -> str:
         value = f"{rates}, {1e6 * link.hop_s:.1f} µs a hop"
         sums = "fused sums" if link.fused else "NCCL's sums"
         rows.append([f"link `{link.name}`", f"{value}, {sums}", link.source])
+    for generation, rate in HOST_RATES.items():
+        source = "measured on an H200" if generation == 5 else "usual for such slots; not measured"
+        rows.append([f"host's memory, PCIe {generation}.0 x16", f"{rate / 1e9:g} GB/s", source])
     return _table(["what", "value", "source"], rows)
 
 
@@ -345,6 +365,24 @@ def cards() -> str:
     return _table(["model", "size", "card", "link", *shown], rows)
 
 
+def streaming() -> str:
+    """Two cards without NVLink that cannot hold all of the weights, one latent."""
+    shown = [Layout(1), Layout(2), Layout(1, 1, 2)]
+    rows = []
+    for model in ("flux", "wan", "qwen_image"):
+        extent = Extent.usual(family_named(model))[0]
+        case = Case(model, extent, 1, Layout(1), LINKS["pcie-host"], "RTX 4090")
+        for gib in (8, 12, 16, 24, None):
+            held = None if gib is None else fitting_weights(gib * 2**30) / 2**30
+            cells = []
+            for layout in shown:
+                here = replace(case, layout=layout, gpu_gib=held)
+                read = here.streamed / 2**30
+                cells.append(f"{here.predict().ms:.0f}" + f" ({read:.1f} GiB)" * bool(read))
+            rows.append([_label(model), extent, "all" if gib is None else f"{gib} GiB", *cells])
+    return _table(["model", "size", "memory", *shown], rows)
+
+
 def eight_bits() -> str:
     """What 8 bits between the GPUs make of one latent, where no NVLink connects them."""
     shown = [Layout(2), Layout(1, 1, 2), Layout(4), Layout(2, 1, 2), Layout(1, 1, 4)]
@@ -393,6 +431,7 @@ TABLES = {
     "limits": limits,
     "links": links,
     "cards": cards,
+    "streaming": streaming,
     "eight bits": eight_bits,
     "many GPUs": many_gpus,
     "throughput": throughput,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from support.pack import pack_module
-from tp_runtime import config
+from tp_runtime import config, machine
 from tp_runtime.client import (
     CheckpointInfo,
     DeviceError,
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.comfy
 Choose = Callable[..., GroupConfig]
 GPU = "NVIDIA H200"
 GIB = 2**30
-LINK_BETWEEN, FITS = choice.link_between, choice._fits
+LINK_BETWEEN = choice.link_between
 CFG = Workload((2, 16, 128, 128), 77)
 SINGLE = Workload((1, 16, 128, 128), 77)
 
@@ -73,7 +73,6 @@ def choose(
     monkeypatch.setattr(config, "device_name", lambda gpu: "cpu" if gpu is None else GPU)
     monkeypatch.setattr(choice, "gpus_of", lambda gpus: [Gpu(gpu, GPU, 141 * GIB) for gpu in gpus])
     monkeypatch.setattr(choice, "link_between", lambda *_: LINKS["nvlink"])
-    monkeypatch.setattr(choice, "_fits", lambda *_: True)
     warnings: list[str] = []
 
     def on_machine(
@@ -340,12 +339,16 @@ def test_a_layout_whose_weights_do_not_fit_is_not_taken(
     linked: Callable[[Link], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    on_machine, _ = choose
+    """Not where reading them from the host's memory makes it slower than another one."""
+    on_machine, warnings = choose
     linked(LINKS["pcie5-host"])
-    monkeypatch.setattr(choice, "_fits", lambda _, layout, __: layout.tp_size >= 2)
+    monkeypatch.setattr(CheckpointInfo, "weight_bytes", lambda *_, **__: 200 * GIB)
     assert str(on_machine(4, "auto").layout) == "2x2x1"
-    monkeypatch.setattr(choice, "_fits", lambda *_: False)
+    assert "1x4x1 would be faster if its weights fitted: of 200.0 GiB, a GPU holds" in warnings[-1]
+    monkeypatch.setattr(CheckpointInfo, "weight_bytes", lambda *_, **__: 600 * GIB)
+    monkeypatch.setattr(machine, "memory", lambda: machine.Memory(900 * GIB, 900 * GIB))
     assert str(on_machine(4, "auto").layout) == "4x1"
+    assert "Each GPU reads 2" in warnings[-1]
 
 
 # --- GPUs that are not alike --------------------------------------------------------------------
@@ -445,7 +448,6 @@ def test_a_gpu_that_is_too_small_for_its_share_is_left_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """40 GiB of weights: a third of them, and the room beside, is too much for 12 GiB."""
-    monkeypatch.setattr(choice, "_fits", FITS)
     monkeypatch.setattr(CheckpointInfo, "weight_bytes", lambda *_, **__: 40 * GIB)
     for layout in ("tp", "auto"):
         group = unlike("3060 3090 3090", "auto", layout=layout)

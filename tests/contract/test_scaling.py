@@ -23,6 +23,10 @@ def test_a_measured_step_is_near_its_prediction(row: Measured) -> None:
     assert abs(row.error) <= tolerance, f"measured {row.ms}, {row.case.predict()}"
 
 
+def test_rows_that_stream_weights_are_checked() -> None:
+    assert {row.case.gpu_gib for row in ROWS} >= {None, 8, 14}
+
+
 def test_the_layout_said_to_be_the_fastest_was() -> None:
     """For every model, size and batch of which several layouts of as many GPUs were measured."""
     rivals: dict[object, list[Measured]] = {}

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tp_runtime.gpu.speeds import host_times
 from tp_runtime.rank.uploading import BUFFER_BYTES, Uploads
 
 pytestmark = pytest.mark.gpu
@@ -39,3 +40,10 @@ def test_an_error_comes_out() -> None:
     source, target = torch.zeros(4, 4), torch.zeros(4, 5, device="cuda")
     with pytest.raises(RuntimeError), Uploads(torch.device("cuda", 0), num_ranks=1) as uploads:
         uploads.copy(source, target)
+
+
+def test_how_fast_the_host_is_read() -> None:
+    """From page-locked memory, which is given back: as often as one likes."""
+    for _ in range(3):
+        found = host_times(torch.device("cuda", 0))
+        assert 1e9 < found["bytes"] / found["copy_s"] < 1e12

@@ -47,6 +47,7 @@ def test_plan_of_other_formats(
         (["plan"], "needs a model file"),
         (["plan", "--predict"], "either a model file or --model"),
         (["plan", "--predict", "--model", "flux", "--batch", "0"], "0 latents were asked for"),
+        (["plan", "--predict", "--model", "flux", "--gpu-memory", "0"], "--gpu-memory is 0.0"),
         (["text-to-latents", "missing.safetensors", "c", "o"], "does not exist"),
     ],
 )
@@ -119,6 +120,28 @@ def test_plan_predicts_for_the_link_of_a_card(
     assert device.startswith(f"  GPU {options[1]}: ")
     assert of_link.startswith(f"  link {link}: ")
     assert [line.split()[0] for line in layouts] == ["2x1", "1x2", "1x2x1"]
+
+
+def test_plan_predicts_for_less_memory(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["plan", "--predict", "--model", "flux", "--device", "RTX 4090"]
+
+    def predicted(*options: str) -> dict[str, list[str]]:
+        assert main([*command, *options]) == 0
+        *_, held, heads, tp, _, sharing = capsys.readouterr().out.splitlines()
+        assert ("streaming" in heads) == ("a GPU holds at most" in held)
+        return {line.split()[0]: line.split()[1:] for line in (tp, sharing)}
+
+    whole, less = predicted(), predicted("--gpu-memory", "10")
+    assert less["2x1"][:6] == whole["2x1"][:6]
+    assert less["2x1"][6:] == ["0.0", "reads", "1.3", "GiB"]
+    assert float(less["1x2x1"][0]) > float(less["2x1"][0]) > float(whole["1x2x1"][0])
+    assert less["1x2x1"][7:] == ["reads", "12.6", "GiB"]
+    monkeypatch.setenv("TP_RUNTIME_GPU_MEMORY", "10")
+    assert predicted() == less
+    assert main([*command, "--gpu-memory", "0.1"]) == 0
+    assert "1x2x1 FLUX.1 needs at least 0.49 GiB of each GPU" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,8 @@ def test_the_link_between_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     check = link_of(monkeypatch, tmp_path)
     assert check.text == ("measured on the GPUs 0, 1: 12.0 GB/s in sums, 17.5 GB/s in exchanges.")
     assert "plan --predict --model NAME --tp 2" in check.advice
+    records.add(gpus, LinkRates(12e9, 17.5e9, 1e-5, 24e9))
+    assert "in exchanges, 24.0 GB/s from the host's memory." in link_of(monkeypatch, tmp_path).text
     (tmp_path / FILE).write_text("[]")
     assert "not measured yet" in link_of(monkeypatch, tmp_path).text
 

@@ -1,5 +1,6 @@
 """What is kept of how GPUs are connected, and how it is measured once."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from tp_runtime.client.link import measure_link
 from tp_runtime.config import GroupConfig
 from tp_runtime.errors import GroupDiedError
-from tp_runtime.gpu.speeds import speed_times
+from tp_runtime.gpu.speeds import host_times, speed_times
 from tp_runtime.layouts.cost_model import (
     DEVICES,
     LINKS,
@@ -27,7 +28,9 @@ from tp_runtime.sharding.plan import Split
 
 GPUS = ["0 NVIDIA H100", "1 NVIDIA H100"]
 RATES = LinkRates(25e9, 35e9, 5e-6)
+FROM_HOST = LinkRates(25e9, 35e9, 5e-6, 12e9)
 SMALL, LARGE = 2**16, 2**25
+HOST_RATE = 12e9
 
 
 def speed_of(device: Device, factor: float = 1.0) -> dict[str, float]:
@@ -55,6 +58,7 @@ def said(link: Link, num_ranks: int) -> list[dict[str, Any]]:
             "sizes": [SMALL, LARGE],
             "sums_s": [time * factor for time in sums],
             "exchanges_s": [time * factor for time in exchanges],
+            "host": {"bytes": 2**26, "copy_s": factor * 2**26 / HOST_RATE},
             "speed": speed_of(DEVICES["RTX 4090"], factor),
         }
         for factor in (*[0.5] * (num_ranks - 1), 1.0)
@@ -74,6 +78,7 @@ def test_rates_from_times(name: str, num_ranks: int) -> None:
     assert found.rate == pytest.approx(link.rate, rel=1e-6)
     assert found.exchange_rate == pytest.approx(link.exchange_rate, rel=1e-6)
     assert found.hop_s == pytest.approx(link.hop_s, rel=1e-3)
+    assert found.host_rate == pytest.approx(HOST_RATE)  # of the slowest
 
 
 def test_times_that_cannot_be_give_rates_all_the_same() -> None:
@@ -91,6 +96,10 @@ def test_a_link_with_what_was_measured() -> None:
     nvlink = RATES.on(LINKS["nvlink"])
     assert (nvlink.rate, nvlink.fused) == (LINKS["nvlink"].rate, True)
     assert nvlink.exchange_rate == 35e9
+    assert slow.host_rate is nvlink.host_rate is None
+    for name in ("pcie", "nvlink"):
+        assert FROM_HOST.on(LINKS[name]).host_rate == 12e9
+    assert FROM_HOST.on(LINKS["pcie"]).source.endswith(", 12.0 from the host")
 
 
 @pytest.mark.parametrize("name", ["RTX 4090", "H200", "RTX 3060"])
@@ -107,6 +116,12 @@ def test_a_speed_is_measured() -> None:
     """On the CPU, with small tensors."""
     speed = Speed.of_rank(speed_times(torch.device("cpu"), side=256))
     assert min(speed.matmul, speed.attention, speed.memory) > 1e6
+
+
+def test_copies_from_the_host_are_measured() -> None:
+    """On the CPU, within its memory."""
+    found = host_times(torch.device("cpu"), size=2**16)
+    assert found["bytes"] / found["copy_s"] > 1e6
 
 
 def test_unknown_gpus_have_the_speed_that_was_measured(path: Path) -> None:
@@ -148,6 +163,18 @@ def test_some_of_the_gpus_tell_of_all(path: Path) -> None:
     records.add(four, slower)
     assert records.between(four) == slower
     assert records.between(GPUS) == RATES
+
+
+def test_a_record_of_before_the_hosts_memory_was_measured(path: Path) -> None:
+    """The likely rate counts then; it is not measured again."""
+    records = LinkRecords(path)
+    records.add(GPUS, RATES)
+    book = json.loads(path.read_text())
+    (entry,) = book.values()
+    del entry["rates"]["host_rate"]
+    path.write_text(json.dumps(book))
+    assert LinkRecords(path).between(GPUS) == RATES
+    assert records.is_known(GPUS)
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"a": 3}', b"\xff"])
@@ -201,6 +228,7 @@ def test_it_is_measured_once(path: Path) -> None:
     found = records.between(GPUS)
     assert found is not None
     assert found.rate == pytest.approx(LINKS["pcie"].rate)
+    assert found.host_rate == pytest.approx(HOST_RATE)
     (speed,) = records.speeds().values()
     assert speed == Speed.of_rank(speed_of(DEVICES["RTX 4090"]))
 

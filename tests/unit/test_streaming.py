@@ -1,5 +1,6 @@
 """Layers that are streamed: which they are, and what they compute with in whatever order."""
 
+import math
 import random
 from collections.abc import Callable
 from itertools import pairwise
@@ -13,8 +14,10 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from tp_runtime.errors import SizeError
 from tp_runtime.gpu.products import multiply
 from tp_runtime.gpu.streaming import LayerStream, StreamedLayer, _Pass
+from tp_runtime.models import families
 from tp_runtime.rank.host_copy import HostMemory
-from tp_runtime.sharding.streaming import RING_LAYERS, LayerSize, streaming_plan
+from tp_runtime.sharding.parts import Sharding
+from tp_runtime.sharding.streaming import RING_LAYERS, LayerSize, layers_of, streaming_plan
 from tp_runtime.sharding.table import ALL, IMAGE, ITEM, PROMPT
 
 WIDTH = 16
@@ -88,6 +91,24 @@ def test_what_cannot_be_streamed_must_fit() -> None:
         streaming_plan("A model", blocks(9, (ALL, 2**30)), 10 * 2**30, int(3.99 * 2**30))
     with pytest.raises(SizeError, match="TP_RUNTIME_GPU_MEMORY"):
         streaming_plan("A model", [], 2**30, 1)
+
+
+@pytest.mark.parametrize("model", sorted(families()))
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_layers_are_known_without_a_module(model: str, tp_size: int) -> None:
+    """The same as those that a rank builds, one by one."""
+    sizes = families()[model].small
+    table = sizes.table
+    with torch.device("meta"):
+        module = families()[model].forward().build(sizes)
+    built = sorted(
+        (over, 2 * math.prod(layer.local(tp_size)))
+        for layer in Sharding.of(module, table.plan).layers
+        if (over := table.passing.get(layer.replaced[0])) is not None
+    )
+    found = layers_of(table, tp_size, 2)
+    assert sorted((layer.over, layer.nbytes) for layer in found) == built
+    assert len({layer.path for layer in found}) == len(built)
 
 
 # --- what they compute with ----------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Which layout ``auto`` takes for a model on this machine.
 
 By what the model is used for, or made for until it is: steps that were measured here
-(``step_history``), and predictions (``cost_model``) for the layouts that were not.
+(``step_history``), and predictions (``cost_model``) for the layouts that were not, with the time
+that reading weights takes where they do not fit (``room``).
 """
 
 import itertools
@@ -10,8 +11,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..config import (
-    ROOM_BYTES,
-    ROOM_FACTOR,
     Layout,
     Precision,
     cuda_index,
@@ -24,9 +23,11 @@ from ..recognise import CheckpointInfo
 from .cost_model import Device, Link, device_of, predict, usual_link
 from .gpus import Gpu, are_alike, best_first, devices_of, gpus_of
 from .link_records import LinkRecords
+from .room import Room, live_bytes
 from .step_history import StepRecords, Workload, times_of
 
 MIN_GAIN = 0.05  # a layout other than the default must be so much faster
+_GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,10 @@ def choose_layout(
     the fastest for what the model is made for takes the default's place. Of GPUs that are not
     alike, a layout takes the fastest, or the largest of those as fast. ``precision``: what links
     carry; only times with the same count.
+
+    A layout that streams weights must be faster by more than ``MIN_GAIN`` than the best that does
+    not. Its GPUs are full of weights: where another layout fits, it is left out if what a step on
+    the largest usual latents needs has no room beside them.
     """
     plain, native = layouts[0], native_workload(info)
     speeds = links.speeds()
@@ -131,38 +136,48 @@ def choose_layout(
         for layout, ms in records.times(info.path, name, workload).items()
         if times_name(layout) == name
     }
+    rooms = {one: _room(info, one, taken(one)) for one in layouts} if gpus else {}
     # On the CPU, where ranks share the cores, nothing is to be had by sharing tokens.
-    possible = [
-        one
-        for one in layouts
-        if (_fits(info, one, taken(one)) if gpus else one == plain or one.sequence_size == 1)
-    ] or [plain]
-    if plain not in possible:  # it needs a GPU that is smaller than the others
+    possible = (
+        _possible(info, rooms, workload)
+        if gpus
+        else [one for one in layouts if one == plain or one.sequence_size == 1]
+    ) or [plain]
+    if plain not in possible:  # its share is too much for a GPU that is smaller than the others
         plain = max(possible, key=lambda one: (-one.batch_groups, -one.sequence_size, one.tp_size))
 
-    def useful(of: Workload) -> list[Layout]:
-        return [one for one in possible if one == plain or one.batch_groups <= of.batch]
+    def useful(of: Workload, among: Sequence[Layout]) -> list[Layout]:
+        return [one for one in among if one == plain or one.batch_groups <= of.batch]
 
     kinds = devices_of((gpu.name for gpu in ordered), speeds)
 
-    def predictor(of: Workload) -> Callable[[Layout], float] | None:
+    def predictor(of: Workload, *, streams: bool = True) -> Callable[[Layout], float] | None:
         if link is None:
             return None
 
         def on_slowest(layout: Layout) -> float:
             names = (gpu.name for gpu in taken(layout))
             here = kinds if len(kinds) == 1 else devices_of(names, speeds)
-            return max(_predicted_ms(info, of, kind, link, precision, layout) for kind in here)
+            streamed = rooms[layout].streamed if streams and layout in rooms else None
+            return max(
+                _predicted_ms(info, of, kind, link, precision, layout, streamed or 0)
+                for kind in here
+            )
 
         return on_slowest
 
-    default = plain
-    if link is not None and not link.fused:
-        predicted = estimate(useful(native), {}, predictor(native))
+    default, fitting = plain, [one for one in possible if one in rooms and rooms[one].fits]
+    if link is not None and not (link.fused and plain in fitting):
+        first = useful(native, fitting) or useful(native, possible)
+        predicted = estimate(first, {}, predictor(native))
         default = min(predicted, key=lambda layout: predicted[layout].ms)
-    estimates = estimate(useful(workload), measured, predictor(workload))
-    layout = fastest(default, estimates)
-    if layout == plain == layouts[0]:
+    layout = default
+    for among in (fitting, possible):
+        estimates = estimate(useful(workload, among), measured, predictor(workload))
+        layout = fastest(layout, estimates)
+    unstreamed = estimate(useful(workload, layouts), measured, predictor(workload, streams=False))
+    of_streaming = _of_streaming(layout, rooms, unstreamed)
+    if layout == plain == layouts[0] and not of_streaming:
         return chosen(plain)
     of_three = "sequence size x " if layout.sequence_size > 1 else ""
     why = f" The GPUs' link is {link.name} ({link.source})." if link is not None else ""
@@ -171,9 +186,59 @@ def choose_layout(
         layout,
         f"'auto' takes the layout {layout} (TP size x {of_three}batch groups): "
         f"{estimates[layout]} a step{others}, for latents of "
-        f"{workload.latent_shape} {'as of late' if usual else 'as usual for the model'}.{why} Set "
-        "layout or gpu_count to decide yourself.",
+        f"{workload.latent_shape} {'as of late' if usual else 'as usual for the model'}.{why}"
+        f"{of_streaming} Set layout or gpu_count to decide yourself.",
     )
+
+
+def _possible(
+    info: CheckpointInfo, rooms: Mapping[Layout, Room], workload: Workload
+) -> list[Layout]:
+    """The layouts whose weights fit, and those that can stream them.
+
+    If any fits, only those of the latter that have room for what else a step needs.
+    """
+    family = info.family
+    largest = info.sizes.geometry.latent_shape(*family.extents[-1])
+    usual = Workload((workload.batch, *largest), family.text_tokens)
+    some_fit = any(room.fits for room in rooms.values())
+
+    def has_room(layout: Layout, room: Room) -> bool:
+        needed = max(live_bytes(info.sizes, one, layout) for one in (workload, usual))
+        return needed <= room.beside
+
+    return [
+        layout
+        for layout, room in rooms.items()
+        if room.fits or (room.can_stream and not (some_fit and not has_room(layout, room)))
+    ]
+
+
+def _of_streaming(
+    layout: Layout, rooms: Mapping[Layout, Room], unstreamed: Mapping[Layout, Estimate]
+) -> str:
+    """What of the weights is in the host's memory, and which layout was not taken for that.
+
+    ``unstreamed``: the times of all layouts, if all of their weights were on the GPUs.
+    """
+    if layout not in unstreamed or layout not in rooms:
+        return ""
+
+    taken, best = rooms[layout], min(unstreamed, key=lambda one: unstreamed[one].ms)
+    said, other = "", rooms[best]
+    if taken.streamed:
+        said = (
+            f" Each GPU reads {taken.streamed / _GIB:.1f} GiB of its weights from the host's "
+            "memory at every step."
+        )
+    is_faster = unstreamed[best].ms < (1 - MIN_GAIN) * unstreamed[layout].ms
+    if is_faster and not unstreamed[best].measured and not other.fits:
+        said += (
+            f" {best} would be faster if its weights fitted: of {other.share / _GIB:.1f} GiB, a "
+            f"GPU holds {other.limit / _GIB:.1f}, and would have to read the rest from the host's "
+            "memory."
+        )
+    return said
 
 
 def _of_unlike(ordered: Sequence[Gpu], num_gpus: int) -> str:
@@ -210,6 +275,7 @@ def _predicted_ms(
     link: Link,
     precision: Precision,
     layout: Layout,
+    streamed: int,
 ) -> float:
     return predict(
         info.sizes,
@@ -221,6 +287,7 @@ def _predicted_ms(
         link,
         sequence_size=layout.sequence_size,
         precision=precision,
+        streamed=streamed,
     ).ms
 
 
@@ -246,8 +313,12 @@ def likely_link(gpus: Sequence[int]) -> Link:
     return min(of_each, key=lambda link: link.rate)
 
 
-def _fits(info: CheckpointInfo, layout: Layout, gpus: Sequence[Gpu]) -> bool:
-    """Whether each GPU could hold its share of the weights, if nothing else were on it."""
+def _room(info: CheckpointInfo, layout: Layout, gpus: Sequence[Gpu]) -> Room:
+    """On GPUs on which nothing else is."""
+    return Room.on(gpus, info.sizes, usual_weight_bytes(info), layout)
+
+
+def usual_weight_bytes(info: CheckpointInfo) -> int:
+    """Bytes of a file's weights as ranks hold them if they are not told otherwise."""
     plain_fp8 = not info.quantised and any(t.dtype.startswith("F8") for t in info.tensors.values())
-    share = info.weight_bytes(itemsize=1 if plain_fp8 else 2) / layout.tp_size
-    return share * ROOM_FACTOR + ROOM_BYTES <= min(gpu.memory for gpu in gpus)
+    return info.weight_bytes(itemsize=1 if plain_fp8 else 2)

@@ -27,6 +27,8 @@ SMALL_COLLECTIVES = 4  # in a step, outside the blocks: modulation, time embeddi
 # Of q, k and v in an exchange: by ranks, behind one another, as tokens. Of attention's result.
 COPIES_TO_ATTENTION, COPIES_BACK = 3, 2
 END_PASSES = 8  # over all tokens, on every rank: embedding, first and last norm
+# Bytes/s from page-locked memory of the host, by the generation of a slot with 16 lanes.
+HOST_RATES = {4: 25e9, 5: 54e9}
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ class Device:
     pcie: int = 5
     nvlink: bool = True
 
+    @property
+    def host_rate(self) -> float:
+        """Bytes/s that it reads from the host's memory, if all lanes of its slot are there."""
+        return HOST_RATES[self.pcie]
+
 
 @dataclass(frozen=True)
 class Link:
@@ -56,7 +63,8 @@ class Link:
     ``rate``: bytes/s that a GPU sends in a sum while it receives as much; ``exchange_rate``: when
     each gives every other one its part. ``hop_s``: from one GPU to the next in NCCL's ring.
     ``fused``: GPUs work in each other's memory, so that a sum, the residual and the norm are one
-    kernel.
+    kernel. ``host_rate``: bytes/s that each GPU reads from the host's memory while all of them do;
+    None: as its slot lets it.
     """
 
     name: str
@@ -65,6 +73,7 @@ class Link:
     hop_s: float
     fused: bool
     source: str
+    host_rate: float | None = None
 
 
 def _by_data_sheet(
@@ -154,7 +163,8 @@ class Prediction:
     """Milliseconds of one evaluation, by what they are spent on; ``ms`` is their sum.
 
     ``elementwise``: passes over memory, and norms. ``links``: moving data between GPUs, and waiting
-    for one another. ``fixed``: the way to the ranks, and the start of kernels.
+    for one another. ``fixed``: the way to the ranks, and the start of kernels. ``streaming``:
+    waiting for weights from the host's memory, beyond what the rest hides.
     """
 
     matmul: float = 0.0
@@ -162,6 +172,7 @@ class Prediction:
     elementwise: float = 0.0
     links: float = 0.0
     fixed: float = 0.0
+    streaming: float = 0.0
 
     @property
     def ms(self) -> float:
@@ -210,12 +221,14 @@ def predict(
     references: Sequence[Sequence[int]] = (),
     sequence_size: int = 1,
     precision: Precision = "exact",
+    streamed: float = 0,
 ) -> Prediction:
     """One evaluation on ``tp_size`` x ``sequence_size`` x ``batch_groups`` GPUs.
 
     ``sizes``: of a ``CheckpointInfo``. ``latent_shape`` (B, ..., H, W): the forward batch, which is
     dealt out to the groups; the fullest sets the time. ``references``: shapes of reference latents.
-    ``precision``: what links carry, but NVLink. Does not check that the model can be split so.
+    ``precision``: what links carry, but NVLink. ``streamed``: bytes of weights that each GPU reads
+    from the host's memory (``room``). Does not check that the model can be split so.
     """
     geometry = sizes.geometry
     image, *others = (
@@ -241,7 +254,16 @@ def predict(
     if sequence_size > 1:  # at the end, every rank has all of what the picture is made of
         whole = BYTES * batch * geometry.padded(image) * last.width
         total += Prediction(links=1e3 * _exchange_s(whole, sequence_size, link))
-    return total
+    return total + Prediction(streaming=_streaming_ms(streamed, total, device, link))
+
+
+def _streaming_ms(streamed: float, rest: Prediction, device: Device, link: Link) -> float:
+    """How much longer reading so many bytes takes than what is computed meanwhile.
+
+    What the GPUs send to one another needs the slot, too, unless NVLink connects them.
+    """
+    meanwhile = rest.ms - 1e3 * REQUEST_S - (0.0 if link.fused else rest.links)
+    return max(0.0, 1e3 * streamed / (link.host_rate or device.host_rate) - meanwhile)
 
 
 def predict_blocks(

@@ -22,11 +22,15 @@ _Flops = Annotated[float, msgspec.Meta(gt=0, lt=1e18)]
 
 
 class LinkRates(msgspec.Struct, frozen=True):
-    """What was measured: rates and a hop, as of a ``Link``."""
+    """What was measured: rates and a hop, as of a ``Link``.
+
+    ``host_rate``: None in records from before it was measured.
+    """
 
     rate: _Rate
     exchange_rate: _Rate
     hop_s: Annotated[float, msgspec.Meta(ge=0, lt=60)]
+    host_rate: _Rate | None = None
 
     @classmethod
     def of_ranks(cls, said: Sequence[Mapping[str, Any]]) -> "LinkRates":
@@ -45,7 +49,9 @@ class LinkRates(msgspec.Struct, frozen=True):
         rate = 2 * share * (large - small) / _longer(small_sum_s, large_sum_s)
         hops_s = max(small_sum_s - NCCL_S - 2 * share * small / rate, 0.0)
         exchange_rate = share * (large - small) / _longer(*exchanges_s)
-        return cls(rate, exchange_rate, hops_s / (2 * (num_ranks - 1)))
+        hop_s = hops_s / (2 * (num_ranks - 1))
+        read = [one["host"]["bytes"] / one["host"]["copy_s"] for one in said if "host" in one]
+        return cls(rate, exchange_rate, hop_s, min(read, default=None))
 
     def on(self, link: Link) -> Link:
         """The link that it was taken for, with what was measured.
@@ -54,10 +60,17 @@ class LinkRates(msgspec.Struct, frozen=True):
         """
         if link.fused:
             source = f"{link.source}; exchanges measured on this machine"
-            return replace(link, exchange_rate=self.exchange_rate, source=source)
+            measured = replace(link, exchange_rate=self.exchange_rate, source=source)
+            return replace(measured, host_rate=self.host_rate)
+        source = f"measured on this machine: {self}"
+        rates = self.rate, self.exchange_rate, self.hop_s
+        return Link(link.name, *rates, False, source, self.host_rate)
+
+    def __str__(self) -> str:
         rates = self.rate / 1e9, self.exchange_rate / 1e9
-        source = "measured on this machine: {:.1f} GB/s in sums, {:.1f} in exchanges".format(*rates)
-        return Link(link.name, self.rate, self.exchange_rate, self.hop_s, False, source)
+        said = "{:.1f} GB/s in sums, {:.1f} in exchanges".format(*rates)
+        read = "" if self.host_rate is None else f", {self.host_rate / 1e9:.1f} from the host"
+        return f"{said}{read}"
 
 
 def _longer(small_s: float, large_s: float) -> float:

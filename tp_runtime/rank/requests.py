@@ -14,7 +14,7 @@ from ..config import MODEL_PATCHES, WorkerConfig
 from ..errors import InputError
 from ..fault_points import reach
 from ..gpu import collectives
-from ..gpu.speeds import speed_times
+from ..gpu.speeds import host_times, speed_times
 from ..wire.exchange import Exchange
 from ..wire.protocol import (
     PER_EVALUATION_INPUTS,
@@ -101,6 +101,8 @@ class Runner:
             case MeasureLink():
                 times: dict[str, Any] = collectives.link_times(self._device)
                 if self._device.type == "cuda":  # of the CPU nothing is predicted
+                    # Right after the others, so that all ranks read at once.
+                    times["host"] = host_times(self._device)
                     times["speed"] = speed_times(self._device)
                 self._free_cache()
                 return times

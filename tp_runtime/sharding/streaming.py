@@ -1,10 +1,11 @@
 """Which layers of a rank's shard stay in the host's memory, if its device cannot hold them all."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..errors import SizeError
-from .table import ITEM, PROMPT
+from .table import ITEM, PROMPT, Linear, Table
 
 # The ring that streamed layers pass through on the device, in largest layers: one that is
 # multiplied, one that is there already, one on its way.
@@ -27,6 +28,20 @@ class StreamingPlan:
 
     paths: tuple[str, ...]
     ring_bytes: int
+
+
+def layers_of(table: Table, tp_size: int, itemsize: float) -> list[LayerSize]:
+    """The layers of the blocks, as each of so many ranks has them, with so many bytes a number."""
+    found = []
+    for stack in table.stacks:
+        linears = [row for row in stack.rows if isinstance(row, Linear)]
+        sizes = [round(itemsize * math.prod(row.costs(0).local(tp_size))) for row in linears]
+        found += [
+            LayerSize(f"{stack.ours}.{index}.{row.ours}", row.over, size)
+            for index in range(stack.count)
+            for row, size in zip(linears, sizes, strict=True)
+        ]
+    return found
 
 
 def streaming_plan(

@@ -5,6 +5,7 @@ One table a model (``models/<family>/family.py``). What the file must hold, wher
 from, the plan and the costs of an evaluation follow from it, so they cannot disagree.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -43,6 +44,12 @@ class Linear:
     def sizes(self) -> tuple[int, ...]:
         """Output features of each linear."""
         return (self.outputs,) if isinstance(self.outputs, int) else self.outputs
+
+    def costs(self, tokens: int) -> LinearCosts:
+        """Its product with so many rows."""
+        splits = self.style.splits(self.inputs, self.sizes)
+        full = self.inputs, sum(self.sizes)
+        return LinearCosts(self.over, tokens, full, splits, self.style.axis)
 
 
 @dataclass(frozen=True)
@@ -115,6 +122,11 @@ class Table:
                 if row.bias:
                     shapes[f"{prefix}{file}.bias"] = (size,)
         return shapes
+
+    @cached_property
+    def num_elements(self) -> int:
+        """Numbers in all of them together."""
+        return sum(map(math.prod, self.file_tensors.values()))
 
     @cached_property
     def outside(self) -> frozenset[str]:
@@ -201,8 +213,8 @@ class Table:
         found = []
         for stack in self.stacks:
             linears = [row for row in stack.rows if isinstance(row, Linear)]
-            passed = tuple(_costs(row, tokens[row.over]) for row in linears if row.over in tokens)
-            items = tuple(_costs(row, 1) for row in linears if row.over == ITEM)
+            passed = tuple(row.costs(tokens[row.over]) for row in linears if row.over in tokens)
+            items = tuple(row.costs(1) for row in linears if row.over == ITEM)
             block = BlockCosts(stack.count, passed, items, ())
             attentions = tuple(
                 AttentionCosts(
@@ -234,8 +246,3 @@ def expanded(pattern: str) -> list[str]:
     before, brace, rest = pattern.partition("{")
     names, _, after = rest.partition("}")
     return [f"{before}{name}{after}" for name in names.split(",")] if brace else [pattern]
-
-
-def _costs(row: Linear, tokens: int) -> LinearCosts:
-    splits = row.style.splits(row.inputs, row.sizes)
-    return LinearCosts(row.over, tokens, (row.inputs, sum(row.sizes)), splits, row.style.axis)

@@ -247,6 +247,8 @@ def _link(found: dict[str, Any]) -> Check:
     rates = "{rate:.1f} GB/s in sums, {exchange_rate:.1f} GB/s in exchanges".format(
         **{name: most["rates"][name] / 1e9 for name in ("rate", "exchange_rate")}
     )
+    if read := most["rates"].get("host_rate"):
+        rates += f", {read / 1e9:.1f} GB/s from the host's memory"
     numbers = ", ".join(one.partition(" ")[0] for one in most["gpus"])
     return Check("Link", "ok", f"measured on the GPUs {numbers}: {rates}.", expect)
 

@@ -7,9 +7,9 @@ from collections import Counter
 
 import torch
 
-from ..config import PRECISIONS, quantised_products
-from ..errors import InputError
-from ..layouts.choice import link_between
+from ..config import PRECISIONS, fitting_weights, gpu_memory, quantised_products
+from ..errors import InputError, SizeError
+from ..layouts.choice import link_between, usual_weight_bytes
 from ..layouts.cost_model import (
     DEVICES,
     LINKS,
@@ -19,13 +19,16 @@ from ..layouts.cost_model import (
     predict,
     usual_link,
 )
-from ..layouts.gpus import best_first, devices_of, gpus_of
+from ..layouts.gpus import Gpu, best_first, devices_of, gpus_of
 from ..layouts.link_records import LinkRecords
+from ..layouts.room import streamed_bytes
 from ..models import families
 from ..recognise import CheckpointInfo, inspect_checkpoint
 from ..sharding.parts import Layer
 from ..sharding.quantisation import Quantisation
 from .footprint import PLAIN_BYTES, Footprint, model_footprint
+
+_GIB = 2**30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=PRECISIONS,
         default="exact",
         help="fast: sums and exchanges in 8 bits, but over NVLink (default exact)",
+    )
+    case.add_argument(
+        "--gpu-memory",
+        type=float,
+        metavar="GIB",
+        help="of weights that each GPU may hold; the rest is read from the host's memory at every "
+        "step (default: what this machine's have room for; else all)",
     )
 
 
@@ -136,13 +146,17 @@ def _predict(options: argparse.Namespace) -> None:
     for what, count in counts.items():
         if count < 1:
             raise InputError(f"{count} {what} were asked for: give 1 or more.")
+    if options.gpu_memory is not None and not 0 < options.gpu_memory < math.inf:
+        raise InputError(f"--gpu-memory is {options.gpu_memory}: give GiB above 0, such as 7.5.")
     if options.file is not None:
         info = inspect_checkpoint(options.file)
         family, sizes = info.family, info.sizes
+        weight_bytes = usual_weight_bytes(info)
     else:
         family = families()[options.model]
         sizes = family.published
-    devices = _devices(options)
+        weight_bytes = PLAIN_BYTES * sizes.table.num_elements
+    devices, limit = _devices(options), _weight_limit(options)
     if options.link is not None:
         link = LINKS[options.link]
     elif options.device is None and torch.cuda.device_count() > 1:
@@ -166,34 +180,64 @@ def _predict(options: argparse.Namespace) -> None:
         said = "carries what it does in any case" if link.fused else "carries 8 bits; not measured"
         print(f"  precision fast: the link {said}")
     parts = [part.name for part in dataclasses.fields(Prediction)]
+    if limit is None:
+        parts.remove("streaming")
+    else:
+        rate = link.host_rate or min(device.host_rate for device in devices)
+        print(
+            f"  weights: {weight_bytes / _GIB:.1f} GiB over TP size, of which a GPU holds at most "
+            f"{limit / _GIB:.1f} GiB; the rest is read from the host's memory, at "
+            f"{rate / 1e9:.0f} GB/s"
+        )
     print(" ".join(f"{title:>11}" for title in ("layout", "ms", *parts)))
     for layout in layouts(sizes, options.tp, shares_tokens=family.shares_tokens):
         gpus, shared = (layout.tp_size, layout.batch_groups), layout.sequence_size
+        try:
+            streamed = streamed_bytes(family.label, sizes, layout.tp_size, weight_bytes, limit)
+        except SizeError as error:
+            print(f"{layout!s:>11} {error}")
+            continue
         each = [
             predict(
                 *(sizes, shape, options.text, *gpus, device, link),
                 sequence_size=shared,
                 precision=options.precision,
+                streamed=streamed,
             )
             for device in devices
         ]
         found = max(each, key=lambda one: one.ms)
         times = (found.ms, *(getattr(found, part) for part in parts))
-        print(f"{layout!s:>11}", *(f"{ms:11.1f}" for ms in times))
+        read = [f"  reads {streamed / _GIB:.1f} GiB"] if streamed else []
+        print(f"{layout!s:>11}", *(f"{ms:11.1f}" for ms in times), *read)
 
 
 def _devices(options: argparse.Namespace) -> list[Device]:
     """The kinds of the GPUs: of those that are named, of this machine's best, or an H200."""
     if options.device is None:
-        speeds = LinkRecords.of_home().speeds()
-        gpus = best_first(gpus_of(range(torch.cuda.device_count())), speeds)[: options.tp]
-        return devices_of((gpu.name for gpu in gpus), speeds) or [DEVICES["H200"]]
+        names = (gpu.name for gpu in _own_gpus(options.tp))
+        return devices_of(names, LinkRecords.of_home().speeds()) or [DEVICES["H200"]]
     if len(options.device) not in (1, options.tp):
         raise InputError(
             f"{len(options.device)} GPUs are named by --device, but --tp is {options.tp}: give one "
             "for all of them, or one for each."
         )
     return devices_of(options.device, {})
+
+
+def _weight_limit(options: argparse.Namespace) -> int | None:
+    """Bytes of weights that a GPU may hold: as asked for, or as this machine's can; None: all."""
+    if options.gpu_memory is not None:
+        return int(options.gpu_memory * _GIB)
+    gpus = _own_gpus(options.tp) if options.device is None else []
+    fitting = (fitting_weights(gpu.memory) for gpu in gpus)
+    return gpu_memory() or min(fitting, default=None)
+
+
+def _own_gpus(count: int) -> list[Gpu]:
+    """The best of this machine's, at most so many."""
+    visible = gpus_of(range(torch.cuda.device_count()))
+    return best_first(visible, LinkRecords.of_home().speeds())[:count]
 
 
 def _layer_name(layer: Layer) -> str:

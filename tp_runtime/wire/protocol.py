@@ -173,7 +173,7 @@ class Report(_Message, frozen=True):
 
 
 class MeasureLink(_Message, frozen=True):
-    """Tell how long sums and exchanges of all ranks take."""
+    """Tell how long sums and exchanges of all ranks take, and copies from the host."""
 
     call: int
 
