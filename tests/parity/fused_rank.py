@@ -1,9 +1,9 @@
-"""One CPU rank that computes a step twice: as written, and as on a GPU with fused kernels.
+"""One CPU rank that computes a step as written, and as on a GPU with fused kernels, twice.
 
     TRITON_INTERPRET=1 python fused_rank.py RANK LAYOUT FOLDER WEIGHT_LIMIT
 
 The kernels run in Triton's interpreter, on buffers in memory that the ranks of a batch group share,
-at another address in each. The first rank of batch group N saves both results of the N-th inputs.
+at another address in each. The first rank of batch group N saves all results of the N-th inputs.
 WEIGHT_LIMIT: bytes of weights that its device may hold; 0: all of them.
 Reads `model.safetensors`, `inputs.pt` (a list) and `patches.pt` in FOLDER: model patches by name,
 each with ComfyUI's name of its class and its tensors.
@@ -94,7 +94,8 @@ def main() -> None:
         SharedMemoryReduction.folder = folder
         forward._reduction = SharedMemoryReduction(torch.device("cpu"))
         forward.run = functools.partial(_optimised, forward.run)  # and condition as written
-        results["fused"] = _own(forward(dict(inputs), "fused"))
+        for again in ("fused", "again"):  # with the same conditioning, which must stay as it is
+            results[again] = _own(forward(dict(inputs), "fused"))
         assert forward._reduction._buffers, "the fused kernels were not used"
         if config.tp_rank == 0:
             torch.save(results, folder / f"results-{config.batch_group}.pt")

@@ -12,6 +12,7 @@ import torch
 from parity.conftest import FP32_TOLERANCE, relative_error
 
 from support.inputs import make_inputs
+from support.ltx2_inputs import make_ltx2_inputs
 from support.paths import REPOSITORY
 from support.tiny_models import tiny, write_tiny
 from support.z_image_controls import tensors_of
@@ -21,8 +22,24 @@ from tp_runtime.models.qwen_image.model_patch import BlockWiseControl
 pytestmark = pytest.mark.process
 
 
-def _inputs(family: str, batch: int, seed: int) -> dict[str, Any]:
-    """Latents and captions of 9 and 7 tokens; a ControlNet's residuals where they fit."""
+_FEW_TOKENS: dict[str, dict[str, Any]] = {
+    "wan": {"frames": 2, "height": 4, "width": 6, "length": 5, "time_scale": 1000.0},
+    "krea2": {"height": 6, "width": 4, "length": 5, "references": [(4, 4)]},
+    "flux2": {"height": 3, "width": 2, "length": 5, "references": [(2, 2)]},
+    "qwen_image_21": {"height": 6, "width": 4, "length": 5},
+}
+# Wan's, with blocks of their own for videos that control it.
+CONTROLS = {"videos": 2, "control frames": 2, "rows": 4, "columns": 6}
+VACE = {"num_blocks": 4, "vace_blocks": 2, "vace_channels": 96}
+
+
+def _inputs(family: str, batch: int, seed: int, changes: dict[str, Any]) -> dict[str, Any]:
+    """Latents and captions of 9 and 7 tokens, or so; a ControlNet's residuals where they fit."""
+    more = {"lengths": CONTROLS, "vace_strength": [0.7, 1.2]} if changes else {}
+    if family in _FEW_TOKENS:
+        return make_inputs(tiny(family, **changes), batch=batch, **_FEW_TOKENS[family], **more)
+    if family == "ltx2":
+        return make_ltx2_inputs(tiny(family), batch=batch)
     if family == "minimax_h3":  # few tokens, of several times and modalities
         mask = torch.ones(1, 1, 1, 4, 4)
         mask[..., :2] = 0.5
@@ -75,24 +92,30 @@ def _control(family: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @pytest.mark.rotates(9)
 @pytest.mark.parametrize(
-    ("family", "layout", "held"),
+    ("family", "layout", "held", "changes"),
     [
-        ("z_image", Layout(2), 1),
-        ("flux", Layout(3), 1),
-        ("qwen_image", Layout(2), 0.6),
-        ("z_image", Layout(2, 2), 1),
-        ("minimax_h3", Layout(2), 1),
+        ("z_image", Layout(2), 1, {}),
+        ("flux", Layout(3), 1, {}),
+        ("flux2", Layout(2), 1, {}),
+        ("qwen_image", Layout(2), 0.6, {}),
+        ("qwen_image_21", Layout(2), 1, {}),
+        ("krea2", Layout(2), 1, {}),
+        ("wan", Layout(2), 1, {}),
+        ("wan", Layout(1), 1, VACE),
+        ("ltx2", Layout(2), 1, {}),
+        ("z_image", Layout(2, 2), 1, {}),
+        ("minimax_h3", Layout(2), 1, {}),
     ],
     ids=str,
 )
 def test_equals_the_step_as_written(
-    tmp_path: Path, family: str, layout: Layout, held: float
+    tmp_path: Path, family: str, layout: Layout, held: float, changes: dict[str, Any]
 ) -> None:
     """In every batch group, each of which has another part of the two latents.
 
     ``held``: what a rank's device may hold of its share; the rest is streamed.
     """
-    results = _computed(tmp_path, family, layout, held)
+    results = _computed(tmp_path, family, layout, held, changes=changes)
     if layout.batch_groups == 1:
         return
     different = [result["written"] for result in results]
@@ -112,12 +135,15 @@ def _computed(
     layout: Layout,
     held: float = 1,
     control: tuple[dict[str, Any], dict[str, Any]] | None = None,
+    changes: dict[str, Any] | None = None,
 ) -> list[dict[str, torch.Tensor]]:
-    """The results of each batch group, as written and fused, which are equal."""
-    path = write_tiny(family, tmp_path / "model.safetensors")
+    """The results of each batch group: as written; fused, twice, which are equal to it."""
+    changes = changes or {}
+    path = write_tiny(family, tmp_path / "model.safetensors", **changes)
     limit = int(held * path.stat().st_size / layout.tp_size) if held < 1 else 0
     groups = range(layout.batch_groups)
-    inputs = [_inputs(family, 2 // layout.batch_groups, 100 * group) for group in groups]
+    batch = 2 // layout.batch_groups
+    inputs = [_inputs(family, batch, 100 * group, changes) for group in groups]
     patches = {}
     if control is not None:
         patches["control"], listed = control
@@ -144,6 +170,10 @@ def _computed(
         for rank in ranks:
             rank.kill()
     results = [torch.load(tmp_path / f"results-{group}.pt", weights_only=True) for group in groups]
-    errors = [relative_error(result["fused"], result["written"]) for result in results]
+    errors = [
+        relative_error(result[again], result["written"])
+        for result in results
+        for again in ("fused", "again")
+    ]
     assert max(errors) <= FP32_TOLERANCE, errors
     return results

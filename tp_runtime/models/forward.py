@@ -216,9 +216,13 @@ class ShardedForward:
         return TokenShares(self.collectives, lengths)
 
     def shared(self, *streams: torch.Tensor) -> tuple[TokenShares, torch.Tensor]:
-        """The shares of streams (B, L, D), and this rank's tokens, a stream's behind another's."""
+        """The shares of streams (B, L, D), and this rank's tokens, a stream's behind another's.
+
+        These are a copy, since ``join`` changes them.
+        """
         shares = self.shares(*(one.shape[1] for one in streams))
-        return shares, shares.own(*streams)
+        own = [shares.own_of(one, index) for index, one in enumerate(streams)]
+        return shares, torch.cat(own, dim=1)
 
     def modulations(
         self, linears: Sequence[Any], activated: torch.Tensor, count: int
@@ -237,26 +241,27 @@ class ShardedForward:
         """What follows row-parallel linears: ``residual_norm`` of each stream's tokens.
 
         ``products``: for each of S streams, which lie behind one another in ``tokens`` (B, L, D),
-        the linear and its input. Returns the new tokens, and their norm, or the tokens again if
-        the epilogue has none.
+        the linear and its input. Returns the new tokens, and their norm, or as much again if the
+        epilogue has none.
 
-        The first result is good for the next ``join`` only: fast, a rank has its own rows of it.
+        ``tokens`` changes in place, and is good for the next ``join`` only: fast, a rank has its
+        own rows of it.
         """
+        assert tokens.is_contiguous(), "a fused sum takes its rows for one behind another"
         if self._reduction is not None and optimising():
             return tokens, self._reduction(products, tokens, epilogue)
         updates = self.collectives.summed(products)
         if late := epilogue.num_late:
             updates += updates.pop().tensor_split((-late,), dim=1)
-        found = []
+        normed = []
         start = 0
         for stream, update in enumerate(updates):
             here = tokens[:, start : start + update.shape[1]]
-            found.append(residual_norm(here, update, epilogue.of_stream(stream)))
+            total, of_stream = residual_norm(here, update, epilogue.of_stream(stream))
+            here.copy_(total)
+            normed.append(of_stream)
             start += update.shape[1]
-        if len(found) == 1:
-            return found[0]
-        joined, normed = (torch.cat(same, dim=1) for same in zip(*found, strict=True))
-        return joined, normed
+        return tokens, normed[0] if len(normed) == 1 else torch.cat(normed, dim=1)
 
     def __call__(self, inputs: Mapping[str, Any], key: Hashable) -> Prediction:
         """Evaluate the model. Inputs of one ``key`` have equal conditioning.

@@ -146,7 +146,8 @@ class Forward(ShardedForward):
         """What the text encoder's layers say of each token, fused: (B, L, layers·d) → (B, L, D)."""
         fusion, embed = self.model.text_fusion, self.model.txt_in
         layers, tokens = fusion.layerwise_blocks, fusion.refiner_blocks
-        of_tokens = context.unflatten(-1, (self.sizes.num_text_layers, -1)).flatten(0, 1)
+        # A copy, since the blocks change it.
+        of_tokens = context.unflatten(-1, (self.sizes.num_text_layers, -1)).flatten(0, 1).clone()
         # One token's layers look at each other, and then the tokens.
         kv_heads, no_norm = self.sizes.text_heads[1], Epilogue(NORM_EPS)
         found = self._run_blocks(layers, kv_heads, of_tokens, [*_norms_of(layers), no_norm])

@@ -211,12 +211,17 @@ class Forward(ShardedForward):
         hints: Iterator[list[torch.Tensor]] = iter(())
         if vace is not None and vace_keys is not None and vace_values is not None:
             of_text = list(zip(vace_keys, vace_values, strict=True))
-            videos = [shares.own(video) for video in vace]
-            given = videos, vace_strength, tokens, rotation, modulation, of_text, shares
-            hints = self._hints(*given)
+            begin = model.vace_blocks[0].proj_in
+            streams = [begin(shares.own(video)) + tokens for video in vace]
+            hints = self._hints(streams, vace_strength, rotation, modulation, of_text, shares)
 
-        def next_hints(place: int) -> list[torch.Tensor]:
-            return [hint for _ in range(places.count(place)) for hint in next(hints, [])]
+        def with_hints(place: int, tokens: torch.Tensor) -> torch.Tensor:
+            """A copy of the tokens, since the sums of the hints' blocks overwrite the last sum."""
+            tokens = tokens.clone()
+            for _ in range(places.count(place)):
+                for hint in next(hints):
+                    tokens += hint
+            return tokens
 
         faces: list[tuple[Any, Pair]] = []
         if face_keys is not None and face_values is not None:
@@ -236,13 +241,13 @@ class Forward(ShardedForward):
                 tokens, normed = self.join([product], tokens, after)
             return tokens, normed
 
-        for hint in next_hints(-1):
-            tokens = tokens + hint
+        if vace is not None and -1 in places:
+            tokens = with_hints(-1, tokens)
         normed = modulated(tokens, () if faces and -1 in places else rows[0])
         tokens, normed = look_at_faces(-1, tokens, normed)
         for place, (index, module) in enumerate(kept):
-            hints_here = next_hints(place)
-            after = None if hints_here else rows[place + 1]
+            has_hints = vace is not None and place in places
+            after = None if has_hints else rows[place + 1]
             if faces and place in places:
                 after = ()
             attend: Attend = shares.attention
@@ -253,10 +258,8 @@ class Forward(ShardedForward):
             of_block = module, rows[place], prompts[index], rotation, after, attend
             tokens, normed = self.block(tokens, normed, *of_block)
             tokens, normed = look_at_faces(place, tokens, normed)
-            if hints_here:
-                tokens = normed
-                for hint in hints_here:
-                    tokens = tokens + hint
+            if has_hints:
+                tokens = with_hints(place, normed)
                 normed = modulated(tokens, rows[place + 1])
         found = shares.whole(model.proj_out(normed))[:, num_before:num_wanted]
         return unpatchified(found, grid)[:, :, : shape[2], : shape[3], : shape[4]]
@@ -294,9 +297,8 @@ class Forward(ShardedForward):
 
     def _hints(
         self,
-        videos: Sequence[torch.Tensor],
+        streams: list[torch.Tensor],
         strengths: Sequence[float],
-        tokens: torch.Tensor,
         rotation: torch.Tensor,
         modulation: torch.Tensor,
         of_text: Prompt,
@@ -304,12 +306,9 @@ class Forward(ShardedForward):
     ) -> Iterator[list[torch.Tensor]]:
         """For each VACE block what it adds to the tokens (B, L, D), of each control video.
 
-        ``tokens``: those that the first block begins with.
+        ``streams``: the tokens of each, as the first block takes them.
         """
-        streams = list(videos)
         for block, pair in zip(self.model.vace_blocks, of_text, strict=True):
-            if block.proj_in is not None:
-                streams = [block.proj_in(stream) + tokens for stream in streams]
             rows = rows_of(block.scale_shift_table, modulation, shares)
             hints = []
             for index, (stream, strength) in enumerate(zip(streams, strengths, strict=True)):
