@@ -101,7 +101,8 @@ class Case:
 
 # What was measured on 4 H100s (28 November 2026). Without peer access: NCCL_P2P_DISABLE=1.
 H100 = "NVIDIA H100 80GB HBM3"
-WITHOUT_PEERS = LINKS["pcie5-host"]
+# Exchanges were NCCL's there, in one turn.
+WITHOUT_PEERS = replace(LINKS["pcie5-host"], turns=1)
 SUMS_WITHOUT_PEERS = {2: 1.16, 4: 2.00}  # NCCL's, of 28 MiB, in ms
 # The same in 8 bits and two steps: a trial, with other kernels than `precision=fast` has.
 CODED_SUMS_WITHOUT_PEERS = {2: 0.76, 4: 0.94}
@@ -116,7 +117,7 @@ STEPS_OF_H100S = {  # ms, at 1024²
     for size, ms in of_sizes.items()
 }
 VIDEO_BLOCKS = [  # tokens, link, layout, and s of 40 blocks
-    (tokens, link.name, layout, seconds)
+    (tokens, link, layout, seconds)
     for tokens, link, of_layouts in (
         (75_600, NVLINK, (2.80, 2.69, 2.81)),
         (75_600, WITHOUT_PEERS, (6.08, 3.25, 4.46)),
@@ -329,12 +330,12 @@ def sharing() -> str:
     for case, ms in STEPS_OF_H100S.items():
         what = f"{case.label}, {case.extent}"
         add(what, case.link.name, case.layout, case.predict().ms, ms, "ms")
-    for tokens, name, layout, seconds in VIDEO_BLOCKS:
+    for tokens, link, layout, seconds in VIDEO_BLOCKS:
         sizes = layout.tp_size, layout.sequence_size
-        found = predict_blocks(video_blocks(tokens), 1, *sizes, device_of(H100), LINKS[name])
+        found = predict_blocks(video_blocks(tokens), 1, *sizes, device_of(H100), link)
         add(
             f"40 blocks of {_label('wan')}, {tokens:,} tokens",
-            name,
+            link.name,
             layout,
             found.ms / 1e3,
             seconds,

@@ -48,6 +48,8 @@ from .settings import runtime_python as runtime_python
 
 MAX_TP_SIZE = 8
 MAX_RANKS = 64
+# Exchanges that the heads of an attention go in, where these pass through the host's memory.
+EXCHANGE_TURNS = 4
 # Room to be left beside a model on every device, as ComfyUI leaves it (model_management.py).
 ROOM_FACTOR = 1.1
 ROOM_BYTES = 2**30

@@ -143,7 +143,7 @@ def test_doctor_names_the_packages_to_install(run: Run, tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
     (line,) = (line for line in done.stdout.splitlines() if line.split()[1:2] == ["vllm"])
     advice = line.partition("-m pip install ")[2].partition(", or set ")[0]
-    for package in ("msgspec>=", "vllm<=0.32.0,>=0.26", "diffusers<", "setproctitle>="):
+    for package in ("msgspec>=", "vllm<=0.33.0,>=0.26", "diffusers<", "setproctitle>="):
         assert f"'{package}" in advice
     assert "pytest" not in advice
     assert str(REPOSITORY) not in advice

@@ -20,6 +20,7 @@ from tp_runtime.layouts.cost_model import (
     DEVICES,
     LINKS,
     REQUEST_S,
+    Link,
     Prediction,
     coded_sum_s,
     device_of,
@@ -149,10 +150,10 @@ def test_devices_by_torchs_name() -> None:
 
 @pytest.mark.parametrize(("tokens", "link", "layout", "seconds"), VIDEO_BLOCKS)
 def test_measured_blocks_that_share_tokens(
-    tokens: int, link: str, layout: Layout, seconds: float
+    tokens: int, link: Link, layout: Layout, seconds: float
 ) -> None:
     sizes = layout.tp_size, layout.sequence_size
-    found = predict_blocks(video_blocks(tokens), 1, *sizes, DEVICES["H100"], LINKS[link])
+    found = predict_blocks(video_blocks(tokens), 1, *sizes, DEVICES["H100"], link)
     assert found.ms / 1e3 == pytest.approx(seconds, rel=0.1)
 
 

@@ -83,7 +83,7 @@ def test_what_streaming_hides_behind_computing_costs_nothing(choose: Choose) -> 
     assert found.layout == SHARED
     assert found.reason is not None
     assert "Each GPU reads 2.2 GiB of its weights from the host's memory" in found.reason
-    assert "473 ms predicted a step, and 2x1 takes 536 ms predicted" in found.reason
+    assert "407 ms predicted a step, and 2x1 takes 536 ms predicted" in found.reason
 
 
 def test_where_streaming_takes_longer_a_layout_that_fits_is_taken(choose: Choose) -> None:
@@ -227,8 +227,10 @@ def test_only_what_is_not_hidden_takes_time() -> None:
 
     link = replace(LINKS["nvlink"], host_rate=10e9)
     rest = predict(*case, link=link)
-    assert streaming(10e9 * 0.9 * rest.ms / 1e3, link) == 0
-    assert streaming(10e9, link) - streaming(5e9, link) == pytest.approx(500)
+    assert streaming(10e9 * 0.3 * rest.ms / 1e3, link) < 0.01 * rest.ms
+    # Of what takes as long, all the rest hides is not hidden.
+    assert 0.1 * rest.ms < streaming(10e9 * rest.ms / 1e3, link) < 0.3 * rest.ms
+    assert streaming(10e9, link) - streaming(5e9, link) == pytest.approx(500, rel=1e-3)
     # The slot is busy with sums where NVLink does not carry them.
     through_slot = replace(link, fused=False)
     links = predict(*case, link=through_slot).links

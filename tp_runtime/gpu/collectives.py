@@ -13,14 +13,13 @@ import torch.distributed as dist
 from vllm.distributed import parallel_state
 from vllm.platforms import current_platform
 
-from ..config import may_access_peers, ranks_on_one_gpu
+from ..config import EXCHANGE_TURNS, may_access_peers, ranks_on_one_gpu
 from . import host_wire
 from .epilogue import Product
 from .speeds import least_seconds
 
 LINK_SIZES = 2**16, 2**25  # bytes: what takes hardly longer than nothing, and a step's tokens
 LINK_REPEATS, LINK_ROUNDS = 8, 3  # the first round also sets up what they need
-TURNS = int(os.environ.get("X_TURNS", "2"))
 
 _host_wire: host_wire.HostWire | None = None  # of the ranks that share tokens
 
@@ -140,9 +139,13 @@ def exchange(parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]) -> 
 
 
 def turns() -> int:
-    """In how many exchanges the heads of an attention go: in one where NVLink takes them."""
-    on_gpus = parallel_state.get_pcp_group().device.type == "cuda"
-    return 1 if on_gpus and nvlink_of_sharers() else TURNS
+    """In how many exchanges the heads of an attention go: several where that was measured to pay.
+
+    Copies through the host's memory leave the multiprocessors to attention. Kernels of NCCL do not.
+    On the CPU, for the tests.
+    """
+    on_cpu = parallel_state.get_pcp_group().device.type == "cpu"
+    return EXCHANGE_TURNS if on_cpu or _host_wire is not None else 1
 
 
 def on_one_host(group: dist.ProcessGroup, source_rank: int = 0) -> list[bool]:

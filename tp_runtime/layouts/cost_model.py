@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from ..config import Layout, Precision
+from ..config import EXCHANGE_TURNS, Layout, Precision
 from ..models.family import Sizes
 from ..sharding.block_costs import AttentionCosts, BlockCosts
 
@@ -27,6 +27,7 @@ SMALL_COLLECTIVES = 4  # in a step, outside the blocks: modulation, time embeddi
 # Of q, k and v in an exchange: by ranks, behind one another, as tokens. Of attention's result.
 COPIES_TO_ATTENTION, COPIES_BACK = 3, 2
 END_PASSES = 8  # over all tokens, on every rank: embedding, first and last norm
+HIDING = 4  # how well reading weights and computing hide one another: the power of their norm
 # Bytes/s from page-locked memory of the host, by the generation of a slot with 16 lanes.
 HOST_RATES = {4: 25e9, 5: 54e9}
 
@@ -64,7 +65,8 @@ class Link:
     each gives every other one its part. ``hop_s``: from one GPU to the next in NCCL's ring.
     ``fused``: GPUs work in each other's memory, so that a sum, the residual and the norm are one
     kernel. ``host_rate``: bytes/s that each GPU reads from the host's memory while all of them do;
-    None: as its slot lets it.
+    None: as its slot lets it. ``turns``: exchanges that the heads of an attention go in, each while
+    attention of others is computed.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Link:
     fused: bool
     source: str
     host_rate: float | None = None
+    turns: int = 1
 
 
 def _by_data_sheet(
@@ -137,11 +140,14 @@ LINKS = {
         "pcie-host",
         *(12.5e9, 17.5e9, 5.7e-6, False),
         "PCIe 4.0 x16 through the host's memory: half of pcie5-host; not measured",
+        turns=EXCHANGE_TURNS,
     ),
     "pcie5-host": Link(
         "pcie5-host",
         *(25e9, 35e9, 5.7e-6, False),
-        "PCIe 5.0 x16 through the host's memory: measured on 2 and 4 H100s without peer access",
+        "PCIe 5.0 x16 through the host's memory: measured on 2 and 4 H100s, and 2 H200s, without "
+        "peer access",
+        turns=EXCHANGE_TURNS,
     ),
     # Hosts of eight: one hop in eight is over the network.
     "network": Link(
@@ -258,12 +264,14 @@ def predict(
 
 
 def _streaming_ms(streamed: float, rest: Prediction, device: Device, link: Link) -> float:
-    """How much longer reading so many bytes takes than what is computed meanwhile.
+    """How much longer reading so many bytes makes what is computed meanwhile.
 
-    What the GPUs send to one another needs the slot, too, unless NVLink connects them.
+    The longer of both hides the other, but not all of it where they take about as long. What the
+    GPUs send to one another needs the slot, too, unless NVLink connects them.
     """
     meanwhile = rest.ms - 1e3 * REQUEST_S - (0.0 if link.fused else rest.links)
-    return max(0.0, 1e3 * streamed / (link.host_rate or device.host_rate) - meanwhile)
+    reading = 1e3 * streamed / (link.host_rate or device.host_rate)
+    return float((reading**HIDING + meanwhile**HIDING) ** (1 / HIDING)) - meanwhile
 
 
 def predict_blocks(
@@ -322,13 +330,15 @@ def predict_blocks(
         to_it, back = (BYTES * batch * size for size in _exchanged(one, tp_size, sequence_size))
         if to_it:
             part = CODED if coded else 1
-            links += sum(_exchange_s(part * size, sequence_size, link) for size in (to_it, back))
+            computed = _attention_s(one, batch, tp_size, sequence_size, device)
+            sizes = part * to_it, part * back
+            links += _waiting_s(sizes, computed, sequence_size, link)
             copied = COPIES_TO_ATTENTION * to_it + COPIES_BACK * back
             elementwise += 2 * copied / sequence_size / device.memory
-            kernels += COPIES_TO_ATTENTION + COPIES_BACK
+            kernels += link.turns * (COPIES_TO_ATTENTION + COPIES_BACK)
             if coded:
                 elementwise += 2 * (1 + CODED) * (to_it + back) / sequence_size / device.memory
-                kernels += 4 * (sequence_size - 1)
+                kernels += 4 * link.turns * (sequence_size - 1)
     attention = sum(
         _attention_s(one, batch, tp_size, sequence_size, device) for one in block.attentions
     )
@@ -373,6 +383,23 @@ def _exchanged(one: AttentionCosts, tp_size: int, sequence_size: int) -> tuple[i
     kv = one.heads if kv.local_count(tp_size) % sequence_size else kv
     back = one.queries * one.heads.local(tp_size)
     return back + 2 * one.passing * kv.local(tp_size), back
+
+
+def _waiting_s(
+    sizes: tuple[float, float], computed_s: float, sequence_size: int, link: Link
+) -> float:
+    """How much longer attention takes for the exchanges before and after it, of so many bytes.
+
+    In turns: the first comes, and the last goes, while nothing is computed; others go meanwhile.
+    """
+    turns = link.turns
+    before, after = (turns * _exchange_s(size / turns, sequence_size, link) for size in sizes)
+    whole = max(
+        computed_s + (before + after) / turns,
+        before + (computed_s + after) / turns,
+        before + after,
+    )
+    return whole - computed_s
 
 
 def _exchange_s(size: float, sequence_size: int, link: Link) -> float:

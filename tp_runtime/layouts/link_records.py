@@ -58,13 +58,12 @@ class LinkRates(msgspec.Struct, frozen=True):
 
         Fused sums do not go through NCCL, whose sums were measured.
         """
+        measured = replace(link, exchange_rate=self.exchange_rate, host_rate=self.host_rate)
         if link.fused:
             source = f"{link.source}; exchanges measured on this machine"
-            measured = replace(link, exchange_rate=self.exchange_rate, source=source)
-            return replace(measured, host_rate=self.host_rate)
+            return replace(measured, source=source)
         source = f"measured on this machine: {self}"
-        rates = self.rate, self.exchange_rate, self.hop_s
-        return Link(link.name, *rates, False, source, self.host_rate)
+        return replace(measured, rate=self.rate, hop_s=self.hop_s, source=source)
 
     def __str__(self) -> str:
         rates = self.rate / 1e9, self.exchange_rate / 1e9

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from types import ModuleType
 
-# These are not there for who imports them only if they are: with vLLM 0.26 to 0.32. Not scipy:
+# These are not there for who imports them only if they are: with vLLM 0.26 to 0.33. Not scipy:
 # packages need it that transformers imports where they are installed, such as scikit-learn.
 LEFT_OUT = ("av", "cv2", "mistral_common", "torchaudio", "torchcodec", "torchvision")
 # Modules of vLLM that others of it name a class or a function of, but only use in a server of

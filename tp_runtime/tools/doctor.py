@@ -25,7 +25,7 @@ from .. import machine, reasons
 from ..settings import PACKAGE, home, runtime_python
 
 # Versions that the ranks work with; the extra `runtime` of pyproject.toml has the same.
-REQUIREMENTS = {"vllm": ">=0.26,<=0.32.0", "diffusers": ">=0.42,<0.43"}
+REQUIREMENTS = {"vllm": ">=0.26,<=0.33.0", "diffusers": ">=0.42,<0.43"}
 # What this Python must have: the dependencies of pyproject.toml, and ComfyUI's torch.
 DEPENDENCIES = ("msgspec", "platformdirs", "psutil", "safetensors", "torch")
 DISTRIBUTION = "tensor-parallel"  # its name in pyproject.toml
