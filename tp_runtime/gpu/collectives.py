@@ -225,9 +225,16 @@ def link_times(device: torch.device) -> dict[str, list[float]]:
     for size in LINK_SIZES:
         tensor = torch.zeros(size, dtype=torch.uint8, device=device)
         parts = tensor.tensor_split(dist.get_world_size(group))
-        taken = [torch.empty_like(parts[dist.get_rank(group)]) for _ in parts]
+        received = torch.cat([parts[dist.get_rank(group)]] * len(parts))
         summed = functools.partial(dist.all_reduce, tensor.view(torch.float32), group=group)
-        exchanged = functools.partial(_exchange_once, parts, taken, group, wire)
+        given, taken = ([len(one) for one in of] for of in (parts, received.chunk(len(parts))))
+        if wire is not None:
+            exchanged = functools.partial(_through, wire, parts, received.split(taken))
+        else:
+            sizes = taken, given
+            exchanged = functools.partial(
+                dist.all_to_all_single, received, tensor, *sizes, group=group
+            )
         times = [
             least_seconds(one, device, LINK_REPEATS, LINK_ROUNDS) for one in (summed, exchanged)
         ]
@@ -239,16 +246,10 @@ def link_times(device: torch.device) -> dict[str, list[float]]:
     return found
 
 
-def _exchange_once(
-    parts: Sequence[torch.Tensor],
-    taken: Sequence[torch.Tensor],
-    group: dist.ProcessGroup,
-    wire: host_wire.HostWire | None,
+def _through(
+    wire: host_wire.HostWire, parts: Sequence[torch.Tensor], received: Sequence[torch.Tensor]
 ) -> None:
-    if wire is None:
-        dist.all_to_all(list(taken), list(parts), group=group)
-    else:
-        wire.begin(parts, taken)()
+    wire.begin(parts, received)()
 
 
 @contextlib.contextmanager
