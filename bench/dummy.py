@@ -4,7 +4,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -58,15 +58,8 @@ def write_dummy(name: str, path: Path, small: bool = False, weights: str = "bf16
         for key, shape in sizes.table.file_tensors.items()
         for entry in _entries(key, shape, weights, len(said))
     ]
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    if told := sizes.told():
-        header["__metadata__"] = {"config": json.dumps({"transformer": told})}
-    end = 0
-    for key, dtype, shape in entries:
-        start, end = end, end + _BYTES[dtype] * math.prod(shape)
-        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    told = sizes.told()
+    metadata = {"config": json.dumps({"transformer": told})} if told else {"format": "pt"}
     block = torch.randn(_BLOCK_ELEMENTS, generator=torch.Generator().manual_seed(0))
     scale = _DEVIATION / _INT8_STEPS if weights == "int8_convrot" else _DEVIATION
     numbers = {
@@ -77,6 +70,28 @@ def write_dummy(name: str, path: Path, small: bool = False, weights: str = "bf16
     }
     data = {dtype: one.view(torch.uint8).numpy().tobytes() for dtype, one in numbers.items()}
     data["U8"] = said
+    _write(path, entries, metadata, data)
+
+
+def write_tensors(path: Path, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Write a file of tensors in bf16, of such normal numbers."""
+    block = torch.randn(_BLOCK_ELEMENTS, generator=torch.Generator().manual_seed(0))
+    data = (_DEVIATION * block).bfloat16().view(torch.uint8).numpy().tobytes()
+    entries = [(key, "BF16", tuple(shape)) for key, shape in shapes.items()]
+    _write(path, entries, {"format": "pt"}, {"BF16": data})
+
+
+def _write(
+    path: Path, entries: Sequence[Entry], metadata: Mapping[str, str], data: Mapping[str, bytes]
+) -> None:
+    """``data``: what tensors of each dtype repeat."""
+    header: dict[str, object] = {"__metadata__": metadata}
+    end = 0
+    for key, dtype, shape in entries:
+        start, end = end, end + _BYTES[dtype] * math.prod(shape)
+        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for _, dtype, shape in entries:

@@ -8,8 +8,9 @@ with Load Diffusion Model (TP) in each layout. `ms_step`: what `--steps` more st
 by ComfyUI's own time stamps, for each of them; the median of `--repeats`, each with a seed of its
 own. `first_prompt_s`: a prompt of `--short-steps` from cold, start of the ranks included. `error`:
 the distance of the final latent from the stock loader's, relative to its norm; the worst seed's
-(of the stock loader's own row: of a second run of one seed). `gpu_gib`: GPU memory of each process
-while the model is loaded, by the driver's account.
+(of the stock loader's own row: of a second run of one seed). `control`: with a ControlNet, compared
+with the stock loader and that. `gpu_gib`: GPU memory of each process while the model is loaded, by
+the driver's account.
 The ranks' Python is `TP_RUNTIME_PYTHON`, else ComfyUI's. Rows are added to the file of the day in
 `--out`, each as soon as it is there.
 """
@@ -29,7 +30,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
+from bench.controls import FOLDERS, control_file, with_control
 from bench.dummy import WEIGHTS, dummy_file, sizes_of
 from bench.extents import Extent
 from bench.rows import add_rows
@@ -75,7 +77,46 @@ class BenchText:
         return ([[text, more]],)
 
 
-NODE_CLASS_MAPPINGS = {"BenchText": BenchText}
+class BenchPicture:
+    RETURN_TYPES, FUNCTION, CATEGORY = ("IMAGE",), "make", "bench"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {name: ("INT", {"max": 2**31}) for name in ("width", "height")}}
+
+    def make(self, width, height):
+        generator = torch.Generator().manual_seed(0)
+        return (torch.rand(1, height, width, 3, generator=generator),)
+
+
+class RandomVAE:
+    def spacial_compression_encode(self):
+        return 8
+
+    def __init__(self, video):
+        self.frames = (1,) * video
+
+    def encode(self, pixels):
+        count, height, width = pixels.shape[:3]
+        generator = torch.Generator().manual_seed(0)
+        shape = (count, 16, *self.frames, height // 8, width // 8)
+        return torch.randn(shape, generator=generator)
+
+
+class BenchVAE:
+    RETURN_TYPES, FUNCTION, CATEGORY = ("VAE",), "make", "bench"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"video": ("BOOLEAN", {})}}
+
+    def make(self, video):
+        return (RandomVAE(video),)
+
+
+NODE_CLASS_MAPPINGS = {
+    "BenchText": BenchText, "BenchPicture": BenchPicture, "BenchVAE": BenchVAE
+}
 """
 # And for the small file of `bench.dummy`: the sizes that ComfyUI does not look for in a file.
 SMALL_SIZES = """
@@ -166,13 +207,18 @@ class Server:
 
 
 @contextmanager
-def comfyui(args: argparse.Namespace, model: str, model_file: Path) -> Iterator[Server]:
-    """A server that is up. If something goes wrong the end of its log is shown."""
+def comfyui(args: argparse.Namespace, model: str, files: Mapping[str, Path]) -> Iterator[Server]:
+    """A server that is up; ``files``: by the folder of its models that each is in.
+
+    If something goes wrong the end of its log is shown.
+    """
     with tempfile.TemporaryDirectory(prefix="bench-comfyui-") as name:
         base = Path(name)
-        for folder in ("models/diffusion_models", "custom_nodes", "input", "output", "user", "web"):
+        for folder in ("custom_nodes", "input", "output", "user", "web"):
             (base / folder).mkdir(parents=True)
-        (base / "models/diffusion_models" / model_file.name).symlink_to(model_file.resolve())
+        for folder, file in files.items():
+            (base / "models" / folder).mkdir(parents=True)
+            (base / "models" / folder / file.name).symlink_to(file.resolve())
         (base / "custom_nodes/tensor-parallel").symlink_to(args.pack.resolve())
         small = family_named(model).small.for_comfyui()
         sizes = SMALL_SIZES.format(kind=family_named(model).comfyui_class or "", sizes=small)
@@ -275,8 +321,10 @@ def rows_of(args: argparse.Namespace, model: str, weights: str) -> Iterator[dict
     """The rows of a file as they are measured; of a layout that fails, one with its ``failed``."""
     file = dummy_file(model, args.folder, args.small, weights)
     tokens = args.tokens or [family_named(model).text_tokens]
-    stock: list[torch.Tensor] = []
-    with comfyui(args, model, file) as server:
+    files = {"diffusion_models": file}
+    if args.control:
+        files[FOLDERS[model]] = control_file(model, args.folder, args.small)
+    with comfyui(args, model, files) as server:
         stats = server.ask("/system_stats")
         (device,) = stats["devices"]  # cuda:0 NVIDIA H100 : cudaMallocAsync
         name = "cpu" if args.cpu else device["name"].partition(" ")[2].partition(" :")[0]
@@ -289,13 +337,19 @@ def rows_of(args: argparse.Namespace, model: str, weights: str) -> Iterator[dict
             "cfg": args.cfg or (1.0 if "guidance" in family_named(model).published.inputs else 4.0),
         }
         known |= {"side": args.side.side, "batch": args.batch, "texts": [tokens[0], tokens[-1]]}
-        for layout in ["stock", *args.layouts]:
-            row = known | {"layout": layout, "previews": args.previews}
-            try:
-                row |= measure(server, make_prompt(args, row, file.name), args, stock)
-            except PromptError as error:
-                row |= {"failed": str(error)}
-            yield row
+        for control in [False, True][: 1 + args.control]:
+            stock: list[torch.Tensor] = []
+            for layout in ["stock", *args.layouts]:
+                row = known | {"layout": layout, "previews": args.previews, "control": control}
+                prompt = make_prompt(args, row, file.name)
+                if control:
+                    size = {"width": args.side.width, "height": args.side.height}
+                    prompt = with_control(model, prompt, files[FOLDERS[model]].name, size)
+                try:
+                    row |= measure(server, prompt, args, stock)
+                except PromptError as error:
+                    row |= {"failed": str(error)}
+                yield row
 
 
 def main() -> int:
@@ -316,6 +370,12 @@ def main() -> int:
     add("--repeats", type=int, default=3)
     add("--previews", choices=["none", "latent2rgb"], default="none")
     add("--weights", nargs="+", choices=WEIGHTS, default=["bf16"], help="ComfyUI 0.33 for others")
+    add(
+        "--control",
+        action="store_true",
+        help="and again with a ControlNet: Z-Image with Fun Union (ComfyUI 0.33), Qwen-Image with "
+        "InstantX",
+    )
     add("--small", action="store_true", help="tiny models, to see that it works")
     add("--cpu", action="store_true", help="no GPU, for ComfyUI and the ranks")
     add("--comfyui", type=Path, default=Path(os.environ.get("COMFYUI_PATH", ".comfyui")))
@@ -325,6 +385,10 @@ def main() -> int:
     add("--out", type=Path)
     add("--commit", help="of the pack, where git cannot tell")
     args = parser.parse_args()
+    if args.control and (without := set(args.models) - FOLDERS.keys()):
+        parser.error(f"--control: there is none for {', '.join(sorted(without))}")
+    if args.control and args.small and "z_image" in args.models:
+        parser.error("--control: ComfyUI has the published sizes of Z-Image's only, not --small")
     if args.commit is None:
         command = ["git", "-C", str(args.pack), "rev-parse", "--short", "HEAD"]
         args.commit = subprocess.check_output(command, text=True).strip()

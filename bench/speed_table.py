@@ -25,7 +25,7 @@ def newest_rows() -> dict[tuple[str, float], dict[str, dict[str, Any]]]:
         stock_ms: dict[tuple[str, float], float] = {}
         for row in json.loads(path.read_text()):
             plain = row.get("weights", "bf16") == "bf16" and row["previews"] == "none"
-            if plain and (row["side"], row["batch"]) == (SIDE, 1):
+            if plain and not row.get("control") and (row["side"], row["batch"]) == (SIDE, 1):
                 key = row["model"], row["cfg"]
                 if row["layout"] == "stock":
                     stock_ms[key] = row["ms_step"]

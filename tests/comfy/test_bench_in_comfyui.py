@@ -21,9 +21,11 @@ KEYS |= {"ms_step", "error", "first_prompt_s", "gpu_gib"}
 KEYS |= {"commit", "torch", "vllm", "diffusers", "comfyui"}
 
 
-@pytest.mark.parametrize("model", ["flux", "qwen_image", "z_image"])
-def test_rows_of_a_model(tmp_path: Path, model: str) -> None:
-    options = [*SMALL, "--models", model, "--layouts", "2x1", "--folder", str(tmp_path)]
+@pytest.mark.parametrize(
+    ("model", "control"), [("flux", ()), ("qwen_image", ("--control",)), ("z_image", ())]
+)
+def test_rows_of_a_model(tmp_path: Path, model: str, control: tuple[str, ...]) -> None:
+    options = [*control, *SMALL, "--models", model, "--layouts", "2x1", "--folder", str(tmp_path)]
     options += ["--comfyui", str(comfyui_path()), "--commit", "0", "--out", str(tmp_path / "out")]
     subprocess.run(
         [sys.executable, "-m", "bench.in_comfyui", *options],
@@ -33,12 +35,14 @@ def test_rows_of_a_model(tmp_path: Path, model: str) -> None:
         timeout=400,
     )
     (file,) = (tmp_path / "out").iterdir()
-    stock, ours = json.loads(file.read_text())
-    assert (stock["layout"], ours["layout"]) == ("stock", "2x1")
-    for row in (stock, ours):
-        assert row.keys() >= KEYS
-        assert (row["where"], row["model"], row["device"]) == ("comfyui", model, "cpu")
-        assert math.isfinite(row["ms_step"])  # on a busy machine a step can look like none
-        assert row["first_prompt_s"] > 0
-    assert stock["error"] == 0
-    assert 0 < ours["error"] <= 1e-2  # two ranks add up in another order, in bf16
+    rows = json.loads(file.read_text())
+    assert [row["control"] for row in rows] == [False, False, True, True][: 2 + 2 * len(control)]
+    for stock, ours in zip(rows[::2], rows[1::2], strict=True):
+        assert (stock["layout"], ours["layout"]) == ("stock", "2x1")
+        for row in (stock, ours):
+            assert row.keys() >= KEYS
+            assert (row["where"], row["model"], row["device"]) == ("comfyui", model, "cpu")
+            assert math.isfinite(row["ms_step"])  # on a busy machine a step can look like none
+            assert row["first_prompt_s"] > 0
+        assert stock["error"] == 0
+        assert 0 < ours["error"] <= 1e-2  # two ranks add up in another order, in bf16

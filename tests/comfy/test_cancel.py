@@ -95,7 +95,8 @@ def test_while_the_model_loads(comfy_server: ComfyServer, works: Works) -> None:
     comfy_server.events.clear()
     with stopped(pids[1]):
         prompt_id = comfy_server.queue(prompt)
-        comfy_server.events.wait_for("progress")  # rank 0's part of the loading
+        comfy_server.events.wait_for("executing", lambda event: event.data["node"] == "sampler")
+        time.sleep(0.5)  # by now rank 0 waits to hear whether rank 1 refuses the file
         interrupt(comfy_server, prompt_id)
     assert works() == pids
 
