@@ -134,8 +134,9 @@ def test_plan_predicts_for_less_memory(
         return {line.split()[0]: line.split()[1:] for line in (tp, sharing)}
 
     whole, less = predicted(), predicted("--gpu-memory", "10")
-    assert less["2x1"][:6] == whole["2x1"][:6]
-    assert less["2x1"][6:] == ["0.0", "reads", "1.3", "GiB"]
+    assert less["2x1"][1:6] == whole["2x1"][1:6]
+    assert 0 <= float(less["2x1"][6]) < 1  # hidden
+    assert less["2x1"][7:] == ["reads", "1.3", "GiB"]
     assert float(less["1x2x1"][0]) > float(less["2x1"][0]) > float(whole["1x2x1"][0])
     assert less["1x2x1"][7:] == ["reads", "12.6", "GiB"]
     monkeypatch.setenv("TP_RUNTIME_GPU_MEMORY", "10")
@@ -158,8 +159,9 @@ def test_plan_predicts_8_bits(
         *heads, tp, _, sharing = capsys.readouterr().out.splitlines()
         assert any(said in line for line in heads) == (precision == "fast")
         times[precision] = [float(line.split()[1]) for line in (tp, sharing)]
-    for fast, exact in zip(times["fast"], times["exact"], strict=True):
-        assert fast < exact if is_faster else fast == exact
+    assert (times["fast"] == times["exact"]) == (not is_faster)
+    if is_faster:  # of a slow card, attention hides what ranks that share tokens exchange
+        assert times["fast"][0] < times["exact"][0]
 
 
 @pytest.mark.parametrize(
