@@ -18,7 +18,6 @@ WRITERS: dict[str, Callable[..., Path]] = {
     "qwen_image": functools.partial(write_tiny, "qwen_image"),
     "qwen_image_21": functools.partial(write_tiny, "qwen_image_21"),
     "krea2": functools.partial(write_tiny, "krea2"),
-    "wan": functools.partial(write_tiny, "wan"),
 }
 # What the order of sums may change in fp32.
 FP32_TOLERANCE = 1e-5
