@@ -1,4 +1,7 @@
-"""ControlNets of the published sizes, with random weights, and how a prompt applies them."""
+"""ControlNets of the published sizes, with random weights, and how a prompt applies them.
+
+Fun Union 2.1 for Z-Image (ComfyUI 0.33), and InstantX's for Qwen-Image.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,6 +16,8 @@ INSTANTX_BLOCKS = 5
 STRENGTH = 0.8
 # The folder of ComfyUI's models that they lie in.
 FOLDERS = {"z_image": "model_patches", "qwen_image": "controlnet"}
+# ComfyUI looks for no sizes in their files.
+PUBLISHED_ONLY = ("z_image",)
 
 Prompt = dict[str, dict[str, Any]]
 

@@ -39,7 +39,7 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-from bench.controls import FOLDERS, control_file, with_control
+from bench.controls import FOLDERS, PUBLISHED_ONLY, control_file, with_control
 from bench.dummy import WEIGHTS, dummy_file, sizes_of
 from bench.extents import Extent
 from bench.rows import add_rows
@@ -373,8 +373,7 @@ def main() -> int:
     add(
         "--control",
         action="store_true",
-        help="and again with a ControlNet: Z-Image with Fun Union (ComfyUI 0.33), Qwen-Image with "
-        "InstantX",
+        help=f"and again with a ControlNet, of {', '.join(FOLDERS)}: see bench/controls.py",
     )
     add("--small", action="store_true", help="tiny models, to see that it works")
     add("--cpu", action="store_true", help="no GPU, for ComfyUI and the ranks")
@@ -387,8 +386,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.control and (without := set(args.models) - FOLDERS.keys()):
         parser.error(f"--control: there is none for {', '.join(sorted(without))}")
-    if args.control and args.small and "z_image" in args.models:
-        parser.error("--control: ComfyUI has the published sizes of Z-Image's only, not --small")
+    if args.control and args.small and (published := set(args.models) & set(PUBLISHED_ONLY)):
+        parser.error(f"--control: not with --small for {', '.join(sorted(published))}")
     if args.commit is None:
         command = ["git", "-C", str(args.pack), "rev-parse", "--short", "HEAD"]
         args.commit = subprocess.check_output(command, text=True).strip()

@@ -31,6 +31,8 @@ ALLOWED = {
         "qwen_image",
         "z_image",
     ),
+    # A ControlNet is of one model.
+    "bench/controls.py": ("z_image", "qwen_image", "ZImage"),
     # The tables of the limits and links are of one model, that of cards of three; the profile is
     # that of RESULTS.md, and other rows were measured with these models.
     "bench/scaling.py": ("flux", "z_image", "qwen_image", "wan"),
