@@ -28,14 +28,26 @@ _FEW_TOKENS: dict[str, dict[str, Any]] = {
     "flux2": {"height": 3, "width": 2, "length": 5, "references": [(2, 2)]},
     "qwen_image_21": {"height": 6, "width": 4, "length": 5},
 }
-# Wan's, with blocks of their own for videos that control it.
-CONTROLS = {"videos": 2, "control frames": 2, "rows": 4, "columns": 6}
-VACE = {"num_blocks": 4, "vace_blocks": 2, "vace_channels": 96}
+# With blocks of other kinds between the usual ones: changes of the tiny sizes, and inputs.
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "": ({}, {}),
+    "VACE": (
+        {"num_blocks": 4, "vace_blocks": 2, "vace_channels": 96},
+        {
+            "lengths": {"videos": 2, "control frames": 2, "rows": 4, "columns": 6},
+            "vace_strength": [0.7, 1.2],
+        },
+    ),
+    "Animate": (
+        {"num_blocks": 10, "in_channels": 36, "image_dim": 1280, "has_faces": True},
+        {"lengths": {"pose frames": 1, "face frames": 1}},
+    ),
+}
 
 
-def _inputs(family: str, batch: int, seed: int, changes: dict[str, Any]) -> dict[str, Any]:
+def _inputs(family: str, batch: int, seed: int, variant: str) -> dict[str, Any]:
     """Latents and captions of 9 and 7 tokens, or so; a ControlNet's residuals where they fit."""
-    more = {"lengths": CONTROLS, "vace_strength": [0.7, 1.2]} if changes else {}
+    changes, more = VARIANTS[variant]
     if family in _FEW_TOKENS:
         return make_inputs(tiny(family, **changes), batch=batch, **_FEW_TOKENS[family], **more)
     if family == "ltx2":
@@ -92,30 +104,31 @@ def _control(family: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @pytest.mark.rotates(9)
 @pytest.mark.parametrize(
-    ("family", "layout", "held", "changes"),
+    ("family", "layout", "held", "variant"),
     [
-        ("z_image", Layout(2), 1, {}),
-        ("flux", Layout(3), 1, {}),
-        ("flux2", Layout(2), 1, {}),
-        ("qwen_image", Layout(2), 0.6, {}),
-        ("qwen_image_21", Layout(2), 1, {}),
-        ("krea2", Layout(2), 1, {}),
-        ("wan", Layout(2), 1, {}),
-        ("wan", Layout(1), 1, VACE),
-        ("ltx2", Layout(2), 1, {}),
-        ("z_image", Layout(2, 2), 1, {}),
-        ("minimax_h3", Layout(2), 1, {}),
+        ("z_image", Layout(2), 1, ""),
+        ("flux", Layout(3), 1, ""),
+        ("flux2", Layout(2), 1, ""),
+        ("qwen_image", Layout(2), 0.6, ""),
+        ("qwen_image_21", Layout(2), 1, ""),
+        ("krea2", Layout(2), 1, ""),
+        ("wan", Layout(2), 1, ""),
+        ("wan", Layout(1), 1, "VACE"),
+        ("wan", Layout(2), 1, "Animate"),
+        ("ltx2", Layout(2), 1, ""),
+        ("z_image", Layout(2, 2), 1, ""),
+        ("minimax_h3", Layout(2), 1, ""),
     ],
     ids=str,
 )
 def test_equals_the_step_as_written(
-    tmp_path: Path, family: str, layout: Layout, held: float, changes: dict[str, Any]
+    tmp_path: Path, family: str, layout: Layout, held: float, variant: str
 ) -> None:
     """In every batch group, each of which has another part of the two latents.
 
     ``held``: what a rank's device may hold of its share; the rest is streamed.
     """
-    results = _computed(tmp_path, family, layout, held, changes=changes)
+    results = _computed(tmp_path, family, layout, held, variant)
     if layout.batch_groups == 1:
         return
     different = [result["written"] for result in results]
@@ -134,16 +147,15 @@ def _computed(
     family: str,
     layout: Layout,
     held: float = 1,
+    variant: str = "",
     control: tuple[dict[str, Any], dict[str, Any]] | None = None,
-    changes: dict[str, Any] | None = None,
 ) -> list[dict[str, torch.Tensor]]:
     """The results of each batch group: as written; fused, twice, which are equal to it."""
-    changes = changes or {}
-    path = write_tiny(family, tmp_path / "model.safetensors", **changes)
+    path = write_tiny(family, tmp_path / "model.safetensors", **VARIANTS[variant][0])
     limit = int(held * path.stat().st_size / layout.tp_size) if held < 1 else 0
     groups = range(layout.batch_groups)
     batch = 2 // layout.batch_groups
-    inputs = [_inputs(family, batch, 100 * group, changes) for group in groups]
+    inputs = [_inputs(family, batch, 100 * group, variant) for group in groups]
     patches = {}
     if control is not None:
         patches["control"], listed = control
