@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.dummy import sizes_of, write_tensors
+from bench.prompts import Prompt, node
 from tp_runtime.models.z_image.model_patch import UnionControl
 
 UNION_LAYERS, UNION_CHANNELS = 15, 33  # of Fun Union 2.1
@@ -18,8 +19,6 @@ STRENGTH = 0.8
 FOLDERS = {"z_image": "model_patches", "qwen_image": "controlnet"}
 # ComfyUI looks for no sizes in their files.
 PUBLISHED_ONLY = ("z_image",)
-
-Prompt = dict[str, dict[str, Any]]
 
 
 def control_file(model: str, folder: Path, small: bool = False) -> Path:
@@ -50,10 +49,6 @@ def _shapes(model: str, small: bool) -> Mapping[str, Sequence[int]]:
 
 def with_control(model: str, prompt: Prompt, file: str, size: Mapping[str, int]) -> Prompt:
     """The prompt with a ControlNet that looks at a picture of that ``width`` and ``height``."""
-
-    def node(class_type: str, **inputs: Any) -> dict[str, Any]:
-        return {"class_type": class_type, "inputs": inputs}
-
     given = {"vae": ["vae", 0], "image": ["picture", 0], "strength": STRENGTH}
     found = prompt | {
         "picture": node("BenchPicture", **size),

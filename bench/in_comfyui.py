@@ -42,6 +42,7 @@ from safetensors.torch import load_file
 from bench.controls import FOLDERS, PUBLISHED_ONLY, control_file, with_control
 from bench.dummy import WEIGHTS, dummy_file, sizes_of
 from bench.extents import Extent
+from bench.prompts import Prompt, node
 from bench.rows import add_rows
 from tp_runtime.models import families, family_named
 
@@ -180,7 +181,7 @@ class Server:
                 raise TimeoutError(f"{path}: {answer} after {within_s} s")
             time.sleep(0.1)
 
-    def run(self, prompt: dict[str, Any]) -> tuple[float, dict[str, Any]]:
+    def run(self, prompt: Prompt) -> tuple[float, dict[str, Any]]:
         """Seconds from a prompt's start to its end, and what its nodes put out."""
         prompt_id = self.ask("/prompt", {"prompt": prompt})["prompt_id"]
         entry = self.ask(f"/history/{prompt_id}", within_s=PROMPT_S)[prompt_id]
@@ -190,7 +191,7 @@ class Server:
         start, end = (messages[f"execution_{name}"]["timestamp"] for name in ("start", "success"))
         return (end - start) / 1000, entry["outputs"]
 
-    def sample(self, prompt: dict[str, Any], **sampler: Any) -> tuple[float, torch.Tensor]:
+    def sample(self, prompt: Prompt, **sampler: Any) -> tuple[float, torch.Tensor]:
         """The prompt with more inputs for its sampler: seconds, and the final latent."""
         inputs = prompt["sampler"]["inputs"] | sampler
         seconds, outputs = self.run(prompt | {"sampler": node("KSampler", **inputs)})
@@ -242,12 +243,7 @@ def comfyui(args: argparse.Namespace, model: str, files: Mapping[str, Path]) -> 
                 server.process.kill()
 
 
-def node(class_type: str, **inputs: Any) -> dict[str, Any]:
-    """One node of a prompt; an input ``[node, 0]`` is a link."""
-    return {"class_type": class_type, "inputs": inputs}
-
-
-def make_prompt(args: argparse.Namespace, row: dict[str, Any], file: str) -> dict[str, Any]:
+def make_prompt(args: argparse.Namespace, row: dict[str, Any], file: str) -> Prompt:
     """The prompt of a row, without seed and steps."""
     if row["layout"] == "stock":
         loader = node("UNETLoader", unet_name=file, weight_dtype="default")
@@ -281,7 +277,7 @@ def make_prompt(args: argparse.Namespace, row: dict[str, Any], file: str) -> dic
 
 
 def measure(
-    server: Server, prompt: dict[str, Any], args: argparse.Namespace, stock: list[torch.Tensor]
+    server: Server, prompt: Prompt, args: argparse.Namespace, stock: list[torch.Tensor]
 ) -> dict[str, Any]:
     """A row's numbers. ``stock``: the stock loader's latents, which its row puts there."""
     server.clear()

@@ -2,18 +2,17 @@
 
     python host_wire_ranks.py RANKS FOLDER
 
-Each checks what it gets; the exit code says whether all was right.
+Each checks what it gets.
 """
 
 import itertools
-import os
 import random
-import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from support.forked_ranks import run_ranks
 from tp_runtime.gpu import host_wire
 
 # Bytes from one rank to another: none, less than a chunk, several, more than a ring holds.
@@ -65,25 +64,15 @@ def check(wire: host_wire.HostWire, rank: int, size: int, device: torch.device) 
                 assert bool((received[index][other] == expected).all()), (turn, replay, other)
 
 
-def main() -> None:
-    size, folder = int(sys.argv[1]), Path(sys.argv[2])
-    children = []
-    for rank in range(size):
-        child = os.fork()
-        if not child:
-            device = torch.device("cuda", rank % torch.cuda.device_count())
-            torch.cuda.set_device(device)
-            dist.init_process_group("gloo", f"file://{folder}/meet", world_size=size, rank=rank)
-            wire = host_wire.connected(dist.group.WORLD, device)
-            assert wire is not None
-            check(wire, rank, size, device)
-            dist.barrier()
-            wire.close()
-            os._exit(0)
-        children.append(child)
-    codes = [os.waitpid(child, 0)[1] for child in children]
-    assert codes == [0] * size, codes
+def compute(rank: int, size: int, _folder: Path) -> None:
+    device = torch.device("cuda", rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    wire = host_wire.connected(dist.group.WORLD, device)
+    assert wire is not None
+    check(wire, rank, size, device)
+    dist.barrier()
+    wire.close()
 
 
 if __name__ == "__main__":
-    main()
+    run_ranks(compute)

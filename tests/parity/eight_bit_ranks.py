@@ -2,13 +2,11 @@
 
     python eight_bit_ranks.py RANKS FOLDER
 
-Rank N saves `N.pt` in FOLDER. The ranks are forked, so that vLLM is imported once. Its groups are
-stood in for: one of all ranks is both the tensor-parallel and the sequence group.
+Rank N saves `N.pt` in FOLDER. vLLM's groups are stood in for: one of all ranks is both the
+tensor-parallel and the sequence group.
 """
 
 import math
-import os
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +15,7 @@ import torch
 import torch.distributed as dist
 from vllm.distributed import parallel_state
 
+from support.forked_ranks import run_ranks
 from tp_runtime.gpu import collectives, eight_bit
 from tp_runtime.models.token_shares import dealt_out
 
@@ -79,22 +78,11 @@ def results(rank: int, size: int) -> dict[str, Any]:
     return {"rounds": wire.rounds, "exact": evaluate(), "fast": wire.during(evaluate)()}
 
 
-def main() -> None:
-    size, folder = int(sys.argv[1]), Path(sys.argv[2])
-    children = []
-    for rank in range(size):
-        child = os.fork()
-        if not child:
-            torch.set_num_threads(1)
-            dist.init_process_group("gloo", f"file://{folder}/meet", world_size=size, rank=rank)
-            with torch.inference_mode():
-                torch.save(results(rank, size), folder / f"{rank}.pt")
-            dist.barrier()
-            dist.destroy_process_group()
-            os._exit(0)
-        children.append(child)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0] * size
+def compute(rank: int, size: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        torch.save(results(rank, size), folder / f"{rank}.pt")
 
 
 if __name__ == "__main__":
-    main()
+    run_ranks(compute)

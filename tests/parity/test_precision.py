@@ -1,8 +1,5 @@
 """``precision="fast"`` on real ranks: 8 bits a number between them, and what that costs."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +9,8 @@ import torch
 from parity.conftest import Remote, relative_error
 from parity.eight_bit_ranks import HEADS, STREAMS, heads, inputs
 
+from support.forked_ranks import start_program
 from support.inputs import make_inputs
-from support.paths import REPOSITORY
 from support.tiny_models import tiny, write_tiny
 from tp_runtime.client import GroupConfig, ModelSpec, RemoteModel, Runtime
 from tp_runtime.models.token_shares import dealt_out
@@ -94,13 +91,7 @@ def test_one_rank_rounds_nothing(written: Callable[[str], Path], remote: Remote,
 def test_any_number_of_ranks(tmp_path: Path, ranks: int) -> None:
     """Sums of two streams at once, and exchanges of shares that do not divide."""
     program = Path(__file__).with_name("eight_bit_ranks.py")
-    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
-    subprocess.run(
-        [sys.executable, program, str(ranks), tmp_path],
-        env=os.environ | {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"},
-        timeout=240,
-        check=True,
-    )
+    start_program(program, ranks, tmp_path, within_s=240)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(ranks)]
     assert all(one["rounds"] for one in found)
     parts = [inputs(rank) for rank in range(ranks)]

@@ -44,27 +44,6 @@ def meet() -> None:
     parallel_state.get_world_group().barrier()
 
 
-def first_said(words: bytes | None) -> bytes | None:
-    """What the first rank of the whole group says that says something. All must call it.
-
-    ``words``: what this one says; None: nothing. Returns None where no rank says anything.
-    """
-    world = parallel_state.get_world_group()
-    rank, size = (world.world_size, 0) if words is None else (world.rank_in_group, len(words))
-    speakers = torch.tensor(rank)
-    dist.all_reduce(speakers, dist.ReduceOp.MIN, group=world.cpu_group)
-    first = int(speakers)
-    if first == world.world_size:
-        return None
-    length = torch.tensor(size)
-    dist.broadcast(length, world.ranks[first], group=world.cpu_group)
-    said = torch.empty(int(length), dtype=torch.uint8)
-    if rank == first and words is not None:
-        said = torch.frombuffer(bytearray(words), dtype=torch.uint8)
-    dist.broadcast(said, world.ranks[first], group=world.cpu_group)
-    return said.numpy().tobytes()
-
-
 def sequence_size() -> int:
     """Ranks that share the tokens: vLLM calls it context parallelism."""
     return parallel_state.get_pcp_group().world_size

@@ -21,12 +21,12 @@ import mmap
 import os
 import secrets
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ..wire import stream_wait
+from .words import said_by_all
 
 logger = logging.getLogger("tp_runtime.gpu.host_wire")
 
@@ -129,13 +129,14 @@ def connected(group: dist.ProcessGroup, device: torch.device) -> HostWire | None
                 offered = _offer(size, opened)
         except OSError as error:
             problem = str(error)
-        offer, *_ = _of_all(group, offered)
+        offer, *_ = said_by_all(group, offered)
         try:
             if offer is not None and not problem:
                 wire = HostWire(_accept(offer, size), rank, size, device)
         except (OSError, RuntimeError) as error:
             problem = str(error)
-        problems = [f"rank {of}: {said}" for of, said in enumerate(_of_all(group, problem)) if said]
+        said = enumerate(said_by_all(group, problem))
+        problems = [f"rank {of}: {words}" for of, words in said if words]
     if not problems:
         return wire
     if wire is not None:
@@ -143,13 +144,6 @@ def connected(group: dist.ProcessGroup, device: torch.device) -> HostWire | None
     if rank == 0:
         logger.warning("NCCL exchanges tokens, for there is no faster way: %s", "; ".join(problems))
     return None
-
-
-def _of_all(group: dist.ProcessGroup, mine: Any) -> list[Any]:
-    """What each rank has."""
-    found = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, mine, group=group)
-    return found
 
 
 def _offer(size: int, opened: contextlib.ExitStack) -> tuple[int, int, bytes]:

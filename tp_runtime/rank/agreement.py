@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import msgspec
+from vllm.distributed import parallel_state
 
 from ..errors import REFUSALS, TPRuntimeError
-from ..gpu import collectives
+from ..gpu.words import said_by_all
 
 
 @contextmanager
@@ -22,10 +22,9 @@ def refused_together() -> Iterator[None]:
         yield
     except tuple(REFUSALS.values()) as error:
         own = error
-    said = None if own is None else msgspec.json.encode((type(own).__name__, str(own)))
-    first = collectives.first_said(said)
-    if first is not None:
-        kind, message = msgspec.json.decode(first, type=tuple[str, str])
+    said = None if own is None else (type(own).__name__, str(own))
+    refusals = filter(None, said_by_all(parallel_state.get_world_group().cpu_group, said))
+    for kind, message in refusals:
         raise REFUSALS[kind](message) from own
 
 

@@ -71,11 +71,7 @@ def is_possible(device: torch.device) -> bool:
         until(device, there.data_ptr(), 1)
         torch.cuda.current_stream(device).synchronize()
     except StreamWaitError as error:
-        logger.warning(
-            "the streams of %s cannot wait for the ranks (%s): each step of a sampler does",
-            device,
-            error,
-        )
+        logger.warning("the streams of %s cannot wait for numbers in memory: %s", device, error)
         return False
     return True
 
