@@ -86,7 +86,7 @@ def test_one_rank_rounds_nothing(written: Callable[[str], Path], remote: Remote,
     assert torch.equal(fast(path, 1, 1).evaluate(found), remote(path, 1).evaluate(found))
 
 
-@pytest.mark.rotates(3)
+@pytest.mark.rotates(7)
 @pytest.mark.parametrize("ranks", [2, 3, 4, 5, 6, 7, 8])
 def test_any_number_of_ranks(tmp_path: Path, ranks: int) -> None:
     """Sums of two streams at once, and exchanges of shares that do not divide."""

@@ -101,7 +101,7 @@ def test_on_two_ranks(folder: Path, remote: Remote, family: str, name: str) -> N
     assert_as_good_as_comfyui(found, family, name, 2)
 
 
-@pytest.mark.rotates(12)
+@pytest.mark.rotates(24)
 @pytest.mark.parametrize(("family", "name", "tp_size"), OTHER_SIZES)
 def test_on_other_sizes(folder: Path, remote: Remote, family: str, name: str, tp_size: int) -> None:
     path = write_case(family, name, folder)

@@ -248,6 +248,7 @@ def test_motion_that_does_not_fit_is_refused(
         remote(path, 2).evaluate(given)
 
 
+@pytest.mark.rotates(3)
 @pytest.mark.parametrize("left_out", [(0,), (1, 5, 6), (0, 1, 2, 3, 4, 5)], ids=str)
 def test_faces_are_looked_at_where_blocks_are_left_out(
     tmp_path: Path, remote: Remote, left_out: tuple[int, ...]

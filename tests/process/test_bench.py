@@ -55,7 +55,7 @@ def test_every_model_is_measured_unless_told_otherwise() -> None:
     assert sorted(parsed().models) == MODELS
 
 
-@pytest.mark.rotates(5)
+@pytest.mark.rotates(9)
 @pytest.mark.parametrize("model", sorted({*MODELS} - {"ltx2"}))  # diffusers wants sound, too
 def test_rows_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str) -> None:
     layouts, batch, alone = ["--tp", "2", "--layouts", "1x2", "--exact"], 2, [f"diffusers {model}"]
