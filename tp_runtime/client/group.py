@@ -10,6 +10,7 @@ from ..config import GroupConfig
 from ..errors import GroupClosedError, GroupLostError, TPRuntimeError
 from ..layouts.link_records import LinkRecords
 from . import failures
+from .background import in_background
 from .call import OnProgress
 from .engine import Engine
 from .evaluated import Evaluated, do_meanwhile, settle_all
@@ -225,9 +226,9 @@ class Group:
     def _on_user_gone(self) -> None:
         # In a thread: the garbage collector may come while this one waits for the group.
         if self._alive():
-            threading.Thread(target=self._unload_in_background, daemon=True).start()
+            in_background(self._unload_unused)
 
-    def _unload_in_background(self) -> None:
+    def _unload_unused(self) -> None:
         with acquired(self._changing, None), contextlib.suppress(TPRuntimeError):
             if alive := self._alive():
                 alive.unload_unused(None)

@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import threading
 import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from ..layouts.step_history import StepRecords, Workload, times_of
 from ..recognise import CheckpointInfo
 from ..wire.exchange import dtype_of
 from ..wire.protocol import Load, PatchedWeight
+from .background import in_background
 from .batch_split import Inputs, Latents, divide_all, tensors_in
 from .call import OnProgress
 from .evaluated import Evaluated
@@ -244,9 +244,8 @@ class RemoteModel:
             self._sleep(self._names(), poll)
         else:
             names = self._names()
-            sleeping = threading.Thread(target=self._sleep, args=(names,), daemon=True)
             try:
-                sleeping.start()
+                in_background(self._sleep, names)
             except RuntimeError:  # there are too many threads: then now
                 self._sleep(names, poll)
 
