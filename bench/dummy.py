@@ -1,5 +1,6 @@
 """Writes model files of full size with random weights, to measure without downloading any."""
 
+import functools
 import json
 import math
 import re
@@ -13,9 +14,17 @@ from tp_runtime.models import family_named
 from tp_runtime.models.family import Sizes
 
 _BLOCK_ELEMENTS = 32 * 2**20
-_DEVIATION = 0.02  # of weights: keeps activations of order one
-_INT8_STEPS = 32  # in it
+_INT8_STEPS = 32  # in a standard deviation
 _ROTATION = 256
+# Norms of queries and keys. With one, attention looks at a thousand tokens nearly alike, and what
+# is wrong with them hardly shows; with this, at a few dozen.
+_QK_NORM = re.compile(r"(norm_(added_)?[qk]|[qk]_?norm|(query|key)_norm)\.(weight|scale)$")
+_QK_NORM_SCALE = 1.5
+# What files have less one: norms and modulations of Krea 2.
+FROM_ONE = (
+    *("prenorm.scale", "postnorm.scale", "qnorm.scale", "knorm.scale", "txtmlp.0.scale"),
+    *("last.norm.scale", "mod.lin", "modulation.lin"),
+)
 _IN_A_BLOCK = re.compile(r"\.\d+\..*\.weight$")
 # How the linears of blocks may be stored, as ComfyUI's files say it.
 _FORMATS: dict[str, dict[str, object]] = {
@@ -28,7 +37,8 @@ _FORMATS: dict[str, dict[str, object]] = {
 }
 WEIGHTS = ("bf16", *_FORMATS)
 _BYTES = {"BF16": 2, "F8_E4M3": 1, "I8": 1, "F32": 4, "U8": 1}
-Entry = tuple[str, str, tuple[int, ...]]  # name, dtype, shape
+# Name, dtype, shape; mean and standard deviation of the numbers.
+Entry = tuple[str, str, tuple[int, ...], float, float]
 
 
 def sizes_of(name: str, small: bool = False) -> Sizes:
@@ -49,68 +59,89 @@ def write_dummy(name: str, path: Path, small: bool = False, weights: str = "bf16
     """Write a file of ``sizes_of``'s size. ``weights``: one of ``WEIGHTS``.
 
     The same block of normal numbers repeats: drawing billions of them would take longer than the
-    measurement. (Rotated by ConvRot, normal numbers are as normal.)
+    measurement. (Rotated by ConvRot, normal numbers are as normal.) Activations stay of order one,
+    and every block changes the result visibly: what is wrong in one shows.
     """
     sizes = sizes_of(name, small)
-    said = json.dumps(_FORMATS.get(weights)).encode()
-    entries = [
-        entry
-        for key, shape in sizes.table.file_tensors.items()
-        for entry in _entries(key, shape, weights, len(said))
-    ]
     told = sizes.told()
     metadata = {"config": json.dumps({"transformer": told})} if told else {"format": "pt"}
-    block = torch.randn(_BLOCK_ELEMENTS, generator=torch.Generator().manual_seed(0))
-    scale = _DEVIATION / _INT8_STEPS if weights == "int8_convrot" else _DEVIATION
-    numbers = {
-        "BF16": (_DEVIATION * block).bfloat16(),
-        "F8_E4M3": block.to(torch.float8_e4m3fn),
-        "I8": (_INT8_STEPS * block).round().clamp(-127, 127).to(torch.int8),
-        "F32": torch.full((2**16,), scale),
-    }
-    data = {dtype: one.view(torch.uint8).numpy().tobytes() for dtype, one in numbers.items()}
-    data["U8"] = said
-    _write(path, entries, metadata, data)
+    _write(path, sizes.table.file_tensors, metadata, weights)
 
 
 def write_tensors(path: Path, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Write a file of tensors in bf16, of such normal numbers."""
-    block = torch.randn(_BLOCK_ELEMENTS, generator=torch.Generator().manual_seed(0))
-    data = (_DEVIATION * block).bfloat16().view(torch.uint8).numpy().tobytes()
-    entries = [(key, "BF16", tuple(shape)) for key, shape in shapes.items()]
-    _write(path, entries, {"format": "pt"}, {"BF16": data})
+    """Write a file of tensors in bf16, of such numbers."""
+    _write(path, shapes, {"format": "pt"})
 
 
 def _write(
-    path: Path, entries: Sequence[Entry], metadata: Mapping[str, str], data: Mapping[str, bytes]
+    path: Path,
+    shapes: Mapping[str, Sequence[int]],
+    metadata: Mapping[str, str],
+    weights: str = "bf16",
 ) -> None:
-    """``data``: what tensors of each dtype repeat."""
+    entries = [one for key, shape in shapes.items() for one in _entries(key, tuple(shape), weights)]
     header: dict[str, object] = {"__metadata__": metadata}
     end = 0
-    for key, dtype, shape in entries:
+    for key, dtype, shape, *_ in entries:
         start, end = end, end + _BYTES[dtype] * math.prod(shape)
         header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    drawn = functools.cache(_numbers)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for _, dtype, shape in entries:
-            whole, rest = divmod(_BYTES[dtype] * math.prod(shape), len(data[dtype]))
+        for _, dtype, shape, mean, deviation in entries:
+            data = _said(weights) if dtype == "U8" else drawn(dtype, mean, deviation)
+            whole, rest = divmod(_BYTES[dtype] * math.prod(shape), len(data))
             for _ in range(whole):
-                file.write(data[dtype])
-            file.write(data[dtype][:rest])
+                file.write(data)
+            file.write(data[:rest])
 
 
-def _entries(key: str, shape: tuple[int, ...], weights: str, said_bytes: int) -> Iterator[Entry]:
+@functools.cache
+def _block() -> torch.Tensor:
+    return torch.randn(_BLOCK_ELEMENTS, generator=torch.Generator().manual_seed(0))
+
+
+def _numbers(dtype: str, mean: float, deviation: float) -> memoryview:
+    """The bytes that tensors repeat."""
+    if dtype == "F32":
+        found = torch.full((2**16,), mean)
+    elif dtype == "I8":
+        found = (_INT8_STEPS * _block()).round().clamp(-127, 127).to(torch.int8)
+    elif dtype == "F8_E4M3":
+        found = _block().to(torch.float8_e4m3fn)
+    else:
+        found = (mean + deviation * _block()).bfloat16()
+    return found.view(torch.uint8).numpy().data
+
+
+def _said(weights: str) -> bytes:
+    """What a quantised layer says of itself."""
+    return json.dumps(_FORMATS[weights]).encode()
+
+
+def _entries(key: str, shape: tuple[int, ...], weights: str) -> Iterator[Entry]:
     """A tensor as the file has it: the weight of a linear in a block with what it is quantised by.
 
     Others stay in bf16, as in the published files.
     """
+    inputs = math.prod(shape[1:]) if len(shape) > 1 else shape[0]
+    deviation = max(inputs, 1) ** -0.5
     linear = _IN_A_BLOCK.search(key) and len(shape) == 2 and shape[1] % _ROTATION == 0
     if weights == "bf16" or not linear:
-        yield key, "BF16", shape
+        yield key, "BF16", shape, _mean(key, shape), deviation
         return
     layer = key.removesuffix("weight")
-    yield key, "F8_E4M3" if weights == "fp8" else "I8", shape
-    yield f"{layer}weight_scale", "F32", () if weights == "fp8" else shape[:1]
-    yield f"{layer}comfy_quant", "U8", (said_bytes,)
+    scale = deviation / (1 if weights == "fp8" else _INT8_STEPS)
+    yield key, "F8_E4M3" if weights == "fp8" else "I8", shape, 0.0, 1.0
+    yield f"{layer}weight_scale", "F32", () if weights == "fp8" else shape[:1], scale, 0.0
+    yield f"{layer}comfy_quant", "U8", (len(_said(weights)),), 0.0, 0.0
+
+
+def _mean(key: str, shape: tuple[int, ...]) -> float:
+    """Around which numbers lie: nothing, or of norms how they scale."""
+    if len(shape) > 1 or key.endswith((".bias", "mod.lin", "modulation.lin")):
+        return 0.0
+    scale = _QK_NORM_SCALE if _QK_NORM.search(key) else 1.0
+    return scale - key.endswith(FROM_ONE)

@@ -322,7 +322,7 @@ def rows_of(args: argparse.Namespace, model: str, weights: str) -> Iterator[dict
         files[FOLDERS[model]] = control_file(model, args.folder, args.small)
     with comfyui(args, model, files) as server:
         stats = server.ask("/system_stats")
-        (device,) = stats["devices"]  # cuda:0 NVIDIA H100 : cudaMallocAsync
+        device, *_ = stats["devices"]  # cuda:0 NVIDIA H100 : cudaMallocAsync
         name = "cpu" if args.cpu else device["name"].partition(" ")[2].partition(" :")[0]
         known = {"where": "comfyui", "device": name, "commit": args.commit}
         known |= {of: importlib.metadata.version(of) for of in ("torch", "vllm", "diffusers")}

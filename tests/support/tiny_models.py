@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from bench.dummy import FROM_ONE
 from support import random_numbers
 from support.random_numbers import Numbers
 from tp_runtime.models import families
@@ -125,13 +126,6 @@ def write_fp8(
     return path
 
 
-# Norms that have how far they are from one, and what is added to a modulation.
-_AROUND_ZERO = (
-    *("prenorm.scale", "postnorm.scale", "qnorm.scale", "knorm.scale", "txtmlp.0.scale"),
-    *("last.norm.scale", "mod.lin", "modulation.lin"),
-)
-
-
 def _random_tensor(
     key: str, shape: Shape, numbers: Numbers, generator: torch.Generator
 ) -> torch.Tensor:
@@ -145,7 +139,7 @@ def _random_tensor(
         return 1.8 * values  # of Wan Animate: scaled by its layers, which also blur what is random
     if key.endswith(".bias"):
         return 0.2 * values
-    if key.endswith(_AROUND_ZERO):
+    if key.endswith(FROM_ONE):
         return 0.2 * values
     if len(shape) == 1:  # norms, and markers, which are empty
         return 1 + 0.2 * values
