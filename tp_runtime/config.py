@@ -48,11 +48,19 @@ from .settings import runtime_python as runtime_python
 
 MAX_TP_SIZE = 8
 MAX_RANKS = 64
-# Exchanges that the heads of an attention go in, where these pass through the host's memory.
+# Exchanges that the heads of an attention go in at most, where these pass through the host's
+# memory; and what a rank gives each other one in one of them at least. On four H200s FLUX.1 at
+# 1024² takes 100.0 ms in four turns of 1.3 MB, and 89.7 in two of 2.7 MB.
 EXCHANGE_TURNS = 4
+LEAST_TURN_BYTES = 2**21
 # Room to be left beside a model on every device, as ComfyUI leaves it (model_management.py).
 ROOM_FACTOR = 1.1
 ROOM_BYTES = 2**30
+
+
+def exchange_turns(num_bytes: float, most: int = EXCHANGE_TURNS) -> int:
+    """In how many exchanges heads go of which a rank gives each other one so many bytes."""
+    return max(1, min(most, int(num_bytes // LEAST_TURN_BYTES)))
 
 
 def _number(name: str, default: float) -> float:

@@ -75,7 +75,7 @@ class Threads:
             sequence_size=lambda: self.size,
             sequence_rank=lambda: rank,
             begin_exchange=begin,
-            turns=lambda: self.turns,
+            turns=lambda _num_bytes: self.turns,
         )
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from vllm.distributed import parallel_state
 from vllm.platforms import current_platform
 
-from ..config import EXCHANGE_TURNS, may_access_peers, ranks_on_one_gpu
+from ..config import EXCHANGE_TURNS, exchange_turns, may_access_peers, ranks_on_one_gpu
 from . import host_wire
 from .epilogue import Product
 from .speeds import least_seconds
@@ -117,14 +117,17 @@ def exchange(parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]) -> 
     return begin_exchange(parts, shapes)()
 
 
-def turns() -> int:
+def turns(num_bytes: int) -> int:
     """In how many exchanges the heads of an attention go: several where that was measured to pay.
 
+    ``num_bytes``: of what a rank gives each other one.
+
     Copies through the host's memory leave the multiprocessors to attention. Kernels of NCCL do not.
-    On the CPU, for the tests.
+    On the CPU as many as there may be, for the tests.
     """
-    on_cpu = parallel_state.get_pcp_group().device.type == "cpu"
-    return EXCHANGE_TURNS if on_cpu or _host_wire is not None else 1
+    if parallel_state.get_pcp_group().device.type == "cpu":
+        return EXCHANGE_TURNS
+    return exchange_turns(num_bytes) if _host_wire is not None else 1
 
 
 def on_one_host(group: dist.ProcessGroup, source_rank: int = 0) -> list[bool]:

@@ -75,7 +75,6 @@ class EightBitCollectives:
     sequence_size = staticmethod(collectives.sequence_size)
     sequence_rank = staticmethod(collectives.sequence_rank)
     exchange = staticmethod(collectives.exchange)
-    turns = staticmethod(collectives.turns)
 
     def summed(self, products: Sequence[Product]) -> list[torch.Tensor]:
         """See ``models.forward.Collectives``: the sums of all products travel together."""
@@ -101,6 +100,10 @@ class EightBitCollectives:
         for part, first in zip(parts, firsts, strict=False):
             self._codec.decode(summed, part, first)
         return parts
+
+    def turns(self, num_bytes: int) -> int:
+        """See ``models.token_shares.SequenceGroup``; of numbers in bf16, codes are half as long."""
+        return collectives.turns(num_bytes // (2 if self._running and self._rounds_heads else 1))
 
     def begin_exchange(
         self, parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]

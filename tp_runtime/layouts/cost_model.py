@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from ..config import EXCHANGE_TURNS, Layout, Precision
+from ..config import EXCHANGE_TURNS, Layout, Precision, exchange_turns
 from ..models.family import Sizes
 from ..sharding.block_costs import AttentionCosts, BlockCosts
 
@@ -65,8 +65,8 @@ class Link:
     each gives every other one its part. ``hop_s``: from one GPU to the next in NCCL's ring.
     ``fused``: GPUs work in each other's memory, so that a sum, the residual and the norm are one
     kernel. ``host_rate``: bytes/s that each GPU reads from the host's memory while all of them do;
-    None: as its slot lets it. ``turns``: exchanges that the heads of an attention go in, each while
-    attention of others is computed.
+    None: as its slot lets it. ``turns``: exchanges that the heads of an attention go in
+    at most (``config.exchange_turns``), each while attention of others is computed.
     """
 
     name: str
@@ -332,13 +332,14 @@ def predict_blocks(
             part = CODED if coded else 1
             computed = _attention_s(one, batch, tp_size, sequence_size, device)
             sizes = part * to_it, part * back
-            links += _waiting_s(sizes, computed, sequence_size, link)
+            turns = exchange_turns(sizes[0] / sequence_size**2, link.turns)
+            links += _waiting_s(sizes, computed, sequence_size, link, turns)
             copied = COPIES_TO_ATTENTION * to_it + COPIES_BACK * back
             elementwise += 2 * copied / sequence_size / device.memory
-            kernels += link.turns * (COPIES_TO_ATTENTION + COPIES_BACK)
+            kernels += turns * (COPIES_TO_ATTENTION + COPIES_BACK)
             if coded:
                 elementwise += 2 * (1 + CODED) * (to_it + back) / sequence_size / device.memory
-                kernels += 4 * link.turns * (sequence_size - 1)
+                kernels += 4 * turns * (sequence_size - 1)
     attention = sum(
         _attention_s(one, batch, tp_size, sequence_size, device) for one in block.attentions
     )
@@ -386,13 +387,12 @@ def _exchanged(one: AttentionCosts, tp_size: int, sequence_size: int) -> tuple[i
 
 
 def _waiting_s(
-    sizes: tuple[float, float], computed_s: float, sequence_size: int, link: Link
+    sizes: tuple[float, float], computed_s: float, sequence_size: int, link: Link, turns: int
 ) -> float:
     """How much longer attention takes for the exchanges before and after it, of so many bytes.
 
     In turns: the first comes, and the last goes, while nothing is computed; others go meanwhile.
     """
-    turns = link.turns
     before, after = (turns * _exchange_s(size / turns, sequence_size, link) for size in sizes)
     whole = max(
         computed_s + (before + after) / turns,

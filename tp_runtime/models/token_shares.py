@@ -42,8 +42,10 @@ class SequenceGroup(Protocol):
         """
         ...
 
-    def turns(self) -> int:
-        """In how many exchanges the heads of an attention go; the same on every rank."""
+    def turns(self, num_bytes: int) -> int:
+        """In how many exchanges the heads of an attention go, if a rank gives each other one so
+        many bytes; the same on every rank.
+        """
         ...
 
 
@@ -161,7 +163,11 @@ class TokenShares:
             k, v, *held = (part.repeat_interleave(sharers, dim=2) for part in (k, v, *held))
             num_kv = num_heads
         # What else ``attend`` was given may be of all heads of this rank.
-        turns = self._group.turns() if attend is attention else 1
+        turns = 1
+        if attend is attention:
+            num_keys = sum((of_keys or self).lengths)
+            features = q[:, :1].numel() * sum(self.lengths) + 2 * k[:, :1].numel() * num_keys
+            turns = self._group.turns(features * q.element_size() // self._size**2)
         kv_heads = [dealt_out(of_rank, turns) for of_rank in dealt_out(num_kv, self._size)]
         heads = [[count * num_heads // num_kv for count in of_rank] for of_rank in kv_heads]
         queries = _by_turn(q, heads)
