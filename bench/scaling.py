@@ -300,6 +300,8 @@ def constants() -> str:
         rows.append([f"GPU `{device.name}`", value, device.source])
     for link in LINKS.values():
         rates = f"{link.rate / 1e9:g} and {link.exchange_rate / 1e9:g} GB/s"
+        if link.exchange_total is not None:
+            rates += f", all together {link.exchange_total / 1e9:g} in exchanges"
         value = f"{rates}, {1e6 * link.hop_s:.1f} µs a hop"
         sums = "fused sums" if link.fused else "NCCL's sums"
         rows.append([f"link `{link.name}`", f"{value}, {sums}", link.source])

@@ -7,7 +7,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from ..config import EXCHANGE_TURNS, Layout, Precision, exchange_turns
 from ..models.family import Sizes
@@ -67,6 +67,7 @@ class Link:
     kernel. ``host_rate``: bytes/s that each GPU reads from the host's memory while all of them do;
     None: as its slot lets it. ``turns``: exchanges that the heads of an attention go in
     at most (``config.exchange_turns``), each while attention of others is computed.
+    ``exchange_total``: bytes/s that all GPUs together send in exchanges; None: no bound is known.
     """
 
     name: str
@@ -77,6 +78,13 @@ class Link:
     source: str
     host_rate: float | None = None
     turns: int = 1
+    exchange_total: float | None = None
+
+    def among(self, num_gpus: int) -> "Link":
+        """What each of so many GPUs has of it while all exchange."""
+        if self.exchange_total is None:
+            return self
+        return replace(self, exchange_rate=min(self.exchange_rate, self.exchange_total / num_gpus))
 
 
 def _by_data_sheet(
@@ -141,13 +149,15 @@ LINKS = {
         *(12.5e9, 17.5e9, 5.7e-6, False),
         "PCIe 4.0 x16 through the host's memory: half of pcie5-host; not measured",
         turns=EXCHANGE_TURNS,
+        exchange_total=45e9,
     ),
     "pcie5-host": Link(
         "pcie5-host",
         *(25e9, 35e9, 5.7e-6, False),
-        "PCIe 5.0 x16 through the host's memory: measured on 2 and 4 H100s, and 2 H200s, without "
-        "peer access",
+        "PCIe 5.0 x16 through the host's memory: measured on 2 and 4 H100s and H200s without peer "
+        "access",
         turns=EXCHANGE_TURNS,
+        exchange_total=90e9,
     ),
     # Hosts of eight: one hop in eight is over the network.
     "network": Link(
@@ -236,6 +246,7 @@ def predict(
     ``precision``: what links carry, but NVLink. ``streamed``: bytes of weights that each GPU reads
     from the host's memory (``room``). Does not check that the model can be split so.
     """
+    link = link.among(tp_size * sequence_size * batch_groups)
     geometry = sizes.geometry
     image, *others = (
         geometry.image_tokens(tuple(shape[1:])) for shape in (latent_shape, *references)

@@ -58,7 +58,12 @@ class LinkRates(msgspec.Struct, frozen=True):
 
         Fused sums do not go through NCCL, whose sums were measured.
         """
-        measured = replace(link, exchange_rate=self.exchange_rate, host_rate=self.host_rate)
+        measured = replace(
+            link,
+            exchange_rate=self.exchange_rate,
+            exchange_total=None,  # all of the group exchanged
+            host_rate=self.host_rate,
+        )
         if link.fused:
             source = f"{link.source}; exchanges measured on this machine"
             return replace(measured, source=source)
