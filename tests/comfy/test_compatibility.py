@@ -121,6 +121,7 @@ def _choices(declared: list[Any]) -> set[str]:
     return set(options[0]["options"] if kind == "COMBO" else kind)
 
 
+@pytest.mark.rotates(4)
 @pytest.mark.parametrize("method", ["none", "auto", "latent2rgb", "taesd"])
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_previews(

@@ -73,7 +73,7 @@ def cases() -> list[tuple[str, int]]:
     return [(family, index) for family, each in CASES.items() for index in range(len(each))]
 
 
-@pytest.mark.rotates(3)
+@pytest.mark.rotates(5)
 @pytest.mark.parametrize(("family", "index"), cases())
 @pytest.mark.parametrize(("tp_size", "sequence_size"), LAYOUTS)
 def test_fp32(
