@@ -41,8 +41,11 @@ def choose_group(
     info: CheckpointInfo,
     warn: Callable[[str], None],
     poll: Poll | None = None,
+    weight_dtype: torch.dtype | None = None,
 ) -> GroupConfig:
     """The group for a model file. Starts nothing; `poll` is called while a cluster is asked.
+
+    `weight_dtype`: what the weights are to be held in; None: what the file has.
 
     Warns where it will be on the CPU, and where 'auto' does not mean as many GPUs as possible.
 
@@ -66,7 +69,8 @@ def choose_group(
     considered = layouts[:1] if is_reproducible else layouts
     runtime = get_runtime()
     records = runtime.records, runtime.links
-    chosen = choose_layout(info, considered, gpus, *records, placement.precision)
+    itemsize = None if weight_dtype is None else weight_dtype.itemsize
+    chosen = choose_layout(info, considered, gpus, *records, placement.precision, itemsize)
     if chosen.reason:
         warn(chosen.reason)
     num_ranks = chosen.layout.num_gpus

@@ -148,6 +148,7 @@ def fingerprint(
     layout: str | None = AUTO,
     where: str | None = HERE,
     precision: Precision | None = EXACT,
+    weight_dtype: str | None = "default",
     **_: Any,
 ) -> str:
     """Another value when the file has been replaced by another of the same name.
@@ -162,7 +163,8 @@ def fingerprint(
     placement = Placement(gpu_count, devices, layout, where, precision)
     try:
         info = checkpoint_info(path)
-        group = choose_group(placement, info, lambda _: None, _stop_if_cancelled)
+        dtype, _ = _DTYPES.get(weight_dtype or "default", (None, False))
+        group = choose_group(placement, info, lambda _: None, _stop_if_cancelled, dtype)
     except (TPRuntimeError, ValueError):  # whatever runs with it raises it
         return f"{path} {version}"
     return f"{path} {version} {group}"
@@ -199,10 +201,10 @@ def load(
             f"{name} has {len(info.extra)} tensors that {info.label} does not use, such "
             f"as {min(info.extra)}. They are left out."
         )
-    group = choose_group(
-        placement, info, warnings, management.throw_exception_if_processing_interrupted
-    )
     dtype, fp8_products = _DTYPES[weight_dtype]
+    group = choose_group(
+        placement, info, warnings, management.throw_exception_if_processing_interrupted, dtype
+    )
     model = load_model(path, dtype, group, placement, optimize, fp8_products)
     warn_of_streaming(model.remote, warnings)
     warn_of_rounding(model.remote, warnings)

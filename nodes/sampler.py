@@ -5,6 +5,7 @@ from typing import Any
 
 import comfy.model_management
 import comfy.samplers
+import torch
 from comfy_api.latest import io
 
 from .gpu_count import CHOICES, choose_group
@@ -153,6 +154,7 @@ class TPSampler(io.ComfyNode):
             model.remote.info,
             warn,
             comfy.model_management.throw_exception_if_processing_interrupted,
+            getattr(torch, model.remote.spec.weight_dtype),
         )
         model = on_group(model, group)
         warn_of_streaming(model.remote, warn)

@@ -50,7 +50,7 @@ def records(tmp_path: Path) -> StepRecords:
 def choose(
     tmp_path: Path, records: StepRecords, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Choose]:
-    """`choose(model, memory, link, card, layouts, host)`: on two such cards."""
+    """`choose(model, memory, link, card, layouts, host, itemsize)`: on two such cards."""
     monkeypatch.delenv("TP_RUNTIME_GPU_MEMORY", raising=False)
 
     def on_machine(
@@ -60,6 +60,7 @@ def choose(
         card: str = "NVIDIA GeForce RTX 4090",
         layouts: Sequence[Layout] = (TP, ONE, BATCH, SHARED),
         host: int = 64 * GIB,
+        itemsize: int | None = None,
     ) -> Choice:
         monkeypatch.setattr(
             choice, "gpus_of", lambda gpus: [Gpu(gpu, card, memory) for gpu in gpus]
@@ -69,7 +70,9 @@ def choose(
         monkeypatch.setattr(machine, "memory", lambda: machine.Memory(host, host))
         num_gpus = max(layout.num_gpus for layout in layouts)
         links = LinkRecords(tmp_path / "link_records.json")
-        return choose_layout(published(model), layouts, range(num_gpus), records, links)
+        return choose_layout(
+            published(model), layouts, range(num_gpus), records, links, weight_itemsize=itemsize
+        )
 
     return on_machine
 
@@ -84,6 +87,15 @@ def test_what_streaming_hides_behind_computing_costs_nothing(choose: Choose) -> 
     assert found.reason is not None
     assert "Each GPU reads 2.2 GiB of its weights from the host's memory" in found.reason
     assert "407 ms predicted a step, and 2x1 takes 536 ms predicted" in found.reason
+
+
+def test_what_weights_are_held_in_counts(choose: Choose) -> None:
+    """FLUX.1 in fp8, whatever its file has: 11 GiB, which a card holds."""
+    found = choose("flux", itemsize=1)
+    assert found.layout == SHARED
+    assert found.reason is not None
+    assert "Each GPU reads" not in found.reason
+    assert "Each GPU reads" in str(choose("flux", itemsize=2).reason)
 
 
 def test_where_streaming_takes_longer_a_layout_that_fits_is_taken(choose: Choose) -> None:

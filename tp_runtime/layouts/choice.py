@@ -97,6 +97,7 @@ def choose_layout(
     records: StepRecords,
     links: LinkRecords,
     precision: Precision = "exact",
+    weight_itemsize: int | None = None,
 ) -> Choice:
     """The fastest of ``layouts`` for what the model is used for; the first is the default.
 
@@ -104,7 +105,7 @@ def choose_layout(
     CPU, where nothing is predicted. Where they are not connected by NVLink, what is predicted to be
     the fastest for what the model is made for takes the default's place. Of GPUs that are not
     alike, a layout takes the fastest, or the largest of those as fast. ``precision``: what links
-    carry; only times with the same count.
+    carry; only times with the same count. ``weight_itemsize``: see ``held_weight_bytes``.
 
     A layout that streams weights must be faster by more than ``MIN_GAIN`` than the best that does
     not. Its GPUs are full of weights: where another layout fits, it is left out if what a step on
@@ -136,7 +137,11 @@ def choose_layout(
         for layout, ms in records.times(info.path, name, workload).items()
         if times_name(layout) == name
     }
-    rooms = {one: _room(info, one, taken(one)) for one in layouts} if gpus else {}
+    weight_bytes = held_weight_bytes(info, weight_itemsize)
+    # On GPUs on which nothing else is.
+    rooms = (
+        {one: Room.on(taken(one), info.sizes, weight_bytes, one) for one in layouts} if gpus else {}
+    )
     # On the CPU, where ranks share the cores, nothing is to be had by sharing tokens.
     possible = (
         _possible(info, rooms, workload)
@@ -313,12 +318,12 @@ def likely_link(gpus: Sequence[int]) -> Link:
     return min(of_each, key=lambda link: link.rate)
 
 
-def _room(info: CheckpointInfo, layout: Layout, gpus: Sequence[Gpu]) -> Room:
-    """On GPUs on which nothing else is."""
-    return Room.on(gpus, info.sizes, usual_weight_bytes(info), layout)
-
-
-def usual_weight_bytes(info: CheckpointInfo) -> int:
-    """Bytes of a file's weights as ranks hold them if they are not told otherwise."""
-    plain_fp8 = not info.quantised and any(t.dtype.startswith("F8") for t in info.tensors.values())
-    return info.weight_bytes(itemsize=1 if plain_fp8 else 2)
+def held_weight_bytes(info: CheckpointInfo, itemsize: int | None = None) -> int:
+    """Bytes of a file's weights as ranks hold them, those that are not quantised in numbers of
+    ``itemsize`` bytes; None: as they do if they are not told otherwise. What is quantised stays so,
+    and then the rest is not held in fp8.
+    """
+    if itemsize is None or (info.quantised and itemsize == 1):
+        is_fp8 = any(tensor.dtype.startswith("F8") for tensor in info.tensors.values())
+        itemsize = 1 if is_fp8 and not info.quantised else 2
+    return info.weight_bytes(itemsize)
