@@ -88,8 +88,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
 
 def inputs_of(family: str, batch: int, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Of three evaluations: as it is written, recorded and replayed, with other latents."""
-    frames = 1 if len(family_named(family).extents[0]) < 3 else family_named(family).extents[0][2]
-    extent = Extent(160, 96, min(frames, 9))
+    extent = Extent(160, 96, min(Extent.usual(family_named(family))[0].frames, 9))
     inputs = make_inputs(family, sizes_of(family, small=True), extent, batch)
     of_dtype = {
         name: value

@@ -8,11 +8,17 @@ import pytest
 import torch
 from parity.conftest import Remote, relative_error
 from parity.eight_bit_ranks import HEADS, STREAMS, heads, inputs
+from torch.utils import _pytree as pytree
 
+from bench.dummy import dummy_file, sizes_of
+from bench.extents import Extent
+from bench.inputs import make_inputs as bench_inputs
+from bench.step import flat
 from support.forked_ranks import start_program
 from support.inputs import make_inputs
 from support.tiny_models import tiny, write_tiny
 from tp_runtime.client import GroupConfig, ModelSpec, RemoteModel, Runtime
+from tp_runtime.models import families, family_named
 from tp_runtime.models.token_shares import dealt_out
 
 pytestmark = pytest.mark.process
@@ -84,6 +90,22 @@ def test_the_error_of_a_model(
 def test_one_rank_rounds_nothing(written: Callable[[str], Path], remote: Remote, fast: Any) -> None:
     path, found = written("flux"), make_inputs(tiny("flux"), **ARGUMENTS["flux"])
     assert torch.equal(fast(path, 1, 1).evaluate(found), remote(path, 1).evaluate(found))
+
+
+@pytest.mark.rotates(9)
+@pytest.mark.parametrize("family", sorted(families()))
+def test_what_the_benchmarks_compute_shows(
+    tmp_path: Path, remote: Remote, fast: Any, family: str
+) -> None:
+    """With their random weights, a little in every sum is as much in the result: no check of theirs
+    is blind to what a block does.
+    """
+    path = dummy_file(family, tmp_path, small=True)
+    extent = Extent(160, 96, min(Extent.usual(family_named(family))[0].frames, 9))
+    given = bench_inputs(family, sizes_of(family, small=True), extent, batch=1)
+    inputs = pytree.tree_map_only(torch.Tensor, torch.Tensor.float, given)
+    exact, rounded = (flat(model.evaluate(inputs)) for model in (remote(path, 2), fast(path, 2, 1)))
+    assert 1e-3 < relative_error(rounded, exact) < LIMIT
 
 
 @pytest.mark.rotates(7)
