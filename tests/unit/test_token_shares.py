@@ -58,7 +58,12 @@ class Threads:
     def __init__(self, size: int, turns: int = 1) -> None:
         self.size, self.turns = size, turns
         self.given = dict[int, Sequence[torch.Tensor]]()
+        self.asked = list[int]()  # for turns: the bytes that each rank spoke of
         self.barrier = Barrier(size)
+
+    def turns_for(self, num_bytes: int) -> int:
+        self.asked.append(num_bytes)
+        return self.turns
 
     def of_rank(self, rank: int) -> Any:
         def begin(
@@ -75,7 +80,7 @@ class Threads:
             sequence_size=lambda: self.size,
             sequence_rank=lambda: rank,
             begin_exchange=begin,
-            turns=lambda _num_bytes: self.turns,
+            turns=self.turns_for,
         )
 
 
@@ -97,6 +102,8 @@ def test_keys_that_every_rank_has_come_first(size: int, num_kv: int, turns: int)
         found = torch.cat(list(pool.map(of_rank, range(size))), dim=1)
     of_all = (torch.cat(pair, dim=1) for pair in zip(before, (k, v), strict=True))
     torch.testing.assert_close(found, attention(q, *of_all))
+    num_bytes = 4 * 2 * 7 * 16 * (6 + 2 * (6 if num_kv % size else num_kv)) // size**2
+    assert threads.asked == [num_bytes] * (size if size > 1 else 0)
 
 
 @pytest.mark.parametrize("turns", [1, 2])
@@ -122,6 +129,7 @@ def test_tokens_look_at_others_that_are_shared(
     with ThreadPoolExecutor(size) as pool:
         found = torch.cat(list(pool.map(of_rank, range(size))), dim=1)
     torch.testing.assert_close(found, attention(q, k, v, weight))
+    assert len(set(threads.asked)) == (size > 1)  # also those that have no token
 
 
 def test_another_attention_sees_all_tokens() -> None:

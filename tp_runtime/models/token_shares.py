@@ -165,9 +165,9 @@ class TokenShares:
         # What else ``attend`` was given may be of all heads of this rank.
         turns = 1
         if attend is attention:
-            num_keys = sum((of_keys or self).lengths)
-            features = q[:, :1].numel() * sum(self.lengths) + 2 * k[:, :1].numel() * num_keys
-            turns = self._group.turns(features * q.element_size() // self._size**2)
+            of_all = num_heads * sum(self.lengths) + 2 * num_kv * sum((of_keys or self).lengths)
+            num_bytes = q.shape[0] * of_all * q.shape[3] * q.element_size()
+            turns = self._group.turns(num_bytes // self._size**2)
         kv_heads = [dealt_out(of_rank, turns) for of_rank in dealt_out(num_kv, self._size)]
         heads = [[count * num_heads // num_kv for count in of_rank] for of_rank in kv_heads]
         queries = _by_turn(q, heads)
