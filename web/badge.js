@@ -5,30 +5,37 @@ import { watchGroups } from "./groups.js";
 import { findPlace, loaderOf } from "./graph.js";
 import { layoutOf, milliseconds, ranksOf, sizeOf, text } from "./texts.js";
 
-// Node → what it runs on: { group, model }, both being ids.
+// Node → where it is, and what it runs on: { place, group, model }, the latter being ids.
 const marks = new Map();
 const withBadge = new WeakSet();
 let groups = [];
-let texts; // node → what its badge says, in an object that HTML nodes watch
+let texts; // place → what the badge there says, in an object that HTML nodes watch
+
+const placeOf = (node) => `${node.graph.id} ${node.id}`;
 
 /** `tab` is the pack's own sidebar tab, which the page watches; nothing else here is watched. */
 export function showBadges(tab) {
-  tab.badgeTexts = new WeakMap();
+  tab.badgeTexts = new Map();
   texts = tab.badgeTexts;
   watchGroups((found) => {
     groups = found;
-    for (const [node, mark] of marks) show(node, mark);
+    refreshBadges();
   });
   api.addEventListener("tensor_parallel.node", ({ detail: { node: id, group, model } }) => {
     const sampler = findPlace(id);
     const places = [sampler, loaderOf(sampler)].filter(Boolean);
     for (const node of new Set(places.flatMap((place) => [place.node, ...place.hosts]))) {
       addBadge(node);
-      const mark = { group, model };
+      const mark = { place: placeOf(node), group, model };
       marks.set(node, mark);
       show(node, mark);
     }
   });
+}
+
+/** Show what is known; nodes that are no longer there have none. */
+export function refreshBadges() {
+  for (const [node, mark] of marks) show(node, mark);
 }
 
 /** Give a new node its badge, empty as yet: an HTML node asks once which badges it has. */
@@ -40,18 +47,21 @@ export function prepareBadge(node) {
 function addBadge(node) {
   if (withBadge.has(node)) return;
   withBadge.add(node);
+  let place; // kept: an HTML node asks the one whose place its node has taken (frontend 1.58)
   node.badges.push(() => {
+    if (node.graph) place = placeOf(node);
     const { BADGE_FG_COLOR: fgColor, BADGE_BG_COLOR: bgColor } = globalThis.LiteGraph; // the palette's
-    return new globalThis.LGraphBadge({ text: texts?.get(node) ?? "", fgColor, bgColor });
+    return new globalThis.LGraphBadge({ text: texts?.get(place) ?? "", fgColor, bgColor });
   });
 }
 
 function show(node, mark) {
   if (!node.graph) {
     marks.delete(node);
+    texts.delete(mark.place);
     return;
   }
-  texts.set(node, label(mark));
+  texts.set(mark.place, label(mark));
   app.canvas.setDirty(true, true);
 }
 

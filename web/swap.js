@@ -3,6 +3,7 @@
 // The workflow is changed as it is saved and then opened again, as undo does it. So whatever a node
 // has in a saved workflow (links, place, mode, colour, what a subgraph shows of it) stays.
 import { app } from "../../scripts/app.js";
+import { refreshBadges } from "./badge.js";
 import { DEFAULT_COUNT, whyNot } from "./gpu_counts.js";
 import { SAMPLER, decidingWidget, loaderOf, placeOf, placesOf } from "./graph.js";
 import { text } from "./texts.js";
@@ -94,6 +95,7 @@ async function swap(nodes, target) {
   await changeTracker.redo();
   const subgraph = (app.rootGraph ?? app.graph).subgraphs?.get(shown);
   if (subgraph) app.canvas.setGraph(subgraph);
+  refreshBadges();
   changeTracker.activeState = asSaved(app.rootGraph ?? app.graph); // or what loading adds is one more step
   if (changed.length) toast("warn", text("swap.changed"), changed.join("\n"));
 }

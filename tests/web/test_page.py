@@ -125,6 +125,15 @@ def test_nodes_drawn_in_html(web: ComfyPage) -> None:
         badge = node.get_by_text("ms/step")
         badge.wait_for(timeout=START_MS)
         assert badge.inner_text().startswith("2× · ")
+    # Nodes that take the place of these have not run here.
+    web.run_command("TensorParallel.UseStockInWorkflow")
+    web.node("KSampler").wait_for()
+    web.page.get_by_text("ms/step").first.wait_for(state="hidden")
+    web.run_command("TensorParallel.UseInWorkflow")
+    web.node("TPLoadDiffusionModel").wait_for()
+    web.press_run()
+    for kind in ("TPLoadDiffusionModel", "KSampler"):
+        web.node(kind).get_by_text("ms/step").wait_for(timeout=START_MS)
 
 
 # Until the page is opened again.
