@@ -76,7 +76,7 @@ def load(
     return model
 
 
-@pytest.mark.rotates(3)
+@pytest.mark.rotates(5)
 @pytest.mark.parametrize("family", sorted(families()))
 def test_every_family(runtime: Runtime, tmp_path: Path, family: str) -> None:
     whole = load(runtime, write_tiny(family, tmp_path / "tiny.safetensors"))

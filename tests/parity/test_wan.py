@@ -164,7 +164,7 @@ class TestAnimate(Fp32Tests):
             "one picture of a face, odd sizes": ODD
             | {"frames": 4, "batch": 2, "lengths": {"face frames": 1}},
             "more pictures than frames": VIDEO
-            | {"frames": 2, "lengths": {"pose frames": 1, "face frames": 9}},
+            | {"frames": 2, "lengths": {"pose frames": 1, "face frames": 6}},
             "more frames": VIDEO | {"frames": 1, "lengths": {"more frames": 2, "pose frames": 1}},
         },
         elsewhere=("poses and a face",),

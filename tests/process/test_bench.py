@@ -13,7 +13,7 @@ from bench import step
 from bench.errors import TOLERANCE
 from tp_runtime.client import RemoteModel
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.rotates(2)]
 
 
 @pytest.fixture(autouse=True)
