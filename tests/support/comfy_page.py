@@ -176,18 +176,37 @@ class ComfyPage:
             row = self.node(node_type).locator(".lg-node-widget").filter(has_text=name)
             row.get_by_role("combobox").click()
             return self.page.get_by_role("option")
-        x, y = self.page.evaluate(
-            """([type, name]) => {
-                const node = app.graph.nodes.find((node) => node.type === type);
-                const widget = node.widgets.find((widget) => widget.name === name);
-                const y = widget.last_y ?? widget.y;
-                const place = [node.pos[0] + node.size[0] / 2, node.pos[1] + y + 10];
-                return app.canvasPosToClientPos(place);
+        entries = self.page.locator(".litecontextmenu .litemenu-entry")
+        for _ in range(5):  # a busy machine may not have laid the node out yet
+            x, y = self.page.evaluate(
+                """([type, name]) => {
+                    const node = app.graph.nodes.find((node) => node.type === type);
+                    const widget = node.widgets.find((widget) => widget.name === name);
+                    const y = widget.last_y ?? widget.y;
+                    const place = [node.pos[0] + node.size[0] / 2, node.pos[1] + y + 10];
+                    return app.canvasPosToClientPos(place);
+                }""",
+                [node_type, name],
+            )
+            self.page.mouse.click(x, y)
+            with suppress(PageTimeoutError):
+                entries.first.wait_for(timeout=2000)
+                break
+        return entries
+
+    def fit_view(self) -> None:
+        """Show all nodes; returns when the view has come to rest, which a busy machine delays."""
+        self.run_command("Comfy.Canvas.FitView")
+        self.page.wait_for_timeout(500)
+        self.page.wait_for_function(
+            """() => {
+                const { scale, offset } = app.canvas.ds;
+                const [before, now] = [window.viewBefore, [scale, ...offset].join()];
+                window.viewBefore = now;
+                return now === before;
             }""",
-            [node_type, name],
+            polling=300,
         )
-        self.page.mouse.click(x, y)
-        return self.page.locator(".litecontextmenu .litemenu-entry")
 
     def node(self, node_type: str) -> Locator:
         """The first node of a type, where nodes are drawn in HTML."""

@@ -79,8 +79,7 @@ def test_a_picture_from_the_search_box_to_the_end(web: ComfyPage) -> None:
         }""",
         [links, values],
     )
-    web.run_command("Comfy.Canvas.FitView")
-    page.wait_for_timeout(800)
+    web.fit_view()
 
     web.choices("TPSampler", "gpu_count").get_by_text("2", exact=True).click()
     assert web.widget("TPSampler", "gpu_count") == "2"
@@ -108,7 +107,7 @@ def test_a_picture_from_the_search_box_to_the_end(web: ComfyPage) -> None:
 @pytest.mark.html_page
 def test_nodes_drawn_in_html(web: ComfyPage) -> None:
     web.load_prompt(picture_prompt(layout="tp"))
-    web.run_command("Comfy.Canvas.FitView")
+    web.fit_view()
     loader, sampler = (web.node(kind) for kind in ("TPLoadDiffusionModel", "TPSampler"))
     web.page.wait_for_function(
         "app.graph.nodes.find((node) => node.comfyClass === 'TPLoadDiffusionModel')"

@@ -141,8 +141,7 @@ def mark(web: ComfyPage, sampler: str) -> None:
 def shown(web: ComfyPage) -> None:
     """The whole workflow on the screen, with the answers that the nodes wait for."""
     web.page.evaluate("() => app.canvas.deselectAll()")
-    web.run_command("Comfy.Canvas.FitView")
-    web.page.wait_for_timeout(2000)
+    web.fit_view()
 
 
 def beyond(web: ComfyPage) -> list[Any]:

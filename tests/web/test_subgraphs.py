@@ -131,8 +131,7 @@ def test_a_file_that_the_subgraph_shows(web: ComfyPage) -> None:
     web.page.evaluate(PROMOTE, "unet_name")
     wait_for_counts(web, "TPSampler")
     web.page.evaluate("() => app.canvas.deselectAll()")
-    web.run_command("Comfy.Canvas.FitView")
-    web.page.wait_for_timeout(1000)
+    web.fit_view()
     host = web.page.evaluate("app.graph.nodes.find((node) => node.subgraph).type")
     web.choices(host, "unet_name").get_by_text(other, exact=True).click()
     web.page.wait_for_function(

@@ -74,8 +74,7 @@ def right_click(web: ComfyPage, node_type: str) -> None:
 def test_the_menu_of_a_node(web: ComfyPage) -> None:
     web.load_prompt(stock_prompt())
     before = web.prompt()
-    web.run_command("Comfy.Canvas.FitView")
-    web.page.wait_for_timeout(800)
+    web.fit_view()
     right_click(web, STOCK)
     entry = web.page.get_by_text(SWAP, exact=True).last
     entry.wait_for()
@@ -136,8 +135,7 @@ def test_the_new_loader_covers_nothing(web: ComfyPage) -> None:
     web.run_command("TensorParallel.UseInWorkflow")
     wait_for(web, OURS)
     web.page.wait_for_timeout(1000)  # HTML nodes are measured
-    web.run_command("Comfy.Canvas.FitView")
-    web.page.wait_for_timeout(500)
+    web.fit_view()
     web.page.screenshot(path=PICTURES / f"swap_makes_room_{web.name}.png")
     boxes = {name: box for name, *box in web.page.evaluate(BOXES)}
     assert boxes[OURS][1] == -30

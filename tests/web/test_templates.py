@@ -35,7 +35,7 @@ def test_a_template_opens_and_runs(web: ComfyPage, template: Path) -> None:
         ".filter((type) => !(type in LiteGraph.registered_node_types))"
     )
     assert unknown == []
-    web.run_command("Comfy.Canvas.FitView")
+    web.fit_view()
     prompt = small(web.prompt())
     example = web.server.base / "input" / "example.png"
     if not example.exists():
