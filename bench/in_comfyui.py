@@ -302,8 +302,10 @@ def measure(
 
 
 def gpu_memory(server_pid: int) -> dict[str, float]:
-    """GiB that ComfyUI and the ranks hold, over all GPUs, by their names."""
+    """GiB that ComfyUI and the ranks hold, over all GPUs that they may use, by their names."""
     query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        query.append(f"--id={visible}")  # others may be at work on the rest
     found: dict[str, float] = {}
     for line in subprocess.check_output(query, text=True).splitlines():
         pid, mib = line.split(", ")

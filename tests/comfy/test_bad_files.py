@@ -20,7 +20,7 @@ from support.sparse_files import one_block
 from support.tiny_models import write, write_fp8, write_tiny
 from support.workflows import tp_loader, tp_text_to_latent, with_report
 
-pytestmark = [pytest.mark.comfy, pytest.mark.rotates(3)]
+pytestmark = [pytest.mark.comfy, pytest.mark.rotates(5)]
 
 Works = Callable[[], list[int]]
 Tensors = dict[str, torch.Tensor]

@@ -12,7 +12,7 @@ import pytest
 from support.comfy_server import NO_GPU
 from support.paths import REPOSITORY, comfyui_path
 
-pytestmark = [pytest.mark.comfy, pytest.mark.rotates(3)]
+pytestmark = [pytest.mark.comfy, pytest.mark.rotates(5)]
 
 SMALL = ["--small", "--cpu", "--side", "64", "--steps", "1", "--short-steps", "1", "--repeats", "1"]
 

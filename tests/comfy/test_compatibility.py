@@ -74,7 +74,7 @@ def node_info(comfy_server: ComfyServer) -> NodeInfo:
     return info
 
 
-@pytest.mark.rotates(3)
+@pytest.mark.rotates(5)
 def test_workflow(
     comfy_server: ComfyServer,
     node_info: NodeInfo,
@@ -121,7 +121,7 @@ def _choices(declared: list[Any]) -> set[str]:
     return set(options[0]["options"] if kind == "COMBO" else kind)
 
 
-@pytest.mark.rotates(4)
+@pytest.mark.rotates(6)
 @pytest.mark.parametrize("method", ["none", "auto", "latent2rgb", "taesd"])
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_previews(

@@ -16,7 +16,7 @@ from support.pack import pack_module
 from support.waiting import wait_until
 from support.workflows import node, tp_loader, tp_text_to_latent
 
-pytestmark = pytest.mark.comfy
+pytestmark = [pytest.mark.comfy, pytest.mark.rotates(2, "servers of their own")]
 
 MODEL = "tiny_z_image.safetensors"
 PREPARE = "TensorParallel.Runtime.Prepare"

@@ -50,7 +50,7 @@ def test_a_prompt_that_was_edited_by_hand(
     same_as_stock(edited, stock=stock)
 
 
-@pytest.mark.rotates(2)
+@pytest.mark.rotates(3)
 @pytest.mark.parametrize("layout", ["scaled", "mixed"])
 def test_fp8_with_scales(
     files: Path, tiny_z_image: Path, same_as_stock: Compare, layout: Fp8Layout
@@ -64,7 +64,7 @@ def test_plain_fp8(files: Path, tiny_z_image: Path, same_as_stock: Compare) -> N
     same_as_stock(tp_text_to_latent(path.name))
 
 
-@pytest.mark.rotates(3)
+@pytest.mark.rotates(5)
 @pytest.mark.parametrize("choice", ["fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2"])
 def test_the_stock_loaders_choices(tiny_z_image: Path, same_as_stock: Compare, choice: str) -> None:
     prompt = tp_text_to_latent(tiny_z_image.name)
@@ -74,7 +74,7 @@ def test_the_stock_loaders_choices(tiny_z_image: Path, same_as_stock: Compare, c
     same_as_stock(prompt, stock=stock)
 
 
-@pytest.mark.rotates(2)
+@pytest.mark.rotates(3)
 @pytest.mark.parametrize("name", ["int8_convrot", "nvfp4"])
 def test_quantised_as_the_templates_load_it(
     comfy_server: ComfyServer, files: Path, tiny_z_image: Path, name: str
@@ -112,7 +112,7 @@ def test_a_full_checkpoint(files: Path, tiny_z_image: Path, same_as_stock: Compa
     same_as_stock(tp_text_to_latent("full.safetensors"))
 
 
-@pytest.mark.rotates(2)
+@pytest.mark.rotates(3)
 @pytest.mark.parametrize(("name", "num_shards"), [("whole", 1), ("below/sharded", 2)])
 def test_a_diffusers_folder(
     comfy_server: ComfyServer, files: Path, tiny_z_image: Path, name: str, num_shards: int
@@ -123,7 +123,7 @@ def test_a_diffusers_folder(
     assert_equal_to_stock_on(comfy_server, name, tiny_z_image.name)
 
 
-@pytest.mark.rotates(2)
+@pytest.mark.rotates(3)
 @pytest.mark.parametrize("folder", ["diffusion_models", "unet"])
 def test_gguf(comfy_server: ComfyServer, files: Path, tiny_z_image: Path, folder: str) -> None:
     path = comfy_server.models / folder / "below" / f"{folder}.gguf"

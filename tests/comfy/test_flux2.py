@@ -17,7 +17,7 @@ from support.template_models import write_flux2_template_models
 from support.tiny_models import tiny
 from support.workflows import Prompt, node, tp_loader
 
-pytestmark = [pytest.mark.comfy, pytest.mark.rotates(3)]
+pytestmark = [pytest.mark.comfy, pytest.mark.rotates(5)]
 
 MODEL = "flux2_dev_fp8mixed.safetensors"
 BATCH_TOLERANCE = 1e-4

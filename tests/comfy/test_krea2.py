@@ -114,7 +114,7 @@ def test_a_batch(same_as_stock: Compare) -> None:
     same_as_stock(graph(batch_size=2), BATCH_TOLERANCE)
 
 
-@pytest.mark.rotates(2)
+@pytest.mark.rotates(3)
 @pytest.mark.parametrize("method", ["index", "index_timestep_zero"])
 def test_references(comfy_server: ComfyServer, same_as_stock: Compare, method: str) -> None:
     """For each latent of a batch the same; without a method, the model does not look at them."""
@@ -160,7 +160,7 @@ STYLES: dict[str, tuple[Callable[[str], str], tuple[str, str], dict[str, tuple[i
 }
 
 
-@pytest.mark.rotates(3)
+@pytest.mark.rotates(5)
 @pytest.mark.parametrize("style", STYLES)
 def test_lora(comfy_server: ComfyServer, same_as_stock: Compare, style: str) -> None:
     named, (up, down), layers = STYLES[style]

@@ -15,7 +15,7 @@ from support.workflows import Prompt, Sampling, node, tp_text_to_latent
 from tp_runtime.config import Layout
 from tp_runtime.layouts.step_history import MIN_TIMES, USUAL_STEPS, StepRecords, Workload
 
-pytestmark = [pytest.mark.comfy, pytest.mark.rotates(3)]
+pytestmark = [pytest.mark.comfy, pytest.mark.rotates(5)]
 
 MODEL = "tiny_z_image.safetensors"
 BATCH_TOLERANCE = 1e-4  # as in test_samplers

@@ -54,7 +54,7 @@ def tp_prompt(**settings: Any) -> Prompt:
     return text_to_latent(tp_loader(MODEL, 2), sampling=Sampling(**settings))
 
 
-@pytest.mark.rotates(2)
+@pytest.mark.rotates(3)
 @pytest.mark.parametrize(
     "strengths", [(1.0,), (-0.7,), (0.8, 0.5), (0.8, -1.2)], ids=lambda s: " ".join(map(str, s))
 )
@@ -103,7 +103,7 @@ def with_hooks(prompt: Prompt, lora: str, *, scheduled: bool) -> Prompt:
     return prompt
 
 
-@pytest.mark.rotates(2)
+@pytest.mark.rotates(3)
 @pytest.mark.parametrize("scheduled", [False, True], ids=["constant", "scheduled"])
 @pytest.mark.parametrize("cfg", [1.0, 2.0])
 def test_hooks(same_as_stock: Compare, loras: tuple[str, str], scheduled: bool, cfg: float) -> None:

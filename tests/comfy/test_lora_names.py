@@ -49,7 +49,7 @@ def loading() -> Iterator[ModuleType]:
         yield module
 
 
-@pytest.mark.rotates(3)
+@pytest.mark.rotates(5)
 @pytest.mark.parametrize("stored_as", ["plain", "fp8", "int8_convrot"])
 @pytest.mark.parametrize("family", known())
 def test_ours_has_every_name_of_the_stock_model(

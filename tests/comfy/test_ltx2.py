@@ -101,7 +101,7 @@ def predicted(model: Any, case: str, *, unprocessed: bool) -> torch.Tensor:
 
 
 @with_the_class
-@pytest.mark.rotates(3)
+@pytest.mark.rotates(5)
 @pytest.mark.parametrize("case", CASES)
 def test_as_basemodel_calls_it(pair: tuple[Any, Any], case: str) -> None:
     native, ours = (predicted(model, case, unprocessed=True) for model in pair)

@@ -8,7 +8,7 @@ from support.tiny_models import write_tiny
 from support.usage import Usage
 from support.workflows import Prompt, Sampling, node, text_to_latent, tp_loader
 
-pytestmark = pytest.mark.comfy
+pytestmark = [pytest.mark.comfy, pytest.mark.rotates(2, "servers of their own")]
 
 MODELS = ("tiny_z_image.safetensors", "another_z_image.safetensors")
 LORAS = ("one.safetensors", "two.safetensors")

@@ -47,7 +47,7 @@ def two_models(first: str, second: str) -> Prompt:
     return prompt
 
 
-@pytest.mark.rotates(3)
+@pytest.mark.rotates(5)
 @pytest.mark.parametrize(("first", "second"), PAIRS)
 def test_two_models(same_as_stock: Compare, first: str, second: str) -> None:
     same_as_stock(two_models(first, second))

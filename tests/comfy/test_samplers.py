@@ -17,7 +17,7 @@ from support.workflows import (
     tp_text_to_latent,
 )
 
-pytestmark = [pytest.mark.comfy, pytest.mark.rotates(2)]
+pytestmark = [pytest.mark.comfy, pytest.mark.rotates(3)]
 
 MODEL = "tiny_z_image.safetensors"
 BATCH_TOLERANCE = 1e-4  # a batch of two: the CPU adds up in another order in another process

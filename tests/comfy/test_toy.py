@@ -18,7 +18,7 @@ from support.paths import TOY_PACK
 from support.toy import SAMPLING, shown, toy_prompt
 from support.workflows import Prompt, node, stock_twin
 
-pytestmark = [pytest.mark.comfy, pytest.mark.rotates(2)]
+pytestmark = [pytest.mark.comfy, pytest.mark.rotates(3)]
 
 SCENES = [
     Scene("", "red", "circle", "middle", "blue"),

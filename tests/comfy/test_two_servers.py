@@ -9,7 +9,7 @@ from support.comfy_server import NO_GPU, ComfyServer
 from support.group_reports import rank_pids
 from support.workflows import Sampling, tp_text_to_latent
 
-pytestmark = pytest.mark.comfy
+pytestmark = [pytest.mark.comfy, pytest.mark.rotates(2, "servers of their own")]
 
 MODEL = "tiny_z_image.safetensors"
 TOLERANCE = 1e-5

@@ -281,7 +281,7 @@ def test_an_older_comfyui_is_told_what_it_does_not_know(comfy_server: ComfyServe
         comfy_server.run(video("animate_2", EMPTY))
 
 
-@pytest.mark.rotates(3)
+@pytest.mark.rotates(5)
 @pytest.mark.parametrize("case", MAKERS)
 def test_a_video_is_the_stock_one(same_as_stock: Compare, case: str) -> None:
     same_as_stock(video(*MAKERS[case]))
@@ -293,7 +293,7 @@ def test_guidance_in_one_batch(same_as_stock: Compare) -> None:
     same_as_stock(prompt, BATCH_TOLERANCE)
 
 
-@pytest.mark.rotates(2)
+@pytest.mark.rotates(3)
 @pytest.mark.parametrize("start_image", [{}, {"start_image": FIRST}], ids=["text", "first frame"])
 def test_five_billion(same_as_stock: Compare, start_image: dict[str, Any]) -> None:
     """Its first frame is kept by a mask, which is made timesteps of frames."""

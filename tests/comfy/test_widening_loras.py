@@ -78,6 +78,7 @@ def _with_loras(prompt: Prompt, chain: tuple[tuple[str, float], ...]) -> list[An
     return [model, 0]
 
 
+@pytest.mark.rotates(3)
 @pytest.mark.parametrize("gpu_count", [1, 2])
 @pytest.mark.parametrize(
     "chain",

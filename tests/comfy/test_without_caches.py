@@ -18,7 +18,7 @@ from support.workflows import (
     with_report,
 )
 
-pytestmark = pytest.mark.comfy
+pytestmark = [pytest.mark.comfy, pytest.mark.rotates(2, "servers of their own")]
 
 MODEL = "tiny_z_image.safetensors"
 

@@ -21,7 +21,7 @@ from support.paths import REPOSITORY
 from tp_runtime.models import families
 from tp_runtime.tools.cli import COMMANDS
 
-pytestmark = [pytest.mark.process, pytest.mark.rotates(2)]
+pytestmark = [pytest.mark.process, pytest.mark.rotates(3)]
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -11,7 +11,7 @@ from process.conftest import TESTS
 from support.namespaces import python_with_own_mounts
 from support.paths import REPOSITORY
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.rotates(2)]
 
 # Real ranks, two at a time; the fork server is the same for all.
 CODE = r"""

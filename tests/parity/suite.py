@@ -81,7 +81,7 @@ class Fp32Tests:
         folder = tmp_path_factory.mktemp(cls.cases.family)
         return write_tiny(cls.cases.family, folder / "tiny.safetensors", **cls.cases.changes)
 
-    @pytest.mark.rotates(4)
+    @pytest.mark.rotates(7)
     def test_fp32(self, checkpoint: Path, remote: Remote, sized: tuple[int, str]) -> None:
         tp_size, name = sized
         assert_equal_to_native(checkpoint, remote, tp_size, self.cases.inputs(name))
@@ -90,7 +90,7 @@ class Fp32Tests:
 class ParityTests(Fp32Tests):
     """The same, and in bf16."""
 
-    @pytest.mark.rotates(4)
+    @pytest.mark.rotates(7)
     @pytest.mark.parametrize("tp_size", [2, 4])
     def test_bf16_is_as_close_as_comfyui(
         self, checkpoint: Path, remote: Remote, tp_size: int

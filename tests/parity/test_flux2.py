@@ -89,7 +89,7 @@ def test_todays_names_of_the_norms(checkpoint: Path, tmp_path: Path, remote: Rem
 NEWER = CASES["flux2"]
 
 
-@pytest.mark.rotates(3)
+@pytest.mark.rotates(5)
 @pytest.mark.parametrize(("tp_size", "case"), [(size, case) for size in (2, 5) for case in NEWER])
 def test_newer_comfyui(tmp_path: Path, remote: Remote, tp_size: int, case: str) -> None:
     """What ComfyUI 0.3.75's class does not know, against what a newer one computed."""

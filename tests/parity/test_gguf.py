@@ -48,7 +48,7 @@ def native(path: Path, inputs: dict[str, Any], dtype: torch.dtype = torch.float3
         return native_model(path, dtype)(named.pop("x"), named.pop("timesteps"), **named)
 
 
-@pytest.mark.rotates(3)
+@pytest.mark.rotates(5)
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "Q4_K", "Q6_K"])
 @pytest.mark.parametrize("family", KNOWN)
 def test_fp32(tmp_path: Path, remote: Remote, family: str, kind: str) -> None:
@@ -68,7 +68,7 @@ def test_padded_heads(tmp_path: Path, remote: Remote, family: str) -> None:
     assert relative_error(found, native(values, inputs)) <= FP32_TOLERANCE
 
 
-@pytest.mark.rotates(3)
+@pytest.mark.rotates(5)
 @pytest.mark.parametrize("family", INPUTS)
 def test_bf16(tmp_path: Path, remote: Remote, family: str) -> None:
     """The weights are rounded once, from what the blocks hold."""

@@ -25,7 +25,7 @@ def assert_right(path: Path, inputs: dict[str, Any], found: torch.Tensor) -> Non
     assert relative_error(found, native(path, inputs, torch.float32)) <= FP32_TOLERANCE
 
 
-@pytest.mark.rotates(2)
+@pytest.mark.rotates(3)
 @pytest.mark.parametrize("batch", [1, 2, 3])
 @pytest.mark.parametrize(("tp_size", "batch_groups"), LAYOUTS)
 def test_batches(

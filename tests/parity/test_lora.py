@@ -185,7 +185,7 @@ def digests(runtime: Runtime, model: RemoteModel) -> list[str]:
     raise AssertionError("no such group")
 
 
-@pytest.mark.rotates(3)
+@pytest.mark.rotates(5)
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
 @pytest.mark.parametrize("family", KNOWN)
 def test_apply_change_remove(
@@ -214,7 +214,7 @@ def test_apply_change_remove(
     assert digests(runtime, remote) == before
 
 
-@pytest.mark.rotates(3)
+@pytest.mark.rotates(5)
 @pytest.mark.parametrize("layout", ["plain", "scaled", "mixed"])
 @pytest.mark.parametrize("family", ["flux", "wan"])
 def test_fp8(

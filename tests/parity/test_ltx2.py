@@ -42,14 +42,14 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return written
 
 
-@pytest.mark.rotates(3)
+@pytest.mark.rotates(5)
 @pytest.mark.parametrize(("tp_size", "case"), SIZED)
 def test_fp32(file: Any, remote: Remote, tp_size: int, case: str) -> None:
     found = remote(file(case), tp_size).evaluate(inputs_of("ltx2", case, torch.float32))
     assert relative_error(found, expected("ltx2", case, torch.float32)) <= FP32_TOLERANCE
 
 
-@pytest.mark.rotates(3)
+@pytest.mark.rotates(5)
 @pytest.mark.parametrize("tp_size", [2, 4])
 def test_bf16_is_as_close_as_comfyui(file: Any, remote: Remote, tp_size: int) -> None:
     ours = theirs = 0.0
@@ -65,7 +65,7 @@ def test_bf16_is_as_close_as_comfyui(file: Any, remote: Remote, tp_size: int) ->
     assert ours <= theirs
 
 
-@pytest.mark.rotates(2)
+@pytest.mark.rotates(3)
 @pytest.mark.parametrize("case", CAPTIONS["ltx2"])
 def test_captions_are_made_ready(file: Any, remote: Remote, case: str) -> None:
     """By the connectors, which are split like the blocks."""

@@ -38,7 +38,7 @@ def variants(tmp_path_factory: pytest.TempPathFactory) -> Variants:
     return written
 
 
-@pytest.mark.rotates(4)
+@pytest.mark.rotates(7)
 @pytest.mark.parametrize(("tp_size", "case"), SIZED)
 def test_fp32(variants: Variants, remote: Remote, tp_size: int, case: str) -> None:
     inputs = inputs_of("minimax_h3", case, torch.float32)
@@ -46,7 +46,7 @@ def test_fp32(variants: Variants, remote: Remote, tp_size: int, case: str) -> No
     assert relative_error(found, expected("minimax_h3", case, torch.float32)) <= FP32_TOLERANCE
 
 
-@pytest.mark.rotates(2)
+@pytest.mark.rotates(3)
 @pytest.mark.parametrize("tp_size", [2, 4])
 def test_bf16_is_as_close_as_comfyui(variants: Variants, remote: Remote, tp_size: int) -> None:
     """Over all cases: a single one differs by a few percent, since such errors are noise."""

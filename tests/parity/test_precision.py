@@ -60,7 +60,7 @@ def fast(runtime: Runtime) -> Callable[..., RemoteModel]:
     return load
 
 
-@pytest.mark.rotates(2)
+@pytest.mark.rotates(3)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("tp_size", "sequence_size"), LAYOUTS)
 def test_the_error_of_a_model(

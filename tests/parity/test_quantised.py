@@ -93,7 +93,7 @@ def assert_as_good_as_comfyui(
         assert apart <= TIPPED * theirs
 
 
-@pytest.mark.rotates(3)
+@pytest.mark.rotates(5)
 @pytest.mark.parametrize(("family", "name"), CASES)
 def test_on_two_ranks(folder: Path, remote: Remote, family: str, name: str) -> None:
     path = write_case(family, name, folder)

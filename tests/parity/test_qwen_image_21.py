@@ -48,7 +48,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     return write
 
 
-@pytest.mark.rotates(3)
+@pytest.mark.rotates(5)
 @pytest.mark.parametrize(("tp_size", "case"), SIZED)
 def test_fp32(written: Written, remote: Remote, tp_size: int, case: str) -> None:
     found = remote(written(**EACH[case][0]), tp_size).evaluate(
@@ -57,7 +57,7 @@ def test_fp32(written: Written, remote: Remote, tp_size: int, case: str) -> None
     assert relative_error(found, expected(FAMILY, case, torch.float32)) <= FP32_TOLERANCE
 
 
-@pytest.mark.rotates(2)
+@pytest.mark.rotates(3)
 @pytest.mark.parametrize("tp_size", [2, 4])
 def test_bf16_is_as_close_as_comfyui(written: Written, remote: Remote, tp_size: int) -> None:
     """Over all cases in which bf16 does not change the time."""
@@ -73,7 +73,7 @@ def test_bf16_is_as_close_as_comfyui(written: Written, remote: Remote, tp_size: 
     assert ours <= theirs
 
 
-@pytest.mark.rotates(3)
+@pytest.mark.rotates(5)
 @pytest.mark.parametrize(
     ("tp_size", "case"), [(n, case) for n in (1, 2, 4, 5) for case in QUANTISED]
 )

@@ -64,7 +64,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return written
 
 
-@pytest.mark.rotates(3)
+@pytest.mark.rotates(5)
 @pytest.mark.parametrize("family", known())
 @pytest.mark.parametrize("tp_size", [2, "padded", 4])
 def test_any_inputs(

@@ -73,7 +73,7 @@ def cases() -> list[tuple[str, int]]:
     return [(family, index) for family, each in CASES.items() for index in range(len(each))]
 
 
-@pytest.mark.rotates(5)
+@pytest.mark.rotates(8)
 @pytest.mark.parametrize(("family", "index"), cases())
 @pytest.mark.parametrize(("tp_size", "sequence_size"), LAYOUTS)
 def test_fp32(
@@ -87,7 +87,7 @@ def test_fp32(
     assert relative_error(found, native(path, inputs)) <= FP32_TOLERANCE
 
 
-@pytest.mark.rotates(5)
+@pytest.mark.rotates(8)
 @pytest.mark.parametrize("layout", MORE_RANKS)
 @pytest.mark.parametrize("family", ["z_image", "flux"])
 def test_more_ranks(
@@ -103,7 +103,7 @@ def test_more_ranks(
     assert relative_error(found, native(path, inputs)) <= FP32_TOLERANCE
 
 
-@pytest.mark.rotates(2)
+@pytest.mark.rotates(3)
 @pytest.mark.parametrize("sequence_size", [2, 3])
 def test_control_videos(tmp_path: Path, remote: Remote, sequence_size: int) -> None:
     """VACE's, which have tokens of their own."""

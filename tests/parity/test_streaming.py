@@ -76,7 +76,7 @@ def load(
     return model
 
 
-@pytest.mark.rotates(5)
+@pytest.mark.rotates(8)
 @pytest.mark.parametrize("family", sorted(families()))
 def test_every_family(runtime: Runtime, tmp_path: Path, family: str) -> None:
     whole = load(runtime, write_tiny(family, tmp_path / "tiny.safetensors"))
@@ -131,7 +131,7 @@ def on_host(runtime: Runtime, model: RemoteModel) -> list[int]:
     return list(taken.values())
 
 
-@pytest.mark.rotates(2)
+@pytest.mark.rotates(3)
 @pytest.mark.parametrize(("tp_size", "copies"), [(2, "batch_groups"), (1, "sequence_size")])
 def test_ranks_with_the_same_part_have_one_copy_in_the_hosts_memory(
     runtime: Runtime, tmp_path: Path, tp_size: int, copies: str
@@ -210,7 +210,7 @@ def assert_patched_alike(runtime: Runtime, whole: RemoteModel, inputs: Any) -> N
         assert digests(runtime, model) == before
 
 
-@pytest.mark.rotates(3)
+@pytest.mark.rotates(5)
 @pytest.mark.parametrize(
     ("family", "group"),
     [("flux", group_of()), ("wan", group_of()), ("flux", group_of(1, sequence_size=2))],
@@ -220,7 +220,7 @@ def test_lora(runtime: Runtime, tmp_path: Path, family: str, group: GroupConfig)
     assert_patched_alike(runtime, whole, make_inputs(tiny(family)))
 
 
-@pytest.mark.rotates(3)
+@pytest.mark.rotates(5)
 @pytest.mark.parametrize(
     ("family", "name"), [("qwen_image", "int8_convrot"), ("flux", "w4a8"), ("flux", "fp8")]
 )
@@ -235,7 +235,7 @@ def test_quantised(runtime: Runtime, tmp_path: Path, family: str, name: str) -> 
             assert equal(model.evaluate(inputs), expected)
 
 
-@pytest.mark.rotates(2)
+@pytest.mark.rotates(3)
 @pytest.mark.parametrize("group", [group_of(), group_of(1, batch_groups=2)])
 def test_lora_on_quantised(runtime: Runtime, tmp_path: Path, group: GroupConfig) -> None:
     whole = load(runtime, write_case("qwen_image", "int8_convrot", tmp_path), group=group)

@@ -119,7 +119,7 @@ class TestVace(ParityTests):
         changes={"num_blocks": 4, "vace_blocks": 2, "vace_channels": 96},
     )
 
-    @pytest.mark.rotates(3)
+    @pytest.mark.rotates(5)
     @pytest.mark.parametrize("left_out", [(0,), (1, 2), (0, 1, 2, 3)], ids=str)
     def test_blocks_left_out(
         self, checkpoint: Path, remote: Remote, left_out: tuple[int, ...]
@@ -183,7 +183,7 @@ class TestAnimate(Fp32Tests):
 NEWER = OF_NEWER["wan"]
 
 
-@pytest.mark.rotates(3)
+@pytest.mark.rotates(5)
 @pytest.mark.parametrize(
     ("tp_size", "case"), [(size, case) for size in (2, PADDED) for case in NEWER]
 )
@@ -248,7 +248,7 @@ def test_motion_that_does_not_fit_is_refused(
         remote(path, 2).evaluate(given)
 
 
-@pytest.mark.rotates(3)
+@pytest.mark.rotates(5)
 @pytest.mark.parametrize("left_out", [(0,), (1, 5, 6), (0, 1, 2, 3, 4, 5)], ids=str)
 def test_faces_are_looked_at_where_blocks_are_left_out(
     tmp_path: Path, remote: Remote, left_out: tuple[int, ...]

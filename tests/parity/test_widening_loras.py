@@ -69,6 +69,7 @@ def assert_same(patcher: Any, remote: RemoteModel, inputs: dict[str, Any]) -> to
     return expected
 
 
+@pytest.mark.rotates(2)
 @pytest.mark.parametrize("family", [family for family in WIDENED if is_known(family)])
 @pytest.mark.parametrize("tp_size", [1, 2])
 def test_apply_change_remove(

@@ -56,7 +56,7 @@ def native(path: Path, inputs: dict[str, Any], dtype: torch.dtype) -> torch.Tens
         return native_model(path, dtype)(**inputs)
 
 
-@pytest.mark.rotates(3)
+@pytest.mark.rotates(5)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
 def test_fp32(checkpoint: Path, remote: Remote, tp_size: int, case: tuple[int, ...]) -> None:
@@ -78,7 +78,7 @@ def bf16_reference(path: Path, case: tuple[int, ...]) -> tuple[torch.Tensor, flo
     return comfy, relative_error(comfy, exact)
 
 
-@pytest.mark.rotates(3)
+@pytest.mark.rotates(5)
 @pytest.mark.parametrize("case", CASES[:5:2], ids=str)
 @pytest.mark.parametrize("tp_size", [2, 4])
 def test_bf16_is_as_close_as_comfyui(
@@ -157,7 +157,7 @@ def native_toy() -> Any:
         return comfy.sd.load_diffusion_model(str(TOY), options).model.diffusion_model
 
 
-@pytest.mark.rotates(3)
+@pytest.mark.rotates(5)
 @pytest.mark.parametrize("timestep", [1.0, 0.5, 0.01])
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
 def test_the_trained_toy(native_toy: Any, remote: Remote, tp_size: int, timestep: float) -> None:

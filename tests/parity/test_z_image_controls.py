@@ -59,13 +59,13 @@ def assert_equal_to_native(path: Path, model: RemoteModel, name: str) -> None:
         assert relative_error(model.evaluate(inputs), stock) > 0.01
 
 
-@pytest.mark.rotates(2)
+@pytest.mark.rotates(3)
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.sizes is SIZES])
 def test_fp32_on_two_ranks(checkpoint: Path, remote: Remote, name: str) -> None:
     assert_equal_to_native(checkpoint, remote(checkpoint, 2), name)
 
 
-@pytest.mark.rotates(2)
+@pytest.mark.rotates(3)
 @pytest.mark.parametrize("name", ["1", "2.1"])
 def test_fp32_on_one_rank(checkpoint: Path, remote: Remote, name: str) -> None:
     assert_equal_to_native(checkpoint, remote(checkpoint, 1), name)

@@ -13,7 +13,7 @@ from bench import step
 from bench.errors import TOLERANCE
 from tp_runtime.client import RemoteModel
 
-pytestmark = [pytest.mark.process, pytest.mark.rotates(2)]
+pytestmark = [pytest.mark.process, pytest.mark.rotates(3)]
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +79,7 @@ def test_rows_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], mod
     assert "WRONG" not in capsys.readouterr().out
 
 
-@pytest.mark.rotates(2)
+@pytest.mark.rotates(3)
 @pytest.mark.parametrize("wrong", [math.nan, 1.04])
 def test_a_wrong_batch_group_is_found(
     tmp_path: Path,
@@ -121,7 +121,7 @@ def test_a_limit_of_what_gpus_hold(tmp_path: Path) -> None:
     assert row["weights_gib"] <= 0.02
 
 
-@pytest.mark.rotates(4)
+@pytest.mark.rotates(6)
 @pytest.mark.parametrize("model", ["flux2", "krea2", "qwen_image", "qwen_image_21"])
 def test_references(tmp_path: Path, model: str) -> None:
     options = ["--models", model, "--tp", "2", "--references", "2"]

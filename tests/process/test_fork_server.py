@@ -19,7 +19,7 @@ from tp_runtime.client.group_state import State
 from tp_runtime.client.launch import fork_client
 from tp_runtime.wire.protocol import Report
 
-pytestmark = [pytest.mark.process, pytest.mark.rotates(2)]
+pytestmark = [pytest.mark.process, pytest.mark.rotates(3)]
 
 Groups = Callable[..., Engine]
 

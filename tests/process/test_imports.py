@@ -10,7 +10,7 @@ from support.paths import REPOSITORY
 from tp_runtime.client.launch.local import _server_environment
 from tp_runtime.rank.imports import LEFT_OUT, STOOD_IN_FOR
 
-pytestmark = [pytest.mark.process, pytest.mark.rotates(2)]
+pytestmark = [pytest.mark.process, pytest.mark.rotates(3)]
 
 # What comes with the modules that are stood in for.
 WITH_THEM = ("fastapi", "openai", "xgrammar")

@@ -13,7 +13,7 @@ from process.conftest import TESTS, PythonWith, assert_ended, assert_nothing_lef
 
 from support.paths import REPOSITORY
 
-pytestmark = [pytest.mark.process, pytest.mark.rotates(2)]
+pytestmark = [pytest.mark.process, pytest.mark.rotates(3)]
 
 BOUND_S = 5.0
 

@@ -199,7 +199,7 @@ print("equal")
 """
 
 
-@pytest.mark.rotates(3)
+@pytest.mark.rotates(5)
 @pytest.mark.parametrize(
     "comparison",
     [_COMPARISON, _OVER_RANKS, _GELU, _REDUCTION, _LISTED],

@@ -14,7 +14,7 @@ from support.comfy_page import NEWER_PAGE, PICTURES, ComfyPage, comfy_page
 from support.comfy_server import NO_GPU, ComfyServer
 from support.workflows import Sampling, text_to_latent, tp_loader
 
-pytestmark = pytest.mark.web
+pytestmark = [pytest.mark.web, pytest.mark.rotates(2)]
 
 # What a ComfyUI without vLLM would find, and its ranks; the one of the tests has it.
 WITHOUT_VLLM = """

@@ -13,7 +13,7 @@ from support.comfy_page import GROUPS, PICTURES, ComfyPage
 from support.tiny_vae import VAE_NAME
 from support.workflows import Prompt, Sampling, text_to_latent, tp_loader, with_picture
 
-pytestmark = [pytest.mark.web, pytest.mark.rotates(3)]
+pytestmark = [pytest.mark.web, pytest.mark.rotates(5)]
 every_page = pytest.mark.every_page
 
 MODEL = "tiny_z_image.safetensors"

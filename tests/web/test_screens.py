@@ -13,7 +13,7 @@ from support.comfy_page import GROUPS, PICTURES, ComfyPage
 from support.comfy_server import PACK_FOLDER
 from support.workflows import text_to_latent, tp_loader
 
-pytestmark = [pytest.mark.web, pytest.mark.rotates(2)]
+pytestmark = [pytest.mark.web, pytest.mark.rotates(3)]
 every_page = pytest.mark.every_page
 
 MODEL = "z_image_turbo_bf16.safetensors"

@@ -26,7 +26,7 @@ def small(prompt: Prompt) -> Prompt:
     return prompt
 
 
-@pytest.mark.rotates(3)
+@pytest.mark.rotates(5)
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
 def test_a_template_opens_and_runs(web: ComfyPage, template: Path) -> None:
     web.load(json.loads(template.read_text()))
