@@ -144,6 +144,7 @@ def test_inputs_may_change_between_steps(checkpoint: Path, remote: Remote) -> No
         {"ref_latents": [torch.ones(1, 16, 1, 4, 4)]},
         {"ref_latents_method": "offset"},
         {"control": {"input": [None, None, torch.ones(1, 64, DIM)]}},
+        {"control": {"input": [torch.linspace(-1, 1, 64 * DIM).view(1, 64, DIM)] * 2}},
         {},
     ]
     for change in changes:

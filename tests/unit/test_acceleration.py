@@ -47,16 +47,42 @@ class _NotRecorded:
         pass
 
 
-def test_nothing_is_compiled_while_a_graph_is_recorded(
-    compiled: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Conditioning may be a part of a larger tensor, or turned; a graph's copy of it is not."""
+@pytest.fixture
+def recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are recorded without a GPU."""
     for name, value in {
         "CUDAGraph": _NotRecorded,
         "graph": lambda *_, **__: contextlib.nullcontext(),
         "graph_pool_handle": lambda: None,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
+
+
+@pytest.mark.usefixtures("recording")
+def test_a_tensor_that_many_blocks_are_given_is_copied_once() -> None:
+    """Of which blocks are given the same, the graph is."""
+    seen: list[list[torch.Tensor]] = []
+    recorded = graphs.RecordedEvaluation(
+        lambda residuals: seen.append(residuals),
+        contextlib.nullcontext,
+        torch.nn.functional.scaled_dot_product_attention,
+        2**30,
+    )
+    one, other = torch.zeros(2), torch.ones(2)
+    for residuals in ([one, other, one, other], [one, one, other, other]):
+        for _ in range(3):
+            recorded(residuals=residuals)
+    assert len(seen) == 4  # as written, and recorded, of each order
+    for given, residuals in ((seen[1], seen[0]), (seen[3], seen[2])):
+        assert len({id(tensor) for tensor in given}) == 2
+        assert all(map(torch.equal, given, residuals))
+    assert seen[1][0] is seen[1][2]
+    assert seen[3][0] is seen[3][1]
+
+
+@pytest.mark.usefixtures("recording")
+def test_nothing_is_compiled_while_a_graph_is_recorded(compiled: list[Any]) -> None:
+    """Conditioning may be a part of a larger tensor, or turned; a graph's copy of it is not."""
     silu_gate = graphs.fused(layers.silu_gate.__wrapped__)
     captions = torch.randn(2, 3, 8).split(4, dim=-1)
     turned = torch.randn(4, 3, 2).transpose(0, 2)

@@ -33,6 +33,14 @@ def test_every_item_is_in_one_part_in_order(batch: int, num_parts: int) -> None:
     assert all(part["num_tokens"] == 7 for part in parts)
 
 
+def test_what_many_blocks_are_given_is_one_tensor_in_every_part() -> None:
+    one, other = torch.ones(2, 3), torch.zeros(2, 3)
+    for part in divide(inputs_of(2, control={"input": [one, other, one]}), 2):
+        first, second, third = part["control"]["input"]
+        assert first is third
+        assert first is not second
+
+
 def test_what_serves_every_item_goes_to_every_part() -> None:
     picture, number = torch.ones(1, 5), torch.tensor(3.0)
     residuals = {"output": [torch.arange(4.0).view(2, 2), None]}

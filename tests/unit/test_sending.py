@@ -63,3 +63,16 @@ def test_an_evaluation_has_a_result_for_each_latent() -> None:
     for value, place in enumerate(one for of_one in places for one in of_one):
         place.fill_(value)
     assert [one.unique().tolist() for of_one in places for one in of_one] == [[0], [1], [2]]
+
+
+def test_a_tensor_that_many_blocks_are_given_goes_once() -> None:
+    """As a ControlNet of five blocks gives for sixty: the same ones, again and again."""
+    sender, size = TensorSender(), 2**20
+    residuals = [torch.full((1, size // 4), float(index)) for index in range(2)]
+    inputs = {"x": torch.ones(1, 4, 8, 8), "control": {"input": [*residuals] * 30}}
+    asked = Asked(inputs, ((1, 4, 8, 8),))
+    request, _ = sender.place_evaluations(1, "model", [asked])
+    assert 2 * size <= request.exchange_bytes < 3 * size
+    sent = request.evaluations[0].inputs["control"]["input"]
+    assert sent == [*sent[:2]] * 30
+    assert sent[0] != sent[1]

@@ -29,7 +29,7 @@ def divide(inputs: Inputs, num_parts: int) -> list[Inputs]:
     sizes = [len(range(part, batch, num_parts)) for part in range(num_parts)]
     starts = [sum(sizes[:part]) for part in range(num_parts)]
     return [
-        _narrowed(inputs, batch, start, size) for start, size in zip(starts, sizes, strict=True)
+        _narrowed(inputs, batch, start, size, {}) for start, size in zip(starts, sizes, strict=True)
     ]
 
 
@@ -40,13 +40,16 @@ def divide_all(inputs_of_each: Sequence[Inputs], batch_groups: int) -> list[list
     ]
 
 
-def _narrowed(value: Any, batch: int, start: int, size: int) -> Any:
+def _narrowed(value: Any, batch: int, start: int, size: int, found: dict[int, torch.Tensor]) -> Any:
+    """``found``: by identity of the whole tensors; of what is one tensor, the part is one, too."""
     if isinstance(value, torch.Tensor):
-        return value if _rows(value) != batch else value.narrow(0, start, size)
+        if _rows(value) != batch:
+            return value
+        return found.setdefault(id(value), value.narrow(0, start, size))
     if isinstance(value, Mapping):
-        return {key: _narrowed(item, batch, start, size) for key, item in value.items()}
+        return {key: _narrowed(item, batch, start, size, found) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_narrowed(item, batch, start, size) for item in value]
+        return [_narrowed(item, batch, start, size, found) for item in value]
     return value
 
 

@@ -80,8 +80,10 @@ class _Graph:
         capture: Callable[[], contextlib.AbstractContextManager[torch.cuda.Stream]],
         pool: Any,
     ) -> None:
-        self._static = [_dense(leaf, copy=True) for leaf in leaves]
-        self.input_bytes = sum(x.nbytes for x in self._static if isinstance(x, torch.Tensor))
+        self._firsts = _firsts(leaves)
+        once = {index: _dense(leaves[index], copy=True) for index in set(self._firsts)}
+        self.input_bytes = sum(x.nbytes for x in once.values() if isinstance(x, torch.Tensor))
+        self._static = [once[index] for index in self._firsts]
         arguments = pytree.tree_unflatten(self._static, tree)
         self._graph = torch.cuda.CUDAGraph()
         with capture() as stream, torch.cuda.graph(self._graph, stream=stream, pool=pool):
@@ -90,7 +92,8 @@ class _Graph:
 
     def replay(self, leaves: Sequence[Any]) -> Any:
         """The result for other tensors of the same shapes; valid until the next replay."""
-        for index, leaf in enumerate(leaves):
+        for index in set(self._firsts):
+            leaf = leaves[index]
             # Conditioning is the same object at every evaluation of a generation: copied once.
             if isinstance(leaf, torch.Tensor) and leaf is not self._last[index]:
                 self._static[index].copy_(leaf)
@@ -125,7 +128,7 @@ class RecordedEvaluation:
     def __call__(self, **inputs: Any) -> Any:
         """Same arguments and result as the evaluation."""
         leaves, tree = pytree.tree_flatten(inputs)
-        key = tree, *map(_described, leaves)
+        key = tree, *_firsts(leaves), *map(_described, leaves)
         if key not in self._graphs:
             self._remember(key, None)
             # Laid out as the graph's copies will be: kernels are compiled and chosen here, for
@@ -150,6 +153,18 @@ class RecordedEvaluation:
 
     def _input_bytes(self) -> int:
         return sum(graph.input_bytes for graph in self._graphs.values() if graph is not None)
+
+
+def _firsts(leaves: Sequence[Any]) -> list[int]:
+    """For each leaf, the index of the first that is the same tensor, or its own.
+
+    A ControlNet may give one tensor to many blocks.
+    """
+    first: dict[int, int] = {}
+    return [
+        first.setdefault(id(leaf), index) if isinstance(leaf, torch.Tensor) else index
+        for index, leaf in enumerate(leaves)
+    ]
 
 
 def _dense(leaf: Any, *, copy: bool = False) -> Any:

@@ -191,7 +191,8 @@ class Runner:
         reach("evaluate")
         # Before anything can be refused: the engine takes it that these are held from now on.
         self._exchange.remap(request.exchange_bytes)
-        resolved = [self._resolve(evaluation.inputs) for evaluation in request.evaluations]
+        found: dict[TensorRef, torch.Tensor] = {}
+        resolved = [self._resolve(evaluation.inputs, found) for evaluation in request.evaluations]
         for key in request.drop:
             del self._held[key]
         self._num_bad.zero_()
@@ -236,14 +237,19 @@ class Runner:
             num_bad = sum(torch.count_nonzero(one - one) for one in each)
             place.copy_(torch.as_tensor(num_bad), non_blocking=True)
 
-    def _resolve(self, value: Any) -> Any:
-        """``value`` with every reference replaced by its tensor, on the rank's device."""
+    def _resolve(self, value: Any, found: dict[TensorRef, torch.Tensor]) -> Any:
+        """``value`` with every reference replaced by its tensor, on the rank's device.
+
+        ``found``: of the request's references so far. What several stand for is one tensor.
+        """
         if isinstance(value, TensorRef):
-            return self._tensor(value)
+            if value not in found:
+                found[value] = self._tensor(value)
+            return found[value]
         if isinstance(value, dict):
-            return {key: self._resolve(item) for key, item in value.items()}
+            return {key: self._resolve(item, found) for key, item in value.items()}
         if isinstance(value, list):
-            return [self._resolve(item) for item in value]
+            return [self._resolve(item, found) for item in value]
         return value
 
     def _tensor(self, ref: TensorRef) -> torch.Tensor:

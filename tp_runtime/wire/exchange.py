@@ -286,13 +286,22 @@ class TensorPlaces:
     def __init__(self) -> None:
         self.size = HEADER_BYTES
         self._placed: list[tuple[TensorRef, torch.Tensor]] = []
+        # By identity, which the tensor itself keeps from being given again.
+        self._known: dict[tuple[int, int], tuple[TensorRef, torch.Tensor]] = {}
 
     def place(self, tensor: torch.Tensor, key: int = 0) -> TensorRef:
-        """Reserve room for ``tensor``; it is copied by ``write_to``."""
+        """Reserve room for ``tensor``; it is copied by ``write_to``.
+
+        The same tensor has one place: a ControlNet may give it to many blocks.
+        """
+        known = self._known.get((id(tensor), key))
+        if known is not None:
+            return known[0]
         shape = tuple(tensor.shape)
         ref = TensorRef(shape, dtype_name(tensor.dtype), self.size, key)
         self.size = _aligned(self.size + _num_bytes(shape, tensor.dtype))
         self._placed.append((ref, tensor))
+        self._known[id(tensor), key] = ref, tensor
         return ref
 
     def reserve(self, size: int) -> int:
