@@ -1,4 +1,7 @@
-"""What ranks that share tokens do with a mask over all of them, and with keys that each has."""
+"""What ranks that share tokens do with a mask over all of them, and with keys that each has.
+
+And what they compute while tokens are on their way.
+"""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
-from tp_runtime.models.layers import attention
+from tp_runtime.models.dual_stream import NORM_EPS, BlockInputs, attention_beside_mlp
+from tp_runtime.models.layers import attention, heads_of, rotated_heads
 from tp_runtime.models.token_shares import TokenShares
 
 # Two ranks, of which this is the first.
@@ -81,6 +86,7 @@ class Threads:
             sequence_rank=lambda: rank,
             begin_exchange=begin,
             turns=self.turns_for,
+            exchanges_beside=lambda: True,
         )
 
 
@@ -148,3 +154,52 @@ def test_another_attention_sees_all_tokens() -> None:
     with ThreadPoolExecutor(2) as pool:
         found = torch.cat(list(pool.map(of_rank, range(2))), dim=1)
     torch.testing.assert_close(found, attend(q, k, v, 4))
+
+
+class Multiplied:
+    """A linear of q, k and v of two heads, and of 16 features beside them; notes its products."""
+
+    output_partition_sizes = (8, 8, 8, 16)
+    bias = None
+    quant_method = UnquantizedLinearMethod()
+
+    def __init__(self, weight: torch.Tensor, noted: list[str]) -> None:
+        self._weight, self._noted = weight, noted
+
+    @property
+    def weight(self) -> torch.Tensor:
+        self._noted.append("product")
+        return self._weight
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T
+
+
+@pytest.mark.parametrize(
+    ("size", "order"), [(1, ["product"]), (2, ["product", "sent", "sent", "product", "sent"])]
+)
+def test_features_are_computed_while_tokens_are_on_their_way(size: int, order: list[str]) -> None:
+    torch.manual_seed(0)
+    normed, weight, rotation = torch.randn(1, 7, 6), torch.randn(40, 6), torch.randn(1, 7, 1, 2, 2)
+    threads = Threads(size, turns=2)
+    norms = SimpleNamespace(**dict.fromkeys(("norm_q", "norm_k"), torch.nn.RMSNorm(4)))
+
+    def of_rank(rank: int) -> tuple[torch.Tensor, list[str]]:
+        noted: list[str] = []
+        group = threads.of_rank(rank)
+        begin = group.begin_exchange
+        group.begin_exchange = lambda *given: noted.append("sent") or begin(*given)
+        shares = TokenShares(group, [0, 7, 0])
+        given = BlockInputs(shares, shares.own_of_all(rotation), None)
+        into = Multiplied(weight, noted)
+        part = attention_beside_mlp(norms, into, None, lambda *both: torch.cat(both, dim=2))
+        ((_, found),) = part(shares.own_of_all(normed), given)
+        return found, noted
+
+    with ThreadPoolExecutor(size) as pool:
+        founds, noted = zip(*pool.map(of_rank, range(size)), strict=True)
+    assert all(of_rank[: len(order)] == order for of_rank in noted)
+    features = (normed @ weight.T).split((24, 16), dim=2)
+    heads = rotated_heads([heads_of(features[0], norms.norm_q, norms.norm_k)], rotation, NORM_EPS)
+    expected = torch.cat((attention(*heads), features[1]), dim=2)
+    torch.testing.assert_close(torch.cat(founds, dim=1), expected)

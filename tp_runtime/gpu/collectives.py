@@ -120,14 +120,21 @@ def exchange(parts: Sequence[torch.Tensor], shapes: Sequence[Sequence[int]]) -> 
 def turns(num_bytes: int) -> int:
     """In how many exchanges the heads of an attention go: several where that was measured to pay.
 
-    ``num_bytes``: of what a rank gives each other one.
-
-    Copies through the host's memory leave the multiprocessors to attention. Kernels of NCCL do not.
-    On the CPU as many as there may be, for the tests.
+    ``num_bytes``: of what a rank gives each other one. On the CPU as many as there may be, for the
+    tests.
     """
     if parallel_state.get_pcp_group().device.type == "cpu":
         return EXCHANGE_TURNS
-    return exchange_turns(num_bytes) if _host_wire is not None else 1
+    return exchange_turns(num_bytes) if exchanges_beside() else 1
+
+
+def exchanges_beside() -> bool:
+    """Whether exchanges leave the multiprocessors to what is computed meanwhile.
+
+    Copies through the host's memory do, kernels of NCCL do not. On the CPU it is said, for the
+    tests.
+    """
+    return _host_wire is not None or parallel_state.get_pcp_group().device.type == "cpu"
 
 
 def on_one_host(group: dist.ProcessGroup, source_rank: int = 0) -> list[bool]:

@@ -75,6 +75,7 @@ class EightBitCollectives:
     sequence_size = staticmethod(collectives.sequence_size)
     sequence_rank = staticmethod(collectives.sequence_rank)
     exchange = staticmethod(collectives.exchange)
+    exchanges_beside = staticmethod(collectives.exchanges_beside)
 
     def summed(self, products: Sequence[Product]) -> list[torch.Tensor]:
         """See ``models.forward.Collectives``: the sums of all products travel together."""

@@ -31,7 +31,7 @@ from .words import said_by_all
 logger = logging.getLogger("tp_runtime.gpu.host_wire")
 
 CHUNK_BYTES, LEAST_CHUNK_BYTES = 2**22, 2**19
-RING = 4  # chunks: in so many a large part is cut at least, so that both ways overlap
+RING = 4  # chunks: a large part for one rank is cut in so many at least: both ways overlap
 _FREE, _FULL = 0, 1
 _FLAG_BYTES = 64  # a cache line of its own
 _TOKEN_BYTES = 4096  # a page
@@ -76,8 +76,8 @@ class HostWire:
         self._giving.wait_stream(current)
         self._taking.wait_stream(current)
         others = [(self._rank + step) % self._size for step in range(1, self._size)]
-        given = [_in_chunks(parts[other]) for other in others]
-        taken = [_in_chunks(received[other]) for other in others]
+        given = [_in_chunks(parts[other], len(others)) for other in others]
+        taken = [_in_chunks(received[other], len(others)) for other in others]
         for index in range(max(map(len, (*given, *taken)))):
             with torch.cuda.stream(self._giving):
                 for other, chunks in zip(others, given, strict=True):
@@ -175,9 +175,13 @@ def _data_bytes(size: int) -> int:
     return CHUNK_BYTES * RING * size * (size - 1)
 
 
-def _in_chunks(part: torch.Tensor) -> Sequence[torch.Tensor]:
-    """A few, as both ways shall overlap, but none that are hardly worth a copy."""
+def _in_chunks(part: torch.Tensor, num_others: int) -> Sequence[torch.Tensor]:
+    """A few, as both ways shall overlap, but none that are hardly worth a copy.
+
+    What goes to one rank overlaps with what comes from others, too: of several, fewer are enough.
+    """
     if not part.nbytes:
         return ()
-    count = max(-(-part.nbytes // CHUNK_BYTES), min(RING, -(-part.nbytes // LEAST_CHUNK_BYTES)))
+    few = min(-(-RING // num_others), -(-part.nbytes // LEAST_CHUNK_BYTES))
+    count = max(-(-part.nbytes // CHUNK_BYTES), few)
     return part.split(-(-part.nbytes // count))

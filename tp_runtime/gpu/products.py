@@ -6,6 +6,7 @@ product, with the bias, and GELU, in it.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,6 +66,24 @@ def _multiply(
         if gelu:
             place.copy_(F.gelu(place, approximate="tanh"))
     return out
+
+
+def multiply_apart(
+    linear: LinearBase, x: torch.Tensor, width: int
+) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
+    """The first ``width`` features of this rank's ``linear(x)``, and what computes the others.
+
+    (B, L, features) → (B, L, D). All at once where the weight is quantised or streamed.
+    """
+    if type(linear.quant_method) is not UnquantizedLinearMethod:
+        first, rest = linear(x).tensor_split([width], dim=-1)
+        return first, lambda: rest
+
+    def product(rows: slice) -> torch.Tensor:
+        bias = None if linear.bias is None else linear.bias[rows]
+        return F.linear(x, linear.weight[rows], bias)
+
+    return product(slice(width)), lambda: product(slice(width, None))
 
 
 @functools.cache  # recorded graphs read it

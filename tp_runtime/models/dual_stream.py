@@ -14,7 +14,7 @@ import torch
 from ..errors import InputError
 from ..gpu.epilogue import Epilogue, Product
 from .forward import BlockName, Conditioning, ShardedForward
-from .layers import embedded_time, first_norms, heads_of, project, rotated_heads
+from .layers import embedded_time, first_norms, heads_of, project, project_apart, rotated_heads
 from .residuals import BlockPatch, add_residuals, check_control, check_hint, residuals_between
 from .token_shares import TokenShares
 
@@ -44,9 +44,11 @@ class BlockInputs:
         """Whether any rank has late tokens."""
         return self.shares.lengths[2] > 0
 
-    def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Of this rank's tokens to all: (B, L, N, K) of each → (B, L, N·K)."""
-        return self.shares.attention(q, k, v, self.mask)
+    def begin_attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> Callable[[], torch.Tensor]:
+        """Of this rank's tokens to all: (B, L, N, K) of each → what computes (B, L, N·K)."""
+        return self.shares.begin_attention(q, k, v, self.mask)
 
     def first_norms(self, tokens: torch.Tensor, shift_and_scale: torch.Tensor) -> torch.Tensor:
         """Of tokens that nothing is joined to before; by (S or 1, B, 2, D)."""
@@ -122,15 +124,17 @@ def attention_beside_mlp(
 ) -> Part:
     """``norms``: with the norms of q and k. ``into``: the linear of q, k, v and the MLP's features.
 
-    ``out`` ends both; its input is ``activated`` of what attention gives and of these features.
+    ``out`` ends both; its input is ``activated`` of what attention gives and of these features,
+    which are computed while tokens are on their way to the ranks that they are shared with.
     """
 
     def compute(normed: torch.Tensor, given: BlockInputs) -> list[Product]:
-        widths = into.output_partition_sizes
-        qkv, features = into(normed).split((sum(widths[:3]), sum(widths[3:])), dim=-1)
+        width = sum(into.output_partition_sizes[:3])
+        qkv, features = project_apart(into, normed, width, apart=given.shares.travel_beside)
         heads = heads_of(qkv, norms.norm_q, norms.norm_k)
-        attended = given.attention(*rotated_heads([heads], given.rotation, NORM_EPS))
-        return [(out, activated(attended, features))]
+        attended = given.begin_attention(*rotated_heads([heads], given.rotation, NORM_EPS))
+        beside = features()
+        return [(out, activated(attended(), beside))]
 
     return compute
 
@@ -142,7 +146,7 @@ def _joint_attention(attend: Any) -> Part:
         of_text = heads_of(added, attend.norm_added_q, attend.norm_added_k)
         of_image = heads_of(project(attend.to_qkv, image), attend.norm_q, attend.norm_k)
         q, k, v = rotated_heads([of_text, of_image], given.rotation, NORM_EPS)
-        found = given.attention(q, k, v)
+        found = given.begin_attention(q, k, v)()
         text, image = found[:, : given.num_text], found[:, given.num_text :]
         return [(attend.to_add_out, text), (attend.to_out[0], image)]
 

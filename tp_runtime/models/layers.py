@@ -51,6 +51,22 @@ def project(linear: Any, x: torch.Tensor, *, gelu: bool = False) -> torch.Tensor
     return F.gelu(found, approximate="tanh") if gelu else found
 
 
+def project_apart(
+    linear: Any, x: torch.Tensor, width: int, *, apart: bool
+) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
+    """A column-parallel linear of (B, L, D): its first ``width`` features, and what gives the rest.
+
+    ``apart``: that computes them, as a product of its own if the weight is neither quantised nor
+    streamed.
+    """
+    if apart:
+        from ..gpu.products import multiply_apart  # here, since others need none of vLLM
+
+        return multiply_apart(linear, x, width)
+    first, rest = linear(x).tensor_split([width], dim=-1)
+    return first, lambda: rest
+
+
 def gelu_mlp(module: Any, x: torch.Tensor) -> Product:
     """Of diffusers' ``FeedForward`` with GELU, by tanh: what is left to project."""
     up, down = module.net[0].proj, module.net[2]

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from .layers import attention
+from . import layers
 
 
 class SequenceGroup(Protocol):
@@ -46,6 +46,10 @@ class SequenceGroup(Protocol):
         """In how many exchanges the heads of an attention go, if a rank gives each other one so
         many bytes; the same on every rank.
         """
+        ...
+
+    def exchanges_beside(self) -> bool:
+        """Whether a rank computes as fast while tokens of its are exchanged."""
         ...
 
 
@@ -142,7 +146,7 @@ class TokenShares:
         mask: Any = None,
         before: tuple[torch.Tensor, torch.Tensor] | None = None,
         of_keys: "TokenShares | None" = None,
-        attend: Callable[..., torch.Tensor] = attention,
+        attend: Callable[..., torch.Tensor] = layers.attention,
     ) -> torch.Tensor:
         """Of this rank's tokens to all: q (B, l, N, K), k and v (B, l, N', K) → (B, l, N·K).
 
@@ -152,10 +156,23 @@ class TokenShares:
         heads that are this rank's (``own_heads``), with the arguments of ``layers.attention``, as
         which all else is.
         """
+        return self.begin_attention(q, k, v, mask, before, of_keys, attend)()
+
+    def begin_attention(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: Any = None,
+        before: tuple[torch.Tensor, torch.Tensor] | None = None,
+        of_keys: "TokenShares | None" = None,
+        attend: Callable[..., torch.Tensor] = layers.attention,
+    ) -> Callable[[], torch.Tensor]:
+        """Send what ``attention`` needs on its way; what is returned computes it."""
         held: list[torch.Tensor] = list(before or ())
         if self._size == 1:
             k, v = _behind(held, (k, v))
-            return attend(q, k, v, mask)
+            return lambda: attend(q, k, v, mask)
         num_heads, num_kv = q.shape[2], k.shape[2]
         if num_kv != num_heads and num_kv % self._size:
             # Neighbours share a key: where a share of the heads may end between them, each has one.
@@ -164,7 +181,7 @@ class TokenShares:
             num_kv = num_heads
         # What else ``attend`` was given may be of all heads of this rank.
         turns = 1
-        if attend is attention:
+        if attend is layers.attention:
             of_all = num_heads * sum(self.lengths) + 2 * num_kv * sum((of_keys or self).lengths)
             num_bytes = q.shape[0] * of_all * q.shape[3] * q.element_size()
             turns = self._group.turns(num_bytes // self._size**2)
@@ -175,16 +192,25 @@ class TokenShares:
         begun = [
             self._begin(*of_turn, of_keys) for of_turn in zip(queries, keys, values, strict=True)
         ]
-        back = []
-        for turn, arriving in enumerate(begun):
-            q, k, v = arriving()
-            k, v = _behind([part[turn][self._rank] for part in held_ones], (k, v))
-            found = attend(q, k, v, mask) if q.shape[2] else q.flatten(2)
-            parts = found.unflatten(2, q.shape[2:]).split(self._lengths_of_ranks(), dim=1)
-            back.append(self._group.begin_exchange(parts, [one.shape for one in queries[turn]]))
-        of_turns = [arriving() for arriving in back]
-        of_ranks = zip(*of_turns, strict=True)
-        return torch.cat([part for of_rank in of_ranks for part in of_rank], dim=2).flatten(2)
+
+        def attended() -> torch.Tensor:
+            back = []
+            for turn, arriving in enumerate(begun):
+                q, k, v = arriving()
+                k, v = _behind([part[turn][self._rank] for part in held_ones], (k, v))
+                found = attend(q, k, v, mask) if q.shape[2] else q.flatten(2)
+                parts = found.unflatten(2, q.shape[2:]).split(self._lengths_of_ranks(), dim=1)
+                back.append(self._group.begin_exchange(parts, [one.shape for one in queries[turn]]))
+            of_turns = [arriving() for arriving in back]
+            of_ranks = zip(*of_turns, strict=True)
+            return torch.cat([part for of_rank in of_ranks for part in of_rank], dim=2).flatten(2)
+
+        return attended
+
+    @property
+    def travel_beside(self) -> bool:
+        """Whether this rank can compute something else while tokens are on their way."""
+        return self._size > 1 and self._group.exchanges_beside()
 
     def _begin(
         self,
