@@ -3,14 +3,14 @@
     python -m bench.in_comfyui --models z_image --layouts 1x1 2x2 --comfyui PATH --out bench/results
 
 For each model a ComfyUI is started with this pack (or that of `--pack`) and a dummy file. Its
-prompts are random texts, an empty latent and KSampler: first with the stock loader on one GPU, then
-with Load Diffusion Model (TP) in each layout. `ms_step`: what `--steps` more steps add to a prompt,
-by ComfyUI's own time stamps, for each of them; the median of `--repeats`, each with a seed of its
-own. `first_prompt_s`: a prompt of `--short-steps` from cold, start of the ranks included. `error`:
-the distance of the final latent from the stock loader's, relative to its norm; the worst seed's
-(of the stock loader's own row: of a second run of one seed). `control`: with a ControlNet, compared
-with the stock loader and that. `gpu_gib`: GPU memory of each process while the model is loaded, by
-the driver's account.
+prompts are random texts, an empty latent (with sound, if the model makes it) and KSampler: first
+with the stock loader on one GPU, then with Load Diffusion Model (TP) in each layout. `ms_step`:
+what `--steps` more steps add to a prompt, by ComfyUI's own time stamps, for each of them; the
+median of `--repeats`, each with a seed of its own. `first_prompt_s`: a prompt of `--short-steps`
+from cold, start of the ranks included. `error`: the distance of the final latent from the stock
+loader's, relative to its norm; the worst seed's (of the stock loader's own row: of a second run of
+one seed). `control`: with a ControlNet, compared with the stock loader and that. `gpu_gib`: GPU
+memory of each process while the model is loaded, by the driver's account.
 The ranks' Python is `TP_RUNTIME_PYTHON`, else ComfyUI's. Rows are added to the file of the day in
 `--out`, each as soon as it is there.
 """
@@ -42,6 +42,7 @@ from safetensors.torch import load_file
 from bench.controls import FOLDERS, PUBLISHED_ONLY, control_file, with_control
 from bench.dummy import WEIGHTS, dummy_file, sizes_of
 from bench.extents import Extent
+from bench.inputs import latent_shapes
 from bench.prompts import Prompt, node
 from bench.rows import add_rows
 from tp_runtime.models import families, family_named
@@ -60,6 +61,8 @@ COLUMNS = [
 START_S, PROMPT_S, STOP_S = 180, 600, 30
 # A node pack of one file.
 NODES = """
+import json
+
 import torch
 
 
@@ -76,6 +79,35 @@ class BenchText:
         text = torch.randn(1, tokens, width, generator=generator)
         more = {"pooled_output": torch.randn(1, pooled, generator=generator)} if pooled else {}
         return ([[text, more]],)
+
+
+class BenchLatent:
+    RETURN_TYPES, FUNCTION, CATEGORY = ("LATENT",), "make", "bench"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"shapes": ("STRING", {})}}
+
+    def make(self, shapes):
+        first, *besides = [torch.zeros(shape) for shape in json.loads(shapes)]
+        if besides:
+            from comfy.nested_tensor import NestedTensor
+
+            first = NestedTensor((first, *besides))
+        return ({"samples": first},)
+
+
+class BenchFlat:
+    RETURN_TYPES, FUNCTION, CATEGORY = ("LATENT",), "make", "bench"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"samples": ("LATENT",)}}
+
+    def make(self, samples):
+        found = samples["samples"]
+        parts = found.unbind() if found.is_nested else [found]
+        return ({"samples": torch.cat([part.flatten(1) for part in parts], dim=1)},)
 
 
 class BenchPicture:
@@ -116,7 +148,7 @@ class BenchVAE:
 
 
 NODE_CLASS_MAPPINGS = {
-    "BenchText": BenchText, "BenchPicture": BenchPicture, "BenchVAE": BenchVAE
+    one.__name__: one for one in (BenchText, BenchLatent, BenchFlat, BenchPicture, BenchVAE)
 }
 """
 # And for the small file of `bench.dummy`: the sizes that ComfyUI does not look for in a file.
@@ -250,15 +282,11 @@ def make_prompt(args: argparse.Namespace, row: dict[str, Any], file: str) -> Pro
     else:
         options = {"weight_dtype": "default", "gpu_count": "auto", "layout": row["layout"]}
         loader = node("TPLoadDiffusionModel", unet_name=file, **options)
-    inputs = sizes_of(row["model"], args.small).inputs
+    sizes = sizes_of(row["model"], args.small)
+    inputs = sizes.inputs
     width = dict(axis for axis in inputs["context"].axes if isinstance(axis, tuple))["width"]
     pooled = inputs["y"].axes[-1].length if "y" in inputs else 0
-    extent: Extent = args.side
-    size = {"width": extent.width, "height": extent.height, "batch_size": args.batch}
-    if extent.frames > 1:
-        latent = node("EmptyHunyuanLatentVideo", length=extent.frames, **size)
-    else:
-        latent = node("EmptySD3LatentImage", **size)
+    shapes = latent_shapes(row["model"], sizes, args.side, args.batch)
     links = {name: [name, 0] for name in ("model", "positive", "negative")}
     links |= {"latent_image": ["latent", 0]}
     schedule = {"sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
@@ -270,9 +298,10 @@ def make_prompt(args: argparse.Namespace, row: dict[str, Any], file: str) -> Pro
         "model": loader,
         "positive": positive,
         "negative": negative,
-        "latent": latent,
+        "latent": node("BenchLatent", shapes=json.dumps(shapes)),
         "sampler": node("KSampler", cfg=row["cfg"], **links, **schedule),
-        "save": node("SaveLatent", samples=["sampler", 0], filename_prefix="latents/bench"),
+        "flat": node("BenchFlat", samples=["sampler", 0]),
+        "save": node("SaveLatent", samples=["flat", 0], filename_prefix="latents/bench"),
     }
 
 

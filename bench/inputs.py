@@ -19,22 +19,17 @@ def make_inputs(
     Raises ValueError if the model takes no references.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    shape = sizes.geometry.latent_shape(extent.width, extent.height, extent.frames)
-    latent = dict(zip(("width", "height", "frames"), shape[:0:-1], strict=False))
-    lengths = {"batch": batch, "tokens": family_named(model).text_tokens} | latent
+    lengths = _lengths(model, sizes, extent, batch)
     generator = torch.Generator().manual_seed(0)
-
-    def known(declared: Input) -> dict[str, int]:
-        return lengths | dict(declared.usual)
 
     def is_made(declared: Input) -> bool:
         axes = {axis for axis in declared.axes if isinstance(axis, str)}
         if declared.many or declared.kind in ("mask", "any"):
             return False
-        return not (declared.optional and axes - known(declared).keys())
+        return not (declared.optional and axes - (lengths | dict(declared.usual)).keys())
 
     def tensor(declared: Input) -> torch.Tensor:
-        shape = [axis_length(axis, known(declared)) for axis in declared.axes]
+        shape = _shape(declared, lengths)
         if len(shape) == 1:  # a number for each picture; times 1000 it is exact in bf16, too
             return torch.full(shape, 0.5)
         return torch.randn(shape, generator=generator)
@@ -49,9 +44,28 @@ def make_inputs(
     if references:
         if "ref_latents" not in sizes.all_inputs:
             raise ValueError(f"{model} takes no references")
+        shape = sizes.geometry.latent_shape(extent.width, extent.height, extent.frames)
         one_picture = shape[:1] + ((1,) if sizes.geometry.video else ()) + shape[-2:]
         inputs["ref_latents"] = [
             torch.randn(batch, *one_picture, generator=generator).to(device, torch.bfloat16)
             for _ in range(references)
         ]
     return inputs
+
+
+def latent_shapes(model: str, sizes: Sizes, extent: Extent, batch: int) -> list[tuple[int, ...]]:
+    """Of what is sampled: pictures or videos, and what the model makes besides, such as sound."""
+    declared, lengths = sizes.all_inputs["x"], _lengths(model, sizes, extent, batch)
+    return [_shape(one, lengths) for one in (declared, *declared.besides)]
+
+
+def _lengths(model: str, sizes: Sizes, extent: Extent, batch: int) -> dict[str, int]:
+    """Of the axes that the model does not fix."""
+    shape = sizes.geometry.latent_shape(extent.width, extent.height, extent.frames)
+    latent = dict(zip(("width", "height", "frames"), shape[:0:-1], strict=False))
+    return {"batch": batch, "tokens": family_named(model).text_tokens} | latent
+
+
+def _shape(declared: Input, lengths: dict[str, int]) -> tuple[int, ...]:
+    known = lengths | dict(declared.usual)
+    return tuple(axis_length(axis, known) for axis in declared.axes)

@@ -5,13 +5,13 @@ import { watchGroups } from "./groups.js";
 import { findPlace, loaderOf } from "./graph.js";
 import { layoutOf, milliseconds, ranksOf, sizeOf, text } from "./texts.js";
 
-// Node → where it is, and what it runs on: { place, group, model }, the latter being ids.
+// Node → where it is, and what it runs on: { key, group, model }, all of them ids.
 const marks = new Map();
 const withBadge = new WeakSet();
 let groups = [];
-let texts; // place → what the badge there says, in an object that HTML nodes watch
+let texts; // key of a place → what the badge there says, in an object that HTML nodes watch
 
-const placeOf = (node) => `${node.graph.id} ${node.id}`;
+const keyOf = (node) => `${node.graph.id} ${node.id}`;
 
 /** `tab` is the pack's own sidebar tab, which the page watches; nothing else here is watched. */
 export function showBadges(tab) {
@@ -26,7 +26,7 @@ export function showBadges(tab) {
     const places = [sampler, loaderOf(sampler)].filter(Boolean);
     for (const node of new Set(places.flatMap((place) => [place.node, ...place.hosts]))) {
       addBadge(node);
-      const mark = { place: placeOf(node), group, model };
+      const mark = { key: keyOf(node), group, model };
       marks.set(node, mark);
       show(node, mark);
     }
@@ -47,21 +47,21 @@ export function prepareBadge(node) {
 function addBadge(node) {
   if (withBadge.has(node)) return;
   withBadge.add(node);
-  let place; // kept: an HTML node asks the one whose place its node has taken (frontend 1.58)
+  let key; // kept: an HTML node asks the one whose place its node has taken (frontend 1.58)
   node.badges.push(() => {
-    if (node.graph) place = placeOf(node);
+    if (node.graph) key = keyOf(node);
     const { BADGE_FG_COLOR: fgColor, BADGE_BG_COLOR: bgColor } = globalThis.LiteGraph; // the palette's
-    return new globalThis.LGraphBadge({ text: texts?.get(place) ?? "", fgColor, bgColor });
+    return new globalThis.LGraphBadge({ text: texts?.get(key) ?? "", fgColor, bgColor });
   });
 }
 
 function show(node, mark) {
   if (!node.graph) {
     marks.delete(node);
-    texts.delete(mark.place);
+    texts.delete(mark.key);
     return;
   }
-  texts.set(mark.place, label(mark));
+  texts.set(mark.key, label(mark));
   app.canvas.setDirty(true, true);
 }
 

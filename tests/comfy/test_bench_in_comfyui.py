@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from support.comfy_server import NO_GPU
+from support.newer import is_known
 from support.paths import REPOSITORY, comfyui_path
 
 pytestmark = [pytest.mark.comfy, pytest.mark.rotates(5)]
@@ -21,11 +22,25 @@ KEYS |= {"ms_step", "error", "first_prompt_s", "gpu_gib"}
 KEYS |= {"commit", "torch", "vllm", "diffusers", "comfyui"}
 
 
+def of_newer(name: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(not is_known(name), reason="needs ComfyUI 0.33")
+
+
 @pytest.mark.parametrize(
-    ("model", "control"), [("flux", ()), ("qwen_image", ("--control",)), ("z_image", ())]
+    ("model", "more"),
+    [
+        pytest.param("flux", ()),
+        pytest.param("qwen_image", ("--control",)),
+        pytest.param("z_image", ()),
+        pytest.param("wan", ("--side", "64x64x9")),
+        pytest.param("ltx2", ("--side", "64x64x9"), marks=of_newer("ltx2")),
+        pytest.param(
+            "minimax_h3", ("--side", "64x64x9", "--cfg", "1"), marks=of_newer("minimax_h3")
+        ),
+    ],
 )
-def test_rows_of_a_model(tmp_path: Path, model: str, control: tuple[str, ...]) -> None:
-    options = [*control, *SMALL, "--models", model, "--layouts", "2x1", "--folder", str(tmp_path)]
+def test_rows_of_a_model(tmp_path: Path, model: str, more: tuple[str, ...]) -> None:
+    options = [*SMALL, *more, "--models", model, "--layouts", "2x1", "--folder", str(tmp_path)]
     options += ["--comfyui", str(comfyui_path()), "--commit", "0", "--out", str(tmp_path / "out")]
     subprocess.run(
         [sys.executable, "-m", "bench.in_comfyui", *options],
@@ -36,7 +51,8 @@ def test_rows_of_a_model(tmp_path: Path, model: str, control: tuple[str, ...]) -
     )
     (file,) = (tmp_path / "out").iterdir()
     rows = json.loads(file.read_text())
-    assert [row["control"] for row in rows] == [False, False, True, True][: 2 + 2 * len(control)]
+    controlled = [False, True] if "--control" in more else [False]
+    assert [row["control"] for row in rows] == [each for each in controlled for _ in range(2)]
     for stock, ours in zip(rows[::2], rows[1::2], strict=True):
         assert (stock["layout"], ours["layout"]) == ("stock", "2x1")
         for row in (stock, ours):

@@ -133,7 +133,7 @@ def words_of(case: Case) -> str:
     return words.replace("{doing}", during).replace("{phase}", case.phase)
 
 
-@pytest.mark.rotates(3)
+@pytest.mark.rotates(5)
 @pytest.mark.parametrize("case", INJECTED, ids=lambda case: f"{case.phase}-{case.fault}")
 def test_a_fault(
     bench: Bench,

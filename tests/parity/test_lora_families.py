@@ -115,7 +115,7 @@ def merged(path: Path, patches: dict[str, list[Any]], merged_path: Path) -> Path
     return merged_path
 
 
-@pytest.mark.rotates(8)
+@pytest.mark.rotates(16)
 @pytest.mark.parametrize(("name", "tp_size"), SIZED)
 def test_as_if_it_were_in_the_file(
     tmp_path: Path, remote: Remote, weights: ModuleType, name: str, tp_size: int

@@ -43,6 +43,8 @@ FIRST = (
     "faults/test_engine_killed.py",
     "faults/test_soak.py",
     "process/test_bench.py",
+    "templates",
+    "ComfyUI benchmark",
     "toy",
     "process/test_start.py",
     "unit/test_gguf_file.py",
