@@ -43,6 +43,8 @@ OURS = {"TPLoadDiffusionModel": "unet_name", "TPLoadCheckpoint": "ckpt_name"}
 # Whose stock prompt is another one where nodes are drawn in HTML: ComfyUI's Painter keeps its empty
 # drawing in a file there, whose name has the time.
 OTHERWISE_IN_HTML = ("video_wan2_1_infinitetalk",)
+# The page has this widget send nothing, once it has looked at the video: sooner or later.
+PREVIEW = "video-preview"
 UNKNOWN = """() => {
     const found = new Set();
     const look = (graph) => graph.nodes.forEach((node) => {
@@ -156,7 +158,7 @@ def opened(web: ComfyPage, template: Template) -> Sent:
     web.load(template.workflow)
     if unknown := web.page.evaluate(UNKNOWN):
         return Sent({}, {}, tuple(unknown))
-    stock = web.prompt()
+    stock = prompt_of(web)
     of_models = {
         node_id: item
         for node_id, item in stock.items()
@@ -165,7 +167,15 @@ def opened(web: ComfyPage, template: Template) -> Sent:
     }
     write_files_of(of_models, web.server.models, web.server.base / "input")
     web.run_command("TensorParallel.UseInWorkflow")
-    return Sent(stock, web.prompt())
+    return Sent(stock, prompt_of(web))
+
+
+def prompt_of(web: ComfyPage) -> Prompt:
+    """What the page sends, without its previews of videos."""
+    found: Prompt = web.prompt()
+    for item in found.values():
+        item["inputs"].pop(PREVIEW, None)
+    return found
 
 
 def assert_only_the_loaders_changed(stock: Prompt, ours: Prompt) -> None:
