@@ -278,6 +278,8 @@ def peaks() -> Iterator[tuple[str, Extent, int, Layout, float]]:
         for row in json.loads(path.read_text()):
             if row.get("where") == "comfyui" or not row["tp"] or row["optimize"] == "off":
                 continue
+            if row.get("references"):  # of which a workload does not know
+                continue
             if row.get("peak_gib") and row.get("weights", "bf16") == "bf16":
                 layout = Layout(row["tp"], row.get("batch_groups") or 1)
                 extent = Extent.parse(str(row["side"]))
