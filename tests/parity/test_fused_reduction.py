@@ -104,7 +104,7 @@ def _control(family: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return {"comfyui_model": "QwenImageBlockWiseControlNet", "tensors": tensors}, listed
 
 
-@pytest.mark.rotates(14)
+@pytest.mark.rotates(15)
 @pytest.mark.parametrize(
     ("family", "layout", "held", "variant"),
     [
@@ -119,6 +119,7 @@ def _control(family: str) -> tuple[dict[str, Any], dict[str, Any]]:
         ("wan", Layout(2), 1, "Animate"),
         ("ltx2", Layout(2), 1, ""),
         ("z_image", Layout(2, 2), 1, ""),
+        ("flux", Layout(1, sequence_size=2), 1, ""),
         ("minimax_h3", Layout(2), 1, ""),
         ("z_image", Layout(2), 1, "model patch"),
         ("qwen_image", Layout(2), 1, "model patch"),
