@@ -25,6 +25,7 @@ from process.conftest import (
 )
 
 from support.waiting import wait_until
+from support.workers import bound_s
 from tp_runtime import errors
 from tp_runtime.client import ModelSpec, RemoteModel, Runtime, TPRuntimeError
 from tp_runtime.client.engine import Engine
@@ -166,8 +167,8 @@ def test_a_fault(
     assert str(log.parent) in str(error) or "The log ends:" in str(error)
     assert log.exists()
     wait_until(lambda: engine.state is State.FAILED)
-    assert_ended([rank.pid for rank in engine.ranks], within_s=0.5)
-    assert_nothing_left(home, within_s=0.5)
+    assert_ended([rank.pid for rank in engine.ranks], within_s=bound_s(0.5))
+    assert_nothing_left(home, within_s=bound_s(0.5))
     del error  # its frames hold views of the shared memory
     assert open_files() < held
     bench.works()

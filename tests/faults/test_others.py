@@ -27,6 +27,7 @@ from support.native import native_model
 from support.paths import REPOSITORY
 from support.tiny_models import write_tiny
 from support.waiting import wait_until
+from support.workers import bound_s
 from tp_runtime import machine
 from tp_runtime.client import (
     CallTimeoutError,
@@ -436,7 +437,7 @@ def test_one_rank_alone_cannot_read_a_file(
         case("load", "one rank alone cannot read the file"),
         time.monotonic() - float(faults.with_suffix(".at").read_text()),
     )
-    assert_ended([rank.pid for rank in group.ranks], within_s=0.5)
+    assert_ended([rank.pid for rank in group.ranks], within_s=bound_s(0.5))
     same_as_native(model)
 
 
@@ -490,7 +491,7 @@ def test_the_link_between_ranks_fails(tiny_z_image: Path) -> None:
         error = evaluating.exception(timeout=20)  # long before a time-out of the group's
     assert type(error) is RankError
     assert re.search(r"Rank [01] raised .* during 'Evaluate'", str(error))
-    assert_ended([rank.pid for rank in engine.ranks], within_s=1)
+    assert_ended([rank.pid for rank in engine.ranks], within_s=bound_s(1))
     same_as_native(model)
     assert engine_of(model) is not engine
     assert runtime.release() == 1

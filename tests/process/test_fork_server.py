@@ -111,7 +111,7 @@ def test_it_is_killed(python_with: PythonWith, started: Groups) -> None:
     assert isinstance(engine.error, GroupDiedError)
     words = f"ended with its fork server (process {server.pid}), which was killed by signal 9"
     assert words in str(engine.error)
-    assert_ended([rank.pid for rank in engine.ranks], within_s=1)
+    assert_ended([rank.pid for rank in engine.ranks], within_s=bound_s(1))
     assert works(started(python, 2))
     assert server not in servers(python)
 
@@ -126,7 +126,7 @@ def test_it_is_killed_while_a_group_starts(python_with: PythonWith) -> None:
 
     with pytest.raises(GroupStartError, match="ended with its fork server"):
         engine.start(kill)
-    assert_ended([rank.pid for rank in engine.ranks], within_s=1)
+    assert_ended([rank.pid for rank in engine.ranks], within_s=bound_s(1))
 
 
 def test_it_ends_when_it_is_idle(python_with: PythonWith, started: Groups) -> None:
