@@ -80,23 +80,24 @@ class _Graph:
         capture: Callable[[], contextlib.AbstractContextManager[torch.cuda.Stream]],
         pool: Any,
     ) -> None:
-        self._firsts = _firsts(leaves)
-        once = {index: _dense(leaves[index], copy=True) for index in set(self._firsts)}
-        self.input_bytes = sum(x.nbytes for x in once.values() if isinstance(x, torch.Tensor))
-        self._static = [once[index] for index in self._firsts]
-        arguments = pytree.tree_unflatten(self._static, tree)
+        firsts = _firsts(leaves)
+        # By the index of the first leaf that is that tensor.
+        self._static = {index: _dense(leaves[index], copy=True) for index in dict.fromkeys(firsts)}
+        tensors = [one for one in self._static.values() if isinstance(one, torch.Tensor)]
+        self.input_bytes = sum(tensor.nbytes for tensor in tensors)
+        arguments = pytree.tree_unflatten([self._static[index] for index in firsts], tree)
         self._graph = torch.cuda.CUDAGraph()
         with capture() as stream, torch.cuda.graph(self._graph, stream=stream, pool=pool):
             self._output = evaluate(**arguments)
-        self._last: list[Any] = [None] * len(leaves)
+        self._last: dict[int, Any] = {}
 
     def replay(self, leaves: Sequence[Any]) -> Any:
         """The result for other tensors of the same shapes; valid until the next replay."""
-        for index in set(self._firsts):
+        for index, static in self._static.items():
             leaf = leaves[index]
             # Conditioning is the same object at every evaluation of a generation: copied once.
-            if isinstance(leaf, torch.Tensor) and leaf is not self._last[index]:
-                self._static[index].copy_(leaf)
+            if isinstance(leaf, torch.Tensor) and leaf is not self._last.get(index):
+                static.copy_(leaf)
                 self._last[index] = leaf
         self._graph.replay()
         return self._output

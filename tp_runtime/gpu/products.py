@@ -68,16 +68,18 @@ def _multiply(
     return out
 
 
+def is_plain(linear: LinearBase) -> bool:
+    """Whether its weight is neither quantised nor streamed: a part of its rows is a linear, too."""
+    return type(linear.quant_method) is UnquantizedLinearMethod
+
+
 def multiply_apart(
     linear: LinearBase, x: torch.Tensor, width: int
 ) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
     """The first ``width`` features of this rank's ``linear(x)``, and what computes the others.
 
-    (B, L, features) → (B, L, D). All at once where the weight is quantised or streamed.
+    (B, L, features) → (B, L, D); of a linear that ``is_plain``.
     """
-    if type(linear.quant_method) is not UnquantizedLinearMethod:
-        first, rest = linear(x).tensor_split([width], dim=-1)
-        return first, lambda: rest
 
     def product(rows: slice) -> torch.Tensor:
         bias = None if linear.bias is None else linear.bias[rows]

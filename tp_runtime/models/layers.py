@@ -56,13 +56,13 @@ def project_apart(
 ) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
     """A column-parallel linear of (B, L, D): its first ``width`` features, and what gives the rest.
 
-    ``apart``: that computes them, as a product of its own if the weight is neither quantised nor
-    streamed.
+    ``apart``: that computes them, as a product of its own, if the weight can be divided.
     """
     if apart:
-        from ..gpu.products import multiply_apart  # here, since others need none of vLLM
+        from ..gpu import products  # here, since others need none of vLLM
 
-        return multiply_apart(linear, x, width)
+        if products.is_plain(linear):
+            return products.multiply_apart(linear, x, width)
     first, rest = linear(x).tensor_split([width], dim=-1)
     return first, lambda: rest
 
