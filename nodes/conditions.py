@@ -5,7 +5,7 @@ cannot put into one batch are evaluated at the same time instead of one after th
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,8 @@ from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy.patcher_extension import WrappersMP, get_all_wrappers
 
 from ..tp_runtime.client import RemoteModel, Workload, ahead, meanwhile
+from .known_conditions import Conditions, known_conditions
 from .together import Meeting
-
-Conditions = Sequence[list[dict[str, Any]] | None]
 
 KEY = "tensor_parallel"
 
@@ -43,25 +42,43 @@ def calc_cond_batch(
         return executor(model, conds, x_in, timestep, model_options)
     evaluations = remote.num_evaluations
     remote.begin_step()
+    with known_conditions(remote, conds, model_options):
+        results = _evaluated(remote, executor, model, conds, x_in, timestep, model_options)
+    if remote.num_evaluations > evaluations:
+        remote.end_step(_workload(model, conds, x_in))
+    return results
+
+
+def _evaluated(
+    remote: RemoteModel,
+    executor: Callable[..., list[torch.Tensor]],
+    model: Any,
+    conds: Conditions,
+    x_in: torch.Tensor,
+    timestep: torch.Tensor,
+    model_options: dict[str, Any],
+) -> list[torch.Tensor]:
+    """What `executor` finds, in one batch or all conditions at the same time."""
+    if remote.group_config.batch_groups == 1 or not _can_be_apart(conds):
+        return executor(model, conds, x_in, timestep, model_options)
 
     def alone(index: int) -> list[torch.Tensor]:
         only = [cond if place == index else None for place, cond in enumerate(conds)]
         return executor(model, only, x_in, timestep, model_options)
 
-    if remote.group_config.batch_groups > 1 and _can_be_apart(conds):
-        present = [index for index, cond in enumerate(conds) if cond is not None]
-        # As many results as conditions; the results of absent ones are zero.
-        apart = Meeting(remote).run(
-            [functools.partial(alone, index) for index in present],
-            functools.partial(remote.evaluate_all, poll=throw_exception_if_processing_interrupted),
-        )
-        results = [torch.zeros_like(x_in) for _ in conds]
-        for index, of_one in zip(present, apart, strict=True):
-            results[index] = of_one[index]
-    else:
-        results = executor(model, conds, x_in, timestep, model_options)
-    if remote.num_evaluations > evaluations:
-        remote.end_step(_workload(model, conds, x_in))
+    def evaluate_all(asked: Sequence[tuple[Mapping[str, Any], Hashable]]) -> list[Any]:
+        inputs, known_as = zip(*asked, strict=True)
+        poll = throw_exception_if_processing_interrupted
+        return remote.evaluate_all(inputs, poll, known_as=known_as)
+
+    present = [index for index, cond in enumerate(conds) if cond is not None]
+    # As many results as conditions; the results of absent ones are zero.
+    apart = Meeting(remote).run(
+        [functools.partial(alone, index) for index in present], evaluate_all
+    )
+    results = [torch.zeros_like(x_in) for _ in conds]
+    for index, of_one in zip(present, apart, strict=True):
+        results[index] = of_one[index]
     return results
 
 

@@ -11,6 +11,7 @@ import torch
 from ..tp_runtime.client import MODEL_PATCHES, STYLE_TOKENS, RemoteModel
 from .absent import give_shapes
 from .arguments import remote_inputs
+from .known_conditions import known_as
 from .model_patches import ModelPatches
 from .native_code import NativeCode
 from .style_tokens import StyleTokens
@@ -21,6 +22,7 @@ from .weights import patched_by_module
 # How reference images are placed where a caption does not say it: an attribute of native models (of
 # FLUX's `params`) that nodes may set (FluxKVCache).
 REFERENCE_METHOD = "default_ref_method"
+_OPTIONS = "transformer_options"
 
 
 class RemoteDiffusionModel(torch.nn.Module):
@@ -111,7 +113,10 @@ class RemoteDiffusionModel(torch.nn.Module):
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         self._check_methods()  # some nodes replace them during an evaluation
         bound = self.native_signature.bind(*args, **kwargs)
-        patches = self._take_patches(bound)
+        holder = _holder_of_options(bound)
+        patches = self._take_patches(bound, holder)
+        # Nodes may give the patches anything at any step.
+        known = None if patches else known_as(self.remote, holder.get(_OPTIONS))
         family, sizes = self.remote.info.family, self.remote.info.sizes
         numbers = {
             name: getattr(self.skeleton, attribute) for name, attribute in family.numbers.items()
@@ -139,11 +144,10 @@ class RemoteDiffusionModel(torch.nn.Module):
             self._check_kind(latent)
         meeting = Meeting.of_this_thread(self.remote)
         if meeting is not None:
-            result = meeting.evaluate(inputs)
+            result = meeting.evaluate((inputs, known))
         else:
-            result = self.remote.evaluate(
-                inputs, poll=comfy.model_management.throw_exception_if_processing_interrupted
-            )
+            poll = comfy.model_management.throw_exception_if_processing_interrupted
+            result = self.remote.evaluate(inputs, poll, known_as=known)
         if isinstance(x, torch.Tensor):
             return result.to(device=x.device, dtype=x.dtype)
         found = [
@@ -152,20 +156,15 @@ class RemoteDiffusionModel(torch.nn.Module):
         ]
         return found if len(found) > 1 else found[0]  # as native models have it
 
-    def _take_patches(self, bound: inspect.BoundArguments) -> dict[str, Any]:
+    def _take_patches(
+        self, bound: inspect.BoundArguments, holder: dict[str, Any]
+    ) -> dict[str, Any]:
         """Objects of nodes that the ranks compute with: out of the options, as inputs."""
-        others = [
-            bound.arguments[parameter.name]
-            for parameter in bound.signature.parameters.values()
-            if parameter.kind is parameter.VAR_KEYWORD and parameter.name in bound.arguments
-        ]
-        name = "transformer_options"
-        holder = next((one for one in (bound.arguments, *others) if one.get(name)), None)
-        if holder is None:
+        if not holder.get(_OPTIONS):
             return {}
         x = next(iter(bound.arguments.values()))
-        holder[name], patches = self.model_patches.taken(holder[name], x)
-        holder[name], tokens = self.style_tokens.taken(holder[name], x)
+        holder[_OPTIONS], patches = self.model_patches.taken(holder[_OPTIONS], x)
+        holder[_OPTIONS], tokens = self.style_tokens.taken(holder[_OPTIONS], x)
         found = {MODEL_PATCHES: patches, STYLE_TOKENS: tokens}
         return {name: listed for name, listed in found.items() if listed}
 
@@ -187,6 +186,17 @@ class RemoteDiffusionModel(torch.nn.Module):
             raise other_compute_dtype(dtype, self.remote.spec.compute_dtype)
         if torch.is_grad_enabled() and tensor.requires_grad:
             raise gradients()
+
+
+def _holder_of_options(bound: inspect.BoundArguments) -> dict[str, Any]:
+    """The arguments by name among which the options are: those that have a name, or the others."""
+    others = [
+        bound.arguments[parameter.name]
+        for parameter in bound.signature.parameters.values()
+        if parameter.kind is parameter.VAR_KEYWORD and parameter.name in bound.arguments
+    ]
+    found = (one for one in (bound.arguments, *others) if one.get(_OPTIONS))
+    return next(found, bound.arguments)
 
 
 class _AsNative:

@@ -6,14 +6,13 @@ other. Batch groups could work on them at the same time, if they came together.
 
 import contextvars
 import queue
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
 
-Inputs = Mapping[str, Any]
-EvaluateAll = Callable[[list[Inputs]], list[Any]]  # results of RemoteModel.evaluate
+EvaluateAll = Callable[[list[Any]], list[Any]]  # what was asked for → results of each
 T = TypeVar("T")
 
 _meeting: contextvars.ContextVar["Meeting | None"] = contextvars.ContextVar("meeting", default=None)
@@ -35,14 +34,14 @@ class Meeting:
         meeting = _meeting.get()
         return meeting if meeting is not None and meeting._model is model else None
 
-    def evaluate(self, inputs: Inputs) -> Any:
+    def evaluate(self, asked: Any) -> Any:
         """In a thread of ``run``: the result, once every thread has asked for one or ended.
 
         Raises:
             What the ``evaluate_all`` of ``run`` raises.
         """
         answer: Future[Any] = Future()
-        self._events.put((inputs, answer))
+        self._events.put((asked, answer))
         return answer.result()  # `_answer` always gives one
 
     def run(self, tasks: Sequence[Callable[[], T]], evaluate_all: EvaluateAll) -> list[T]:
@@ -80,12 +79,12 @@ class Meeting:
                 questions = []
 
 
-_Question = tuple[Inputs, "Future[Any]"]
+_Question = tuple[Any, "Future[Any]"]
 
 
 def _answer(questions: list[_Question], evaluate_all: EvaluateAll) -> None:
     try:
-        results = evaluate_all([inputs for inputs, _ in questions])
+        results = evaluate_all([asked for asked, _ in questions])
     except BaseException as error:  # noqa: BLE001 - ComfyUI's cancel, too; the threads raise it
         for _, answer in questions:
             answer.set_exception(error)

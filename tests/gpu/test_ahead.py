@@ -16,6 +16,7 @@ from support.tiny_models import write_tiny
 from tp_runtime.client import GroupDiedError, InputError, RemoteModel, ahead, meanwhile
 from tp_runtime.client.evaluated import Evaluated
 from tp_runtime.client.evaluation_times import FIRST_EVALUATIONS
+from tp_runtime.client.poll import Poll
 
 pytestmark = pytest.mark.gpu
 
@@ -194,3 +195,151 @@ def test_a_preview_is_made_while_the_rank_computes_the_next(model: RemoteModel) 
             assert len(seen) == index, "or it would wait for what is under way"
     for one, other in zip(seen, expected, strict=True):
         assert torch.equal(one, other)
+
+
+# --- inputs in stream order, too ----------------------------------------------------------------
+
+
+class Sampling:
+    """Steps whose conditioning is known to be the same."""
+
+    def __init__(self, model: RemoteModel) -> None:
+        self.model = model
+        self.inputs = on_gpu(make_inputs("flux"))
+        self.latent = self.inputs["x"]
+
+    def step(self, poll: Poll | None = None) -> None:
+        inputs = self.inputs | {"x": self.latent}
+        found = self.model.evaluate(inputs, poll, known_as="the conditioning")
+        self.latent = self.latent - found / 12
+
+    def num_under_way(self) -> int:
+        engine = self.model._group.engine
+        assert engine is not None
+        return len(engine.processes.calls_under_way)
+
+    def expected(self, steps: int) -> torch.Tensor:
+        latent = self.inputs["x"]
+        for _ in range(steps):
+            latent = latent - self.model.evaluate(self.inputs | {"x": latent}) / 12
+        return latent
+
+
+@pytest.fixture
+def sampling(model: RemoteModel) -> Sampling:
+    return Sampling(model)
+
+
+def test_a_request_is_sent_before_its_latent_is_there(sampling: Sampling) -> None:
+    expected = sampling.expected(24)
+    for _ in range(4):
+        sampling.latent = sampling.inputs["x"]
+        with ahead():
+            for _ in range(24):
+                sampling.step()
+        assert torch.equal(sampling.latent, expected)
+
+
+def test_two_requests_are_under_way(sampling: Sampling) -> None:
+    expected = sampling.expected(2)
+    with ahead():
+        with stopped(rank_of(sampling.model)):
+            for _ in range(2):
+                sampling.step()
+            assert sampling.num_under_way() == 2
+            assert not is_computed(event_after(sampling.latent), WAIT_S)
+        assert is_computed(event_after(sampling.latent), 10)
+    assert torch.equal(sampling.latent, expected)
+
+
+@pytest.mark.parametrize("again", range(10))
+def test_a_rank_is_killed_with_two_requests(
+    load: Load, file: Path, sampling: Sampling, again: int
+) -> None:
+    expected = sampling.expected(3)
+
+    def sample() -> None:
+        with ahead():
+            sampling.step()
+            torch.cuda.synchronize()
+            time.sleep(0.05)  # so it is answered
+            with stopped(rank_of(sampling.model)):
+                for _ in range(1 + again % 2):
+                    sampling.step()
+                event = event_after(sampling.latent)
+                os.kill(rank_of(sampling.model), signal.SIGKILL)
+            assert is_computed(event, 10), "the stream is let go"
+            sampling.step()
+
+    with pytest.raises(GroupDiedError, match="Rank 0"):
+        sample()
+    after = Sampling(load(file))
+    assert torch.equal(after.expected(3), expected)
+
+
+def test_a_cancel_waits_for_none_of_the_requests(sampling: Sampling) -> None:
+    class Interrupted(BaseException):
+        pass
+
+    def interrupt() -> None:
+        raise Interrupted
+
+    expected = sampling.expected(2)
+
+    def sample() -> None:
+        with ahead():
+            for _ in range(2):
+                sampling.step()
+            sampling.step(interrupt)
+
+    with stopped(rank_of(sampling.model)):
+        began = time.monotonic()
+        with pytest.raises(Interrupted):
+            sample()
+        torch.cuda.synchronize()
+        assert time.monotonic() - began < 0.1
+    assert torch.equal(sampling.expected(2), expected)
+
+
+def test_conditioning_that_was_changed_unnoticed(sampling: Sampling) -> None:
+    """Nothing wrong gets out; and from then on it is looked at."""
+    context = sampling.inputs["context"]
+    before, after = context.clone(), context + 1
+
+    def sample() -> None:
+        sampling.latent = sampling.inputs["x"]
+        context.copy_(before)
+        with ahead():
+            sampling.step()
+            context.copy_(after)
+            sampling.step()
+            sampling.step()
+
+    with pytest.raises(InputError, match="The conditioning was changed"):
+        sample()
+    sample()
+    expected = sampling.inputs["x"]
+    for now in (before, after, after):
+        inputs = sampling.inputs | {"x": expected, "context": now}
+        expected = expected - sampling.model.evaluate(inputs) / 12
+    assert torch.equal(sampling.latent, expected)
+
+
+def test_a_refusal_between_requests(sampling: Sampling) -> None:
+    expected = sampling.expected(3)
+    wrong = sampling.inputs | {"attention_mask": torch.ones(5, 5, device="cuda")}
+
+    def sample() -> None:
+        with ahead():
+            sampling.step()
+            for _ in range(2):
+                sampling.model.evaluate(wrong, known_as="the conditioning")
+
+    for _ in range(FIRST_EVALUATIONS + 2):
+        with pytest.raises(InputError, match="attention mask"):
+            sample()
+    sampling.latent = sampling.inputs["x"]
+    with ahead():
+        for _ in range(3):
+            sampling.step()
+    assert torch.equal(sampling.latent, expected)

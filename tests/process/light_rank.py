@@ -4,10 +4,13 @@ It starts in a third of the time, and does what `transformer_options` tells it t
 can put a fault at a known place: `{"rank": 1, "sleep_s": 5}`, `{"rank": 0, "raise": "text"}`,
 `{"rank": 0, "exit": 3}`, `{"rank": 0, "refuse": "text"}`, `{"rank": 0, "allocate": True}`,
 `{"rank": 0, "send": b"frame"}` or `{"rank": 0, "print": "text"}`. Without `rank`, every rank
-does it.
+does it. What is false (`""`, 0) is not done.
+
+Where a GPU's stream would wait for a number in memory, this rank itself does.
 """
 
 import contextlib
+import ctypes
 import importlib
 import os
 import sys
@@ -23,6 +26,7 @@ from tp_runtime.config import ModelSpec, WorkerConfig
 from tp_runtime.errors import InputError
 from tp_runtime.fault_points import OUT_OF_MEMORY, reach
 from tp_runtime.rank.host_copy import PartMemory
+from tp_runtime.wire import stream_wait
 
 _control_fd = -1
 
@@ -52,20 +56,19 @@ def _load(
             shapes.add(inputs["x"].shape)
             reach("compile")
         order = inputs.get("transformer_options") or {}
-        if order.get("rank", rank) == rank:
-            if "sleep_s" in order:
-                time.sleep(order["sleep_s"])
-            if "exit" in order:
+        if order.get("rank") in (None, rank):
+            time.sleep(order.get("sleep_s", 0))
+            if order.get("exit"):
                 os._exit(order["exit"])
-            if "send" in order:
+            if order.get("send"):
                 os.write(_control_fd, order["send"])
-            if "print" in order:
+            if order.get("print"):
                 print(order["print"], flush=True)
-            if "raise" in order:
+            if order.get("raise"):
                 raise RuntimeError(order["raise"])
-            if "allocate" in order:
+            if order.get("allocate"):
                 raise torch.OutOfMemoryError(OUT_OF_MEMORY)
-            if "refuse" in order:
+            if order.get("refuse"):
                 raise InputError(order["refuse"])
         return inputs["x"] * 2 + inputs["context"].sum()
 
@@ -87,6 +90,19 @@ def _load(
     )
 
 
+def _until(_: torch.device, address: int, value: int) -> None:
+    while ctypes.c_uint32.from_address(address).value < value:
+        time.sleep(0.0005)
+
+
+def _write(_: torch.device, address: int, value: int) -> None:
+    ctypes.c_uint32.from_address(address).value = value
+
+
+def _mark(_: torch.device) -> SimpleNamespace:
+    return SimpleNamespace(query=lambda: True, synchronize=lambda: None)
+
+
 def be_light() -> None:
     """Have this process, and the ranks forked from it, import and compute nothing."""
     membership = types.ModuleType("tp_runtime.rank.membership")
@@ -101,6 +117,7 @@ def be_light() -> None:
     model_patches = types.ModuleType("tp_runtime.rank.model_patches")
     model_patches.LoadedPatch = SimpleNamespace  # type: ignore[attr-defined]
     collectives = types.ModuleType("tp_runtime.gpu.collectives")
+    stream_wait.until, stream_wait.write, stream_wait.mark = _until, _write, _mark  # type: ignore[assignment]
     for module in (membership, loading, loaded_model, model_patches, collectives):
         sys.modules[module.__name__] = module
         room, _, name = module.__name__.rpartition(".")

@@ -1,4 +1,4 @@
-"""Results in stream order: nothing wrong gets out, and no stream waits for what will not come.
+"""In stream order: nothing wrong gets out, and no stream waits for what will not come.
 
 Ranks and engine are real. The stream is a thread here that does what was put into it in order, as
 a GPU does; `tests/gpu/test_ahead.py` has a real one.
@@ -32,8 +32,12 @@ from tp_runtime.client import (
 )
 from tp_runtime.client.engine import Engine
 from tp_runtime.client.evaluated import may_be_ahead
+from tp_runtime.client.held_tensors import HeldTensors
+from tp_runtime.client.poll import Poll
 from tp_runtime.errors import NotFiniteError
+from tp_runtime.wire import stream_wait
 from tp_runtime.wire.exchange import Exchange
+from tp_runtime.wire.protocol import TensorRef
 
 pytestmark = pytest.mark.process
 
@@ -76,6 +80,14 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> Stream:
 
         stream.put(wait)
 
+    def say_inputs(exchange: Exchange, _: torch.device, request: int) -> None:
+        numbers = torch.frombuffer(exchange._map, dtype=torch.int32, count=64)
+        stream.put(lambda: numbers[32].fill_(request))
+
+    def write(exchange: Exchange, ref: TensorRef, tensor: torch.Tensor) -> None:
+        target = exchange.view(ref)
+        stream.put(lambda: target.copy_(tensor))
+
     def copied_to(_: Exchange, device: torch.device, view: torch.Tensor) -> torch.Tensor:
         copy = torch.full_like(view, torch.nan)
         stream.put(lambda: copy.copy_(view))
@@ -84,6 +96,9 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> Stream:
     def wait(_: Exchange) -> None:
         assert stream.is_idle(within_s=60)
 
+    monkeypatch.setattr(stream_wait, "current", lambda _: stream)
+    monkeypatch.setattr(Exchange, "say_inputs", say_inputs)
+    monkeypatch.setattr(Exchange, "write", write)
     monkeypatch.setattr(Exchange, "await_given", await_given)
     monkeypatch.setattr(Exchange, "copied_to", copied_to)
     monkeypatch.setattr(Exchange, "wait", wait)
@@ -342,3 +357,177 @@ def test_steps_are_recorded_as_the_ranks_took_them(
         model.end_step(workload)
     assert len(recorded) == 2
     assert all(400 <= ms < 4000 for ms in recorded)
+
+
+# --- inputs in stream order, too ----------------------------------------------------------------
+
+NOTHING = {"rank": None, "sleep_s": 0.0, "raise": "", "exit": 0, "refuse": "", "allocate": False}
+
+
+class Sampling:
+    """Steps whose latents are made, in the stream, of the results before; all are known alike."""
+
+    def __init__(self, model: RemoteModel, stream: Stream) -> None:
+        self.model, self.stream = model, stream
+        self.inputs = make_inputs()
+        self.latent = self.inputs["x"]
+
+    def step(self, poll: Poll | None = None, **order: Any) -> None:
+        inputs = self.inputs | {"x": self.latent, "transformer_options": NOTHING | order}
+        found = self.model.evaluate(inputs, poll, known_as="the conditioning")
+        latent = torch.full_like(found, torch.nan)
+        self.stream.put(lambda: latent.copy_(found / 4))
+        self.latent = latent
+
+    def expected(self, steps: int) -> torch.Tensor:
+        latent = self.inputs["x"]
+        for _ in range(steps):
+            latent = (latent * 2 + self.inputs["context"].sum()) / 4
+        return latent
+
+    def num_under_way(self) -> int:
+        engine = self.model._group.engine
+        assert engine is not None
+        return len(engine.processes.calls_under_way)
+
+
+@pytest.fixture
+def sampling(model: RemoteModel, stream: Stream) -> Sampling:
+    return Sampling(model, stream)
+
+
+def test_a_request_is_sent_before_its_latent_is_there(sampling: Sampling) -> None:
+    with ahead():
+        sampling.step(sleep_s=0.5)
+        for _ in range(5):
+            assert sampling.latent.isnan().all()
+            sampling.step(sleep_s=0.5)
+            assert sampling.num_under_way() == 2, "and never more"
+        assert sampling.num_under_way() == 2
+    assert sampling.num_under_way() == 0
+    assert torch.equal(sampling.latent, sampling.expected(6))
+
+
+def test_every_request_has_its_own_time(sampling: Sampling) -> None:
+    """It counts from when the ranks begin it: each takes more than half of what one may take."""
+    with ahead():
+        for _ in range(3):
+            sampling.step(sleep_s=3.0)
+    assert torch.equal(sampling.latent, sampling.expected(3))
+
+
+@pytest.mark.parametrize("place", [1, 2])
+@pytest.mark.parametrize(("order", "kind", "text"), FAULTS[:5], ids=lambda value: str(value)[:24])
+def test_a_fault_between_requests(
+    sampling: Sampling, place: int, order: dict[str, Any], kind: type[Exception], text: str
+) -> None:
+    """Whichever of those under way it is, it is raised, and no group is started only to fail."""
+    starts = sampling.model._group._num_starts
+
+    def sample() -> None:
+        with ahead():
+            for step in range(5):
+                sampling.step(sleep_s=0.05, **(order if step == place else {}))
+            assert sampling.stream.is_idle(within_s=20)
+
+    with pytest.raises(kind, match=text):
+        sample()
+    assert sampling.stream.is_idle(within_s=5)
+    assert sampling.model._group._num_starts == starts
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_ends_or_stops_between_requests(sampling: Sampling, number: int) -> None:
+    kind = GroupDiedError if number == signal.SIGKILL else CallTimeoutError
+
+    def sample() -> None:
+        with ahead():
+            sampling.step()
+            sampling.step(sleep_s=0.5)
+            os.kill(ranks_of(sampling.model)[0], number)
+            sampling.step()
+            assert sampling.stream.is_idle(within_s=20)
+
+    with pytest.raises(kind, match=r"Rank 0 |Ranks \[0\]"):
+        sample()
+
+
+def test_values_that_are_no_numbers_between_requests(sampling: Sampling) -> None:
+    def sample() -> None:
+        with ahead():
+            sampling.step()
+            sampling.latent = sampling.latent * torch.nan
+            for _ in range(2):
+                sampling.step()
+
+    with pytest.raises(InputError, match="values of the latent are NaN"):
+        sample()
+
+
+def test_a_cancel_waits_for_none_of_the_requests(sampling: Sampling) -> None:
+    class Interrupted(BaseException):
+        pass
+
+    def interrupt() -> None:
+        raise Interrupted
+
+    def sample() -> None:
+        with ahead():
+            sampling.step(sleep_s=1.0)
+            sampling.step(sleep_s=1.0)
+            sampling.step(interrupt)
+
+    began = time.monotonic()
+    with pytest.raises(Interrupted):
+        sample()
+    assert sampling.stream.is_idle(within_s=1)
+    assert time.monotonic() - began < 0.8, "each of the two takes a second"
+
+
+def test_conditioning_that_is_new_is_waited_for(sampling: Sampling) -> None:
+    """It is looked at, and brought; so it is where it was changed on the CPU."""
+    with ahead():
+        sampling.step(sleep_s=0.2)
+        sampling.inputs["context"] = sampling.inputs["context"] + 1
+        found = sampling.latent
+        sampling.step(sleep_s=0.2)
+        assert not found.isnan().any()
+    expected = (sampling.expected(0) * 2 + (sampling.inputs["context"] - 1).sum()) / 4
+    expected = (expected * 2 + sampling.inputs["context"].sum()) / 4
+    assert torch.allclose(sampling.latent, expected)
+
+
+def test_conditioning_that_was_changed_unnoticed(
+    sampling: Sampling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU it is found afterwards: nothing wrong gets out, and from then on it is looked at."""
+    engine = sampling.model._group.engine
+    assert engine is not None
+
+    def sample() -> None:
+        sampling.latent = sampling.inputs["x"]
+        with ahead():
+            for _ in range(3):
+                sampling.step()
+
+    monkeypatch.setattr(HeldTensors, "begin_to_compare", lambda *_: lambda: False)
+    with pytest.raises(InputError, match="The conditioning was changed"):
+        sample()
+    sample()
+    assert torch.equal(sampling.latent, sampling.expected(3))
+    monkeypatch.setattr(engine, "_trusts_makers", True)
+
+
+def test_steps_in_stream_order_are_recorded_one_by_one(
+    sampling: Sampling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded: list[float] = []
+    monkeypatch.setattr(RemoteModel, "_record_step", lambda _, __, ms: recorded.append(ms))
+    workload: Any = object()
+    with ahead():
+        for _ in range(4):
+            sampling.model.begin_step()
+            sampling.step(sleep_s=0.3)
+            sampling.model.end_step(workload)
+    assert len(recorded) == 4
+    assert all(300 <= ms < 590 for ms in recorded[1:])

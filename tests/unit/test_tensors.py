@@ -135,7 +135,7 @@ def test_copies_under_way_are_waited_for(exchange: Exchange, what: str, copies: 
     exchange.write(TensorRef((4,), "uint8", 0), torch.tensor([1, 2, 3, 4], dtype=torch.uint8))
     noted: list[bytes] = []
     under_way = UnderWay(exchange, noted)
-    setattr(exchange, copies, type(getattr(exchange, copies))([under_way]))
+    setattr(exchange, copies, {"_reading": {None: under_way}, "_writing": {under_way}}[copies])
     for _ in range(2):
         {
             "wait": exchange.wait,

@@ -21,8 +21,8 @@ class Call:
         self.number = number
         self.what = what
         self.timeout_s = timeout_s
-        self.began = self.ended = time.monotonic()
-        self.deadline = self.began + timeout_s
+        self.begin()
+        self.ended = self.began
         self.sent = True  # to every rank: none was gone already
         self.answers: dict[int, Ready | Done | Failed] = {}
         self.error: TPRuntimeError | None = None
@@ -59,6 +59,11 @@ class Call:
     def complete(self) -> bool:
         """Whether every rank has answered."""
         return len(self.answers) == self._num_ranks
+
+    def begin(self) -> None:
+        """The ranks begin it now: its time counts from here."""
+        self.began = time.monotonic()
+        self.deadline = self.began + self.timeout_s
 
     def finish(self, error: TPRuntimeError | None = None) -> None:
         """Let the caller go on; ``error`` has ended the group meanwhile."""

@@ -1,14 +1,14 @@
 """What one may ask of a process group, from ComfyUI's process.
 
 Callers take turns. They wait on the request they made and may abandon it at any time; the ranks
-then finish it for themselves and the next request waits for that.
+then finish it for themselves and the next request waits for that. Only of evaluations that follow
+one another in stream order (``evaluated.ahead``), one is sent while another is under way.
 """
 
-import contextlib
 import functools
 import itertools
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from ..wire.protocol import LoadModelPatch, PatchedWeight, Request, Unload, enco
 from . import failures
 from .batch_split import tensors_in
 from .call import Call, OnProgress
-from .evaluated import Evaluated, is_ahead, may_be_ahead
+from .evaluated import Evaluated, is_ahead, may_be_ahead, remembered, settle_all
 from .evaluation_times import EvaluationTimes, shapes_of
 from .group_state import State
 from .launch.launcher import Launcher, Rank
@@ -28,7 +28,7 @@ from .launch.local import LocalLauncher
 from .launch.ray import RayLauncher
 from .poll import Poll, acquired
 from .rank_processes import RankProcesses
-from .tensor_sender import HOLD_BYTES, Asked, TensorSender
+from .tensor_sender import HOLD_BYTES, Asked, Placed, TensorSender
 
 
 def launcher_of(config: GroupConfig) -> Launcher:
@@ -55,6 +55,9 @@ class Engine:
         self._evaluation_times = EvaluationTimes()
         self._numbers = itertools.count(1)
         self._turn = threading.Lock()  # held by the caller whose request is under way
+        # In which the results of the last request are handed over, if it was such a one.
+        self._stream: Hashable = None
+        self._trusts_makers = True  # of ``Asked.known_as``
 
     def start(self, poll: Poll | None = None) -> None:
         """Start the ranks; see ``RankProcesses.start``."""
@@ -103,7 +106,8 @@ class Engine:
                 can carry the request out.
             GroupClosedError: it was closed.
         """
-        with self._turn_taken(poll):
+        with acquired(self._turn, poll):
+            self._wait_for_calls(poll)
             call = self._send(make)
             if on_sent is not None:
                 on_sent()
@@ -127,27 +131,40 @@ class Engine:
 
         Raises:
             As ``call`` does, and ProtocolError if the inputs hold something that cannot be sent.
-            InputError: a latent has values that are NaN or infinite.
+            InputError: a latent has values that are NaN or infinite; or a tensor that was known to
+                be another's equal (``Asked.known_as``) is not.
             NotFiniteError: a result has.
         """
-        kind = model, shapes_of(asked)
+        kind = model, shapes_of([one.inputs for one in asked])
         device = self._stream_order_of(asked, kind)
+        known_as = None
+        if self._trusts_makers and all(one.known_as is not None for one in asked):
+            known_as = self, kind, *(one.known_as for one in asked)
+        placed: list[Placed] = []
         results: list[list[torch.Tensor]] = []
 
         def make(number: int) -> Request:
-            request, places = self._sender.place_evaluations(number, model, asked)
-            exchange = self._sender.exchange
+            sender, exchange = self._sender, self._sender.exchange
+            if keys is not None and device is not None:
+                placed.append(sender.place_in_stream_order(number, model, asked, keys, device))
+            else:
+                placed.append(sender.place_evaluations(number, model, asked))
+            # Looked up now, since the group may end between its answer and our reading it.
+            places = placed[0].results
             if device is not None:
                 for group in range(len(asked)):
                     exchange.await_given(device, group, number)
                 places = [
                     [exchange.copied_to(device, result) for result in of_one] for of_one in places
                 ]
-            # Looked up now, since the group may end between its answer and our reading it.
             results.extend(places)
-            return request
+            return placed[0].request
 
-        with self._turn_taken(poll):
+        with acquired(self._turn, poll):
+            keys = self._known_keys(asked, known_as, device)
+            if keys is None:
+                settle_all(poll)
+            self._wait_for_calls(poll, but=0 if keys is None else 1)
             try:
                 call = self._send(make, kind)
             except BaseException:
@@ -157,15 +174,28 @@ class Engine:
             self._sender.sent()
             if on_sent is not None:
                 on_sent()
-            evaluated = Evaluated(
-                results, call, functools.partial(self._check, call, kind, asked), self._release
-            )
+            check = functools.partial(self._check, call, kind, asked, placed[0].are_equal)
+            evaluated = Evaluated(results, call, check, self._release)
+            if known_as is not None:
+                remembered()[known_as] = placed[0].keys
             if device is not None and call.sent:
+                self._stream = stream_wait.current(device)
                 is_ahead(evaluated)
             else:
                 evaluated.settle(poll)
                 evaluated.results = self._copied(asked, results)
         return evaluated
+
+    def _known_keys(
+        self, asked: Sequence[Asked], known_as: Hashable, device: torch.device | None
+    ) -> Sequence[int] | None:
+        """Under which keys the ranks hold the constant inputs, if the request need not wait for
+        anything: their makers know them, and all the rest is in the order of one stream.
+        """
+        if known_as is None or device is None or self._stream != stream_wait.current(device):
+            return None
+        keys: Sequence[int] | None = remembered().get(known_as)
+        return keys if keys and self._sender.fits_stream_order(asked, keys, device) else None
 
     def _copied(
         self, asked: Sequence[Asked], results: Sequence[Sequence[torch.Tensor]]
@@ -180,9 +210,18 @@ class Engine:
                 for one, of_one in zip(asked, results, strict=True)
             ]
 
-    def _check(self, call: Call, kind: Hashable, asked: Sequence[Asked]) -> None:
+    def _check(
+        self,
+        call: Call,
+        kind: Hashable,
+        asked: Sequence[Asked],
+        are_equal: Callable[[], bool] | None,
+    ) -> None:
         """Raises what is wrong with evaluations that the ranks have answered."""
         call.raise_error()
+        if are_equal is not None and not are_equal():
+            self._trusts_makers = False
+            raise failures.changed_in_place()
         answers: Iterable[Any] = (of.value for of in call.answers.values())  # type: ignore[union-attr]
         of_latents, of_results = map(sum, zip(*answers, strict=True))
         if of_latents:
@@ -282,16 +321,15 @@ class Engine:
 
         self.call(lambda call: Unload(call, model), poll=poll, on_sent=forget)
 
-    @contextlib.contextmanager
-    def _turn_taken(self, poll: Poll | None) -> Iterator[None]:
-        """Be the only caller, once no request is under way (an abandoned one may still be)."""
-        with acquired(self._turn, poll):
-            if (call := self.processes.call_under_way) is not None:
-                call.wait(poll)
-            yield
+    def _wait_for_calls(self, poll: Poll | None, *, but: int = 0) -> None:
+        """Until at most so many are under way. Abandoned ones may still be."""
+        calls = self.processes.calls_under_way
+        for call in calls[: len(calls) - but]:
+            call.wait(poll)
 
     def _send(self, make: Callable[[int], Request], kind: Hashable = None) -> Call:
         number = next(self._numbers)
+        self._stream = None
         with self.processes.exchange_in_use:
             self.processes.check_ready()
             request = make(number)

@@ -2,8 +2,10 @@
 
 On GPUs, results of short evaluations are handed over *in stream order*, to whoever asks for them
 ``ahead``: as tensors that are not computed yet, in a stream that waits for the ranks. So the Python
-of a sampler prepares the next step while the ranks compute this one. What went wrong is raised at
-the next evaluation, or when ``ahead`` ends, before anybody has the sampler's result.
+of a sampler prepares the next step while the ranks compute this one; and where nothing has to be
+looked at before the ranks can be asked for it, they have its request before its latent is there.
+What went wrong is raised at the evaluation after the next at the latest, or when ``ahead`` ends,
+before anybody has the sampler's result.
 
 A thread that reads such a tensor waits without Python's lock, which torch gives back meanwhile: so
 the owner of a group whose rank has died can let the stream go on.
@@ -11,7 +13,8 @@ the owner of a group whose rank has died can let the stream go on.
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
 
 import torch
 
@@ -47,7 +50,7 @@ class Evaluated:
 
     @property
     def seconds(self) -> float:
-        """What the ranks took, from the request to the last one's answer."""
+        """What the ranks took, from when they could begin to the last one's answer."""
         return self._call.ended - self._call.began
 
     def settle(self, poll: Poll | None = None) -> None:
@@ -91,6 +94,7 @@ class _Scope:
     def __init__(self) -> None:
         self.under_way: list[Evaluated] = []
         self.later: list[Callable[[], object]] = []
+        self.remembered: dict[Hashable, Any] = {}
 
 
 def may_be_ahead() -> bool:
@@ -105,11 +109,17 @@ def is_ahead(evaluated: Evaluated) -> None:
     scope.under_way.append(evaluated)
 
 
-def settle_all(poll: Poll | None = None) -> None:
-    """Settle what this thread has asked for ahead: the next request may use its places."""
+def settle_all(poll: Poll | None = None, *, but: int = 0) -> None:
+    """Settle what this thread has asked for ahead, but for so many of the last."""
     scope = _scope.get()
-    while scope is not None and scope.under_way:
+    while scope is not None and len(scope.under_way) > but:
         scope.under_way.pop(0).settle(poll)
+
+
+def remembered() -> dict[Hashable, Any]:
+    """What is of use until ``ahead`` ends; outside of it, an empty dictionary that nobody keeps."""
+    scope = _scope.get()
+    return {} if scope is None else scope.remembered
 
 
 def meanwhile(function: Callable[[], object], *tensors: torch.Tensor) -> None:

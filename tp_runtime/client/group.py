@@ -130,8 +130,8 @@ class Group:
     ) -> Evaluated:
         """Evaluate a model; see ``Engine.evaluate``. What has changed since ``use`` is made good.
 
-        Before, what this thread has asked for ahead is settled; while the ranks compute, it does
-        what it has left for ``meanwhile``.
+        Before, what this thread has asked for ahead is settled, but for the last of it; while the
+        ranks compute, it does what it has left for ``meanwhile``.
 
         If the group has failed before the request could be sent, whoever's request it failed of,
         that is done on a new group: once after each ``use``, so not again and again in a sampling.
@@ -139,7 +139,7 @@ class Group:
         Raises:
             GroupClosedError: the group was released, or never started.
         """
-        settle_all(poll)
+        settle_all(poll, but=1)
         evaluated = _again_if_lost(lambda: self._evaluate(model, asked, poll))
         evaluated.when_settled(lambda: self._note_time(evaluated))
         do_meanwhile()
@@ -154,14 +154,18 @@ class Group:
         with contextlib.ExitStack() as unchanged:
             unchanged.enter_context(acquired(self._changing, poll))
             present = self.engine
+            residency = self._alive()
+            if residency is None:
+                settle_all(poll)  # raises what it has failed of, if that is this thread's
             if present is None:
                 raise GroupClosedError(
                     "No process group runs: it was released since the model was loaded, or the "
                     "model never was. Queue the prompt again."
                 )
-            if not present.is_up() and self._num_starts > model.used_at_start:
-                raise failures.lost(present.error)
-            residency = self._started(poll)
+            if residency is None:
+                if self._num_starts > model.used_at_start:
+                    raise failures.lost(present.error)
+                residency = self._started(poll)
             residency.have(model, poll, model_patches=self._users.named(patches_in(asked)))
             # Until the request is sent, nobody may put the model to sleep or patch it otherwise.
             return residency.engine.evaluate(model.name, asked, poll, on_sent=unchanged.close)

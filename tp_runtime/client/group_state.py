@@ -10,7 +10,8 @@
 import copy
 import enum
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 
 from ..errors import GroupClosedError, TPRuntimeError
 from . import failures
@@ -28,21 +29,33 @@ class State(enum.Enum):
 
 
 class GroupState:
-    """The state of a group, and the call that is under way. Thread-safe.
+    """The state of a group, and the calls that are under way. Thread-safe.
 
-    ``call``: what the ranks have not all answered yet. ``error``: what the group has failed of.
-    ``close_asked``: it is to end, and takes no request any more.
+    ``error``: what the group has failed of. ``close_asked``: it is to end, and takes no request any
+    more.
     """
 
     def __init__(self, is_failing: Callable[[], bool]) -> None:
         """``is_failing``: whether a rank has raised or ended, which the owner has yet to see."""
         self.now = State.STARTING
         self.error: TPRuntimeError | None = None
-        self.call: Call | None = None
         self.close_asked = False
         self._is_failing = is_failing
         self._is_begun = False
+        self._calls: deque[Call] = deque()
         self._lock = threading.Lock()  # guards all attributes
+
+    @property
+    def calls(self) -> Sequence[Call]:
+        """What the ranks have not all answered yet. They carry out one after the other."""
+        with self._lock:
+            return list(self._calls)
+
+    @property
+    def call(self) -> Call | None:
+        """The first of them."""
+        with self._lock:
+            return self._calls[0] if self._calls else None
 
     @property
     def is_final(self) -> bool:
@@ -58,7 +71,7 @@ class GroupState:
             self.check_not_closed()
             assert not self._is_begun, "a group is started once"
             self._is_begun = True
-            self.call = call
+            self._calls.append(call)
 
     def check_not_closed(self) -> None:
         """Raises GroupClosedError if the group is to end before it has started."""
@@ -66,11 +79,11 @@ class GroupState:
             raise GroupClosedError("The process group was closed before it had started.")
 
     def begin(self, call: Call) -> None:
-        """From now on this is the call under way. Raises as ``check_ready``."""
+        """From now on this call is under way. Raises as ``check_ready``."""
         with self._lock:
             self.check_ready()
             self.now = State.BUSY
-            self.call = call
+            self._calls.append(call)
 
     def check_ready(self) -> None:
         """Raise unless the group takes a request now.
@@ -79,16 +92,20 @@ class GroupState:
             GroupLostError: the group has failed before.
             GroupClosedError: it was closed, or never started.
         """
-        if self.now is State.FAILED or (self.now is State.READY and self._is_failing()):
+        is_up = self.now in (State.READY, State.BUSY)
+        if self.now is State.FAILED or (is_up and self._is_failing()):
             raise failures.lost(self.error)
-        if self.now is not State.READY or self.close_asked:
+        if not is_up or self.close_asked:
             raise GroupClosedError("The process group has been closed, or was never started.")
 
-    def become_ready(self) -> None:
-        """Every rank has answered the call."""
+    def end_call(self) -> None:
+        """Every rank has answered the first of the calls, and begins the next one."""
         with self._lock:
-            self.now = State.READY
-            self.call = None
+            self._calls.popleft()
+            if self._calls:
+                self._calls[0].begin()
+            else:
+                self.now = State.READY
 
     def ask_to_close(self) -> bool:
         """From here on no request is taken. Returns whether the ranks were ever to be started."""
@@ -97,7 +114,7 @@ class GroupState:
             return self._is_begun
 
     def end(self, final: State, error: TPRuntimeError | None) -> list[Call] | None:
-        """The group ends now. Returns the call that is to be told, if any; None: it had ended."""
+        """The group ends now. Returns the calls that are to be told; None: it had ended."""
         with self._lock:
             if self.is_final:
                 return None
@@ -105,5 +122,5 @@ class GroupState:
             # were to be used, for as long as it is kept.
             self.error = copy.copy(error)
             self.now = final
-            call, self.call = self.call, None
-            return [] if call is None else [call]
+            calls, self._calls = self._calls, deque()
+            return list(calls)

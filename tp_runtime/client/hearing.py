@@ -81,7 +81,9 @@ class Hearing:
         if isinstance(reply, Failed) and not reply.recoverable:
             self.evidence.last_words[rank.index] = reply
             return
-        call = self._state.call
+        # Of what is under way, a rank answers one after the other.
+        calls = self._state.calls
+        call = next((one for one in calls if rank.index not in one.answers), None)
         if isinstance(reply, Piece):
             if call is None or not rank.mirrored:
                 raise ProtocolError(f"Rank {rank.index} sent bytes that nothing had asked for.")
@@ -95,7 +97,7 @@ class Hearing:
         if call.number == START:
             self.ready = [answer for _, answer in sorted(call.answers.items())]  # type: ignore[misc]
             self._check_sizes()
-        self._state.become_ready()
+        self._state.end_call()
         call.finish()
 
     def _check_sizes(self) -> None:

@@ -4,7 +4,7 @@ Conditioning then crosses once per generation and not once per evaluation.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -21,9 +21,12 @@ def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors, which are comparable, have the same content."""
     if is_plain(one) and is_plain(other):
         return memcmp(one.data_ptr(), other.data_ptr(), one.nbytes) == 0
-    if one.dtype.itemsize == 1:  # a GPU cannot compare fp8
-        one, other = one.view(torch.uint8), other.view(torch.uint8)
-    return torch.equal(one, other)
+    return torch.equal(_bits(one), _bits(other))
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or its bytes where a GPU cannot compare its numbers: those of fp8."""
+    return tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 else tensor
 
 
 class HeldTensors:
@@ -65,6 +68,45 @@ class HeldTensors:
     def _holds(self, key: int, tensor: torch.Tensor) -> bool:
         held = self._held[key]
         return _comparable(held, tensor) and _equal(held, tensor)
+
+    def may_be(
+        self, keys: Sequence[int], tensors: Sequence[torch.Tensor], device: torch.device
+    ) -> bool:
+        """Whether the ranks still hold these, and the tensors may be equal to them.
+
+        As far as it can be told without waiting for the device: by shapes, and by the content of
+        those on the CPU. Not if one is on another device, or the ranks are to drop something.
+        """
+        if self._to_drop or len(keys) != len(tensors) or not self._held.keys() >= {*keys}:
+            return False
+        pairs = list(zip(map(self._held.__getitem__, keys), tensors, strict=True))
+        return all(
+            _comparable(*pair) and (_equal(*pair) if pair[0].is_cpu else pair[0].device == device)
+            for pair in pairs
+        )
+
+    def begin_to_compare(
+        self, keys: Sequence[int], tensors: Sequence[torch.Tensor]
+    ) -> Callable[[], bool]:
+        """What ``may_be`` has left: the content of those on a GPU, in its current stream.
+
+        Returns what waits for it, and says whether all are equal.
+        """
+        for key in keys:
+            self._held.move_to_end(key)
+        pairs = [(self._held[key], one) for key, one in zip(keys, tensors, strict=True)]
+        differences = [torch.ne(*map(_bits, pair)).any() for pair in pairs if pair[1].is_cuda]
+        if not differences:
+            return lambda: True
+        found = torch.empty((), dtype=torch.bool, pin_memory=True)
+        found.copy_(torch.stack(differences).any(), non_blocking=True)
+        compared = torch.cuda.current_stream(differences[0].device).record_event()
+
+        def are_equal() -> bool:
+            compared.synchronize()
+            return not found.item()
+
+        return are_equal
 
     def add(self, tensor: torch.Tensor) -> int:
         """Remember ``tensor`` (a copy of it) under a new key, which is returned."""

@@ -33,7 +33,7 @@ FROZEN_S = 2.0  # if the owner looks later than planned by more, the machine sto
 
 
 class RankProcesses:
-    """The ranks of a group, and the call that is under way. Thread-safe.
+    """The ranks of a group, and the calls that are under way. Thread-safe.
 
     A new object has no processes; ``start`` makes them and ``close`` ends them, once each.
     ``exchange_in_use``: to be held while ``exchange`` is written or read, which is given back
@@ -62,9 +62,9 @@ class RankProcesses:
         return self._state.error
 
     @property
-    def call_under_way(self) -> Call | None:
-        """What the ranks have not all answered yet."""
-        return self._state.call
+    def calls_under_way(self) -> Sequence[Call]:
+        """What the ranks have not all answered yet, one after the other."""
+        return self._state.calls
 
     @property
     def ranks(self) -> Sequence[Rank]:
@@ -78,7 +78,7 @@ class RankProcesses:
     @property
     def num_ready(self) -> int:
         """How many ranks have said so."""
-        call = self.call_under_way if self.state is State.STARTING else None
+        call = self._state.call if self.state is State.STARTING else None
         return len(self.ready) if call is None else len(call.answers)
 
     def is_up(self) -> bool:
@@ -189,18 +189,18 @@ class RankProcesses:
         while not self._state.is_final:
             # Looked up before what the ranks have done: a death that came first is a failure.
             close_asked = self._state.close_asked
-            call = self.call_under_way
+            call = self._state.call
             began = time.monotonic()
             timeout_s = WATCH_S
             if call is not None:
                 timeout_s = min(max(0.0, call.deadline - began), WATCH_S)
             happened = self._events.wait(0 if close_asked else timeout_s)
             late_s = time.monotonic() - began - timeout_s
-            call = self.call_under_way  # which may have begun meanwhile
+            call = self._state.call  # which may have begun meanwhile
             if call is not None and late_s > FROZEN_S:  # so the ranks stood still, too
                 call.deadline += late_s
             error = self._hearing.failure(happened)
-            call = self.call_under_way
+            call = self._state.call
             if error is None and call is not None and time.monotonic() >= call.deadline:
                 silent = [rank for rank in self.ranks if rank.index not in call.answers]
                 if silent:

@@ -126,12 +126,18 @@ class RemoteModel:
         """
         self._group.use(self, poll, on_progress)
 
-    def evaluate(self, inputs: Inputs, poll: Poll | None = None) -> Latents:
+    def evaluate(
+        self, inputs: Inputs, poll: Poll | None = None, *, known_as: Hashable = None
+    ) -> Latents:
         """Evaluate the model once; see ``evaluate_all``."""
-        return self.evaluate_all([inputs], poll)[0]
+        return self.evaluate_all([inputs], poll, known_as=[known_as])[0]
 
     def evaluate_all(
-        self, inputs_of_each: Sequence[Inputs], poll: Poll | None = None
+        self,
+        inputs_of_each: Sequence[Inputs],
+        poll: Poll | None = None,
+        *,
+        known_as: Sequence[Hashable] | None = None,
     ) -> list[Latents]:
         """Evaluate the model once with each of the inputs. Call ``ensure_loaded`` before.
 
@@ -141,18 +147,29 @@ class RemoteModel:
         shape, but for the channels of a model that takes more of them (masks, control images) than
         it predicts.
 
+        ``known_as``: for each of the inputs, what ``Asked.known_as`` says of it.
+
         Raises:
-            InputError: inputs that do not fit; nothing was sent.
+            InputError: inputs that do not fit, and nothing was sent; or other tensors than
+                ``known_as`` has said.
             NotFiniteError: a result has values that are NaN or infinite.
         """
         dtype = self.spec.compute_dtype
-        inputs_of_each = [
-            self.info.checked_inputs(inputs, dtype, self.sizes) for inputs in inputs_of_each
+        given, known_as = inputs_of_each, known_as or len(inputs_of_each) * [None]
+        inputs_of_each = [self.info.checked_inputs(one, dtype, self.sizes) for one in given]
+        # What was made of a latent or a timestep is another tensor every time.
+        known_as = [
+            known if _are_among(inputs, before) else None
+            for inputs, before, known in zip(inputs_of_each, given, known_as, strict=True)
         ]
         self.num_evaluations += len(inputs_of_each)
         batch_groups = self.group_config.batch_groups
         divided = divide_all(inputs_of_each, batch_groups)
-        asked = [Asked(part, self._result_shapes(part)) for parts in divided for part in parts]
+        asked = [
+            Asked(part, self._result_shapes(part), None if known is None else (known, number))
+            for parts, known in zip(divided, known_as, strict=True)
+            for number, part in enumerate(parts)
+        ]
         results: list[list[torch.Tensor]] = []
         for start in range(0, len(asked), batch_groups):
             evaluated = self._group.evaluate(self, asked[start : start + batch_groups], poll)
@@ -252,6 +269,12 @@ class RemoteModel:
     def _sleep(self, names: Sequence[str], poll: Poll | None = None) -> None:
         for name in names:
             self._group.sleep(name, poll)
+
+
+def _are_among(some: Inputs, others: Inputs) -> bool:
+    """Whether the tensors of some inputs are tensors of others, and none was made of these."""
+    known = {id(tensor) for tensor in tensors_in(others)}
+    return all(id(tensor) in known for tensor in tensors_in(some))
 
 
 def _joined(parts: list[list[torch.Tensor]]) -> list[torch.Tensor]:

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -33,10 +33,27 @@ class Asked(NamedTuple):
 
     ``inputs``: ComfyUI's forward arguments: ``x``, a tensor or several (the latents of a video and
     of its sound), and plain data with tensors. ``result_shapes``: one for each tensor of ``x``.
+    ``known_as``: equal for evaluations of one sampling whose constant inputs have the same tensors,
+    as far as their maker knows; None if it does not.
     """
 
     inputs: Mapping[str, Any]
     result_shapes: tuple[tuple[int, ...], ...]
+    known_as: Hashable = None
+
+
+class Placed(NamedTuple):
+    """Evaluations that are placed, and can be sent.
+
+    ``results``: the places where the ranks will put those of each evaluation. ``keys``: under which
+    the ranks hold the tensors of the constant inputs, in their order. ``are_equal``: whether they
+    do, where that was not looked at; it may wait for a GPU.
+    """
+
+    request: Evaluate
+    results: list[list[torch.Tensor]]
+    keys: list[int]
+    are_equal: Callable[[], bool] | None = None
 
 
 def patches_in(asked: Sequence[Asked]) -> list[str]:
@@ -61,41 +78,93 @@ class TensorSender:
 
     # --- evaluating ------------------------------------------------------------------------------
 
-    def place_evaluations(
-        self, call: int, model: str, asked: Sequence[Asked]
-    ) -> tuple[Evaluate, list[list[torch.Tensor]]]:
-        """The request, and the places where the ranks will put the results of each evaluation."""
+    def place_evaluations(self, call: int, model: str, asked: Sequence[Asked]) -> Placed:
+        """Evaluations whose inputs are there when this returns."""
         self.exchange.wait()
         places = TensorPlaces()
-        trees, results = [], []
-        for inputs, result_shapes in asked:
-            trees.append(self._place(_part(inputs, per_evaluation=True), places, None))
-            of_one = []
-            for latent, shape in zip(tensors_in(inputs["x"]), result_shapes, strict=True):
-                offset = places.reserve(math.prod(shape) * latent.itemsize)
-                of_one.append(TensorRef(shape, dtype_name(latent.dtype), offset))
-            results.append(tuple(of_one))
+        varying, results = self._place_varying(asked, places)
         places.write_to(self.exchange)  # begun first: comparing the rest waits for the GPU anyway
-        constant = [_part(inputs, per_evaluation=False) for inputs, _ in asked]
-        to_hold = {id(tensor): tensor for tensor in tensors_in(constant)}
-        held = dict(zip(to_hold, self._held.find(list(to_hold.values())), strict=True))
-        trees = [
-            tree | self._place(inputs, places, held)
-            for tree, inputs in zip(trees, constant, strict=True)
-        ]
+        constant, tensors = _constant(asked)
+        held = dict(zip(tensors, self._held.find(list(tensors.values())), strict=True))
+        trees = [self._place(inputs, places, held) for inputs in constant]
         places.write_to(self.exchange)
         self.exchange.wait()
-        evaluations = [
-            Evaluation(pack_inputs(tree), refs) for tree, refs in zip(trees, results, strict=True)
-        ]
+        keys = list(held.values())
         request = Evaluate(
             call=call,
             model=model,
-            evaluations=evaluations,
-            drop=self._held.evict(set(held.values())),
+            evaluations=_evaluations(varying, trees, results),
+            drop=self._held.evict(set(keys)),
             exchange_bytes=self.exchange.size,
         )
-        return request, [[self.exchange.view(ref) for ref in refs] for refs in results]
+        return Placed(request, self._views(results), keys)
+
+    def fits_stream_order(
+        self, asked: Sequence[Asked], keys: Sequence[int], device: torch.device
+    ) -> bool:
+        """Whether ``place_in_stream_order`` can place these.
+
+        They bring nothing to be held, nothing that is on another device, and need no more room.
+        """
+        places = TensorPlaces()
+        self._place_varying(asked, places)
+        _, tensors = _constant(asked)
+        return (
+            places.size <= self.exchange.size
+            and all(tensor.device == device for tensor in tensors_in(_varying(asked)))
+            and self._held.may_be(keys, list(tensors.values()), device)
+        )
+
+    def place_in_stream_order(
+        self,
+        call: int,
+        model: str,
+        asked: Sequence[Asked],
+        keys: Sequence[int],
+        device: torch.device,
+    ) -> Placed:
+        """Evaluations whose inputs will be there when the device's current stream gets there.
+
+        What the stream was given before must be what takes the results of the evaluations before
+        from their places: then nobody uses these any more. ``keys``: those of ``Placed``, of
+        evaluations whose constant inputs are known to have had the same tensors.
+        """
+        places = TensorPlaces()
+        varying, results = self._place_varying(asked, places)
+        places.write_to(self.exchange)
+        self.exchange.say_inputs(device, call)
+        constant, tensors = _constant(asked)
+        held = dict(zip(tensors, keys, strict=True))
+        request = Evaluate(
+            call=call,
+            model=model,
+            evaluations=_evaluations(
+                varying, [self._place(inputs, places, held) for inputs in constant], results
+            ),
+            drop=[],
+            exchange_bytes=self.exchange.size,
+            in_stream_order=True,
+        )
+        # Behind what the ranks wait for.
+        are_equal = self._held.begin_to_compare(keys, list(tensors.values()))
+        return Placed(request, self._views(results), list(keys), are_equal)
+
+    def _place_varying(
+        self, asked: Sequence[Asked], places: TensorPlaces
+    ) -> tuple[list[dict[str, Any]], list[tuple[TensorRef, ...]]]:
+        """Room for what differs at every evaluation, and for the results of each."""
+        trees = [self._place(inputs, places, None) for inputs in _varying(asked)]
+        results = []
+        for one in asked:
+            of_one = []
+            for latent, shape in zip(tensors_in(one.inputs["x"]), one.result_shapes, strict=True):
+                offset = places.reserve(math.prod(shape) * latent.itemsize)
+                of_one.append(TensorRef(shape, dtype_name(latent.dtype), offset))
+            results.append(tuple(of_one))
+        return trees, results
+
+    def _views(self, results: Sequence[Sequence[TensorRef]]) -> list[list[torch.Tensor]]:
+        return [[self.exchange.view(ref) for ref in refs] for refs in results]
 
     def sent(self) -> None:
         """The request was sent: the ranks hold its tensors now."""
@@ -189,13 +258,32 @@ class TensorSender:
         return msgspec.structs.replace(patch, factors=factors)
 
 
-def _part(inputs: Mapping[str, Any], *, per_evaluation: bool) -> dict[str, Any]:
-    """The inputs that change at every evaluation, or the inputs that do not."""
-    return {
-        name: value
-        for name, value in inputs.items()
-        if (name in PER_EVALUATION_INPUTS) == per_evaluation
-    }
+def _varying(asked: Sequence[Asked]) -> list[dict[str, Any]]:
+    """Of each evaluation, the inputs that change at every evaluation."""
+    return [
+        {name: value for name, value in one.inputs.items() if name in PER_EVALUATION_INPUTS}
+        for one in asked
+    ]
+
+
+def _constant(asked: Sequence[Asked]) -> tuple[list[dict[str, Any]], dict[int, torch.Tensor]]:
+    """Of each evaluation, the inputs that do not; and their tensors by identity, in order."""
+    inputs = [
+        {name: value for name, value in one.inputs.items() if name not in PER_EVALUATION_INPUTS}
+        for one in asked
+    ]
+    return inputs, {id(tensor): tensor for tensor in tensors_in(inputs)}
+
+
+def _evaluations(
+    varying: Sequence[dict[str, Any]],
+    constant: Sequence[dict[str, Any]],
+    results: Sequence[tuple[TensorRef, ...]],
+) -> list[Evaluation]:
+    return [
+        Evaluation(pack_inputs(some | others), refs)
+        for some, others, refs in zip(varying, constant, results, strict=True)
+    ]
 
 
 def _factors(weights: Mapping[str, PatchedWeight]) -> Iterator[torch.Tensor]:

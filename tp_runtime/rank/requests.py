@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..fault_points import reach
 from ..gpu import collectives
 from ..gpu.speeds import host_times, speed_times
+from ..wire import stream_wait
 from ..wire.exchange import Exchange
 from ..wire.protocol import (
     PER_EVALUATION_INPUTS,
@@ -38,6 +39,23 @@ from .loading import ReportProgress, load_model
 from .model_patches import LoadedPatch
 
 
+class UnderWay:
+    """An evaluation that the GPU has begun, or will once its inputs are there."""
+
+    def __init__(self, num_bad: torch.Tensor, device: torch.device) -> None:
+        """After the last of it was put into the device's current stream."""
+        self._num_bad = num_bad
+        self._end = stream_wait.mark(device)
+
+    def is_over(self) -> bool:
+        return self._end.query()
+
+    def value(self) -> tuple[int, int]:
+        """That of its ``Done``; waits for the end."""
+        self._end.synchronize()
+        return _numbers_of(self._num_bad)
+
+
 class Runner:
     """The state of a rank between requests."""
 
@@ -54,8 +72,6 @@ class Runner:
         self._held: dict[int, torch.Tensor] = {}
         self._factors: dict[int, torch.Tensor] = {}  # of patches, in the host's memory
         self._last_evaluation_ms: float | None = None
-        # Values that are no numbers, of the latents and of the results.
-        self._num_bad = torch.zeros(2, dtype=torch.int64, pin_memory=device.type == "cuda")
 
     def device_name(self) -> str:
         """``"cpu"``, or the GPU's index and product name."""
@@ -66,6 +82,8 @@ class Runner:
     @torch.inference_mode()
     def handle(self, request: Request, report_progress: ReportProgress) -> Any:
         """Carry out one request; the result is the ``value`` of its ``Done``.
+
+        Or an ``UnderWay``, if the request is one in stream order.
 
         Raises:
             InputError, CheckpointError, SizeError: refused, by every rank of the group; nothing
@@ -182,7 +200,7 @@ class Runner:
         for key in request.drop:
             del self._factors[key]
 
-    def _evaluate(self, request: Evaluate) -> tuple[int, int]:
+    def _evaluate(self, request: Evaluate) -> tuple[int, int] | UnderWay:
         """How many values are NaN or infinite: of the latents, and of the results made of them.
 
         None of what another rank gives the results of.
@@ -191,11 +209,13 @@ class Runner:
         reach("evaluate")
         # Before anything can be refused: the engine takes it that these are held from now on.
         self._exchange.remap(request.exchange_bytes)
+        if request.in_stream_order:
+            self._exchange.await_inputs(self._device, request.call)
         found: dict[TensorRef, torch.Tensor] = {}
         resolved = [self._resolve(evaluation.inputs, found) for evaluation in request.evaluations]
         for key in request.drop:
             del self._held[key]
-        self._num_bad.zero_()
+        num_bad = torch.zeros(2, dtype=torch.int64, pin_memory=self._device.type == "cuda")
         try:
             model = self._loaded(request.model)
             mine = self._config.batch_group
@@ -207,16 +227,26 @@ class Runner:
                 output = model.forward(resolved[mine], _conditioning_key(evaluation.inputs))
                 if self._config.gives_results:
                     self._give(output, evaluation.results)
-                    self._count_bad(resolved[mine]["x"], output)
-        finally:
-            # Of a refused request, too, the inputs must have left the exchange memory.
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
+                    _count_bad(num_bad, resolved[mine]["x"], output)
+        except BaseException:
+            self._end(request)
+            raise
+        if request.in_stream_order:
             if self._config.gives_results:
-                self._exchange.say_given(self._config.batch_group, request.call)
+                group = self._config.batch_group
+                self._exchange.say_given_later(self._device, group, request.call)
+            return UnderWay(num_bad, self._device)
+        self._end(request)
         self._last_evaluation_ms = (time.perf_counter() - started) * 1000
-        of_latents, of_results = self._num_bad.tolist()
-        return of_latents, of_results
+        return _numbers_of(num_bad)
+
+    def _end(self, request: Evaluate) -> None:
+        """Wait for what the device computes, and say that results are there, or never will be."""
+        # Of a refused request, too, the inputs must have left the exchange memory.
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        if self._config.gives_results:
+            self._exchange.say_given(self._config.batch_group, request.call)
 
     def _give(
         self, output: torch.Tensor | Sequence[torch.Tensor], refs: Sequence[TensorRef]
@@ -228,14 +258,6 @@ class Runner:
                 f"{one.shape} {one.dtype}, not {result.shape} {result.dtype}"
             )
             result.copy_(one, non_blocking=True)
-
-    def _count_bad(self, *groups: torch.Tensor | Sequence[torch.Tensor]) -> None:
-        """Values that are no numbers, read after the wait for the results."""
-        for place, tensors in zip(self._num_bad, groups, strict=True):
-            each = [tensors] if isinstance(tensors, torch.Tensor) else tensors
-            # The difference is zero where a value is finite.
-            num_bad = sum(torch.count_nonzero(one - one) for one in each)
-            place.copy_(torch.as_tensor(num_bad), non_blocking=True)
 
     def _resolve(self, value: Any, found: dict[TensorRef, torch.Tensor]) -> Any:
         """``value`` with every reference replaced by its tensor, on the rank's device.
@@ -293,6 +315,20 @@ class Runner:
             },
             "last_evaluation_ms": self._last_evaluation_ms,
         }
+
+
+def _count_bad(places: torch.Tensor, *groups: torch.Tensor | Sequence[torch.Tensor]) -> None:
+    """Values that are no numbers, of each of the groups; there when the device has counted them."""
+    for place, tensors in zip(places, groups, strict=True):
+        each = [tensors] if isinstance(tensors, torch.Tensor) else tensors
+        # The difference is zero where a value is finite.
+        num_bad = sum(torch.count_nonzero(one - one) for one in each)
+        place.copy_(torch.as_tensor(num_bad), non_blocking=True)
+
+
+def _numbers_of(num_bad: torch.Tensor) -> tuple[int, int]:
+    of_latents, of_results = num_bad.tolist()
+    return of_latents, of_results
 
 
 def _kept_for_graphs() -> int:

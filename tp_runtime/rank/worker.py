@@ -12,7 +12,8 @@ import select
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 
 from .. import fault_points
 from ..config import WorkerConfig
@@ -35,12 +36,13 @@ from ..wire.protocol import (
 )
 from ..wire.transport import Channel, wait
 from . import membership
-from .requests import Runner
+from .requests import Runner, UnderWay
 
 logger = logging.getLogger("tp_runtime.rank.worker")
 
 PARENT_CHECK_S = 1.0
 AWAKE_S = 0.02  # on a GPU: after an evaluation, the next may come as soon as this
+LOOK_S = 0.0005  # while evaluations in stream order are under way, whether one is over
 MAX_LOG_BYTES = 8 * 2**20
 KEPT_LOG_BYTES = 2**20
 
@@ -63,23 +65,25 @@ def _watch(channel: Channel, parent_pid: int) -> None:
         os._exit(status)
 
 
-def _requests(channel: Channel, awake_s: float) -> Iterator[Request]:
+def _requests(channel: Channel, awake_s: float, look: Callable[[], bool]) -> Iterator[Request]:
     """The requests as they come, until the stream ends.
 
     Received by the thread that carries them out: handing each over would cost a fifth of a
     millisecond, since a core that wakes up is slow. For the same reason it does not sleep in the
-    ``awake_s`` after an evaluation, when the next one is likely.
+    ``awake_s`` after an evaluation, when the next one is likely. ``look``: called often while it
+    says that something is under way.
     """
     awake_until = 0.0
     while not channel.ended:
-        if time.monotonic() < awake_until or wait([channel], PARENT_CHECK_S):
+        pause_s = LOOK_S if look() else PARENT_CHECK_S
+        if time.monotonic() < awake_until or wait([channel], pause_s):
             for frame in channel.receive():
                 request = decode_request(frame)
                 yield request
                 if awake_s and isinstance(request, Evaluate):
                     decode_request(frame)  # a rehearsal: the caches have forgotten how to do it
                     awake_until = time.monotonic() + awake_s
-        else:
+        elif pause_s == PARENT_CHECK_S:
             fault_points.reach("idle")
 
 
@@ -109,8 +113,19 @@ def _serve(config: WorkerConfig, channel: Channel) -> None:
     device = membership.select_device(config)
     with membership.tensor_parallel_group(config) as tp_world_size:
         runner = Runner(config, device)
+        under_way: deque[tuple[int, UnderWay]] = deque()
+
+        def answer(*, wait: bool = False) -> bool:
+            """For evaluations that are over, in their order; whether some are not."""
+            while under_way and (wait or under_way[0][1].is_over()):
+                number, evaluation = under_way.popleft()
+                send(Done(number, evaluation.value()))
+            return bool(under_way)
+
         send(Ready(config.rank, tp_world_size, runner.device_name(), membership.versions()))
-        for request in _requests(channel, AWAKE_S if device.type == "cuda" else 0.0):
+        for request in _requests(channel, AWAKE_S if device.type == "cuda" else 0.0, answer):
+            if not (isinstance(request, Evaluate) and request.in_stream_order):
+                answer(wait=True)
             if isinstance(request, Close):
                 break
             if isinstance(request, Piece):
@@ -126,11 +141,15 @@ def _serve(config: WorkerConfig, channel: Channel) -> None:
 
             try:
                 value = runner.handle(request, report_progress)
+                if isinstance(value, UnderWay):
+                    under_way.append((call, value))
+                    continue
                 if mirror is not None and isinstance(request, Evaluate):
                     for piece in _results(config, request, mirror):
                         send(piece)
                 send(Done(call, value))
             except tuple(REFUSALS.values()) as error:
+                answer(wait=True)
                 send(_failed(call, True, error))
 
 

@@ -18,7 +18,8 @@ from . import stream_wait
 from .protocol import TensorRef
 
 ALIGNMENT = 256
-HEADER_BYTES = ALIGNMENT  # at the beginning, before any tensor: the numbers of ``say_given``
+HEADER_BYTES = ALIGNMENT  # at the beginning, before any tensor: numbers of requests, 32 bits each
+_INPUTS_AT = 128  # of ``say_inputs``; those of ``say_given`` are before it
 MAX_VIEWS = 64
 
 _DTYPES = {
@@ -102,7 +103,8 @@ class Exchange:
         self._size = 0
         self._page_locked = False
         self._written: list[tuple[int, int]] = []
-        self._reading: list[torch.cuda.Event] = []  # of copies from here to a GPU
+        # Of the last copy from here to a GPU, by the stream that makes it.
+        self._reading: dict[torch.cuda.Stream, torch.cuda.Event] = {}
         self._writing: set[torch.cuda.Stream] = set()  # in which GPUs copy to here
         self._views: dict[TensorRef, torch.Tensor] = {}  # each evaluation has the same
         self._awaited: dict[int, int] = {}  # by ``await_given``: batch group → request
@@ -201,14 +203,39 @@ class Exchange:
         if device.type != "cuda":
             return view.to(device)
         copy = view.to(device, non_blocking=True)
-        self._reading.append(torch.cuda.current_stream(device).record_event())
+        stream = torch.cuda.current_stream(device)
+        self._reading[stream] = stream.record_event()
         return copy
 
-    # --- results in stream order -----------------------------------------------------------------
+    # --- in stream order -------------------------------------------------------------------------
+
+    def say_inputs(self, device: torch.device, request: int) -> None:
+        """Have the device's current stream say that the request's tensors are here, when they are.
+
+        Raises:
+            StreamWaitError: the device's streams cannot write so.
+        """
+        stream_wait.write(device, self.address + _INPUTS_AT, request)
+
+    def await_inputs(self, device: torch.device, request: int) -> None:
+        """Have the device's current stream wait until ``say_inputs`` has been done so.
+
+        Raises:
+            StreamWaitError: the device's streams cannot wait so.
+        """
+        stream_wait.until(device, self.address + _INPUTS_AT, request)
 
     def say_given(self, batch_group: int, request: int) -> None:
         """The results of a batch group for that request lie here now, or never will."""
         self._given(batch_group).value = request
+
+    def say_given_later(self, device: torch.device, batch_group: int, request: int) -> None:
+        """Have the device's current stream do that, when it gets there.
+
+        Raises:
+            StreamWaitError: the device's streams cannot write so.
+        """
+        stream_wait.write(device, ctypes.addressof(self._given(batch_group)), request)
 
     def await_given(self, device: torch.device, batch_group: int, request: int) -> None:
         """Have the device's current stream wait until ``say_given`` has been called so.
@@ -233,7 +260,7 @@ class Exchange:
 
     def wait(self) -> None:
         """Return when all copies that were begun, to here and from here, have been made."""
-        for event in self._reading:
+        for event in self._reading.values():
             event.synchronize()
         for stream in self._writing:
             stream.synchronize()

@@ -12,7 +12,7 @@ import msgspec
 from ..config import ModelPatchSpec, ModelSpec
 from ..errors import ProtocolError
 
-VERSION = 10
+VERSION = 11
 MAX_FRAME_BYTES = 16 * 2**20  # a frame holds no tensor data, only references to it: but a Piece
 PIECE_BYTES = 2**20  # at most, of a Piece
 # Inputs that differ at every evaluation; all others are constant over a generation as a rule.
@@ -122,6 +122,9 @@ class Evaluate(_Message, frozen=True):
     Every rank keeps the tensors that are to be held, also for the evaluations of other batch
     groups. ``drop`` names held tensors that will not be used again; ``exchange_bytes`` is the
     present size of the exchange memory.
+
+    ``in_stream_order``: the request comes before its inputs, for which the rank's GPU waits, and
+    may come while the one before it is computed. It brings nothing to be held.
     """
 
     call: int
@@ -129,6 +132,7 @@ class Evaluate(_Message, frozen=True):
     evaluations: list[Evaluation]
     drop: list[int]
     exchange_bytes: int
+    in_stream_order: bool = False
 
 
 class Hold(_Message, frozen=True):

@@ -45,6 +45,16 @@ def write(device: torch.device, address: int, value: int) -> None:
     _queue("cuStreamWriteValue32_v2", device, address, value, 0)
 
 
+def current(device: torch.device) -> torch.cuda.Stream:
+    """The stream that the others mean."""
+    return torch.cuda.current_stream(device)
+
+
+def mark(device: torch.device) -> torch.cuda.Event:
+    """Says when the device's current stream has got here."""
+    return current(device).record_event()
+
+
 def _queue(operation: str, device: torch.device, address: int, value: int, flags: int) -> None:
     driver = _driver()
     with torch.cuda.device(device):

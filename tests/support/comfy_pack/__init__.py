@@ -20,6 +20,7 @@ from .dynamic_vram import layers_without_weights
 from .nodes import (
     TPTestConditioning,
     TPTestKeepLatent,
+    TPTestKnown,
     TPTestModelPatches,
     TPTestNaNLatent,
     TPTestPreviewMethod,
@@ -49,6 +50,7 @@ class TestExtension(ComfyExtension):
         return [
             TPTestConditioning,
             TPTestKeepLatent,
+            TPTestKnown,
             TPTestModelPatches,
             TPTestNaNLatent,
             TPTestPreviewMethod,

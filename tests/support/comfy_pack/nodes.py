@@ -98,6 +98,36 @@ class TPTestKeepLatent(io.ComfyNode):
         return io.NodeOutput()
 
 
+class TPTestKnown(io.ComfyNode):
+    """Which evaluations are said to have the same constant inputs (`Asked.known_as`)."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="TPTestKnown",
+            category="testing",
+            description="Has a number written for every evaluation, or that nothing is known.",
+            inputs=[io.Model.Input("model"), io.String.Input("name")],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model: ModelPatcher, name: str) -> io.NodeOutput:
+        remote = model.model.diffusion_model.remote
+        evaluate_all = type(remote).evaluate_all.__get__(remote)
+        numbers: dict[Any, int | str] = {None: "unknown"}
+        file = Path(folder_paths.get_output_directory()) / f"{name}.txt"
+
+        def noted(inputs: list[Any], *args: Any, known_as: list[Any]) -> list[Any]:
+            with file.open("a") as lines:
+                for known in known_as:
+                    print(numbers.setdefault(known, len(numbers)), file=lines)
+            return evaluate_all(inputs, *args, known_as=known_as)
+
+        remote.evaluate_all = noted
+        return io.NodeOutput(model)
+
+
 class TPTestPreviewMethod(io.ComfyNode):
     """ComfyUI's `--preview-method`, from now on (ComfyUI-Manager changes it in the same way)."""
 
