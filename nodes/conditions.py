@@ -14,6 +14,7 @@ from comfy.patcher_extension import WrappersMP, get_all_wrappers
 
 from ..tp_runtime.client import RemoteModel, Workload, ahead, meanwhile
 from .known_conditions import Conditions, known_conditions
+from .moved_conditions import moved_conditions
 from .together import Meeting
 
 KEY = "tensor_parallel"
@@ -43,7 +44,8 @@ def calc_cond_batch(
     evaluations = remote.num_evaluations
     remote.begin_step()
     with known_conditions(remote, conds, model_options):
-        results = _evaluated(remote, executor, model, conds, x_in, timestep, model_options)
+        there = moved_conditions(conds, x_in.device)
+        results = _evaluated(remote, executor, model, there, x_in, timestep, model_options)
     if remote.num_evaluations > evaluations:
         remote.end_step(_workload(model, conds, x_in))
     return results

@@ -22,14 +22,14 @@ _known: contextvars.ContextVar[tuple[RemoteModel, Hashable] | None] = contextvar
 )
 
 
-class _Itself:
+class Itself:
     """An object as a key: equal to itself alone, and there for as long as the key is."""
 
     def __init__(self, value: object) -> None:
         self._value = value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Itself) and self._value is other._value
+        return isinstance(other, Itself) and self._value is other._value
 
     def __hash__(self) -> int:
         return id(self._value)
@@ -71,6 +71,6 @@ def known_as(remote: RemoteModel, transformer_options: Mapping[str, Any] | None)
 
 def _objects(entry: Mapping[str, Any]) -> Hashable:
     made_of = entry["model_conds"].items()
-    return _Itself(entry), *(
-        (name, _Itself(one), _Itself(getattr(one, "cond", None))) for name, one in made_of
+    return Itself(entry), *(
+        (name, Itself(one), Itself(getattr(one, "cond", None))) for name, one in made_of
     )

@@ -1,11 +1,15 @@
 """What is constant over a sampling is known to be: then no step waits until it was looked at."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from support.comfy_server import ComfyServer
+from support.pack import pack_module
 from support.workflows import Prompt, Sampling, node, tp_text_to_latent
+from tp_runtime.client import ahead
 
 pytestmark = [pytest.mark.comfy]
 
@@ -70,3 +74,50 @@ def test_another_sampling_is_known_as_something_else(comfy_server: ComfyServer) 
     }
     prompt["save"]["inputs"]["samples"] = ["again", 0]
     assert known(comfy_server, "again", prompt) == STEPS * ["1"] + STEPS * ["2"]
+
+
+# --- moved to the GPU once ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def moved_conditions() -> Iterator[Any]:
+    with pack_module("nodes.moved_conditions") as module:
+        yield module.moved_conditions
+
+
+def conditions() -> list[Any]:
+    from comfy.conds import CONDConstant, CONDCrossAttn, CONDList, CONDNoiseShape
+
+    tensor = torch.ones(1, 2, 3)
+    of = {
+        "c_crossattn": CONDCrossAttn(tensor),
+        "c_concat": CONDNoiseShape(tensor),
+        "ref_latents": CONDList([tensor, tensor]),
+        "ref_latents_method": CONDConstant("index"),
+    }
+    return [[{"model_conds": of, "uuid": "the first"}], None, []]
+
+
+def test_conditions_are_moved_once_in_a_sampling(moved_conditions: Any) -> None:
+    """Their kinds stay, and the conditions that other models are evaluated with."""
+    conds, device = conditions(), torch.device("meta")
+    with ahead():
+        (one,), none, empty = moved_conditions(conds, device)
+        (again,), *_ = moved_conditions(conds, device)
+    assert (none, empty, one["uuid"]) == (None, [], "the first")
+    before = conds[0][0]["model_conds"]
+    for name, cond in one["model_conds"].items():
+        assert again["model_conds"][name] is cond
+        assert type(cond) is type(before[name])
+    there = [one["model_conds"][name].cond for name in ("c_crossattn", "c_concat")]
+    for tensor in (*there, *one["model_conds"]["ref_latents"].cond):
+        assert (tensor.device, tensor.shape) == (device, (1, 2, 3))
+    assert one["model_conds"]["ref_latents_method"].cond == "index"
+    assert before["c_crossattn"].cond.device.type == "cpu"
+
+
+def test_conditions_stay_where_nothing_is_ahead(moved_conditions: Any) -> None:
+    conds = conditions()
+    assert moved_conditions(conds, torch.device("meta")) is conds
+    with ahead():
+        assert moved_conditions(conds, torch.device("cpu")) is conds

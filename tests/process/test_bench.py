@@ -90,8 +90,8 @@ def test_a_wrong_batch_group_is_found(
     """The second one's results are multiplied; also where one evaluation would leave it idle."""
     right = RemoteModel.evaluate_all
 
-    def evaluate_all(self: RemoteModel, *arguments: Any) -> list[torch.Tensor]:
-        results = right(self, *arguments)
+    def evaluate_all(self: RemoteModel, *args: Any, **options: Any) -> list[torch.Tensor]:
+        results = right(self, *args, **options)
         if self.group_config.batch_groups == 2 and sum(map(len, results)) == 2:
             results[-1][-1] *= wrong
         return results

@@ -53,7 +53,7 @@ def light_model(
     """
     code = ""
     if request.param == "awake":
-        code = "requests = worker._requests; worker._requests = lambda one, _: requests(one, 0.3)"
+        code = "requests = worker._requests; worker._requests = lambda a, _, b: requests(a, 0.3, b)"
     runtime, python = Runtime(), python_with(code)
 
     def make(**settings: Any) -> RemoteModel:

@@ -55,7 +55,7 @@ def test_an_evaluation_has_a_result_for_each_latent() -> None:
     shapes = (1, 4, 2, 3, 3), (1, 8, 2, 5)
     sender = TensorSender()
     asked = [Asked(inputs, shapes), Asked(inputs | {"x": sound}, shapes[1:])]
-    request, places = sender.place_evaluations(1, "model", asked)
+    request, places, *_ = sender.place_evaluations(1, "model", asked)
     refs = [[(ref.shape, ref.dtype) for ref in one.results] for one in request.evaluations]
     of_sound = (shapes[1], "bfloat16")
     assert refs == [[(shapes[0], "float32"), of_sound], [of_sound]]
@@ -71,7 +71,7 @@ def test_a_tensor_that_many_blocks_are_given_goes_once() -> None:
     residuals = [torch.full((1, size // 4), float(index)) for index in range(2)]
     inputs = {"x": torch.ones(1, 4, 8, 8), "control": {"input": [*residuals] * 30}}
     asked = Asked(inputs, ((1, 4, 8, 8),))
-    request, _ = sender.place_evaluations(1, "model", [asked])
+    request, *_ = sender.place_evaluations(1, "model", [asked])
     assert 2 * size <= request.exchange_bytes < 3 * size
     sent = request.evaluations[0].inputs["control"]["input"]
     assert sent == [*sent[:2]] * 30

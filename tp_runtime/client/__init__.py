@@ -67,7 +67,7 @@ from ..wire.protocol import PatchedWeight, WeightPatch
 from ..wire.weight_patches import FUNCTIONS as PATCH_FUNCTIONS
 from ..wire.weight_patches import KINDS as PATCH_KINDS
 from ..wire.weight_patches import PatchError, check_fits, shape_after
-from .evaluated import ahead, meanwhile
+from .evaluated import ahead, may_be_ahead, meanwhile, remembered
 from .group_report import GroupReport
 from .inspection import checkpoint_info
 from .launch.local import prepare_start
@@ -128,10 +128,12 @@ __all__ = [
     "file_version",
     "get_runtime",
     "inspect_checkpoint",
+    "may_be_ahead",
     "meanwhile",
     "open_checkpoint",
     "prepare_start",
     "ray_address",
+    "remembered",
     "reproducible",
     "runtime_python",
     "shape_after",
