@@ -13,7 +13,16 @@ import torch
 from gpu.conftest import Load, make_inputs
 
 from support.tiny_models import write_tiny
-from tp_runtime.client import GroupDiedError, InputError, RemoteModel, ahead, meanwhile
+from tp_runtime.client import (
+    GroupConfig,
+    GroupDiedError,
+    InputError,
+    ModelSpec,
+    RemoteModel,
+    Runtime,
+    ahead,
+    meanwhile,
+)
 from tp_runtime.client.evaluated import Evaluated
 from tp_runtime.client.evaluation_times import FIRST_EVALUATIONS
 from tp_runtime.client.poll import Poll
@@ -343,3 +352,20 @@ def test_a_refusal_between_requests(sampling: Sampling) -> None:
         for _ in range(3):
             sampling.step()
     assert torch.equal(sampling.latent, expected)
+
+
+def test_batch_groups(runtime: Runtime, file: Path) -> None:
+    """Of two GPUs each has an item of its own, whatever the other one is at."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    spec = ModelSpec.of(str(file), "float32", "float32", "auto")
+    model = runtime.model(spec, GroupConfig(1, "cuda", (0, 1), batch_groups=2))
+    model.ensure_loaded()
+    sampling = Sampling(model)
+    expected = sampling.expected(24)
+    for _ in range(8):
+        sampling.latent = sampling.inputs["x"]
+        with ahead():
+            for _ in range(24):
+                sampling.step()
+        assert torch.equal(sampling.latent, expected)

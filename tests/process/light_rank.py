@@ -117,6 +117,7 @@ def be_light() -> None:
     model_patches = types.ModuleType("tp_runtime.rank.model_patches")
     model_patches.LoadedPatch = SimpleNamespace  # type: ignore[attr-defined]
     collectives = types.ModuleType("tp_runtime.gpu.collectives")
+    collectives.meet = lambda: None  # type: ignore[attr-defined]
     stream_wait.until, stream_wait.write, stream_wait.mark = _until, _write, _mark  # type: ignore[assignment]
     for module in (membership, loading, loaded_model, model_patches, collectives):
         sys.modules[module.__name__] = module

@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -540,3 +541,30 @@ def test_steps_in_stream_order_are_recorded_one_by_one(
             sampling.model.end_step(workload)
     assert len(recorded) == 4
     assert all(300 <= ms < 590 for ms in recorded[1:])
+
+
+def test_batch_groups_in_stream_order(
+    python_with: PythonWith, tmp_path: Path, stream: Stream
+) -> None:
+    """Each has evaluations of its own, at every step; four a step are two requests."""
+    path = write_tiny("z_image", tmp_path / "tiny.safetensors")
+    runtime = Runtime()
+    group = cpu_group(1, batch_groups=2, python=python_with(), call_timeout_s=20.0)
+    model = runtime.model(ModelSpec.of(str(path), "float32", "float32"), group)
+    model.ensure_loaded()
+    several = [make_inputs(seed=seed) for seed in range(4)]
+    latents = [one["x"] for one in several]
+    with ahead():
+        for _ in range(6):
+            inputs = [one | {"x": x} for one, x in zip(several, latents, strict=True)]
+            found = model.evaluate_all(inputs, known_as=range(4))
+            latents = [torch.full_like(one, torch.nan) for one in latents]
+            for latent, one in zip(latents, found, strict=True):
+                stream.put(lambda latent=latent, one=one: latent.copy_(one / 4))
+    assert stream.is_idle(within_s=5)
+    runtime.release()
+    for one, latent in zip(several, latents, strict=True):
+        expected = one["x"]
+        for _ in range(6):
+            expected = (expected * 2 + one["context"].sum()) / 4
+        assert torch.equal(latent, expected)
