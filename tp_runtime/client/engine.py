@@ -140,25 +140,18 @@ class Engine:
         known_as = None
         if self._trusts_makers and all(one.known_as is not None for one in asked):
             known_as = self, kind, *(one.known_as for one in asked)
-        placed: list[Placed] = []
-        results: list[list[torch.Tensor]] = []
+        made: list[Placed] = []
 
         def make(number: int) -> Request:
-            sender, exchange = self._sender, self._sender.exchange
             if keys is not None and device is not None:
-                placed.append(sender.place_in_stream_order(number, model, asked, keys, device))
+                placed = self._sender.place_in_stream_order(number, model, asked, keys, device)
             else:
-                placed.append(sender.place_evaluations(number, model, asked))
-            # Looked up now, since the group may end between its answer and our reading it.
-            places = placed[0].results
+                placed = self._sender.place_evaluations(number, model, asked)
             if device is not None:
-                for group in range(len(asked)):
-                    exchange.await_given(device, group, number)
-                places = [
-                    [exchange.copied_to(device, result) for result in of_one] for of_one in places
-                ]
-            results.extend(places)
-            return placed[0].request
+                placed = placed._replace(results=self._awaited(number, placed.results, device))
+            # With its results, since the group may end between its answer and our reading it.
+            made.append(placed)
+            return placed.request
 
         with acquired(self._turn, poll):
             keys = self._known_keys(asked, known_as, device)
@@ -174,17 +167,27 @@ class Engine:
             self._sender.sent()
             if on_sent is not None:
                 on_sent()
-            check = functools.partial(self._check, call, kind, asked, placed[0].are_equal)
-            evaluated = Evaluated(results, call, check, self._release)
+            (placed,) = made
+            check = functools.partial(self._check, call, kind, asked, placed.are_equal)
+            evaluated = Evaluated(placed.results, call, check, self._release)
             if known_as is not None:
-                remembered()[known_as] = placed[0].keys
+                remembered()[known_as] = placed.keys
             if device is not None and call.sent:
                 self._stream = stream_wait.current(device)
                 is_ahead(evaluated)
             else:
                 evaluated.settle(poll)
-                evaluated.results = self._copied(asked, results)
+                evaluated.results = self._copied(asked, placed.results)
         return evaluated
+
+    def _awaited(
+        self, number: int, places: Sequence[Sequence[torch.Tensor]], device: torch.device
+    ) -> list[list[torch.Tensor]]:
+        """The results of a request, as tensors that the device's current stream will have."""
+        exchange = self._sender.exchange
+        for batch_group in range(len(places)):
+            exchange.await_given(device, batch_group, number)
+        return [[exchange.copied_to(device, result) for result in of_one] for of_one in places]
 
     def _known_keys(
         self, asked: Sequence[Asked], known_as: Hashable, device: torch.device | None
