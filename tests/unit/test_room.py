@@ -175,12 +175,12 @@ def test_where_all_layouts_fit_nothing_changes(choose: Choose, model: str) -> No
 def test_with_nvlink_a_default_that_streams_is_not_kept_though_slower(
     choose: Choose, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By 3 %, where one that fits would have to be faster by more than 5 %."""
+    """By 2 %, where one that fits would have to be faster by more than 3 %."""
     monkeypatch.setenv("TP_RUNTIME_GPU_MEMORY", "20")
     info, card = published("wan"), "NVIDIA H100 80GB HBM3"
     workload = native_workload(info)
     case = info.sizes, workload.latent_shape, workload.text_tokens, 2, 1, DEVICES["H100"]
-    seconds = 1.03 * predict(*case).ms / 1e3 - REQUEST_S
+    seconds = 1.02 * predict(*case).ms / 1e3 - REQUEST_S
     streamed = streamed_bytes("", info.sizes, 1, info.weight_bytes(2), 20 * GIB)
     link = replace(LINKS["nvlink"], host_rate=streamed / seconds)
     assert choose("wan", 80 * GIB, link, card, layouts=(SHARED, TP)).layout == TP

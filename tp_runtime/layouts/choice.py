@@ -26,7 +26,7 @@ from .link_records import LinkRecords
 from .room import Room, live_bytes
 from .step_history import StepRecords, Workload, times_of
 
-MIN_GAIN = 0.05  # a layout other than the default must be so much faster
+MIN_GAIN = 0.03  # a layout other than the default must be so much faster
 _GIB = 2**30
 
 
