@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench import step
+from bench import step, two_models
 from bench.errors import TOLERANCE
-from tp_runtime.client import RemoteModel
+from tp_runtime.client import RemoteModel, residency
 
 pytestmark = [pytest.mark.process, pytest.mark.rotates(3)]
 
@@ -80,6 +80,17 @@ def test_rows_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], mod
 
 
 @pytest.mark.rotates(3)
+@pytest.mark.parametrize("room", [True, False])
+def test_two_models_take_turns(monkeypatch: pytest.MonkeyPatch, room: bool) -> None:
+    """Where there is no room for both, each is read again: so CPU ranks make it."""
+    if not room:
+        monkeypatch.setattr(residency, "ROOM_BYTES", 2**60)
+    row = two_models.main(["--small", "--side", "64x64x5", "--switches", "4"])
+    assert row["error"] == 0
+    assert (row["gib_read"] < 1e-5) is room, row["gib_read"]
+    assert not row["asleep"]
+
+
 @pytest.mark.parametrize("wrong", [math.nan, 1.04])
 def test_a_wrong_batch_group_is_found(
     tmp_path: Path,
