@@ -154,7 +154,9 @@ class RankProcesses:
         self._state.check_ready()
 
     def send(self, call: Call, frame: bytes, written: Sequence[tuple[int, memoryview]]) -> None:
-        """Send a request to every rank; from now on it is under way, and its deadline counts.
+        """Send a request to every rank; from now on it is under way.
+
+        Its deadline counts when no other one is before it.
 
         ``written``: what belongs to it in the exchange memory (offset and bytes), for ranks that
         do not share that. Raises as ``check_ready``.
