@@ -289,7 +289,7 @@ def make_prompt(args: argparse.Namespace, row: dict[str, Any], file: str) -> Pro
     shapes = latent_shapes(row["model"], sizes, args.side, args.batch)
     links = {name: [name, 0] for name in ("model", "positive", "negative")}
     links |= {"latent_image": ["latent", 0]}
-    schedule = {"sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
+    schedule = {"sampler_name": row["sampler"], "scheduler": "simple", "denoise": 1.0}
     positive, negative = (
         node("BenchText", seed=seed, tokens=tokens, width=width, pooled=pooled)
         for seed, tokens in enumerate(row["texts"])
@@ -368,6 +368,7 @@ def rows_of(args: argparse.Namespace, model: str, weights: str) -> Iterator[dict
             stock: list[torch.Tensor] = []
             for layout in ["stock", *args.layouts]:
                 row = known | {"layout": layout, "previews": args.previews, "control": control}
+                row["sampler"] = args.sampler
                 prompt = make_prompt(args, row, file.name)
                 if control:
                     size = {"width": args.side.width, "height": args.side.height}
@@ -396,6 +397,7 @@ def main() -> int:
     add("--short-steps", type=int, default=4)
     add("--repeats", type=int, default=3)
     add("--previews", choices=["none", "latent2rgb"], default="none")
+    add("--sampler", default="euler", help="or res_multistep, which looks at a value at every step")
     add("--weights", nargs="+", choices=WEIGHTS, default=["bf16"], help="ComfyUI 0.33 for others")
     add(
         "--control",

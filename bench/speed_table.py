@@ -18,8 +18,9 @@ SIDE = 1024
 def newest_rows() -> dict[tuple[str, float], dict[str, dict[str, Any]]]:
     """By model and CFG: layout → its newest row, with the ``stock_ms`` of the same run.
 
-    Pictures of ``SIDE`` x ``SIDE`` pixels, one at a time, bf16 files, without previews; not of runs
-    beside others on the same machine (``alone`` false), which make the stock loader slower.
+    Pictures of ``SIDE`` x ``SIDE`` pixels, one at a time, bf16 files, by euler, without previews;
+    not of runs beside others on the same machine (``alone`` false), which make the stock loader
+    slower.
     """
     found: dict[tuple[str, float], dict[str, dict[str, Any]]] = {}
     for path in sorted(RESULTS.glob("*-comfyui.json")):
@@ -27,6 +28,7 @@ def newest_rows() -> dict[tuple[str, float], dict[str, dict[str, Any]]]:
         for row in json.loads(path.read_text()):
             plain = row.get("weights", "bf16") == "bf16" and row["previews"] == "none"
             plain = plain and row.get("alone", True) and not row.get("control")
+            plain = plain and row.get("sampler", "euler") == "euler"
             if plain and (row["side"], row["batch"]) == (SIDE, 1):
                 key = row["model"], row["cfg"]
                 if row["layout"] == "stock":
