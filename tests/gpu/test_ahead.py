@@ -23,6 +23,7 @@ from tp_runtime.client import (
     ahead,
     meanwhile,
 )
+from tp_runtime.client.engine import LOOKS
 from tp_runtime.client.evaluated import Evaluated
 from tp_runtime.client.evaluation_times import FIRST_EVALUATIONS
 from tp_runtime.client.poll import Poll
@@ -222,6 +223,16 @@ class Sampling:
         found = self.model.evaluate(inputs, poll, known_as="the conditioning")
         self.latent = self.latent - found / 12
 
+    @contextlib.contextmanager
+    def begun(self) -> Iterator[None]:
+        """Within `ahead`, after the first steps, whose conditioning is looked at; all answered."""
+        with ahead():
+            for _ in range(LOOKS):
+                self.step()
+            torch.cuda.synchronize()
+            time.sleep(0.05)
+            yield
+
     def num_under_way(self) -> int:
         engine = self.model._group.engine
         assert engine is not None
@@ -250,8 +261,8 @@ def test_a_request_is_sent_before_its_latent_is_there(sampling: Sampling) -> Non
 
 
 def test_two_requests_are_under_way(sampling: Sampling) -> None:
-    expected = sampling.expected(2)
-    with ahead():
+    expected = sampling.expected(LOOKS + 2)
+    with sampling.begun():
         with stopped(rank_of(sampling.model)):
             for _ in range(2):
                 sampling.step()
@@ -268,10 +279,7 @@ def test_a_rank_is_killed_with_two_requests(
     expected = sampling.expected(3)
 
     def sample() -> None:
-        with ahead():
-            sampling.step()
-            torch.cuda.synchronize()
-            time.sleep(0.05)  # so it is answered
+        with sampling.begun():
             with stopped(rank_of(sampling.model)):
                 for _ in range(1 + again % 2):
                     sampling.step()
@@ -295,14 +303,19 @@ def test_a_cancel_waits_for_none_of_the_requests(sampling: Sampling) -> None:
 
     expected = sampling.expected(2)
 
-    def sample() -> None:
-        with ahead():
-            for _ in range(2):
-                sampling.step()
-            sampling.step(interrupt)
+    began = 0.0
 
-    with stopped(rank_of(sampling.model)):
-        began = time.monotonic()
+    with contextlib.ExitStack() as meanwhile_stopped:
+
+        def sample() -> None:
+            nonlocal began
+            with sampling.begun():
+                meanwhile_stopped.enter_context(stopped(rank_of(sampling.model)))
+                began = time.monotonic()
+                for _ in range(2):
+                    sampling.step()
+                sampling.step(interrupt)
+
         with pytest.raises(Interrupted):
             sample()
         torch.cuda.synchronize()
@@ -318,8 +331,7 @@ def test_conditioning_that_was_changed_unnoticed(sampling: Sampling) -> None:
     def sample() -> None:
         sampling.latent = sampling.inputs["x"]
         context.copy_(before)
-        with ahead():
-            sampling.step()
+        with sampling.begun():
             context.copy_(after)
             sampling.step()
             sampling.step()
@@ -328,7 +340,7 @@ def test_conditioning_that_was_changed_unnoticed(sampling: Sampling) -> None:
         sample()
     sample()
     expected = sampling.inputs["x"]
-    for now in (before, after, after):
+    for now in (*LOOKS * [before], after, after):
         inputs = sampling.inputs | {"x": expected, "context": now}
         expected = expected - sampling.model.evaluate(inputs) / 12
     assert torch.equal(sampling.latent, expected)
@@ -339,9 +351,8 @@ def test_a_refusal_between_requests(sampling: Sampling) -> None:
     wrong = sampling.inputs | {"attention_mask": torch.ones(5, 5, device="cuda")}
 
     def sample() -> None:
-        with ahead():
-            sampling.step()
-            for _ in range(2):
+        with sampling.begun():
+            for _ in range(LOOKS + 2):
                 sampling.model.evaluate(wrong, known_as="the conditioning")
 
     for _ in range(FIRST_EVALUATIONS + 2):

@@ -4,6 +4,7 @@ Ranks and engine are real. The stream is a thread here that does what was put in
 a GPU does; `tests/gpu/test_ahead.py` has a real one.
 """
 
+import contextlib
 import os
 import queue
 import signal
@@ -31,7 +32,7 @@ from tp_runtime.client import (
     ahead,
     meanwhile,
 )
-from tp_runtime.client.engine import Engine
+from tp_runtime.client.engine import LOOKS, Engine
 from tp_runtime.client.evaluated import may_be_ahead
 from tp_runtime.client.evaluation_times import EvaluationTimes
 from tp_runtime.client.held_tensors import HeldTensors
@@ -381,6 +382,14 @@ class Sampling:
         self.stream.put(lambda: latent.copy_(found / 4))
         self.latent = latent
 
+    @contextlib.contextmanager
+    def begun(self) -> Iterator[None]:
+        """Within `ahead`, after the first steps, whose conditioning is looked at."""
+        with ahead():
+            for _ in range(LOOKS):
+                self.step()
+            yield
+
     def expected(self, steps: int) -> torch.Tensor:
         latent = self.inputs["x"]
         for _ in range(steps):
@@ -392,7 +401,7 @@ class Sampling:
         return self.latent
 
     def under_way(self) -> list[int]:
-        """The numbers of these requests."""
+        """The numbers of the requests."""
         engine = self.model._group.engine
         assert engine is not None
         return [call.number for call in engine.processes.calls_under_way]
@@ -404,7 +413,7 @@ def sampling(model: RemoteModel, stream: Stream) -> Sampling:
 
 
 def test_a_request_is_sent_before_its_latent_is_there(sampling: Sampling) -> None:
-    with ahead():
+    with sampling.begun():
         sampling.step(sleep_s=1.0)
         for _ in range(3):
             assert sampling.latent.isnan().all()
@@ -412,7 +421,7 @@ def test_a_request_is_sent_before_its_latent_is_there(sampling: Sampling) -> Non
             assert len(sampling.under_way()) == 2, "and never more"
         assert len(sampling.under_way()) == 2
     assert not sampling.under_way()
-    assert torch.equal(sampling.result(), sampling.expected(4))
+    assert torch.equal(sampling.result(), sampling.expected(LOOKS + 4))
 
 
 def test_every_request_has_its_own_time(
@@ -420,10 +429,10 @@ def test_every_request_has_its_own_time(
 ) -> None:
     """It counts from when the ranks begin it: each takes more than half of what one may take."""
     monkeypatch.setattr(EvaluationTimes, "timeout_s", lambda *_: 5.8)
-    with ahead():
+    with sampling.begun():
         for _ in range(3):
             sampling.step(sleep_s=3.0)
-    assert torch.equal(sampling.result(), sampling.expected(3))
+    assert torch.equal(sampling.result(), sampling.expected(LOOKS + 3))
 
 
 @pytest.mark.parametrize("place", [1, 2])
@@ -435,7 +444,7 @@ def test_a_fault_between_requests(
     starts = sampling.model._group._num_starts
 
     def sample() -> None:
-        with ahead():
+        with sampling.begun():
             for step in range(5):
                 sampling.step(sleep_s=0.05, **(order if step == place else {}))
             assert sampling.stream.is_idle(within_s=20)
@@ -451,7 +460,7 @@ def test_a_rank_ends_or_stops_between_requests(sampling: Sampling, number: int) 
     kind = GroupDiedError if number == signal.SIGKILL else CallTimeoutError
 
     def sample() -> None:
-        with ahead():
+        with sampling.begun():
             sampling.step()
             sampling.step(sleep_s=0.5)
             os.kill(ranks_of(sampling.model)[0], number)
@@ -464,7 +473,7 @@ def test_a_rank_ends_or_stops_between_requests(sampling: Sampling, number: int) 
 
 def test_values_that_are_no_numbers_between_requests(sampling: Sampling) -> None:
     def sample() -> None:
-        with ahead():
+        with sampling.begun():
             sampling.step()
             sampling.latent = sampling.latent * torch.nan
             for _ in range(2):
@@ -481,13 +490,16 @@ def test_a_cancel_waits_for_none_of_the_requests(sampling: Sampling) -> None:
     def interrupt() -> None:
         raise Interrupted
 
+    began = 0.0
+
     def sample() -> None:
-        with ahead():
+        nonlocal began
+        with sampling.begun():
+            began = time.monotonic()
             sampling.step(sleep_s=1.0)
             sampling.step(sleep_s=1.0)
             sampling.step(interrupt)
 
-    began = time.monotonic()
     with pytest.raises(Interrupted):
         sample()
     assert sampling.stream.is_idle(within_s=1)
@@ -496,15 +508,29 @@ def test_a_cancel_waits_for_none_of_the_requests(sampling: Sampling) -> None:
 
 def test_conditioning_that_is_new_is_waited_for(sampling: Sampling) -> None:
     """It is looked at, and brought; so it is where it was changed on the CPU."""
-    with ahead():
+    before = sampling.expected(LOOKS + 1)
+    with sampling.begun():
         sampling.step(sleep_s=0.2)
         sampling.inputs["context"] = sampling.inputs["context"] + 1
         found = sampling.latent
         sampling.step(sleep_s=0.2)
         assert not found.isnan().any()
-    expected = (sampling.expected(0) * 2 + (sampling.inputs["context"] - 1).sum()) / 4
-    expected = (expected * 2 + sampling.inputs["context"].sum()) / 4
-    assert torch.allclose(sampling.result(), expected)
+    expected = (before * 2 + sampling.inputs["context"].sum()) / 4
+    assert torch.equal(sampling.result(), expected)
+
+
+def test_conditioning_that_is_another_at_every_step(
+    sampling: Sampling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it is said to be, it was not the same twice. On a GPU nobody looks a third time."""
+    monkeypatch.setattr(HeldTensors, "may_be", lambda *_: True)
+    expected, context = sampling.latent, sampling.inputs["context"]
+    with ahead():
+        for step in range(5):
+            sampling.inputs["context"] = context + step
+            expected = (expected * 2 + (context + step).sum()) / 4
+            sampling.step()
+    assert torch.equal(sampling.result(), expected)
 
 
 def test_conditioning_that_was_changed_unnoticed(
@@ -516,7 +542,7 @@ def test_conditioning_that_was_changed_unnoticed(
 
     def sample() -> None:
         sampling.latent = sampling.inputs["x"]
-        with ahead():
+        with sampling.begun():
             for _ in range(3):
                 sampling.step()
 
@@ -524,7 +550,7 @@ def test_conditioning_that_was_changed_unnoticed(
     with pytest.raises(InputError, match="The conditioning was changed"):
         sample()
     sample()
-    assert torch.equal(sampling.result(), sampling.expected(3))
+    assert torch.equal(sampling.result(), sampling.expected(LOOKS + 3))
     monkeypatch.setattr(engine, "_trusts_makers", True)
 
 
@@ -534,7 +560,7 @@ def test_steps_in_stream_order_are_recorded_one_by_one(
     recorded: list[float] = []
     monkeypatch.setattr(RemoteModel, "_record_step", lambda _, __, ms: recorded.append(ms))
     workload: Any = object()
-    with ahead():
+    with sampling.begun():
         for _ in range(4):
             sampling.model.begin_step()
             sampling.step(sleep_s=0.3)

@@ -9,7 +9,7 @@ import functools
 import itertools
 import threading
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,6 +29,25 @@ from .launch.ray import RayLauncher
 from .poll import Poll, acquired
 from .rank_processes import RankProcesses
 from .tensor_sender import HOLD_BYTES, Asked, Placed, TensorSender
+
+LOOKS = 2  # at constant inputs, before they are taken for the same unlooked at
+
+
+class _LookedAt(NamedTuple):
+    """Under which keys the ranks held the constant inputs, so many times in a row."""
+
+    keys: list[int]
+    times: int
+
+
+def _remember_looked_at(known_as: Hashable, placed: Placed) -> None:
+    """Note what was found of evaluations that are known so.
+
+    What a node or a model makes anew for every step, of its sigma, is another one the second time.
+    """
+    before = remembered().get(known_as)
+    times = before.times if before is not None and before.keys == placed.keys else 0
+    remembered()[known_as] = _LookedAt(placed.keys, times + 1)
 
 
 def launcher_of(config: GroupConfig) -> Launcher:
@@ -171,7 +190,7 @@ class Engine:
             check = functools.partial(self._check, call, kind, asked, placed.are_equal)
             evaluated = Evaluated(placed.results, call, check, self._release)
             if known_as is not None:
-                remembered()[known_as] = placed.keys
+                _remember_looked_at(known_as, placed)
             if device is not None and call.sent:
                 self._stream = stream_wait.current(device)
                 is_ahead(evaluated)
@@ -197,8 +216,11 @@ class Engine:
         """
         if known_as is None or device is None or self._stream != stream_wait.current(device):
             return None
-        keys: Sequence[int] | None = remembered().get(known_as)
-        return keys if keys and self._sender.fits_stream_order(asked, keys, device) else None
+        looked_at = remembered().get(known_as)
+        if looked_at is None or looked_at.times < LOOKS:
+            return None
+        keys: Sequence[int] = looked_at.keys
+        return keys if self._sender.fits_stream_order(asked, keys, device) else None
 
     def _copied(
         self, asked: Sequence[Asked], results: Sequence[Sequence[torch.Tensor]]
