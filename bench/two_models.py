@@ -95,11 +95,11 @@ def measure(args: argparse.Namespace, paths: list[Path]) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """From the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=sorted(families()), default="wan")
+    parser.add_argument("--model", choices=sorted(families()), required=True)
     parser.add_argument("--weights", choices=WEIGHTS, default="bf16")
     parser.add_argument("--weight-dtype", default="bfloat16", help="of what is not quantised")
     parser.add_argument("--tp", type=int, default=2)
-    parser.add_argument("--side", type=Extent.parse, default=Extent.parse("832x480x81"))
+    parser.add_argument("--side", type=Extent.parse, required=True)
     parser.add_argument("--gpu-gib", type=float)
     parser.add_argument("--switches", type=int, default=6)
     parser.add_argument("--small", action="store_true", help="a tiny model: tries the script")

@@ -85,7 +85,7 @@ def test_two_models_take_turns(monkeypatch: pytest.MonkeyPatch, room: bool) -> N
     """Where there is no room for both, each is read again: so CPU ranks make it."""
     if not room:
         monkeypatch.setattr(residency, "ROOM_BYTES", 2**60)
-    row = two_models.main(["--small", "--side", "64x64x5", "--switches", "4"])
+    row = two_models.main(["--model", "wan", "--small", "--side", "64x64x5", "--switches", "4"])
     assert row["error"] == 0
     assert (row["gib_read"] < 1e-5) is room, row["gib_read"]
     assert not row["asleep"]
