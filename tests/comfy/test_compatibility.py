@@ -3,7 +3,7 @@
 Of what repeats itself, a share: see `support.rotation`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from support.compatibility import (
 from support.compatibility_rows import ELSEWHERE, NEWER_SAMPLERS, SAMPLERS, SCHEDULERS
 from support.rotation import cases
 from support.tiny_vae import write_tiny_flux2_vae, write_tiny_vae, write_tiny_wan_vae
-from support.workflows import Prompt
+from support.workflows import Prompt, node
 
 pytestmark = pytest.mark.comfy
 
@@ -121,6 +121,17 @@ def _choices(declared: list[Any]) -> set[str]:
     return set(options[0]["options"] if kind == "COMBO" else kind)
 
 
+@pytest.fixture
+def previews_as_before(comfy_server: ComfyServer) -> Iterator[None]:
+    """Other tests on the server find the method with which it was started."""
+    yield
+    method = node("TPTestPreviewMethod", samples=["latent", 0], method="latent2rgb")
+    latent = node("EmptySD3LatentImage", width=64, height=64, batch_size=1)
+    save = node("SaveLatent", samples=["method", 0], filename_prefix="latents/previews")
+    comfy_server.run({"latent": latent, "method": method, "save": save})
+
+
+@pytest.mark.usefixtures("previews_as_before")
 @pytest.mark.rotates(6)
 @pytest.mark.parametrize("method", ["none", "auto", "latent2rgb", "taesd"])
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)

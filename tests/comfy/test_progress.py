@@ -28,6 +28,7 @@ def _seen(server: ComfyServer, prompt: Prompt) -> tuple[list[tuple[str, int]], i
     steps = [(data["node"], data["value"]) for data in progress if data["max"] == SAMPLING.steps]
     assert [value for _, value in steps[-2:]] == [SAMPLING.steps - 1, SAMPLING.steps]
     previews = server.events.all("preview")
+    assert previews
     assert all(event.image for event in previews)
     return steps, len(previews)
 
