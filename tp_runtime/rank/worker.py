@@ -124,8 +124,8 @@ def _serve(config: WorkerConfig, channel: Channel) -> None:
 
         send(Ready(config.rank, tp_world_size, runner.device_name(), membership.versions()))
         for request in _requests(channel, AWAKE_S if device.type == "cuda" else 0.0, answer):
-            if not (isinstance(request, Evaluate) and request.in_stream_order):
-                answer(wait=True)
+            in_stream_order = isinstance(request, Evaluate) and request.in_stream_order
+            answer(wait=not in_stream_order)
             if isinstance(request, Close):
                 break
             if isinstance(request, Piece):
