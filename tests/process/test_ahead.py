@@ -496,14 +496,14 @@ def test_a_cancel_waits_for_none_of_the_requests(sampling: Sampling) -> None:
         nonlocal began
         with sampling.begun():
             began = time.monotonic()
-            sampling.step(sleep_s=1.0)
-            sampling.step(sleep_s=1.0)
+            sampling.step(sleep_s=1.5)
+            sampling.step(sleep_s=1.5)
             sampling.step(interrupt)
 
     with pytest.raises(Interrupted):
         sample()
     assert sampling.stream.is_idle(within_s=1)
-    assert time.monotonic() - began < 0.8, "each of the two takes a second"
+    assert time.monotonic() - began < 1.2, "the first takes longer"
 
 
 def test_conditioning_that_is_new_is_waited_for(sampling: Sampling) -> None:
@@ -561,12 +561,12 @@ def test_steps_in_stream_order_are_recorded_one_by_one(
     monkeypatch.setattr(RemoteModel, "_record_step", lambda _, __, ms: recorded.append(ms))
     workload: Any = object()
     with sampling.begun():
-        for _ in range(4):
+        for _ in range(3):
             sampling.model.begin_step()
-            sampling.step(sleep_s=0.3)
+            sampling.step(sleep_s=0.8)
             sampling.model.end_step(workload)
-    assert len(recorded) == 4
-    assert all(300 <= ms < 590 for ms in recorded[1:])
+    assert len(recorded) == 3
+    assert all(800 <= ms < 1550 for ms in recorded), "and not those of two"
 
 
 def test_batch_groups_in_stream_order(
