@@ -479,8 +479,11 @@ def test_the_link_between_ranks_fails(tiny_z_image: Path) -> None:
     """Two share the tokens, and are in the middle of an evaluation."""
     runtime = Runtime()
     spec = ModelSpec.of(str(tiny_z_image), "float32", "float32")
-    model = runtime.model(spec, GroupConfig(1, "cpu", sequence_size=2))
+    model = runtime.model(spec, GroupConfig(1, "cpu", sequence_size=2, call_timeout_s=60.0))
     model.ensure_loaded()
+    # Their link is there from now on: gloo makes it when it is used first, and has waited for ever
+    # where it was cut meanwhile.
+    model.evaluate(make_inputs())
     engine = engine_of(model)
     with ThreadPoolExecutor(1) as pool:
         evaluating = pool.submit(model.evaluate, make_inputs(256))
