@@ -481,8 +481,8 @@ def test_the_link_between_ranks_fails(tiny_z_image: Path) -> None:
     spec = ModelSpec.of(str(tiny_z_image), "float32", "float32")
     model = runtime.model(spec, GroupConfig(1, "cpu", sequence_size=2, call_timeout_s=60.0))
     model.ensure_loaded()
-    # Their link is there from now on: gloo makes it when it is used first, and has waited for ever
-    # where it was cut meanwhile.
+    # Their link is there from now on. Where it was cut in the first evaluation, both ranks once
+    # waited in an exchange until the time of the request was over.
     model.evaluate(make_inputs())
     engine = engine_of(model)
     with ThreadPoolExecutor(1) as pool:
