@@ -461,7 +461,11 @@ def cut_links(rank: LocalRank) -> int:
     """Shut down the sockets between a rank and others; how many there were."""
     cut = 0
     for file in Path(f"/proc/{rank.pid}/fd").iterdir():
-        if not str(file.readlink()).startswith("socket:"):
+        try:
+            is_socket = str(file.readlink()).startswith("socket:")
+        except FileNotFoundError:  # the rank has closed it meanwhile
+            continue
+        if not is_socket:
             continue
         fd = ctypes.CDLL(None, use_errno=True).syscall(
             _PIDFD_GETFD, rank.death_fd, int(file.name), 0
