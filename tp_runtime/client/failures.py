@@ -187,7 +187,7 @@ def changed_in_place() -> InputError:
     return InputError(
         "The conditioning was changed while it was sampled with: a custom node has written into a "
         "tensor that earlier steps were computed with. The result was not used. Queue the prompt "
-        "again: from now on every step's conditioning is looked at, which takes 1 to 3 ms a step."
+        "again: from now on every step's conditioning is looked at before the step is computed."
     )
 
 
