@@ -6,11 +6,13 @@ For each model a ComfyUI is started with this pack (or that of `--pack`) and a d
 prompts are random texts, an empty latent (with sound, if the model makes it) and KSampler: first
 with the stock loader on one GPU, then with Load Diffusion Model (TP) in each layout. `ms_step`:
 what `--steps` more steps add to a prompt, by ComfyUI's own time stamps, for each of them; the
-median of `--repeats`, each with a seed of its own. `first_prompt_s`: a prompt of `--short-steps`
-from cold, start of the ranks included. `error`: the distance of the final latent from the stock
-loader's, relative to its norm; the worst seed's (of the stock loader's own row: of a second run of
-one seed). `control`: with a ControlNet, compared with the stock loader and that. `gpu_gib`: GPU
-memory of each process while the model is loaded, by the driver's account.
+median of `--repeats`, each with a seed of its own. `ms_ranks`: how much of it the GPUs computed, by
+their own clocks: the slowest rank. `first_prompt_s`: a prompt of `--short-steps` from cold, start
+of the ranks included. `error`: the distance of the final latent from the stock loader's, relative
+to its norm; the worst seed's (of the stock loader's own row: of a second run of one seed).
+`from_fp32`, with `--exact`: its distance from that of a ComfyUI which computes in fp32. `control`:
+with a ControlNet, compared with the stock loader and that. `gpu_gib`: GPU memory of each process
+while the model is loaded, by the driver's account.
 The ranks' Python is `TP_RUNTIME_PYTHON`, else ComfyUI's. Rows are added to the file of the day in
 `--out`, each as soon as it is there.
 """
@@ -55,6 +57,7 @@ COLUMNS = [
     "side",
     "batch",
     "ms_step",
+    "ms_ranks",
     "error",
     "first_prompt_s",
 ]
@@ -231,6 +234,11 @@ class Server:
         latent = load_file(self.base / "output" / file["subfolder"] / file["filename"])
         return seconds, latent["latent_tensor"]
 
+    def evaluations_ms(self) -> float:
+        """How long all evaluations so far took the ranks, the slowest of them; 0 without any."""
+        groups = self.ask("/tensor_parallel/groups")["groups"]
+        return max((rank["evaluation_ms"] for one in groups for rank in one["ranks"]), default=0.0)
+
     def clear(self) -> None:
         """End the groups, free all models. What is asked while it collects garbage may be lost."""
         self.run({"release": node("TPReleaseRuntime")})
@@ -240,10 +248,12 @@ class Server:
 
 
 @contextmanager
-def comfyui(args: argparse.Namespace, model: str, files: Mapping[str, Path]) -> Iterator[Server]:
+def comfyui(
+    args: argparse.Namespace, model: str, files: Mapping[str, Path], *options: str
+) -> Iterator[Server]:
     """A server that is up; ``files``: by the folder of its models that each is in.
 
-    If something goes wrong the end of its log is shown.
+    ``options``: more of ComfyUI's. If something goes wrong the end of its log is shown.
     """
     with tempfile.TemporaryDirectory(prefix="bench-comfyui-") as name:
         base = Path(name)
@@ -260,6 +270,7 @@ def comfyui(args: argparse.Namespace, model: str, files: Mapping[str, Path]) -> 
         command = [args.python, "main.py", "--base-directory", name, "--front-end-root"]
         command += [f"{base}/web", "--database-url", f"sqlite:///{base}/user/comfyui.db"]
         command += ["--disable-api-nodes", "--preview-method", args.previews, *["--cpu"] * args.cpu]
+        command += options
         server = Server(base, command, args)
         try:
             server.ask("/system_stats", within_s=START_S)
@@ -306,28 +317,63 @@ def make_prompt(args: argparse.Namespace, row: dict[str, Any], file: str) -> Pro
 
 
 def measure(
-    server: Server, prompt: Prompt, args: argparse.Namespace, stock: list[torch.Tensor]
+    server: Server,
+    prompt: Prompt,
+    args: argparse.Namespace,
+    stock: list[torch.Tensor],
+    exact: list[torch.Tensor],
 ) -> dict[str, Any]:
-    """A row's numbers. ``stock``: the stock loader's latents, which its row puts there."""
+    """A row's numbers.
+
+    ``stock``: the stock loader's latents, which its row puts there. ``exact``: those in fp32, if
+    they were computed.
+    """
+    is_stock = prompt["model"]["class_type"] == "UNETLoader"
+    if not is_stock and not stock:
+        raise PromptError("the stock loader has no result to compare with")
     server.clear()
     first_s, _ = server.sample(prompt, seed=args.repeats, steps=args.short_steps)
-    times, latents = [], []
+    times, of_ranks, latents = [], [], []
     for seed in range(args.repeats):
+        marks = [server.evaluations_ms()]
         short_s, _ = server.sample(prompt, seed=seed, steps=args.short_steps)
+        marks.append(server.evaluations_ms())
         long_s, latent = server.sample(prompt, seed=seed, steps=args.short_steps + args.steps)
+        marks.append(server.evaluations_ms())
+        short_ms, long_ms = (later - mark for mark, later in itertools.pairwise(marks))
+        of_ranks.append(round((long_ms - short_ms) / args.steps, 2))
         if not latent.isfinite().all():
             raise PromptError("the latent is not finite")
         times.append(round(1000 * (long_s - short_s) / args.steps, 2))
         latents.append(latent)
     gpu_gib = {} if args.cpu else gpu_memory(server.process.pid)
-    if prompt["model"]["class_type"] == "UNETLoader":
+    row = {"ms_step": round(statistics.median(times), 2), "ms_steps": times, "gpu_gib": gpu_gib}
+    if exact:
+        row["from_fp32"] = max(map(distance, latents, exact))
+    if is_stock:
         stock += latents
         steps = args.short_steps + args.steps
         server.clear()  # or ComfyUI would give what it has
         latents = [server.sample(prompt, seed=0, steps=steps)[1]]  # how far it is from itself
-    errors = [float((a - b).norm() / b.norm()) for a, b in zip(latents, stock, strict=False)]
-    row = {"ms_step": round(statistics.median(times), 2), "ms_steps": times, "gpu_gib": gpu_gib}
-    return row | {"error": float(f"{max(errors):.2e}"), "first_prompt_s": round(first_s, 1)}
+    else:
+        row["ms_ranks"] = round(statistics.median(of_ranks), 2)
+    row["error"] = max(map(distance, latents, stock))
+    return row | {"first_prompt_s": round(first_s, 1)}
+
+
+def distance(latent: torch.Tensor, of: torch.Tensor) -> float:
+    """Relative to the norm of what it is compared with, to three digits."""
+    return float(f"{float((latent - of).norm() / of.norm()):.2e}")
+
+
+def latents_in_fp32(
+    args: argparse.Namespace, row: dict[str, Any], files: Mapping[str, Path]
+) -> list[torch.Tensor]:
+    """What a ComfyUI that computes in fp32 makes of the row's long prompts."""
+    prompt = make_prompt(args, row | {"layout": "stock"}, files["diffusion_models"].name)
+    steps = args.short_steps + args.steps
+    with comfyui(args, row["model"], files, "--fp32-unet") as server:
+        return [server.sample(prompt, seed=seed, steps=steps)[1] for seed in range(args.repeats)]
 
 
 def gpu_memory(server_pid: int) -> dict[str, float]:
@@ -351,6 +397,17 @@ def rows_of(args: argparse.Namespace, model: str, weights: str) -> Iterator[dict
     files = {"diffusion_models": file}
     if args.control:
         files[FOLDERS[model]] = control_file(model, args.folder, args.small)
+    asked = {
+        "model": model,
+        "weights": weights,
+        "cfg": args.cfg or (1.0 if "guidance" in family_named(model).published.inputs else 4.0),
+        "side": args.side.side,
+        "batch": args.batch,
+        "texts": [tokens[0], tokens[-1]],
+        "sampler": args.sampler,
+        "previews": args.previews,
+    }
+    exact = latents_in_fp32(args, asked, files) if args.exact else []
     with comfyui(args, model, files) as server:
         stats = server.ask("/system_stats")
         device, *_ = stats["devices"]  # cuda:0 NVIDIA H100 : cudaMallocAsync
@@ -358,23 +415,16 @@ def rows_of(args: argparse.Namespace, model: str, weights: str) -> Iterator[dict
         known = {"where": "comfyui", "device": name, "commit": args.commit}
         known |= {of: importlib.metadata.version(of) for of in ("torch", "vllm", "diffusers")}
         known["comfyui"] = stats["system"]["comfyui_version"]
-        known |= {
-            "model": model,
-            "weights": weights,
-            "cfg": args.cfg or (1.0 if "guidance" in family_named(model).published.inputs else 4.0),
-        }
-        known |= {"side": args.side.side, "batch": args.batch, "texts": [tokens[0], tokens[-1]]}
         for control in [False, True][: 1 + args.control]:
             stock: list[torch.Tensor] = []
             for layout in ["stock", *args.layouts]:
-                row = known | {"layout": layout, "previews": args.previews, "control": control}
-                row["sampler"] = args.sampler
+                row = known | asked | {"layout": layout, "control": control}
                 prompt = make_prompt(args, row, file.name)
                 if control:
                     size = {"width": args.side.width, "height": args.side.height}
                     prompt = with_control(model, prompt, files[FOLDERS[model]].name, size)
                 try:
-                    row |= measure(server, prompt, args, stock)
+                    row |= measure(server, prompt, args, stock, exact)
                 except PromptError as error:
                     row |= {"failed": str(error)}
                 yield row
@@ -404,6 +454,7 @@ def main() -> int:
         action="store_true",
         help=f"and again with a ControlNet, of {', '.join(FOLDERS)}: see bench/controls.py",
     )
+    add("--exact", action="store_true", help="also in fp32, how far all are from that")
     add("--small", action="store_true", help="tiny models, to see that it works")
     add("--cpu", action="store_true", help="no GPU, for ComfyUI and the ranks")
     add("--comfyui", type=Path, default=Path(os.environ.get("COMFYUI_PATH", ".comfyui")))
@@ -417,6 +468,8 @@ def main() -> int:
         parser.error(f"--control: there is none for {', '.join(sorted(without))}")
     if args.control and args.small and (published := set(args.models) & set(PUBLISHED_ONLY)):
         parser.error(f"--control: not with --small for {', '.join(sorted(published))}")
+    if args.exact and args.control:
+        parser.error("--exact: not with --control")
     if args.commit is None:
         command = ["git", "-C", str(args.pack), "rev-parse", "--short", "HEAD"]
         args.commit = subprocess.check_output(command, text=True).strip()

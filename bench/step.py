@@ -260,10 +260,11 @@ def _time_steps(remote: RemoteModel, runtime: Runtime, case: Case, steps: int) -
     first, *_ = (milliseconds() for _ in range(WARM_UPS))
     times = sorted(milliseconds() for _ in range(steps))
     hops = []
+    ranks = runtime.reports()[0].ranks
     for _ in range(HOPS):  # apart, since asking the ranks wakes everybody up
-        elapsed = milliseconds()
+        before, elapsed = ranks, milliseconds()
         ranks = runtime.reports()[0].ranks
-        hops.append(elapsed - max(rank["last_evaluation_ms"] for rank in ranks))
+        hops.append(elapsed - milliseconds_of(before, ranks))
     return {
         # After all of them: comparing would wake up cores that sleep between a sampler's steps.
         "error": max(
@@ -284,6 +285,12 @@ def _time_steps(remote: RemoteModel, runtime: Runtime, case: Case, steps: int) -
         ),
         "peak_gib": round(max(r["memory"].get("peak_bytes", 0) for r in ranks) / GIB, 2),
     }
+
+
+def milliseconds_of(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> float:
+    """What evaluations between two reports of the ranks took the slowest of them."""
+    pairs = zip(before, after, strict=True)
+    return max(later["evaluation_ms"] - sooner["evaluation_ms"] for sooner, later in pairs)
 
 
 def _flops(sizes: Sizes, inputs: dict[str, Any]) -> int:

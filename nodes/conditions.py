@@ -9,7 +9,10 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from comfy.model_management import throw_exception_if_processing_interrupted
+from comfy.model_management import (
+    processing_interrupted,
+    throw_exception_if_processing_interrupted,
+)
 from comfy.patcher_extension import WrappersMP, get_all_wrappers
 
 from ..tp_runtime.client import RemoteModel, Workload, ahead, meanwhile
@@ -108,7 +111,7 @@ def outer_sample(
 
     shown = None if callback is None else show
     inputs = (noise, latent_image, sampler, sigmas, denoise_mask, shown, *args)
-    with ahead(throw_exception_if_processing_interrupted):
+    with ahead(throw_exception_if_processing_interrupted, processing_interrupted):
         return executor(*inputs, **kwargs)
 
 

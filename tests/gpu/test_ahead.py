@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,6 @@ from tp_runtime.client import (
     meanwhile,
 )
 from tp_runtime.client.engine import LOOKS
-from tp_runtime.client.evaluated import Evaluated
 from tp_runtime.client.evaluation_times import FIRST_EVALUATIONS
 from tp_runtime.client.poll import Poll
 
@@ -44,7 +44,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def model(load: Load, file: Path) -> RemoteModel:
-    """One whose evaluations are known to be short."""
+    """One whose evaluations are known."""
     model = load(file)
     for _ in range(FIRST_EVALUATIONS + 1):
         model.evaluate(on_gpu(make_inputs("flux")))
@@ -177,19 +177,52 @@ def test_a_cancel_waits_for_nothing(model: RemoteModel) -> None:
     assert torch.equal(model.evaluate(inputs), expected)
 
 
-def test_long_evaluations_are_waited_for(
-    model: RemoteModel, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("again", range(10))
+def test_a_cancel_while_a_value_is_waited_for(model: RemoteModel, again: int) -> None:
+    """Nobody can ask a thread that waits for a GPU whether it still wants to."""
+
+    class Interrupted(BaseException):
+        pass
+
+    cancelled = threading.Event()
+
+    def interrupt() -> None:
+        if cancelled.is_set():
+            raise Interrupted
+
+    inputs = on_gpu(make_inputs("flux"))
+    expected = model.evaluate(inputs)
+    set_at = 0.0
+
+    def cancel() -> None:
+        nonlocal set_at
+        set_at = time.monotonic()
+        cancelled.set()
+
+    def sample() -> None:
+        with ahead(interrupt, cancelled.is_set):
+            found = model.evaluate(inputs, interrupt)
+            threading.Timer(0.3, cancel).start()
+            found.sum().item()
+            model.evaluate(inputs, interrupt)
+
+    with stopped(rank_of(model)):
+        with pytest.raises(Interrupted):
+            sample()
+        assert time.monotonic() - set_at < 0.1
+    assert torch.equal(model.evaluate(inputs), expected)
+
+
+def test_long_evaluations_are_asked_for_one_by_one(
+    sampling: "Sampling", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A thread that reads a value cannot be cancelled: so it never waits for long."""
+    expected = sampling.expected(LOOKS + 8)
     monkeypatch.setattr("tp_runtime.client.evaluation_times.SHORT_S", 0.0)
-    settled = []
-    settle = Evaluated.settle
-    monkeypatch.setattr(
-        Evaluated, "settle", lambda *args: (settle(*args), settled.append(args[0]))[0]
-    )
-    with ahead():
-        model.evaluate(on_gpu(make_inputs("flux")))
-        assert settled
+    with sampling.begun():
+        for _ in range(8):
+            sampling.step()
+            assert sampling.num_under_way() <= 1
+    assert torch.equal(sampling.latent, expected)
 
 
 def test_a_preview_is_made_while_the_rank_computes_the_next(model: RemoteModel) -> None:

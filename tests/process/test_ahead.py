@@ -37,7 +37,7 @@ from tp_runtime.client.evaluated import may_be_ahead
 from tp_runtime.client.evaluation_times import EvaluationTimes
 from tp_runtime.client.held_tensors import HeldTensors
 from tp_runtime.client.poll import Poll
-from tp_runtime.errors import NotFiniteError
+from tp_runtime.errors import NotFiniteError, TPRuntimeError
 from tp_runtime.wire import stream_wait
 from tp_runtime.wire.exchange import Exchange
 from tp_runtime.wire.protocol import TensorRef
@@ -106,6 +106,7 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> Stream:
     monkeypatch.setattr(Exchange, "copied_to", copied_to)
     monkeypatch.setattr(Exchange, "wait", wait)
     monkeypatch.setattr(Engine, "_stream_order_of", lambda *_: CPU if may_be_ahead() else None)
+    monkeypatch.setattr(EvaluationTimes, "is_short", lambda *_: True)
     return stream
 
 
@@ -243,6 +244,60 @@ def test_a_cancel_waits_for_nothing(model: RemoteModel, stream: Stream) -> None:
         sample()
     assert stream.is_idle(within_s=1)
     assert time.monotonic() - began < 1.2
+
+
+class Cancelled(BaseException):
+    """What `Cancel` raises, as newer releases of ComfyUI do: no `Exception`."""
+
+
+class Cancel(threading.Event):
+    """ComfyUI's sign of one, which is there until somebody has raised it."""
+
+    def raise_it(self) -> None:
+        if self.is_set():
+            self.clear()
+            raise Cancelled
+
+
+@pytest.mark.parametrize("then", ["asks for the next", "ends", "fails", "ends late"])
+def test_a_cancel_while_the_sampler_waits_for_a_value(
+    model: RemoteModel, stream: Stream, then: str
+) -> None:
+    """It cannot be asked then whether it still wants to; nothing of what it reads gets out."""
+    cancel = Cancel()
+
+    def sample() -> None:
+        with ahead(cancel.raise_it, cancel.is_set):
+            model.evaluate(ordered(sleep_s=1.0 if then == "ends late" else 3.0), cancel.raise_it)
+            threading.Timer(0.2, cancel.set).start()
+            began = time.monotonic()
+            assert stream.is_idle(within_s=10)
+            assert time.monotonic() - began < (0.9 if then == "ends late" else 2.5)
+            if then == "ends late":
+                time.sleep(1.5)  # the ranks have answered
+            if then == "asks for the next":
+                model.evaluate(make_inputs(), cancel.raise_it)
+            if then == "fails":
+                raise ZeroDivisionError
+
+    with pytest.raises(Cancelled):
+        sample()
+    assert not may_be_ahead()
+    assert "tp-cancel" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_a_cancel_that_was_taken_back(model: RemoteModel, stream: Stream) -> None:
+    cancel = Cancel()
+
+    def sample() -> None:
+        with ahead(cancel.raise_it, cancel.is_set):
+            model.evaluate(ordered(sleep_s=1.0), cancel.raise_it)
+            cancel.set()
+            assert stream.is_idle(within_s=10)
+            cancel.clear()
+
+    with pytest.raises(TPRuntimeError, match="cancelled while it waited"):
+        sample()
 
 
 def test_an_error_of_the_sampler_lets_the_stream_go_on(model: RemoteModel, stream: Stream) -> None:
@@ -552,6 +607,30 @@ def test_conditioning_that_was_changed_unnoticed(
     sample()
     assert torch.equal(sampling.result(), sampling.expected(LOOKS + 3))
     monkeypatch.setattr(engine, "_trusts_makers", True)
+
+
+def test_long_evaluations_are_asked_for_one_by_one(
+    sampling: Sampling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cancel leaves the ranks busy with one of them, not with two."""
+    monkeypatch.setattr(EvaluationTimes, "is_short", lambda *_: False)
+    with sampling.begun():
+        for _ in range(3):
+            sampling.step(sleep_s=0.3)
+            assert len(sampling.under_way()) == 1
+            assert sampling.latent.isnan().all(), "and yet the caller goes on"
+    assert torch.equal(sampling.result(), sampling.expected(LOOKS + 3))
+
+
+def test_ranks_say_how_long_evaluations_took(sampling: Sampling) -> None:
+    before = sampling.model._group.report(ask_ranks=True).ranks
+    with sampling.begun():
+        for _ in range(3):
+            sampling.step(sleep_s=0.2)
+    after = sampling.model._group.report(ask_ranks=True).ranks
+    for sooner, later in zip(before, after, strict=True):
+        assert later["evaluations"] - sooner["evaluations"] == LOOKS + 3
+        assert 600 <= later["evaluation_ms"] - sooner["evaluation_ms"] < bound_s(2000)
 
 
 def test_steps_in_stream_order_are_recorded_one_by_one(

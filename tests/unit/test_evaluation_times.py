@@ -1,4 +1,4 @@
-"""Whether a step is short, and how long a rank may be silent: by what steps like this one took."""
+"""Whether steps are known or short, and how long a rank may be silent: by what others took."""
 
 import torch
 
@@ -35,6 +35,12 @@ def test_there_is_a_floor_and_a_limit() -> None:
     assert after(*first, 0.001).timeout_s("kind", 600) == FLOOR_S
     assert after(*first, 0.001).timeout_s("kind", 10) == 10
     assert after(*first, 500.0).timeout_s("kind", 600) == 600
+
+
+def test_the_first_steps_say_nothing_of_the_next() -> None:
+    assert not after().is_known("kind")
+    assert not after(*[0.01] * FIRST_EVALUATIONS).is_known("kind")
+    assert after(*[0.01] * FIRST_EVALUATIONS, 5.0).is_known("kind")
 
 
 def test_whether_the_next_step_is_short() -> None:

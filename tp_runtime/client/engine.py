@@ -173,7 +173,9 @@ class Engine:
             return placed.request
 
         with acquired(self._turn, poll):
-            keys = self._known_keys(asked, known_as, device)
+            keys = None
+            if device is not None and self._evaluation_times.is_short(kind):
+                keys = self._known_keys(asked, known_as, device)
             if keys is None:
                 settle_all(poll)
             self._wait_for_calls(poll, but=0 if keys is None else 1)
@@ -209,12 +211,12 @@ class Engine:
         return [[exchange.copied_to(device, result) for result in of_one] for of_one in places]
 
     def _known_keys(
-        self, asked: Sequence[Asked], known_as: Hashable, device: torch.device | None
+        self, asked: Sequence[Asked], known_as: Hashable, device: torch.device
     ) -> Sequence[int] | None:
         """Under which keys the ranks hold the constant inputs, if the request need not wait for
         anything: their makers know them, and all the rest is in the order of one stream.
         """
-        if known_as is None or device is None or self._stream != stream_wait.current(device):
+        if known_as is None or self._stream != stream_wait.current(device):
             return None
         looked_at = remembered().get(known_as)
         if looked_at is None or looked_at.times < LOOKS:
@@ -263,8 +265,8 @@ class Engine:
     def _stream_order_of(self, asked: Sequence[Asked], kind: Hashable) -> torch.device | None:
         """The device in whose stream the results are handed over; None: not in stream order.
 
-        Not where evaluations are long: a thread that reads a value waits for one, and cannot be
-        cancelled meanwhile.
+        Not those of the first evaluations of a kind, which compile and may not fit the memory: what
+        is wrong with them is raised where they were asked for.
         """
         (device, *others) = {
             latent.device for one in asked for latent in tensors_in(one.inputs["x"])
@@ -275,7 +277,7 @@ class Engine:
             and device.type == "cuda"
             and self.config.device == "cuda"
             and self.config.where == "this machine"
-            and self._evaluation_times.is_short(kind)
+            and self._evaluation_times.is_known(kind)
             and stream_wait.is_possible(device)
         )
         return device if possible else None

@@ -1,29 +1,33 @@
 """Evaluations that were sent: their results, and what has become of them.
 
-On GPUs, results of short evaluations are handed over *in stream order*, to whoever asks for them
-``ahead``: as tensors that are not computed yet, in a stream that waits for the ranks. So the Python
-of a sampler prepares the next step while the ranks compute this one; and where nothing has to be
-looked at before the ranks can be asked for it, they have its request before its latent is there.
-What went wrong is raised at the evaluation after the next at the latest, or when ``ahead`` ends,
-before anybody has the sampler's result.
+On GPUs, results are handed over *in stream order*, to whoever asks for them ``ahead``: as tensors
+that are not computed yet, in a stream that waits for the ranks. So the Python of a sampler prepares
+the next step while the ranks compute this one; and where nothing has to be looked at before the
+ranks can be asked for it, they have its request before its latent is there. What went wrong is
+raised at the evaluation after the next at the latest, or when ``ahead`` ends, before anybody has
+the sampler's result.
 
 A thread that reads such a tensor waits without Python's lock, which torch gives back meanwhile: so
-the owner of a group whose rank has died can let the stream go on.
+the owner of a group whose rank has died can let the stream go on. A cancel does it, too, seen by a
+thread of its own: whoever waits for the GPU cannot be asked whether it still wants to.
 """
 
 import contextlib
 import contextvars
+import threading
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
 
+from . import failures
 from .call import Call
 from .poll import Poll
 
 # What has let a stream go on is known a moment later. A cancel, which is over within a tenth of a
 # second, may be what waits for that.
 _KNOWN_S = 0.05
+_LOOK_S = 0.02  # for a cancel, while something is under way
 
 _scope: contextvars.ContextVar["_Scope | None"] = contextvars.ContextVar("ahead", default=None)
 
@@ -63,6 +67,8 @@ class Evaluated:
             return
         try:
             self._call.wait(poll)
+            if poll is not None:  # a cancel has let the stream go on, perhaps before the answer
+                poll()
             self._check()
         except BaseException:
             self.give_up()
@@ -89,12 +95,43 @@ class Evaluated:
 
 
 class _Scope:
-    """What a thread has asked for ahead, and what it is going to do meanwhile."""
+    """What a thread has asked for ahead, and what it is going to do meanwhile.
 
-    def __init__(self) -> None:
+    ``let_go``: a cancel has let its stream go on, and what that has computed since is not right.
+    """
+
+    def __init__(self, is_cancelled: Callable[[], bool] | None) -> None:
         self.under_way: list[Evaluated] = []
         self.later: list[Callable[[], object]] = []
         self.remembered: dict[Hashable, Any] = {}
+        self.let_go = False
+        self._is_cancelled = is_cancelled
+        self._watcher: threading.Thread | None = None
+        self._over = threading.Event()
+
+    def add(self, evaluated: Evaluated) -> None:
+        self.under_way.append(evaluated)
+        if self._watcher is None and self._is_cancelled is not None:
+            self._watcher = threading.Thread(
+                target=self._watch, args=(self._is_cancelled,), name="tp-cancel", daemon=True
+            )
+            self._watcher.start()
+
+    def _watch(self, is_cancelled: Callable[[], bool]) -> None:
+        while not self._over.wait(_LOOK_S):
+            if is_cancelled():
+                self.let_go = True
+                self.give_up()
+
+    def give_up(self) -> None:
+        for evaluated in list(self.under_way):
+            evaluated.give_up()
+
+    def close(self) -> None:
+        self.give_up()  # what is under way still, after an error or a cancel
+        self._over.set()
+        if self._watcher is not None:
+            self._watcher.join()
 
 
 def may_be_ahead() -> bool:
@@ -106,7 +143,7 @@ def is_ahead(evaluated: Evaluated) -> None:
     """Note an evaluation of this thread as one that ``ahead`` has to settle."""
     scope = _scope.get()
     assert scope is not None, "nobody would settle it"
-    scope.under_way.append(evaluated)
+    scope.add(evaluated)
 
 
 def settle_all(poll: Poll | None = None, *, but: int = 0) -> None:
@@ -157,11 +194,14 @@ def do_meanwhile() -> None:
 
 
 @contextlib.contextmanager
-def ahead(poll: Poll | None = None) -> Iterator[None]:
+def ahead(
+    poll: Poll | None = None, is_cancelled: Callable[[], bool] | None = None
+) -> Iterator[None]:
     """Within, evaluations may return before they are computed; at the end all of them are.
 
     An error in the body may come of a value that is not right: if the ranks have failed, that is
-    raised instead.
+    raised instead. ``is_cancelled``: whether ``poll`` would raise; called by another thread. Then
+    no stream waits for the ranks any more.
 
     Raises:
         What ``Evaluated.settle`` raises of the last evaluations.
@@ -169,17 +209,22 @@ def ahead(poll: Poll | None = None) -> Iterator[None]:
     if may_be_ahead():
         yield
         return
-    scope = _Scope()
+    scope = _Scope(is_cancelled)
     token = _scope.set(scope)
     try:
         yield
         settle_all(poll)
         do_meanwhile()
+        if scope.let_go:
+            if poll is not None:
+                poll()
+            raise failures.let_go()
     except Exception:
+        if scope.let_go and poll is not None:
+            poll()
         while scope.under_way and scope.under_way[0].has_ended(_KNOWN_S):
             scope.under_way.pop(0).settle(poll)
         raise
     finally:
-        for evaluated in scope.under_way:  # an error, or a cancel
-            evaluated.give_up()
+        scope.close()
         _scope.reset(token)

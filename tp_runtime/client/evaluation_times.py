@@ -13,7 +13,7 @@ import torch
 FIRST_EVALUATIONS = 2  # one compiles, one records
 FACTOR = 20.0
 FLOOR_S = 60.0  # conditioning that is new, patched weights and a busy machine take longer
-SHORT_S = 0.2  # so long may pass between a cancel and its effect
+SHORT_S = 0.5  # after a cancel, the ranks may be busy with two that are no longer
 
 
 def shapes_of(value: Any) -> Hashable:
@@ -42,8 +42,12 @@ class EvaluationTimes:
             self._slowest_s[kind] = max(seconds, self._slowest_s.get(kind, 0.0))
             self._last_s[kind] = seconds
 
+    def is_known(self, kind: Hashable) -> bool:
+        """Whether the next one should take about as long as the last. The first ones may not."""
+        return kind in self._last_s
+
     def is_short(self, kind: Hashable) -> bool:
-        """Whether the next one should be over soon. The first ones of a kind may not be."""
+        """Whether the next one should be over soon."""
         return self._last_s.get(kind, SHORT_S) < SHORT_S
 
     def timeout_s(self, kind: Hashable, limit_s: float) -> float:

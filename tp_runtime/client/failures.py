@@ -191,6 +191,14 @@ def changed_in_place() -> InputError:
     )
 
 
+def let_go() -> TPRuntimeError:
+    """For a sampling whose cancel was taken back after the GPU's stream had been let go for it."""
+    return TPRuntimeError(
+        "The sampling was cancelled while it waited for a result, which it has gone on without. "
+        "Nothing of it was used. Queue the prompt again."
+    )
+
+
 def _at_timestep(asked: Asked) -> str:
     times = next(tensors_in(asked.inputs.get("timesteps")), None)  # none: of a caption
     return "" if times is None else f", at timestep {times.flatten()[0].item():.4g}"

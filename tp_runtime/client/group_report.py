@@ -19,8 +19,8 @@ class GroupReport:
     ``ready_ranks``: how many ranks have started. A rank's mapping:
     ``rank``, ``tp_world_size`` (as vLLM reports it there), ``device``, ``pid``, ``place`` (its
     process and host, in words), ``mirrored`` (its tensors go by TCP), ``versions``,
-    ``memory`` (bytes), ``models`` (bytes resident and read, ...), ``last_evaluation_ms`` (of the
-    last one whose inputs were there before it was asked for).
+    ``memory`` (bytes), ``models`` (bytes resident and read, ...), ``evaluations`` (how many it has
+    made) and ``evaluation_ms`` (what they took it, from when their inputs were there).
     """
 
     id: str

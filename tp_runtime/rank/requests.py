@@ -42,18 +42,23 @@ from .model_patches import LoadedPatch
 class UnderWay:
     """An evaluation that the GPU has begun, or will once its inputs are there."""
 
-    def __init__(self, num_bad: torch.Tensor, device: torch.device) -> None:
-        """After the last of it was put into the device's current stream."""
+    def __init__(
+        self, num_bad: torch.Tensor, start: torch.cuda.Event, device: torch.device
+    ) -> None:
+        """After the last of it was put into the device's current stream.
+
+        ``start``: when its inputs were there.
+        """
         self._num_bad = num_bad
-        self._end = stream_wait.mark(device)
+        self._start, self._end = start, stream_wait.mark(device)
 
     def is_over(self) -> bool:
         return self._end.query()
 
-    def value(self) -> tuple[int, int]:
-        """That of its ``Done``; waits for the end."""
+    def wait(self) -> tuple[tuple[int, int], float]:
+        """For its end: the value of its ``Done``, and how many milliseconds the GPU took."""
         self._end.synchronize()
-        return _numbers_of(self._num_bad)
+        return _numbers_of(self._num_bad), self._start.elapsed_time(self._end)
 
 
 class Runner:
@@ -71,7 +76,7 @@ class Runner:
         self._patches: dict[str, LoadedPatch] = {}
         self._held: dict[int, torch.Tensor] = {}
         self._factors: dict[int, torch.Tensor] = {}  # of patches, in the host's memory
-        self._last_evaluation_ms: float | None = None
+        self._num_evaluations, self._evaluation_ms = 0, 0.0
 
     def device_name(self) -> str:
         """``"cpu"``, or the GPU's index and product name."""
@@ -211,6 +216,7 @@ class Runner:
         self._exchange.remap(request.exchange_bytes)
         if request.in_stream_order:
             self._exchange.await_inputs(self._device, request.call)
+            start = stream_wait.mark(self._device)
         found: dict[TensorRef, torch.Tensor] = {}
         resolved = [self._resolve(evaluation.inputs, found) for evaluation in request.evaluations]
         for key in request.drop:
@@ -235,10 +241,20 @@ class Runner:
             if self._config.gives_results:
                 group = self._config.batch_group
                 self._exchange.say_given_later(self._device, group, request.call)
-            return UnderWay(num_bad, self._device)
+            return UnderWay(num_bad, start, self._device)
         self._end(request)
-        self._last_evaluation_ms = (time.perf_counter() - started) * 1000
+        self._note_time((time.perf_counter() - started) * 1000)
         return _numbers_of(num_bad)
+
+    def wait_for(self, evaluation: UnderWay) -> tuple[int, int]:
+        """The ``value`` of its ``Done``, when it is over."""
+        value, milliseconds = evaluation.wait()
+        self._note_time(milliseconds)
+        return value
+
+    def _note_time(self, milliseconds: float) -> None:
+        self._num_evaluations += 1
+        self._evaluation_ms += milliseconds
 
     def _end(self, request: Evaluate) -> None:
         """Wait for what the device computes, and say that results are there, or never will be."""
@@ -313,7 +329,8 @@ class Runner:
                 }
                 for name, model in (self._models | self._patches).items()
             },
-            "last_evaluation_ms": self._last_evaluation_ms,
+            "evaluations": self._num_evaluations,
+            "evaluation_ms": self._evaluation_ms,
         }
 
 

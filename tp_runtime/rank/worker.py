@@ -119,7 +119,7 @@ def _serve(config: WorkerConfig, channel: Channel) -> None:
             """For evaluations that are over, in their order; whether some are not."""
             while under_way and (wait or under_way[0][1].is_over()):
                 number, evaluation = under_way.popleft()
-                send(Done(number, evaluation.value()))
+                send(Done(number, runner.wait_for(evaluation)))
             return bool(under_way)
 
         send(Ready(config.rank, tp_world_size, runner.device_name(), membership.versions()))
