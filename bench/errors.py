@@ -1,6 +1,7 @@
 """How far a result is from that of one GPU which computes as it is written."""
 
 import math
+from typing import Any
 
 import torch
 
@@ -16,6 +17,11 @@ def limit(noise: float | None, weights: str = "bf16") -> float:
     """
     tolerance = TOLERANCE if weights == "bf16" else QUANTISED_TOLERANCE
     return tolerance if noise is None else max(tolerance, 2 * noise)
+
+
+def is_wrong(row: dict[str, Any]) -> bool:
+    """Whether a row's results are not those of the model."""
+    return not row["error"] <= limit(row.get("noise"), row.get("weights", "bf16"))
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -9,10 +9,10 @@ what `--steps` more steps add to a prompt, by ComfyUI's own time stamps, for eac
 median of `--repeats`, each with a seed of its own. `ms_ranks`: how much of it the GPUs computed, by
 their own clocks: the slowest rank. `first_prompt_s`: a prompt of `--short-steps` from cold, start
 of the ranks included. `error`: the distance of the final latent from the stock loader's, relative
-to its norm; the worst seed's (of the stock loader's own row: of a second run of one seed).
-`from_fp32`, with `--exact`: its distance from that of a ComfyUI which computes in fp32. `control`:
-with a ControlNet, compared with the stock loader and that. `gpu_gib`: GPU memory of each process
-while the model is loaded, by the driver's account.
+to its norm; the worst seed's (of the stock loader's own row: of a second run of one seed). A row
+above `bench.errors.limit` has failed. `from_fp32`, with `--exact`: its distance from that of a
+ComfyUI which computes in fp32. `control`: with a ControlNet, compared with the stock loader and
+that. `gpu_gib`: GPU memory of each process while the model is loaded, by the driver's account.
 The ranks' Python is `TP_RUNTIME_PYTHON`, else ComfyUI's. Rows are added to the file of the day in
 `--out`, each as soon as it is there.
 """
@@ -43,6 +43,7 @@ from safetensors.torch import load_file
 
 from bench.controls import FOLDERS, PUBLISHED_ONLY, control_file, with_control
 from bench.dummy import WEIGHTS, dummy_file, sizes_of
+from bench.errors import is_wrong
 from bench.extents import Extent
 from bench.inputs import latent_shapes
 from bench.prompts import Prompt, node
@@ -476,6 +477,8 @@ def main() -> int:
     rows = []
     for model, weights in itertools.product(args.models, args.weights):
         for row in rows_of(args, model, weights):
+            if "failed" not in row and is_wrong(row):
+                row |= {"failed": f"the error {row['error']:g} is too large: a wrong result"}
             rows.append(row)
             print(json.dumps(row), flush=True)
             if args.out and "failed" not in row:

@@ -46,7 +46,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from bench.dummy import WEIGHTS, dummy_file, sizes_of
-from bench.errors import limit, relative_error
+from bench.errors import is_wrong, relative_error
 from bench.extents import Extent
 from bench.inputs import make_inputs
 from bench.rows import add_rows
@@ -174,11 +174,6 @@ def flat(result: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
     if isinstance(result, torch.Tensor):
         return result
     return torch.cat([one.flatten(1) for one in result], dim=1)
-
-
-def is_wrong(row: dict[str, Any]) -> bool:
-    """Whether a row's results are not those of the model."""
-    return not row["error"] <= limit(row.get("noise"), row.get("weights", "bf16"))
 
 
 def _evaluations_at_once(layout: Layout, batch: int) -> int:

@@ -4,7 +4,7 @@ import json
 import math
 from typing import Any
 
-from bench.errors import limit
+from bench.errors import is_wrong
 from bench.speed_table import as_table
 from support.paths import REPOSITORY
 
@@ -13,10 +13,7 @@ SINCE = "2026-11-28"  # rows of before have no error, and are read by the cost m
 
 def uncompared(row: dict[str, Any]) -> bool:
     error = row.get("error")
-    if not isinstance(error, float | int) or not math.isfinite(error):
-        return True
-    # The latents of whole prompts (`bench.in_comfyui`) differ by more than one evaluation does.
-    return "tp" in row and error > limit(row.get("noise"), row.get("weights", "bf16"))
+    return not isinstance(error, float | int) or not math.isfinite(error) or is_wrong(row)
 
 
 def test_every_row_was_compared_with_one_gpu() -> None:
