@@ -28,7 +28,7 @@ from .launch.local import LocalLauncher
 from .launch.ray import RayLauncher
 from .poll import Poll, acquired
 from .rank_processes import RankProcesses
-from .tensor_sender import HOLD_BYTES, Asked, Placed, TensorSender
+from .tensor_sender import HOLD_BYTES, Asked, LaidOut, Placed, TensorSender
 
 LOOKS = 2  # at constant inputs, before they are taken for the same unlooked at
 
@@ -162,8 +162,8 @@ class Engine:
         made: list[Placed] = []
 
         def make(number: int) -> Request:
-            if keys is not None and device is not None:
-                placed = self._sender.place_in_stream_order(number, model, asked, keys, device)
+            if laid_out is not None and device is not None:
+                placed = self._sender.place_in_stream_order(number, model, laid_out, device)
             else:
                 placed = self._sender.place_evaluations(number, model, asked)
             if device is not None:
@@ -173,12 +173,12 @@ class Engine:
             return placed.request
 
         with acquired(self._turn, poll):
-            keys = None
+            laid_out = None
             if device is not None and self._evaluation_times.is_short(kind):
-                keys = self._known_keys(asked, known_as, device)
-            if keys is None:
+                laid_out = self._laid_out(asked, known_as, device)
+            if laid_out is None:
                 settle_all(poll)
-            self._wait_for_calls(poll, but=0 if keys is None else 1)
+            self._wait_for_calls(poll, but=0 if laid_out is None else 1)
             try:
                 call = self._send(make, kind)
             except BaseException:
@@ -210,19 +210,18 @@ class Engine:
             exchange.await_given(device, batch_group, number)
         return [[exchange.copied_to(device, result) for result in of_one] for of_one in places]
 
-    def _known_keys(
+    def _laid_out(
         self, asked: Sequence[Asked], known_as: Hashable, device: torch.device
-    ) -> Sequence[int] | None:
-        """Under which keys the ranks hold the constant inputs, if the request need not wait for
-        anything: their makers know them, and all the rest is in the order of one stream.
+    ) -> LaidOut | None:
+        """How they are placed if the request need not wait for anything: the constant inputs are
+        known by their makers, and all the rest is in the order of one stream.
         """
         if known_as is None or self._stream != stream_wait.current(device):
             return None
         looked_at = remembered().get(known_as)
         if looked_at is None or looked_at.times < LOOKS:
             return None
-        keys: Sequence[int] = looked_at.keys
-        return keys if self._sender.fits_stream_order(asked, keys, device) else None
+        return self._sender.laid_out(asked, looked_at.keys, device)
 
     def _copied(
         self, asked: Sequence[Asked], results: Sequence[Sequence[torch.Tensor]]

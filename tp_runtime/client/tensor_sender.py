@@ -56,6 +56,22 @@ class Placed(NamedTuple):
     are_equal: Callable[[], bool] | None = None
 
 
+class LaidOut(NamedTuple):
+    """Evaluations that are to be placed in stream order.
+
+    ``places``: of ``varying``, the inputs of each that differ at every evaluation, and of its
+    ``results``. ``keys``: as of ``Placed``, of the ``constant`` inputs; ``tensors``: these inputs',
+    by identity.
+    """
+
+    places: TensorPlaces
+    varying: list[dict[str, Any]]
+    results: list[tuple[TensorRef, ...]]
+    keys: Sequence[int]
+    constant: list[dict[str, Any]]
+    tensors: dict[int, torch.Tensor]
+
+
 def patches_in(asked: Sequence[Asked]) -> list[str]:
     """The names of the model patches that evaluations use."""
     listed = [patch for one in asked for patch in one.inputs.get(MODEL_PATCHES) or ()]
@@ -99,48 +115,42 @@ class TensorSender:
         )
         return Placed(request, self._views(results), keys)
 
-    def fits_stream_order(
+    def laid_out(
         self, asked: Sequence[Asked], keys: Sequence[int], device: torch.device
-    ) -> bool:
-        """Whether ``place_in_stream_order`` can place these.
+    ) -> LaidOut | None:
+        """For ``place_in_stream_order``; None: that cannot place these.
 
-        They bring nothing to be held, nothing that is on another device, and need no more room.
+        It can if they bring nothing to be held, nothing that is on another device, and need no more
+        room. ``keys``: those of ``Placed``, of evaluations whose constant inputs are known to have
+        had the same tensors.
         """
         places = TensorPlaces()
-        self._place_varying(asked, places)
-        _, tensors = _constant(asked)
-        return (
+        varying, results = self._place_varying(asked, places)
+        constant, tensors = _constant(asked)
+        fits = (
             places.size <= self.exchange.size
             and all(tensor.device == device for tensor in tensors_in(_varying(asked)))
             and self._held.may_be(keys, list(tensors.values()), device)
         )
+        return LaidOut(places, varying, results, keys, constant, tensors) if fits else None
 
     def place_in_stream_order(
-        self,
-        call: int,
-        model: str,
-        asked: Sequence[Asked],
-        keys: Sequence[int],
-        device: torch.device,
+        self, call: int, model: str, laid_out: LaidOut, device: torch.device
     ) -> Placed:
         """Evaluations whose inputs will be there when the device's current stream gets there.
 
         What the stream was given before must be what takes the results of the evaluations before
-        from their places: then nobody uses these any more. ``keys``: those of ``Placed``, of
-        evaluations whose constant inputs are known to have had the same tensors.
+        from their places: then nobody uses these any more.
         """
-        places = TensorPlaces()
-        varying, results = self._place_varying(asked, places)
+        places, varying, results, keys, constant, tensors = laid_out
         places.write_to(self.exchange)
         self.exchange.say_inputs(device, call)
-        constant, tensors = _constant(asked)
         held = dict(zip(tensors, keys, strict=True))
+        trees = [self._place(inputs, places, held) for inputs in constant]
         request = Evaluate(
             call=call,
             model=model,
-            evaluations=_evaluations(
-                varying, [self._place(inputs, places, held) for inputs in constant], results
-            ),
+            evaluations=_evaluations(varying, trees, results),
             drop=[],
             exchange_bytes=self.exchange.size,
             in_stream_order=True,
