@@ -18,6 +18,7 @@ import pytest
 import torch
 from process.conftest import PythonWith, cpu_group, make_inputs
 
+from support.ltx2_inputs import make_ltx2_inputs
 from support.tiny_models import write_tiny
 from support.workers import bound_s
 from tp_runtime.client import (
@@ -646,6 +647,36 @@ def test_steps_in_stream_order_are_recorded_one_by_one(
             sampling.model.end_step(workload)
     assert len(recorded) == 3
     assert all(800 <= ms < 1550 for ms in recorded), "and not those of two"
+
+
+def test_latents_of_several_tensors(
+    python_with: PythonWith, tmp_path: Path, stream: Stream
+) -> None:
+    """A video's and its sound's, and timesteps that are one tensor for both."""
+    path = write_tiny("ltx2", tmp_path / "tiny.safetensors")
+    runtime = Runtime()
+    group = cpu_group(2, python=python_with(), call_timeout_s=20.0)
+    model = runtime.model(ModelSpec.of(str(path), "float32", "float32"), group)
+    model.ensure_loaded()
+    inputs = make_ltx2_inputs(model.sizes) | {"transformer_options": {"sleep_s": 0.2}}
+    given = latents = inputs["x"]
+    steps = [1.0 - step / 8 for step in range(8)]
+    with ahead():
+        for time_of_step in steps:
+            times = torch.full_like(inputs["timesteps"], time_of_step)
+            step = inputs | {"x": latents, "timesteps": times, "a_timestep": times}
+            found = model.evaluate(step, known_as="the conditioning")
+            latents = [torch.full_like(one, torch.nan) for one in given]
+            for latent, one in zip(latents, found, strict=True):
+                stream.put(lambda latent=latent, one=one: latent.copy_(one / 4))
+            assert latents[0].isnan().all(), "the caller goes on"
+    assert stream.is_idle(within_s=5)
+    runtime.release()
+    for latent, expected in zip(latents, given, strict=True):
+        for time_of_step in steps:
+            of_time = torch.full_like(inputs["timesteps"], time_of_step).sum()
+            expected = (expected * 2 + inputs["context"].sum() + of_time) / 4
+        assert torch.equal(latent, expected)
 
 
 def test_batch_groups_in_stream_order(
