@@ -63,9 +63,9 @@ def write_dummy(name: str, path: Path, small: bool = False, weights: str = "bf16
     and every block changes the result visibly: what is wrong in one shows.
     """
     sizes = sizes_of(name, small)
-    # ComfyUI takes all that a file tells, or nothing.
-    config = {"transformer": sizes.for_comfyui()} if sizes.told() else None
-    metadata = {"config": json.dumps(config)} if config else {"format": "pt"}
+    metadata = {"format": "pt"}
+    if sizes.told():  # ComfyUI takes all that a file tells, or nothing
+        metadata = {"config": json.dumps({"transformer": sizes.for_comfyui()})}
     _write(path, sizes.table.file_tensors, metadata, weights)
 
 

@@ -9,10 +9,11 @@ what `--steps` more steps add to a prompt, by ComfyUI's own time stamps, for eac
 median of `--repeats`, each with a seed of its own. `ms_ranks`: how much of it the GPUs computed, by
 their own clocks: the slowest rank. `first_prompt_s`: a prompt of `--short-steps` from cold, start
 of the ranks included. `error`: the distance of the final latent from the stock loader's, relative
-to its norm; the worst seed's (of the stock loader's own row: of a second run of one seed). A row
-above `bench.errors.limit` has failed. `from_fp32`, with `--exact`: its distance from that of a
-ComfyUI which computes in fp32. `control`: with a ControlNet, compared with the stock loader and
-that. `gpu_gib`: GPU memory of each process while the model is loaded, by the driver's account.
+to its norm; the worst item's of the worst seed (of the stock loader's own row: of a second run of
+one seed). A row above `bench.errors.limit` has failed. `from_fp32`, with `--exact`: its distance
+from that of a ComfyUI which computes in fp32. `control`: with a ControlNet, compared with the stock
+loader and that. `gpu_gib`: GPU memory of each process while the model is loaded, by the driver's
+account.
 The ranks' Python is `TP_RUNTIME_PYTHON`, else ComfyUI's. Rows are added to the file of the day in
 `--out`, each as soon as it is there.
 """
@@ -32,7 +33,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ from safetensors.torch import load_file
 
 from bench.controls import FOLDERS, PUBLISHED_ONLY, control_file, with_control
 from bench.dummy import WEIGHTS, dummy_file, sizes_of
-from bench.errors import is_wrong
+from bench.errors import is_wrong, relative_error
 from bench.extents import Extent
 from bench.inputs import latent_shapes
 from bench.prompts import Prompt, node
@@ -334,37 +335,42 @@ def measure(
         raise PromptError("the stock loader has no result to compare with")
     server.clear()
     first_s, _ = server.sample(prompt, seed=args.repeats, steps=args.short_steps)
+    long_steps = args.short_steps + args.steps
     times, of_ranks, latents = [], [], []
     for seed in range(args.repeats):
-        marks = [server.evaluations_ms()]
-        short_s, _ = server.sample(prompt, seed=seed, steps=args.short_steps)
-        marks.append(server.evaluations_ms())
-        long_s, latent = server.sample(prompt, seed=seed, steps=args.short_steps + args.steps)
-        marks.append(server.evaluations_ms())
-        short_ms, long_ms = (later - mark for mark, later in itertools.pairwise(marks))
-        of_ranks.append(round((long_ms - short_ms) / args.steps, 2))
+        short_ms, short_ranks_ms, _ = timed(server, prompt, seed, args.short_steps)
+        long_ms, long_ranks_ms, latent = timed(server, prompt, seed, long_steps)
         if not latent.isfinite().all():
             raise PromptError("the latent is not finite")
-        times.append(round(1000 * (long_s - short_s) / args.steps, 2))
+        times.append(round((long_ms - short_ms) / args.steps, 2))
+        of_ranks.append(round((long_ranks_ms - short_ranks_ms) / args.steps, 2))
         latents.append(latent)
     gpu_gib = {} if args.cpu else gpu_memory(server.process.pid)
     row = {"ms_step": round(statistics.median(times), 2), "ms_steps": times, "gpu_gib": gpu_gib}
     if exact:
-        row["from_fp32"] = max(map(distance, latents, exact))
+        row["from_fp32"] = worst_error(latents, exact)
     if is_stock:
         stock += latents
-        steps = args.short_steps + args.steps
         server.clear()  # or ComfyUI would give what it has
-        latents = [server.sample(prompt, seed=0, steps=steps)[1]]  # how far it is from itself
+        latents = [server.sample(prompt, seed=0, steps=long_steps)[1]]  # how far it is from itself
     else:
         row["ms_ranks"] = round(statistics.median(of_ranks), 2)
-    row["error"] = max(map(distance, latents, stock))
+    row["error"] = worst_error(latents, stock)
     return row | {"first_prompt_s": round(first_s, 1)}
 
 
-def distance(latent: torch.Tensor, of: torch.Tensor) -> float:
-    """Relative to the norm of what it is compared with, to three digits."""
-    return float(f"{float((latent - of).norm() / of.norm()):.2e}")
+def timed(
+    server: Server, prompt: Prompt, seed: int, steps: int
+) -> tuple[float, float, torch.Tensor]:
+    """Milliseconds of a prompt, those of its evaluations by the ranks, and the final latent."""
+    before = server.evaluations_ms()
+    seconds, latent = server.sample(prompt, seed=seed, steps=steps)
+    return 1000 * seconds, server.evaluations_ms() - before, latent
+
+
+def worst_error(latents: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """Of those that both have, to three digits."""
+    return float(f"{max(map(relative_error, latents, expected)):.2e}")
 
 
 def latents_in_fp32(

@@ -216,11 +216,9 @@ def ahead(
         settle_all(poll)
         do_meanwhile()
         if scope.let_go:
-            if poll is not None:
-                poll()
             raise failures.let_go()
     except Exception:
-        if scope.let_go and poll is not None:
+        if scope.let_go and poll is not None:  # raises the cancel, which whatever it is comes of
             poll()
         while scope.under_way and scope.under_way[0].has_ended(_KNOWN_S):
             scope.under_way.pop(0).settle(poll)
