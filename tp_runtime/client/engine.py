@@ -265,16 +265,14 @@ class Engine:
         """The device in whose stream the results are handed over; None: not in stream order.
 
         Not those of the first evaluations of a kind, which compile and may not fit the memory: what
-        is wrong with them is raised where they were asked for. And not where a latent is several
-        tensors, video and sound: the one measurement of that in ComfyUI on a GPU was far from the
-        stock loader's result, and it is not known of what (``bench/RESULTS.md``, 2026-11-30).
+        is wrong with them is raised where they were asked for.
         """
-        latents = [list(tensors_in(one.inputs["x"])) for one in asked]
-        (device, *others) = {latent.device for of_one in latents for latent in of_one}
+        (device, *others) = {
+            latent.device for one in asked for latent in tensors_in(one.inputs["x"])
+        }
         possible = (
             may_be_ahead()
             and not others
-            and all(len(of_one) == 1 for of_one in latents)
             and device.type == "cuda"
             and self.config.device == "cuda"
             and self.config.where == "this machine"
