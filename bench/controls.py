@@ -23,7 +23,7 @@ PUBLISHED_ONLY = ("z_image",)
 
 def control_file(model: str, folder: Path, small: bool = False) -> Path:
     """The file of Fun Union for Z-Image, of InstantX for Qwen-Image; written if it is not there."""
-    path = folder / f"dummy_{'small_' * small}control_of_{model}.safetensors"
+    path = folder / f"random_{'small_' * small}control_of_{model}.safetensors"
     if not path.exists():
         write_tensors(path, _shapes(model, small))
     return path

@@ -53,7 +53,7 @@ def sizes_of(name: str, small: bool = False) -> Sizes:
 def dummy_file(name: str, folder: Path, small: bool = False, weights: str = "bf16") -> Path:
     """The file of ``write_dummy`` in a folder, which is written if it is not there."""
     kind = "" if weights == "bf16" else f"_{weights}"
-    path = folder / f"dummy_{'small_' * small}{name}{kind}.safetensors"
+    path = folder / f"random_{'small_' * small}{name}{kind}.safetensors"
     if not path.exists():
         write_dummy(name, path, small, weights)
     return path

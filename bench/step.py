@@ -67,6 +67,7 @@ from tp_runtime.sharding.block_costs import count_flops
 GIB = 2**30
 HOPS = 5
 WARM_UPS = 3  # as written, recorded, replayed
+TIMESTEPS = "timesteps", "a_timestep"
 COLUMNS = [
     "model",
     "weights",
@@ -93,7 +94,7 @@ COLUMNS = [
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs that differ in their latents, and what one GPU makes of each, as written.
+    """Inputs that differ in latents and timesteps, and what one GPU makes of each, as written.
 
     ``noise``: how far the worst of that is from what it makes in fp32; None: not known.
     """
@@ -116,11 +117,11 @@ def cases(
         remote.ensure_loaded()
         for extent in args.sides or Extent.usual(family_named(model))[:1]:
             for batch in args.batches:
-                # Two at least: a replayed graph must take its latent, not that of before.
-                num_latents = max([2, *(_evaluations_at_once(layout, batch) for layout in layouts)])
+                # Two at least: a replayed graph must take what it is given, not that of before.
+                num_steps = max([2, *(_evaluations_at_once(layout, batch) for layout in layouts)])
                 inputs = [
-                    _with_latent(make_inputs(model, sizes, extent, batch, args.references), seed)
-                    for seed in range(num_latents)
+                    _of_step(make_inputs(model, sizes, extent, batch, args.references), step)
+                    for step in range(num_steps)
                 ]
                 expected = [flat(remote.evaluate(one)).cpu() for one in inputs]
                 found[extent, batch] = Case(inputs, expected)
@@ -157,13 +158,15 @@ def _in_fp32(inputs: dict[str, Any]) -> dict[str, Any]:
     return pytree.tree_map_only(torch.Tensor, torch.Tensor.float, inputs)
 
 
-def _with_latent(inputs: dict[str, Any], seed: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(seed)
+def _of_step(inputs: dict[str, Any], step: int) -> dict[str, Any]:
+    """With a latent and timesteps of their own; half of the step's before, exact in bf16."""
+    generator = torch.Generator().manual_seed(step)
 
     def latent(like: torch.Tensor) -> torch.Tensor:
         return torch.randn(like.shape, generator=generator).to(like)
 
-    return inputs | {"x": pytree.tree_map(latent, inputs["x"])}
+    times = {name: inputs[name] * 0.5**step for name in TIMESTEPS if name in inputs}
+    return inputs | {"x": pytree.tree_map(latent, inputs["x"])} | times
 
 
 def flat(result: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
