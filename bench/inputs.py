@@ -3,10 +3,13 @@
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from bench.extents import Extent
 from tp_runtime.models import family_named
 from tp_runtime.models.family import Input, Sizes, axis_length
+
+_TIMESTEPS = "timesteps", "a_timestep"
 
 
 def make_inputs(
@@ -51,6 +54,20 @@ def make_inputs(
             for _ in range(references)
         ]
     return inputs
+
+
+def of_step(inputs: dict[str, Any], step: int) -> dict[str, Any]:
+    """The same at another step of a sampling: with a latent and timesteps of its own.
+
+    Timesteps are half of the step's before, and exact in bf16 as well.
+    """
+    generator = torch.Generator().manual_seed(step)
+
+    def latent(like: torch.Tensor) -> torch.Tensor:
+        return torch.randn(like.shape, generator=generator).to(like)
+
+    times = {name: inputs[name] * 0.5**step for name in _TIMESTEPS if name in inputs}
+    return inputs | {"x": pytree.tree_map(latent, inputs["x"])} | times
 
 
 def latent_shapes(model: str, sizes: Sizes, extent: Extent, batch: int) -> list[tuple[int, ...]]:

@@ -48,7 +48,7 @@ from torch.utils import _pytree as pytree
 from bench.dummy import WEIGHTS, dummy_file, sizes_of
 from bench.errors import is_wrong, relative_error
 from bench.extents import Extent
-from bench.inputs import make_inputs
+from bench.inputs import make_inputs, of_step
 from bench.rows import add_rows
 from tp_runtime.client import (
     PRECISIONS,
@@ -67,7 +67,6 @@ from tp_runtime.sharding.block_costs import count_flops
 GIB = 2**30
 HOPS = 5
 WARM_UPS = 3  # as written, recorded, replayed
-TIMESTEPS = "timesteps", "a_timestep"
 COLUMNS = [
     "model",
     "weights",
@@ -120,7 +119,7 @@ def cases(
                 # Two at least: a replayed graph must take what it is given, not that of before.
                 num_steps = max([2, *(_evaluations_at_once(layout, batch) for layout in layouts)])
                 inputs = [
-                    _of_step(make_inputs(model, sizes, extent, batch, args.references), step)
+                    of_step(make_inputs(model, sizes, extent, batch, args.references), step)
                     for step in range(num_steps)
                 ]
                 expected = [flat(remote.evaluate(one)).cpu() for one in inputs]
@@ -156,17 +155,6 @@ def _with_noise(
 
 def _in_fp32(inputs: dict[str, Any]) -> dict[str, Any]:
     return pytree.tree_map_only(torch.Tensor, torch.Tensor.float, inputs)
-
-
-def _of_step(inputs: dict[str, Any], step: int) -> dict[str, Any]:
-    """With a latent and timesteps of their own; half of the step's before, exact in bf16."""
-    generator = torch.Generator().manual_seed(step)
-
-    def latent(like: torch.Tensor) -> torch.Tensor:
-        return torch.randn(like.shape, generator=generator).to(like)
-
-    times = {name: inputs[name] * 0.5**step for name in TIMESTEPS if name in inputs}
-    return inputs | {"x": pytree.tree_map(latent, inputs["x"])} | times
 
 
 def flat(result: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:

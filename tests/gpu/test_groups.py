@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from bench.dummy import dummy_file, sizes_of
 from bench.extents import Extent
-from bench.inputs import make_inputs
+from bench.inputs import make_inputs, of_step
 from bench.step import flat
 from tp_runtime.client import GroupConfig, Layout, ModelSpec, Runtime
 from tp_runtime.models import families, family_named
@@ -87,7 +87,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
 
 
 def inputs_of(family: str, batch: int, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Of three evaluations: as it is written, recorded and replayed, with other latents."""
+    """Of three steps: as it is written, recorded and replayed."""
     extent = Extent(160, 96, min(Extent.usual(family_named(family))[0].frames, 9))
     inputs = make_inputs(family, sizes_of(family, small=True), extent, batch)
     of_dtype = {
@@ -97,14 +97,7 @@ def inputs_of(family: str, batch: int, dtype: torch.dtype) -> list[dict[str, Any
         for name, value in inputs.items()
     }
 
-    def drawn(like: torch.Tensor, seed: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(like.shape, generator=generator).to(like)
-
-    return [
-        of_dtype | {"x": pytree.tree_map(lambda like, seed=seed: drawn(like, seed), of_dtype["x"])}
-        for seed in range(3)
-    ]
+    return [of_step(of_dtype, step) for step in range(3)]
 
 
 @pytest.mark.parametrize("family", sorted(families()))
