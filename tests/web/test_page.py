@@ -42,13 +42,12 @@ def run(web: ComfyPage, prompt: Prompt) -> None:
     wait_for_picture(web)
 
 
+BADGES = """(type) => app.graph.nodes.filter((node) => node.comfyClass === type).flatMap((node) =>
+    node.badges.map((badge) => (typeof badge === 'function' ? badge() : badge).text))"""
+
+
 def badges(web: ComfyPage, node_type: str) -> list[str]:
-    found = web.page.evaluate(
-        "(type) => app.graph.nodes.filter((node) => node.comfyClass === type).flatMap((node) =>"
-        " node.badges.map((badge) => (typeof badge === 'function' ? badge() : badge).text))",
-        node_type,
-    )
-    return list(found)
+    return list(web.page.evaluate(BADGES, node_type))
 
 
 @every_page
@@ -287,7 +286,10 @@ def test_a_workflow_of_four_gpus_on_this_machine(web: ComfyPage) -> None:
     assert web.widget("TPLoadDiffusionModel", "gpu_count") == "4"
     web.open_tab()
     web.page.locator(".tp-card").get_by_text("4 CPU processes").wait_for()
-    assert any(text.startswith("4×") for text in badges(web, "TPSampler"))
+    # It comes with an event about the group.
+    web.page.wait_for_function(
+        f"() => ({BADGES})('TPSampler').some((text) => text.startsWith('4×'))"
+    )
     web.page.screenshot(path=PICTURES / "four_ranks.png")
     web.run_command("TensorParallel.ReleaseAll")
     web.page.get_by_text("No GPU process runs.").wait_for()
