@@ -145,6 +145,7 @@ WITHOUT_PREVIEWS = """() => {
 
 
 @every_page
+@pytest.mark.usefixtures("alone")  # or the loader, which warns, is not run: its result is known
 def test_what_a_run_warns_of_is_on_the_node_and_nothing_grows(web: ComfyPage) -> None:
     web.load_prompt(picture_prompt(gpu_count=3, steps=1))
     web.page.evaluate(WITHOUT_PREVIEWS)  # the sampler would grow by one
