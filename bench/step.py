@@ -118,10 +118,8 @@ def cases(
             for batch in args.batches:
                 # Two at least: a replayed graph must take what it is given, not that of before.
                 num_steps = max([2, *(_evaluations_at_once(layout, batch) for layout in layouts)])
-                inputs = [
-                    of_step(make_inputs(model, sizes, extent, batch, args.references), step)
-                    for step in range(num_steps)
-                ]
+                given = make_inputs(model, sizes, extent, batch, args.references)
+                inputs = [of_step(given, step) for step in range(num_steps)]
                 expected = [flat(remote.evaluate(one)).cpu() for one in inputs]
                 found[extent, batch] = Case(inputs, expected)
     finally:
