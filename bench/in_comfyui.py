@@ -10,10 +10,11 @@ median of `--repeats`, each with a seed of its own. `ms_ranks`: how much of it t
 their own clocks: the slowest rank. `first_prompt_s`: a prompt of `--short-steps` from cold, start
 of the ranks included. `error`: the distance of the final latent from the stock loader's, relative
 to its norm; the worst item's of the worst seed (of the stock loader's own row: of a second run of
-one seed). A row above `bench.errors.limit` has failed. `from_fp32`, with `--exact`: its distance
-from that of a ComfyUI which computes in fp32. `control`: with a ControlNet, compared with the stock
-loader and that. `gpu_gib`: GPU memory of each process while the model is loaded, by the driver's
-account.
+one seed). A row above `bench.errors.limit` has failed. With `--exact`, `from_fp32`: its distance
+from that of a ComfyUI which computes in fp32; `noise`: the stock loader's. `short_prompts_s`: the
+short prompts after the first; what still had to be made ready shows there. `control`: with
+a ControlNet, compared with the stock loader and that. `gpu_gib`: GPU memory of each process while
+the model is loaded, by the driver's account.
 The ranks' Python is `TP_RUNTIME_PYTHON`, else ComfyUI's. Rows are added to the file of the day in
 `--out`, each as soon as it is there.
 """
@@ -61,6 +62,7 @@ COLUMNS = [
     "ms_step",
     "ms_ranks",
     "error",
+    "noise",
     "first_prompt_s",
 ]
 START_S, PROMPT_S, STOP_S = 180, 600, 30
@@ -336,7 +338,7 @@ def measure(
     server.clear()
     first_s, _ = server.sample(prompt, seed=args.repeats, steps=args.short_steps)
     long_steps = args.short_steps + args.steps
-    times, of_ranks, latents = [], [], []
+    times, of_ranks, shorts_s, latents = [], [], [], []
     for seed in range(args.repeats):
         short_ms, short_ranks_ms, _ = timed(server, prompt, seed, args.short_steps)
         long_ms, long_ranks_ms, latent = timed(server, prompt, seed, long_steps)
@@ -344,11 +346,14 @@ def measure(
             raise PromptError("the latent is not finite")
         times.append(round((long_ms - short_ms) / args.steps, 2))
         of_ranks.append(round((long_ranks_ms - short_ranks_ms) / args.steps, 2))
+        shorts_s.append(round(short_ms / 1000, 2))
         latents.append(latent)
     gpu_gib = {} if args.cpu else gpu_memory(server.process.pid)
     row = {"ms_step": round(statistics.median(times), 2), "ms_steps": times, "gpu_gib": gpu_gib}
+    row["short_prompts_s"] = shorts_s
     if exact:
         row["from_fp32"] = worst_error(latents, exact)
+        row["noise"] = worst_error(stock or latents, exact)
     if is_stock:
         stock += latents
         server.clear()  # or ComfyUI would give what it has

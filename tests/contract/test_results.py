@@ -23,6 +23,14 @@ def test_every_row_was_compared_with_one_gpu() -> None:
             assert not wrong, path
 
 
+def test_every_row_has_a_time() -> None:
+    """A prompt that stalls while another is subtracted from it makes less than none."""
+    for path in (REPOSITORY / "bench" / "results").glob("*.json"):
+        rows = json.loads(path.read_text())
+        wrong = [row for row in rows if not row.get("ms_step", row.get("ms_median")) > 0]
+        assert not wrong, path
+
+
 def test_what_counts_as_compared() -> None:
     row = {"tp": 2, "error": 2e-3}
     assert not uncompared(row)
