@@ -28,7 +28,7 @@ def test_rows_that_stream_weights_are_checked() -> None:
 
 
 def test_auto_would_have_taken_one_of_the_fastest() -> None:
-    """By predictions, for every model and size that several layouts of as many GPUs have rows of."""
+    """By predictions, wherever several layouts of as many GPUs have rows."""
     rivals: dict[object, dict[Layout, Measured]] = {}
     for row in ROWS:
         case = row.case
