@@ -1,24 +1,21 @@
 """Groups on a GPU. What is right, CPU ranks say: they are compared with ComfyUI's own models."""
 
-import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
-from support.tiny_models import tiny, write_tiny
+import support.inputs
+from bench.step import flat
+from support.tiny_models import tiny
 from tp_runtime.client import GroupConfig, ModelSpec, RemoteModel, Runtime
+from tp_runtime.models import families
 
-WRITERS: dict[str, Callable[..., Path]] = {
-    "z_image": functools.partial(write_tiny, "z_image"),
-    "flux": functools.partial(write_tiny, "flux"),
-    "flux2": functools.partial(write_tiny, "flux2"),
-    "qwen_image": functools.partial(write_tiny, "qwen_image"),
-    "qwen_image_21": functools.partial(write_tiny, "qwen_image_21"),
-    "krea2": functools.partial(write_tiny, "krea2"),
-}
+FAMILIES = sorted(families())
+ONE_AT_A_TIME = ("minimax_h3",)  # no batches
 # What the order of sums may change in fp32.
 FP32_TOLERANCE = 1e-5
 # A GPU rounds exp differently, and the angles of the timestep's sinusoids go up to 1000.
@@ -66,35 +63,41 @@ def load(runtime: Runtime) -> Load:
 
 
 def make_inputs(family: str, height: int = 12, width: int = 8, batch: int = 2) -> dict[str, Any]:
-    """Latents, and captions of 20 tokens; times that bf16, in which some models take them, has."""
-    generator = torch.Generator().manual_seed(height)
+    """What the family is given, a video of three frames where it can be one.
 
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    geometry = tiny(family).geometry
-    frames = (1,) if geometry.video else ()
-    (text_width,) = (axis[1] for axis in tiny(family).inputs["context"].axes if axis[0] == "width")
-    inputs: dict[str, Any] = {
-        "x": normal(batch, geometry.channels, *frames, height, width),
-        "timesteps": torch.tensor([0.5, 0.25])[:batch],
-        "context": normal(batch, 20, text_width),
-    }
-    if family == "flux":
-        inputs["y"] = normal(batch, 48)
-    if family in ("flux", "flux2"):
-        inputs["guidance"] = torch.full((batch,), 4.0)
-    return inputs
+    Times that bf16, in which some models take them, has.
+    """
+    batch = 1 if family in ONE_AT_A_TIME else batch
+    inputs = support.inputs.make_inputs(
+        tiny(family), batch=batch, frames=3, height=height, width=width
+    )
+    times = torch.tensor([0.5, 0.25])[:batch]
+    return inputs | {name: times for name in ("timesteps", "a_timestep") if name in inputs}
 
 
 def in_dtype(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """The inputs rounded, but for the timesteps, which stay fp32 in ComfyUI, too."""
-    return {k: v if k == "timesteps" else v.to(dtype) for k, v in inputs.items()}
+
+    def rounded(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(dtype)
+
+    cast = pytree.tree_map_only(torch.Tensor, rounded, inputs)
+    return cast | {"timesteps": inputs["timesteps"]}
+
+
+def on_gpu(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Where ComfyUI has them."""
+    return pytree.tree_map_only(torch.Tensor, torch.Tensor.cuda, inputs)
+
+
+def evaluate(model: RemoteModel, inputs: dict[str, Any]) -> torch.Tensor:
+    """The result; of a video and its sound, both in one row."""
+    return flat(model.evaluate(inputs))
 
 
 def steps(model: RemoteModel, inputs: dict[str, Any]) -> list[torch.Tensor]:
     """The same step three times: on a GPU as it is written, recorded, and replayed."""
-    return [model.evaluate(inputs) for _ in range(3)]
+    return [evaluate(model, inputs) for _ in range(3)]
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -7,11 +7,10 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from gpu.conftest import Load, make_inputs
+from gpu.conftest import Load, make_inputs, on_gpu
 
 from support.tiny_models import write_tiny
 from tp_runtime.client import (
@@ -31,10 +30,6 @@ from tp_runtime.client.poll import Poll
 pytestmark = pytest.mark.gpu
 
 WAIT_S = 0.5
-
-
-def on_gpu(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.cuda() for name, value in inputs.items()}
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu.conftest import FP32_TOLERANCE, WRITERS, Load, in_dtype, make_inputs, relative_error
+from gpu.conftest import (
+    FAMILIES,
+    FP32_TOLERANCE,
+    Load,
+    evaluate,
+    in_dtype,
+    make_inputs,
+    relative_error,
+)
 
 from support.paths import REPOSITORY
+from support.tiny_models import tiny, write_tiny
 
 pytestmark = pytest.mark.gpu
 
@@ -47,17 +56,19 @@ def results_of(folder: Path, ranks: int) -> dict[str, list[torch.Tensor]]:
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("family", WRITERS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_ranks_on_one_gpu(load: Load, tmp_path: Path, family: str, ranks: int) -> None:
-    path = WRITERS[family](tmp_path / "model.safetensors")
+    path = write_tiny(family, tmp_path / "model.safetensors")
     inputs = make_inputs(family)
-    rounded = in_dtype(inputs, torch.bfloat16)
-    torch.save({"float32": inputs, "bfloat16": rounded}, tmp_path / "inputs.pt")
+    of_dtype = {"float32": inputs, "bfloat16": in_dtype(inputs, torch.bfloat16)}
+    given = {dtype: dict(tiny(family).prepared(one)) for dtype, one in of_dtype.items()}
+    torch.save(given, tmp_path / "inputs.pt")
     found = results_of(tmp_path, ranks)
-    reference = load(path, device="cpu")
-    written = load(path, optimize="off").evaluate(inputs)
+    written = evaluate(load(path, optimize="off"), inputs)
     assert max(relative_error(one, written) for one in found["float32"]) <= FP32_TOLERANCE
-    expected = reference.evaluate({name: value.float() for name, value in rounded.items()})
-    allowed = relative_error(load(path, "bfloat16", "off").evaluate(rounded), expected)
+    rounded = of_dtype["bfloat16"]
+    expected = evaluate(load(path, device="cpu"), in_dtype(rounded, torch.float32))
+    in_bf16 = evaluate(load(path, "bfloat16", "off"), rounded)
     # Each rank's part of a sum is rounded for itself, as it is with any all-reduce.
-    assert max(relative_error(one, expected) for one in found["bfloat16"]) <= 1.25 * allowed
+    allowed = 1.25 * relative_error(in_bf16, expected)
+    assert max(relative_error(one, expected) for one in found["bfloat16"]) <= allowed

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu.conftest import FP32_TOLERANCE, relative_error
+from gpu.conftest import FAMILIES, FP32_TOLERANCE, ONE_AT_A_TIME, relative_error
 from torch.utils import _pytree as pytree
 
 from bench.dummy import dummy_file, sizes_of
@@ -21,13 +21,12 @@ from bench.extents import Extent
 from bench.inputs import make_inputs, of_step
 from bench.step import flat
 from tp_runtime.client import GroupConfig, Layout, ModelSpec, Runtime
-from tp_runtime.models import families, family_named
+from tp_runtime.models import family_named
 
 pytestmark = pytest.mark.gpu
 
 NCCL_OF_ONE_GPU = 23000  # 2.30
 LAYOUTS = ("2x1", "3x1", "4x1", "1x2x1", "1x3x1", "2x2x1", "1x2", "2x2", "1x2x2")
-ONE_AT_A_TIME = ("minimax_h3",)  # no batches
 # How the ranks add up and exchange: as where NVLink connects them, or as where nothing does (which
 # NCCL_P2P_DISABLE makes of a machine that has it).
 WAYS = ("shared memory", "NCCL", "8 bits")
@@ -100,7 +99,7 @@ def inputs_of(family: str, batch: int, dtype: torch.dtype) -> list[dict[str, Any
     return [of_step(of_dtype, step) for step in range(3)]
 
 
-@pytest.mark.parametrize("family", sorted(families()))
+@pytest.mark.parametrize("family", FAMILIES)
 def test_layouts(
     runtime: Runtime, written: Runtime, layout: Layout, way: str, family: str, tmp_path_factory: Any
 ) -> None:

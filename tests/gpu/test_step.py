@@ -6,16 +6,18 @@ import pytest
 import torch
 from gpu.conftest import (
     DEVICE_TOLERANCE,
+    FAMILIES,
     FP32_TOLERANCE,
-    WRITERS,
     Load,
+    evaluate,
     in_dtype,
     make_inputs,
+    on_gpu,
     relative_error,
     steps,
 )
 
-from support.tiny_models import Fp8Layout, write_fp8
+from support.tiny_models import Fp8Layout, write_fp8, write_tiny
 from tp_runtime.client import RemoteModel, Runtime
 from tp_runtime.gpu.graphs import MAX_GRAPHS
 from tp_runtime.wire.protocol import PatchedWeight, WeightPatch
@@ -30,13 +32,16 @@ PATCHED = {
     "qwen_image": ("attn.to_k", "img_mlp.net.2", "txt_mlp.net.0.proj"),
     "qwen_image_21": ("attn.to_k", "img_mlp.out", "img_mlp.gate_up"),
     "krea2": ("attn.wk", "mlp.down", "mlp.up"),
+    "wan": ("self_attn.q", "ffn.2", "ffn.0"),
+    "ltx2": ("attn1.to_k", "ff.net.2", "ff.net.0.proj"),
+    "minimax_h3": ("attn.qkv_proj", "mlp.fc2", "mlp.fc1"),
 }
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
-    return {name: write(folder / f"{name}.safetensors") for name, write in WRITERS.items()}
+    return {name: write_tiny(name, folder / f"{name}.safetensors") for name in FAMILIES}
 
 
 def on_rank(runtime: Runtime, model: RemoteModel, *, digests: bool = False) -> dict:
@@ -50,23 +55,23 @@ def on_rank(runtime: Runtime, model: RemoteModel, *, digests: bool = False) -> d
     return rank | {"model": rank["models"][model.name]}
 
 
-@pytest.mark.parametrize("family", WRITERS)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("batch", [1, 2])
 def test_fp32(load: Load, files: dict[str, Path], family: str, batch: int) -> None:
     inputs = make_inputs(family, batch=batch)
     expected, *_ = written = steps(load(files[family], optimize="off"), inputs)
-    on_cpu = load(files[family], device="cpu").evaluate(inputs)
+    on_cpu = evaluate(load(files[family], device="cpu"), inputs)
     assert relative_error(expected, on_cpu) <= DEVICE_TOLERANCE
     for found in written + steps(load(files[family]), inputs):
         assert relative_error(found, expected) <= FP32_TOLERANCE
 
 
-@pytest.mark.parametrize("family", WRITERS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_bf16_is_as_exact_as_written(load: Load, files: dict[str, Path], family: str) -> None:
     """As written is ComfyUI's arithmetic, operation by operation; fused, no more is lost."""
     inputs = in_dtype(make_inputs(family), torch.bfloat16)
-    whole = {name: value.float() for name, value in inputs.items()}
-    expected = load(files[family], device="cpu").evaluate(whole)
+    on_cpu = load(files[family], device="cpu")
+    expected = evaluate(on_cpu, in_dtype(inputs, torch.float32))
     written, *_ = steps(load(files[family], "bfloat16", "off"), inputs)
     allowed = relative_error(written, expected)
     assert 1e-4 < allowed < 3e-2
@@ -80,7 +85,7 @@ def test_inputs_on_the_gpu(load: Load, files: dict[str, Path]) -> None:
     model = load(files["flux"])
     expected = steps(model, inputs)[-1]
     for seed in range(3):
-        there = {name: value.cuda() for name, value in inputs.items()}
+        there = on_gpu(inputs)
         assert torch.equal(model.evaluate(there).cpu(), expected)
         changed = there | {"context": there["context"] + seed + 1}
         assert not torch.equal(model.evaluate(changed).cpu(), expected)
@@ -101,7 +106,7 @@ def test_more_shapes_than_are_kept(runtime: Runtime, load: Load, files: dict[str
     assert allocated[2] <= 1.01 * allocated[1]
 
 
-@pytest.mark.parametrize("family", WRITERS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_sleep_and_wake(runtime: Runtime, load: Load, files: dict[str, Path], family: str) -> None:
     model, inputs = load(files[family]), make_inputs(family)
     expected = steps(model, inputs)[-1]
@@ -133,7 +138,7 @@ def patches_of(model: RemoteModel, strength: float) -> dict[str, PatchedWeight]:
     return found
 
 
-@pytest.mark.parametrize("family", WRITERS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_lora(runtime: Runtime, load: Load, files: dict[str, Path], family: str) -> None:
     """Applied, changed and removed between replays of one recorded step."""
     inputs = make_inputs(family)
@@ -144,13 +149,13 @@ def test_lora(runtime: Runtime, load: Load, files: dict[str, Path], family: str)
         for one in (written, model):
             one.patch(strength, patches_of(one, strength))
             one.ensure_loaded()
-        expected, found = written.evaluate(inputs), model.evaluate(inputs)
+        expected, found = evaluate(written, inputs), evaluate(model, inputs)
         assert relative_error(expected, plain) > 0.01
         assert relative_error(found, expected) <= FP32_TOLERANCE
     for one in (written, model):
         one.patch(None, {})
         one.ensure_loaded()
-    assert torch.equal(model.evaluate(inputs), plain)
+    assert torch.equal(evaluate(model, inputs), plain)
     assert on_rank(runtime, model, digests=True)["model"]["digest"] == before
 
 
@@ -182,15 +187,15 @@ def test_a_lora_that_widens_the_input(load: Load, files: dict[str, Path]) -> Non
 
 
 @pytest.mark.parametrize("layout", ["plain", "scaled"])
-@pytest.mark.parametrize("family", WRITERS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_fp8(
     load: Load, files: dict[str, Path], tmp_path: Path, family: str, layout: Fp8Layout
 ) -> None:
     path = write_fp8(files[family], tmp_path / "fp8.safetensors", layout)
     weight_dtype = "float8_e4m3fn" if layout == "plain" else "float32"
     inputs = make_inputs(family)
-    expected = load(path, optimize="off", weight_dtype=weight_dtype).evaluate(inputs)
-    on_cpu = load(path, device="cpu", weight_dtype=weight_dtype).evaluate(inputs)
+    expected = evaluate(load(path, optimize="off", weight_dtype=weight_dtype), inputs)
+    on_cpu = evaluate(load(path, device="cpu", weight_dtype=weight_dtype), inputs)
     assert relative_error(expected, on_cpu) <= DEVICE_TOLERANCE
     for found in steps(load(path, weight_dtype=weight_dtype), inputs):
         assert relative_error(found, expected) <= FP32_TOLERANCE

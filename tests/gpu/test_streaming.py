@@ -5,16 +5,15 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from gpu.conftest import WRITERS, Load, make_inputs, steps
+from gpu.conftest import FAMILIES, Load, evaluate, in_dtype, make_inputs, steps
 from gpu.test_step import on_rank, patches_of
 from torch import nn
 
-from support.tiny_models import write_fp8
+from support.tiny_models import write_fp8, write_tiny
 from tp_runtime.client import RemoteModel, Runtime
 from tp_runtime.gpu.streaming import LayerStream, StreamedLayer
 from tp_runtime.rank.host_copy import HostMemory
@@ -29,7 +28,7 @@ WIDTH, LAYERS = 4096, 9
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
-    return {name: write(folder / f"{name}.safetensors") for name, write in WRITERS.items()}
+    return {name: write_tiny(name, folder / f"{name}.safetensors") for name in FAMILIES}
 
 
 def limit_for(whole: RemoteModel) -> int:
@@ -56,26 +55,21 @@ def assert_equal_steps(found: list[torch.Tensor], expected: list[torch.Tensor]) 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", WRITERS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_steps(load: Load, files: dict[str, Path], family: str, dtype: str) -> None:
     """Of two sizes in turns, whose graphs use the ring alike."""
     whole = load(files[family], dtype)
-    each: list[dict[str, Any]] = []
-    for height in (12, 16):
-        inputs = make_inputs(family, height)
-        kept = {"timesteps"} if dtype == "bfloat16" else set(inputs)
-        cast = {k: v if k in kept else v.to(getattr(torch, dtype)) for k, v in inputs.items()}
-        each.append(cast)
+    each = [in_dtype(make_inputs(family, height), getattr(torch, dtype)) for height in (12, 16)]
     expected = [steps(whole, inputs) for inputs in each]
     with limited(whole) as (runtime, model):
         for inputs, of_each in zip(each, expected, strict=True):
             assert_equal_steps(steps(model, inputs), of_each)
         for inputs, of_each in zip(each, expected, strict=True):
-            assert torch.equal(model.evaluate(inputs), of_each[-1])
+            assert torch.equal(evaluate(model, inputs), of_each[-1])
         assert on_rank(runtime, model)["model"]["streamed_bytes"] > 0
 
 
-@pytest.mark.parametrize("family", WRITERS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_memory(load: Load, runtime: Runtime, files: dict[str, Path], family: str) -> None:
     """At no time does it take more than the limit, beside what the whole model takes, too."""
     runtime.release()
@@ -90,7 +84,7 @@ def test_memory(load: Load, runtime: Runtime, files: dict[str, Path], family: st
         assert found["memory"]["peak_bytes"] <= limit_for(whole) + beside + SLACK
 
 
-@pytest.mark.parametrize("family", WRITERS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_sleep_and_lora(load: Load, runtime: Runtime, files: dict[str, Path], family: str) -> None:
     whole, inputs = load(files[family]), make_inputs(family)
     plain = steps(whole, inputs)
@@ -109,14 +103,13 @@ def test_sleep_and_lora(load: Load, runtime: Runtime, files: dict[str, Path], fa
             for one in (whole, model):
                 one.patch(strength, {} if strength is None else patches_of(one, strength))
                 one.ensure_loaded()
-            assert torch.equal(model.evaluate(inputs), whole.evaluate(inputs))
-        assert torch.equal(model.evaluate(inputs), plain[-1])
+            assert torch.equal(evaluate(model, inputs), evaluate(whole, inputs))
+        assert torch.equal(evaluate(model, inputs), plain[-1])
 
 
 def test_fp8(load: Load, files: dict[str, Path], tmp_path: Path) -> None:
     path = write_fp8(files["flux"], tmp_path / "fp8.safetensors", "scaled")
-    whole, inputs = load(path, "bfloat16"), make_inputs("flux")
-    inputs = {k: v if k == "timesteps" else v.bfloat16() for k, v in inputs.items()}
+    whole, inputs = load(path, "bfloat16"), in_dtype(make_inputs("flux"), torch.bfloat16)
     expected = steps(whole, inputs)
     with limited(whole) as (_, model):
         assert_equal_steps(steps(model, inputs), expected)
