@@ -3,8 +3,9 @@
     python -m bench.quantised_products
 
 For each size, in bf16: torch's product; with fp8 and int8 weights what the ranks compute
-(`gpu/quantised_products.py`), whole and its two halves, quantising the tokens and multiplying; and
-in plain torch (`rank/quantised_arithmetic.py`), which the errors of the others are measured beside.
+(`gpu/quantised_products.py`), the tokens' quantisation alone, and every kernel that may multiply
+them, each on a line; and in plain torch (`rank/quantised_arithmetic.py`), which the errors of the
+others are measured beside.
 `codes`: the share of the input's codes that differ from plain torch's, by one in int8, which
 rounding a rotated value before or after the last bit does. A row whose error is above plain torch's
 by a fifth is marked WRONG, and the exit status is 1.
@@ -96,7 +97,7 @@ def compare(tokens: int, inputs: int, outputs: int, count: int) -> bool:
     size = f"{tokens} x {inputs} x {outputs}"
     ms = milliseconds(partial(F.linear, x, weight, bias), count)
     found = error(F.linear(x, weight, bias), exact)
-    print(f"{size:>20} {'bf16':24} {ms:7.3f} {'':7} {'':8} {work / ms:8.0f} {found:9.2e}")
+    print(f"{size:>20} {'bf16':24} {ms:7.3f} {'':7} {work / ms:8.0f} {found:9.2e}")
     right = True
     for name, form, dtype in FORMS:
         rotation = form.rotation
@@ -105,8 +106,10 @@ def compare(tokens: int, inputs: int, outputs: int, count: int) -> bool:
         rows = rotated_rows(x[0], dtype, rotation)
         whole = partial(products.product, x, codes, scale, bias, rotation)
         only_rows = partial(rotated_rows, x[0], dtype, rotation)
-        only_product = partial(products.multiplied, *rows, codes, scale, bias, x.dtype)
-        times = [milliseconds(run, count) for run in (whole, only_rows, only_product)]
+        row_codes, row_scale = rows
+        given = row_codes, codes, row_scale, scale.view(1, -1), bias, x.dtype
+        each = {kernel.__name__: partial(kernel, *given) for kernel in products.KERNELS[dtype]}
+        times = [milliseconds(run, count) for run in (whole, only_rows)]
         tensors = {"weight": codes, "weight_scale": scale}
         plain = error(product(form, tensors, x, bias, [outputs], of_integers=True), exact)
         # In plain torch fp8's input is not quantised, which adds as much again.
@@ -116,9 +119,14 @@ def compare(tokens: int, inputs: int, outputs: int, count: int) -> bool:
         mark = "" if found <= bound else "  WRONG"
         right = right and found <= bound
         print(
-            f"{size:>20} {name:24} {times[0]:7.3f} {times[1]:7.3f} {times[2]:8.3f} "
-            f"{work / times[0]:8.0f} {found:9.2e} {plain:9.2e} {other:8.2%}{mark}"
+            f"{size:>20} {name:24} {times[0]:7.3f} {times[1]:7.3f} {work / times[0]:8.0f} "
+            f"{found:9.2e} {plain:9.2e} {other:8.2%}{mark}"
         )
+        for kernel, run in each.items():
+            found, ms = error(run()[None], exact), milliseconds(run, count)
+            mark = "" if found <= bound else "  WRONG"
+            right = right and found <= bound
+            print(f"{size:>20}   {kernel:22} {ms:7.3f} {'':7} {work / ms:8.0f} {found:9.2e}{mark}")
     return right
 
 
@@ -129,7 +137,7 @@ def main() -> int:
     count = parser.parse_args().count
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     print(
-        f"{'tokens x in x out':>20} {'form':24} {'ms':>7} {'rows':>7} {'product':>8} "
+        f"{'tokens x in x out':>20} {'form':24} {'ms':>7} {'rows':>7} "
         f"{'TFLOP/s':>8} {'error':>9} {'torch':>9} {'codes':>8}"
     )
     torch.manual_seed(0)

@@ -5,6 +5,7 @@
 writes them into the page, each between the lines that mark its place.
 """
 
+import argparse
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from tp_runtime.layouts.cost_model import (
     DEVICES,
     HOST_RATES,
     LINKS,
+    Device,
     Link,
     Prediction,
     coded_sum_s,
@@ -55,10 +57,17 @@ class Case:
     batch: int
     layout: Layout
     link: Link = NVLINK
-    device: str = "NVIDIA H200"
+    device: Device = DEVICES["H200"]
     precision: Precision = "exact"
     references: int = 0
     gpu_gib: float | None = None  # of weights that each GPU may hold
+
+    @property
+    def sums(self) -> str:
+        """What the GPUs add up by, and in how many bits if those are 8."""
+        if self.link.fused:
+            return "fused"
+        return f"NCCL, {self.link.name}{', 8 bits' * (self.precision == 'fast')}"
 
     def predict(self) -> Prediction:
         of_model = family_named(self.model)
@@ -69,7 +78,7 @@ class Case:
             of_model.text_tokens,
             self.layout.tp_size,
             self.layout.batch_groups,
-            device_of(self.device),
+            self.device,
             self.link,
             sequence_size=self.layout.sequence_size,
             references=[(1, *latent)] * self.references,
@@ -100,7 +109,7 @@ class Case:
 
 
 # What was measured on 4 H100s (28 November 2026). Without peer access: NCCL_P2P_DISABLE=1.
-H100 = "NVIDIA H100 80GB HBM3"
+H100 = DEVICES["H100"]
 # Exchanges were NCCL's there, in one turn.
 WITHOUT_PEERS = replace(LINKS["pcie5-host"], turns=1)
 SUMS_WITHOUT_PEERS = {2: 1.16, 4: 2.00}  # NCCL's, of 28 MiB, in ms
@@ -170,16 +179,18 @@ def measured() -> list[Measured]:
                 continue  # diffusers alone; no GPU; operations as written
             if row.get("weights", "bf16") != "bf16":
                 continue  # products with quantised weights are not predicted
+            device = device_of(row["device"])
+            assert device is not None, f"{path}: no rates are known of {row['device']}"
             link = replace(NVLINK, fused=row["commit"] not in THROUGH_NCCL or row["tp"] == 1)
             if row.get("peer_access") is False:
-                link = usual_link(device_of(row["device"]), peers=False)
+                link = usual_link(device, peers=False)
             case = Case(
                 row["model"],
                 Extent.parse(str(row["side"])),
                 row["batch"],
                 Layout(row["tp"], row.get("batch_groups", 1), row.get("sequence_size") or 1),
                 link,
-                row["device"],
+                device,
                 row.get("precision", "exact"),
                 row.get("references", 0),
                 row.get("gpu_memory_gib"),
@@ -192,11 +203,11 @@ def check() -> str:
     rows = [
         [
             each.case.label,
-            each.case.device.removeprefix("NVIDIA "),
+            each.case.device.name,
             each.case.layout,
             each.case.what,
             each.case.batch,
-            "fused" if each.case.link.fused else f"NCCL, {each.case.link.name}",
+            each.case.sums,
             each.commit,
             f"{each.ms:.1f}",
             f"{each.case.predict().ms:.1f}",
@@ -325,7 +336,7 @@ def sharing() -> str:
         times = f"{ms:.2f} ms", f"{found:.2f} ms", f"{found / ms - 1:+.1%}"
         rows.append(["a sum of 28 MiB", WITHOUT_PEERS.name, Layout(size), *times])
     for size, ms in CODED_SUMS_WITHOUT_PEERS.items():
-        found = 1e3 * coded_sum_s(28 * 2**20, size, device_of(H100), WITHOUT_PEERS)
+        found = 1e3 * coded_sum_s(28 * 2**20, size, H100, WITHOUT_PEERS)
         times = f"{ms:.2f} ms", f"{found:.2f} ms", f"{found / ms - 1:+.1%}"
         what = "a sum of 28 MiB in 8 bits (a trial)"
         rows.append([what, WITHOUT_PEERS.name, Layout(size), *times])
@@ -334,7 +345,7 @@ def sharing() -> str:
         add(what, case.link.name, case.layout, case.predict().ms, ms, "ms")
     for tokens, link, layout, seconds in VIDEO_BLOCKS:
         sizes = layout.tp_size, layout.sequence_size
-        found = predict_blocks(video_blocks(tokens), 1, *sizes, device_of(H100), link)
+        found = predict_blocks(video_blocks(tokens), 1, *sizes, H100, link)
         add(
             f"40 blocks of {_label('wan')}, {tokens:,} tokens",
             link.name,
@@ -358,7 +369,8 @@ def cards() -> str:
     for model in ("z_image", "flux", "wan"):
         extent = Extent.usual(family_named(model))[0]
         for card, link in machines:
-            times = {at: Case(model, extent, 1, at, LINKS[link], card).predict().ms for at in shown}
+            case = Case(model, extent, 1, Layout(1), LINKS[link], DEVICES[card])
+            times = {at: replace(case, layout=at).predict().ms for at in shown}
             best = [
                 min((at for at in shown if at.num_gpus == num), key=lambda at: times[at])
                 for num in (2, 4)
@@ -374,7 +386,7 @@ def streaming() -> str:
     rows = []
     for model in ("flux", "wan", "qwen_image"):
         extent = Extent.usual(family_named(model))[0]
-        case = Case(model, extent, 1, Layout(1), LINKS["pcie-host"], "RTX 4090")
+        case = Case(model, extent, 1, Layout(1), LINKS["pcie-host"], DEVICES["RTX 4090"])
         for gib in (8, 12, 16, 24, None):
             held = None if gib is None else fitting_weights(gib * 2**30) / 2**30
             cells = []
@@ -399,7 +411,7 @@ def eight_bits() -> str:
     for model in ("z_image", "flux", "wan"):
         extent = Extent.usual(family_named(model))[0]
         for card, link in machines:
-            case = Case(model, extent, 1, Layout(1), LINKS[link], card)
+            case = Case(model, extent, 1, Layout(1), LINKS[link], DEVICES[card])
             cells = []
             for layout in shown:
                 exact = replace(case, layout=layout).predict().ms
@@ -475,4 +487,7 @@ def _table(heads: Sequence[object], rows: list[list[object]]) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    ).parse_args()
     PAGE.write_text(page(PAGE.read_text()))

@@ -15,7 +15,7 @@ ROWS = measured()
 def _name(row: Measured) -> str:
     case = row.case
     what = f"{case.model}-{case.layout}-{case.extent.side}-batch{case.batch}"
-    return f"{what}-{case.device}-{row.commit}"
+    return f"{what}-{case.device.name}-{row.commit}"
 
 
 @pytest.mark.parametrize("row", ROWS, ids=_name)

@@ -145,7 +145,7 @@ def test_devices_by_torchs_name() -> None:
     assert device_of("NVIDIA GeForce RTX 4090") is DEVICES["RTX 4090"]
     pro = "NVIDIA RTX PRO 6000 Blackwell Workstation Edition"
     assert device_of(pro) is DEVICES["RTX PRO 6000"]
-    assert device_of("NVIDIA L40S") is DEVICES["other"]
+    assert device_of("NVIDIA L40S") is None
 
 
 @pytest.mark.parametrize(("tokens", "link", "layout", "seconds"), VIDEO_BLOCKS)

@@ -1,7 +1,9 @@
 """What is kept of how GPUs are connected, and how it is measured once."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,9 +21,10 @@ from tp_runtime.layouts.cost_model import (
     Link,
     _attention_s,
     _product_s,
+    device_of,
     nccl_s,
 )
-from tp_runtime.layouts.gpus import Gpu, best_first, devices_of
+from tp_runtime.layouts.gpus import Gpu, best_first, by_architecture, devices_of
 from tp_runtime.layouts.link_records import PASSES, LinkRates, LinkRecords, Speed
 from tp_runtime.sharding.block_costs import AttentionCosts
 from tp_runtime.sharding.plan import Split
@@ -105,10 +108,12 @@ def test_a_link_with_what_was_measured() -> None:
 @pytest.mark.parametrize("name", ["RTX 4090", "H200", "RTX 3060"])
 def test_a_speed_explains_the_times(name: str) -> None:
     device = DEVICES[name]
-    found = Speed.of_rank(speed_of(device)).device("NVIDIA New")
+    likely = DEVICES["RTX 3080"]
+    found = Speed.of_rank(speed_of(device)).on(likely)
     for rate in ("matmul", "attention", "memory"):
         assert getattr(found, rate) == pytest.approx(getattr(device, rate), rel=1e-3)
-    assert (found.multiprocessors, found.name) == (device.multiprocessors, "NVIDIA New")
+    assert found.multiprocessors == device.multiprocessors
+    assert (found.name, found.pcie, found.nvlink) == (likely.name, likely.pcie, likely.nvlink)
     assert "measured on this machine" in found.source
 
 
@@ -125,19 +130,70 @@ def test_copies_from_the_host_are_measured() -> None:
 
 
 def test_unknown_gpus_have_the_speed_that_was_measured(path: Path) -> None:
-    """Without it, they count as all the same; the slowest of one name counts."""
+    """Without it, what is likely; the slowest of one name counts."""
     records, gpus = LinkRecords(path), ["0 NVIDIA Old", "1 NVIDIA New", "2 NVIDIA New"]
     speeds = [Speed.of_rank(speed_of(DEVICES["RTX 3090"], factor)) for factor in (1.0, 0.5, 0.6)]
-    on_machine = [Gpu(number, gpu[2:], 2**35) for number, gpu in enumerate(gpus)]
+    likely = replace(DEVICES["RTX 3080"], name="likely")
+    on_machine = [Gpu(number, gpu[2:], 2**35, likely) for number, gpu in enumerate(gpus)]
     assert [gpu.number for gpu in best_first(on_machine, records.speeds())] == [0, 1, 2]
-    assert devices_of(["NVIDIA Old", "NVIDIA H200"], records.speeds()) == [DEVICES["other"]]
+    old, h200 = on_machine[0], Gpu(3, "NVIDIA H200", 2**37, DEVICES["H200"])
+    assert devices_of([old, h200, old], records.speeds()) == [likely, DEVICES["H200"]]
     records.add(gpus, RATES, speeds)
     found = LinkRecords(path).speeds()
     assert found == {"NVIDIA Old": speeds[0], "NVIDIA New": speeds[2]}
     assert [gpu.number for gpu in best_first(on_machine, found)] == [1, 2, 0]
-    old, known = devices_of(["NVIDIA Old", "NVIDIA H200", "NVIDIA Old"], found)
-    assert old.matmul == pytest.approx(DEVICES["RTX 3090"].matmul, rel=1e-3)
+    measured, known = devices_of([old, h200], found | {"NVIDIA H200": speeds[0]})
+    assert measured.matmul == pytest.approx(DEVICES["RTX 3090"].matmul, rel=1e-3)
     assert known is DEVICES["H200"]
+
+
+# Multiprocessors, MHz of them and of memory, bits of memory: what torch tells of such cards.
+TOLD = {
+    "NVIDIA GeForce RTX 3090": ((8, 6), 82, 1695, 9751, 384),
+    "NVIDIA GeForce RTX 4090": ((8, 9), 128, 2520, 10501, 384),
+    "NVIDIA GeForce RTX 5090": ((12, 0), 170, 2407, 14001, 512),
+    "NVIDIA RTX PRO 6000 Blackwell Workstation Edition": ((12, 0), 188, 2617, 14001, 512),
+    "NVIDIA H200": ((9, 0), 132, 1830, 3201, 6144),
+}
+
+
+def properties(
+    capability: tuple[int, int], multiprocessors: int, clock: int, memory: int, bits: int
+) -> SimpleNamespace:
+    major, minor = capability
+    return SimpleNamespace(
+        major=major,
+        minor=minor,
+        multi_processor_count=multiprocessors,
+        clock_rate=1000 * clock,
+        memory_clock_rate=1000 * memory,
+        memory_bus_width=bits,
+    )
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_the_architecture_tells_what_data_sheets_do(name: str) -> None:
+    found, known = by_architecture(name, properties(*TOLD[name])), device_of(name)
+    assert known is not None
+    for rate in ("matmul", "attention", "memory"):
+        assert getattr(found, rate) == pytest.approx(getattr(known, rate), rel=0.03)
+    assert (found.multiprocessors, found.pcie, found.nvlink) == (
+        known.multiprocessors,
+        known.pcie,
+        known.nvlink,
+    )
+
+
+def test_cards_of_architectures_to_come_and_older_torch() -> None:
+    of_newer = SimpleNamespace(major=13, minor=0, multi_processor_count=100)
+    found = by_architecture("NVIDIA RTX 9999", of_newer)
+    assert min(found.matmul, found.attention, found.memory) > 1e11
+    assert (found.pcie, found.nvlink) == (5, False)
+    half = by_architecture("NVIDIA GeForce RTX 9999", of_newer)
+    assert half.matmul == pytest.approx(found.matmul / 2)
+    a100 = SimpleNamespace(major=8, minor=0, multi_processor_count=108)
+    assert by_architecture("NVIDIA A100-SXM4-80GB", a100).nvlink
+    assert not by_architecture("NVIDIA A100 80GB PCIe", a100).nvlink
 
 
 def test_another_process_finds_what_was_measured(path: Path) -> None:

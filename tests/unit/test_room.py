@@ -16,7 +16,7 @@ from tp_runtime.errors import SizeError
 from tp_runtime.files.safetensors_file import TensorInfo
 from tp_runtime.layouts import choice
 from tp_runtime.layouts.choice import MIN_GAIN, Choice, choose_layout, native_workload
-from tp_runtime.layouts.cost_model import DEVICES, LINKS, REQUEST_S, Link, predict
+from tp_runtime.layouts.cost_model import DEVICES, LINKS, REQUEST_S, Device, Link, predict
 from tp_runtime.layouts.gpus import Gpu
 from tp_runtime.layouts.link_records import LinkRecords
 from tp_runtime.layouts.room import Room, live_bytes, streamed_bytes
@@ -50,20 +50,21 @@ def records(tmp_path: Path) -> StepRecords:
 def choose(
     tmp_path: Path, records: StepRecords, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Choose]:
-    """`choose(model, memory, link, card, layouts, host, itemsize)`: on two such cards."""
+    """`choose(model, memory, link, kind, layouts, host, itemsize)`: on two such cards."""
     monkeypatch.delenv("TP_RUNTIME_GPU_MEMORY", raising=False)
 
     def on_machine(
         model: str,
         memory: int = CARD_24,
         link: Link = LINKS["pcie-host"],
-        card: str = "NVIDIA GeForce RTX 4090",
+        kind: Device = DEVICES["RTX 4090"],
         layouts: Sequence[Layout] = (TP, ONE, BATCH, SHARED),
         host: int = 64 * GIB,
         itemsize: int | None = None,
     ) -> Choice:
+        card = kind.name
         monkeypatch.setattr(
-            choice, "gpus_of", lambda gpus: [Gpu(gpu, card, memory) for gpu in gpus]
+            choice, "gpus_of", lambda gpus: [Gpu(gpu, card, memory, kind) for gpu in gpus]
         )
         monkeypatch.setattr(choice, "link_between", lambda *_: link)
         monkeypatch.setattr(config, "device_name", lambda _: card)
@@ -152,8 +153,7 @@ def test_what_was_measured_stands_against_what_is_predicted(
     info = published("flux")
     for layout, ms in ((TP, 500.0), (SHARED, 700.0)):
         for _ in range(MIN_TIMES):
-            name = "NVIDIA GeForce RTX 4090"
-            records.add(info.path, name, native_workload(info), layout, ms)
+            records.add(info.path, "RTX 4090", native_workload(info), layout, ms)
     found = choose("flux", layouts=(TP, SHARED))
     assert (found.layout, found.reason) == (TP, None)
 
@@ -168,7 +168,7 @@ def test_where_all_layouts_fit_nothing_changes(choose: Choose, model: str) -> No
     assert found.reason is not None
     assert "host's memory at every step" not in found.reason
     assert "if its weights fitted" not in found.reason
-    nvlink = choose(model, 80 * GIB, LINKS["nvlink"], "NVIDIA H100 80GB HBM3")
+    nvlink = choose(model, 80 * GIB, LINKS["nvlink"], DEVICES["H100"])
     assert (nvlink.layout, nvlink.reason) == (TP, None)
 
 
@@ -177,7 +177,7 @@ def test_with_nvlink_a_default_that_streams_is_not_kept_though_slower(
 ) -> None:
     """By 2 %, where one that fits would have to be faster by more than 3 %."""
     monkeypatch.setenv("TP_RUNTIME_GPU_MEMORY", "20")
-    info, card = published("wan"), "NVIDIA H100 80GB HBM3"
+    info, card = published("wan"), DEVICES["H100"]
     workload = native_workload(info)
     case = info.sizes, workload.latent_shape, workload.text_tokens, 2, 1, DEVICES["H100"]
     seconds = 1.02 * predict(*case).ms / 1e3 - REQUEST_S
@@ -196,7 +196,7 @@ def test_no_layout_is_taken_that_streaming_makes_slower(choose: Choose, model: s
     weights, workload = info.weight_bytes(2), native_workload(info)
     layouts = [TP, ONE, BATCH, SHARED, Layout(4), Layout(2, 1, 2), Layout(1, 1, 4)]
     for gib, link in itertools.product((8, 16, 24, 48), ("pcie-host", "pcie5", "nvlink")):
-        gpus = [Gpu(number, "NVIDIA GeForce RTX 4090", gib * GIB) for number in range(4)]
+        gpus = [Gpu(number, "", gib * GIB, DEVICES["RTX 4090"]) for number in range(4)]
         rooms = {one: Room.on(gpus[: one.num_gpus], info.sizes, weights, one) for one in layouts}
         times = {
             one: predict(
@@ -256,7 +256,7 @@ def test_what_only_a_prompt_uses_is_not_read_in_a_step() -> None:
     info = published("wan")
     weights = info.weight_bytes(2)
     assert streamed_bytes("", info.sizes, 1, weights, weights - 3 * GIB) == 0
-    assert not Room.on([Gpu(0, "", 26 * GIB)], info.sizes, weights, ONE).fits
+    assert not Room.on([Gpu(0, "", 26 * GIB, DEVICES["H200"])], info.sizes, weights, ONE).fits
     assert streamed_bytes("", info.sizes, 1, weights, weights - 5 * GIB) > GIB
 
 
@@ -264,7 +264,8 @@ def test_what_cannot_be_streamed() -> None:
     info = published("flux")
     with pytest.raises(SizeError, match=r"FLUX\.1 needs at least"):
         streamed_bytes("FLUX.1", info.sizes, 2, info.weight_bytes(2), GIB // 10)
-    room = Room.on([Gpu(0, "", fitting := GIB + GIB // 10)], info.sizes, info.weight_bytes(2), TP)
+    gpu = Gpu(0, "", fitting := GIB + GIB // 10, DEVICES["H200"])
+    room = Room.on([gpu], info.sizes, info.weight_bytes(2), TP)
     assert fitting_weights(fitting) == room.limit
     assert (room.streamed, room.fits, room.can_stream) == (None, False, False)
 

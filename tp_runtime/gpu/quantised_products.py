@@ -7,19 +7,26 @@ and a kernel that did all, with the rotation twice, 0.17.
 ``rank/quantised_arithmetic.py`` has the same in plain torch.
 """
 
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from vllm import _custom_ops as vllm_ops
 
 from ..formats import FP8_SINCE, INT8_SINCE
+from .graphs import fused
 from .rotation import rotated
+
+logger = logging.getLogger("tp_runtime.gpu.quantised_products")
 
 _LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 _TOKENS = 1  # of one program
 _ALIGNED = 16  # features that the products take at a time
+_LEAST_TOKENS = 32  # of torch's product in int8, which takes no fewer than 17
 
 
 @triton.jit
@@ -86,21 +93,15 @@ def _power_of_2(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-@cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
 def can_multiply(dtype: torch.dtype, x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether ``x`` can be multiplied in ``dtype``, int8 or fp8, with a weight (rows, columns)."""
-    since = INT8_SINCE if dtype == torch.int8 else FP8_SINCE
     # By rows, torch multiplies fp8 to bf16 only; vLLM int8 to fp16, too.
     results = (torch.bfloat16, torch.float16) if dtype == torch.int8 else (torch.bfloat16,)
     return (
         x.is_cuda
         and x.dtype in results
-        and _capability(x.device) >= since
         and all(size % _ALIGNED == 0 for size in weight.shape)
+        and _kernel(dtype, x.device) is not None
     )
 
 
@@ -113,25 +114,118 @@ def product(
 ) -> torch.Tensor:
     """(..., columns) by an int8 or fp8 weight (rows, columns), scales (rows,) fp32: (..., rows).
 
-    ``rotation``: the weight's columns are rotated in groups of so many.
+    Only what ``can_multiply``. ``rotation``: the weight's columns are rotated in groups of so many.
     """
+    kernel = _kernel(weight.dtype, x.device)
+    assert kernel is not None
     rows, x_scale = quantised_rows(rotated(x.flatten(0, -2), rotation), weight.dtype)
-    found = multiplied(rows, x_scale, weight, scale, bias, x.dtype)
+    found = kernel(rows, weight, x_scale, scale.view(1, -1), bias, x.dtype)
     return found.unflatten(0, x.shape[:-1])
 
 
-def multiplied(
-    rows: torch.Tensor,
-    x_scale: torch.Tensor,
+# --- kernels -------------------------------------------------------------------------------------
+
+# (tokens, columns) and a weight (rows, columns) in int8 or fp8, their scales (tokens, 1) and
+# (1, rows) in fp32, a bias (rows,) or None, a dtype → (tokens, rows) in that dtype.
+Kernel = Callable[..., torch.Tensor]
+
+
+def by_cutlass(
+    codes: torch.Tensor,
     weight: torch.Tensor,
+    x_scale: torch.Tensor,
     scale: torch.Tensor,
     bias: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """What ``quantised_rows`` gave, by a weight of its dtype: (tokens, rows) in ``dtype``."""
-    scales = x_scale, scale.view(1, -1)
-    if weight.dtype == torch.int8:
-        return vllm_ops.cutlass_scaled_mm(rows, weight.t(), *scales, dtype, bias)
+    """vLLM's; int8 up to compute capability 9."""
+    return vllm_ops.cutlass_scaled_mm(codes, weight.t(), x_scale, scale, dtype, bias)
+
+
+def by_scaled_mm(
+    codes: torch.Tensor,
+    weight: torch.Tensor,
+    x_scale: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """torch's, fp8 only."""
     return torch._scaled_mm(
-        rows, weight.t(), *scales, bias=bias, out_dtype=dtype, use_fast_accum=True
+        codes, weight.t(), x_scale, scale, bias=bias, out_dtype=dtype, use_fast_accum=True
     )
+
+
+def by_int_mm(
+    codes: torch.Tensor,
+    weight: torch.Tensor,
+    x_scale: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """torch's (cuBLAS), int8 only: sums in int32, which another kernel scales."""
+    num_tokens = len(codes)
+    if num_tokens < _LEAST_TOKENS:
+        codes = F.pad(codes, (0, 0, 0, _LEAST_TOKENS - num_tokens))
+    sums = torch._int_mm(codes, weight.t())[:num_tokens]
+    return _scaled(sums, x_scale, scale, bias, dtype)
+
+
+@fused
+def _scaled(
+    sums: torch.Tensor,
+    x_scale: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    found = sums.float() * x_scale * scale
+    return (found if bias is None else found + bias.float()).to(dtype)
+
+
+# The fastest first.
+KERNELS: Mapping[torch.dtype, tuple[Kernel, ...]] = {
+    torch.int8: (by_cutlass, by_int_mm),
+    torch.float8_e4m3fn: (by_scaled_mm, by_cutlass),
+}
+
+
+@cache
+def _kernel(dtype: torch.dtype, device: torch.device) -> Kernel | None:
+    """The first that works on the GPU; None: its tensor cores do not multiply in that dtype.
+
+    Asked for in the evaluation before the one that is recorded.
+    """
+    since = INT8_SINCE if dtype == torch.int8 else FP8_SINCE
+    if torch.cuda.get_device_capability(device) < since:
+        return None
+    return first_right(KERNELS[dtype], dtype, device)
+
+
+def first_right(
+    kernels: Sequence[Kernel], dtype: torch.dtype, device: torch.device
+) -> Kernel | None:
+    """The first of the kernels that computes a small product right on that device.
+
+    Which GPUs a release of vLLM or torch has kernels for, only trying tells.
+    """
+    generator = torch.Generator().manual_seed(0)
+    codes, weight = (
+        (30 * torch.randn(size, 64, generator=generator)).round().clamp(-127, 127).to(device, dtype)
+        for size in (48, 32)
+    )
+    x_scale = torch.rand(48, 1, generator=generator).to(device) + 0.5
+    scale = torch.rand(1, 32, generator=generator).to(device) + 0.5
+    expected = (codes.float() * x_scale) @ (weight.float() * scale.t()).t()
+    for kernel in kernels:
+        try:
+            found = kernel(codes, weight, x_scale, scale, None, torch.bfloat16).float()
+        except RuntimeError as error:
+            logger.info("%s in %s on %s: %s", kernel.__name__, dtype, device, error)
+            continue
+        if (found - expected).norm() <= 0.01 * expected.norm():
+            return kernel
+        logger.warning("%s in %s on %s: wrong results", kernel.__name__, dtype, device)
+    logger.warning("No products in %s on %s: weights are dequantised at every use.", dtype, device)
+    return None

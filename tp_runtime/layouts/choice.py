@@ -14,13 +14,12 @@ from ..config import (
     Layout,
     Precision,
     cuda_index,
-    device_name,
     device_names,
     gpu_names,
     may_access_peers,
 )
 from ..recognise import CheckpointInfo
-from .cost_model import Device, Link, device_of, predict, usual_link
+from .cost_model import Device, Link, predict, usual_link
 from .gpus import Gpu, are_alike, best_first, devices_of, gpus_of
 from .link_records import LinkRecords
 from .room import Room, live_bytes
@@ -154,15 +153,14 @@ def choose_layout(
     def useful(of: Workload, among: Sequence[Layout]) -> list[Layout]:
         return [one for one in among if one == plain or one.batch_groups <= of.batch]
 
-    kinds = devices_of((gpu.name for gpu in ordered), speeds)
+    kinds = devices_of(ordered, speeds)
 
     def predictor(of: Workload, *, streams: bool = True) -> Callable[[Layout], float] | None:
         if link is None:
             return None
 
         def on_slowest(layout: Layout) -> float:
-            names = (gpu.name for gpu in taken(layout))
-            here = kinds if len(kinds) == 1 else devices_of(names, speeds)
+            here = kinds if len(kinds) == 1 else devices_of(taken(layout), speeds)
             streamed = rooms[layout].streamed if streams and layout in rooms else None
             return max(
                 _predicted_ms(info, of, kind, link, precision, layout, streamed or 0)
@@ -314,7 +312,7 @@ def likely_link(gpus: Sequence[int]) -> Link:
     peers = may_access_peers() and all(
         torch.cuda.can_device_access_peer(one, other) for one, other in pairs
     )
-    of_each = [usual_link(device_of(device_name(gpu)), peers=peers) for gpu in gpus]
+    of_each = [usual_link(gpu.kind, peers=peers) for gpu in gpus_of(gpus)]
     return min(of_each, key=lambda link: link.rate)
 
 

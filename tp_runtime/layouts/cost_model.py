@@ -37,9 +37,8 @@ class Device:
     """A kind of GPU. Rates: ``matmul`` and ``attention`` FLOP/s, ``memory`` bytes/s.
 
     ``multiprocessors``: a kernel's work is dealt out to them in whole tiles. ``source``: of the
-    rates. With the rates of a stranger, times are good to compare layouts with and no more.
-    ``pcie``: the generation of its slot; ``nvlink``: GPUs of the kind that reach each other's
-    memory do it so.
+    rates. ``pcie``: the generation of its slot; ``nvlink``: GPUs of the kind that reach each
+    other's memory do it so.
     """
 
     name: str
@@ -87,40 +86,41 @@ class Link:
         return replace(self, exchange_rate=min(self.exchange_rate, self.exchange_total / num_gpus))
 
 
-def _by_data_sheet(
-    name: str, tflops: float, memory: float, multiprocessors: int, pcie: int
+def by_data_sheet(
+    name: str,
+    tflops: float,
+    memory: float,
+    multiprocessors: int,
+    pcie: int,
+    *,
+    nvlink: bool = False,
+    of: str = "the data sheet's numbers",
 ) -> Device:
     """Of dense products in bf16 with sums in fp32, and of memory: what an H200 reaches of its own.
 
     Which are 989 TFLOP/s and 4.8e12 bytes/s.
     """
     matmul, attention = (tflops * 1e12 * reached / 989e12 for reached in (820e12, 615e12))
-    source = "the H200's shares of the data sheet's numbers; not measured"
+    source = f"the H200's shares of {of}; not measured"
     reached = memory * 3.0 / 4.8
-    return Device(name, matmul, attention, reached, multiprocessors, source, pcie, nvlink=False)
+    return Device(name, matmul, attention, reached, multiprocessors, source, pcie, nvlink)
 
 
 # By a part of the name that torch tells.
 DEVICES = {
     "H200": Device("H200", 820e12, 615e12, 3.0e12, 132, "measured"),
     "H100": Device("H100", 820e12, 600e12, 2.4e12, 132, "as H200; attention and memory measured"),
-    "RTX PRO 6000": _by_data_sheet("RTX PRO 6000", 503.8, 1.792e12, 188, pcie=5),
-    "RTX 5090": _by_data_sheet("RTX 5090", 209.5, 1.792e12, 170, pcie=5),
-    "RTX 5080": _by_data_sheet("RTX 5080", 112.6, 0.960e12, 84, pcie=5),
-    "RTX 5070 Ti": _by_data_sheet("RTX 5070 Ti", 87.9, 0.896e12, 70, pcie=5),
-    "RTX 4090": _by_data_sheet("RTX 4090", 165.2, 1.008e12, 128, pcie=4),
-    "RTX 4080": _by_data_sheet("RTX 4080", 97.5, 0.717e12, 76, pcie=4),
-    "RTX 4070 Ti": _by_data_sheet("RTX 4070 Ti", 80.2, 0.504e12, 60, pcie=4),
-    "RTX 4060 Ti": _by_data_sheet("RTX 4060 Ti", 44.1, 0.288e12, 34, pcie=4),
-    "RTX 3090": _by_data_sheet("RTX 3090", 71.0, 0.936e12, 82, pcie=4),
-    "RTX 3080": _by_data_sheet("RTX 3080", 59.5, 0.760e12, 68, pcie=4),
-    "RTX 3060": _by_data_sheet("RTX 3060", 25.5, 0.360e12, 28, pcie=4),
-    "other": Device(
-        "other",
-        *(820e12, 615e12, 2.1e12, 132, "a guess: only relations count"),
-        pcie=4,
-        nvlink=False,
-    ),
+    "RTX PRO 6000": by_data_sheet("RTX PRO 6000", 503.8, 1.792e12, 188, pcie=5),
+    "RTX 5090": by_data_sheet("RTX 5090", 209.5, 1.792e12, 170, pcie=5),
+    "RTX 5080": by_data_sheet("RTX 5080", 112.6, 0.960e12, 84, pcie=5),
+    "RTX 5070 Ti": by_data_sheet("RTX 5070 Ti", 87.9, 0.896e12, 70, pcie=5),
+    "RTX 4090": by_data_sheet("RTX 4090", 165.2, 1.008e12, 128, pcie=4),
+    "RTX 4080": by_data_sheet("RTX 4080", 97.5, 0.717e12, 76, pcie=4),
+    "RTX 4070 Ti": by_data_sheet("RTX 4070 Ti", 80.2, 0.504e12, 60, pcie=4),
+    "RTX 4060 Ti": by_data_sheet("RTX 4060 Ti", 44.1, 0.288e12, 34, pcie=4),
+    "RTX 3090": by_data_sheet("RTX 3090", 71.0, 0.936e12, 82, pcie=4),
+    "RTX 3080": by_data_sheet("RTX 3080", 59.5, 0.760e12, 68, pcie=4),
+    "RTX 3060": by_data_sheet("RTX 3060", 25.5, 0.360e12, 28, pcie=4),
 }
 LINKS = {
     "nvlink": Link(
@@ -200,9 +200,9 @@ class Prediction:
         )
 
 
-def device_of(name: str) -> Device:
-    """The device that torch calls ``name``; "other" if it is none of the known."""
-    return next((device for key, device in DEVICES.items() if key in name), DEVICES["other"])
+def device_of(name: str) -> Device | None:
+    """The device that torch calls ``name``, if it is one of ``DEVICES``."""
+    return next((device for key, device in DEVICES.items() if key in name), None)
 
 
 def usual_link(device: Device, *, peers: bool) -> Link:

@@ -105,10 +105,10 @@ class Speed(msgspec.Struct, frozen=True):
         memory = PASSES * 3 * said["added_bytes"] / said["sum_s"]
         return cls(product / said["product_s"], attention / said["attention_s"], memory, at_once)
 
-    def device(self, name: str) -> Device:
-        """The kind of that name, with what was measured."""
-        rates = self.matmul, self.attention, self.memory, self.multiprocessors
-        return Device(name, *rates, "measured on this machine", pcie=4, nvlink=False)
+    def on(self, kind: Device) -> Device:
+        """The kind, with what was measured."""
+        measured = {name: getattr(self, name) for name in self.__struct_fields__}
+        return replace(kind, **measured, source="measured on this machine")
 
 
 class _OfGpus(msgspec.Struct):

@@ -215,14 +215,14 @@ def _predict(options: argparse.Namespace) -> None:
 def _devices(options: argparse.Namespace) -> list[Device]:
     """The kinds of the GPUs: of those that are named, of this machine's best, or an H200."""
     if options.device is None:
-        names = (gpu.name for gpu in _own_gpus(options.tp))
-        return devices_of(names, LinkRecords.of_home().speeds()) or [DEVICES["H200"]]
+        own = devices_of(_own_gpus(options.tp), LinkRecords.of_home().speeds())
+        return own or [DEVICES["H200"]]
     if len(options.device) not in (1, options.tp):
         raise InputError(
             f"{len(options.device)} GPUs are named by --device, but --tp is {options.tp}: give one "
             "for all of them, or one for each."
         )
-    return devices_of(options.device, {})
+    return [DEVICES[name] for name in dict.fromkeys(options.device)]
 
 
 def _weight_limit(options: argparse.Namespace) -> int | None:
