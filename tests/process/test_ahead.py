@@ -33,7 +33,7 @@ from tp_runtime.client import (
     ahead,
     meanwhile,
 )
-from tp_runtime.client.engine import LOOKS, Engine
+from tp_runtime.client.engine import LOOKS, Engine, room_for
 from tp_runtime.client.evaluated import may_be_ahead
 from tp_runtime.client.evaluation_times import EvaluationTimes
 from tp_runtime.client.held_tensors import HeldTensors
@@ -92,10 +92,9 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> Stream:
         target = exchange.view(ref)
         stream.put(lambda: target.copy_(tensor))
 
-    def copied_to(_: Exchange, device: torch.device, view: torch.Tensor) -> torch.Tensor:
-        copy = torch.full_like(view, torch.nan)
-        stream.put(lambda: copy.copy_(view))
-        return copy
+    def copy_to(_: Exchange, target: torch.Tensor, view: torch.Tensor) -> None:
+        target.fill_(torch.nan)
+        stream.put(lambda: target.copy_(view))
 
     def wait(_: Exchange) -> None:
         assert stream.is_idle(within_s=60)
@@ -104,7 +103,7 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> Stream:
     monkeypatch.setattr(Exchange, "say_inputs", say_inputs)
     monkeypatch.setattr(Exchange, "write", write)
     monkeypatch.setattr(Exchange, "await_given", await_given)
-    monkeypatch.setattr(Exchange, "copied_to", copied_to)
+    monkeypatch.setattr(Exchange, "copy_to", copy_to)
     monkeypatch.setattr(Exchange, "wait", wait)
     monkeypatch.setattr(Engine, "_stream_order_of", lambda *_: CPU if may_be_ahead() else None)
     monkeypatch.setattr(EvaluationTimes, "is_short", lambda *_: True)
@@ -145,6 +144,24 @@ def ranks_of(model: RemoteModel) -> list[int]:
 
 def ordered(**order: Any) -> dict[str, Any]:
     return make_inputs() | {"transformer_options": order}
+
+
+def test_where_memory_is_short(
+    model: RemoteModel, stream: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Freeing what is cached waits for the device, and so for all that its streams wait for."""
+
+    def as_full(asked: Any, device: torch.device) -> list[list[torch.Tensor]]:
+        assert stream.is_idle(within_s=4)
+        return room_for(asked, device)
+
+    monkeypatch.setattr("tp_runtime.client.engine.room_for", as_full)
+    with ahead():
+        inputs = [make_inputs(seed=seed) for seed in range(2 * LOOKS)]
+        found = [model.evaluate(one, known_as="the same") for one in inputs]
+    assert stream.is_idle(within_s=5)
+    for one, given in zip(found, inputs, strict=True):
+        assert torch.equal(one, given["x"] * 2 + given["context"].sum())
 
 
 def test_the_caller_goes_on_while_the_ranks_compute(model: RemoteModel, stream: Stream) -> None:

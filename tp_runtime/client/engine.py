@@ -40,6 +40,17 @@ class _LookedAt(NamedTuple):
     times: int
 
 
+def room_for(asked: Sequence[Asked], device: torch.device) -> list[list[torch.Tensor]]:
+    """Tensors on a device that the results of each evaluation fit."""
+    return [
+        [
+            torch.empty(shape, dtype=latent.dtype, device=device)
+            for latent, shape in zip(tensors_in(one.inputs["x"]), one.result_shapes, strict=True)
+        ]
+        for one in asked
+    ]
+
+
 def _remember_looked_at(known_as: Hashable, placed: Placed) -> None:
     """Note what was found of evaluations that are known so.
 
@@ -167,7 +178,8 @@ class Engine:
             else:
                 placed = self._sender.place_evaluations(number, model, asked)
             if device is not None:
-                placed = placed._replace(results=self._awaited(number, placed.results, device))
+                self._await(number, placed.results, rooms, device)
+                placed = placed._replace(results=rooms)
             # With its results, since the group may end between its answer and our reading it.
             made.append(placed)
             return placed.request
@@ -179,6 +191,9 @@ class Engine:
             if laid_out is None:
                 settle_all(poll)
             self._wait_for_calls(poll, but=0 if laid_out is None else 1)
+            # Not in ``make``: where memory is short, making room waits for the device's streams,
+            # which must not wait for a request that is not sent, or for whoever has the exchange.
+            rooms = [] if device is None else room_for(asked, device)
             try:
                 call = self._send(make, kind)
             except BaseException:
@@ -201,14 +216,20 @@ class Engine:
                 evaluated.results = self._copied(asked, placed.results)
         return evaluated
 
-    def _awaited(
-        self, number: int, places: Sequence[Sequence[torch.Tensor]], device: torch.device
-    ) -> list[list[torch.Tensor]]:
-        """The results of a request, as tensors that the device's current stream will have."""
+    def _await(
+        self,
+        number: int,
+        places: Sequence[Sequence[torch.Tensor]],
+        rooms: Sequence[Sequence[torch.Tensor]],
+        device: torch.device,
+    ) -> None:
+        """Have the device's current stream bring the results of a request into their rooms."""
         exchange = self._sender.exchange
         for batch_group in range(len(places)):
             exchange.await_given(device, batch_group, number)
-        return [[exchange.copied_to(device, result) for result in of_one] for of_one in places]
+        for of_one, room in zip(places, rooms, strict=True):
+            for result, target in zip(of_one, room, strict=True):
+                exchange.copy_to(target, result)
 
     def _laid_out(
         self, asked: Sequence[Asked], known_as: Hashable, device: torch.device

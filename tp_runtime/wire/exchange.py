@@ -196,16 +196,19 @@ class Exchange:
 
     def copied_to(self, device: torch.device, view: torch.Tensor) -> torch.Tensor:
         """A copy on a device of a tensor that lies here. To a GPU: only begun, in its stream."""
+        copy = torch.empty_like(view, device=device)
         if device.type == "cpu":
-            copy = torch.empty_like(view)
             ctypes.memmove(copy.data_ptr(), view.data_ptr(), view.nbytes)
-            return copy
-        if device.type != "cuda":
-            return view.to(device)
-        copy = view.to(device, non_blocking=True)
-        stream = torch.cuda.current_stream(device)
-        self._reading[stream] = stream.record_event()
+        else:
+            self.copy_to(copy, view)
         return copy
+
+    def copy_to(self, target: torch.Tensor, view: torch.Tensor) -> None:
+        """Copy a tensor that lies here to another device. To a GPU: only begin, in its stream."""
+        target.copy_(view, non_blocking=target.is_cuda)
+        if target.is_cuda:
+            stream = torch.cuda.current_stream(target.device)
+            self._reading[stream] = stream.record_event()
 
     # --- in stream order -------------------------------------------------------------------------
 
