@@ -35,7 +35,15 @@ from support.quantised_references import (
     write_case,
 )
 from support.tiny_models import tiny_shapes
-from tp_runtime.client import CheckpointInfo, PatchedWeight, inspect_checkpoint
+from tp_runtime.client import (
+    CheckpointError,
+    CheckpointInfo,
+    GroupConfig,
+    ModelSpec,
+    PatchedWeight,
+    Runtime,
+    inspect_checkpoint,
+)
 from tp_runtime.rank.quantised_arithmetic import dequantised
 from tp_runtime.rank.requantising import requantised
 from tp_runtime.tools.footprint import model_footprint
@@ -173,6 +181,30 @@ def test_patched_weights_are_comfyuis_bit_by_bit(folder: Path, patches: Patches,
             values = patched(dequantised(weight.format, held, torch.float32), stage)
             held = requantised(weight, values, held, change)
         assert digest(held) == of_comfyui, layer
+
+
+def test_a_lora_that_ranks_refuse_is_refused_again(
+    folder: Path, patches: Patches, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also of a weight that they could patch, nothing has changed; and without it, all is well."""
+    (tmp_path / "comfy_kitchen.py").write_text('raise ImportError("not in this Python")')
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    runtime, inputs = Runtime(), inputs_of(PATCHED_FAMILY)
+    try:
+        path = write_case(PATCHED_FAMILY, "w4a8", folder)
+        spec = ModelSpec.of(str(path), "float32", "float32")
+        model = runtime.model(spec, GroupConfig(2, "cpu"))
+        model.ensure_loaded()
+        before = model.evaluate(inputs)
+        model.patch("a LoRA", patches(model.info))
+        for _ in range(2):
+            with pytest.raises(CheckpointError, match="needs the package 'comfy-kitchen'"):
+                model.evaluate(inputs)
+        assert [len(group.ranks) for group in runtime.reports()] == [2]
+        model.patch(None, {})
+        assert torch.equal(model.evaluate(inputs), before)
+    finally:
+        runtime.release()
 
 
 def test_weights_stay_quantised(folder: Path, remote: Remote) -> None:

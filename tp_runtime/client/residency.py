@@ -43,6 +43,7 @@ class Holdable(Protocol):
 
 
 _GIB = 2**30
+_UNKNOWN = object()
 
 
 class Neighbour(Protocol):
@@ -59,7 +60,8 @@ class _Resident:
 
     ``rank_bytes``: of its shards on each rank's device; None while it is being loaded, and if the
     caller gave up waiting for that. ``streamed_bytes``: those that are with the host. ``version``:
-    of the patches that it has or, if the caller gave up waiting for them, will have.
+    of the patches that it has; ``_UNKNOWN`` while it gets others, and if the caller gave up waiting
+    for them, or the ranks refused them.
     """
 
     rank_bytes: list[int] | None = None
@@ -199,9 +201,10 @@ class Residency:
         if resident.version != version:
 
             def on_sent() -> None:
-                resident.version = version
+                resident.version = _UNKNOWN
 
             self.engine.patch(model.name, model.patches, poll, on_sent)
+            resident.version = version
 
     def _unload(self, name: str, poll: Poll | None) -> None:
         self.engine.unload(name, poll, on_sent=lambda: self._models.pop(name, None))

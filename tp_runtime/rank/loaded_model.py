@@ -137,6 +137,7 @@ class LoadedModel(Shard):
         """Drop what was computed and recorded."""
         self.forward.memo = Memo(memo_bytes(self._device))
         self.forward.run = self._new_run()
+        self.forward.model_patches = {}
         self.weights.drop_other_shapes()
 
     def close(self) -> None:

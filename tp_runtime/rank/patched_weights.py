@@ -20,7 +20,7 @@ from ..wire.protocol import PatchedWeight, TensorRef, WeightPatch
 from ..wire.weight_patches import patched, rounded
 from .host_copy import HostCopy, PartMemory
 from .quantised_arithmetic import dequantised
-from .requantising import requantised
+from .requantising import check_requantising, requantised
 
 # Puts the ranks' equally long vectors one after another: (n,) on each rank → (n · tp_size,).
 Gather = Callable[[torch.Tensor], torch.Tensor]
@@ -87,6 +87,17 @@ class PatchedWeights:
     def __len__(self) -> int:
         """How many weights are patched."""
         return len(self._applied)
+
+    def check(self, wanted: Mapping[str, PatchedWeight]) -> None:
+        """Look at what ``apply`` is going to be given; afterwards it must not be refused.
+
+        Raises:
+            CheckpointError: a weight is quantised in a way that cannot be done again here.
+        """
+        for name in wanted:
+            quantised = self._stored[name].quantised if name in self._parts else None
+            if quantised is not None:
+                check_requantising(quantised.format)
 
     def apply(self, wanted: Mapping[str, PatchedWeight], held: Mapping[int, torch.Tensor]) -> None:
         """Make the weights those of the file, but for the changes of ``wanted``.

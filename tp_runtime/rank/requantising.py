@@ -19,6 +19,24 @@ from .quantised_arithmetic import INT4_LIMIT, INT8_LIMIT, Tensors
 _E2M1_LIMIT, _E4M3_LIMIT = 6.0, 448.0
 
 
+def check_requantising(layer_format: LayerFormat) -> None:
+    """Look whether changed values can be quantised so again.
+
+    Raises:
+        CheckpointError: the package that does it for the format is not installed.
+    """
+    if layer_format.name != W4A8:
+        return
+    try:
+        import comfy_kitchen  # noqa: F401
+    except ImportError as error:
+        raise CheckpointError(
+            f"A LoRA on a weight in {layer_format.name} needs the package 'comfy-kitchen' in the "
+            f"Python of the group's ranks, {sys.executable} ({error}). Run: {sys.executable} -m "
+            "pip install comfy-kitchen"
+        ) from error
+
+
 def requantised(
     weight: QuantisedWeight,
     values: torch.Tensor,
@@ -29,9 +47,7 @@ def requantised(
 
     Companions that patching does not change are those of ``before``. ``change`` says how to round:
     ``by_bytes`` and ``keeps_scale`` count for formats that older releases of ComfyUI read, too.
-
-    Raises:
-        CheckpointError: the package that does it for a format is not installed.
+    Only of formats that ``check_requantising`` has let pass.
     """
     layer_format = weight.format
     name, seed = layer_format.name, change.seed
@@ -92,14 +108,8 @@ def _in_blocks(
 def _with_codebook(
     layer_format: LayerFormat, values: torch.Tensor, before: Tensors, seed: int
 ) -> dict[str, torch.Tensor]:
-    try:
-        import comfy_kitchen as kitchen
-    except ImportError as error:
-        raise CheckpointError(
-            f"A LoRA on a weight in {layer_format.name} needs the package 'comfy-kitchen' in the "
-            f"Python of the group's ranks, {sys.executable} ({error}). Run: {sys.executable} -m "
-            "pip install comfy-kitchen"
-        ) from error
+    import comfy_kitchen as kitchen
+
     codebook: Any = before["codebook"][0] if "codebook" in before else None
     codes, blocks, scale, _, _ = kitchen.quantize_w4a8_int8_weight(
         values,

@@ -33,6 +33,7 @@ from ..wire.protocol import (
     Unload,
     Wake,
 )
+from .agreement import refused_together
 from .host_copy import PartMemory
 from .loaded_model import LoadedModel, Shard
 from .loading import ReportProgress, load_model
@@ -201,9 +202,12 @@ class Runner:
             self._factors[ref.key] = self._exchange.view(ref).clone()
 
     def _patch(self, request: Patch) -> None:
-        self._loaded(request.model).patch(request.weights, self._factors)
-        for key in request.drop:
+        for key in request.drop:  # also if the rest is refused: they are never named again
             del self._factors[key]
+        model = self._loaded(request.model)
+        with refused_together():
+            model.weights.check(request.weights)
+        model.patch(request.weights, self._factors)
 
     def _evaluate(self, request: Evaluate) -> tuple[int, int] | UnderWay:
         """How many values are NaN or infinite: of the latents, and of the results made of them.
