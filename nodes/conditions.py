@@ -1,7 +1,8 @@
 """One step of a sampler, as ComfyUI's `calc_cond_batch` computes it for all conditions.
 
 It is recorded, which `auto` decides by; and where there are batch groups, conditions that ComfyUI
-cannot put into one batch are evaluated at the same time instead of one after the other.
+cannot put into one batch are evaluated at the same time instead of one after the other. Not where
+nodes have code called for each: it expects to be called by one thread, in ComfyUI's order.
 """
 
 import functools
@@ -13,10 +14,10 @@ from comfy.model_management import (
     processing_interrupted,
     throw_exception_if_processing_interrupted,
 )
-from comfy.patcher_extension import WrappersMP, get_all_wrappers
+from comfy.patcher_extension import CallbacksMP, WrappersMP, get_all_wrappers
 
 from ..tp_runtime.client import RemoteModel, Workload, ahead, meanwhile
-from .known_conditions import Conditions, known_conditions
+from .known_conditions import Conditions, has_code_of_nodes, known_conditions
 from .moved_conditions import moved_conditions
 from .together import Meeting
 
@@ -46,8 +47,8 @@ def calc_cond_batch(
         return executor(model, conds, x_in, timestep, model_options)
     evaluations = remote.num_evaluations
     remote.begin_step()
-    with known_conditions(remote, conds, model_options):
-        there = moved_conditions(conds, x_in.device)
+    there = moved_conditions(conds, x_in.device)
+    with known_conditions(remote, there, model_options):
         results = _evaluated(remote, executor, model, there, x_in, timestep, model_options)
     if remote.num_evaluations > evaluations:
         remote.end_step(_workload(model, conds, x_in))
@@ -64,7 +65,13 @@ def _evaluated(
     model_options: dict[str, Any],
 ) -> list[torch.Tensor]:
     """What `executor` finds, in one batch or all conditions at the same time."""
-    if remote.group_config.batch_groups == 1 or not _can_be_apart(conds):
+    is_apart = (
+        remote.group_config.batch_groups > 1
+        and _can_be_apart(conds)
+        and not has_code_of_nodes(model_options)
+        and not model.current_patcher.get_all_callbacks(CallbacksMP.ON_PREPARE_STATE)
+    )
+    if not is_apart:
         return executor(model, conds, x_in, timestep, model_options)
 
     def alone(index: int) -> list[torch.Tensor]:

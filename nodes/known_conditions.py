@@ -8,9 +8,11 @@ them looked at meanwhile.
 
 import contextlib
 import contextvars
+import weakref
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from comfy.patcher_extension import WrappersMP, get_all_wrappers
 
 from ..tp_runtime.client import RemoteModel
@@ -23,16 +25,18 @@ _known: contextvars.ContextVar[tuple[RemoteModel, Hashable] | None] = contextvar
 
 
 class Itself:
-    """An object as a key: equal to itself alone, and there for as long as the key is."""
+    """An object as a key: equal to itself alone, as long as it lives. The key does not keep it."""
 
     def __init__(self, value: object) -> None:
-        self._value = value
+        self._reference = weakref.ref(value)
+        self._hash = id(value)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Itself) and self._value is other._value
+        value = self._reference()
+        return isinstance(other, Itself) and value is not None and value is other._reference()
 
     def __hash__(self) -> int:
-        return id(self._value)
+        return self._hash
 
 
 @contextlib.contextmanager
@@ -41,20 +45,23 @@ def known_conditions(
 ) -> Iterator[None]:
     """Within, evaluations of that model are made of these conditions, as `calc_cond_batch` does."""
     entries = [entry for cond in conds for entry in cond or ()]
-    changed_by_nodes = (
-        model_options.get("model_function_wrapper") is not None
-        or any(
-            get_all_wrappers(kind, model_options, is_model_options=True)
-            for kind in (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)
-        )
-        or any(entry.get("hooks") is not None for entry in entries)
+    unknown = has_code_of_nodes(model_options) or any(
+        entry.get("hooks") is not None for entry in entries
     )
-    known = None if changed_by_nodes else (remote, tuple(map(_objects, entries)))
+    known = None if unknown else (remote, tuple(map(_objects, entries)))
     token = _known.set(known)
     try:
         yield
     finally:
         _known.reset(token)
+
+
+def has_code_of_nodes(model_options: Mapping[str, Any]) -> bool:
+    """Whether nodes have functions called around every evaluation, which may change its inputs."""
+    return model_options.get("model_function_wrapper") is not None or any(
+        get_all_wrappers(kind, model_options, is_model_options=True)
+        for kind in (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)
+    )
 
 
 def known_as(remote: RemoteModel, transformer_options: Mapping[str, Any] | None) -> Hashable | None:
@@ -69,8 +76,22 @@ def known_as(remote: RemoteModel, transformer_options: Mapping[str, Any] | None)
     return known[1], *map(tuple, names)
 
 
+def leaves(value: Any) -> Iterator[Any]:
+    """What a condition holds, out of the lists that it may be in."""
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from leaves(item)
+    else:
+        yield value
+
+
 def _objects(entry: Mapping[str, Any]) -> Hashable:
-    made_of = entry["model_conds"].items()
-    return Itself(entry), *(
-        (name, Itself(one), Itself(getattr(one, "cond", None))) for name, one in made_of
+    """Without the entry itself: ComfyUI's context windows make it anew of the same conditions."""
+    return tuple(entry.get("area") or ()), *(
+        (name, *map(Itself, (one, *_tensors(one)))) for name, one in entry["model_conds"].items()
     )
+
+
+def _tensors(cond: Any) -> Iterator[torch.Tensor]:
+    held = leaves(getattr(cond, "cond", None))
+    return (value for value in held if isinstance(value, torch.Tensor))

@@ -5,19 +5,30 @@ the GPU's stream has done what it was given before (CUDA Runtime API, "API synch
 behavior"): here, until the ranks have computed the step before.
 """
 
-from typing import Any
+import weakref
+from typing import Any, NamedTuple
 
 import torch
 from comfy.conds import CONDConstant, CONDRegular
 
 from ..tp_runtime.client import may_be_ahead, remembered
-from .known_conditions import Conditions, Itself
+from .known_conditions import Conditions, leaves
+
+
+class _Moved(NamedTuple):
+    """A condition that was moved, and what it held then: of tensors on the CPU, copies."""
+
+    there: CONDRegular
+    held: list[Any]
 
 
 def moved_conditions(conds: Conditions, device: torch.device) -> Conditions:
-    """The same conditions for `calc_cond_batch`, whose tensors are on the device of the latent.
+    """The same conditions for `calc_cond_batch`, with tensors of the CPU on the latent's device.
 
-    Within `ahead`, which keeps them until it ends.
+    Within `ahead`, which keeps each as long as the condition lives that it was made of. What lies
+    on the CPU is compared at every step with a copy, and moved again if a node has written into it:
+    however large it is, since 100 MB take 5 to 50 ms, in which the ranks compute a step that takes
+    seconds with so large a condition.
     """
     if device.type == "cpu" or not may_be_ahead():
         return conds
@@ -33,14 +44,36 @@ def _moved(cond: Any, device: torch.device) -> Any:
     # Two constants are compared, which would wait for the GPU.
     if not isinstance(cond, CONDRegular) or isinstance(cond, CONDConstant):
         return cond
-    key = _moved, device, Itself(cond), Itself(cond.cond)
-    known = remembered()
-    if key not in known:
-        known[key] = cond._copy_with(_on_device(cond.cond, device))
-    return known[key]
+    of_device = remembered().setdefault((_moved, device), weakref.WeakKeyDictionary())
+    moved = of_device.get(cond)
+    if moved is None or not _holds_still(cond, moved.held):
+        there = cond._copy_with(_on_device(cond.cond, device))
+        moved = of_device[cond] = _Moved(there, [_kept(value) for value in leaves(cond.cond)])
+    return moved.there
 
 
 def _on_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, list | tuple):
         return [_on_device(item, device) for item in value]
-    return value.to(device) if isinstance(value, torch.Tensor) else value
+    return value.to(device) if _is_on_cpu(value) else value
+
+
+def _kept(value: Any) -> Any:
+    return value.detach().clone() if _is_on_cpu(value) else value
+
+
+def _holds_still(cond: CONDRegular, held: list[Any]) -> bool:
+    values = list(leaves(cond.cond))
+    return len(values) == len(held) and all(map(_is_still, values, held))
+
+
+def _is_still(value: Any, kept: Any) -> bool:
+    """Whether it is what was kept. Of a tensor on a GPU, that itself was kept, and not moved."""
+    if not (_is_on_cpu(value) and _is_on_cpu(kept)):
+        return value is kept
+    is_alike = (value.dtype, value.shape) == (kept.dtype, kept.shape)
+    return is_alike and torch.equal(value, kept)
+
+
+def _is_on_cpu(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_cpu

@@ -1,6 +1,9 @@
 """What is constant over a sampling is known to be: then no step waits until it was looked at."""
 
-from collections.abc import Iterator
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -121,3 +124,168 @@ def test_conditions_stay_where_nothing_is_ahead(moved_conditions: Any) -> None:
     assert moved_conditions(conds, torch.device("meta")) is conds
     with ahead():
         assert moved_conditions(conds, torch.device("cpu")) is conds
+
+
+def writes(cond: Any) -> None:
+    cond.cond.mul_(0.5)
+
+
+def writes_into_an_element(cond: Any) -> None:
+    cond.cond[0][0].zero_()
+
+
+def replaces_a_tensor(cond: Any) -> None:
+    cond.cond = cond.cond * 0.5
+
+
+def replaces_an_element(cond: Any) -> None:
+    cond.cond[1] = cond.cond[1] * 0.5
+
+
+def appends_an_element(cond: Any) -> None:
+    cond.cond.append(torch.ones(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("c_crossattn", writes),
+        ("c_crossattn", replaces_a_tensor),
+        ("ref_latents", writes_into_an_element),
+        ("ref_latents", replaces_an_element),
+        ("ref_latents", appends_an_element),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+@pytest.mark.parametrize("inference", [True, False])
+def test_a_condition_that_a_node_changes_is_moved_again(
+    moved_conditions: Any, name: str, change: Callable[[Any], None], *, inference: bool
+) -> None:
+    """And once more only; ComfyUI moves it at every step, so the node reckons with it.
+
+    ComfyUI samples in inference mode, whose tensors do not count what is written into them.
+    """
+    with torch.inference_mode(inference), ahead():
+        conds, device = conditions(), torch.device("meta")
+        before = conds[0][0]["model_conds"]
+        before["ref_latents"].cond = [[torch.ones(2)], torch.ones(3)]
+
+        def moved() -> dict[str, Any]:
+            (entry,), *_ = moved_conditions(conds, device)
+            return {name: one for name, one in entry["model_conds"].items() if name != "c_concat"}
+
+        first = moved()
+        change(before[name])
+        second = moved()
+        assert [key for key in first if first[key] is not second[key]] == [name]
+        assert moved() == second
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda:0"])
+def test_tensors_of_gpus_are_not_copied(moved_conditions: Any, device: str) -> None:
+    """So what a node writes into them holds; another one in the place of one is another one.
+
+    Those of another GPU than the latent's, as `meta` is of `cuda:0`, are left to ComfyUI.
+    """
+    from comfy.conds import CONDList
+
+    tensor, other = torch.ones(2, device="meta"), torch.ones(2, device="meta")
+    cond = CONDList([tensor])
+    conds = [[{"model_conds": {"ref_latents": cond}}]]
+
+    def moved() -> Any:
+        return moved_conditions(conds, torch.device(device))[0][0]["model_conds"]["ref_latents"]
+
+    with ahead():
+        first = moved()
+        assert first.cond[0] is tensor
+        assert moved() is first
+        cond.cond[0] = other
+        assert moved().cond[0] is other
+
+
+# --- as long as they are of use ------------------------------------------------------------------
+
+
+def windows_of(cond: dict[str, Any], latent: torch.Tensor) -> Iterator[list[Any]]:
+    """The conditions that ComfyUI's context windows make of one, at one step.
+
+    Newer releases cut `c_concat` for each, too.
+    """
+    from comfy import context_windows
+
+    handler = context_windows.IndexListContextHandler(
+        context_windows.get_matching_context_schedule("standard_static"),
+        context_windows.get_matching_fuse_method("pyramid"),
+        context_length=4,
+        context_overlap=1,
+        dim=2,
+    )
+    handler._model = None  # whose own way with conditions newer releases ask for
+    for window in handler.get_context_windows(None, latent, {}):
+        (of_window,) = handler.get_resized_cond([cond], latent, window)
+        concat = cond["model_conds"]["c_concat"]
+        of_window["model_conds"]["c_concat"] = concat._copy_with(
+            concat.cond[:, :, window.index_list]
+        )
+        yield [[of_window]]
+
+
+def test_what_context_windows_make_goes_with_its_window(moved_conditions: Any) -> None:
+    """The caption, which is one for all, is moved once."""
+    from comfy.conds import CONDNoiseShape, CONDRegular
+
+    latent, device = torch.zeros(1, 4, 10, 2, 2), torch.device("meta")
+    parts = {"c_crossattn": CONDRegular(torch.ones(1, 3)), "c_concat": CONDNoiseShape(latent)}
+    cond = {"model_conds": parts, "uuid": "the first"}
+    captions, slices = set(), []
+    with ahead(), pack_module("nodes.known_conditions") as known_conditions:
+        remote: Any = object()
+        keys = set()
+        for _ in range(3):
+            for conds in windows_of(cond, latent):
+                there = moved_conditions(conds, device)
+                with known_conditions.known_conditions(remote, there, {}):
+                    options = {"uuids": ["the first"], "cond_or_uncond": [0]}
+                    keys.add(known_conditions.known_as(remote, options))
+                captions.add(there[0][0]["model_conds"]["c_crossattn"])
+                for made in (conds, there):
+                    one = made[0][0]["model_conds"]["c_concat"]
+                    assert one is not parts["c_concat"]
+                    slices += [weakref.ref(one), weakref.ref(one.cond)]
+        num_windows = len(slices) // 4
+        assert num_windows >= 6
+        assert len(captions) == 1
+        assert len(keys) == num_windows
+        del conds, there, made, one
+        gc.collect()
+        assert not [ref for ref in slices if ref() is not None]
+
+
+def test_conditions_are_known_by_what_they_hold(moved_conditions: Any) -> None:
+    """Not those that a node has written into, moved to another area, or put others in the place."""
+    from comfy.conds import CONDCrossAttn
+
+    text = torch.ones(1, 2, 3)
+    entry: dict[str, Any] = {"model_conds": {"c_crossattn": CONDCrossAttn(text)}, "uuid": 1}
+    remote = SimpleNamespace()
+
+    with ahead(), pack_module("nodes.known_conditions") as known_conditions:
+
+        def known(entry: dict[str, Any]) -> Any:
+            there = moved_conditions([[entry]], torch.device("meta"))
+            with known_conditions.known_conditions(remote, there, {}):
+                return known_conditions.known_as(remote, {"uuids": [1], "cond_or_uncond": [0]})
+
+        first = known(entry)
+        assert known(entry) == first
+        assert known(dict(entry)) == first, "the same conditions in another dictionary"
+        in_area = known(entry | {"area": (8, 8, 0, 0)})
+        assert in_area != first
+        assert known(entry | {"area": [8, 8, 0, 0]}) == in_area
+        text.mul_(0.5)
+        second = known(entry)
+        assert second != first
+        assert known(entry) == second
+        entry["model_conds"]["c_crossattn"] = CONDCrossAttn(text)
+        assert known(entry) not in (first, second)

@@ -31,6 +31,7 @@ from .rank_processes import RankProcesses
 from .tensor_sender import HOLD_BYTES, Asked, LaidOut, Placed, TensorSender
 
 LOOKS = 2  # at constant inputs, before they are taken for the same unlooked at
+LOOKED_AT = 64  # kinds of evaluations of a sampling, the last ones: a step has a handful
 
 
 class _LookedAt(NamedTuple):
@@ -51,14 +52,23 @@ def room_for(asked: Sequence[Asked], device: torch.device) -> list[list[torch.Te
     ]
 
 
+def _looked_at() -> dict[Hashable, _LookedAt]:
+    """By what evaluations are known as, the last ones last."""
+    known: dict[Hashable, _LookedAt] = remembered().setdefault(_LookedAt, {})
+    return known
+
+
 def _remember_looked_at(known_as: Hashable, placed: Placed) -> None:
     """Note what was found of evaluations that are known so.
 
     What a node or a model makes anew for every step, of its sigma, is another one the second time.
     """
-    before = remembered().get(known_as)
+    known = _looked_at()
+    before = known.pop(known_as, None)
     times = before.times if before is not None and before.keys == placed.keys else 0
-    remembered()[known_as] = _LookedAt(placed.keys, times + 1)
+    known[known_as] = _LookedAt(placed.keys, times + 1)
+    if len(known) > LOOKED_AT:
+        del known[next(iter(known))]
 
 
 def launcher_of(config: GroupConfig) -> Launcher:
@@ -239,7 +249,7 @@ class Engine:
         """
         if known_as is None or self._stream != stream_wait.current(device):
             return None
-        looked_at = remembered().get(known_as)
+        looked_at = _looked_at().get(known_as)
         if looked_at is None or looked_at.times < LOOKS:
             return None
         return self._sender.laid_out(asked, looked_at.keys, device)

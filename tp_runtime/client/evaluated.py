@@ -14,6 +14,7 @@ thread of its own: whoever waits for the GPU cannot be asked whether it still wa
 
 import contextlib
 import contextvars
+import functools
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
@@ -163,8 +164,8 @@ def meanwhile(function: Callable[[], object], *tensors: torch.Tensor) -> None:
     """Call it while the ranks compute the next evaluation; at once, if they are not computing one.
 
     A function that reads tensors of the evaluation under way would wait for it, and its thread
-    could not ask for the next. ``tensors``: those of a GPU that it reads. It is called with a
-    stream of its own, in which they are what they are now.
+    could not ask for the next. ``tensors``: those of a GPU that it reads. It is called with another
+    stream, in which they are what they are now.
     """
     scope = _scope.get()
     if scope is None or not scope.under_way:
@@ -175,7 +176,7 @@ def meanwhile(function: Callable[[], object], *tensors: torch.Tensor) -> None:
     def call() -> None:
         with contextlib.ExitStack() as streams:
             for device, event in computed.items():
-                stream = torch.cuda.Stream(device)
+                stream = _other_stream(device)
                 stream.wait_event(event)
                 streams.enter_context(torch.cuda.stream(stream))
                 for tensor in tensors:
@@ -184,6 +185,12 @@ def meanwhile(function: Callable[[], object], *tensors: torch.Tensor) -> None:
             function()
 
     scope.later.append(call)
+
+
+@functools.cache
+def _other_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all: each new one would have cuBLAS workspaces and cached memory of its own."""
+    return torch.cuda.Stream(device)
 
 
 def do_meanwhile() -> None:
