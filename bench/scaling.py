@@ -29,7 +29,8 @@ from tp_runtime.layouts.cost_model import (
     predict_blocks,
     usual_link,
 )
-from tp_runtime.layouts.room import streamed_bytes
+from tp_runtime.layouts.room import live_bytes, streamed_bytes
+from tp_runtime.layouts.step_history import Workload
 from tp_runtime.models import families, family_named
 from tp_runtime.sharding.block_costs import BlockCosts
 
@@ -94,6 +95,14 @@ class Case:
         limit = None if self.gpu_gib is None else int(self.gpu_gib * 2**30)
         weights = BYTES * sizes.table.num_elements
         return streamed_bytes(of_model.label, sizes, self.layout.tp_size, weights, limit)
+
+    @property
+    def live_bytes(self) -> float:
+        """What a step needs beside the weights."""
+        of_model = family_named(self.model)
+        latent = self.batch, *self.extent.latent_shape(of_model)
+        workload = Workload(latent, of_model.text_tokens)
+        return live_bytes(of_model.published, workload, self.layout)
 
     @property
     def label(self) -> str:
@@ -388,10 +397,12 @@ def streaming() -> str:
         extent = Extent.usual(family_named(model))[0]
         case = Case(model, extent, 1, Layout(1), LINKS["pcie-host"], DEVICES["RTX 4090"])
         for gib in (8, 12, 16, 24, None):
-            held = None if gib is None else fitting_weights(gib * 2**30) / 2**30
             cells = []
             for layout in shown:
-                here = replace(case, layout=layout, gpu_gib=held)
+                here = replace(case, layout=layout)
+                if gib is not None:
+                    held = fitting_weights(gib * 2**30, here.live_bytes)
+                    here = replace(here, gpu_gib=held / 2**30)
                 read = here.streamed / 2**30
                 cells.append(f"{here.predict().ms:.0f}" + f" ({read:.1f} GiB)" * bool(read))
             rows.append([_label(model), extent, "all" if gib is None else f"{gib} GiB", *cells])

@@ -90,9 +90,14 @@ def gpu_memory() -> int:
     return int(gib * 2**30)
 
 
-def fitting_weights(total_bytes: int) -> int:
-    """Bytes of weights for which a device with so much memory has room, if it is empty."""
-    return max(0, int((total_bytes - ROOM_BYTES) / ROOM_FACTOR))
+def fitting_weights(total_bytes: int, computed_bytes: float = 0) -> int:
+    """Bytes of weights for which a device with so much memory has room, if it is empty.
+
+    ``computed_bytes``: what a step needs there beside them, if that is known; two processes, the
+    rank's and ComfyUI's, then have ``ROOM_BYTES`` each.
+    """
+    beside_all = (total_bytes - ROOM_BYTES) / ROOM_FACTOR
+    return max(0, int(min(beside_all, total_bytes - 2 * ROOM_BYTES - computed_bytes)))
 
 
 def ray_address() -> str:
@@ -328,9 +333,11 @@ class GroupConfig:
             return True
         return not set(self.devices).isdisjoint(other.devices)
 
-    @property
-    def weight_limit(self) -> int:
-        """Bytes that weights may take on the device of each rank; 0: it is not known here."""
+    def weight_limit(self, computed_bytes: float = 0) -> int:
+        """Bytes that weights may take on the device of each rank; 0: it is not known here.
+
+        ``computed_bytes``: as of ``fitting_weights``.
+        """
         if self.gpu_memory or not self.devices:
             return self.gpu_memory
         import torch
@@ -338,9 +345,8 @@ class GroupConfig:
         if not torch.cuda.is_available():
             return 0
         gpus = {cuda_index(gpu) for gpu in self.devices}
-        return fitting_weights(
-            min(torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus)
-        )
+        smallest = min(torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus)
+        return fitting_weights(smallest, computed_bytes)
 
     @property
     def parts_on_host(self) -> int:
@@ -491,8 +497,7 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     machine; it learns of them when it gets them. ``mirrored``: its exchange memory is not the
     engine's. ``part_fd``: of memory for what ranks with the same part of a model keep in the
     host's, if there are several; -1: each has its own. ``kernel_choices``: the file of what was
-    fastest on its machine; empty: none is kept. ``weight_limit``: bytes of weights that its device
-    may hold; 0: as many as fit, less room.
+    fastest on its machine; empty: none is kept.
     """
 
     rank: int
@@ -507,7 +512,6 @@ class WorkerConfig(msgspec.Struct, frozen=True):
     fault_file: str = ""
     attention: AttentionKernel = "auto"
     kernel_choices: bytes = b""  # a path may be no UTF-8
-    weight_limit: int = 0
     environment: list[tuple[bytes, bytes | None]] = []
     control_fd: int = -1
     exchange_fd: int = -1

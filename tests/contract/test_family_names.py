@@ -23,6 +23,8 @@ NAME = re.compile(
 ALLOWED = {
     # A tooltip gives examples of distilled models.
     "nodes/sampler.py": ("distilled models such as Z-Image",),
+    # What was measured is said to a person.
+    "tp_runtime/tools/plan.py": ("measured for FLUX.1",),
     # Of other models, some are called after a family of ours, or have its signature.
     "tp_runtime/models/others.py": (
         "_FLUX",

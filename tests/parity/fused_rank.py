@@ -82,7 +82,7 @@ def main() -> None:
         parallel_state.get_tp_group().barrier()
         spec = ModelSpec.of(str(folder / "model.safetensors"), "float32", "float32")
         place, limit = (device, config.tp_rank, config.tp_size), int(sys.argv[4])
-        model = load_model(spec, *place, lambda *_: None, weight_limit=limit)
+        model = load_model(spec, *place, lambda *_: None, limit=limit or None)
         assert (model.streamed_bytes > 0) == (limit > 0)
         forward = model.forward
         family = forward.family.name

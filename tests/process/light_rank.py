@@ -46,7 +46,7 @@ def _load(
     report_progress: Callable[[int, int], None],
     attention: str,
     kernel_choices: str,
-    weight_limit: int,
+    limit: int | None,
     part_memory: PartMemory | None,
 ) -> SimpleNamespace:
     shapes = set()

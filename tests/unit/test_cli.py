@@ -9,6 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from support.diffusers_folders import write_folder
 from support.gguf_files import write_gguf
+from tp_runtime.client.remote_model import RemoteModel
+from tp_runtime.models import families
+from tp_runtime.tools import text_to_latents
 from tp_runtime.tools.cli import main
 
 
@@ -48,6 +51,15 @@ def test_plan_of_other_formats(
         (["plan", "--predict"], "either a model file or --model"),
         (["plan", "--predict", "--model", "flux", "--batch", "0"], "0 latents were asked for"),
         (["plan", "--predict", "--model", "flux", "--gpu-memory", "0"], "--gpu-memory is 0.0"),
+        (["plan", "--predict", "--model", "flux", "--text", "-600"], "-600 text tokens were asked"),
+        (["plan", "--predict", "--model", "wan", "--frames", "0"], "0 frames were asked for"),
+        (["plan", "--predict", "--model", "flux", "--frames", "5"], "makes pictures: leave it out"),
+        (["plan", "--predict", "--model", "flux", "--size", "0", "0"], "--size is 0 x 0: give 8"),
+        (["plan", "--predict", "--model", "flux", "--size", "-64", "64"], "--size is -64 x 64"),
+        (
+            ["plan", "--predict", "--model", "ltx2", "--size", "64", "16"],
+            "--size is 64 x 16: give 32",
+        ),
         (["text-to-latents", "missing.safetensors", "c", "o"], "does not exist"),
     ],
 )
@@ -59,6 +71,58 @@ def test_a_mistake_is_one_line(
     assert shown.startswith("error: ")
     assert words in shown
     assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("conditioning", "output", "options", "words"),
+    [
+        ("text", "o", [], "c.safetensors is no safetensors file"),
+        ("other", "o", [], "'context', of shape (batch, tokens, width), must be among them"),
+        ("right", "none/o", [], "none. Make it, or give a file"),
+        ("right", "c.safetensors/o", [], "there is no folder"),
+        ("right", ".", [], "is a folder: give a file to write"),
+        ("right", "o", ["--steps", "0"], "0 steps were asked for: give 1 or more"),
+        ("right", "o", ["--frames", "-1"], "-1 frames were asked for: give 1 or more"),
+    ],
+)
+def test_text_to_latents_refuses_before_it_loads(
+    tiny_z_image: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    conditioning: str,
+    output: str,
+    options: list[str],
+    words: str,
+) -> None:
+    monkeypatch.delattr(text_to_latents, "Runtime")
+    file = tmp_path / "c.safetensors"
+    if conditioning == "text":
+        file.write_text("a caption")
+    else:
+        name = "context" if conditioning == "right" else conditioning
+        save_file({name: torch.zeros(1, 20, 64)}, file)
+    files = [str(path) for path in (tiny_z_image, file, tmp_path / output)]
+    assert main(["text-to-latents", *files, *options]) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    assert words in shown
+    assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize("locked", [".", "old"])
+def test_text_to_latents_refuses_an_output_that_it_may_not_write(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    locked: str,
+) -> None:
+    """Into the folder of others, or over such a file. The system refuses root neither."""
+    output = tmp_path / "old"
+    output.touch()
+    monkeypatch.setattr("os.access", lambda path, _: path != tmp_path / locked)
+    assert main(["text-to-latents", "m", "c", str(output)]) == 1
+    assert "old may not be written by this user" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("of", ["file", "model"])
@@ -130,24 +194,53 @@ def test_plan_predicts_for_less_memory(
     def predicted(*options: str) -> dict[str, list[str]]:
         assert main([*command, *options]) == 0
         *_, held, heads, tp, _, sharing = capsys.readouterr().out.splitlines()
-        assert ("streaming" in heads) == ("a GPU holds at most" in held)
+        assert ("streaming" in heads) == ("what a GPU does not hold" in held)
         return {line.split()[0]: line.split()[1:] for line in (tp, sharing)}
 
     whole, less = predicted(), predicted("--gpu-memory", "10")
     assert less["2x1"][1:6] == whole["2x1"][1:6]
     assert 0 <= float(less["2x1"][6]) < 1  # hidden
-    assert less["2x1"][7:] == ["reads", "1.3", "GiB"]
+    assert less["2x1"][7:] == ["holds", "10.0", "GiB,", "reads", "1.3", "GiB"]
     assert float(less["1x2x1"][0]) > float(less["2x1"][0]) > float(whole["1x2x1"][0])
-    assert less["1x2x1"][7:] == ["reads", "12.6", "GiB"]
+    assert less["1x2x1"][7:] == ["holds", "10.0", "GiB,", "reads", "12.6", "GiB"]
     monkeypatch.setenv("TP_RUNTIME_GPU_MEMORY", "10")
     assert predicted() == less
     assert main([*command, "--gpu-memory", "0.1"]) == 0
     assert "1x2x1 FLUX.1 needs at least 0.49 GiB of each GPU" in capsys.readouterr().out
 
 
+def heading(capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    assert main(["plan", "--predict", "--device", "H200", *options]) == 0
+    return capsys.readouterr().out.partition(", batch")[0]
+
+
+@pytest.mark.parametrize("model", sorted(families()))
+def test_plan_predicts_what_the_model_usually_makes(
+    capsys: pytest.CaptureFixture[str], model: str
+) -> None:
+    width, height, frames = families()[model].extents[0]
+    of_frames = f" x {frames} frames" if frames > 1 else ""
+    usual = f"{families()[model].label}, {width} x {height}{of_frames}"
+    assert heading(capsys, "--model", model) == usual
+
+
+def test_plan_says_the_frames_of_a_video(
+    tiny_z_image: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wan = "--model", "wan"
+    assert heading(capsys, *wan, "--size", "1280", "720") == "Wan, 1280 x 720 x 81 frames"
+    assert heading(capsys, *wan, "--frames", "5") == "Wan, 832 x 480 x 5 frames"
+    assert heading(capsys, *wan, "--frames", "1") == "Wan, 832 x 480 x 1 frame"
+    picture = ["--frames", "1", "--size", "512", "512"]
+    assert heading(capsys, str(tiny_z_image), *picture) == "Z-Image, 512 x 512"
+
+
 @pytest.mark.parametrize(
     ("device", "said", "is_faster"),
-    [("RTX 4090", "carries 8 bits; not measured", True), ("H200", "what it does in any", False)],
+    [
+        ("RTX 4090", "carries 8 bits; measured for FLUX.1 on two H200s only", True),
+        ("H200", "what it does in any", False),
+    ],
 )
 def test_plan_predicts_8_bits(
     capsys: pytest.CaptureFixture[str], device: str, said: str, is_faster: bool
@@ -173,6 +266,20 @@ def test_a_size_that_cannot_work(
 ) -> None:
     assert main(["plan", str(tiny_z_image), "--tp", size]) == 1
     assert words in capsys.readouterr().err
+
+
+def test_text_to_latents_refuses_a_size_before_it_loads(
+    tiny_z_image: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(RemoteModel, "ensure_loaded")
+    conditioning = tmp_path / "c.safetensors"
+    save_file({"context": torch.zeros(1, 20, 64)}, conditioning)
+    files = [str(tiny_z_image), str(conditioning), str(tmp_path / "o")]
+    assert main(["text-to-latents", *files, "--size", "0", "64"]) == 1
+    assert capsys.readouterr().err == "error: --size is 0 x 64: give 8 pixels or more for each.\n"
 
 
 @pytest.mark.process

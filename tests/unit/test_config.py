@@ -169,10 +169,10 @@ def test_which_groups_are_in_each_others_way() -> None:
 
 
 def test_what_gpus_may_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert GroupConfig(1, "cpu").weight_limit == 0
+    assert GroupConfig(1, "cpu").weight_limit() == 0
     monkeypatch.setenv("TP_RUNTIME_GPU_MEMORY", "7.5")
     group = GroupConfig(1, "cpu")
-    assert group.weight_limit == group.gpu_memory == 7.5 * 2**30
+    assert group.weight_limit() == group.gpu_memory == 7.5 * 2**30
     assert dataclasses.replace(group, gpu_memory=0) != group
     for text in ("0", "-1", "8 GiB", "nan", "inf"):
         monkeypatch.setenv("TP_RUNTIME_GPU_MEMORY", text)
@@ -187,7 +187,10 @@ def test_what_gpus_have_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda gpu: SimpleNamespace(total_memory=sizes[gpu])
     )
-    assert GroupConfig(2, "cuda", (0, 1)).weight_limit == 10 * 2**30
-    assert GroupConfig(1, "cuda", (0,)).weight_limit == int(23 * 2**30 / 1.1)
-    assert GroupConfig(1, "cuda", (0,), gpu_memory=5).weight_limit == 5
-    assert GroupConfig(1, "cuda", where="ray").weight_limit == 0
+    both, large = GroupConfig(2, "cuda", (0, 1)), GroupConfig(1, "cuda", (0,))
+    assert both.weight_limit() == 10 * 2**30
+    assert large.weight_limit() == large.weight_limit(2**28) == int(23 * 2**30 / 1.1)
+    assert large.weight_limit(4 * 2**30) == 18 * 2**30  # less two processes', and what a step needs
+    assert both.weight_limit(30 * 2**30) == 0
+    assert GroupConfig(1, "cuda", (0,), gpu_memory=5).weight_limit(2**40) == 5
+    assert GroupConfig(1, "cuda", where="ray").weight_limit(2**30) == 0

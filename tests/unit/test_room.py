@@ -11,7 +11,7 @@ import pytest
 from bench.extents import Extent
 from bench.scaling import RESULTS
 from tp_runtime import config, machine
-from tp_runtime.config import Layout, fitting_weights
+from tp_runtime.config import ROOM_BYTES, Layout, fitting_weights
 from tp_runtime.errors import SizeError
 from tp_runtime.files.safetensors_file import TensorInfo
 from tp_runtime.layouts import choice
@@ -127,7 +127,7 @@ def test_where_nothing_fits_the_one_that_reads_less_may_be_faster(choose: Choose
     found = choose("flux", 12 * GIB)
     assert found.layout == TP
     assert found.reason is not None
-    assert "Each GPU reads 1.3 GiB" in found.reason
+    assert "Each GPU reads 2.0 GiB" in found.reason
     assert "1x2x1 would be faster" in found.reason
 
 
@@ -197,7 +197,10 @@ def test_no_layout_is_taken_that_streaming_makes_slower(choose: Choose, model: s
     layouts = [TP, ONE, BATCH, SHARED, Layout(4), Layout(2, 1, 2), Layout(1, 1, 4)]
     for gib, link in itertools.product((8, 16, 24, 48), ("pcie-host", "pcie5", "nvlink")):
         gpus = [Gpu(number, "", gib * GIB, DEVICES["RTX 4090"]) for number in range(4)]
-        rooms = {one: Room.on(gpus[: one.num_gpus], info.sizes, weights, one) for one in layouts}
+        rooms = {
+            one: Room.on(gpus[: one.num_gpus], info.sizes, weights, one, workload)
+            for one in layouts
+        }
         times = {
             one: predict(
                 *(info.sizes, workload.latent_shape, workload.text_tokens, one.tp_size),
@@ -256,7 +259,8 @@ def test_what_only_a_prompt_uses_is_not_read_in_a_step() -> None:
     info = published("wan")
     weights = info.weight_bytes(2)
     assert streamed_bytes("", info.sizes, 1, weights, weights - 3 * GIB) == 0
-    assert not Room.on([Gpu(0, "", 26 * GIB, DEVICES["H200"])], info.sizes, weights, ONE).fits
+    gpu = Gpu(0, "", 26 * GIB, DEVICES["H200"])
+    assert not Room.on([gpu], info.sizes, weights, ONE, native_workload(info)).fits
     assert streamed_bytes("", info.sizes, 1, weights, weights - 5 * GIB) > GIB
 
 
@@ -265,12 +269,25 @@ def test_what_cannot_be_streamed() -> None:
     with pytest.raises(SizeError, match=r"FLUX\.1 needs at least"):
         streamed_bytes("FLUX.1", info.sizes, 2, info.weight_bytes(2), GIB // 10)
     gpu = Gpu(0, "", fitting := GIB + GIB // 10, DEVICES["H200"])
-    room = Room.on([gpu], info.sizes, info.weight_bytes(2), TP)
-    assert fitting_weights(fitting) == room.limit
+    workload = native_workload(info)
+    room = Room.on([gpu], info.sizes, info.weight_bytes(2), TP, workload)
+    assert fitting_weights(fitting, live_bytes(info.sizes, workload, TP)) == room.limit
     assert (room.streamed, room.fits, room.can_stream) == (None, False, False)
 
 
 # --- what else needs room -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", sorted(families()))
+def test_what_a_model_is_made_for_has_room_beside_its_weights(model: str) -> None:
+    """With the processes of the rank and of ComfyUI; more weights than that are streamed."""
+    info = published(model)
+    workload = native_workload(info)
+    for gib, layout in itertools.product((12, 16, 24, 32, 48, 80), (ONE, TP, SHARED)):
+        gpu = Gpu(0, "", gib * GIB, DEVICES["RTX 4090"])
+        room = Room.on([gpu], info.sizes, info.weight_bytes(2), layout, workload)
+        needed = live_bytes(info.sizes, workload, layout) + 2 * ROOM_BYTES
+        assert 0 < room.limit <= gib * GIB - needed
 
 
 def peaks() -> Iterator[tuple[str, Extent, int, Layout, float]]:

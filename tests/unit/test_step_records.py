@@ -105,6 +105,21 @@ def test_what_is_usual_changes_slowly(path: Path) -> None:
     assert records.usual_workload(MODEL, GPU) == SINGLE
 
 
+def test_the_devices_that_were_used_last_tell(path: Path) -> None:
+    """GPUs that are not alike have other names in layouts that take fewer of them."""
+    records, both, one = StepRecords(path), "RTX 5090 and RTX 3090", "RTX 5090"
+    assert records.usual_workload(MODEL, both, one) is None
+    records.add(MODEL, both, SINGLE, PLAIN, 300.0)
+    records.add(MODEL, one, CFG, Layout(1), 900.0)
+    assert records.usual_workload(MODEL, both, one) == CFG
+    records.save()
+    later = StepRecords(path)
+    assert later.usual_workload(MODEL, both, one) == CFG
+    later.add(MODEL, both, SINGLE, PLAIN, 300.0)
+    assert later.usual_workload(MODEL, one, both) == SINGLE
+    assert later.usual_workload(MODEL, one) == CFG
+
+
 def test_alternating_workloads_change_nothing(path: Path) -> None:
     """Each change would cost a group's start and a load."""
     records = StepRecords(path)

@@ -1,5 +1,6 @@
 """A model on a group, as the nodes hold it."""
 
+import functools
 import hashlib
 import itertools
 import weakref
@@ -11,6 +12,8 @@ import msgspec
 import torch
 
 from ..config import GroupConfig, ModelSpec, device_names
+from ..layouts.choice import native_workload
+from ..layouts.room import live_bytes
 from ..layouts.step_history import StepRecords, Workload, times_of
 from ..recognise import CheckpointInfo
 from ..wire.exchange import dtype_of
@@ -104,7 +107,7 @@ class RemoteModel:
         """
 
         def make(call: int) -> Load:
-            return Load(call, self.name, self.spec)
+            return Load(call, self.name, self.spec, self._weight_limit(), self._computed_bytes)
 
         values = engine.call(make, poll=poll, on_progress=on_progress)
         return (
@@ -241,8 +244,17 @@ class RemoteModel:
         0 on a Ray cluster, where it is not known how much memory the GPUs have, unless they were
         given a limit.
         """
-        limit = self.group_config.weight_limit
+        limit = self._weight_limit()
         return max(0, self._share_bytes() - limit) if limit else 0
+
+    def _weight_limit(self) -> int:
+        return self.group_config.weight_limit(self._computed_bytes)
+
+    @functools.cached_property
+    def _computed_bytes(self) -> int:
+        """What a step on one picture or video of the model's usual size needs of each device."""
+        workload = native_workload(self.info)
+        return int(live_bytes(self.info.sizes, workload, self.group_config.layout))
 
     def _share_bytes(self) -> int:
         itemsize = dtype_of(self.spec.weight_dtype).itemsize

@@ -280,7 +280,7 @@ class Residency:
             return
         memory = machine.memory()
         raise SizeError(
-            f"A GPU may hold {config.weight_limit / _GIB:.2f} GiB of {model.label}'s weights, "
+            f"A GPU may hold {model.planned_bytes() / _GIB:.2f} GiB of {model.label}'s weights, "
             f"so {share / _GIB:.2f} GiB for each of {config.parts_on_host} parts must stay in the "
             f"host's memory. It has {memory.available / _GIB:.2f} GiB left, of which "
             f"{host_reserve() * memory.total / _GIB:.2f} GiB stay free (TP_RUNTIME_HOST_RESERVE). "

@@ -125,7 +125,7 @@ def choose_layout(
         return Choice(layout, tuple(gpu.number for gpu in taken(layout)), said or None)
 
     names = dict.fromkeys(map(times_name, layouts))
-    usual = next(filter(None, (records.usual_workload(info.path, name) for name in names)), None)
+    usual = records.usual_workload(info.path, *names)
     if len(layouts) == 1 or not (usual or gpus):
         return chosen(plain)
     link = link_between(gpus, links) if gpus else None
@@ -139,7 +139,9 @@ def choose_layout(
     weight_bytes = held_weight_bytes(info, weight_itemsize)
     # On GPUs on which nothing else is.
     rooms = (
-        {one: Room.on(taken(one), info.sizes, weight_bytes, one) for one in layouts} if gpus else {}
+        {one: Room.on(taken(one), info.sizes, weight_bytes, one, native) for one in layouts}
+        if gpus
+        else {}
     )
     # On the CPU, where ranks share the cores, nothing is to be had by sharing tokens.
     possible = (

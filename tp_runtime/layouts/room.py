@@ -39,10 +39,20 @@ class Room:
     in_host: int
 
     @classmethod
-    def on(cls, gpus: Iterable[Gpu], sizes: Sizes, weight_bytes: int, layout: Layout) -> "Room":
-        """For a model of ``weight_bytes``, as the ranks will have it but for padding."""
+    def on(
+        cls,
+        gpus: Iterable[Gpu],
+        sizes: Sizes,
+        weight_bytes: int,
+        layout: Layout,
+        native: Workload,
+    ) -> "Room":
+        """For a model of ``weight_bytes``, as the ranks will have it but for padding.
+
+        ``native``: what the model is made for, which has room beside them.
+        """
         memory = min(gpu.memory for gpu in gpus)
-        limit = gpu_memory() or fitting_weights(memory)
+        limit = gpu_memory() or fitting_weights(memory, live_bytes(sizes, native, layout))
         share = math.ceil(weight_bytes / layout.tp_size)
         try:
             streamed = streamed_bytes("The model", sizes, layout.tp_size, weight_bytes, limit)

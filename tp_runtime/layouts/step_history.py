@@ -98,14 +98,16 @@ class StepRecords:
         if time.monotonic() - self._saved_at > SAVE_INTERVAL_S:
             self.save()
 
-    def usual_workload(self, model: str, device: str) -> Workload | None:
+    def usual_workload(self, model: str, *devices: str) -> Workload | None:
         """What the model is used for: its first use, or what its last ``USUAL_STEPS`` steps were.
 
-        A workflow that alternates between two, such as samplers with and without CFG, changes
-        nothing.
+        On the one of ``devices`` that it was used on last. A workflow that alternates between two,
+        such as samplers with and without CFG, changes nothing.
         """
-        entry = self._entry(model, device)
-        return entry.usual if entry else None
+        wanted = {_key(model, device) for device in devices}
+        others = {key: entry for key, entry in self._read().items() if key not in self._mine}
+        entries = [entry for key, entry in (others | self._mine).items() if key in wanted]
+        return entries[-1].usual if entries else None
 
     def times(self, model: str, device: str, workload: Workload) -> dict[Layout, float]:
         """The time of a step in ms, of every layout that was used often enough to say."""

@@ -32,7 +32,7 @@ from .loaded_model import LoadedModel
 from .parallel_layers import shard_module
 from .patched_weights import PatchedWeights, StoredWeight
 from .reading import Reader
-from .streamed_layers import give_memory, limit_of, plan_for
+from .streamed_layers import give_memory, plan_for
 from .uploading import Uploads
 
 if TYPE_CHECKING:
@@ -54,14 +54,15 @@ def load_model(
     report_progress: ReportProgress,
     attention: AttentionKernel = "auto",
     kernel_choices: str = "",
-    weight_limit: int = 0,
+    limit: int | None = None,
     part_memory: PartMemory | None = None,
 ) -> LoadedModel:
     """Read the slices of the file that this rank holds, and nothing else of it.
 
     ``report_progress(done, total)`` is called with bytes now and then. ``attention``: of optimised
-    steps. ``kernel_choices``, ``weight_limit``: see ``WorkerConfig``. ``part_memory``: the
-    host memory of the ranks that hold the same; None: each has its own.
+    steps. ``kernel_choices``: see ``WorkerConfig``. ``limit``: bytes of weights that the device may
+    hold; None: all. ``part_memory``: the host memory of the ranks that hold the same; None: each
+    has its own.
 
     Raises:
         CheckpointError: the file is not what it was when the model was chosen, on some rank.
@@ -71,7 +72,6 @@ def load_model(
     """
     fast = device.type == "cuda" and spec.optimize == "auto"
     products = fast and quantised_products()
-    limit = limit_of(device, weight_limit)
     with refused_together():
         outline = _outline(spec, tp_size, products, limit)
         fast_attention = _fast_attention(attention, kernel_choices) if fast else None

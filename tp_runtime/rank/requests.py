@@ -38,6 +38,7 @@ from .host_copy import PartMemory
 from .loaded_model import LoadedModel, Shard
 from .loading import ReportProgress, load_model
 from .model_patches import LoadedPatch
+from .streamed_layers import limit_of
 
 
 class UnderWay:
@@ -143,7 +144,7 @@ class Runner:
                 report_progress,
                 self._config.attention,
                 os.fsdecode(self._config.kernel_choices),
-                self._config.weight_limit,
+                limit_of(self._device, request.weight_limit, request.computed_bytes),
                 self._part_memory,
             )
             self._models[request.model] = model

@@ -42,16 +42,17 @@ def plan_for(
     return streaming_plan(label, layers, total, limit)
 
 
-def limit_of(device: torch.device, asked: int) -> int | None:
+def limit_of(device: torch.device, asked: int, computed_bytes: int) -> int | None:
     """Bytes that weights may take on a device: those asked for, or what its memory allows.
 
-    None: there is no limit, on the CPU.
+    Beside so many that a step needs. None: there is no limit, on the CPU.
     """
     if asked:
         return asked
     if device.type != "cuda":
         return None
-    return fitting_weights(torch.cuda.get_device_properties(device).total_memory)
+    total = torch.cuda.get_device_properties(device).total_memory
+    return fitting_weights(total, computed_bytes)
 
 
 def give_memory(

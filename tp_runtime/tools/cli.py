@@ -7,10 +7,10 @@ Each command is a module with ``add_arguments`` and ``run``, imported only when 
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import TPRuntimeError
+from ..errors import InputError, TPRuntimeError
 from ..settings import PACKAGE
 
 # Command → its module, and what it does.
@@ -46,6 +46,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {_lacking(command, error)}", file=sys.stderr)
         return 1
     return status or 0
+
+
+def check_counts(counts: Mapping[str, int]) -> None:
+    """Refuse less than one of what was asked for, name → count. Raises InputError."""
+    for what, count in counts.items():
+        if count < 1:
+            raise InputError(f"{count} {what} were asked for: give 1 or more.")
+
+
+def check_size(width: int, height: int, least: int) -> None:
+    """Refuse a picture with a side of less pixels than one latent stands for. Raises InputError."""
+    if min(width, height) < least:
+        raise InputError(f"--size is {width} x {height}: give {least} pixels or more for each.")
 
 
 def _parser(command: str) -> argparse.ArgumentParser:

@@ -21,14 +21,20 @@ from ..layouts.cost_model import (
 )
 from ..layouts.gpus import Gpu, best_first, devices_of, gpus_of
 from ..layouts.link_records import LinkRecords
-from ..layouts.room import streamed_bytes
+from ..layouts.room import live_bytes, streamed_bytes
+from ..layouts.step_history import Workload
 from ..models import families
+from ..models.family import Family, Sizes
 from ..recognise import CheckpointInfo, inspect_checkpoint
 from ..sharding.parts import Layer
 from ..sharding.quantisation import Quantisation
+from .cli import check_counts, check_size
 from .footprint import PLAIN_BYTES, Footprint, model_footprint
 
 _GIB = 2**30
+_EIGHT_BITS = "8 bits; measured for FLUX.1 on two H200s only"
+
+Extent = tuple[int, int, int]  # width and height in pixels, and frames
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,8 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     case.add_argument(
         "--model", choices=sorted(families()), help="a published model, without a file"
     )
-    case.add_argument("--size", type=int, nargs=2, default=(1024, 1024), metavar=("W", "H"))
-    case.add_argument("--frames", type=int, default=1, help="of a video (default 1)")
+    usual = "(default: what the model usually makes)"
+    case.add_argument("--size", type=int, nargs=2, metavar=("W", "H"), help=f"in pixels {usual}")
+    case.add_argument("--frames", type=int, help=f"of a video {usual}")
     case.add_argument("--batch", type=int, default=1, help="of the forward: 2 with CFG (default 1)")
     case.add_argument("--text", type=int, default=512, metavar="L", help="tokens (default 512)")
     case.add_argument(
@@ -142,10 +149,7 @@ def _capability() -> tuple[int, int] | None:
 def _predict(options: argparse.Namespace) -> None:
     if (options.file is None) == (options.model is None):
         raise InputError("'plan --predict' needs either a model file or --model NAME.")
-    counts = {"GPUs": options.tp, "latents": options.batch, "frames": options.frames}
-    for what, count in counts.items():
-        if count < 1:
-            raise InputError(f"{count} {what} were asked for: give 1 or more.")
+    check_counts({"GPUs": options.tp, "latents": options.batch, "text tokens": options.text})
     if options.gpu_memory is not None and not 0 < options.gpu_memory < math.inf:
         raise InputError(f"--gpu-memory is {options.gpu_memory}: give GiB above 0, such as 7.5.")
     if options.file is not None:
@@ -156,7 +160,11 @@ def _predict(options: argparse.Namespace) -> None:
         family = families()[options.model]
         sizes = family.published
         weight_bytes = PLAIN_BYTES * sizes.table.num_elements
-    devices, limit = _devices(options), _weight_limit(options)
+    extent = _extent(options, family, sizes)
+    devices = _devices(options)
+    usual = Workload((1, *sizes.geometry.latent_shape(*family.extents[0])), family.text_tokens)
+    every_layout = layouts(sizes, options.tp, shares_tokens=family.shares_tokens)
+    limits = {at: _weight_limit(options, live_bytes(sizes, usual, at)) for at in every_layout}
     if options.link is not None:
         link = LINKS[options.link]
     elif options.device is None and torch.cuda.device_count() > 1:
@@ -164,11 +172,9 @@ def _predict(options: argparse.Namespace) -> None:
     else:
         links = (usual_link(device, peers=device.nvlink) for device in devices)
         link = min(links, key=lambda one: one.rate)
-    width, height = options.size
-    shape = options.batch, *sizes.geometry.latent_shape(width, height, options.frames)
-    frames = f" x {options.frames} frames" * (options.frames > 1)
+    shape = options.batch, *sizes.geometry.latent_shape(*extent)
     print(
-        f"{family.label}, {width} x {height}{frames}, batch {options.batch}, {options.text} text "
+        f"{family.label}, {_said(family, extent)}, batch {options.batch}, {options.text} text "
         f"tokens, bf16. Predicted ms per evaluation on {options.tp} GPUs:"
     )
     for device in devices:
@@ -177,20 +183,19 @@ def _predict(options: argparse.Namespace) -> None:
         print("  Every GPU has an equal share: the times are those of the slowest.")
     print(f"  link {link.name}: {link.source}")
     if options.precision == "fast":
-        said = "carries what it does in any case" if link.fused else "carries 8 bits; not measured"
-        print(f"  precision fast: the link {said}")
+        said = "what it does in any case" if link.fused else _EIGHT_BITS
+        print(f"  precision fast: the link carries {said}")
     parts = [part.name for part in dataclasses.fields(Prediction)]
-    if limit is None:
+    if None in limits.values():
         parts.remove("streaming")
     else:
         rate = link.host_rate or min(device.host_rate for device in devices)
         print(
-            f"  weights: {weight_bytes / _GIB:.1f} GiB over TP size, of which a GPU holds at most "
-            f"{limit / _GIB:.1f} GiB; the rest is read from the host's memory, at "
-            f"{rate / 1e9:.0f} GB/s"
+            f"  weights: {weight_bytes / _GIB:.1f} GiB over TP size; what a GPU does not hold is "
+            f"read from the host's memory, at {rate / 1e9:.0f} GB/s"
         )
     print(" ".join(f"{title:>11}" for title in ("layout", "ms", *parts)))
-    for layout in layouts(sizes, options.tp, shares_tokens=family.shares_tokens):
+    for layout, limit in limits.items():
         gpus, shared = (layout.tp_size, layout.batch_groups), layout.sequence_size
         try:
             streamed = streamed_bytes(family.label, sizes, layout.tp_size, weight_bytes, limit)
@@ -208,8 +213,30 @@ def _predict(options: argparse.Namespace) -> None:
         ]
         found = max(each, key=lambda one: one.ms)
         times = (found.ms, *(getattr(found, part) for part in parts))
-        read = [f"  reads {streamed / _GIB:.1f} GiB"] if streamed else []
+        read = []
+        if limit is not None and streamed:
+            read = [f"  holds {limit / _GIB:.1f} GiB, reads {streamed / _GIB:.1f} GiB"]
         print(f"{layout!s:>11}", *(f"{ms:11.1f}" for ms in times), *read)
+
+
+def _extent(options: argparse.Namespace, family: Family, sizes: Sizes) -> Extent:
+    """What is made: as asked for, else what the family usually makes. Raises InputError."""
+    *usual_size, usual_frames = family.extents[0]
+    width, height = options.size or usual_size
+    frames = usual_frames if options.frames is None else options.frames
+    check_size(width, height, sizes.geometry.downscale)
+    check_counts({"frames": frames})
+    if usual_frames == 1 < frames:
+        raise InputError(f"--frames is {frames}, but {family.label} makes pictures: leave it out.")
+    return width, height, frames
+
+
+def _said(family: Family, extent: Extent) -> str:
+    """An extent in words; of a model of videos with the frames."""
+    width, height, frames = extent
+    if family.extents[0][2] == 1:
+        return f"{width} x {height}"
+    return f"{width} x {height} x {frames} {'frame' if frames == 1 else 'frames'}"
 
 
 def _devices(options: argparse.Namespace) -> list[Device]:
@@ -225,12 +252,15 @@ def _devices(options: argparse.Namespace) -> list[Device]:
     return [DEVICES[name] for name in dict.fromkeys(options.device)]
 
 
-def _weight_limit(options: argparse.Namespace) -> int | None:
-    """Bytes of weights that a GPU may hold: as asked for, or as this machine's can; None: all."""
+def _weight_limit(options: argparse.Namespace, computed_bytes: float) -> int | None:
+    """Bytes of weights that a GPU may hold: as asked for, or as this machine's can; None: all.
+
+    ``computed_bytes``: as of ``fitting_weights``.
+    """
     if options.gpu_memory is not None:
         return int(options.gpu_memory * _GIB)
     gpus = _own_gpus(options.tp) if options.device is None else []
-    fitting = (fitting_weights(gpu.memory) for gpu in gpus)
+    fitting = (fitting_weights(gpu.memory, computed_bytes) for gpu in gpus)
     return gpu_memory() or min(fitting, default=None)
 
 

@@ -1,15 +1,18 @@
 """``python -m tp_runtime text-to-latents``: samples without ComfyUI and compares sizes."""
 
 import argparse
+import os
 import time
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..client.runtime import Runtime
 from ..config import GroupConfig, ModelSpec
 from ..errors import InputError
+from .cli import check_counts, check_size
 
 GIB = 2**30
 
@@ -36,30 +39,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Sample, and write the latents."""
-    latents = _sample(options, options.tp)
+    """Sample, and write the latents. What cannot work is refused before anything is loaded."""
+    check_counts({"steps": options.steps, "frames": options.frames})
+    _check_output(Path(options.output))
+    conditioning = _read_conditioning(options.conditioning, getattr(torch, options.dtype))
+    latents = _sample(options, conditioning, options.tp)
     save_file({"samples": latents}, options.output)
     print(f"wrote {options.output}: {tuple(latents.shape)}")
     if options.compare:
-        alone = _sample(options, 1)
+        alone = _sample(options, conditioning, 1)
         difference = (latents - alone).abs().max() / alone.std()
         print(f"max difference to tp_size=1: {difference:.2e} (relative to the latent's std)")
 
 
-def _sample(options: argparse.Namespace, tp_size: int) -> torch.Tensor:
+def _sample(
+    options: argparse.Namespace, conditioning: dict[str, torch.Tensor], tp_size: int
+) -> torch.Tensor:
     """Latents (B, C, H/8, W/8) fp32 after Euler steps along shifted, evenly spaced sigmas."""
-    dtype: torch.dtype = getattr(torch, options.dtype)
-    conditioning = _read_conditioning(options.conditioning, dtype)
     spec = ModelSpec.of(options.file, options.dtype, options.dtype)
     runtime = Runtime()
     try:
         started = time.perf_counter()
         model = runtime.model(spec, GroupConfig.local(tp_size))
+        geometry, (width, height) = model.info.sizes.geometry, options.size
+        check_size(width, height, geometry.downscale)
         model.ensure_loaded()
         load_ms = 1000 * (time.perf_counter() - started)
-        width, height = options.size
-        shape = model.info.sizes.geometry.latent_shape(width, height, options.frames)
-        batch = conditioning["context"].shape[0]
+        shape = geometry.latent_shape(width, height, options.frames)
+        context = conditioning["context"]
+        batch = context.shape[0]
         generator = torch.Generator().manual_seed(options.seed)
         x = torch.randn(batch, *shape, generator=generator)
         even = torch.linspace(1, 0, options.steps + 1)
@@ -67,7 +75,7 @@ def _sample(options: argparse.Namespace, tp_size: int) -> torch.Tensor:
         started = time.perf_counter()
         for sigma, following in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
             timesteps = torch.full((batch,), sigma)
-            inputs = {"x": x.to(dtype), "timesteps": timesteps, **conditioning}
+            inputs = {"x": x.to(context.dtype), "timesteps": timesteps, **conditioning}
             velocity = model.evaluate(inputs)
             assert isinstance(velocity, torch.Tensor)  # as x is
             x = x + (following - sigma) * velocity.float()
@@ -89,10 +97,31 @@ def _sample(options: argparse.Namespace, tp_size: int) -> torch.Tensor:
         runtime.release()
 
 
+def _check_output(path: Path) -> None:
+    """A file can be written there. Raises InputError."""
+    folder = path.parent
+    if path.is_dir():
+        raise InputError(f"The output {path} is a folder: give a file to write.")
+    if not folder.is_dir():
+        raise InputError(
+            f"The output {path} cannot be written: there is no folder {folder}. Make it, or give a "
+            "file in another one."
+        )
+    if not all(os.access(one, os.W_OK) for one in (folder, path) if one.exists()):
+        raise InputError(f"The output {path} may not be written by this user: give another file.")
+
+
 def _read_conditioning(path: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The tensors of the file, in the dtype of the model. Raises InputError."""
     if not Path(path).is_file():
         raise InputError(f"The conditioning file {path} does not exist.")
-    tensors = load_file(path)
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"The conditioning file {path} is no safetensors file that can be read ({error}). "
+            "Write it with safetensors.torch.save_file, with the tensor 'context'."
+        ) from error
     if "context" not in tensors:
         raise InputError(
             f"The conditioning file {path} has the tensors {sorted(tensors)}; 'context', of shape "

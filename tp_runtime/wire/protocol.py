@@ -12,7 +12,7 @@ import msgspec
 from ..config import ModelPatchSpec, ModelSpec
 from ..errors import ProtocolError
 
-VERSION = 11
+VERSION = 12
 MAX_FRAME_BYTES = 16 * 2**20  # a frame holds no tensor data, only references to it: but a Piece
 PIECE_BYTES = 2**20  # at most, of a Piece
 # Inputs that differ at every evaluation; all others are constant over a generation as a rule.
@@ -73,11 +73,17 @@ class _Message(msgspec.Struct, frozen=True, tag=True):
 
 
 class Load(_Message, frozen=True):
-    """Read the shards of a model, unless they are held already."""
+    """Read the shards of a model, unless they are held already.
+
+    ``weight_limit``: bytes of its weights that each device may hold; 0: as many as fit beside
+    ``computed_bytes``, less room.
+    """
 
     call: int
     model: str
     spec: ModelSpec
+    weight_limit: int = 0
+    computed_bytes: int = 0
 
 
 class LoadModelPatch(_Message, frozen=True):

@@ -72,7 +72,8 @@ class LocalRank:
             return "closed its connection"
         told = wait([self.status], STATUS_TIMEOUT_S)
         if told and (packet := self.status.recv(MAX_ANSWER_BYTES, socket.MSG_PEEK)):
-            return reasons.how_ended(msgspec.json.decode(packet, type=int))
+            exitcode = msgspec.json.decode(packet, type=int | None)
+            return "ended" if exitcode is None else reasons.how_ended(exitcode)
         server = f"its fork server (process {self.server.pid})"
         return f"ended with {server}, which {self.server.describe_exit()}"
 
@@ -166,7 +167,6 @@ class LocalLauncher:
             log_level=log_level(),
             fault_file=fault_file(),
             attention=config.attention,
-            weight_limit=config.weight_limit,
             kernel_choices=os.fsencode(home() / "kernel_choices.jsonl"),
         )
         log_path = folder / f"rank{index}.log"

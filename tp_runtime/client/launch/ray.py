@@ -190,7 +190,6 @@ def _order(config: GroupConfig, address: tuple[str, int], token: bytes, exchange
         log_level=log_level(),
         fault_file=fault_file(),
         attention=config.attention,
-        weight_limit=config.weight_limit,
     )
     environment = {**RANK_ENVIRONMENT, "VLLM_LOGGING_LEVEL": log_level()}
     return Run(
