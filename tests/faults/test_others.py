@@ -46,11 +46,10 @@ from tp_runtime.client import (
 from tp_runtime.client.engine import Engine
 from tp_runtime.client.group_state import State
 from tp_runtime.client.launch.local import LocalRank
+from tp_runtime.wire.own_log import MAX_LOG_BYTES
 from tp_runtime.wire.protocol import MAX_FRAME_BYTES, VERSION, Done, encode
 
 pytestmark = [pytest.mark.process, pytest.mark.rotates(2)]
-
-MAX_LOG_BYTES = 8 * 2**20  # of tp_runtime.rank.worker, whose import takes ten seconds
 
 
 @pytest.fixture(scope="module")

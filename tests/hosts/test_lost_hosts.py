@@ -41,13 +41,15 @@ def whole(cluster: Cluster) -> Cluster:
     return cluster
 
 
-def lose(how: Callable[[], None], model: RemoteModel, faults: Path) -> tuple[str, float]:
+def lose(
+    how: Callable[[], None], model: RemoteModel, faults: Path, step_s: float = 300.0
+) -> tuple[str, float]:
     """A host is lost while its rank is at a step: the error, and the seconds to the failure."""
     model.ensure_loaded()
     model.evaluate(make_inputs())
     engine = model._group.engine
     assert engine is not None
-    put(faults, rank=1, point="evaluate", action="delay", delay_s=300.0)
+    put(faults, rank=1, point="evaluate", action="delay", delay_s=step_s)
     lost_s: list[float] = []
     failed_s: list[float] = []
 
@@ -88,12 +90,13 @@ def test_killed(faults: Path, whole: Cluster, model_on: ModelOn) -> None:
     assert_works_on_what_is_left(whole, model_on)
 
 
-def test_cut_off(faults: Path, whole: Cluster, model_on: ModelOn) -> None:
+@pytest.mark.parametrize("step_s", [300.0, 2.0], ids=["at a step", "with its answer on the way"])
+def test_cut_off(faults: Path, whole: Cluster, model_on: ModelOn, step_s: float) -> None:
     far = whole.hosts[1]
     model = model_on(2)
     model.ensure_loaded()
     (rank,) = far.ranks()
-    message, seconds = lose(far.cut_off, model, faults)
+    message, seconds = lose(far.cut_off, model, faults, step_s)
     assert re.search(
         rf"Rank 1 \(process \d+ on {far.address}\) was not heard of for {SILENCE_S} s: its host is "
         "down, or cut off from the network during 'Evaluate'",

@@ -1,6 +1,7 @@
 """The process that ranks are forked from: shared, private, short-lived, and never a danger."""
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import pytest
 from process.conftest import PythonWith, assert_ended, cpu_group
 
 from support.leaks import SERVER_MARK, is_marked
+from support.waiting import wait_until
 from support.workers import bound_s
 from tp_runtime.client import GroupDiedError, GroupStartError, prepare_start
 from tp_runtime.client.engine import Engine
@@ -159,6 +161,35 @@ def test_one_that_is_kept_does_not_end_when_it_is_idle(
     time.sleep(0.5)
     assert servers(python) == [server]
     assert works(started(python))
+
+
+def assert_a_rank_may_end(python: str, started: Groups, says: str) -> None:
+    """It is told as `says`; the server and its other groups go on."""
+    first, second = started(python), started(python, 2)
+    (rank,) = first.ranks
+    os.kill(rank.pid, signal.SIGKILL)
+    wait_until(lambda: first.state is State.FAILED)
+    assert re.search(says, str(first.error))
+    third = started(python)
+    assert works(second)
+    assert {one.ranks[0].server.pid for one in (first, second, third)} == {rank.server.pid}
+
+
+def test_the_end_of_a_child_is_ignored_where_it_was_started(
+    python_with: PythonWith, started: Groups, tmp_path: Path
+) -> None:
+    """As by a wrapper around ComfyUI: what it becomes, and what that starts, ignores it, too."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/bash\ntrap '' CHLD\nexec '{python_with()}' \"$@\"\n")
+    python.chmod(0o700)
+    assert_a_rank_may_end(str(python), started, "was killed by signal 9")
+
+
+def test_a_package_has_the_kernel_reap_its_children(
+    python_with: PythonWith, started: Groups
+) -> None:
+    ignore = "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)"
+    assert_a_rank_may_end(python_with(while_importing=ignore), started, "ended")
 
 
 # Such as scikit-learn where transformers finds it.

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tp_runtime.wire import handshake
+from tp_runtime.wire import handshake, transport
 from tp_runtime.wire.handshake import Member, Reception, join, new_token
 from tp_runtime.wire.transport import Channel, wait
 
@@ -244,3 +244,27 @@ def test_a_rank_does_not_serve_a_stranger(token: bytes) -> None:
     with pytest.raises(ConnectionRefusedError, match="is not the group's engine"):
         join(server.getsockname(), token, member(0))
     server.close()
+
+
+def test_an_engine_that_stands_still_keeps_its_ranks(
+    reception: Reception, token: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its host is there, so a result that is on its way waits until it is read."""
+    monkeypatch.setattr(transport, "SILENCE_S", 1)
+    rank, engine = map(Channel, (let_in(reception, token, 0), reception.take()[0][-1]))
+    frames = [bytes(2**20)] * 16  # more than the kernel keeps for a reader
+    thread, _ = in_background(lambda: [rank.send(frame) for frame in frames])
+    until_s = time.monotonic() + 5 * transport.SILENCE_S
+    while time.monotonic() < until_s:
+        assert not rank.is_unheard()
+        time.sleep(0.1)
+    assert thread.is_alive()
+    received: list[bytes] = []
+    while len(received) < len(frames):
+        assert wait([engine], 5.0)
+        received += engine.receive()
+        assert not engine.ended
+    thread.join()
+    assert received == frames
+    rank.close()
+    engine.close()

@@ -11,7 +11,7 @@ import torch
 
 from tp_runtime.client.link import measure_link
 from tp_runtime.config import GroupConfig
-from tp_runtime.errors import GroupDiedError
+from tp_runtime.errors import GroupClosedError, GroupDiedError
 from tp_runtime.gpu.speeds import host_times, speed_times
 from tp_runtime.layouts.cost_model import (
     DEVICES,
@@ -308,9 +308,11 @@ def test_what_ended_a_group_is_not_tried_again(path: Path) -> None:
     assert LinkRecords(path).between(GPUS) is None
 
 
-def test_what_was_cancelled_is_tried_again(path: Path) -> None:
-    engine = Engine(TWO, KeyboardInterrupt(), said(LINKS["pcie"], 2))
-    with pytest.raises(KeyboardInterrupt):
+@pytest.mark.parametrize("end", [KeyboardInterrupt, GroupClosedError])
+def test_what_a_person_ended_is_tried_again(path: Path, end: type[BaseException]) -> None:
+    """A cancelled prompt, and a group that was released: nobody wants another one for it."""
+    engine = Engine(TWO, end(), said(LINKS["pcie"], 2))
+    with pytest.raises(end):
         measure(engine, LinkRecords(path))
     measure(engine, LinkRecords(path))
     assert LinkRecords(path).between(GPUS) is not None

@@ -112,3 +112,38 @@ def test_a_python_that_is_too_old_makes_none(
     ):
         own.make()
     assert own.progress().state == "absent"
+
+
+@pytest.mark.usefixtures("index_that_never_answers")
+def test_two_servers_do_not_make_it_at_once(
+    tmp_path: Path, own: OwnPython, requirements: Path
+) -> None:
+    requirements.write_text("some-package==1\n")
+    other = OwnPython(tmp_path / "home" / "python", [requirements])
+    own.make()
+    with pytest.raises(InputError, match=r"Another ComfyUI is making \S+home/python"):
+        other.make()
+    other.cancel()
+    assert other.progress().state == "absent"
+    wait_until(lambda: "some-package" in own.progress().line, within_s=300)
+    assert Path(own.python).exists()
+    own.cancel()
+    other.make()
+    assert other.progress().state == "making"
+    other.cancel()
+
+
+def test_one_that_is_there_is_not_made_again(
+    tmp_path: Path, own: OwnPython, requirements: Path
+) -> None:
+    """Another server may have made it, and its ranks may run in it."""
+    requirements.write_text("# nothing\n")
+    other = OwnPython(tmp_path / "home" / "python", [requirements])
+    own.make()
+    wait_until(lambda: ended(own), within_s=300)
+    made = Path(own.python).lstat()
+    for one in (own, other):
+        one.make()
+        assert one.progress().state == "ready"
+        one.cancel()
+    assert Path(own.python).lstat() == made

@@ -1,4 +1,4 @@
-"""The driver process of Ray: what is left where it cannot be started."""
+"""The driver process of Ray, without Ray: what is left of it, what it says, and its log."""
 
 import sys
 import time
@@ -8,10 +8,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from support.paths import REPOSITORY
+from support.waiting import wait_until
 from tp_runtime.client.launch import ray_driver_client
 from tp_runtime.client.launch.ray_driver_client import Driver, cluster_gpu_count
 from tp_runtime.config import GroupConfig
 from tp_runtime.errors import GroupStartError
+from tp_runtime.wire.own_log import MAX_LOG_BYTES
 
 
 def test_a_python_that_does_not_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,6 +34,12 @@ def test_a_python_that_does_not_exist(tmp_path: Path, monkeypatch: pytest.Monkey
     assert left() == before
 
 
+IMPORTS = """
+import sys
+sys.path.insert(0, {!r})
+"""
+
+
 @pytest.fixture
 def driver_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
     """`driver_that(code)`: a Python in whose place a driver runs that code instead."""
@@ -38,7 +47,7 @@ def driver_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[st
 
     def make(code: str) -> str:
         script = tmp_path / "python"
-        script.write_text(f"#!{sys.executable}\n{code}\n")
+        script.write_text(f"#!{sys.executable}\n{IMPORTS.format(str(REPOSITORY))}\n{code}\n")
         script.chmod(0o700)
         return str(script)
 
@@ -65,7 +74,7 @@ def test_who_waits_for_a_failure_does_not_wait_again(
     driver_that: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = tmp_path / "asked"
-    python = driver_that(f"import sys; open({str(asked)!r}, 'a').write('x'); sys.exit(3)")
+    python = driver_that(f"open({str(asked)!r}, 'a').write('x'); sys.exit(3)")
     for _ in range(3):
         with pytest.raises(GroupStartError) as error:
             cluster_gpu_count("127.0.0.1:1", python)
@@ -75,3 +84,53 @@ def test_who_waits_for_a_failure_does_not_wait_again(
     with pytest.raises(GroupStartError):
         cluster_gpu_count("127.0.0.1:1", python)
     assert asked.read_text() == "xx"
+
+
+# Says that the cluster has as many GPUs as the file `asked` has characters, after one more.
+COUNTS = """
+import msgspec
+from tp_runtime.wire.ray_messages import DriverConfig, Waiting
+from tp_runtime.wire.transport import Channel
+
+with open({asked!r}, "a+") as asked:
+    asked.write("x")
+    asked.seek(0)
+    count = len(asked.read())
+told = msgspec.json.decode(sys.argv[-1], type=DriverConfig)
+Channel.inherited(told.control_fd).send(msgspec.msgpack.encode(Waiting(count, count)))
+"""
+
+
+def test_a_cluster_that_has_grown_is_counted_again(
+    driver_that: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though no group on it has ended; whoever asks often is answered at once."""
+    python = driver_that(COUNTS.format(asked=str(tmp_path / "asked")))
+    assert [cluster_gpu_count("127.0.0.1:2", python) for _ in range(3)] == [1, 1, 1]
+    monkeypatch.setattr(ray_driver_client, "COUNT_S", 0)
+    assert cluster_gpu_count("127.0.0.1:2", python) == 2
+
+
+LOGS = """
+import msgspec
+from tp_runtime.ray_driver.driver import Driver
+from tp_runtime.wire.ray_messages import DriverConfig
+
+driver = Driver(msgspec.json.decode(sys.argv[-1], type=DriverConfig))
+print("x" * {size} + "the end", flush=True)
+driver.gone.wait()
+"""
+
+
+def test_of_a_long_log_the_end_is_kept(driver_that: Callable[[str], str], tmp_path: Path) -> None:
+    python = driver_that(LOGS.format(size=MAX_LOG_BYTES))
+    config = GroupConfig(1, "cpu", python=python, where="ray", ray_address="127.0.0.1:1")
+    driver = Driver(config, 1, tmp_path)
+    log = driver.log_path
+    try:
+        wait_until(lambda: log.stat().st_size > MAX_LOG_BYTES)
+        wait_until(lambda: log.stat().st_size < MAX_LOG_BYTES // 2)
+    finally:
+        driver.kill(patience_s=0)
+    assert log.read_text().startswith("(what came before was too long)")
+    assert "the end" in log.read_text()

@@ -3,7 +3,7 @@
 import logging
 
 from ..config import gpu_names
-from ..errors import TPRuntimeError
+from ..errors import GroupClosedError, TPRuntimeError
 from ..layouts.link_records import LinkRates, LinkRecords, Speed
 from ..wire.protocol import MeasureLink
 from .engine import Engine
@@ -16,8 +16,9 @@ def measure_link(engine: Engine, links: LinkRecords, poll: Poll | None) -> bool:
     """Remember the link between the group's GPUs, and their speed; a second, once on a machine.
 
     Of GPUs of this machine only, and of two or more. False: it has ended the group, of which the
-    log tells. It is not tried again: the link is then what is usual for such GPUs. Raises what
-    ``poll`` raises.
+    log tells. It is not tried again: the link is then what is usual for such GPUs.
+
+    Raises what ``poll`` raises, and GroupClosedError: somebody has released the group.
     """
     config = engine.config
     if config.device != "cuda" or config.where != "this machine" or config.num_ranks == 1:
@@ -28,6 +29,9 @@ def measure_link(engine: Engine, links: LinkRecords, poll: Poll | None) -> bool:
     links.begin(gpus)
     try:
         said = engine.call(MeasureLink, poll=poll)
+    except GroupClosedError:  # a person wants no group now: the next one tries it again
+        links.forget(gpus)
+        raise
     except TPRuntimeError as error:
         logger.warning("The link between the GPUs was not measured: %s", error)
         return False

@@ -6,6 +6,7 @@ by itself: ComfyUI's registry forbids a pack to install packages without being a
 
 import atexit
 import contextlib
+import fcntl
 import os
 import shlex
 import shutil
@@ -18,7 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from ..config import PACKAGE, home
 from ..errors import InputError
@@ -67,7 +68,11 @@ class Progress:
 
 
 class OwnPython:
-    """A virtual environment that is made once. Thread-safe."""
+    """A virtual environment that is made once. Thread-safe.
+
+    Several ComfyUI servers may have one home, and so the same folder. Who makes or removes it has a
+    lock beside it, and one that is complete is never touched: ranks of any of them may run in it.
+    """
 
     def __init__(
         self, folder: Path | None = None, requirements: Sequence[Path] = REQUIREMENTS
@@ -111,9 +116,10 @@ class OwnPython:
         """How it stands now. Never waits."""
         with self._lock:
             making = self._thread is not None and self._thread.is_alive()
-            state: State = "making" if making else "failed" if self._error else "absent"
+            error = "" if making else self._error
+            state: State = "making" if making else "failed" if error else "absent"
             if not making and (self._folder / _COMPLETE).exists():
-                state = "ready"
+                state, error = "ready", ""
             lines = tail_of(self._log).splitlines() if making else []
             free = _free_bytes(self._folder)
             return Progress(
@@ -126,19 +132,23 @@ class OwnPython:
                 line=lines[-1] if lines else "",
                 seconds=round(time.monotonic() - self._began, 1) if making else 0.0,
                 written_bytes=max(0, self._free_before - free) if making else 0,
-                error="" if making else self._error,
+                error=error,
             )
 
     def make(self) -> None:
-        """Begin, in a thread. Nothing happens if that is under way.
+        """Begin, in a thread. Nothing happens if that is under way, or if a complete one is there.
 
         Raises:
-            InputError: there is no room on the disk, or this Python is too old.
+            InputError: there is no room on the disk, this Python is too old, or another process
+                is making it.
         """
         if self.refusal:
             raise InputError(self.refusal)
-        with self._lock:
+        with self._lock, contextlib.ExitStack() as unless_begun:
             if self._thread is not None and self._thread.is_alive():
+                return
+            lock = unless_begun.enter_context(_locked_beside(self._folder))
+            if (self._folder / _COMPLETE).exists():
                 return
             free = _free_bytes(self._folder)
             if free < NEEDED_BYTES:
@@ -151,9 +161,10 @@ class OwnPython:
             self._free_before = free
             self._log.truncate(0)
             self._thread = threading.Thread(
-                target=self._run, name="tp-runtime-own-python", daemon=True
+                target=self._run, args=(lock,), name="tp-runtime-own-python", daemon=True
             )
             self._thread.start()
+            unless_begun.pop_all()
 
     def cancel(self) -> None:
         """End what is under way, and remove what it has made. Returns when that is done."""
@@ -165,13 +176,14 @@ class OwnPython:
         if thread is not None:
             thread.join()
 
-    def _run(self) -> None:
-        """Thread: the commands, one after another."""
-        error = next(filter(None, map(self._failure_of, self._commands)), "")
-        if error or self._cancelled:
-            shutil.rmtree(self._folder, ignore_errors=True)
-        else:
-            (self._folder / _COMPLETE).touch()
+    def _run(self, lock: IO[bytes]) -> None:
+        """Thread: the commands, one after another; closes the lock afterwards."""
+        with lock:
+            error = next(filter(None, map(self._failure_of, self._commands)), "")
+            if error or self._cancelled:
+                shutil.rmtree(self._folder, ignore_errors=True)
+            else:
+                (self._folder / _COMPLETE).touch()
         with self._lock:
             self._error = "" if self._cancelled else error
 
@@ -181,7 +193,6 @@ class OwnPython:
             if self._cancelled:
                 return "It was cancelled."
             try:
-                self._folder.parent.mkdir(parents=True, exist_ok=True)
                 self._log.write(f"$ {shlex.join(command)}\n".encode())
                 self._log.flush()
                 process = self._process = subprocess.Popen(
@@ -205,6 +216,29 @@ class OwnPython:
             return ""
         ended = f"`{shlex.join(command)}` {how_ended(status)}."
         return f"{ended} Its output ends:\n{tail_of(self._log)}"
+
+
+def _locked_beside(folder: Path) -> IO[bytes]:
+    """A file beside the folder, locked for this process until it is closed or the process ends.
+
+    Raises:
+        InputError: another process has the lock, or there can be no file.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(folder.with_name(f"{folder.name}.lock"), "ab")  # noqa: SIM115  (the caller's)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be made: {error}. Set TP_RUNTIME_HOME.") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise InputError(
+            f"Another ComfyUI is making {folder}. Wait for it: then this one has it, too."
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    return lock
 
 
 def _free_bytes(folder: Path) -> int:

@@ -57,10 +57,12 @@ class _Child:
             socket.send_fds(answers, [msgspec.json.encode(pid)], [self.pidfd])
 
     def reap(self) -> None:
-        """The process has ended: tell how."""
-        _, status = os.waitpid(self.pid, 0)
+        """The process has ended: tell how, or null where the kernel does not say it."""
+        exitcode = None
+        with contextlib.suppress(ChildProcessError):  # a package has made SIGCHLD ignored
+            exitcode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         with contextlib.suppress(OSError):
-            self._answers.send(msgspec.json.encode(os.waitstatus_to_exitcode(status)))
+            self._answers.send(msgspec.json.encode(exitcode))
         self.close()
 
     def close(self) -> None:
@@ -118,8 +120,9 @@ def serve(requests: socket.socket, idle_s: float | None) -> WorkerConfig | None:
 def _refuse(answers: socket.socket, pid: int, error: OSError) -> None:
     """There is no rank, or none that could be watched: nothing of it stays."""
     if pid != os.getpid():
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):  # as in ``_Child.reap``
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
     with answers, contextlib.suppress(OSError):
         answers.send(msgspec.json.encode(str(error)))
 
@@ -208,6 +211,9 @@ def _check_can_fork() -> None:
 
 def main() -> None:
     """Be the server of the socket on the command line; in what it forks, be a rank."""
+    # Where it is ignored, which the start of a program does not end, the kernel tells no parent how
+    # its children end.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     gc.disable()  # an eighth of the imports' time: they make hardly anything but what stays
     # Before the imports: setproctitle finds the command line's memory in front of that of the first
     # variable of the environment, which an import may replace (1.3.8, src/spt_setup.c). Then

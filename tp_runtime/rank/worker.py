@@ -19,6 +19,7 @@ from .. import fault_points
 from ..config import WorkerConfig
 from ..errors import REFUSALS
 from ..wire.mirror import Mirror
+from ..wire.own_log import shorten_own_log
 from ..wire.protocol import (
     Close,
     Done,
@@ -43,8 +44,6 @@ logger = logging.getLogger("tp_runtime.rank.worker")
 PARENT_CHECK_S = 1.0
 AWAKE_S = 0.02  # on a GPU: after an evaluation, the next may come as soon as this
 LOOK_S = 0.0005  # while evaluations in stream order are under way, whether one is over
-MAX_LOG_BYTES = 8 * 2**20
-KEPT_LOG_BYTES = 2**20
 
 
 def _watch(channel: Channel, parent_pid: int) -> None:
@@ -55,7 +54,9 @@ def _watch(channel: Channel, parent_pid: int) -> None:
         stream.register(channel, select.POLLRDHUP)
         # A process that ComfyUI has forked may hold the stream open after ComfyUI's death.
         while os.getppid() == parent_pid and not stream.poll(1000 * PARENT_CHECK_S):
-            _shorten_log()
+            if channel.is_unheard():
+                break
+            shorten_own_log()
         logger.info("ending: nobody is left to answer to")
         status = 0
     except BaseException:
@@ -85,21 +86,6 @@ def _requests(channel: Channel, awake_s: float, look: Callable[[], bool]) -> Ite
                     awake_until = time.monotonic() + awake_s
         elif pause_s == PARENT_CHECK_S:
             fault_points.reach("idle")
-
-
-def _shorten_log() -> None:
-    """Keep only the end of a log that has grown too long, whoever writes to it.
-
-    It is the standard output, and opened for appending.
-    """
-    size = os.fstat(1).st_size
-    if size > MAX_LOG_BYTES:
-        with open("/proc/self/fd/1", "r+b") as log:
-            log.seek(size - KEPT_LOG_BYTES)
-            end = log.read()
-            log.seek(0)
-            log.write(b"(what came before was too long)\n" + end)
-            log.truncate()
 
 
 def _serve(config: WorkerConfig, channel: Channel) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 
 import msgspec
 
+from ..wire.own_log import shorten_own_log
 from ..wire.ray_messages import DriverConfig, Ended, FromDriver, Placed, Refused, Run, Seat, Waiting
 from ..wire.transport import Channel, wait
 
@@ -59,7 +60,7 @@ class Driver:
         stream = select.poll()
         stream.register(self._config.control_fd, select.POLLRDHUP | select.POLLHUP)
         while not stream.poll(1000 * PARENT_CHECK_S) and os.getppid() == parent_pid:
-            pass
+            shorten_own_log()
         logger.info("ending: nobody is left to work for")
         self.gone.set()
         time.sleep(END_TIMEOUT_S)

@@ -77,7 +77,7 @@ def join(address: tuple[str, int], token: bytes, member: Member) -> socket.socke
         if not hmac.compare_digest(answer, _mac(token, b"engine", theirs, ours, said)):
             raise ConnectionRefusedError(f"whoever listens at {address} is not the group's engine")
         stream.settimeout(None)
-        bound_silence(stream)
+        bound_silence(stream, while_sending=False)
     except BaseException:
         stream.close()
         raise
@@ -186,7 +186,7 @@ class Reception:
         if not self._say(stranger, _mac(self._token, b"engine", ours, theirs, said)):
             return
         stranger.stream.setblocking(True)
-        bound_silence(stranger.stream)
+        bound_silence(stranger.stream, while_sending=True)
         self._strangers.remove(stranger)
         self.members[member.rank] = (member, time.monotonic(), stranger.stream)
 

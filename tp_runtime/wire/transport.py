@@ -30,6 +30,9 @@ MAX_PACKET_BYTES = 128 * 2**10
 # anything for so long, whether there was something to send or not.
 SILENCE_S = 6
 _UNHEARD = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)
+# Of Linux's struct tcp_info: questions to the other host that it has not answered, packets on their
+# way to it, and ms since its last acknowledgement.
+_TCP_INFO = struct.Struct("=3xB20xI28xI")
 
 
 def wait(sources: Iterable[Any], timeout_s: float | None) -> list[Any]:
@@ -88,16 +91,22 @@ def receive_with_fds(stream: socket.socket, max_fds: int) -> tuple[bytes, list[i
     return packet, list(fds)
 
 
-def bound_silence(stream: socket.socket) -> None:
-    """Have a TCP connection end ``SILENCE_S`` after the other side was heard of last.
+def bound_silence(stream: socket.socket, *, while_sending: bool) -> None:
+    """Have a TCP connection end ``SILENCE_S`` after the other host was heard of last.
 
-    And have its frames sent at once.
+    And have its frames sent at once. The kernel asks that host for a sign of life (keepalive) only
+    while nothing is on its way to it; ``while_sending``: the same bound holds while something is.
+    It then also ends a connection whose other process reads nothing for so long, though its host
+    answers. Ranks read whenever something is sent to them, so the engine's end has that bound. A
+    rank's end has not: ComfyUI's process may stand still (a debugger, Ctrl-Z, a paused container)
+    while a result is on its way. The rank's watcher asks ``Channel.is_unheard`` instead.
     """
     stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
     stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
     stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, SILENCE_S)
-    stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * SILENCE_S)
+    if while_sending:
+        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * SILENCE_S)
     stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
@@ -177,6 +186,19 @@ class Channel:
             frames.append(bytes(self._received[_LENGTH.size : end]))
             del self._received[:end]
         return frames
+
+    def is_unheard(self) -> bool:
+        """Whether the other host has acknowledged nothing of what was sent for ``SILENCE_S``.
+
+        One whose process has no room for more is asked by the kernel, more and more seldom, and
+        answers. On one machine there is no other host.
+        """
+        if self._stream.family == socket.AF_UNIX:
+            return False
+        info = self._stream.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+        num_questions, num_packets, silence_ms = _TCP_INFO.unpack(info)
+        # The answer to one question may be on its way.
+        return silence_ms > 1000 * SILENCE_S and (num_packets > 0 or num_questions > 1)
 
     def close(self) -> None:
         """Idempotent; ends a ``send`` of another thread."""

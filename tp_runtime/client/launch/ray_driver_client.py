@@ -32,7 +32,8 @@ from .launcher import tail_of_file
 
 END_TIMEOUT_S = 15.0
 ASK_TIMEOUT_S, ASK_END_S = 60.0, 3.0
-FAILURE_S = 10.0
+# How long an answer of a cluster stands. Asking takes a second, and the page does so often.
+COUNT_S, FAILURE_S = 30.0, 10.0
 
 
 class Driver:
@@ -149,7 +150,7 @@ def _end_session(leader: int) -> None:
                 os.kill(pid, signal.SIGKILL)
 
 
-_gpu_counts: dict[str, int] = {}  # by the cluster's address
+_gpu_counts: dict[str, tuple[float, int]] = {}  # by the cluster's address: when, and how many
 _failures: dict[tuple[str, str], tuple[float, str]] = {}  # by address and Python: when, and what
 _asking = threading.Lock()
 
@@ -157,24 +158,27 @@ _asking = threading.Lock()
 def cluster_gpu_count(address: str, python: str, poll: Poll | None = None) -> int:
     """GPUs of the Ray cluster at ``address``.
 
-    One thread asks a cluster at a time. What it answers stands until ``forget_count``; that it
-    does not, for ``FAILURE_S``, so that whoever waited for that answer does not wait again.
+    One thread asks a cluster at a time. What it answers stands for ``COUNT_S``, since hosts may
+    join, or until ``forget_count``; that it does not, for ``FAILURE_S``, so that whoever waited for
+    that answer does not wait again.
 
     Raises:
         GroupStartError: the cluster cannot be reached, or the Python has no ray.
     """
     with acquired(_asking, poll):
-        if address in _gpu_counts:
-            return _gpu_counts[address]
+        counted_at, count = _gpu_counts.get(address, (-math.inf, 0))
+        if time.monotonic() - counted_at < COUNT_S:
+            return count
         failed_at, message = _failures.get((address, python), (-math.inf, ""))
         if time.monotonic() - failed_at < FAILURE_S:
             raise GroupStartError(message)
         try:
-            _gpu_counts[address] = _ask(address, python, poll)
+            count = _ask(address, python, poll)
         except GroupStartError as error:
             _failures[address, python] = time.monotonic(), str(error)
             raise
-        return _gpu_counts[address]
+        _gpu_counts[address] = time.monotonic(), count
+        return count
 
 
 def forget_count(address: str) -> None:
