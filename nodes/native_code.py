@@ -17,6 +17,7 @@ _QUOTED = re.compile(r"""["'](\w+)["']""")
 _KEYWORD = re.compile(r"""kwargs(?:\.get\(|\.pop\(|\[)["'](\w+)["']""")
 _OPTION = r"""transformer_options(?:\.get\(|\[)\s*["'](\w+)["']"""
 _READ = re.compile(rf"""{_OPTION}|["'](\w+)["'] (?:not )?in transformer_options""")
+_PLACED = re.compile(r"self\.process_img\(([^()]*)\)")
 _WRITTEN = re.compile(rf"{_OPTION}\]\s*=[^=]")
 
 
@@ -63,6 +64,15 @@ class NativeCode:
             _all(_KEYWORD, map(_source, own)) | named,
             _all(_READ, options) - _all(_WRITTEN, options),
         )
+
+
+def moves_references(model: torch.nn.Module) -> bool:
+    """Whether a model places reference pictures by its options, as it places the image.
+
+    Since 0.33 `rope_options` of FLUX's class do (`_forward` in comfy/ldm/flux/model.py).
+    """
+    placed = _all(_PLACED, map(_source, _native(type(model).__mro__)))
+    return bool(placed) and all("transformer_options" in arguments for arguments in placed)
 
 
 def _native(classes: Iterable[type]) -> list[type]:

@@ -25,6 +25,7 @@ from ..tp_runtime.client import (
     open_checkpoint,
 )
 from .absent import make_absent
+from .native_code import moves_references
 from .outer_weights import OuterWeights
 from .unsupported import reading_weights
 
@@ -45,6 +46,7 @@ def build_skeleton(info: CheckpointInfo, dtype: torch.dtype | None) -> Any:
         model = config.get_model(state_dict, "", device="meta")
         _assign_tensors(info, model, state_dict)
     model.tp_outer_weights = OuterWeights(info)
+    model.diffusion_model.references_move = moves_references(model.diffusion_model)
     make_absent(model.diffusion_model, model.tp_outer_weights)
     model.device = comfy.model_management.unet_offload_device()
     model.state_dict_for_saving = _refuse_saving
@@ -156,6 +158,8 @@ def _set_dtypes(
         dtype = None
     management = comfy.model_management
     supported = list(config.supported_inference_dtypes)
+    if info.family.overflows_in_fp16:
+        supported = [one for one in supported if one != torch.float16]
     if dtype is None:
         dtype = management.unet_dtype(
             model_params=comfy.utils.calculate_parameters(state_dict),

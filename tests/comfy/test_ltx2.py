@@ -39,7 +39,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "a mask": ({"spatial": True, "first": 0.5}, {}),
     "guides": ({"frames": 5, "guides": 2, "strengths": (0.5, 1.0), "masks": (9, None)}, {}),
     "a guide of few tokens": ({"frames": 4, "height": 4, "guides": 1, "dilated": True}, {}),
+    "a window without guides": ({"first": 0.0, "keyframe_idxs": torch.zeros(1, 3, 0, 2)}, {}),
     "a voice": ({"reference": 3}, {}),
+    "a voice without sound": ({"reference": 3, "sound": 0}, {}),
     "perturbed": ({}, {"stg_self_attn_blocks": {0, 1}}),
     "apart": ({}, {"a2v_cross_attn": False, "v2a_cross_attn": False}),
 }

@@ -4,6 +4,7 @@ A family's test module says which cases it has (``Cases``); its tests are those 
 """
 
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +17,13 @@ from torch.utils import _pytree as pytree
 
 from support.inputs import make_inputs
 from support.native import native_model
+from support.paths import comfyui_path
 from support.tiny_models import tiny, write_tiny
 
+_RELEASE = re.search(r"(\d+)\.(\d+)", (comfyui_path() / "comfyui_version.py").read_text())
+assert _RELEASE is not None
+# Whether the `rope_options` of the ComfyUI that is tested move reference pictures, too.
+REFERENCES_MOVE = {"references_move": tuple(map(int, _RELEASE.groups())) >= (0, 33)}
 cached_native_model = functools.lru_cache(maxsize=4)(native_model)
 
 

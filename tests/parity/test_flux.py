@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 from parity.conftest import FP32_TOLERANCE, Remote, relative_error
+from parity.suite import REFERENCES_MOVE
 from torch.utils import _pytree as pytree
 
 from support.native import native_model
+from support.newer_references import CASES as NEWER_CASES
+from support.newer_references import expected, inputs_of
 from support.tiny_models import tiny, write_tiny
 from tp_runtime.client import InputError, SizeError, inspect_checkpoint
 
@@ -34,7 +37,10 @@ CASES: dict[str, dict[str, Any]] = {
     "ControlNet": {"double": (64, None), "single": (None, 64)},
     "ControlNet for fewer blocks and tokens": {"double": (64,), "single": (30,), "batch": 2},
     "ControlNet with references": {"double": (64, 30), **REFERENCES},
-    "rope options": {"transformer_options": {"rope_options": ROPE}, "references": ((9, 8),)},
+    "rope options": {
+        "transformer_options": {"rope_options": ROPE} | REFERENCES_MOVE,
+        "references": ((9, 8),),
+    },
 }
 
 
@@ -120,6 +126,13 @@ def test_fp32_on_two_ranks(checkpoint: Path, remote: Remote, case: str) -> None:
 @pytest.mark.parametrize("tp_size", [1, 4, 5])
 def test_fp32(checkpoint: Path, remote: Remote, tp_size: int, case: str) -> None:
     assert_equal_to_native(checkpoint, remote, tp_size, make_inputs(**CASES[case]))
+
+
+@pytest.mark.parametrize("case", NEWER_CASES["flux"])
+def test_newer_comfyui(checkpoint: Path, remote: Remote, case: str) -> None:
+    """References that `rope_options` move, as 0.33 does and 0.3.75 does not."""
+    found = remote(checkpoint, 2).evaluate(inputs_of("flux", case, torch.float32))
+    assert relative_error(found, expected("flux", case, torch.float32)) <= FP32_TOLERANCE
 
 
 @functools.cache

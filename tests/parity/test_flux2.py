@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from parity.conftest import FP32_TOLERANCE, Remote, relative_error
-from parity.suite import Cases, ParityTests, assert_equal_to_native, native
+from parity.suite import REFERENCES_MOVE, Cases, ParityTests, assert_equal_to_native, native
 
 from support.inputs import make_inputs
 from support.newer_references import CASES, expected, inputs_of
@@ -43,7 +43,7 @@ class TestFlux2(ParityTests):
                 "width": 8,
             },
             "rope options": {
-                "transformer_options": {"rope_options": ROPE},
+                "transformer_options": {"rope_options": ROPE} | REFERENCES_MOVE,
                 "references": ((9, 8),),
             },
         },

@@ -1,20 +1,25 @@
 """GGUF files on real ranks against ComfyUI's own model with the same file's dequantised weights."""
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from parity import test_flux, test_qwen_image, test_z_image
 from parity.conftest import FP32_TOLERANCE, Remote, relative_error
+from safetensors import safe_open
 
 from support.gguf_files import ARCHITECTURES, dequantised, write_gguf
 from support.inputs import make_inputs
 from support.native import native_model
 from support.newer import is_known
+from support.newer_references import CASES, expected, inputs_of, write_case
 from support.tiny_models import tiny, write_tiny
+from tp_runtime.client import CheckpointError, inspect_checkpoint
 
 pytestmark = pytest.mark.process
 
@@ -76,3 +81,52 @@ def test_bf16(tmp_path: Path, remote: Remote, family: str) -> None:
     inputs = INPUTS[family](dtype=torch.bfloat16)
     found, expected = (remote(p, 2, torch.bfloat16).evaluate(inputs) for p in (path, values))
     assert torch.equal(found, expected)
+
+
+def write_told(folder: Path, source: Path, architecture: str, config: Any = None) -> Path:
+    """A GGUF file of a safetensors file's weights and settings (`config`: others), as F32.
+
+    Converters keep what the file tells of its model: a text by the same name.
+    """
+    whole = write_gguf(source, folder / "whole.gguf", "F32", architecture=architecture)
+    with safe_open(source, framework="pt") as file:
+        told = json.dumps(config) if config is not None else file.metadata()["config"]
+    writer = gguf.GGUFWriter(folder / "told.gguf", architecture)
+    writer.add_string("config", told)
+    for tensor in gguf.GGUFReader(whole).tensors:
+        writer.add_tensor(tensor.name, tensor.data.copy(), raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder / "told.gguf"
+
+
+def test_settings_that_no_shape_tells(tmp_path: Path, remote: Remote) -> None:
+    """LTX-2's sizes are settings of the file."""
+    source = write_case("ltx2", tmp_path / "whole.safetensors", CASES["ltx2"]["2.5"][0])
+    path = write_told(tmp_path, source, "ltxv")
+    assert inspect_checkpoint(str(path)).sizes == inspect_checkpoint(str(source)).sizes
+    found = remote(path, 2).evaluate(inputs_of("ltx2", "2.5", torch.float32))
+    assert relative_error(found, expected("ltx2", "2.5", torch.float32)) <= FP32_TOLERANCE
+
+
+def test_a_variant_that_no_shape_tells(tmp_path: Path) -> None:
+    """Wan Animate 2 has the tensors of Wan's image to video."""
+    source = write_case("wan", tmp_path / "whole.safetensors", CASES["wan"]["Animate 2"][0])
+    info = inspect_checkpoint(str(write_told(tmp_path, source, "wan")))
+    assert info.sizes.poses_pass
+    assert info.sizes == inspect_checkpoint(str(source)).sizes
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"transformer": {"causal_ar": True}}, "causal_ar to True"),
+        (["transformer"], "metadata's config is"),
+    ],
+)
+def test_settings_that_are_refused(tmp_path: Path, config: Any, words: str) -> None:
+    source = write_tiny("wan", tmp_path / "whole.safetensors")
+    with pytest.raises(CheckpointError, match=words):
+        inspect_checkpoint(str(write_told(tmp_path, source, "wan", config)))

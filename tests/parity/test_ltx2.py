@@ -25,6 +25,7 @@ pytestmark = pytest.mark.process
 
 PADDED = 3  # ranks, of 8 heads: 9
 EVERYWHERE = ("2.5", "2.0", "a part of both", "a guide with a mask", "a voice")
+EVERYWHERE += ("a voice without sound",)
 SIZED = [*((2, case) for case in CASES["ltx2"])]
 SIZED += [(size, case) for size in (1, PADDED, 4) for case in EVERYWHERE]
 
@@ -80,7 +81,10 @@ def test_captions_are_made_ready(file: Any, remote: Remote, case: str) -> None:
 def test_inputs_may_change_between_steps(file: Any, remote: Remote) -> None:
     """Nothing that a generation had is left to the next."""
     model = remote(file("2.5"), 2)
-    for case in ("a guide with a mask", "2.5", "a voice", "a part of both", "2.5"):
+    for case in (
+        *("a guide with a mask", "a window without guides", "2.5", "a voice"),
+        *("a voice without sound", "a part of both", "2.5"),
+    ):
         found = model.evaluate(inputs_of("ltx2", case, torch.float32))
         assert relative_error(found, expected("ltx2", case, torch.float32)) <= FP32_TOLERANCE
 
@@ -142,7 +146,14 @@ def test_metadata_that_do_not_fit(tmp_path: Path, metadata: Any, words: str) -> 
             },
             "whole frames of 6 tokens",
         ),
-        ({"guide_attention_entries": [{"strength": 0.5, "pre_filter_count": 6}]}, "LTXVAddGuide"),
+        (
+            {
+                "keyframe_idxs": torch.zeros(1, 3, 6, 2),
+                "denoise_mask": torch.ones(1, 1, 3, 2, 3),
+                "guide_attention_entries": [{"strength": 0.5}],
+            },
+            "LTXVAddGuide",
+        ),
         (
             {
                 "keyframe_idxs": torch.zeros(1, 3, 6, 2),

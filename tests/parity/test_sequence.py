@@ -50,6 +50,7 @@ STORED = {
     "ltx2": [
         *("2.5", "2.0", "other rotary embedding", "odd sizes, batch"),
         *("a part of both", "a guide with a mask", "a voice"),
+        "a voice without sound",
     ],
 }
 LAYOUTS = [(1, 2), (1, 3), (2, 2), (1, 4)]  # TP size, ranks that share the tokens

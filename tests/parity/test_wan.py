@@ -77,6 +77,13 @@ class TestFirstAndLastFrame(Fp32Tests):
         changes={"in_channels": 36, "image_dim": 1280, "image_positions": 514},
     )
 
+    def test_features_without_a_position_are_refused(
+        self, checkpoint: Path, remote: Remote
+    ) -> None:
+        inputs = self.cases.inputs("both") | {"clip_fea": torch.zeros(1, 771, 1280)}
+        with pytest.raises(InputError, match=r"clip_fea.*at most 514.*got 771"):
+            remote(checkpoint, 2).evaluate(inputs)
+
 
 class TestFunControl(Fp32Tests):
     """Fun Control: a picture before the first frame."""

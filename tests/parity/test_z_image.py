@@ -9,10 +9,11 @@ import torch
 from parity.conftest import FP32_TOLERANCE, Remote, relative_error
 
 from support.native import import_comfy, native_model
+from support.pack import pack_module
 from support.paths import TOY_PACK
 from support.tiny_models import write_tiny
 from support.toy import MODEL as TOY_MODEL
-from tp_runtime.client import InputError
+from tp_runtime.client import InputError, inspect_checkpoint
 
 pytestmark = pytest.mark.process
 
@@ -139,6 +140,25 @@ def test_blocks_that_cannot_be_left_out_are_refused(checkpoint: Path, remote: Re
     with pytest.raises(InputError, match="Z-Image on the process group cannot leave blocks out"):
         model.evaluate(inputs | {"transformer_options": options})
     assert model.evaluate(inputs).isfinite().all()
+
+
+def test_a_file_in_fp16_is_computed_in_bf16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where 0.33 would choose fp16: it clips what overflows, which the ranks do not."""
+    path = write_tiny("z_image", tmp_path / "tiny.safetensors", dtype=torch.float16)
+    with pack_module("nodes.skeleton") as skeleton:
+        from comfy import model_management, supported_models
+
+        # As on a GPU, and of a file of the published width.
+        offered = [torch.bfloat16, torch.float16, torch.float32]
+        monkeypatch.setattr(supported_models.ZImage, "supported_inference_dtypes", offered)
+        for name in ("should_use_fp16", "should_use_bf16"):
+            monkeypatch.setattr(model_management, name, lambda *_args, **_options: True)
+        info = inspect_checkpoint(str(path))
+        chosen = skeleton.compute_dtype(skeleton.build_skeleton(info, None))
+        asked_for = skeleton.compute_dtype(skeleton.build_skeleton(info, torch.float16))
+    assert (chosen, asked_for) == (torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(scope="module")

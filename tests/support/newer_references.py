@@ -67,6 +67,7 @@ _ANIMATE_2 = {"in_channels": 36, "image_dim": 1280, "poses_pass": True}
 _POSED = {"pose frames": 2, "pose patches": 9}
 _MOVING = {"frames": 3, "height": 6, "width": 8, "time_scale": 1000.0}
 _ROPE = {"scale_x": 1.5, "scale_y": 0.75, "shift_x": 2.0, "shift_t": 3.0}
+_MOVED = {"transformer_options": {"rope_options": _ROPE, "references_move": True}}
 _EXACT_TIMES = {"timesteps": torch.tensor([0.5])}
 _SMALL = {"height": 6, "width": 7}
 _SLOTS = _SMALL | {"references": ((5, 4), (8, 6), (3, 9)), "image_slots": [3, 3, 11]}
@@ -75,7 +76,16 @@ _SLOTS = _SMALL | {"references": ((5, 4), (8, 6), (3, 9)), "image_slots": [3, 3,
 # may be a quantised format that the file is `stored_as`; it computes in fp32 only.
 Case = tuple[Mapping[str, Any], Mapping[str, Any]]
 CASES: dict[str, dict[str, Case]] = {
+    "flux": {
+        f"rope options, references: {method}": (
+            {},
+            _SMALL_REFERENCES | _MOVED | {"ref_latents_method": method},
+        )
+        for method in ("offset", "index", "uxo")
+    },
     "flux2": {
+        "rope options, references": ({}, _SMALL_REFERENCES | _MOVED | {"batch": 2}),
+        "rope options, references at time 0": ({}, _SMALL_REFERENCES | _MOVED | _AT_ZERO),
         "references at time 0": ({}, _REFERENCES | _AT_ZERO),
         "references at time 0, without guidance": (
             {"guidance": False},
@@ -220,7 +230,20 @@ CASES: dict[str, dict[str, Case]] = {
             {"frames": 4, "height": 4, "guides": 1, "dilated": True, "strengths": (0.7,)},
         ),
         "a guide that is dropped": ({}, _GUIDES | {"dropped": (-1,), "strengths": (0.7, 0.9)}),
+        "a window without guides": (
+            {},
+            {"first": 0.0, "keyframe_idxs": torch.zeros(1, 3, 0, 2), "guide_attention_entries": []},
+        ),
+        "how much to look at guides that are nowhere": (
+            {},
+            {"guide_attention_entries": [{"strength": 0.5, "pre_filter_count": 6}]},
+        ),
         "a voice": ({}, {"reference": 4, "batch": 2}),
+        "a voice without sound": ({}, {"reference": 4, "sound": 0}),
+        "a voice without sound, image to video": (
+            OF_2_0,
+            {"reference": 3, "sound": 0, "batch": 2, "first": 0.0},
+        ),
         "a voice, and a part of the sound": ({}, {"reference": 4, "sound_mask": True}),
         "generated keyframes": (
             {},

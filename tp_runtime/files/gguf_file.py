@@ -2,7 +2,8 @@
 
 Needs the optional package ``gguf``, which reads the header and knows the block formats. Names and
 shapes are those of the converters for ComfyUI: axes in reverse order, as everywhere in GGUF, and
-``comfy.gguf.orig_shape.NAME`` for a tensor whose rows no block would fit.
+``comfy.gguf.orig_shape.NAME`` for a tensor whose rows no block would fit. They keep ``config``, the
+settings of a model in the metadata of its safetensors file, as a text.
 """
 
 import functools
@@ -29,6 +30,7 @@ _LONG_LIST = 16  # no shape is longer
 _MAX_WORDS = 2**22  # in a list
 _MAX_ITEMS = 2**16  # fields, elements of their lists, and tensors
 _ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
+_CONFIG = "config"
 
 
 class GGUFFile:
@@ -44,11 +46,11 @@ class GGUFFile:
         """
         self.path = path
         self.bytes_read = 0
-        self.metadata: dict[str, str] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self._stored: dict[str, gguf.ReaderTensor] = {}
         try:
             reader = _CheckedReader(path)
+            self.metadata = _metadata(reader)
         except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
             raise FormatError(str(error)) from error
         if reader.byte_order == "S":
@@ -182,6 +184,14 @@ def _is_readable(kind: gguf.GGMLQuantizationType) -> bool:
     except NotImplementedError:
         return False
     return True
+
+
+def _metadata(reader: gguf.GGUFReader) -> dict[str, str]:
+    """Of the file's fields, what its model's settings are read from. Raises ValueError."""
+    field = reader.get_field(_CONFIG)
+    if field is None or field.types != [gguf.GGUFValueType.STRING]:
+        return {}
+    return {_CONFIG: str(field.contents())}
 
 
 def _shape(

@@ -16,13 +16,16 @@ from ..sharding.table import Table, expanded
 if TYPE_CHECKING:
     from .model_patch import ModelPatch
 
+# An option, and the attribute that ``nodes/skeleton.py`` gives ComfyUI's model: whether its
+# ``rope_options`` move reference pictures, too, which depends on the release.
+REFERENCES_MOVE = "references_move"
 Shapes = Mapping[str, Shape]  # of a file's tensors, by name
 Settings = Mapping[str, Any]  # of a diffusers folder's config.json
 
 
 @dataclass(frozen=True)
 class AtLeast:
-    """An axis that must be so long; what is beyond is left out."""
+    """An axis that must be so long, and may be longer."""
 
     name: str
     length: int
@@ -412,13 +415,15 @@ class Family:
     ComfyUI's class that makes captions ready (``Sizes.connected``). ``refused_inputs``: what
     ComfyUI's class takes and the forward here does not, by its name there → what it is.
     ``left_to_ranks``: methods of ComfyUI's class that prepare an input for its forward, which the
-    forward here does. ``numbers``: keys of transformer_options that are numbers → the attribute of
-    ComfyUI's class that stands for it. ``shares_tokens``: the forward here evaluates a rank's
-    stretch of the tokens (``token_shares``). ``model_patches``: those that the forward here takes
-    (``ModelPatch``). ``widens``: the weight that a LoRA may make wider: ComfyUI's class gives the
-    model as many channels as it then takes. ``style_patches``: ComfyUI's class of what a node puts
-    into a model, to have tokens before the text (``STYLE_TOKENS``) → that of the small model that
-    makes them. ``comfyui_class``: of ComfyUI's supported_models, where ComfyUI finds only the
+    forward here does. ``overflows_in_fp16``: ComfyUI's class clips what is too large for fp16 in
+    more places than the forward here, so a file in fp16 is computed with in another dtype, unless a
+    person asks for that one. ``numbers``: keys of transformer_options that are numbers → the
+    attribute of ComfyUI's class that stands for it. ``shares_tokens``: the forward here evaluates a
+    rank's stretch of the tokens (``token_shares``). ``model_patches``: those that the forward here
+    takes (``ModelPatch``). ``widens``: the weight that a LoRA may make wider: ComfyUI's class gives
+    the model as many channels as it then takes. ``style_patches``: ComfyUI's class of what a node
+    puts into a model, to have tokens before the text (``STYLE_TOKENS``) → that of the small model
+    that makes them. ``comfyui_class``: of ComfyUI's supported_models, where ComfyUI finds only the
     published sizes. ``published`` and ``small``: sizes of the released model, and of one with its
     structure for tests; ``variant``: of a released one with layers that it has not.
     ``text_tokens``: of a usual caption, and ``extents``: width, height and frames of what is
@@ -442,6 +447,7 @@ class Family:
     extents: tuple[tuple[int, int, int], ...] = ((1024, 1024, 1), (2048, 2048, 1))
     refused_inputs: Mapping[str, str] = field(default_factory=dict)
     left_to_ranks: tuple[str, ...] = ()
+    overflows_in_fp16: bool = False
     numbers: Mapping[str, str] = field(default_factory=dict)
     connects: str | None = None
     shares_tokens: bool = False

@@ -5,12 +5,14 @@ operations shows in the last bits.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from .forward import unsupported
+from .family import REFERENCES_MOVE
+from .forward import option, unsupported
 
 # ComfyUI's ways to place references: side by side on one plane; one behind another; diagonally
 # below the image. And by index, with the modulation of time 0.
@@ -75,15 +77,17 @@ def reference_positions(
     references: Sequence[torch.Tensor],
     method: str,
     size: Sequence[int],
-    along: Callable[[int, int], torch.Tensor],
+    along: Callable[[int, int, str], torch.Tensor],
     patch: int = 2,
     step: float = 1.0,
+    shift: float = 0.0,
 ) -> list[torch.Tensor]:
     """Positions of reference latents beside an image of ``size`` (height, width).
 
     ``method`` is one of: ``"index"`` and ``"negative_index"``, one behind another, ``step``
-    apart; ``"uxo"``, diagonally below the image; ``"offset"``, side by side on one plane.
-    ``along(start, length)``: positions along an axis of the patches of so many latent rows.
+    apart; ``"uxo"``, diagonally below the image; ``"offset"``, side by side on one plane. ``shift``
+    is added to every index. ``along(start, length, axis)``: positions along an axis, ``"y"`` or
+    ``"x"``, of the patches of so many latent rows.
     """
     (height, width), found = size, []
     down = right = 0
@@ -101,10 +105,10 @@ def reference_positions(
             top, left = (0, right) if rows + down > columns + right else (down, 0)
             down, right = max(down, rows + top), max(right, columns + left)
         y, x = (
-            along((start + patch // 2) // patch, length)
-            for start, length in ((top, rows), (left, columns))
+            along((start + patch // 2) // patch, length, axis)
+            for start, length, axis in ((top, rows, "y"), (left, columns, "x"))
         )
-        found.append(grid_positions(index, y, x))
+        found.append(grid_positions(index + shift, y, x))
     return found
 
 
@@ -113,29 +117,31 @@ def movable_positions(
     num_text: int,
     references: Sequence[torch.Tensor],
     method: str,
-    options: Mapping[str, float],
+    transformer_options: Mapping[str, Any] | None,
     patch: int = 2,
     step: float = 1.0,
 ) -> torch.Tensor:
     """Positions (L, 3) of text (all zero), image and references.
 
-    ``options`` (ComfyUI's ``rope_options``) move and stretch the image. ``patch``: latent rows and
-    columns of a token; ``step``: from one reference to the next.
+    ComfyUI's ``rope_options`` move and stretch the image; and the references, if the options say
+    ``REFERENCES_MOVE``. ``patch``: latent rows and columns of a token; ``step``: from one reference
+    to the next.
     """
 
-    def along(start: float, size: int, scale: float = 1.0) -> torch.Tensor:
-        steps = -(-size // patch)
-        end = start + (steps - 1) * scale
-        return torch.linspace(start, end, steps, dtype=torch.float32, device=x.device)
+    def along(start: int, size: int, axis: str, moved: Mapping[str, float]) -> torch.Tensor:
+        steps, first = -(-size // patch), start + moved.get(f"shift_{axis}", 0.0)
+        last = first + (steps - 1) * moved.get(f"scale_{axis}", 1.0)
+        return torch.linspace(first, last, steps, dtype=torch.float32, device=x.device)
 
     size = x.shape[-2:]
     text = torch.zeros(num_text, 3, dtype=torch.float32, device=x.device)
-    rows, columns = (
-        along(options.get(f"shift_{axis}", 0.0), length, options.get(f"scale_{axis}", 1.0))
-        for axis, length in zip("yx", size, strict=True)
-    )
-    image = grid_positions(options.get("shift_t", 0.0), rows, columns)
-    others = reference_positions(references, method, size, along, patch, step)
+    moved = option(transformer_options, "rope_options")
+    rows, columns = (along(0, *each, moved) for each in zip(size, "yx", strict=True))
+    image = grid_positions(moved.get("shift_t", 0.0), rows, columns)
+    if not (transformer_options or {}).get(REFERENCES_MOVE):
+        moved = {}
+    shift, along_one = moved.get("shift_t", 0.0), partial(along, moved=moved)
+    others = reference_positions(references, method, size, along_one, patch, step, shift)
     return torch.cat([text, image, *others])
 
 

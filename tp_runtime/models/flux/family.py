@@ -102,6 +102,7 @@ FAMILY = Family(
     published=FluxSizes(24, 128, 19, 38, 16, 16, 4096, 768, True, "scale"),
     small=FluxSizes(24, 16, 2, 2, 16, 16, 64, 48, True, "scale"),
     text_tokens=512,
+    numbers={of.REFERENCES_MOVE: of.REFERENCES_MOVE},
     shares_tokens=True,
     widens="img_in.weight",
     style_patches={"UsoStyleProjectorPatch": "SigLIPMultiFeatProjModel"},

@@ -21,7 +21,7 @@ from ..dual_stream import (
     joint_mask,
     single_blocks,
 )
-from ..forward import BlockName, Conditioning, option
+from ..forward import BlockName, Conditioning
 from ..layers import embedded_time, gelu_mlp, rope_rotation
 from ..pictures import (
     REFERENCE_METHODS,
@@ -56,11 +56,10 @@ class Forward(DualStreamForward):
     ) -> Conditioning:
         """See the class; ``vector`` (B, D) from y, ``guidance`` (B, D) or None, and ``mask``."""
         check_method(self.label, ref_latents, ref_latents_method, REFERENCE_METHODS)
-        rope_options = option(transformer_options, "rope_options")
         text = self.model.context_embedder(context)
         if style_tokens:
             text = torch.cat((*reversed(style_tokens), text), dim=1)
-        given = x, text.shape[1], ref_latents, ref_latents_method, rope_options
+        given = x, text.shape[1], ref_latents, ref_latents_method, transformer_options
         positions = movable_positions(*given)
         if y is None:
             y = x.new_zeros(x.shape[0], self.sizes.vector_dim)

@@ -115,6 +115,7 @@ FAMILY = Family(
     published=Flux2Sizes(48, 128, 8, 48, 128, 128, 15360, True, "scale"),
     small=Flux2Sizes(24, 16, 2, 2, 128, 128, 64, True, "scale"),
     text_tokens=512,
+    numbers={of.REFERENCES_MOVE: of.REFERENCES_MOVE},
     shares_tokens=True,
     widens="img_in.weight",
 )

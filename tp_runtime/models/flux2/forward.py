@@ -22,7 +22,7 @@ from ..dual_stream import (
     joint_mask,
     single_blocks,
 )
-from ..forward import BlockName, Conditioning, option
+from ..forward import BlockName, Conditioning
 from ..layers import embedded_time, rope_rotation, silu_gate, with_time_zero
 from ..pictures import (
     AT_TIME_ZERO,
@@ -62,8 +62,8 @@ class Forward(DualStreamForward):
         check_method(self.label, ref_latents, ref_latents_method, methods)
         zero_time = ref_latents_method == AT_TIME_ZERO
         method = "index" if zero_time else ref_latents_method
-        rope_options, num_text = option(transformer_options, "rope_options"), context.shape[1]
-        placed = x, num_text, ref_latents, method, rope_options, PATCH, REFERENCE_STEP
+        num_text = context.shape[1]
+        placed = x, num_text, ref_latents, method, transformer_options, PATCH, REFERENCE_STEP
         positions = F.pad(movable_positions(*placed), (0, 1))
         positions[:num_text, 3] = counted(num_text, x)
         embedders, embed = self.model.time_guidance_embed, self.model.x_embedder

@@ -19,7 +19,7 @@ from ...errors import InputError
 from ...sharding.parts import Shape
 from ...sharding.table import Table
 from .. import family as of
-from ..family import Family, Geometry, Input, Sizes, Told, size
+from ..family import AtLeast, Family, Geometry, Input, Sizes, Told, size
 from .rows import LAYERS, REGISTERS, table_of
 
 AUDIO_BINS = 16  # of frequency; each with the channels of an audio latent
@@ -27,6 +27,7 @@ AUDIO_CHANNELS = 8
 MIN_CAPTION = 1024  # tokens of a caption that was filled up
 _BLOCK, _CONNECTOR = "transformer_blocks.0", "video_embeddings_connector"
 _GATE = "attn1.to_gate_logits.weight"
+_PLACES = "keyframe_idxs"  # of guides
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ class LTX2Sizes(Sizes):
     @property
     def inputs(self) -> dict[str, Input]:
         masks = "batch", "mask channels", "frames", "height", "width"
-        places = "batch", ("axes", 3), "guide tokens", ("ends", 2)
+        places = "batch", ("axes", 3), AtLeast("guide tokens", 0), ("ends", 2)
         channels, bins = ("channels", AUDIO_CHANNELS), ("bins", AUDIO_BINS)
         sound = Input(
             "Latents of sound",
@@ -157,12 +158,16 @@ class LTX2Sizes(Sizes):
             "a_timestep": replace(sound_times, optional=True),
             "context": of.captions(sum(self.caption_dims)),
             "attention_mask": replace(of.MASKS, kind="any"),
-            "keyframe_idxs": Input("Positions of guides", places, optional=True, kind="any"),
+            _PLACES: Input("Positions of guides", places, optional=True, kind="any"),
             "denoise_mask": Input("Masks of the video", masks, optional=True, kind="any"),
         }
 
     def prepared(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The same. Raises InputError for timesteps of another number of tokens."""
+        """The same, but for positions of no guides, as context windows without any have them.
+
+        Raises:
+            InputError: timesteps of another number of tokens.
+        """
         x, times = inputs["x"], inputs["timesteps"]
         video = x if isinstance(x, torch.Tensor) else x[0]
         tokens = self.geometry.image_tokens(tuple(video.shape))
@@ -171,7 +176,10 @@ class LTX2Sizes(Sizes):
                 f"A video of {FAMILY.label} of {tokens} tokens has as many timesteps, or one; got "
                 f"{times.shape[1]}. The mask of its latent must be of the latent's size."
             )
-        return inputs
+        places = inputs.get(_PLACES)
+        if places is None or places.shape[2]:
+            return inputs
+        return {name: value for name, value in inputs.items() if name != _PLACES}
 
     def connected(self, caption: Shape, *, unprocessed: bool) -> Shape | None:
         """See ``Sizes``; ComfyUI's ``LTXAVModel.preprocess_text_embeds`` decides so (0.33)."""

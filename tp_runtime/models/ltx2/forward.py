@@ -20,7 +20,7 @@ from ..layers import timestep_embedding
 from ..token_shares import TokenShares
 from .blocks import BEFORE_ITSELF, Norm, Stream, first_norm
 from .connectors import ConnectorsForward
-from .family import AUDIO_BINS, FAMILY, LTX2Sizes
+from .family import AUDIO_BINS, AUDIO_CHANNELS, FAMILY, LTX2Sizes
 from .guides import (
     Guides,
     check_plain,
@@ -95,7 +95,7 @@ class Forward(ConnectorsForward):
             layers = self.model.caption_projection, self.model.audio_caption_projection
             captions = tuple(layer(one) for layer, one in zip(layers, captions, strict=True))
         found["captions"] = captions
-        for sound in sounds:
+        for sound in _heard(video, sounds, ref_audio):
             positions = audio_positions(0, sound.shape[2], video.device)
             if ref_audio is not None:
                 reference = ref_audio["tokens"].to(sound).expand(len(sound), -1, -1)
@@ -147,7 +147,7 @@ class Forward(ConnectorsForward):
         if mark is not None:
             tokens = tokens + shares.own(mark)
         streams, sound_times = [], None
-        for sound in sounds:
+        for sound in _heard(video, sounds, reference):
             of_sound = timesteps if a_timestep is None else a_timestep
             sound_times = of_sound.reshape(len(sound), -1)
             of_sound = sound.transpose(1, 2).flatten(2)
@@ -258,6 +258,15 @@ class Forward(ConnectorsForward):
 
 def _latents(x: torch.Tensor | Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
     return [x] if isinstance(x, torch.Tensor) else x
+
+
+def _heard(
+    video: torch.Tensor, sounds: Sequence[torch.Tensor], reference: Any
+) -> Sequence[torch.Tensor]:
+    """The ``sounds`` that the video meets: a ``reference`` without any goes before an empty one."""
+    if sounds or reference is None:
+        return sounds
+    return [video.new_zeros(len(video), AUDIO_CHANNELS, 0, AUDIO_BINS)]
 
 
 def _modulation(

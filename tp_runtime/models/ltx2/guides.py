@@ -42,7 +42,7 @@ def tokens_of(
     """
     pixels = video_positions(size, causal, device)
     left = torch.ones(pixels.shape[2], dtype=torch.bool, device=device)
-    if places is None or not places.shape[2]:
+    if places is None:
         return Tokens(pixels, 0, left, left[:0])
     if mask is None:
         raise InputError(
@@ -135,7 +135,8 @@ class Guides(NamedTuple):
 def looked_at(
     entries: Sequence[Mapping[str, Any]], tokens: Tokens, like: torch.Tensor
 ) -> Guides | None:
-    """How much guides are looked at; None if as much as all else. ``like`` has the dtype.
+    """How much guides are looked at; None if as much as all else, or if there are none. ``like``
+    has the dtype.
 
     ``entries``, of one guide each: the tokens that it had (``pre_filter_count``), its ``strength``,
     and ``pixel_mask`` (B, 1, frames, height, width) with ``latent_shape``, if there is one.
@@ -143,17 +144,12 @@ def looked_at(
     Raises:
         InputError: they are not those of the guides.
     """
-    if not entries:
+    left = tokens.guides_left
+    if not entries or not len(left):
         return None
     for entry in entries:
         _check_entry(entry)
-    left = tokens.guides_left
     counts = [entry["pre_filter_count"] for entry in entries]
-    if not len(left):
-        raise InputError(
-            f"{FAMILY.label} was told how much to look at guides, but not where these are "
-            "(keyframe_idxs). Add guides with 'LTXVAddGuide', which sets both."
-        )
     if sum(counts) != len(left):
         raise InputError(
             f"The guides of {FAMILY.label} are {len(left)} tokens, but {sum(counts)} by what was "

@@ -167,14 +167,14 @@ def _positions(
     Every picture is centred on zero; the text counts on, on all axes, from the image's edge.
     """
 
-    def along(start: int, size: int) -> torch.Tensor:
+    def along(start: int, size: int, _axis: str) -> torch.Tensor:
         steps = -(-size // 2)
         # In the latents' dtype, as ComfyUI does: bf16 rounds positions beyond 256.
         line = torch.linspace(start, start + steps - 1, steps, dtype=x.dtype, device=x.device)
         return line.float() - steps // 2
 
     size = x.shape[-2:]
-    rows, columns = (along(0, length) for length in size)
+    rows, columns = (along(0, *each) for each in zip(size, "yx", strict=True))
     first = max(side // 2 for side in patch_grid(x))
     text = counted(num_text, x, first)[:, None].expand(-1, 3)
     image = [grid_positions(index, rows, columns) for index in range(x.shape[2])]

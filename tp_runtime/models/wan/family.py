@@ -4,10 +4,12 @@ Module: diffusers' ``WanTransformer3DModel`` (0.42, models/transformers/transfor
 File: ComfyUI's ``WanModel`` (0.3.75, and 0.33 for SCAIL; comfy/ldm/wan/model.py).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from ...errors import InputError
 from ...sharding.plan import Column, MergedColumn, Replicated, Row, Split
 from ...sharding.table import IMAGE, PROMPT, TEXT, Attention, Linear, Stack, Table, TableRow, Tensor
 from .. import family as of
@@ -19,6 +21,7 @@ from .rows import PATCH
 CAMERA_DOWNSCALE = 8  # pixels of a camera's path along a side of a latent's
 _WIDTH = "head.modulation"
 _POSE, _MASKS = "patch_embedding_pose", "patch_embedding_mask"
+_FEATURES = {"clip_fea", "clip_fea_pose"}
 _OF_VARIANTS = "clip_fea", "reference_latent", "vace_context", "camera_conditions"
 _FACES = "face_adapter.fuser_blocks.0.k_norm.weight"
 _STRENGTHS = "vace_strength", "pose_strength", "reference_strength"
@@ -185,6 +188,21 @@ class WanSizes(Sizes):
             features = ("batch", "pose patches", ("width", self.image_dim))
             found["clip_fea_pose"] = Input("CLIP vision features of poses", features)
         return {name: replace(one, optional=True) for name, one in found.items()}
+
+    def prepared(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The same. Raises InputError for CLIP features that have no position.
+
+        ComfyUI's class leaves those out, and takes as many tokens of the caption for features.
+        """
+        for name in _FEATURES & inputs.keys():
+            got, places = inputs[name].shape[1], self.image_positions
+            if places is not None and got > places:
+                raise InputError(
+                    f"CLIP vision features of this {FAMILY.label} model (the model input {name}) "
+                    f"have at most {places} patches, which have a position each; got {got}. Give "
+                    "the node that makes its conditioning fewer pictures."
+                )
+        return inputs
 
     @cached_property
     def table(self) -> Table:

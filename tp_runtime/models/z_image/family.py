@@ -103,6 +103,7 @@ FAMILY = Family(
         "ref_latents": "reference images, for Z-Image Omni",
         "attention_mask": "a mask over the tokens of captions of different lengths",
     },
+    overflows_in_fp16=True,  # ``clamp_fp16`` of 0.33's class; 0.3.75 chooses fp16 for no file
     shares_tokens=True,
     model_patches=(UnionControl,),
 )
