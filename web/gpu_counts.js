@@ -1,7 +1,7 @@
 // `gpu_count` offers what works here for the node's model, and the node says why the rest does not.
 import { app } from "../../scripts/app.js";
 import { request } from "./groups.js";
-import { LOADERS, SAMPLER, decidingWidget, loaderOf, placesOf, widgetOf } from "./graph.js";
+import { LOADERS, SAMPLER, decidingWidget, isValue, loaderOf, placesOf, widgetOf } from "./graph.js";
 import { addNote, showReasons } from "./note.js";
 import { text } from "./texts.js";
 import { toast } from "./toast.js";
@@ -19,8 +19,8 @@ export function followModel(node) {
     widgetOf(node, "gpu_count").value = app.extensionManager.setting.get(DEFAULT_COUNT) ?? "auto";
   }
   if (isCounted(node)) addNote(node);
-  // The way of a model may lead through any subgraph.
-  if (isCounted(node) || node.subgraph) {
+  // The way of a model may lead through any subgraph, and a loader's value come from another node.
+  if (isCounted(node) || node.subgraph || isValue(node)) {
     chain(node, "onConnectionsChange", later);
     if (node.subgraph) chain(node, "onWidgetChanged", later); // its widgets come and go
     later();
@@ -62,13 +62,7 @@ async function offerCounts(place, isFirst) {
   if (!own) return;
   const shown = decidingWidget(place, "gpu_count");
   const loader = loaderOf(place);
-  const inputs = new URLSearchParams();
-  for (const name of loader ? DECIDE : []) {
-    const widget = decidingWidget(loader, name);
-    if (widget) follow(widget);
-    if (widget?.value) inputs.set(name, widget.value);
-  }
-  const query = String(inputs);
+  const query = loader ? questionOf(loader) : "";
   own.allCounts ??= [...own.options.values];
   const asked = questions.get(node) ?? {};
   const where = hosts.map(({ id }) => id).join(":");
@@ -88,12 +82,23 @@ async function offerCounts(place, isFirst) {
     offer(own, values, answer);
     showReasons(node, answer, values);
   }
+  if (!shown) return; // another node decides when it runs
   if (shown !== own) offer(shown, values, answer);
   if (!(shown.value in refused)) return;
   const before = shown.value;
   shown.value = nearest(values, before);
   toast("warn", text("countChanged", { node: node.title, before, after: shown.value }), refused[before]);
   app.canvas.setDirty(true, true);
+}
+
+/** What to ask the server about a loader; null: nothing, since another node gives one of its inputs. */
+function questionOf(loader) {
+  const names = DECIDE.filter((name) => widgetOf(loader.node, name));
+  const widgets = names.map((name) => decidingWidget(loader, name));
+  widgets.filter(Boolean).forEach(follow);
+  if (!widgets.every(Boolean)) return null;
+  const inputs = widgets.map(({ value }, index) => [names[index], value]);
+  return String(new URLSearchParams(inputs.filter(([, value]) => value)));
 }
 
 function offer(widget, values, answer) {
@@ -120,6 +125,7 @@ function hasSetter(object, name) {
 }
 
 function countsFor(query) {
+  if (query === null) return { refused: {} };
   if (!answers.has(query)) answers.set(query, request(`/gpu_counts?${query}`, "POST"));
   return answers.get(query);
 }

@@ -6,6 +6,11 @@ import { app } from "../../scripts/app.js";
 export const LOADERS = ["TPLoadDiffusionModel", "TPLoadCheckpoint"];
 export const SAMPLER = "TPSampler";
 
+const VALUES = ["PrimitiveNode", "PrimitiveString", "PrimitiveStringMultiline"];
+
+/** Whether a node gives what its first widget is. */
+export const isValue = ({ comfyClass, type }) => VALUES.includes(comfyClass ?? type);
+
 // Whether a link comes from the node of a subgraph's inputs; newer frontends have ids as texts.
 const isFromOutside = (link) => Number(link?.origin_id) === -10;
 const MODELS = /^(MODEL|GUIDER|\*)$/;
@@ -84,18 +89,24 @@ export function widgetOf(node, name) {
   return node?.widgets?.find((widget) => widget.name === name);
 }
 
-/** The widget that decides what a place's widget is: a subgraph node's, where it is shown there. */
-export function decidingWidget(place, name) {
-  let { node, hosts } = place;
-  let widget = widgetOf(node, name);
-  while (hosts.length) {
-    const slot = node.inputs?.findIndex((input) => input.widget?.name === widget?.name) ?? -1;
-    const link = slot >= 0 && node.isInputConnected(slot) ? linkInto(node, slot) : null;
-    if (!isFromOutside(link)) break;
+/**
+ * The widget that decides what a place's widget is: a subgraph node's, where it is shown there, or that
+ * of a node whose value a link brings. Undefined: what a link brings is known when it runs.
+ */
+export function decidingWidget({ node, hosts }, name) {
+  const slot = node.inputs?.findIndex((input) => input.widget?.name === name) ?? -1;
+  return decidingInput({ node, hosts }, slot, widgetOf(node, name));
+}
+
+function decidingInput({ node, hosts }, slot, widget) {
+  if (slot < 0 || !node.isInputConnected(slot)) return widget;
+  const link = linkInto(node, slot);
+  if (isFromOutside(link)) {
     const host = hosts.at(-1);
-    const shown = widgetOf(host, host.inputs[link.origin_slot]?.widget?.name);
-    if (!shown) break;
-    [node, hosts, widget] = [host, hosts.slice(0, -1), shown];
+    const shown = widgetOf(host, host.inputs[link.origin_slot]?.widget?.name) ?? widget;
+    return decidingInput({ node: host, hosts: hosts.slice(0, -1) }, link.origin_slot, shown);
   }
-  return widget;
+  const giver = sourceOf(node.graph, link, hosts)?.node;
+  const isKnown = giver && isValue(giver) && !giver.inputs?.some((_, index) => giver.isInputConnected(index));
+  return isKnown ? giver.widgets?.[0] : undefined;
 }

@@ -54,7 +54,7 @@ export async function swapAll(back = false) {
   }
 }
 
-/** Of places of stock loaders: node → why its file cannot run. A file that is missing may. */
+/** Of places of stock loaders: node → why its file cannot run. One that is missing, or not known, may. */
 async function leftOut(places) {
   const found = new Map();
   const ask = async (place) => {
