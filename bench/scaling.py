@@ -2,13 +2,13 @@
 
     python -m bench.scaling
 
-writes them into the page, each between the lines that mark its place.
+writes them into the page, each between the lines that mark its place; and one into `README.md`.
 """
 
 import argparse
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from tp_runtime.models import families, family_named
 from tp_runtime.sharding.block_costs import BlockCosts
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
+README = Path(__file__).parents[1] / "README.md"
 RESULTS = Path(__file__).parent / "results"
 GPUS_PER_HOST = 8
 NVLINK = LINKS["nvlink"]
@@ -389,6 +390,27 @@ def cards() -> str:
     return _table(["model", "size", "card", "link", *shown], rows)
 
 
+def cards_in_short() -> str:
+    """What people ask first: FLUX.1 on one, two and four cards, in the best layout."""
+    counts = {1: [Layout(1)], 2: [Layout(2), Layout(1, 1, 2)]}
+    counts[4] = [Layout(4), Layout(2, 1, 2), Layout(1, 1, 4)]
+    rows = []
+    for card, link, slot in (
+        ("RTX 3090", "pcie-host", "PCIe 4"),
+        ("RTX 4090", "pcie-host", "PCIe 4"),
+        ("RTX 5090", "pcie5-host", "PCIe 5"),
+        ("RTX PRO 6000", "pcie5-host", "PCIe 5"),
+    ):
+        case = Case("flux", Extent(1024, 1024), 1, Layout(1), LINKS[link], DEVICES[card])
+        times = [
+            min(replace(case, layout=layout).predict().ms for layout in layouts)
+            for layouts in counts.values()
+        ]
+        cells = [f"{ms:.0f} ({times[0] / ms:.1f} ×)" for ms in times[1:]]
+        rows.append([f"{card}, {slot}", f"{times[0]:.0f}", *cells])
+    return _table(["FLUX.1 1024², predicted ms", "1", "2", "4"], rows)
+
+
 def streaming() -> str:
     """Two cards without NVLink that cannot hold all of the weights, one latent."""
     shown = [Layout(1), Layout(2), Layout(1, 1, 2)]
@@ -447,7 +469,8 @@ def profile() -> str:
     return _table(heads, rows)
 
 
-TABLES = {
+TABLES: dict[Path, dict[str, Callable[[], str]]] = {README: {"cards in short": cards_in_short}}
+TABLES[PAGE] = {
     "constants": constants,
     "check": check,
     "sharing": sharing,
@@ -464,13 +487,14 @@ TABLES = {
 }
 
 
-def page(text: str) -> str:
+def page(path: Path) -> str:
     """The page with its tables replaced."""
-    for name, table in TABLES.items():
+    text = path.read_text()
+    for name, table in TABLES[path].items():
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         pattern = f"{re.escape(begin)}.*{re.escape(end)}"
         text, found = re.subn(pattern, f"{begin}\n{table()}\n{end}", text, flags=re.DOTALL)
-        assert found == 1, f"{PAGE} has {found} places for the table {name!r}"
+        assert found == 1, f"{path} has {found} places for the table {name!r}"
     return text
 
 
@@ -501,4 +525,5 @@ if __name__ == "__main__":
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     ).parse_args()
-    PAGE.write_text(page(PAGE.read_text()))
+    for path in TABLES:
+        path.write_text(page(path))

@@ -61,7 +61,7 @@ def test_development_versions_cover_every_extra(pyproject: dict[str, Any]) -> No
 
 def test_the_archive_has_what_comfyui_shows() -> None:
     left_out = set(requirement_lines(".comfyignore"))
-    for name in ("web", "locales", "example_workflows"):
+    for name in ("web", "locales", "example_workflows", "docs", "examples"):
         assert (REPOSITORY / name).is_dir()
         assert left_out.isdisjoint({name, f"{name}/"})
     assert (REPOSITORY / "icon.png").is_file()

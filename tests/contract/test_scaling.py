@@ -1,10 +1,11 @@
 """The predictions of `docs/scaling.md` are those of the code, and near what was measured."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from bench.scaling import PAGE, Measured, measured, page
+from bench.scaling import TABLES, Measured, measured, page
 from tp_runtime.config import Layout
 from tp_runtime.layouts.choice import MIN_GAIN, Estimate, fastest
 
@@ -50,6 +51,6 @@ def test_rows_of_one_to_four_gpus_and_of_two_batches_are_checked() -> None:
     assert {row.case.model for row in ROWS} >= {"z_image", "flux", "qwen_image"}
 
 
-def test_the_page_has_the_tables_of_today() -> None:
-    text = PAGE.read_text()
-    assert page(text) == text, "run: python -m bench.scaling"
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.name)
+def test_pages_have_the_tables_of_today(path: Path) -> None:
+    assert page(path) == path.read_text(), "run: python -m bench.scaling"

@@ -76,7 +76,9 @@ class GroupState:
     def check_not_closed(self) -> None:
         """Raises GroupClosedError if the group is to end before it has started."""
         if self.close_asked:
-            raise GroupClosedError("The process group was closed before it had started.")
+            raise GroupClosedError(
+                "The process group was closed before it had started. Queue the prompt again."
+            )
 
     def begin(self, call: Call) -> None:
         """From now on this call is under way. Raises as ``check_ready``."""
@@ -96,7 +98,9 @@ class GroupState:
         if self.now is State.FAILED or (is_up and self._is_failing()):
             raise failures.lost(self.error)
         if not is_up or self.close_asked:
-            raise GroupClosedError("The process group has been closed, or was never started.")
+            raise GroupClosedError(
+                "The process group has been closed, or was never started. Queue the prompt again."
+            )
 
     def end_call(self) -> None:
         """Every rank has answered the first of the calls, and begins the next one."""

@@ -106,5 +106,6 @@ class Hearing:
             raise GroupStartError(
                 f"{self._config.num_ranks} ranks of tensor-parallel size {self._config.tp_size} "
                 f"were asked for, but they see the sizes {seen}. This is a fault of the "
-                f"installation of vLLM in the runtime's Python {self._config.python}."
+                f"installation of vLLM in the runtime's Python {self._config.python}. Make that "
+                "Python anew (README, Install)."
             )

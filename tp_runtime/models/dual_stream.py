@@ -175,7 +175,8 @@ def joint_mask(mask: torch.Tensor | None, batch: int, num_tokens: int) -> torch.
     if not fits or four.shape[1:] != (1, num_tokens, num_tokens):
         raise InputError(
             f"The attention mask of the conditioning has the shape {tuple(mask.shape)}; these "
-            f"{batch} latents and captions are {num_tokens} tokens together."
+            f"{batch} latents and captions are {num_tokens} tokens together. Encode the prompt "
+            "again, and leave out nodes that change its mask."
         )
     return four
 

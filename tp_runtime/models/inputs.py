@@ -43,7 +43,10 @@ def checked_inputs(
     for name, one in declared.items():
         if name not in given:
             if not one.optional:
-                raise InputError(f"{label} needs the model input {name}.")
+                raise InputError(
+                    f"{label} needs the model input {name}. Use the conditioning of the text "
+                    "encoder that belongs to the model, and the nodes that its template has."
+                )
             continue
         tensors = _tensors(label, name, one, given[name])
         if one.at_most is not None and len(tensors) > one.at_most:

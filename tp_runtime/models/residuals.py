@@ -90,5 +90,6 @@ def check_hint(label: str, hint: torch.Tensor, batch: int, length: int, width: i
         )
     if shape[1] > length:
         raise InputError(
-            f"The picture of a model patch has {shape[1]} tokens; the latent has {length}."
+            f"The picture of a model patch has {shape[1]} tokens; the latent has {length}. Give it "
+            "a picture of the size that is sampled."
         )

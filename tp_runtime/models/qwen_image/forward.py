@@ -151,7 +151,8 @@ def _mask_of_text(
     if mask.shape != context.shape[:2]:
         raise InputError(
             f"The attention mask of the conditioning has the shape {tuple(mask.shape)}; the "
-            f"captions have {tuple(context.shape[:2])}."
+            f"captions have {tuple(context.shape[:2])}. Encode the prompt again, and leave out "
+            "nodes that change its mask."
         )
     if not mask.is_floating_point():
         mask = (mask - 1).to(dtype) * torch.finfo(dtype).max
