@@ -90,6 +90,30 @@ def test_sleep_and_wake(
     assert sent == [(kind, model.name) for kind in ("Sleep", "Wake", "Sleep", "Wake")]
 
 
+@pytest.mark.parametrize("leave", [RemoteModel.sleep, "unload"])
+def test_conditioning_goes_with_a_model_that_leaves(
+    runtime: Runtime, models: list[RemoteModel], leave: Any
+) -> None:
+    """From ComfyUI's GPU and from the ranks'; another model of the group is given its own again."""
+    first, second = models
+    for model in models:
+        model.ensure_loaded()
+    inputs = make_inputs(seed=3)
+    expected = [model.evaluate(inputs) for model in models]
+    engine = first._group.engine
+    assert engine is not None
+    held = engine._sender._held
+    assert held._bytes > 0
+    if leave == "unload":
+        engine.unload(first.name)
+    else:
+        leave(first)
+    assert (held._bytes, held._held) == (0, {})
+    assert torch.equal(second.evaluate(inputs), expected[1])
+    if leave != "unload":
+        assert torch.equal(first.evaluate(inputs), expected[0])
+
+
 def test_what_a_page_asks_of_a_group(runtime: Runtime, models: list[RemoteModel]) -> None:
     first, second = models
     for model in models:

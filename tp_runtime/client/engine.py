@@ -16,7 +16,7 @@ import torch
 from ..config import GroupConfig, ModelPatchSpec
 from ..errors import TPRuntimeError
 from ..wire import stream_wait
-from ..wire.protocol import LoadModelPatch, PatchedWeight, Request, Unload, encode
+from ..wire.protocol import LoadModelPatch, PatchedWeight, Request, Sleep, Unload, encode
 from . import failures
 from .batch_split import tensors_in
 from .call import Call, OnProgress
@@ -373,10 +373,22 @@ class Engine:
 
         def forget() -> None:
             self._sender.forget_patches(model)
+            self._sender.forget_held()
             if on_sent is not None:
                 on_sent()
 
         self.call(lambda call: Unload(call, model), poll=poll, on_sent=forget)
+
+    def sleep(self, model: str, poll: Poll | None, on_sent: Callable[[], None]) -> None:
+        """Move the model's shards to the host's memory. Raises as ``call``, as of which ``on_sent``
+        is.
+        """
+
+        def forget() -> None:
+            self._sender.forget_held()
+            on_sent()
+
+        self.call(lambda call: Sleep(call, model), poll=poll, on_sent=forget)
 
     def _wait_for_calls(self, poll: Poll | None, *, but: int = 0) -> None:
         """Until at most so many are under way. Abandoned ones may still be."""

@@ -140,5 +140,11 @@ class HeldTensors:
         for key in [key for key in self._held if key >= self._first_unsent]:
             self._forget(key)
 
+    def clear(self) -> None:
+        """The ranks have dropped all that they were told."""
+        self._held.clear()
+        self._bytes = 0
+        self.commit()
+
     def _forget(self, key: int) -> None:
         self._bytes -= self._held.pop(key).nbytes

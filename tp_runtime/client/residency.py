@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from .. import machine
 from ..config import ROOM_BYTES, ROOM_FACTOR, host_reserve
 from ..errors import CheckpointError, InputError, SizeError
-from ..wire.protocol import PatchedWeight, Report, Sleep, Wake
+from ..wire.protocol import PatchedWeight, Report, Wake
 from .call import OnProgress
 from .engine import Engine
 from .poll import Poll
@@ -177,7 +177,7 @@ class Residency:
             resident.asleep = True
 
         try:
-            self.engine.call(lambda call: Sleep(call, name), poll=poll, on_sent=on_sent)
+            self.engine.sleep(name, poll, on_sent)
         except InputError:  # its load, which nobody waited for, was refused
             del self._models[name]
 

@@ -184,6 +184,10 @@ class TensorSender:
         """The request was not sent."""
         self._held.roll_back()
 
+    def forget_held(self) -> None:
+        """The ranks hold no conditioning any more: a model leaves their devices."""
+        self._held.clear()
+
     def _place(self, value: Any, places: TensorPlaces, held: dict[int, int] | None) -> Any:
         """``value`` with every tensor replaced by a reference to it.
 

@@ -106,6 +106,7 @@ class Runner:
                 tensors = {name: self._exchange.view(ref) for name, ref in request.tensors.items()}
                 return self._patches[request.model].fill(tensors)
             case Unload():
+                self._held.clear()
                 self._unload(request.model)
                 return None
             case Evaluate():
@@ -116,6 +117,7 @@ class Runner:
                 return self._patch(request)
             case Sleep():
                 reach("sleep")
+                self._held.clear()
                 self._forget_patch(request.model)
                 self._shard(request.model).sleep()
                 return self._free_cache()

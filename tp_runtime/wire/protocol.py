@@ -104,7 +104,10 @@ class FillModelPatch(_Message, frozen=True):
 
 
 class Unload(_Message, frozen=True):
-    """Free the shards of a model or of a model patch. Unknown ones are fine."""
+    """Free the shards of a model or of a model patch, and all conditioning that is held.
+
+    Unknown ones are fine.
+    """
 
     call: int
     model: str
@@ -162,7 +165,10 @@ class Patch(_Message, frozen=True):
 
 
 class Sleep(_Message, frozen=True):
-    """Move shards to the host's memory. Nothing is done if they are there."""
+    """Move shards to the host's memory, and drop all conditioning that is held.
+
+    Nothing is done about shards that are there already.
+    """
 
     call: int
     model: str
