@@ -90,14 +90,16 @@ def test_who_waits_for_a_failure_does_not_wait_again(
 COUNTS = """
 import msgspec
 from tp_runtime.wire.ray_messages import DriverConfig, Waiting
-from tp_runtime.wire.transport import Channel
+from tp_runtime.wire.transport import Channel, wait
 
 with open({asked!r}, "a+") as asked:
     asked.write("x")
     asked.seek(0)
     count = len(asked.read())
 told = msgspec.json.decode(sys.argv[-1], type=DriverConfig)
-Channel.inherited(told.control_fd).send(msgspec.msgpack.encode(Waiting(count, count)))
+channel = Channel.inherited(told.control_fd)
+channel.send(msgspec.msgpack.encode(Waiting(count, count)))
+wait([channel], None)  # until whoever asked is gone
 """
 
 
