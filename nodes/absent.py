@@ -159,7 +159,7 @@ def _name_in(args: Iterable[Any], kwargs: dict[str, Any]) -> str:
 def _user(frame: FrameType | None) -> tuple[str, str]:
     """Module and qualified name of the function that wants the weight.
 
-    That of the first that is neither a helper nor a method of the model itself.
+    That of the first that is neither a helper nor code of the model itself.
     """
     found = "", ""
     while frame is not None:
@@ -168,7 +168,8 @@ def _user(frame: FrameType | None) -> tuple[str, str]:
         if module != __name__ and not _is_helper(module):
             # Python 3.10 does not know the class.
             found = module, str(getattr(code, "co_qualname", code.co_name))
-            if not _is_of_model(frame.f_locals.get("self")):
+            is_of_model = module.startswith("comfy.ldm.") or _is_of_model(frame.f_locals.get("self"))
+            if not is_of_model:
                 return found
         frame = frame.f_back
     return found
