@@ -168,7 +168,9 @@ def _user(frame: FrameType | None) -> tuple[str, str]:
         if module != __name__ and not _is_helper(module):
             # Python 3.10 does not know the class.
             found = module, str(getattr(code, "co_qualname", code.co_name))
-            is_of_model = module.startswith("comfy.ldm.") or _is_of_model(frame.f_locals.get("self"))
+            is_of_model = module.startswith("comfy.ldm.") or _is_of_model(
+                frame.f_locals.get("self")
+            )
             if not is_of_model:
                 return found
         frame = frame.f_back
