@@ -5,6 +5,7 @@ holds links to this checkout and to one more pack: that of the tests, unless tol
 go over HTTP and progress comes over the websocket, as with ComfyUI's page.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -179,14 +180,19 @@ class ComfyServer:
         assert not survivors, f"children outlived ComfyUI: {survivors}; its log:\n{log_tail}"
 
     def _interrupt_process(self, timeout_s: float) -> bool:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGINT)
-        try:
-            self.process.wait(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            return False
-        return True
+        """Again where it had no effect: Python ignores one that meets the end of a weak reference
+        (its log then says "Exception ignored in").
+        """
+        for _ in range(2):
+            if self.process.poll() is None:
+                self.process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=timeout_s)
+                return True
+            if "Exception ignored in" not in self.log_tail():
+                break
+        self.kill()
+        return False
 
     # HTTP
 
