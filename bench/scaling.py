@@ -391,24 +391,25 @@ def cards() -> str:
 
 
 def cards_in_short() -> str:
-    """What people ask first: FLUX.1 on one, two and four cards, in the best layout."""
+    """What people ask first: a picture on one, two and four cards, in the best layout."""
     counts = {1: [Layout(1)], 2: [Layout(2), Layout(1, 1, 2)]}
     counts[4] = [Layout(4), Layout(2, 1, 2), Layout(1, 1, 4)]
-    rows = []
+    model, rows = "flux", []
+    extent = Extent.usual(family_named(model))[0]
     for card, link, slot in (
         ("RTX 3090", "pcie-host", "PCIe 4"),
         ("RTX 4090", "pcie-host", "PCIe 4"),
         ("RTX 5090", "pcie5-host", "PCIe 5"),
         ("RTX PRO 6000", "pcie5-host", "PCIe 5"),
     ):
-        case = Case("flux", Extent(1024, 1024), 1, Layout(1), LINKS[link], DEVICES[card])
+        case = Case(model, extent, 1, Layout(1), LINKS[link], DEVICES[card])
         times = [
             min(replace(case, layout=layout).predict().ms for layout in layouts)
             for layouts in counts.values()
         ]
         cells = [f"{ms:.0f} ({times[0] / ms:.1f} ×)" for ms in times[1:]]
         rows.append([f"{card}, {slot}", f"{times[0]:.0f}", *cells])
-    return _table(["FLUX.1 1024², predicted ms", "1", "2", "4"], rows)
+    return _table([f"{_label(model)} {extent}, predicted ms", "1", "2", "4"], rows)
 
 
 def streaming() -> str:
