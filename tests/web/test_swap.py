@@ -162,6 +162,7 @@ def test_undone_and_done_again_in_one_step(web: ComfyPage) -> None:
     web.page.keyboard.press("Control+z")
     wait_for(web, STOCK)
     assert web.prompt() == before
+    web.page.wait_for_timeout(1000)  # what is not drawn yet has other sizes: a change of its own
     web.page.keyboard.press("Control+y")
     wait_for(web, OURS)
     assert web.prompt() == after
