@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from comfy.conds import CONDConstant, CONDRegular
 
-from ..tp_runtime.client import may_be_ahead, remembered
+from ..tp_runtime.client import are_equal, may_be_ahead, remembered
 from .known_conditions import Conditions, leaves
 
 
@@ -27,8 +27,8 @@ def moved_conditions(conds: Conditions, device: torch.device) -> Conditions:
 
     Within `ahead`, which keeps each as long as the condition lives that it was made of. What lies
     on the CPU is compared at every step with a copy, and moved again if a node has written into it:
-    however large it is, since 100 MB take 5 to 50 ms, in which the ranks compute a step that takes
-    seconds with so large a condition.
+    however large it is, since 100 MB take some 5 ms (up to 50 where they do not lie in order), in
+    which the ranks compute a step that takes seconds with so large a condition.
     """
     if device.type == "cpu" or not may_be_ahead():
         return conds
@@ -71,8 +71,7 @@ def _is_still(value: Any, kept: Any) -> bool:
     """Whether it is what was kept. Of a tensor on a GPU, that itself was kept, and not moved."""
     if not (_is_on_cpu(value) and _is_on_cpu(kept)):
         return value is kept
-    is_alike = (value.dtype, value.shape) == (kept.dtype, kept.shape)
-    return is_alike and torch.equal(value, kept)
+    return are_equal(value, kept)
 
 
 def _is_on_cpu(value: Any) -> bool:

@@ -69,6 +69,7 @@ from ..wire.weight_patches import KINDS as PATCH_KINDS
 from ..wire.weight_patches import PatchError, check_fits, shape_after
 from .evaluated import ahead, may_be_ahead, meanwhile, remembered
 from .group_report import GroupReport
+from .held_tensors import are_equal
 from .inspection import checkpoint_info
 from .launch.local import prepare_start
 from .launch.ray_driver_client import cluster_gpu_count
@@ -120,6 +121,7 @@ __all__ = [
     "WeightPatch",
     "Workload",
     "ahead",
+    "are_equal",
     "check_fits",
     "checkpoint_info",
     "choose_layout",

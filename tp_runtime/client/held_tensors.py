@@ -13,6 +13,14 @@ from ..wire.exchange import is_plain, memcmp
 HELD_BYTES = 512 * 2**20
 
 
+def are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors have the same content, and shape, dtype and device; GPUs are waited for.
+
+    What lies in order in the host's memory is compared byte by byte, by one core, which is awake.
+    """
+    return _comparable(one, other) and _equal(one, other)
+
+
 def _comparable(one: torch.Tensor, other: torch.Tensor) -> bool:
     return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
 
@@ -56,7 +64,7 @@ class HeldTensors:
         keys = list(reversed(self._held))
         found = []
         for tensor in tensors:
-            key = next((key for key in keys if self._holds(key, tensor)), 0)
+            key = next((key for key in keys if are_equal(self._held[key], tensor)), 0)
             if key:
                 keys.remove(key)
                 keys.append(key)
@@ -64,10 +72,6 @@ class HeldTensors:
         for key in filter(None, reversed(found)):
             self._held.move_to_end(key)
         return found
-
-    def _holds(self, key: int, tensor: torch.Tensor) -> bool:
-        held = self._held[key]
-        return _comparable(held, tensor) and _equal(held, tensor)
 
     def may_be(
         self, keys: Sequence[int], tensors: Sequence[torch.Tensor], device: torch.device

@@ -18,6 +18,7 @@ from ..config import (
     gpu_names,
     may_access_peers,
 )
+from ..models.family import Family, Sizes
 from ..recognise import CheckpointInfo
 from .cost_model import Device, Link, predict, usual_link
 from .gpus import Gpu, are_alike, best_first, devices_of, gpus_of
@@ -268,8 +269,12 @@ def _of_unlike(ordered: Sequence[Gpu], num_gpus: int) -> str:
 
 def native_workload(info: CheckpointInfo) -> Workload:
     """One picture or video of the size that the model is made for."""
-    family = info.family
-    shape = info.sizes.geometry.latent_shape(*family.extents[0])
+    return native_workload_of(info.family, info.sizes)
+
+
+def native_workload_of(family: Family, sizes: Sizes) -> Workload:
+    """The same of a model without a file."""
+    shape = sizes.geometry.latent_shape(*family.extents[0])
     return Workload((1, *shape), family.text_tokens)
 
 

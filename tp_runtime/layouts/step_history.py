@@ -105,8 +105,7 @@ class StepRecords:
         such as samplers with and without CFG, changes nothing.
         """
         wanted = {_key(model, device) for device in devices}
-        others = {key: entry for key, entry in self._read().items() if key not in self._mine}
-        entries = [entry for key, entry in (others | self._mine).items() if key in wanted]
+        entries = [entry for key, entry in self._all().items() if key in wanted]
         return entries[-1].usual if entries else None
 
     def times(self, model: str, device: str, workload: Workload) -> dict[Layout, float]:
@@ -124,12 +123,16 @@ class StepRecords:
     def save(self) -> None:
         """Write what was added."""
         self._saved_at = time.monotonic()
-        others = {key: entry for key, entry in self._read().items() if key not in self._mine}
-        write_book(self._path, _latest(others | self._mine, KEPT_MODELS))
+        write_book(self._path, _latest(self._all(), KEPT_MODELS))
 
     def _entry(self, model: str, device: str) -> _OfModel | None:
         key = _key(model, device)
         return self._mine.get(key) or self._read().get(key)
+
+    def _all(self) -> _Book:
+        """The file's entries, and behind them those that this process has used."""
+        others = {key: entry for key, entry in self._read().items() if key not in self._mine}
+        return others | self._mine
 
     def _read(self) -> _Book:
         book = read_book(self._path, _OfModel)

@@ -9,7 +9,7 @@ import torch
 
 from ..config import PRECISIONS, fitting_weights, gpu_memory, quantised_products
 from ..errors import InputError, SizeError
-from ..layouts.choice import held_weight_bytes, link_between
+from ..layouts.choice import held_weight_bytes, link_between, native_workload_of
 from ..layouts.cost_model import (
     DEVICES,
     LINKS,
@@ -22,7 +22,6 @@ from ..layouts.cost_model import (
 from ..layouts.gpus import Gpu, best_first, devices_of, gpus_of
 from ..layouts.link_records import LinkRecords
 from ..layouts.room import live_bytes, streamed_bytes
-from ..layouts.step_history import Workload
 from ..models import families
 from ..models.family import Family, Sizes
 from ..recognise import CheckpointInfo, inspect_checkpoint
@@ -162,7 +161,7 @@ def _predict(options: argparse.Namespace) -> None:
         weight_bytes = PLAIN_BYTES * sizes.table.num_elements
     extent = _extent(options, family, sizes)
     devices = _devices(options)
-    usual = Workload((1, *sizes.geometry.latent_shape(*family.extents[0])), family.text_tokens)
+    usual = native_workload_of(family, sizes)
     every_layout = layouts(sizes, options.tp, shares_tokens=family.shares_tokens)
     limits = {at: _weight_limit(options, live_bytes(sizes, usual, at)) for at in every_layout}
     if options.link is not None:
