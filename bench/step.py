@@ -409,15 +409,14 @@ def run(options: argparse.Namespace) -> int:
     for model, weights in itertools.product(options.models, options.weights):
         path = dummy_file(model, options.folder, options.small, weights)
         of_model = cases(path, options, model, layouts)
-        measured: list[dict[str, Any]] = []
-        if options.diffusers and weights == "bf16":
-            measured += _of_diffusers(path, options, of_model)
-        for layout in layouts:
-            measured += measure(path, options, model, layout, rate, of_model)
-        of_file = [row | known | {"weights": weights} for row in measured]
-        if options.out and of_file:
-            add_rows(options.out, of_file)
-        rows += of_file
+        of_layouts = (measure(path, options, model, one, rate, of_model) for one in layouts)
+        alone = options.diffusers and weights == "bf16"
+        of_diffusers = [_of_diffusers(path, options, of_model)] if alone else []
+        for measured in itertools.chain(of_diffusers, of_layouts):
+            found = [row | known | {"weights": weights} for row in measured]
+            if options.out and found:
+                add_rows(options.out, found)
+            rows += found
     print(" ".join(f"{column:>12}" for column in COLUMNS))
     for row in rows:
         cells = [row[column] if row[column] is not None else "" for column in COLUMNS]
