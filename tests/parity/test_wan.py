@@ -127,13 +127,14 @@ class TestVace(ParityTests):
     )
 
     @pytest.mark.rotates(5)
+    @pytest.mark.parametrize("strengths", [[0.8], [0.8, 1.2]], ids=["one video", "two videos"])
     @pytest.mark.parametrize("left_out", [(0,), (1, 2), (0, 1, 2, 3)], ids=str)
     def test_blocks_left_out(
-        self, checkpoint: Path, remote: Remote, left_out: tuple[int, ...]
+        self, checkpoint: Path, remote: Remote, left_out: tuple[int, ...], strengths: list[float]
     ) -> None:
         """What a VACE block adds is added all the same."""
-        lengths = CONTROLS["lengths"] | {"videos": 1}
-        inputs = make_inputs(self.cases.sizes, **VIDEO, lengths=lengths, vace_strength=[0.8])
+        lengths = CONTROLS["lengths"] | {"videos": len(strengths)}
+        inputs = make_inputs(self.cases.sizes, **VIDEO, lengths=lengths, vace_strength=strengths)
         returned = {("double_block", index): lambda given, _: given for index in left_out}
         theirs = inputs | {"transformer_options": {"patches_replace": {"dit": returned}}}
         ours = inputs | {"transformer_options": {"skip_blocks": {"double_block": [*left_out]}}}

@@ -350,12 +350,13 @@ def _residual_norm(
         part = tl.load(tl.multiple_of(address, 16) + place, mask=exists, other=0.0)
         update += part.to(tl.float32)
 
-    batch = row // num_tokens
-    token = row % num_tokens
+    # In 64 bits: with a row for each token these places are beyond 2**31 in videos.
+    batch = (row // num_tokens).to(tl.int64)
+    token = (row % num_tokens).to(tl.int64)
     if LISTED:
         stream = tl.load(streams + token)
     else:
-        stream = (token >= num_text).to(tl.int32) + (token >= num_tokens - num_late).to(tl.int32)
+        stream = (token >= num_text).to(tl.int64) + (token >= num_tokens - num_late).to(tl.int64)
     of_gate = stream * gate_stream_stride + batch * gate_batch_stride + features
     of_norm = stream * norm_stream_stride + batch * norm_batch_stride + features
     if EACH_TOKEN:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...errors import InputError
-from ..layers import attention
+from ..layers import attention, first_norm
 from .family import FAMILY
-from .layers import Pair, as_tokens, by_block, modulated, padded, positions_of, rows_of
+from .layers import Pair, as_tokens, before_block, by_block, padded, positions_of, rows_of
 
 if TYPE_CHECKING:
     from .forward import Forward
@@ -69,7 +69,7 @@ def _passed(
     rotation = shares.own(forward.rotation_of(positions))
     prompts = by_block(**forward.prompts_of(context, clip_fea))
     _, modulation = forward.embedded_time(torch.ones(len(poses), device=x.device), x.dtype)
-    rows = [rows_of(block.scale_shift_table, modulation, shares) for block in model.blocks]
+    rows = [rows_of(block.scale_shift_table, modulation, None) for block in model.blocks]
     found: list[Pair] = []
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -78,7 +78,7 @@ def _passed(
         found.append((own[0], own[1]))
         return shares.attention(q, k, v)
 
-    normed = modulated(tokens, rows[0])
+    normed = first_norm(tokens, before_block(rows[0]).of_stream(0))
     for index, block in enumerate(model.blocks):
         following = rows[index + 1] if index + 1 < len(rows) else None
         of_block = block, rows[index], prompts[index], rotation, following

@@ -21,6 +21,7 @@ from ..forward import BlockName, Conditioning, ShardedForward, kept_blocks, opti
 from ..layers import (
     HeadsOfRank,
     attention,
+    first_norm,
     gelu_mlp,
     normed_over_ranks,
     project,
@@ -32,11 +33,13 @@ from .family import FAMILY, WanSizes
 from .layers import (
     EPS,
     Pair,
+    Rows,
     as_tokens,
+    before_block,
     by_block,
     check_length,
     embedded_picture,
-    modulated,
+    frames_of,
     padded,
     positions_of,
     positions_with_poses,
@@ -48,7 +51,6 @@ from .layers import (
 
 ROPE_THETA = 10000.0
 
-Rows = Sequence[torch.Tensor]
 Prompt = Sequence[Pair]  # what a block looks at beside its tokens: the caption, and a picture
 # q, k and v of this rank's tokens (B, l, N, K) → what they find among all (B, l, N·K).
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -203,17 +205,22 @@ class Forward(ShardedForward):
         rotation = shares.own(rotation)
         time, modulation = self.embedded_time(timesteps, x.dtype)
         kept = kept_blocks(model.blocks, skip)
-        rows = [rows_of(block.scale_shift_table, modulation, shares) for _, block in kept]
-        rows.append(rows_of(model.scale_shift_table, time[:, :, None], shares))
+        frames = frames_of(shares, timesteps)
+        rows = [rows_of(block.scale_shift_table, modulation, frames) for _, block in kept]
+        rows.append(rows_of(model.scale_shift_table, time[:, :, None], frames))
 
         # After which of the blocks that are kept each other one adds something; -1: before them.
         places = [sum(i <= layer for i, _ in kept) - 1 for layer in self._layers_with_more]
         hints: Iterator[list[torch.Tensor]] = iter(())
         if vace is not None and vace_keys is not None and vace_values is not None:
             of_text = list(zip(vace_keys, vace_values, strict=True))
-            begin = model.vace_blocks[0].proj_in
-            streams = [begin(shares.own(video)) + tokens for video in vace]
-            hints = self._hints(streams, vace_strength, rotation, modulation, of_text, shares)
+            embed = model.vace_blocks[0].proj_in
+            streams = [embed(shares.own(video)) + tokens for video in vace]
+            of_blocks = [
+                rows_of(block.scale_shift_table, modulation, frames) for block in model.vace_blocks
+            ]
+            of_hints = streams, vace_strength, rotation, of_blocks, of_text, shares
+            hints = self._hints(*of_hints, first_is_left_out=-1 in places)
 
         def with_hints(place: int, tokens: torch.Tensor) -> torch.Tensor:
             """A copy of the tokens, since the sums of the hints' blocks overwrite the last sum."""
@@ -237,19 +244,20 @@ class Forward(ShardedForward):
             here = [face for face, at in zip(faces, places, strict=False) if at == place]
             for left, (block, pair) in enumerate(here, start=1 - len(here)):
                 product = animate.look_at_faces(block, normed, pair, per_frame, shares)
-                after = self._before(() if left else rows[place + 1])
+                after = before_block(Rows() if left else rows[place + 1])
                 tokens, normed = self.join([product], tokens, after)
             return tokens, normed
 
         if vace is not None and -1 in places:
             tokens = with_hints(-1, tokens)
-        normed = modulated(tokens, () if faces and -1 in places else rows[0])
+        begin = Rows() if faces and -1 in places else rows[0]
+        normed = first_norm(tokens, before_block(begin).of_stream(0))
         tokens, normed = look_at_faces(-1, tokens, normed)
         for place, (index, module) in enumerate(kept):
             has_hints = vace is not None and place in places
             after = None if has_hints else rows[place + 1]
             if faces and place in places:
-                after = ()
+                after = Rows()
             attend: Attend = shares.attention
             if self.sizes.poses_pass:
                 seen = poses[index] if poses else None
@@ -260,7 +268,7 @@ class Forward(ShardedForward):
             tokens, normed = look_at_faces(place, tokens, normed)
             if has_hints:
                 tokens = with_hints(place, normed)
-                normed = modulated(tokens, rows[place + 1])
+                normed = first_norm(tokens, before_block(rows[place + 1]).of_stream(0))
         found = shares.whole(model.proj_out(normed))[:, num_before:num_wanted]
         return unpatchified(found, grid)[:, :, : shape[2], : shape[3], : shape[4]]
 
@@ -280,39 +288,43 @@ class Forward(ShardedForward):
         Normed as the block that the rows ``following`` are of begins; empty: without a modulation;
         None: not normed.
         """
-        _, _, gate, mlp_shift, mlp_scale, mlp_gate = rows
+        (_, _, gate, mlp_shift, mlp_scale, mlp_gate), frames = rows
         affine = {"weight": block.norm2.weight, "bias": block.norm2.bias}
         product = self._attend(block.attn1, normed, rotation, attend)
-        tokens, normed = self.join([product], tokens, Epilogue(EPS, gate, "layer", **affine))
-        product = self._attend_to_prompt(block.attn2, normed, prompt)
-        after = Epilogue(EPS, None, "layer", mlp_scale, mlp_shift)
+        after = Epilogue(EPS, gate, "layer", **affine, streams=frames)
         tokens, normed = self.join([product], tokens, after)
-        after = Epilogue(EPS, mlp_gate) if following is None else self._before(following, mlp_gate)
+        product = self._attend_to_prompt(block.attn2, normed, prompt)
+        after = Epilogue(EPS, None, "layer", mlp_scale, mlp_shift, streams=frames)
+        tokens, normed = self.join([product], tokens, after)
+        if following is None:
+            after = Epilogue(EPS, mlp_gate, streams=frames)
+        else:
+            after = before_block(following, mlp_gate)
         return self.join([gelu_mlp(block.ffn, normed)], tokens, after)
-
-    def _before(self, following: Rows, gate: torch.Tensor | None = None) -> Epilogue:
-        """Normed as the block that the rows are of begins; without rows: normed only."""
-        shift, scale = following[:2] if following else (None, None)
-        return Epilogue(EPS, gate, "layer", scale, shift)
 
     def _hints(
         self,
         streams: list[torch.Tensor],
         strengths: Sequence[float],
         rotation: torch.Tensor,
-        modulation: torch.Tensor,
+        of_blocks: Sequence[Rows],
         of_text: Prompt,
         shares: TokenShares,
+        *,
+        first_is_left_out: bool,
     ) -> Iterator[list[torch.Tensor]]:
         """For each VACE block what it adds to the tokens (B, L, D), of each control video.
 
-        ``streams``: the tokens of each, as the first block takes them.
+        ``streams``: the tokens of each, as the first block takes them. ``first_is_left_out``: of
+        the model's blocks.
         """
-        for block, pair in zip(self.model.vace_blocks, of_text, strict=True):
-            rows = rows_of(block.scale_shift_table, modulation, shares)
-            hints = []
+        for block, rows, pair in zip(self.model.vace_blocks, of_blocks, of_text, strict=True):
+            hints: list[torch.Tensor] = []
             for index, (stream, strength) in enumerate(zip(streams, strengths, strict=True)):
-                normed = modulated(stream, rows)
+                if block is self.model.vace_blocks[0] and first_is_left_out:
+                    # ComfyUI adds the hints to the very tokens that the next video's begin with.
+                    stream = sum(hints, start=stream)
+                normed = first_norm(stream, before_block(rows).of_stream(0))
                 of_block = block, rows, [pair], rotation, None, shares.attention
                 _, whole = self.block(stream, normed, *of_block)
                 hints.append(block.proj_out(whole) * strength)

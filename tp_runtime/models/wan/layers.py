@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ...errors import InputError
+from ...gpu.epilogue import Epilogue
 from ..rows import TIME_CHANNELS
 from ..token_shares import TokenShares
 from .family import CAMERA_DOWNSCALE, FAMILY, WanSizes
@@ -47,22 +48,29 @@ def sinusoids(times: torch.Tensor) -> torch.Tensor:
     return torch.cat((angles.cos(), angles.sin()), dim=1)
 
 
-def rows_of(
-    table: torch.Tensor, of_time: torch.Tensor, shares: TokenShares
-) -> Sequence[torch.Tensor]:
-    """A block's table (1, n, D) plus (B, F, n or 1, D) of F timesteps, as n rows for the tokens.
+class Rows(NamedTuple):
+    """What scales, shifts and gates tokens: rows (F, B, D) of each of F timesteps; or none.
 
-    Of this rank.
-
-    (1, B, D) each, or (1, B, L, D) where frames have their own timesteps.
+    ``frames`` (l,) int64: of this rank's tokens, the frame whose timestep each has; None: F is 1.
     """
-    modulation = table[None] + of_time
-    num_tokens, frames = shares.lengths[0], of_time.shape[1]
-    if frames == 1:
-        return modulation[:, 0][None].unbind(2)
-    repeats = -(-num_tokens // frames)
-    rows = modulation.repeat_interleave(repeats, dim=1)[:, :num_tokens]
-    return shares.own(rows)[None].unbind(3)
+
+    values: Sequence[torch.Tensor] = ()
+    frames: torch.Tensor | None = None
+
+
+def rows_of(table: torch.Tensor, of_time: torch.Tensor, frames: torch.Tensor | None) -> Rows:
+    """A block's table (1, n, D) plus (B, F, n or 1, D) of F timesteps: n rows."""
+    return Rows((table[None] + of_time).transpose(0, 1).unbind(2), frames)
+
+
+def frames_of(shares: TokenShares, timesteps: torch.Tensor) -> torch.Tensor | None:
+    """Of this rank's tokens the frame (l,) of each; None where ``timesteps`` are (B,) or (B, 1)."""
+    if timesteps.ndim == 1 or timesteps.shape[1] == 1:
+        return None
+    num_tokens = shares.lengths[0]
+    per_frame = -(-num_tokens // timesteps.shape[1])
+    frames = torch.arange(num_tokens, device=timesteps.device) // per_frame
+    return shares.own(frames[None])[0]
 
 
 def by_block(
@@ -77,11 +85,6 @@ def by_block(
         for here, pair in zip(found, zip(picture_keys, picture_values, strict=True), strict=True):
             here.append(pair)
     return found
-
-
-def of_tokens(row: torch.Tensor) -> torch.Tensor:
-    """(1, B, D) or (1, B, L, D) → what broadcasts with (B, L, D)."""
-    return row[0] if row.ndim == 4 else row[0][:, None]
 
 
 def positions_of(
@@ -127,16 +130,10 @@ def positions_with_poses(
     return found
 
 
-def modulated(tokens: torch.Tensor, rows: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Layer norm without weights of (B, L, D), scaled and shifted as a block begins.
-
-    Without ``rows``: normed only.
-    """
-    normed = F.layer_norm(tokens, tokens.shape[-1:], eps=EPS)
-    if not rows:
-        return normed
-    shift, scale = rows[:2]
-    return torch.addcmul(of_tokens(shift), normed, 1 + of_tokens(scale))
+def before_block(rows: Rows, gate: torch.Tensor | None = None) -> Epilogue:
+    """Normed as the block that the rows are of begins; without rows: normed only."""
+    shift, scale = rows.values[:2] or (None, None)
+    return Epilogue(EPS, gate, "layer", scale, shift, streams=rows.frames)
 
 
 def embedded_picture(embedder: Any, features: torch.Tensor) -> torch.Tensor:
