@@ -45,14 +45,10 @@ def calc_cond_batch(
     # More wrappers: another node leaves steps out, or keeps account of conditions.
     if remote is None or len(wrappers) > 1:
         return executor(model, conds, x_in, timestep, model_options)
-    evaluations = remote.num_evaluations
-    remote.begin_step()
     there = moved_conditions(conds, x_in.device)
-    with known_conditions(remote, there, model_options):
-        results = _evaluated(remote, executor, model, there, x_in, timestep, model_options)
-    if remote.num_evaluations > evaluations:
-        remote.end_step(_workload(model, conds, x_in))
-    return results
+    workload = functools.partial(_workload, model, conds, x_in)
+    with remote.step(workload), known_conditions(remote, there, model_options):
+        return _evaluated(remote, executor, model, there, x_in, timestep, model_options)
 
 
 def _evaluated(

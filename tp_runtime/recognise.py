@@ -1,7 +1,7 @@
 """What a model file is, from its header: its family, sizes and tensors."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -60,6 +60,19 @@ class CheckpointInfo:
         """Bytes of the weights in a dtype of ``itemsize`` bytes; quantised ones stay so."""
         plain = self.tensors.keys() - self.quantised.keys()
         return self.quantised_bytes + itemsize * sum(self.tensors[x].num_elements for x in plain)
+
+    def bytes_of(self, weights: Iterable[str], itemsize: int) -> int:
+        """The same of these weights alone; of quantised ones without their scales.
+
+        What the file has not counts nothing.
+        """
+        return sum(
+            _bytes(self.tensors[name])
+            if name in self.quantised
+            else itemsize * self.tensors[name].num_elements
+            for name in weights
+            if name in self.tensors
+        )
 
     def checked_inputs(
         self, inputs: Mapping[str, Any], compute_dtype: str, sizes: Sizes | None = None

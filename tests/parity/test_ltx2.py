@@ -50,6 +50,14 @@ def test_fp32(file: Any, remote: Remote, tp_size: int, case: str) -> None:
     assert relative_error(found, expected("ltx2", case, torch.float32)) <= FP32_TOLERANCE
 
 
+@pytest.mark.parametrize("case", ["a part of both", "parts of the second item"])
+def test_batch_groups(file: Any, remote: Remote, case: str) -> None:
+    """ComfyUI decides by the first item, and by the latest time, of the whole batch."""
+    model = remote(file(case), 1, batch_groups=2)
+    found = model.evaluate(inputs_of("ltx2", case, torch.float32))
+    assert relative_error(found, expected("ltx2", case, torch.float32)) <= FP32_TOLERANCE
+
+
 @pytest.mark.rotates(5)
 @pytest.mark.parametrize("tp_size", [2, 4])
 def test_bf16_is_as_close_as_comfyui(file: Any, remote: Remote, tp_size: int) -> None:

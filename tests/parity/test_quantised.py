@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from support.compatibility import NEWER
+from support.ltx2_inputs import make_ltx2_inputs
 from support.native import import_comfy, native_patcher
 from support.pack import pack_module
 from support.quantised_files import as_held, write_quantised
@@ -34,7 +35,7 @@ from support.quantised_references import (
     reference,
     write_case,
 )
-from support.tiny_models import tiny_shapes
+from support.tiny_models import tiny, tiny_shapes, write_tiny
 from tp_runtime.client import (
     CheckpointError,
     CheckpointInfo,
@@ -205,6 +206,19 @@ def test_a_lora_that_ranks_refuse_is_refused_again(
         assert torch.equal(model.evaluate(inputs), before)
     finally:
         runtime.release()
+
+
+@pytest.mark.parametrize(("name", "heads"), [("nvfp4", 16), ("mxfp8", 32)])
+def test_a_heads_gate_stays_with_its_head(
+    folder: Path, remote: Remote, name: str, heads: int
+) -> None:
+    """Where as many heads as a group has columns would make one group of LTX-2's gates."""
+    sizes = {"num_heads": heads, "audio_heads": heads, "num_blocks": 1, "connector_blocks": 1}
+    whole = write_tiny("ltx2", folder / f"ltx2_{heads}.safetensors", **sizes)
+    path = write_quantised(whole, folder / f"ltx2_{name}.safetensors", name)
+    inputs = make_ltx2_inputs(tiny("ltx2", **sizes))
+    found, expected = (remote(path, tp_size).evaluate(inputs) for tp_size in (2, 1))
+    assert relative_error(found, expected) <= FP32_TOLERANCE
 
 
 def test_weights_stay_quantised(folder: Path, remote: Remote) -> None:

@@ -5,11 +5,13 @@ a GPU does; `tests/gpu/test_ahead.py` has a real one.
 """
 
 import contextlib
+import gc
 import os
 import queue
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -425,12 +427,11 @@ def test_steps_are_recorded_as_the_ranks_took_them(
     workload: Any = object()
     with ahead():
         for _ in range(2):
-            model.begin_step()
-            for _ in range(2):
-                model.evaluate(ordered(sleep_s=0.2))
-            model.end_step(workload)
-        model.begin_step()
-        model.end_step(workload)
+            with model.step(lambda: workload):
+                for _ in range(2):
+                    model.evaluate(ordered(sleep_s=0.2))
+        with model.step(lambda: workload):
+            pass
     assert len(recorded) == 2
     assert all(400 <= ms < 4000 for ms in recorded)
 
@@ -659,9 +660,8 @@ def test_steps_in_stream_order_are_recorded_one_by_one(
     workload: Any = object()
     with sampling.begun():
         for _ in range(3):
-            sampling.model.begin_step()
-            sampling.step(sleep_s=0.8)
-            sampling.model.end_step(workload)
+            with sampling.model.step(lambda: workload):
+                sampling.step(sleep_s=0.8)
     assert len(recorded) == 3
     assert all(800 <= ms < 1550 for ms in recorded), "and not those of two"
 
@@ -721,3 +721,90 @@ def test_batch_groups_in_stream_order(
         for _ in range(6):
             expected = (expected * 2 + one["context"].sum()) / 4
         assert torch.equal(latent, expected)
+
+
+def test_a_batch_group_without_work_reads_what_it_is_to_hold(
+    python_with: PythonWith, tmp_path: Path, stream: Stream
+) -> None:
+    """Its rank gets no core for a while; the next request's latent must not lie there by then."""
+    path = write_tiny("z_image", tmp_path / "tiny.safetensors")
+    runtime = Runtime()
+    group = cpu_group(1, batch_groups=2, python=python_with(), call_timeout_s=20.0)
+    model = runtime.model(ModelSpec.of(str(path), "float32", "float32"), group)
+    model.ensure_loaded()
+
+    def of_two(inputs: dict[str, Any]) -> dict[str, Any]:
+        context = inputs["context"].repeat(2, 1, 1)
+        return inputs | {"x": both, "timesteps": torch.rand(2), "context": context}
+
+    both = torch.randn(2, 16, 16, 16)
+    known, alone = make_inputs(seed=1), make_inputs(seed=2)
+    idle = ranks_of(model)[1]
+    with ahead():
+        for _ in range(LOOKS):
+            model.evaluate(of_two(known), known_as="known")
+        assert stream.is_idle(within_s=5)
+        os.kill(idle, signal.SIGSTOP)
+        threading.Timer(0.5, os.kill, (idle, signal.SIGCONT)).start()
+        model.evaluate(alone, known_as="alone")
+        model.evaluate(of_two(known), known_as="known")
+    assert stream.is_idle(within_s=5)
+    found = model.evaluate(of_two(alone))
+    runtime.release()
+    expected = both * 2 + alone["context"].sum()
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_rank_dies_while_the_exchange_waits_for_its_result(
+    model: RemoteModel, stream: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the GPU is full: memory for a comparison is to be had when the stream got on."""
+    model._group.close()  # an engine that has not learned to look at what it is given
+    model.ensure_loaded()
+    compare = HeldTensors.begin_to_compare
+    is_full = threading.Event()
+
+    def when_there_is_room(*args: Any) -> Callable[[], bool]:
+        if is_full.is_set():
+            threading.Timer(0.2, os.kill, (ranks_of(model)[0], signal.SIGKILL)).start()
+            assert stream.is_idle(within_s=20)
+        return compare(*args)
+
+    monkeypatch.setattr(HeldTensors, "begin_to_compare", when_there_is_room)
+
+    def sample() -> None:
+        with ahead():
+            for seed in range(LOOKS + 2):
+                if seed == LOOKS + 1:
+                    is_full.set()
+                step = ordered(sleep_s=2.0) | {"x": make_inputs(seed=seed)["x"]}
+                model.evaluate(step, known_as="the conditioning")
+
+    with pytest.raises(GroupDiedError, match="Rank 0 "):
+        sample()
+    assert stream.is_idle(within_s=1)
+
+
+def test_evaluations_outside_of_a_step_are_not_kept(model: RemoteModel) -> None:
+    """As those of a guider of a node's own, or of one that leaves steps out."""
+    results = [weakref.ref(model.evaluate(make_inputs(seed=seed))) for seed in range(3)]
+    gc.collect()
+    assert [result() for result in results] == [None, None, None]
+    with pytest.raises(RankError), model.step(lambda: pytest.fail("it is not recorded")):
+        model.evaluate(ordered(**{"raise": "the text"}))
+    assert model._of_step is None
+
+
+def test_a_process_that_is_forked_leaves_the_ranks_alone(model: RemoteModel) -> None:
+    """They have one stream for both: a request of the child's would be answered to the parent."""
+    group = model._group
+    child = os.fork()
+    if not child:
+        group._on_user_gone()
+        has_asked = any(thread.name.startswith("tp-") for thread in threading.enumerate())
+        os._exit(int(has_asked or group.close()))
+    _, status = os.waitpid(child, 0)
+    assert status == 0
+    starts = group._num_starts
+    model.evaluate(make_inputs())
+    assert group._num_starts == starts

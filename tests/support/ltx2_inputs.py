@@ -34,6 +34,7 @@ def make_ltx2_inputs(
     first: float | None = None,
     spatial: bool = False,
     sound_mask: bool = False,
+    masked_from: int = 0,
     guides: int = 0,
     dropped: Sequence[int] = (),
     dilated: bool = False,
@@ -44,9 +45,10 @@ def make_ltx2_inputs(
     **others: Any,
 ) -> dict[str, Any]:
     """`sound`: latents of it. `first`: how much of the first frame is noise. `spatial`: a mask that
-    varies in a frame; `sound_mask`: one of the sound. `guides`: the last frames, of which those
-    `dropped` or every other row and column (`dilated`) are no tokens. `strengths` of guides that
-    are looked at more or less, and frames of their `masks`. `reference`: latents of sound before.
+    varies in a frame; `sound_mask`: one of the sound; both of the items `masked_from` one on.
+    `guides`: the last frames, of which those `dropped` or every other row and column (`dilated`)
+    are no tokens. `strengths` of guides that are looked at more or less, and frames of their
+    `masks`. `reference`: latents of sound before.
     """
     generator = torch.Generator().manual_seed(1000 * batch + frames + height + length)
 
@@ -69,7 +71,7 @@ def make_ltx2_inputs(
     if first is not None:
         mask[:, :, 0] = first
     if spatial:
-        mask[:, :, 1, :1] = 0.25
+        mask[masked_from:, :, 1, :1] = 0.25
     if guides:
         mask[:, :, -guides:] = 0.2
         mask[:, :, list(dropped)] = -1.0
@@ -81,7 +83,8 @@ def make_ltx2_inputs(
         inputs["denoise_mask"] = mask.expand(-1, sizes.in_channels, -1, -1, -1).to(dtype)
         inputs["timesteps"] = (mask * times.view(-1, 1, 1, 1, 1)).flatten(2).transpose(1, 2)
     if sound_mask:
-        of_sound = torch.linspace(0, 1, sound).view(1, -1, 1)
+        of_sound = torch.linspace(0, 1, sound).view(1, -1, 1).repeat(batch, 1, 1)
+        of_sound[:masked_from] = 1
         inputs["a_timestep"] = of_sound * times.view(-1, 1, 1)
     if strengths:
         each = guides // len(strengths)

@@ -219,6 +219,10 @@ CASES: dict[str, dict[str, Case]] = {
         "a part of the picture": ({}, {"spatial": True, "batch": 2}),
         "a part of the sound": ({}, {"sound_mask": True, "batch": 2}),
         "a part of both": ({}, {"sound_mask": True, "spatial": True, "first": 0.3}),
+        "parts of the second item": (
+            {},
+            {"sound_mask": True, "spatial": True, "masked_from": 1, "batch": 2},
+        ),
         "guides": ({}, _GUIDES | {"batch": 2}),
         "guides of a strength": ({}, _GUIDES | {"strengths": (0.5, 1.4)}),
         "a guide with a mask": ({}, _GUIDES | {"strengths": (0.8, 1.0), "masks": (1, None)}),

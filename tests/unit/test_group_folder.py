@@ -1,6 +1,7 @@
 """Folders of groups: private, found again after a crash, and never taken from a live group."""
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 
 from support.paths import REPOSITORY
 from tp_runtime.client import GroupStartError
-from tp_runtime.client.launch.group_folder import KEPT_FOLDERS, GroupFolder
+from tp_runtime.client.launch.group_folder import KEPT_FOLDERS, GroupFolder, _is_locked
 
 
 @pytest.fixture(autouse=True)
@@ -124,3 +125,16 @@ def test_no_place_for_logs_says_where_to_find_one(
     with pytest.raises(GroupStartError, match=f"{os.strerror(error)}.*Set TP_RUNTIME_HOME to a"):
         GroupFolder.create()
     assert not list(groups.iterdir())
+
+
+def test_a_sweep_that_looks_at_a_new_folder(groups: Path) -> None:
+    """It holds the lock meanwhile; the folder must be locked afterwards all the same."""
+    groups.mkdir(parents=True, exist_ok=True)
+    folder = groups / "1-new"
+    folder.mkdir()
+    looking = os.open(folder, os.O_RDONLY)
+    fcntl.flock(looking, fcntl.LOCK_EX)
+    threading.Timer(0.2, os.close, (looking,)).start()
+    live = GroupFolder(folder)
+    assert _is_locked(folder)
+    live.release(keep=False)

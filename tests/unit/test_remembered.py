@@ -86,3 +86,17 @@ def test_what_entries_have_in_common_is_computed_once() -> None:
     ):
         computed[0] = 1
         assert part(key, *given)[0] == 2, (key, given)
+
+
+def test_ranks_with_less_to_remember_forget_what_others_do() -> None:
+    """By the largest entry among the ranks, since each may wait for the others in the next one."""
+    computed: list[str] = []
+
+    def conditioning(name: str) -> Conditioning:
+        computed.append(name)
+        return {"prefix": torch.zeros(1, dtype=torch.uint8)}
+
+    memo = Memo(1000, lambda own: own + 599)
+    for name in ("a", "b", "a"):
+        memo.get(name, lambda name=name: conditioning(name))
+    assert computed == ["a", "b", "a"]

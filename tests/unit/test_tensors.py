@@ -309,3 +309,15 @@ class TestHeldTensors:
         assert held.evict({newer}) == []
         held.roll_back()
         assert held.find([torch.ones(3)]) == [newer]
+
+
+def test_streams_are_let_go_again_where_a_rank_took_the_number_back(exchange: Exchange) -> None:
+    """A cancel lets both of two requests go; then the first one's answer comes."""
+    exchange.reserve(1)
+    numbers = torch.frombuffer(exchange._map, dtype=torch.int32, count=1)
+    exchange._awaited[0] = 5
+    exchange.release()
+    assert numbers[0] == 5
+    exchange.say_given(0, 4)
+    exchange.close()  # the group's end
+    assert numbers[0] == 5

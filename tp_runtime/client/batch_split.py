@@ -1,10 +1,11 @@
 """Divides the batches of evaluations over batch groups.
 
-The items of a batch do not depend on one another, so the groups exchange nothing.
+The items of a batch do not depend on one another, so the groups exchange nothing; what a model
+looks at of the whole batch, it is given whole.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,13 +15,13 @@ Inputs = Mapping[str, Any]
 Latents = torch.Tensor | list[torch.Tensor]
 
 
-def divide(inputs: Inputs, num_parts: int) -> list[Inputs]:
+def divide(inputs: Inputs, num_parts: int, undivided: Collection[str] = ()) -> list[Inputs]:
     """The inputs of at most ``num_parts`` evaluations, of consecutive items of the batch each.
 
     ``inputs["x"]``, or each tensor of it, is (batch, ...). A tensor with as many rows is divided
-    along them; one with a single row, or without axes, goes to every part as it is. The first parts
-    get one item more where the batch cannot be divided evenly. A batch with any other tensor stays
-    whole.
+    along them; one with a single row, or without axes, goes to every part as it is, as do the
+    inputs that are ``undivided``. The first parts get one item more where the batch cannot be
+    divided evenly. A batch with any other tensor stays whole.
     """
     batch = next(tensors_in(inputs["x"])).shape[0]
     num_parts = min(num_parts, batch)
@@ -28,16 +29,19 @@ def divide(inputs: Inputs, num_parts: int) -> list[Inputs]:
         return [inputs]
     sizes = [len(range(part, batch, num_parts)) for part in range(num_parts)]
     starts = [sum(sizes[:part]) for part in range(num_parts)]
+    whole = {name: inputs[name] for name in undivided if name in inputs}
     return [
-        _narrowed(inputs, batch, start, size, {}) for start, size in zip(starts, sizes, strict=True)
+        _narrowed(inputs, batch, start, size, {}) | whole
+        for start, size in zip(starts, sizes, strict=True)
     ]
 
 
-def divide_all(inputs_of_each: Sequence[Inputs], batch_groups: int) -> list[list[Inputs]]:
+def divide_all(
+    inputs_of_each: Sequence[Inputs], batch_groups: int, undivided: Collection[str] = ()
+) -> list[list[Inputs]]:
     """The parts of each evaluation, so that all parts together keep the batch groups busy."""
-    return [
-        divide(inputs, math.ceil(batch_groups / len(inputs_of_each))) for inputs in inputs_of_each
-    ]
+    num_parts = math.ceil(batch_groups / len(inputs_of_each))
+    return [divide(inputs, num_parts, undivided) for inputs in inputs_of_each]
 
 
 def _narrowed(value: Any, batch: int, start: int, size: int, found: dict[int, torch.Tensor]) -> Any:

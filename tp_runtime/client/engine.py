@@ -16,7 +16,7 @@ import torch
 from ..config import GroupConfig, ModelPatchSpec
 from ..errors import TPRuntimeError
 from ..wire import stream_wait
-from ..wire.protocol import LoadModelPatch, PatchedWeight, Request, Sleep, Unload, encode
+from ..wire.protocol import LoadModelPatch, PatchedWeight, Request, Sleep, encode
 from . import failures
 from .batch_split import tensors_in
 from .call import Call, OnProgress
@@ -95,7 +95,8 @@ class Engine:
         self._evaluation_times = EvaluationTimes()
         self._numbers = itertools.count(1)
         self._turn = threading.Lock()  # held by the caller whose request is under way
-        # In which the results of the last request are handed over, if it was such a one.
+        # In which the results of the last request are handed over, if it was such a one, and all
+        # ranks that share the exchange are through with what it brought when they are.
         self._stream: Hashable = None
         self._trusts_makers = True  # of ``Asked.known_as``
 
@@ -219,7 +220,9 @@ class Engine:
             if known_as is not None:
                 _remember_looked_at(known_as, placed)
             if device is not None and call.sent:
-                self._stream = stream_wait.current(device)
+                # A rank that computes nothing of it may still have to read what it is to hold.
+                if not placed.brings or len(asked) == self.config.batch_groups:
+                    self._stream = stream_wait.current(device)
                 is_ahead(evaluated)
             else:
                 evaluated.settle(poll)
@@ -288,9 +291,11 @@ class Engine:
         self._evaluation_times.record(kind, call.ended - call.began)
 
     def _release(self) -> None:
-        """Have no stream wait for results: nobody is going to look at them."""
-        with self.processes.exchange_in_use:
-            self._sender.exchange.release()
+        """Have no stream wait for results: nobody is going to look at them.
+
+        Whoever has the exchange may be waiting for such a stream.
+        """
+        self._sender.exchange.release()
 
     def _stream_order_of(self, asked: Sequence[Asked], kind: Hashable) -> torch.device | None:
         """The device in whose stream the results are handed over; None: not in stream order.
@@ -372,12 +377,12 @@ class Engine:
         """Free the model's shards. ``on_sent``: as of ``call``, which it raises as."""
 
         def forget() -> None:
-            self._sender.forget_patches(model)
             self._sender.forget_held()
             if on_sent is not None:
                 on_sent()
 
-        self.call(lambda call: Unload(call, model), poll=poll, on_sent=forget)
+        unload = functools.partial(self._sender.unload, model=model)
+        self.call(unload, poll=poll, on_sent=forget)
 
     def sleep(self, model: str, poll: Poll | None, on_sent: Callable[[], None]) -> None:
         """Move the model's shards to the host's memory. Raises as ``call``, as of which ``on_sent``

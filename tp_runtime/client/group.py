@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -50,6 +51,7 @@ class Group:
         self._residency: Residency | None = None  # of the present engine
         self._users = Users()
         self._changing = threading.Lock()  # held while a group starts, or what it holds changes
+        self._process = os.getpid()
 
     # --- start and end ---------------------------------------------------------------------------
 
@@ -70,7 +72,14 @@ class Group:
 
     def close(self) -> bool:
         """End the group; False if there was none. From any thread, whatever the group does."""
-        return self._replace_by(None)
+        return self._is_ours and self._replace_by(None)
+
+    @property
+    def _is_ours(self) -> bool:
+        """Whether this is not a process that was forked from the group's: it must not ask the ranks
+        for anything, which have one stream for both.
+        """
+        return os.getpid() == self._process
 
     def _alive(self) -> Residency | None:
         """What the present engine holds, if its group is up."""
@@ -229,7 +238,7 @@ class Group:
 
     def _on_user_gone(self) -> None:
         # In a thread: the garbage collector may come while this one waits for the group.
-        if self._alive():
+        if self._is_ours and self._alive():
             in_background(self._unload_unused)
 
     def _unload_unused(self) -> None:

@@ -244,6 +244,8 @@ class RankProcesses:
         try:
             end_ranks(self.ranks, grace_s)
             self._events.close()
+            # Whoever has the exchange may be waiting for a stream that waits for the ranks.
+            self._exchange.release()
             with self.exchange_in_use:
                 self._exchange.close()
             self._launcher.clean_up(keep_logs=error is not None)

@@ -1,10 +1,11 @@
 """A model on a group, as the nodes hold it."""
 
+import contextlib
 import functools
 import hashlib
 import itertools
 import weakref
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,11 +14,11 @@ import torch
 
 from ..config import GroupConfig, ModelSpec, device_names
 from ..layouts.choice import native_workload
-from ..layouts.room import live_bytes
+from ..layouts.room import bytes_beside
 from ..layouts.step_history import StepRecords, Workload, times_of
 from ..recognise import CheckpointInfo
 from ..wire.exchange import dtype_of
-from ..wire.protocol import Load, PatchedWeight
+from ..wire.protocol import PER_EVALUATION_INPUTS, Load, PatchedWeight
 from .background import in_background
 from .batch_split import Inputs, Latents, divide_all, tensors_in
 from .call import OnProgress
@@ -51,7 +52,7 @@ class RemoteModel:
         self.patches: Mapping[str, PatchedWeight] = {}
         self.sizes = self.info.sizes  # with the patches
         self.used_at_start = 0  # which start of its group it was loaded after, by ensure_loaded
-        self._of_step: list[Evaluated] = []  # since ``begin_step``
+        self._of_step: list[Evaluated] | None = None  # of the ``step`` that is computed now
         self._group = group
         self._records = records
         self._model_patches: weakref.WeakSet[RemotePatch] = weakref.WeakSet()
@@ -167,7 +168,7 @@ class RemoteModel:
         ]
         self.num_evaluations += len(inputs_of_each)
         batch_groups = self.group_config.batch_groups
-        divided = divide_all(inputs_of_each, batch_groups)
+        divided = divide_all(inputs_of_each, batch_groups, self.sizes.undivided_inputs)
         asked = [
             Asked(part, self._result_shapes(part), None if known is None else (known, number))
             for parts, known in zip(divided, known_as, strict=True)
@@ -176,7 +177,8 @@ class RemoteModel:
         results: list[list[torch.Tensor]] = []
         for start in range(0, len(asked), batch_groups):
             evaluated = self._group.evaluate(self, asked[start : start + batch_groups], poll)
-            self._of_step.append(evaluated)
+            if self._of_step is not None:
+                self._of_step.append(evaluated)
             results += evaluated.results
         remaining = iter(results)
         together = [_joined(list(itertools.islice(remaining, len(parts)))) for parts in divided]
@@ -200,22 +202,27 @@ class RemoteModel:
         ((found,),) = evaluated.results
         return found
 
-    def begin_step(self) -> None:
-        """From now on, evaluations belong to the next step of a sampler."""
-        self._of_step = []
+    @contextlib.contextmanager
+    def step(self, workload: Callable[[], Workload]) -> Iterator[None]:
+        """Within, evaluations are those of one step of a sampler, with that ``workload``.
 
-    def end_step(self, workload: Workload) -> None:
-        """Remember, beyond this process, how long the ranks took since ``begin_step``.
-
-        As soon as all of it is settled; without an evaluation, nothing is.
+        How long the ranks took for it is remembered, beyond this process, as soon as all of it is
+        settled. Nothing is of a step without an evaluation, or with an error.
         """
-        of_step, self._of_step = self._of_step, []
+        of_step: list[Evaluated] = []
+        self._of_step = of_step
+        try:
+            yield
+        finally:
+            self._of_step = None
+        if not of_step:
+            return
+        of_what = workload()
 
         def record() -> None:
-            self._record_step(workload, 1000 * sum(one.seconds for one in of_step))
+            self._record_step(of_what, 1000 * sum(one.seconds for one in of_step))
 
-        if of_step:  # each is settled before the next is asked for
-            of_step[-1].when_settled(record)
+        of_step[-1].when_settled(record)  # each is settled before the next is asked for
 
     def _record_step(self, workload: Workload, ms: float) -> None:
         config = self.group_config
@@ -247,14 +254,18 @@ class RemoteModel:
         limit = self._weight_limit()
         return max(0, self._share_bytes() - limit) if limit else 0
 
+    def bytes_of(self, weights: Iterable[str]) -> int:
+        """See ``Holdable``; without what padding adds."""
+        return self.info.bytes_of(weights, dtype_of(self.spec.weight_dtype).itemsize)
+
     def _weight_limit(self) -> int:
         return self.group_config.weight_limit(self._computed_bytes)
 
     @functools.cached_property
     def _computed_bytes(self) -> int:
-        """What a step on one picture or video of the model's usual size needs of each device."""
+        """What each device needs for one picture or video of the model's usual size."""
         workload = native_workload(self.info)
-        return int(live_bytes(self.info.sizes, workload, self.group_config.layout))
+        return int(bytes_beside(self.info.sizes, workload, self.group_config.layout))
 
     def _share_bytes(self) -> int:
         itemsize = dtype_of(self.spec.weight_dtype).itemsize
@@ -284,9 +295,12 @@ class RemoteModel:
 
 
 def _are_among(some: Inputs, others: Inputs) -> bool:
-    """Whether the tensors of some inputs are tensors of others, and none was made of these."""
+    """Whether the constant tensors of some inputs are tensors of others, and none was made of
+    these.
+    """
     known = {id(tensor) for tensor in tensors_in(others)}
-    return all(id(tensor) in known for tensor in tensors_in(some))
+    constant = [value for name, value in some.items() if name not in PER_EVALUATION_INPUTS]
+    return all(id(tensor) in known for tensor in tensors_in(constant))
 
 
 def _joined(parts: list[list[torch.Tensor]]) -> list[torch.Tensor]:

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,6 +52,10 @@ class RemotePatch:
 
     def planned_streaming(self) -> int:
         """Bytes that will stay in the host's memory for each rank: it is never streamed."""
+        return 0
+
+    def bytes_of(self, weights: Iterable[str]) -> int:  # noqa: ARG002
+        """See ``Holdable``: nothing changes its weights."""
         return 0
 
     def load(

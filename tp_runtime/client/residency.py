@@ -6,8 +6,8 @@ when there is no room for them in the host's memory, or nobody holds them any mo
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from .. import machine
@@ -33,6 +33,10 @@ class Holdable(Protocol):
 
     def planned_streaming(self) -> int:
         """Bytes that will stay in the host's memory for each rank."""
+        ...
+
+    def bytes_of(self, weights: Iterable[str]) -> int:
+        """Bytes of these weights of ``patches``, as all ranks of a batch group hold them."""
         ...
 
     def load(
@@ -61,13 +65,15 @@ class _Resident:
     ``rank_bytes``: of its shards on each rank's device; None while it is being loaded, and if the
     caller gave up waiting for that. ``streamed_bytes``: those that are with the host. ``version``:
     of the patches that it has; ``_UNKNOWN`` while it gets others, and if the caller gave up waiting
-    for them, or the ranks refused them.
+    for them, or the ranks refused them. ``backed_up``: the weights that patches have changed, which
+    the ranks keep as they were before, until there are no patches.
     """
 
     rank_bytes: list[int] | None = None
     streamed_bytes: list[int] | None = None
     asleep: bool = False
     version: Hashable = None
+    backed_up: set[str] = field(default_factory=set)
 
 
 class Residency:
@@ -151,7 +157,7 @@ class Residency:
         if resident is None or resident.rank_bytes is None:
             self.unload_unused(poll)
             self._make_room(together, model.planned_bytes(), poll)
-            self._make_room_on_host(model, poll)
+            self._make_room_on_host(model, together, poll)
             resident = models.setdefault(model.name, _Resident())
             try:
                 held = model.load(self.engine, poll, on_progress)
@@ -161,15 +167,18 @@ class Residency:
             resident.rank_bytes, resident.streamed_bytes = held
         models.move_to_end(model.name)
         self._wake(model.name, resident, poll, together)
-        self._patch(model, resident, poll)
+        self._patch(model, resident, together, poll)
 
-    def sleep(self, name: str, poll: Poll | None) -> None:
-        """Move a model to the host's memory, or free it; nothing happens if it is not there."""
+    def sleep(self, name: str, poll: Poll | None, together: Collection[str] = ()) -> None:
+        """Move a model to the host's memory, or free it; nothing happens if it is not there.
+
+        None of those ``together`` is freed for it.
+        """
         resident = self._models.get(name)
         if resident is None or resident.asleep:
             return
         parts = (resident.rank_bytes or [])[: self.engine.config.parts_on_host]
-        if not self._host_has_room(sum(parts), poll):
+        if not self._host_has_room(sum(parts), together, poll):
             self._unload(name, poll)
             return
 
@@ -196,15 +205,21 @@ class Residency:
 
             self.engine.call(lambda call: Wake(call, name), poll=poll, on_sent=on_sent)
 
-    def _patch(self, model: Holdable, resident: _Resident, poll: Poll | None) -> None:
+    def _patch(
+        self, model: Holdable, resident: _Resident, together: Collection[str], poll: Poll | None
+    ) -> None:
         version = model.version
         if resident.version != version:
+            self._make_room_for_backup(model, resident, together, poll)
 
             def on_sent() -> None:
                 resident.version = _UNKNOWN
+                resident.backed_up |= model.patches.keys()
 
             self.engine.patch(model.name, model.patches, poll, on_sent)
             resident.version = version
+            if not model.patches:
+                resident.backed_up.clear()
 
     def _unload(self, name: str, poll: Poll | None) -> None:
         self.engine.unload(name, poll, on_sent=lambda: self._models.pop(name, None))
@@ -247,7 +262,7 @@ class Residency:
             if other not in together:
                 if fits():
                     return
-                self._leave_devices(other, poll)
+                self._leave_devices(other, poll, together)
         if self.engine.config.ray_address:
             return  # Ray gives a GPU to one group only
         for group in self._neighbours():
@@ -266,17 +281,40 @@ class Residency:
         # On CPU ranks, the weights of sleeping models do, too.
         return [n for n, resident in self._models.items() if self._on_cpu or not resident.asleep]
 
-    def _leave_devices(self, name: str, poll: Poll | None) -> None:
+    def _leave_devices(self, name: str, poll: Poll | None, together: Collection[str] = ()) -> None:
         if self._on_cpu:
             self._unload(name, poll)
         else:
-            self.sleep(name, poll)
+            self.sleep(name, poll, together)
 
-    def _make_room_on_host(self, model: Holdable, poll: Poll | None) -> None:
+    def _make_room_for_backup(
+        self, model: Holdable, resident: _Resident, together: Collection[str], poll: Poll | None
+    ) -> None:
+        """Have the host's memory take the weights that patches change, as they are before.
+
+        Raises SizeError.
+        """
+        config = self.engine.config
+        added = model.bytes_of(model.patches.keys() - resident.backed_up)
+        needed = added * config.parts_on_host // config.tp_size
+        if not needed or self._host_has_room(needed, together, poll):
+            return
+        memory = machine.memory()
+        if memory.available < needed:  # less of it may be left free than models that sleep leave
+            raise SizeError(
+                f"The LoRA or other patch of {model.label} changes weights of "
+                f"{needed / _GIB:.2f} GiB. The host's memory keeps them as they were, and has "
+                f"{memory.available / _GIB:.2f} GiB left. Close what takes the memory, use a "
+                "quantised file, or a file into which the LoRA is merged."
+            )
+
+    def _make_room_on_host(
+        self, model: Holdable, together: Collection[str], poll: Poll | None
+    ) -> None:
         """Have the host's memory take what is streamed of a model; raises SizeError."""
         config, share = self.engine.config, model.planned_streaming()
         needed = share * config.parts_on_host
-        if not needed or self._host_has_room(needed, poll):
+        if not needed or self._host_has_room(needed, together, poll):
             return
         memory = machine.memory()
         raise SizeError(
@@ -287,15 +325,18 @@ class Residency:
             "Choose more GPUs or a quantised file, or close what takes the memory."
         )
 
-    def _host_has_room(self, needed: int, poll: Poll | None) -> bool:
+    def _host_has_room(self, needed: int, together: Collection[str], poll: Poll | None) -> bool:
         """Whether the host can take so many bytes; frees models that have slept for it.
 
-        Those that have slept longest first.
+        Those that have slept longest first, and none that is needed ``together``.
         """
         if self._on_cpu:
             return True  # the weights are in the host's memory already
         reserve = host_reserve() * machine.memory().total
-        for other in [n for n, resident in self._models.items() if resident.asleep]:
+        asleep = [name for name, resident in self._models.items() if resident.asleep]
+        for other in asleep:
+            if other in together:
+                continue
             if machine.memory().available - needed >= reserve:
                 break
             self._unload(other, poll)

@@ -19,6 +19,7 @@ from ..wire.protocol import (
     Patch,
     PatchedWeight,
     TensorRef,
+    Unload,
     WeightPatch,
     pack_inputs,
 )
@@ -47,13 +48,15 @@ class Placed(NamedTuple):
 
     ``results``: the places where the ranks will put those of each evaluation. ``keys``: under which
     the ranks hold the tensors of the constant inputs, in their order. ``are_equal``: whether they
-    do, where that was not looked at; it may wait for a GPU.
+    do, where that was not looked at; it may wait for a GPU. ``brings``: whether there are some that
+    the ranks did not hold before.
     """
 
     request: Evaluate
     results: list[list[torch.Tensor]]
     keys: list[int]
     are_equal: Callable[[], bool] | None = None
+    brings: bool = False
 
 
 class LaidOut(NamedTuple):
@@ -102,6 +105,7 @@ class TensorSender:
         places.write_to(self.exchange)  # begun first: comparing the rest waits for the GPU anyway
         constant, tensors = _constant(asked)
         held = dict(zip(tensors, self._held.find(list(tensors.values())), strict=True))
+        brings = 0 in held.values()
         trees = [self._place(inputs, places, held) for inputs in constant]
         places.write_to(self.exchange)
         self.exchange.wait()
@@ -113,7 +117,7 @@ class TensorSender:
             drop=self._held.evict(set(keys)),
             exchange_bytes=self.exchange.size,
         )
-        return Placed(request, self._views(results), keys)
+        return Placed(request, self._views(results), keys, brings=brings)
 
     def laid_out(
         self, asked: Sequence[Asked], keys: Sequence[int], device: torch.device
@@ -250,13 +254,18 @@ class TensorSender:
         """The request for patches whose factors the ranks hold; it drops the unused ones."""
         self._factors_of[model] = {id(factor) for factor in _factors(weights)}
         packed = {name: self._packed(weight) for name, weight in weights.items()}
+        return Patch(call, model, packed, self._unused_factors())
+
+    def unload(self, call: int, model: str) -> Unload:
+        """The request that frees a model; it drops the factors that no other model uses."""
+        self._factors_of.pop(model, None)
+        return Unload(call, model, self._unused_factors())
+
+    def _unused_factors(self) -> list[int]:
+        """Forget those that no model's patches use; their keys, for the ranks to drop."""
         used = set().union(*self._factors_of.values())
         dropped = [self._factors.pop(unused) for unused in self._factors.keys() - used]
-        return Patch(call, model, packed, [ref.key for ref, _ in dropped])
-
-    def forget_patches(self, model: str) -> None:
-        """The model is unloaded: its factors go with the next ``patch``."""
-        self._factors_of.pop(model, None)
+        return [ref.key for ref, _ in dropped]
 
     def _packed(self, weight: PatchedWeight) -> PatchedWeight:
         stages = tuple(tuple(map(self._packed_patch, stage)) for stage in weight.stages)

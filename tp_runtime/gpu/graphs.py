@@ -109,7 +109,8 @@ class RecordedEvaluation:
     ``capture`` opens vLLM's context for recording collectives and yields the stream for it.
     ``attention`` is what ``fast_attention`` gives meanwhile. A graph has a copy of its inputs, and
     conditioning may be large: beyond ``limit_bytes`` of them all, graphs that were used longest ago
-    go; the last one stays.
+    go; the last one stays. ``largest``: of a graph's bytes, those of the rank that has the most;
+    ranks have to drop the same graphs, since a recorded exchange has its place in a ring.
     """
 
     def __init__(
@@ -118,9 +119,11 @@ class RecordedEvaluation:
         capture: Callable[[], contextlib.AbstractContextManager[torch.cuda.Stream]],
         attention: Attention,
         limit_bytes: int,
+        largest: Callable[[int], int] = int,
     ) -> None:
         self._evaluate = evaluate
         self._limit_bytes = limit_bytes
+        self._largest = largest
         self._attention = attention
         self._capture = capture
         self._pool = torch.cuda.graph_pool_handle()
@@ -141,6 +144,7 @@ class RecordedEvaluation:
         if graph is None:
             with _optimised(self._attention):
                 graph = _Graph(self._evaluate, leaves, tree, self._capture, self._pool)
+            graph.input_bytes = self._largest(graph.input_bytes)
             self._remember(key, graph)
         self._graphs.move_to_end(key)
         return graph.replay(leaves)

@@ -20,6 +20,8 @@ from .step_history import Workload
 # What a rank computes with at once: so many tensors of its tokens, as wide as a block's tokens and
 # its widest linear together, and what is as large for any number of tokens.
 LIVE_TENSORS, LIVE_BYTES = 3.3, 2**28
+# Bytes for each number of a weight that a LoRA changes: it, and the change, in fp32.
+PATCHED_BYTES = 2 * 4
 HOST_SHARE = 0.5  # of the host's memory may be streamed from; the rest is the text encoder's
 
 
@@ -52,7 +54,7 @@ class Room:
         ``native``: what the model is made for, which has room beside them.
         """
         memory = min(gpu.memory for gpu in gpus)
-        limit = gpu_memory() or fitting_weights(memory, live_bytes(sizes, native, layout))
+        limit = gpu_memory() or fitting_weights(memory, bytes_beside(sizes, native, layout))
         share = math.ceil(weight_bytes / layout.tp_size)
         try:
             streamed = streamed_bytes("The model", sizes, layout.tp_size, weight_bytes, limit)
@@ -96,6 +98,14 @@ def live_bytes(sizes: Sizes, workload: Workload, layout: Layout) -> float:
     blocks = sizes.table.block_costs(geometry.padded(workload.text_tokens), geometry.padded(image))
     numbers = max(_live_numbers(block, layout.tp_size) for block in blocks)
     return LIVE_BYTES + LIVE_TENSORS * BYTES * batch * numbers / layout.sequence_size
+
+
+def bytes_beside(sizes: Sizes, workload: Workload, layout: Layout) -> float:
+    """The room that each rank's weights leave: for such a step, and for a LoRA on the widest of
+    them, which every rank computes whole.
+    """
+    widest = max(map(math.prod, sizes.table.file_tensors.values()))
+    return max(live_bytes(sizes, workload, layout), LIVE_BYTES + PATCHED_BYTES * widest)
 
 
 def _live_numbers(block: BlockCosts, tp_size: int) -> int:

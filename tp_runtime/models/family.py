@@ -354,6 +354,11 @@ class Sizes:
         return ()
 
     @property
+    def undivided_inputs(self) -> tuple[str, ...]:
+        """Those of which the model looks at the first item of a batch, for all items."""
+        return ()
+
+    @property
     def geometry(self) -> Geometry:
         """How pictures become tokens."""
         raise NotImplementedError

@@ -21,7 +21,7 @@ from .token_shares import SequenceGroup, TokenShares
 
 MEMO_BYTES = 4 * 2**30
 # What a generation's evaluations differ in, beside the latent.
-_PER_EVALUATION = ("a_timestep", "control")
+_PER_EVALUATION = ("a_timestep", "latest_times", "control")
 
 Conditioning = dict[str, Any]  # tensors, lists of them, and plain data that changes the result
 Prediction = torch.Tensor | list[torch.Tensor]  # as ``x`` is
@@ -76,24 +76,30 @@ class Memo:
     Its key is made of the names under which the rank holds the tensors, so an entry serves every
     evaluation of a generation. Beyond ``limit_bytes`` the least recently used go first; the last
     one stays, however large it is.
+
+    Ranks that wait for one another in what is computed have to forget the same: they have one
+    limit, and ``largest`` says of an entry's bytes those of the rank that has the most.
     """
 
-    def __init__(self, limit_bytes: int = MEMO_BYTES) -> None:
+    def __init__(self, limit_bytes: int = MEMO_BYTES, largest: Callable[[int], int] = int) -> None:
         self._limit_bytes = limit_bytes
-        self._entries: OrderedDict[Hashable, Conditioning] = OrderedDict()
+        self._largest = largest
+        self._entries: OrderedDict[Hashable, tuple[Conditioning, int]] = OrderedDict()
         self._bytes = 0
         self._part: tuple[Hashable, Sequence[torch.Tensor], Any] | None = None
 
     def get(self, key: Hashable, compute: Callable[[], Conditioning]) -> Conditioning:
         """What ``compute`` returned for this key, or returns now."""
         if key not in self._entries:
-            self._entries[key] = compute()
-            self._bytes += _num_bytes(self._entries[key])
+            found = compute()
+            num_bytes = self._largest(_num_bytes(found))
+            self._entries[key] = found, num_bytes
+            self._bytes += num_bytes
             while self._bytes > self._limit_bytes and len(self._entries) > 1:
-                _, dropped = self._entries.popitem(last=False)
-                self._bytes -= _num_bytes(dropped)
+                _, (_, dropped) = self._entries.popitem(last=False)
+                self._bytes -= dropped
         self._entries.move_to_end(key)
-        return self._entries[key]
+        return self._entries[key][0]
 
     def part(
         self, key: Hashable, given: Sequence[torch.Tensor], compute: Callable[[], Part]

@@ -28,6 +28,19 @@ def refused_together() -> Iterator[None]:
         raise REFUSALS[kind](message) from own
 
 
+def least_of_all(number: int) -> int:
+    """The least of what the ranks of the group give. Every rank has to come here."""
+    return min(said_by_all(parallel_state.get_world_group().cpu_group, number))
+
+
+def largest_of_batch_group(number: int) -> int:
+    """The largest of what the ranks of a batch group give. All of these have to come here."""
+    for group in (parallel_state.get_tp_group(), parallel_state.get_pcp_group()):
+        if group.world_size > 1:
+            number = max(said_by_all(group.cpu_group, number))
+    return number
+
+
 @contextmanager
 def beyond_refusing() -> Iterator[None]:
     """What the body refuses ends the group, as any error does: others may wait for this rank."""

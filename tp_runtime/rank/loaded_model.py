@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..config import Precision
-from ..models.forward import Memo, Prediction, ShardedForward, memo_bytes
+from ..models.forward import Memo, Prediction, ShardedForward
 from ..wire.protocol import PatchedWeight
 from .host_copy import HostCopy, PartMemory
 from .patched_weights import PatchedWeights
@@ -105,6 +105,7 @@ class LoadedModel(Shard):
         weights: PatchedWeights,
         device: torch.device,
         new_run: Callable[[], Callable[..., Prediction]],
+        new_memo: Callable[[], Memo],
         bytes_read: int,
         streamed: StreamedLayers | None = None,
         precision: Precision = "exact",
@@ -116,6 +117,7 @@ class LoadedModel(Shard):
         self.weights = weights
         self.bytes_read = bytes_read
         self._new_run = new_run
+        self._new_memo = new_memo
         self.forget()
 
     @property
@@ -125,7 +127,7 @@ class LoadedModel(Shard):
     def patch(self, changes: Mapping[str, PatchedWeight], held: Mapping[int, torch.Tensor]) -> None:
         """Change the weights; see ``PatchedWeights.apply``."""
         self.weights.apply(changes, held)
-        self.forward.memo = Memo(memo_bytes(self._device))  # computed with the weights of before
+        self.forward.memo = self._new_memo()  # what it had was computed with the weights of before
 
     def sleep(self) -> None:
         """Also drops what was computed and recorded of the weights."""
@@ -135,7 +137,7 @@ class LoadedModel(Shard):
 
     def forget(self) -> None:
         """Drop what was computed and recorded."""
-        self.forward.memo = Memo(memo_bytes(self._device))
+        self.forward.memo = self._new_memo()
         self.forward.run = self._new_run()
         self.forward.model_patches = {}
         self.weights.drop_other_shapes()

@@ -20,13 +20,13 @@ from ..formats import QuantisedWeight
 from ..gpu import collectives
 from ..gpu.eight_bit import EightBitCollectives
 from ..gpu.graphs import RecordedEvaluation
-from ..models.forward import Collectives, Prediction, ShardedForward, memo_bytes
+from ..models.forward import Collectives, Memo, Prediction, ShardedForward, memo_bytes
 from ..recognise import CheckpointInfo, inspect_checkpoint, open_checkpoint
 from ..sharding.parts import Part, Sharding
 from ..sharding.quantisation import Quantisation, sharded, stored_weights
 from ..sharding.streaming import StreamingPlan
 from ..wire.exchange import dtype_of
-from .agreement import beyond_refusing, refused_together
+from .agreement import beyond_refusing, largest_of_batch_group, least_of_all, refused_together
 from .host_copy import PartMemory
 from .loaded_model import LoadedModel
 from .parallel_layers import shard_module
@@ -139,6 +139,7 @@ def load_model(
     kind = info.family.forward()
     forward: ShardedForward = kind(model.eval(), info.sizes, shared, reduction)
 
+    limit_bytes = least_of_all(memo_bytes(device))  # GPUs need not be alike
     evaluate = forward.evaluate if streamed is None else streamed.stream.passes(forward.evaluate)
     precision: Precision = "exact"
     if eight_bit is not None and eight_bit.rounds:
@@ -148,10 +149,16 @@ def load_model(
         if fast_attention is None:
             return evaluate
         capture = functools.partial(collectives.graph_capture, device)
-        return RecordedEvaluation(evaluate, capture, fast_attention, memo_bytes(device))
+        return RecordedEvaluation(
+            evaluate, capture, fast_attention, limit_bytes, largest_of_batch_group
+        )
+
+    def new_memo() -> Memo:
+        return Memo(limit_bytes, largest_of_batch_group)
 
     return LoadedModel(
-        forward, weights, device, new_run, bytes_read, streamed, precision, part_memory
+        *(forward, weights, device, new_run, new_memo),
+        *(bytes_read, streamed, precision, part_memory),
     )
 
 

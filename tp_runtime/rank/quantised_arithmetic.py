@@ -6,6 +6,7 @@ weights that are split. Tensors are a rank's, or a whole weight's, by the names 
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -89,9 +90,15 @@ def codes_of(
     return blocks.flatten(1).round().clamp(-127, 127).to(torch.int8)
 
 
+@cache  # from the host, so a CUDA graph could not record it
+def _e2m1_numbers(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The (16,) that four bits stand for."""
+    return torch.tensor([*_E2M1, *(-x for x in _E2M1)], dtype=dtype, device=device)
+
+
 def _e2m1(packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """(rows, bytes) → (rows, 2 · bytes): the upper four bits come first."""
-    numbers = torch.tensor([*_E2M1, *(-x for x in _E2M1)], dtype=dtype, device=packed.device)
+    numbers = _e2m1_numbers(dtype, packed.device)
     return numbers[torch.stack((packed >> 4, packed & 0xF), dim=-1).flatten(1).int()]
 
 

@@ -3,7 +3,7 @@
 import ctypes
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -108,6 +108,7 @@ class Runner:
             case Unload():
                 self._held.clear()
                 self._unload(request.model)
+                self._drop_factors(request.drop)
                 return None
             case Evaluate():
                 return self._evaluate(request)
@@ -204,9 +205,12 @@ class Runner:
         for ref in request.tensors:
             self._factors[ref.key] = self._exchange.view(ref).clone()
 
-    def _patch(self, request: Patch) -> None:
-        for key in request.drop:  # also if the rest is refused: they are never named again
+    def _drop_factors(self, keys: Iterable[int]) -> None:
+        for key in keys:
             del self._factors[key]
+
+    def _patch(self, request: Patch) -> None:
+        self._drop_factors(request.drop)  # also if the rest is refused: they are never named again
         model = self._loaded(request.model)
         with refused_together():
             model.weights.check(request.weights)

@@ -28,7 +28,8 @@ class Split:
     a rank's units never cross a group. ``shared``: with fewer units than ranks, neighbouring
     ranks hold the same unit (key/value heads of grouped-query attention). ``queries`` > 0: the
     units serve so many others, neighbours the same, which are dealt out evenly: a rank holds those
-    that its own need, so neighbouring ranks may hold the same (``sharers``).
+    that its own need, so neighbouring ranks may hold the same (``sharers``). ``per_head``: each
+    unit belongs to a head, so they are dealt out one by one, however few features they have.
     """
 
     count: int
@@ -36,10 +37,11 @@ class Split:
     groups: int = 0
     shared: bool = False
     queries: int = 0
+    per_head: bool = False
 
     def in_groups(self, group: int) -> "Split":
         """The same with single features dealt out in groups, if those divide them."""
-        if self.unit > 1 or self.count % group:
+        if self.unit > 1 or self.per_head or self.count % group:
             return self
         return replace(self, count=self.count // group, unit=group)
 

@@ -252,10 +252,16 @@ class Exchange:
         stream_wait.until(device, ctypes.addressof(self._given(batch_group)), request)
 
     def release(self) -> None:
-        """Let streams that wait for results go on without them."""
-        for batch_group, request in self._awaited.items():
-            self.say_given(batch_group, request)
-        self._awaited.clear()
+        """Let streams that wait for results go on without them. From any thread.
+
+        As often as it is called: a rank that answers an earlier request takes the number back.
+        """
+        mapped = self._map  # is not unmapped meanwhile, whatever another thread does
+        if mapped is None:
+            return
+        first = torch.frombuffer(mapped, dtype=torch.uint8, count=1).data_ptr()
+        for batch_group, request in list(self._awaited.items()):
+            ctypes.c_uint32.from_address(first + 4 * batch_group).value = request
 
     def _given(self, batch_group: int) -> ctypes.c_uint32:
         assert self._map is not None, "nothing is mapped"
@@ -289,8 +295,7 @@ class Exchange:
 
     def _unmap(self) -> None:
         self._views.clear()
-        if self._map is not None:
-            self.release()
+        self.release()
         # This and giving the lock back fail only where the GPU's context is lost, and both with it.
         with contextlib.suppress(RuntimeError):
             self.wait()

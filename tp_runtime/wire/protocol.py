@@ -12,11 +12,11 @@ import msgspec
 from ..config import ModelPatchSpec, ModelSpec
 from ..errors import ProtocolError
 
-VERSION = 12
+VERSION = 13
 MAX_FRAME_BYTES = 16 * 2**20  # a frame holds no tensor data, only references to it: but a Piece
 PIECE_BYTES = 2**20  # at most, of a Piece
 # Inputs that differ at every evaluation; all others are constant over a generation as a rule.
-PER_EVALUATION_INPUTS = frozenset({"x", "timesteps", "a_timestep", "control"})
+PER_EVALUATION_INPUTS = frozenset({"x", "timesteps", "a_timestep", "latest_times", "control"})
 _TENSOR_EXT = 1
 
 
@@ -106,11 +106,12 @@ class FillModelPatch(_Message, frozen=True):
 class Unload(_Message, frozen=True):
     """Free the shards of a model or of a model patch, and all conditioning that is held.
 
-    Unknown ones are fine.
+    Unknown ones are fine. ``drop``: keys of factors that no model's patches use any more.
     """
 
     call: int
     model: str
+    drop: list[int] = []
 
 
 class Evaluation(msgspec.Struct, frozen=True, array_like=True):

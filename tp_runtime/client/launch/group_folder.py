@@ -26,7 +26,8 @@ class GroupFolder:
         self.path = path
         self._lock_fd = os.open(path, os.O_RDONLY)  # not inherited by the ranks
         with contextlib.suppress(OSError):  # a file system without locks: never swept
-            fcntl.flock(self._lock_fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            # Waits for a moment if another process is looking whether this is a live group's.
+            fcntl.flock(self._lock_fd, fcntl.LOCK_SH)
 
     @classmethod
     def create(cls) -> "GroupFolder":

@@ -142,7 +142,7 @@ class Look:
     def product(self, attended: torch.Tensor) -> Product:
         """What is left to project."""
         if self.gates is not None:
-            attended = gated_heads(attended, self.gates)
+            attended = gated_heads(attended, self.gates, self.head_dim)
         return self.attend.to_out[0], attended
 
 

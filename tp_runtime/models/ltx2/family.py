@@ -53,6 +53,7 @@ class LTX2Sizes(Sizes):
     plain_options = "a2v_cross_attn", "v2a_cross_attn", "stg_self_attn_blocks"
     plain_inputs = "frame_rate", "guide_attention_entries", "ref_audio", "generated_keyframes"
     unused_inputs = ("audio_denoise_mask",)
+    undivided_inputs = ("denoise_mask",)
     num_heads: int = size(Told("num_attention_heads", 32), "num_attention_heads")
     head_dim: int = size(
         Told("attention_head_dim", of.length(f"{_BLOCK}.attn2.to_k.weight", per=32)),
@@ -165,6 +166,9 @@ class LTX2Sizes(Sizes):
     def prepared(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """The same, but for positions of no guides, as context windows without any have them.
 
+        Where tokens have timesteps, with ``latest_times`` (1,) of the video and of its sound, over
+        all items: what a stream takes of the other is gated by its latest time of the whole batch.
+
         Raises:
             InputError: timesteps of another number of tokens.
         """
@@ -176,10 +180,14 @@ class LTX2Sizes(Sizes):
                 f"A video of {FAMILY.label} of {tokens} tokens has as many timesteps, or one; got "
                 f"{times.shape[1]}. The mask of its latent must be of the latent's size."
             )
+        found = dict(inputs)
+        of_both = times, inputs.get("a_timestep", times)
+        if len(video) > 1 and any(one.ndim > 1 for one in of_both):
+            found["latest_times"] = [one.amax().reshape(1) for one in of_both]
         places = inputs.get(_PLACES)
-        if places is None or places.shape[2]:
-            return inputs
-        return {name: value for name, value in inputs.items() if name != _PLACES}
+        if places is not None and not places.shape[2]:
+            del found[_PLACES]
+        return found
 
     def connected(self, caption: Shape, *, unprocessed: bool) -> Shape | None:
         """See ``Sizes``; ComfyUI's ``LTXAVModel.preprocess_text_embeds`` decides so (0.33)."""

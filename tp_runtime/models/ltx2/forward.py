@@ -127,20 +127,28 @@ class Forward(ConnectorsForward):
         plain: Sequence[int] = (),
         skip: Sequence[BlockName] = (),
         a_timestep: torch.Tensor | None = None,
+        latest_times: Sequence[torch.Tensor] | None = None,
     ) -> list[torch.Tensor]:
         """(B, C, T, H, W), and (B, 8, T', 16) of sound if there is any → the same.
 
-        ``timesteps`` of the video, ``a_timestep`` of the sound: (B,), or (B, L, 1).
+        ``timesteps`` of the video, ``a_timestep`` of the sound: (B,), or (B, L, 1);
+        ``latest_times`` (1,) of each, in the batch that this is a part of, if it may be one.
         """
         model, (video, *sounds) = self.model, _latents(x)
         per_frame, repeats = math.prod(video.shape[3:]), 1
         times = timesteps.reshape(len(video), -1)
+        of_tokens = times if kept is None or times.shape[1] == 1 else times[:, kept]
         if by_frame and times.shape[1] % per_frame == 0:
             times, repeats = times[:, ::per_frame], per_frame
             times = times if kept_frames is None else times[:, kept_frames]
-        elif kept is not None:
-            times = times[:, kept]
-        times = times * self.sizes.time_scale
+        else:
+            times = of_tokens
+        times, of_tokens = times * self.sizes.time_scale, of_tokens * self.sizes.time_scale
+        # Of all tokens: where a frame has one, it is its first one's.
+        latest_of_items = of_tokens.amax(dim=1, keepdim=True)
+        latest, latest_of_sound = latest_of_items, None
+        if latest_times is not None:
+            latest, latest_of_sound = (one * self.sizes.time_scale for one in latest_times)
         tokens = video.flatten(2).transpose(1, 2)
         shares, tokens = self.shared(tokens if kept is None else tokens[:, kept])
         tokens = model.proj_in(tokens)
@@ -160,9 +168,14 @@ class Forward(ConnectorsForward):
             of_sound = model.audio_proj_in(of_sound)
             sound_times = sound_times * self.sizes.time_scale
             sound_pair = rotations[2], rotations[3]
-            of_audio = captions[1], sound_pair, sound_shares, sound_times, times
+            latest_of_each = sound_times.amax(dim=1, keepdim=True)
+            if latest_of_sound is None or not sounds:  # there is but a reference, at time 0
+                latest_of_sound = latest_of_each
+            of_audio = captions[1], sound_pair, sound_shares, sound_times, latest_of_each, latest
             streams.append(self._stream("audio", of_sound, *of_audio))
-        of_video = captions[0], (rotations[0], rotations[1]), shares, times, sound_times
+        other = None if sound_times is None else latest_of_sound
+        pair = rotations[0], rotations[1]
+        of_video = captions[0], pair, shares, times, latest_of_items, other
         streams.append(self._stream("video", tokens, *of_video, repeats, guides))
 
         blocks = kept_blocks(model.transformer_blocks, skip)
@@ -193,15 +206,15 @@ class Forward(ConnectorsForward):
         rotations: tuple[torch.Tensor, torch.Tensor],
         shares: TokenShares,
         times: torch.Tensor,
+        latest_times: torch.Tensor,
         other_times: torch.Tensor | None,
         repeats: int = 1,
         guides: Guides | None = None,
     ) -> Stream:
-        """Of this rank's tokens before the first block. ``times`` (B, F), and the other stream's;
-        these and ``rotations`` are of all tokens.
+        """Of this rank's tokens before the first block. ``times`` (B, F) are of all tokens, as
+        ``rotations`` are; ``latest_times`` (B, 1), and ``other_times``, the other stream's latest.
         """
         model, sizes, dtype = self.model, self.sizes, tokens.dtype
-        latest_time = times.amax(dim=1, keepdim=True)
         if repeats == 1 and times.shape[1] > 1:
             times = shares.own(times)
         own, meeting = map(shares.own, rotations)
@@ -214,7 +227,7 @@ class Forward(ConnectorsForward):
         )  # fmt: skip
         if sizes.text_modulation:
             module = getattr(model, f"{prefix}prompt_adaln")
-            stream.prompt, _ = _modulation(module, latest_time, dtype)
+            stream.prompt, _ = _modulation(module, latest_times, dtype)
         if other_times is not None:
             name = f"av_cross_attn_{which}"
             stream.cross, _ = _modulation(getattr(model, f"{name}_scale_shift"), times, dtype)

@@ -139,7 +139,7 @@ def modulated(normed: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) ->
 
 
 @fused
-def gated_heads(attended: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+def gated_heads(attended: torch.Tensor, logits: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Each head of (B, L, N·K) times its gate, of (B, L, N)."""
-    heads = attended.unflatten(-1, (logits.shape[-1], -1))
+    heads = attended.unflatten(-1, (-1, head_dim))
     return (heads * (2.0 * torch.sigmoid(logits))[..., None]).flatten(2)

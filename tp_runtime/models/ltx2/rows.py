@@ -126,7 +126,7 @@ def _attention(
         yield from attention(path, heads, width, over=over)
     yield Tensor(f"{path}.norm_{{q,k}}.weight", f"{path}.{{q,k}}_norm.weight", (inner,), heads)
     if gated:
-        split = Column((Split(num_heads),))
+        split = Column((Split(num_heads, per_head=True),))
         yield Linear(f"{path}.to_gate_logits", "", split, width, num_heads, over)
 
 
