@@ -50,6 +50,47 @@ def test_a_file_is_what_it_was_before_quantising(whole: Path, tmp_path: Path, na
     assert found.weight_bytes(4) < plain.weight_bytes(4) - 2 * 384 * 384
 
 
+SCALED = torch.zeros(0, dtype=torch.float8_e4m3fn)  # the marker's values
+
+
+@pytest.mark.parametrize("saying", ["comfy_quant", "metadata"])
+def test_a_described_file_with_the_marker_of_scaled_ones(
+    whole: Path, tmp_path: Path, saying: Any
+) -> None:
+    """Converters put it into every fp8 file."""
+    path = write_quantised(whole, tmp_path / "q.safetensors", "fp8", saying=saying)
+    described = inspect_checkpoint(str(path))
+    with safe_open(path, framework="pt") as file:
+        tensors, metadata = {k: file.get_tensor(k) for k in file.keys()}, file.metadata()  # noqa: SIM118
+    save_file(tensors | {"scaled_fp8": SCALED}, path, metadata=metadata)
+    found = inspect_checkpoint(str(path))
+    assert found.quantised == described.quantised
+    assert not found.extra
+
+
+@pytest.mark.parametrize("marker", ["scaled_fp8", "model.diffusion_model.scaled_fp8"])
+def test_a_scaled_file_with_the_marker_in_either_place(
+    whole: Path, tmp_path: Path, marker: str
+) -> None:
+    """And with a layer that is described besides: both kinds count."""
+    path = write_quantised(whole, tmp_path / "q.safetensors", "fp8")
+    layers = inspect_checkpoint(str(path)).quantised.keys()
+    with safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    scaled = {}
+    for key, value in tensors.items():
+        if not key.startswith(LAYER):
+            if key.endswith((".comfy_quant", ".input_scale")):
+                continue
+            key = key.replace(".weight_scale", ".scale_weight")
+        scaled[f"model.diffusion_model.{key}"] = value
+    save_file(scaled | {marker: SCALED}, path)
+    found = inspect_checkpoint(str(path))
+    assert found.quantised.keys() == layers
+    assert found.quantised[f"{LAYER}.weight"].tensors["weight_scale"] == f"{LAYER}.weight_scale"
+    assert not found.extra
+
+
 def change_of(
     name: str, change: Callable[[Tensors, dict[str, Any]], object]
 ) -> Callable[[Path, Path], Path]:

@@ -15,6 +15,7 @@ import torch
 
 from ..errors import CheckpointError
 from .diffusers_folder import DiffusersFolder, NamesAlone, NamesOf
+from .quantised import MARKER
 from .safetensors_file import FormatError, SafetensorsFile, TensorInfo
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ class CheckpointFile:
         names = list(file.tensors)
         self.prefix = _prefix(names)
         self._stored = {n.removeprefix(self.prefix): n for n in names if n.startswith(self.prefix)}
+        if MARKER in names:  # ComfyUI looks for it without the prefix, too
+            self._stored.setdefault(MARKER, MARKER)
         self.metadata = file.metadata
 
     @classmethod

@@ -6,6 +6,10 @@ A *plain* fp8 file has no scales and needs nothing of this. The others:
 - *described*: the file's metadata ``_quantization_metadata`` names the layers and their formats, or
   each has a tensor ``X.comfy_quant`` (JSON as bytes) that does. A layer that is not described is
   plain, so files may be mixed. ``formats.py`` says what lies beside a weight.
+
+A file may be both: layers with a ``scale_weight`` are scaled then, the others as they are
+described. With the metadata the marker means nothing (``convert_old_quants`` in
+``comfy/utils.py`` of ComfyUI 0.33).
 """
 
 import json
@@ -33,7 +37,7 @@ from ..formats import (
 from .safetensors_file import DTYPES, TensorInfo
 
 METADATA = "_quantization_metadata"
-_MARKER = "scaled_fp8"
+MARKER = "scaled_fp8"
 _MAX_DESCRIPTION = 2**16  # bytes
 _SHOWN_LAYERS = 5
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -54,8 +58,6 @@ def find_quantised(
     Raises:
         CheckpointError: a format that is not known, or a tensor that is missing or misshaped.
     """
-    if _MARKER in tensors:
-        return _scaled(path, tensors)
     described = _descriptions(path, tensors, metadata, read)
     unknown = {layer: str(d["format"]) for layer, d in described.items()}
     unknown = {layer: name for layer, name in unknown.items() if name not in STORAGE}
@@ -66,12 +68,16 @@ def find_quantised(
             f" Supported: {', '.join(STORAGE)}. Choose another file of this model, or load it with "
             "the stock 'Load Diffusion Model' node."
         )
-    found, extra = {}, set()
+    found: dict[str, QuantisedWeight] = {}
+    extra = {MARKER}
     for layer, description in described.items():
         layer_format, names = _format_of(path, layer, description, tensors)
         found[f"{layer}.weight"] = _checked(path, layer, layer_format, names, tensors)
         extra |= {*names.values(), f"{layer}.comfy_quant"}
         extra |= {f"{layer}.{name}" for name in UNUSED_COMPANIONS}
+    if MARKER in tensors and METADATA not in metadata:
+        scaled, more = _scaled(path, tensors)
+        found, extra = found | scaled, extra | more
     return found, extra & tensors.keys()
 
 
@@ -79,7 +85,7 @@ def _scaled(
     path: str, tensors: Mapping[str, TensorInfo]
 ) -> tuple[dict[str, QuantisedWeight], set[str]]:
     layers = [n.removesuffix(".scale_weight") for n in tensors if n.endswith(".scale_weight")]
-    exact = tensors[_MARKER].num_elements == 2
+    exact = tensors[MARKER].num_elements == 2
     found = {}
     for layer in layers:
         stored = tensors.get(f"{layer}.weight")
@@ -89,8 +95,8 @@ def _scaled(
         found[f"{layer}.weight"] = _checked(
             path, layer, layer_format, names, tensors, first_format=True
         )
-    extra = {_MARKER} | {f"{x}.{kind}" for x in layers for kind in ("scale_weight", "scale_input")}
-    return found, extra & tensors.keys()
+    extra = {f"{x}.{kind}" for x in layers for kind in ("scale_weight", "scale_input")}
+    return found, extra
 
 
 def _descriptions(
