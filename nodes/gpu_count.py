@@ -21,11 +21,12 @@ from ..tp_runtime.client import (
     cluster_gpu_count,
     file_version,
     get_runtime,
+    nothing_measured,
     ray_address,
     runtime_python,
     visible_gpu_count,
 )
-from .layouts import possible_layouts
+from .layouts import PLAIN, possible_layouts
 from .placement import AUTO, HERE, Placement
 from .schema import check_choice
 from .settings import devices_setting, python_setting, reproducible_setting
@@ -61,16 +62,16 @@ def choose_group(
     gpus, shown_by = _gpus_for(placement, poll)
     count = None if placement.gpu_count == AUTO else int(placement.gpu_count)
     layouts = possible_layouts(placement.layout, count, info, max(len(gpus), 1))
-    _check_enough(layouts[0].num_gpus, gpus, shown_by)
+    _check_enough(layouts[0].num_gpus, gpus, shown_by, placement.layout)
     if placement.where == "ray":
         return _on_ray(layouts[0], bool(gpus), warn)
     is_reproducible = reproducible_setting()
-    # The first of them needs no record of steps to be chosen.
-    considered = layouts[:1] if is_reproducible else layouts
     runtime = get_runtime()
     records = runtime.records, runtime.links
+    if is_reproducible:  # predictions for such GPUs, and nothing that was measured
+        records = nothing_measured()
     itemsize = None if weight_dtype is None else weight_dtype.itemsize
-    chosen = choose_layout(info, considered, gpus, *records, placement.precision, itemsize)
+    chosen = choose_layout(info, layouts, gpus, *records, placement.precision, itemsize)
     if chosen.reason:
         warn(chosen.reason)
     num_ranks = chosen.layout.num_gpus
@@ -112,9 +113,12 @@ def refused_counts(path: str | None, placement: Placement) -> dict[str, Any]:
     refused = {}
     for count in range(1, MAX_GPU_COUNT + 1):
         try:
+            if placement.layout not in (AUTO, PLAIN):  # it is too large for any count, or for none
+                of_layout = Layout.parse(placement.layout).num_gpus
+                _check_enough(of_layout, gpus, shown_by, placement.layout)
             if info is not None:
                 possible_layouts(placement.layout, count, info, count)
-            _check_enough(count, gpus, shown_by)
+            _check_enough(count, gpus, shown_by, placement.layout)
         except (SizeError, DeviceError, ValueError) as error:
             refused[str(count)] = str(error)
     return {"num_gpus": len(gpus), "refused": refused}
@@ -177,10 +181,15 @@ def _listed_gpus(name: str, devices: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def _check_enough(count: int, gpus: tuple[int, ...], shown_by: str) -> None:
+def _check_enough(count: int, gpus: tuple[int, ...], shown_by: str, layout: str) -> None:
     """Raises DeviceError if there are fewer GPUs. Without any, CPU processes take their place."""
     if gpus and count > len(gpus):
         shown = ", ".join(map(str, gpus))
+        if layout not in (AUTO, PLAIN):
+            raise DeviceError(
+                f"layout is {layout!r}, which takes {count} GPUs, but {shown_by} {len(gpus)} "
+                f"({shown}). Set layout to 'auto', and gpu_count to at most {len(gpus)} or 'auto'."
+            )
         raise DeviceError(
             f"{count} GPUs were asked for, but {shown_by} {len(gpus)} ({shown}). "
             f"Choose at most {len(gpus)}, or 'auto'."

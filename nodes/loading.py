@@ -74,8 +74,9 @@ def choices() -> list[io.Input]:
                 default="",
                 optional=True,
                 tooltip=(
-                    "Which GPUs the model may be on, by number, such as 0,2,3. The first "
-                    "ones of the list are taken, as many as gpu_count says. Empty: all."
+                    "Which GPUs the model may be on, by number, such as 0,2,3. As many as "
+                    "gpu_count says are taken: the fastest, and of those as fast the first "
+                    "of the list. Empty: all."
                 ),
             )
         ),

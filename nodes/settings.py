@@ -5,6 +5,7 @@ they are not read, and the environment alone decides. The environment overrides 
 """
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -20,29 +21,42 @@ _PREPARE = "TensorParallel.Runtime.Prepare"
 _REPRODUCIBLE = "TensorParallel.Runtime.Reproducible"
 PREPARE = ("auto", "always", "when used")
 _TRIES, _WRITING_S = 3, 0.05
+_PYTHON_NAME = re.compile(r"python(\d+(\.\d+)*)?t?")
 
 
 def python_setting() -> str | None:
     """The Python that runs the ranks, if it is set.
 
     Raises:
-        GroupStartError: it is no path of a Python. ComfyUI takes settings over the network, so
-            that nothing else may be started through this one.
+        GroupStartError: it is no path of a Python, or in a folder that ComfyUI writes to. ComfyUI
+            takes settings and files over the network, so that nothing else may be started
+            through this one; some file systems take every file for a program.
     """
     text = str(_stored().get(_PYTHON) or "").strip()
     if not text:
         return None
     try:
         path = Path(text).expanduser()
-        is_python = path.is_absolute() and path.name.startswith("python") and path.is_file()
+        is_python = path.is_absolute() and _PYTHON_NAME.fullmatch(path.name) and path.is_file()
+        is_python = is_python and not any(map(path.resolve().is_relative_to, _uploads()))
     except (RuntimeError, OSError, ValueError):  # nobody's home; a name that is too long, or none
         is_python = False
     if not is_python:
         raise GroupStartError(
             f"The setting 'Python of the GPU processes' is {text!r}, which is no path of a Python "
-            "such as /home/me/tp-runtime/bin/python. Change it in ComfyUI's settings, or clear it."
+            "such as /home/me/tp-runtime/bin/python, outside of the folders that ComfyUI writes "
+            "to. Change it in ComfyUI's settings, or clear it."
         )
     return str(path)
+
+
+def _uploads() -> list[Path]:
+    """The folders into which ComfyUI puts what it is sent."""
+    kinds = (
+        *(folder_paths.get_input_directory(), folder_paths.get_output_directory()),
+        *(folder_paths.get_temp_directory(), folder_paths.get_user_directory()),
+    )
+    return [Path(folder).resolve() for folder in kinds]
 
 
 def prepare_setting() -> str:

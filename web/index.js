@@ -35,7 +35,7 @@ app.registerExtension({
       id: "TensorParallel.Runtime.Devices",
       category: ["Tensor Parallel", "Runtime", "Devices"],
       name: "GPUs to use",
-      tooltip: "Their numbers in this order, such as 0,1. Empty: all that ComfyUI sees.",
+      tooltip: "Their numbers, such as 0,1; of GPUs that are alike, the first ones are taken first. Empty: all that ComfyUI sees.",
       type: "text",
       sortOrder: 30,
       defaultValue: "",

@@ -26,7 +26,8 @@ export function showReasons(node, { num_gpus, refused, error }, offered) {
   const note = notes.get(node);
   if (!note) return;
   const numbers = offered.map(Number).filter(Number.isInteger);
-  note.reasons = error ? [error] : [text("countsWork", { counts: ranges(numbers) })];
+  if (error) note.reasons = [error];
+  else note.reasons = numbers.length ? [text("countsWork", { counts: ranges(numbers) })] : [];
   for (const [counts, reason] of grouped(refused)) note.reasons.push(`${ranges(counts)}: ${reason}`);
   if (num_gpus === 0) note.reasons.push(text("noGpu"));
   show(note);

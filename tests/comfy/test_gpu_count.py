@@ -254,11 +254,13 @@ def test_what_was_measured_decides_nothing_where_bits_are_to_be_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     on_machine, warnings = choose
+    before = on_machine(4, "auto").layout
     measured(records, tiny_z_image, CFG, tp4x1=72.0, tp2x2=60.0, tp1x4=30.0)
+    assert on_machine(4, "auto").layout != before
     monkeypatch.setenv("TP_RUNTIME_REPRODUCIBLE", "on")
     group = on_machine(4, "auto")
-    assert (str(group.layout), group.reproducible) == ("4x1", True)
-    assert not warnings
+    assert (group.layout, group.reproducible) == (before, True)
+    assert "measured a step" not in warnings[-1]
 
 
 def test_what_was_not_measured_is_predicted(
@@ -602,12 +604,22 @@ def test_an_explicit_layout(
     assert not warnings
 
 
-def test_a_layout_that_does_not_fit(choose: tuple[Choose, list[str]]) -> None:
+def test_a_layout_that_does_not_fit(
+    gpu_count: ModuleType, choose: tuple[Choose, list[str]]
+) -> None:
     on_machine, _ = choose
     with pytest.raises(ValueError, match=r"layout=2x2 takes 4 GPUs .*, but gpu_count is 2"):
         on_machine(4, "2", layout="2x2")
-    with pytest.raises(DeviceError, match="4 GPUs were asked for"):
+    with pytest.raises(
+        DeviceError, match=r"layout is '2x2', which takes 4 GPUs, but .* 2 \(0, 1\)"
+    ):
         on_machine(2, "auto", layout="2x2")
+    # The page is told the same of every count: none of them helps.
+    placement = gpu_count.Placement(layout="2x2")
+    refused = gpu_count.refused_counts(None, placement)["refused"]
+    assert len(refused) == gpu_count.MAX_GPU_COUNT
+    assert len(set(refused.values())) == 1
+    assert "Set layout to 'auto'" in refused["2"]
     with pytest.raises(SizeError):
         on_machine(8, "auto", layout="7x1")
     with pytest.raises(ValueError, match="layout='3x3' is not in list"):

@@ -33,7 +33,12 @@ def file(settings: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """ComfyUI's settings file."""
     folder = tmp_path / "default"
     folder.mkdir(exist_ok=True)
-    paths = SimpleNamespace(get_user_directory=lambda: str(tmp_path))
+    paths = SimpleNamespace(
+        get_user_directory=lambda: str(tmp_path),
+        get_input_directory=lambda: str(tmp_path / "input"),
+        get_output_directory=lambda: str(tmp_path / "output"),
+        get_temp_directory=lambda: str(tmp_path / "temp"),
+    )
     monkeypatch.setattr(settings, "folder_paths", paths)
     monkeypatch.setattr(settings, "_WRITING_S", 0.0)
     return folder / "comfy.settings.json"
@@ -68,6 +73,36 @@ def test_any_settings(settings: ModuleType, file: Path, stored: dict[str, Any]) 
             settings.python_setting()
     else:
         assert settings.python_setting() is None
+
+
+@pytest.mark.parametrize(
+    ("place", "allowed"),
+    [
+        ("tp-runtime/bin/python", True),
+        ("tp-runtime/bin/python3.12", True),
+        ("tp-runtime/bin/python_x.png", False),
+        ("comfy/input/python3", False),
+        ("comfy/python3", False),  # below ComfyUI's folder of its users
+    ],
+)
+def test_only_a_python_that_nobody_has_sent(
+    settings: ModuleType,
+    file: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    place: str,
+    allowed: bool,
+) -> None:
+    """Some file systems take every file for a program, and ComfyUI takes uploads of any name."""
+    users = file.parent.parent
+    path = (users if place.startswith("comfy/") else tmp_path_factory.mktemp("home")) / place
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch(mode=0o755)
+    file.write_text(json.dumps({PYTHON: str(path)}))
+    if allowed:
+        assert settings.python_setting() == str(path)
+        return
+    with pytest.raises(GroupStartError, match="outside of the folders that ComfyUI writes to"):
+        settings.python_setting()
 
 
 @pytest.mark.parametrize("stored", [None, "", "auto", "always", "when used"])

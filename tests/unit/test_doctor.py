@@ -72,6 +72,32 @@ def test_the_link_between_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert "not measured yet" in link_of(monkeypatch, tmp_path).text
 
 
+@pytest.mark.parametrize(
+    ("name", "status", "words"),
+    [
+        ("NVIDIA GeForce RTX 4090", "ok", "GeForce cards cannot"),
+        ("NVIDIA H200", "missing", "NCCL goes through the host's memory"),
+    ],
+)
+def test_gpus_that_do_not_reach_each_other(
+    monkeypatch: pytest.MonkeyPatch, name: str, status: str, words: str
+) -> None:
+    gpus = [one | {"name": name} for one in LINKED["gpus"]]
+    found = LINKED | {"gpus": gpus, "apart": [[0, 1]]}
+    monkeypatch.setattr(doctor, "_probe", lambda _: found)
+    check = next(check for check in examine(sys.executable) if check.name == "P2P")
+    assert check.status == status
+    assert words in check.text
+
+
+def test_a_gpu_that_another_program_has_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 MiB"
+    monkeypatch.setattr(doctor, "_probe", lambda _: LINKED | {"nccl_error": error})
+    check = next(check for check in examine(sys.executable) if check.name == "NCCL")
+    assert check.status == "failed"
+    assert "Another program holds it" in check.advice
+
+
 def test_gpus_that_are_not_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"name": "NVIDIA GeForce RTX 3060", "total_bytes": 12 * 2**30}
     for gpus, said in ((LINKED["gpus"], False), ([*LINKED["gpus"], small], True)):

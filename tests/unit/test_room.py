@@ -329,3 +329,31 @@ def test_sharing_tokens_divides_what_a_step_needs(model: str) -> None:
 
 def replace_batch(workload: Workload, batch: int) -> Workload:
     return Workload((batch, *workload.latent_shape[1:]), workload.text_tokens)
+
+
+# --- GPUs that are not alike ----------------------------------------------------------------------
+
+
+def test_the_faster_card_alone_where_the_other_would_slow_it_down(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """FLUX.1 fits on a 4090 and a 4060 Ti together, at half of the speed of the 4090 alone."""
+    cards = [
+        Gpu(number, f"NVIDIA GeForce {name}", int(gib * GIB * 0.985), DEVICES[name])
+        for number, (name, gib) in enumerate((("RTX 4090", 24), ("RTX 4060 Ti", 16)))
+    ]
+    monkeypatch.setattr(choice, "gpus_of", lambda numbers: [cards[one] for one in numbers])
+    monkeypatch.setattr(choice, "likely_link", lambda _: LINKS["pcie-host"])
+    monkeypatch.setattr(config, "device_name", lambda gpu: cards[gpu].name)
+    monkeypatch.setattr(machine, "memory", lambda: machine.Memory(64 * GIB, 64 * GIB))
+    books = StepRecords(tmp_path / "steps.json"), LinkRecords(tmp_path / "links.json")
+    info = published("flux")
+    layouts = [TP, ONE, SHARED]
+    found = choice.choose_layout(info, layouts, (0, 1), *books)
+    assert (found.layout, found.gpus) == (ONE, (0,))
+    assert "Larger latents may find no room beside them" in str(found.reason)
+    for layout, ms in ((ONE, 690.0), (SHARED, 1420.0)):
+        for _ in range(60):
+            name = ",".join(card.name for card in cards[: layout.num_gpus])
+            books[0].add(info.path, name, choice.native_workload(info), layout, ms)
+    assert choice.choose_layout(info, layouts, (0, 1), *books).layout == ONE

@@ -59,7 +59,7 @@ from ..errors import (
 )
 from ..files.safetensors_file import DTYPES as STORED_DTYPES
 from ..files.safetensors_file import TensorInfo
-from ..layouts.choice import choose_layout
+from ..layouts.choice import choose_layout, nothing_measured
 from ..layouts.step_history import Workload
 from ..recognise import CheckpointInfo, inspect_checkpoint, open_checkpoint
 from ..tools.doctor import Check, examine
@@ -132,6 +132,7 @@ __all__ = [
     "inspect_checkpoint",
     "may_be_ahead",
     "meanwhile",
+    "nothing_measured",
     "open_checkpoint",
     "prepare_start",
     "ray_address",

@@ -33,6 +33,9 @@ _IMPORT_ERROR = re.compile(r"^(?:ModuleNotFoundError|ImportError): (.*?)\.?$", r
 _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|^MemoryError", re.IGNORECASE)
 _ASKED = re.compile(r"[Tt]ried to allocate (\d[\d.]* \w+)")
 _HELD = re.compile(r"this process has (\d[\d.]* \w+) memory in use")
+_OF_GPU = re.compile(r"total capacity of (\d[\d.]* \w+) of which (\d[\d.]* \w+) is free")
+_UNITS = {"bytes": 2**-30, "KiB": 2**-20, "MiB": 2**-10, "GiB": 1.0}
+_BY_OTHERS_GIB = 1.0  # what other processes hold of a GPU, above which they are named
 
 
 def not_started(
@@ -146,8 +149,14 @@ def _no_memory(
     found = ((_ASKED, "asked for"), (_HELD, "held"))
     matches = [(pattern.search(failed.message), word) for pattern, word in found]
     amounts = ", ".join(f"{match[1]} {word}" for match, word in matches if match)
-    streaming = ""
-    if config.device == "cuda":
+    streaming, others = "", _held_by_others(failed.message)
+    if others > _BY_OTHERS_GIB:
+        amounts += f"; other processes, ComfyUI or another program, hold about {others:.1f} GiB"
+        streaming = (
+            ". Or end the other program (nvidia-smi shows it), or leave that GPU out: 'devices' of "
+            "the loader, or the setting 'GPUs to use'"
+        )
+    elif config.device == "cuda":
         streaming = ", or have less of the weights on each GPU (TP_RUNTIME_GPU_MEMORY)"
     return RankMemoryError(
         f"Rank {rank.index} ran out of memory on {place}{_during(doing)} "
@@ -156,6 +165,18 @@ def _no_memory(
         "which freed what it held; the next request starts a new one. "
         f"Log: {rank.log_path}"
     )
+
+
+def _held_by_others(message: str) -> float:
+    """GiB of a GPU that are neither free nor this process's, in torch's words; 0 if unknown."""
+    of_gpu, held = _OF_GPU.search(message), _HELD.search(message)
+    if not of_gpu or not held:
+        return 0.0
+    total, free, own = (
+        float(number) * _UNITS.get(unit, 0.0)
+        for number, unit in (one.split() for one in (*of_gpu.groups(), held[1]))
+    )
+    return total - free - own
 
 
 def latent_not_finite(num_bad: int, asked: Sequence[Asked]) -> InputError:

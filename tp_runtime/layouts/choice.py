@@ -6,9 +6,12 @@ that reading weights takes where they do not fit (``room``).
 """
 
 import itertools
+import math
+import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..config import (
     Layout,
@@ -27,6 +30,7 @@ from .room import Room, live_bytes
 from .step_history import StepRecords, Workload, times_of
 
 MIN_GAIN = 0.03  # a layout other than the default must be so much faster
+MUCH_FASTER = 1.3  # alone, the better GPUs need no room for the largest usual latents
 _GIB = 2**30
 
 
@@ -109,7 +113,8 @@ def choose_layout(
 
     A layout that streams weights must be faster by more than ``MIN_GAIN`` than the best that does
     not. Its GPUs are full of weights: where another layout fits, it is left out if what a step on
-    the largest usual latents needs has no room beside them.
+    the largest usual latents needs has no room beside them. But not if it was measured, or if the
+    other one fits on slower GPUs only, and is much slower.
     """
     plain, native = layouts[0], native_workload(info)
     speeds = links.speeds()
@@ -145,11 +150,12 @@ def choose_layout(
         else {}
     )
     # On the CPU, where ranks share the cores, nothing is to be had by sharing tokens.
-    possible = (
+    possible, tight = (
         _possible(info, rooms, workload)
         if gpus
-        else [one for one in layouts if one == plain or one.sequence_size == 1]
-    ) or [plain]
+        else ([one for one in layouts if one == plain or one.sequence_size == 1], [])
+    )
+    possible = possible or [plain]
     if plain not in possible:  # its share is too much for a GPU that is smaller than the others
         plain = max(possible, key=lambda one: (-one.batch_groups, -one.sequence_size, one.tp_size))
 
@@ -173,6 +179,20 @@ def choose_layout(
         return on_slowest
 
     default, fitting = plain, [one for one in possible if one in rooms and rooms[one].fits]
+    if tight:
+        times = estimate(useful(workload, [*fitting, *tight]), measured, predictor(workload))
+        best = min(fitting, key=lambda one: times[one].ms if one in times else math.inf)
+
+        def is_worth_it(layout: Layout) -> bool:
+            with_others = taken(best)[layout.num_gpus :]
+            return (
+                bool(with_others)
+                and not are_alike((taken(layout)[-1], with_others[-1]))
+                and MUCH_FASTER * times[layout].ms < times[best].ms
+            )
+
+        known = [one for one in tight if one in times]
+        possible += [one for one in known if times[one].measured or is_worth_it(one)]
     if link is not None and not (link.fused and plain in fitting):
         first = useful(native, fitting) or useful(native, possible)
         predicted = estimate(first, {}, predictor(native))
@@ -188,6 +208,11 @@ def choose_layout(
     of_three = "sequence size x " if layout.sequence_size > 1 else ""
     why = f" The GPUs' link is {link.name} ({link.source})." if link is not None else ""
     others = f", and {plain} takes {estimates[plain]}" if layout != plain else ""
+    if layout in tight:
+        of_streaming += (
+            " Larger latents may find no room beside them: then set TP_RUNTIME_GPU_MEMORY, or take "
+            "more GPUs by gpu_count."
+        )
     return chosen(
         layout,
         f"'auto' takes the layout {layout} (TP size x {of_three}batch groups): "
@@ -197,12 +222,18 @@ def choose_layout(
     )
 
 
+def nothing_measured() -> tuple[StepRecords, LinkRecords]:
+    """Books that stay empty: what is chosen by them follows from the model and the GPUs alone."""
+    nowhere = Path(os.devnull)
+    return StepRecords(nowhere), LinkRecords(nowhere)
+
+
 def _possible(
     info: CheckpointInfo, rooms: Mapping[Layout, Room], workload: Workload
-) -> list[Layout]:
+) -> tuple[list[Layout], list[Layout]]:
     """The layouts whose weights fit, and those that can stream them.
 
-    If any fits, only those of the latter that have room for what else a step needs.
+    If any fits, those of the latter that have no room for what else a step needs come apart.
     """
     family = info.family
     largest = info.sizes.geometry.latent_shape(*family.extents[-1])
@@ -213,11 +244,13 @@ def _possible(
         needed = max(live_bytes(info.sizes, one, layout) for one in (workload, usual))
         return needed <= room.beside
 
-    return [
+    usable = [layout for layout, room in rooms.items() if room.fits or room.can_stream]
+    tight = [
         layout
-        for layout, room in rooms.items()
-        if room.fits or (room.can_stream and not (some_fit and not has_room(layout, room)))
+        for layout in usable
+        if some_fit and not rooms[layout].fits and not has_room(layout, rooms[layout])
     ]
+    return [layout for layout in usable if layout not in tight], tight
 
 
 def _of_streaming(

@@ -221,6 +221,14 @@ def _p2p(found: dict[str, Any]) -> Check:
         return Check("P2P", "ok", "not needed with one GPU")
     if found["apart"]:
         pairs = ", ".join(f"{first} and {second}" for first, second in found["apart"])
+        names = {found["gpus"][index]["name"] for pair in found["apart"] for index in pair}
+        if all("GeForce" in name for name in names):
+            return Check(
+                "P2P",
+                "ok",
+                f"GPUs {pairs} do not reach each other directly: GeForce cards cannot. NCCL goes "
+                "through the host's memory, which 'auto' counts with (docs/scaling.md).",
+            )
         return Check(
             "P2P",
             "missing",
@@ -264,6 +272,14 @@ def _measured_links() -> list[dict[str, Any]]:
 
 
 def _nccl(found: dict[str, Any]) -> Check:
+    if "out of memory" in found.get("nccl_error", "").lower():
+        return Check(
+            "NCCL",
+            "failed",
+            f"a GPU has no memory left for a sum over all ({found['nccl_error']}).",
+            "Another program holds it: nvidia-smi shows which. End it, or leave that GPU out: "
+            "'devices' of the loader, or the setting 'GPUs to use'.",
+        )
     if "nccl_error" in found:
         return Check(
             "NCCL",
