@@ -38,6 +38,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TP_RUNTIME_HOME", str(tmp_path_factory.mktemp("home")))
+        # Convolutions in fp32 (Wan's patches) are in TF32 by torch's default, as in ComfyUI.
+        patch.setenv("NVIDIA_TF32_OVERRIDE", "0")
         runtime = Runtime()
         yield runtime
         runtime.release()

@@ -17,6 +17,7 @@ from gpu.conftest import (
     steps,
 )
 
+from support.quantised_files import write_quantised
 from support.tiny_models import Fp8Layout, write_fp8, write_tiny
 from tp_runtime.client import RemoteModel, Runtime
 from tp_runtime.gpu.graphs import MAX_GRAPHS
@@ -198,6 +199,30 @@ def test_fp8(
     on_cpu = evaluate(load(path, device="cpu", weight_dtype=weight_dtype), inputs)
     assert relative_error(expected, on_cpu) <= DEVICE_TOLERANCE
     for found in steps(load(path, weight_dtype=weight_dtype), inputs):
+        assert relative_error(found, expected) <= FP32_TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "nvfp4_awq", "mxfp8"])
+def test_quantised_in_blocks(load: Load, files: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """Dequantised at every use, also in a recorded step."""
+    path = write_quantised(files["qwen_image"], tmp_path / "q.safetensors", name)
+    inputs = make_inputs("qwen_image")
+    expected = evaluate(load(path, optimize="off"), inputs)
+    assert relative_error(expected, evaluate(load(path, device="cpu"), inputs)) <= DEVICE_TOLERANCE
+    for found in steps(load(path), inputs):
+        assert relative_error(found, expected) <= FP32_TOLERANCE
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_timesteps_of_frames(load: Load, files: dict[str, Path], batch: int) -> None:
+    """Each token has its frame's row of the modulation, in the kernel that sums and norms, too."""
+    inputs = make_inputs("wan", batch=batch)
+    times = torch.tensor([[0.0, 500.0, 250.0], [125.0, 0.0, 1000.0]])
+    inputs |= {"timesteps": times[:batch]}
+    expected = evaluate(load(files["wan"], optimize="off"), inputs)
+    on_cpu = evaluate(load(files["wan"], device="cpu"), inputs)
+    assert relative_error(expected, on_cpu) <= DEVICE_TOLERANCE
+    for found in steps(load(files["wan"]), inputs):
         assert relative_error(found, expected) <= FP32_TOLERANCE
 
 

@@ -103,9 +103,7 @@ FAMILY = Family(
         "ref_latents": "reference images, for Z-Image Omni",
         "attention_mask": "a mask over the tokens of captions of different lengths",
     },
-    # Of captions with the encoder's own end of text in them. 0.33's class ignores the mask, and has
-    # not this norm, which is never used, either.
-    used_with={"attention_mask": "norm_final"},
+    used_with={"attention_mask": "norm_final"},  # 0.33 ignores the mask, and lacks this norm
     overflows_in_fp16=True,  # ``clamp_fp16`` of 0.33's class; 0.3.75 chooses fp16 for no file
     shares_tokens=True,
     model_patches=(UnionControl,),
