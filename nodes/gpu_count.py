@@ -26,7 +26,7 @@ from ..tp_runtime.client import (
     runtime_python,
     visible_gpu_count,
 )
-from .layouts import PLAIN, possible_layouts
+from .layouts import EXPLICIT, possible_layouts
 from .placement import AUTO, HERE, Placement
 from .schema import check_choice
 from .settings import devices_setting, python_setting, reproducible_setting
@@ -113,7 +113,7 @@ def refused_counts(path: str | None, placement: Placement) -> dict[str, Any]:
     refused = {}
     for count in range(1, MAX_GPU_COUNT + 1):
         try:
-            if placement.layout not in (AUTO, PLAIN):  # it is too large for any count, or for none
+            if placement.layout in EXPLICIT:  # it is too large for any count, or for none
                 of_layout = Layout.parse(placement.layout).num_gpus
                 _check_enough(of_layout, gpus, shown_by, placement.layout)
             if info is not None:
@@ -185,7 +185,7 @@ def _check_enough(count: int, gpus: tuple[int, ...], shown_by: str, layout: str)
     """Raises DeviceError if there are fewer GPUs. Without any, CPU processes take their place."""
     if gpus and count > len(gpus):
         shown = ", ".join(map(str, gpus))
-        if layout not in (AUTO, PLAIN):
+        if layout in EXPLICIT:
             raise DeviceError(
                 f"layout is {layout!r}, which takes {count} GPUs, but {shown_by} {len(gpus)} "
                 f"({shown}). Set layout to 'auto', and gpu_count to at most {len(gpus)} or 'auto'."

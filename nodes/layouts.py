@@ -5,13 +5,13 @@ from .placement import AUTO
 from .schema import check_choice
 
 PLAIN = "tp"
-_EXPLICIT = tuple(
+EXPLICIT = tuple(
     str(Layout(tp_size, batch_groups, sequence_size))
     for sequence_size in range(1, MAX_TP_SIZE + 1)
     for tp_size in range(1, MAX_TP_SIZE // sequence_size + 1)
     for batch_groups in range(1, MAX_TP_SIZE // (sequence_size * tp_size) + 1)
 )
-LAYOUTS = (AUTO, PLAIN, *_EXPLICIT)
+LAYOUTS = (AUTO, PLAIN, *EXPLICIT)
 
 
 def possible_layouts(
@@ -26,7 +26,7 @@ def possible_layouts(
         ValueError: it is none of `LAYOUTS`, or contradicts `gpu_count`.
     """
     check_choice("layout", layout, LAYOUTS)
-    if layout not in (AUTO, PLAIN):
+    if layout in EXPLICIT:
         return [_explicit(layout, gpu_count, info)]
     most = gpu_count or num_gpus
     sizes = info.valid_tp_sizes(limit=min(most, MAX_TP_SIZE))

@@ -61,7 +61,8 @@ def _gibibytes(size: int) -> str:
 def _show_warning(node_id: str | None, text: str) -> None:
     server = comfy_server()
     if server is not None and None not in (server.client_id, node_id):
-        server.send_sync(WARNING_EVENT, {"node": node_id, "text": text}, server.client_id)
+        said = {"node": node_id, "prompt": getattr(server, "last_prompt_id", None), "text": text}
+        server.send_sync(WARNING_EVENT, said, server.client_id)
 
 
 def show_on_node(node_id: str | None, text: str) -> None:
@@ -75,7 +76,8 @@ def show_group_on_node(remote: RemoteModel) -> None:
     """Have the page mark the node that runs now with the group that its model runs on."""
     server = comfy_server()
     if server is not None and None not in (server.client_id, server.last_node_id):
-        running = {"node": server.last_node_id, "group": remote.group_id, "model": remote.name}
+        running = {"node": server.last_node_id, "prompt": getattr(server, "last_prompt_id", None)}
+        running |= {"group": remote.group_id, "model": remote.name}
         server.send_sync(NODE_EVENT, running, server.client_id)
 
 

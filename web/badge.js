@@ -3,6 +3,7 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { watchGroups } from "./groups.js";
 import { findPlace, loaderOf } from "./graph.js";
+import { isOfShown } from "./prompts.js";
 import { layoutOf, milliseconds, ranksOf, sizeOf, text } from "./texts.js";
 
 // Node → where it is, and what it runs on: { key, group, model }, all of them ids.
@@ -21,7 +22,8 @@ export function showBadges(tab) {
     groups = found;
     refreshBadges();
   });
-  api.addEventListener("tensor_parallel.node", ({ detail: { node: id, group, model } }) => {
+  api.addEventListener("tensor_parallel.node", ({ detail: { node: id, prompt, group, model } }) => {
+    if (!isOfShown(prompt)) return;
     const sampler = findPlace(id);
     const places = [sampler, loaderOf(sampler)].filter(Boolean);
     for (const node of new Set(places.flatMap((place) => [place.node, ...place.hosts]))) {

@@ -7,6 +7,7 @@ import { refreshGroups, releaseAll, showGroups } from "./groups.js";
 import { showWarnings } from "./note.js";
 import { lookAgain } from "./own_python.js";
 import { closePanel, openPanel } from "./panel.js";
+import { followPrompts } from "./prompts.js";
 import { openOldPrompts, renameInputs } from "./renamed.js";
 import { menuItems, swapAll } from "./swap.js";
 import { loadTexts, text } from "./texts.js";
@@ -102,6 +103,7 @@ app.registerExtension({
     await loadTexts();
     addStyle();
     openOldPrompts();
+    followPrompts();
     app.extensionManager.registerSidebarTab({
       id: TAB,
       icon: "pi pi-microchip",

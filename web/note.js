@@ -2,6 +2,7 @@
 // warned of or failed with. Its height never changes, so nothing grows over the nodes below.
 import { api } from "../../scripts/api.js";
 import { findPlace, loaderOf } from "./graph.js";
+import { isOfShown } from "./prompts.js";
 import { text } from "./texts.js";
 
 const HEIGHT = 68; // three lines and litegraph's margins; more lines scroll
@@ -35,9 +36,9 @@ export function showReasons(node, { num_gpus, refused, error }, offered) {
 
 /** Show what runs warn of, as nodes/notices.py sends it, and fail with; an empty text takes it back. */
 export function showWarnings() {
-  api.addEventListener("tensor_parallel.warning", ({ detail: { node: id, text: warning } }) => {
+  api.addEventListener("tensor_parallel.warning", ({ detail: { node: id, prompt, text: warning } }) => {
     const note = notes.get(findPlace(id)?.node);
-    if (!note) return;
+    if (!note || !isOfShown(prompt)) return;
     note.warning = warning;
     show(note);
   });
@@ -45,7 +46,7 @@ export function showWarnings() {
   api.addEventListener("execution_error", ({ detail: { node_id: id, exception_type: type, ...more } }) => {
     const place = findPlace(id);
     const note = place && (notes.get(place.node) ?? notes.get(loaderOf(place)?.node));
-    if (!note || !type.startsWith("tp_runtime.")) return;
+    if (!note || !type.startsWith("tp_runtime.") || !isOfShown(more.prompt_id)) return;
     note.error = more.exception_message.trim();
     withError.add(note);
     show(note);

@@ -167,6 +167,33 @@ def test_what_a_run_warns_of_is_on_the_node_and_nothing_grows(web: ComfyPage) ->
 
 
 @every_page
+def test_what_is_said_of_one_workflow_is_not_on_the_nodes_of_another(web: ComfyPage) -> None:
+    """Their nodes may have the same ids, as those of templates do."""
+    page, said = web.page, "What the first one warns of."
+    of_note = page.locator(".tp-note").filter(has_text=said)
+    web.load_prompt(picture_prompt(steps=1))
+    workflow = page.evaluate("app.graph.serialize()")
+    queued = page.evaluate(
+        "async () => (await comfyAPI.api.api.queuePrompt(0, await app.graphToPrompt())).prompt_id"
+    )
+    loader = "app.graph.nodes.find(({ comfyClass }) => comfyClass === 'TPLoadDiffusionModel').id"
+    warning = {"node": str(page.evaluate(loader)), "text": said}
+    web.tell("warning", warning | {"prompt": queued})
+    assert of_note.count() == 1
+    page.evaluate("(workflow) => app.loadGraphData(workflow, true, true, 'another')", workflow)
+    page.wait_for_function("app.extensionManager.workflow.activeWorkflow.path.includes('another')")
+    of_note.wait_for(state="detached")
+    web.tell("warning", warning | {"prompt": queued})
+    page.wait_for_timeout(100)
+    assert of_note.count() == 0
+    web.tell("warning", warning | {"prompt": "of whoever it is"})
+    of_note.wait_for(state="attached")
+    web.server.post("/interrupt", {})
+    web.server.post("/queue", {"clear": True})
+    web.open()
+
+
+@every_page
 @pytest.mark.usefixtures("alone")
 def test_the_tab_and_its_buttons(web: ComfyPage) -> None:
     web.open_tab()
