@@ -118,7 +118,7 @@ def refused_counts(path: str | None, placement: Placement) -> dict[str, Any]:
                 _check_enough(of_layout, gpus, shown_by, placement.layout)
             if info is not None:
                 possible_layouts(placement.layout, count, info, count)
-            _check_enough(count, gpus, shown_by, placement.layout)
+            _check_enough(count, gpus, shown_by, AUTO)
         except (SizeError, DeviceError, ValueError) as error:
             refused[str(count)] = str(error)
     return {"num_gpus": len(gpus), "refused": refused}

@@ -620,6 +620,9 @@ def test_a_layout_that_does_not_fit(
     assert len(refused) == gpu_count.MAX_GPU_COUNT
     assert len(set(refused.values())) == 1
     assert "Set layout to 'auto'" in refused["2"]
+    refused = gpu_count.refused_counts(None, gpu_count.Placement(layout="2x1"))["refused"]
+    assert refused.keys() == {"3", "4", "5", "6", "7", "8"}
+    assert refused["3"].startswith("3 GPUs were asked for, but this machine shows 2")
     with pytest.raises(SizeError):
         on_machine(8, "auto", layout="7x1")
     with pytest.raises(ValueError, match="layout='3x3' is not in list"):

@@ -301,6 +301,7 @@ def test_close_from_another_thread_ends_a_call(light_model: LightModel, home: Pa
 def test_close_waits_for_an_orderly_end(
     light_model: LightModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(rank_processes, "CLOSE_TIMEOUT_S", 60.0)  # a machine may be busy
     model = light_model()
     engine = engine_of(model)
     ends: list[str] = []

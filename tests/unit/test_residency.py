@@ -19,7 +19,14 @@ GPU = 24 * GIB
 class Engine:
     """Two ranks on GPUs that take one model each time."""
 
-    config = SimpleNamespace(device="cuda", num_ranks=2, tp_size=2, parts_on_host=2, ray_address="")
+    config = SimpleNamespace(
+        device="cuda",
+        num_ranks=2,
+        tp_size=2,
+        parts_on_host=2,
+        where="this machine",
+        ray_address="",
+    )
 
     def __init__(self, host_free: int) -> None:
         self.host_free = host_free
@@ -131,10 +138,16 @@ def test_what_patches_change_has_room_on_the_host(machine: Machine) -> None:
     assert engine.log == ["patch B", "patch B"]
 
 
-def test_patches_that_have_no_room_are_refused(machine: Machine) -> None:
+def test_patches_that_have_no_room_are_refused(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But on a Ray cluster, whose hosts have memory of their own."""
     engine, models = machine(20)
     a = Model("A")
     a.version, a.patches = 1, {"weight": object()}
     with pytest.raises(SizeError, match=r"changes weights of 28\.00 GiB.* has 20\.00 GiB left"):
         models.have(a, None)
     assert engine.log == ["load A"]
+    monkeypatch.setattr(engine.config, "where", "ray")
+    models.have(a, None)
+    assert engine.log == ["load A", "patch A"]

@@ -210,11 +210,11 @@ class RemoteModel:
         settled. Nothing is of a step without an evaluation, or with an error.
         """
         of_step: list[Evaluated] = []
-        self._of_step = of_step
+        before, self._of_step = self._of_step, of_step
         try:
             yield
         finally:
-            self._of_step = None
+            self._of_step = before
         if not of_step:
             return
         of_what = workload()
