@@ -696,26 +696,30 @@ def test_latents_of_several_tensors(
         assert torch.equal(latent, expected)
 
 
-def test_batch_groups_in_stream_order(
-    python_with: PythonWith, tmp_path: Path, stream: Stream
-) -> None:
-    """Each has evaluations of its own, at every step; four a step are two requests."""
+@pytest.fixture
+def divided(python_with: PythonWith, tmp_path: Path) -> Iterator[RemoteModel]:
+    """A model on two batch groups."""
     path = write_tiny("z_image", tmp_path / "tiny.safetensors")
     runtime = Runtime()
     group = cpu_group(1, batch_groups=2, python=python_with(), call_timeout_s=20.0)
     model = runtime.model(ModelSpec.of(str(path), "float32", "float32"), group)
     model.ensure_loaded()
+    yield model
+    runtime.release()
+
+
+def test_batch_groups_in_stream_order(divided: RemoteModel, stream: Stream) -> None:
+    """Each has evaluations of its own, at every step; four a step are two requests."""
     several = [make_inputs(seed=seed) for seed in range(4)]
     latents = [one["x"] for one in several]
     with ahead():
         for _ in range(6):
             inputs = [one | {"x": x} for one, x in zip(several, latents, strict=True)]
-            found = model.evaluate_all(inputs, known_as=range(4))
+            found = divided.evaluate_all(inputs, known_as=range(4))
             latents = [torch.full_like(one, torch.nan) for one in latents]
             for latent, one in zip(latents, found, strict=True):
                 stream.put(lambda latent=latent, one=one: latent.copy_(one / 4))
     assert stream.is_idle(within_s=5)
-    runtime.release()
     for one, latent in zip(several, latents, strict=True):
         expected = one["x"]
         for _ in range(6):
@@ -724,14 +728,10 @@ def test_batch_groups_in_stream_order(
 
 
 def test_a_batch_group_without_work_reads_what_it_is_to_hold(
-    python_with: PythonWith, tmp_path: Path, stream: Stream
+    divided: RemoteModel, stream: Stream
 ) -> None:
     """Its rank gets no core for a while; the next request's latent must not lie there by then."""
-    path = write_tiny("z_image", tmp_path / "tiny.safetensors")
-    runtime = Runtime()
-    group = cpu_group(1, batch_groups=2, python=python_with(), call_timeout_s=20.0)
-    model = runtime.model(ModelSpec.of(str(path), "float32", "float32"), group)
-    model.ensure_loaded()
+    model = divided
 
     def of_two(inputs: dict[str, Any]) -> dict[str, Any]:
         context = inputs["context"].repeat(2, 1, 1)
@@ -750,7 +750,6 @@ def test_a_batch_group_without_work_reads_what_it_is_to_hold(
         model.evaluate(of_two(known), known_as="known")
     assert stream.is_idle(within_s=5)
     found = model.evaluate(of_two(alone))
-    runtime.release()
     expected = both * 2 + alone["context"].sum()
     torch.testing.assert_close(found, expected)
 
