@@ -29,7 +29,7 @@ from tp_runtime.layouts.cost_model import (
     predict_blocks,
     usual_link,
 )
-from tp_runtime.layouts.room import live_bytes, streamed_bytes
+from tp_runtime.layouts.room import bytes_beside, streamed_bytes
 from tp_runtime.layouts.step_history import Workload
 from tp_runtime.models import families, family_named
 from tp_runtime.sharding.block_costs import BlockCosts
@@ -98,12 +98,12 @@ class Case:
         return streamed_bytes(of_model.label, sizes, self.layout.tp_size, weights, limit)
 
     @property
-    def live_bytes(self) -> float:
-        """What a step needs beside the weights."""
+    def bytes_beside(self) -> float:
+        """The room that the weights leave."""
         of_model = family_named(self.model)
         latent = self.batch, *self.extent.latent_shape(of_model)
         workload = Workload(latent, of_model.text_tokens)
-        return live_bytes(of_model.published, workload, self.layout)
+        return bytes_beside(of_model.published, workload, self.layout)
 
     @property
     def label(self) -> str:
@@ -424,7 +424,7 @@ def streaming() -> str:
             for layout in shown:
                 here = replace(case, layout=layout)
                 if gib is not None:
-                    held = fitting_weights(gib * 2**30, here.live_bytes)
+                    held = fitting_weights(gib * 2**30, here.bytes_beside)
                     here = replace(here, gpu_gib=held / 2**30)
                 read = here.streamed / 2**30
                 cells.append(f"{here.predict().ms:.0f}" + f" ({read:.1f} GiB)" * bool(read))

@@ -52,11 +52,13 @@ def python_setting() -> str | None:
 
 def _uploads() -> list[Path]:
     """The folders into which ComfyUI puts what it is sent."""
-    kinds = (
-        *(folder_paths.get_input_directory(), folder_paths.get_output_directory()),
-        *(folder_paths.get_temp_directory(), folder_paths.get_user_directory()),
+    folders = (
+        folder_paths.get_input_directory(),
+        folder_paths.get_output_directory(),
+        folder_paths.get_temp_directory(),
+        folder_paths.get_user_directory(),
     )
-    return [Path(folder).resolve() for folder in kinds]
+    return [Path(folder).resolve() for folder in folders]
 
 
 def prepare_setting() -> str:

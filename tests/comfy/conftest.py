@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from support.workflows import (
     text_to_latent,
     tp_text_to_latent,
 )
+from tp_runtime.client import GroupConfig
 
 MODEL = "tiny_z_image.safetensors"
 # The largest difference from the stock result, relative to its standard deviation.
@@ -75,6 +77,27 @@ def loader() -> Iterator[ModuleType]:
     """The pack's module of that name."""
     with pack_module("nodes.loader") as module:
         yield module
+
+
+@pytest.fixture(scope="module")
+def models() -> Iterator[ModuleType]:
+    """The pack's module `nodes.model`."""
+    with pack_module("nodes.model") as module:
+        yield module
+
+
+@pytest.fixture
+def unstarted(
+    models: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Path, GroupConfig], Any]:
+    """`unstarted(path, group)`: a MODEL in fp32 on a group that need not be started."""
+
+    def made(path: Path, group: GroupConfig) -> Any:
+        patcher = models.load_model(str(path), torch.float32, group, models.Placement(), "auto")
+        monkeypatch.setattr(patcher.remote, "ensure_loaded", lambda **_: None)
+        return patcher
+
+    return made
 
 
 @pytest.fixture

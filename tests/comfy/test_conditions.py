@@ -4,15 +4,13 @@ ComfyUI's sampling is real; the ranks are not started.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-from support.pack import pack_module
 from tp_runtime.client import GroupConfig, RemoteModel
 
 pytestmark = pytest.mark.comfy
@@ -34,20 +32,10 @@ class Seen:
         self.orders.append([*conditions])
 
 
-@pytest.fixture(scope="module")
-def models() -> Iterator[ModuleType]:
-    """The pack's module `nodes.model`."""
-    with pack_module("nodes.model") as module:
-        yield module
-
-
 @pytest.fixture
-def patcher(models: ModuleType, tiny_z_image: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def patcher(unstarted: Callable[..., Any], tiny_z_image: Path) -> Any:
     """A MODEL on two batch groups that need not be started."""
-    group, placement = GroupConfig(1, "cpu", batch_groups=2), models.Placement()
-    patcher = models.load_model(str(tiny_z_image), torch.float32, group, placement, "auto")
-    monkeypatch.setattr(patcher.remote, "ensure_loaded", lambda **_: None)
-    return patcher
+    return unstarted(tiny_z_image, GroupConfig(1, "cpu", batch_groups=2))
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Weights outside of a model's blocks are given to code of ComfyUI's process: true and patched."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +14,6 @@ from support.comfy_history import History
 from support.comfy_server import ComfyServer
 from support.lora_files import write_lora
 from support.native import native_patcher
-from support.pack import pack_module
 from support.paths import comfyui_path
 from support.tiny_controlnets import write_qwen_image_fun_controlnet
 from support.tiny_models import tiny_shapes, write_fp8, write_tiny
@@ -32,25 +31,14 @@ LAYERS = ("img_in", "time_text_embed.timestep_embedder.linear_1")
 
 
 @pytest.fixture(scope="module")
-def models() -> Iterator[ModuleType]:
-    """The pack's module `nodes.model`."""
-    with pack_module("nodes.model") as module:
-        yield module
-
-
-@pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny("qwen_image", tmp_path_factory.mktemp("outer") / "tiny.safetensors")
 
 
 @pytest.fixture
-def patcher(models: ModuleType, path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def patcher(unstarted: Callable[..., Any], path: Path) -> Any:
     """A MODEL on two ranks that need not be started."""
-    found = models.load_model(
-        str(path), torch.float32, GroupConfig(2, "cpu"), models.Placement(), "auto"
-    )
-    monkeypatch.setattr(found.remote, "ensure_loaded", lambda **_: None)
-    return found
+    return unstarted(path, GroupConfig(2, "cpu"))
 
 
 def test_of_an_fp8_file(models: ModuleType, path: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ code is real; the ranks are not started.
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -24,20 +24,10 @@ GIB = 2**30
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def models() -> Iterator[ModuleType]:
-    """The pack's module `nodes.model`."""
-    with pack_module("nodes.model") as module:
-        yield module
-
-
 @pytest.fixture
-def patcher(models: ModuleType, tiny_z_image: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def patcher(unstarted: Callable[..., Any], tiny_z_image: Path) -> Any:
     """A MODEL on two ranks that need not be started."""
-    group, placement = GroupConfig(2, "cpu"), models.Placement()
-    patcher = models.load_model(str(tiny_z_image), torch.float32, group, placement, "auto")
-    monkeypatch.setattr(patcher.remote, "ensure_loaded", lambda **_: None)
-    return patcher
+    return unstarted(tiny_z_image, GroupConfig(2, "cpu"))
 
 
 # --- code that nodes put into the model ----------------------------------------------------------

@@ -375,25 +375,28 @@ class Engine:
         self, model: str, poll: Poll | None = None, on_sent: Callable[[], object] | None = None
     ) -> None:
         """Free the model's shards. ``on_sent``: as of ``call``, which it raises as."""
+        self._leave_devices(functools.partial(self._sender.unload, model=model), poll, on_sent)
+
+    def sleep(self, model: str, poll: Poll | None, on_sent: Callable[[], None]) -> None:
+        """Move the model's shards to the host's memory. Raises as ``call``, as of which ``on_sent``
+        is.
+        """
+        self._leave_devices(lambda call: Sleep(call, model), poll, on_sent)
+
+    def _leave_devices(
+        self,
+        make: Callable[[int], Request],
+        poll: Poll | None,
+        on_sent: Callable[[], object] | None,
+    ) -> None:
+        """Send a request with which the ranks drop all conditioning, too."""
 
         def forget() -> None:
             self._sender.forget_held()
             if on_sent is not None:
                 on_sent()
 
-        unload = functools.partial(self._sender.unload, model=model)
-        self.call(unload, poll=poll, on_sent=forget)
-
-    def sleep(self, model: str, poll: Poll | None, on_sent: Callable[[], None]) -> None:
-        """Move the model's shards to the host's memory. Raises as ``call``, as of which ``on_sent``
-        is.
-        """
-
-        def forget() -> None:
-            self._sender.forget_held()
-            on_sent()
-
-        self.call(lambda call: Sleep(call, model), poll=poll, on_sent=forget)
+        self.call(make, poll=poll, on_sent=forget)
 
     def _wait_for_calls(self, poll: Poll | None, *, but: int = 0) -> None:
         """Until at most so many are under way. Abandoned ones may still be."""

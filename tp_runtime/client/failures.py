@@ -149,19 +149,19 @@ def _no_memory(
     found = ((_ASKED, "asked for"), (_HELD, "held"))
     matches = [(pattern.search(failed.message), word) for pattern, word in found]
     amounts = ", ".join(f"{match[1]} {word}" for match, word in matches if match)
-    streaming, others = "", _held_by_others(failed.message)
+    advice, others = "", _held_by_others(failed.message)
     if others > _BY_OTHERS_GIB:
         amounts += f"; other processes, ComfyUI or another program, hold about {others:.1f} GiB"
-        streaming = (
+        advice = (
             ". Or end the other program (nvidia-smi shows it), or leave that GPU out: 'devices' of "
             "the loader, or the setting 'GPUs to use'"
         )
     elif config.device == "cuda":
-        streaming = ", or have less of the weights on each GPU (TP_RUNTIME_GPU_MEMORY)"
+        advice = ", or have less of the weights on each GPU (TP_RUNTIME_GPU_MEMORY)"
     return RankMemoryError(
         f"Rank {rank.index} ran out of memory on {place}{_during(doing)} "
         f"({amounts or failed.message}). Use more GPUs (gpu_count), a smaller size, fewer frames "
-        f"or a smaller batch, or a model file in fp8 or int8{streaming}. The group was ended, "
+        f"or a smaller batch, or a model file in fp8 or int8{advice}. The group was ended, "
         "which freed what it held; the next request starts a new one. "
         f"Log: {rank.log_path}"
     )

@@ -335,10 +335,8 @@ class Residency:
         if self._on_cpu:
             return True  # the weights are in the host's memory already
         reserve = host_reserve() * machine.memory().total
-        asleep = [name for name, resident in self._models.items() if resident.asleep]
-        for other in asleep:
-            if other in together:
-                continue
+        models = self._models.items()
+        for other in [n for n, resident in models if resident.asleep and n not in together]:
             if machine.memory().available - needed >= reserve:
                 break
             self._unload(other, poll)

@@ -6,7 +6,6 @@ that reading weights takes where they do not fit (``room``).
 """
 
 import itertools
-import math
 import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -181,7 +180,7 @@ def choose_layout(
     default, fitting = plain, [one for one in possible if one in rooms and rooms[one].fits]
     if tight:
         times = estimate(useful(workload, [*fitting, *tight]), measured, predictor(workload))
-        best = min(fitting, key=lambda one: times[one].ms if one in times else math.inf)
+        best = min((one for one in fitting if one in times), key=lambda one: times[one].ms)
 
         def is_worth_it(layout: Layout) -> bool:
             with_others = taken(best)[layout.num_gpus :]

@@ -21,7 +21,7 @@ from ..layouts.cost_model import (
 )
 from ..layouts.gpus import Gpu, best_first, devices_of, gpus_of
 from ..layouts.link_records import LinkRecords
-from ..layouts.room import live_bytes, streamed_bytes
+from ..layouts.room import bytes_beside, streamed_bytes
 from ..models import families
 from ..models.family import Family, Sizes
 from ..recognise import CheckpointInfo, inspect_checkpoint
@@ -163,7 +163,7 @@ def _predict(options: argparse.Namespace) -> None:
     devices = _devices(options)
     usual = native_workload_of(family, sizes)
     every_layout = layouts(sizes, options.tp, shares_tokens=family.shares_tokens)
-    limits = {at: _weight_limit(options, live_bytes(sizes, usual, at)) for at in every_layout}
+    limits = {at: _weight_limit(options, bytes_beside(sizes, usual, at)) for at in every_layout}
     if options.link is not None:
         link = LINKS[options.link]
     elif options.device is None and torch.cuda.device_count() > 1:

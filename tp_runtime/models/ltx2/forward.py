@@ -143,18 +143,17 @@ class Forward(ConnectorsForward):
             times = times if kept_frames is None else times[:, kept_frames]
         else:
             times = of_tokens
-        times, of_tokens = times * self.sizes.time_scale, of_tokens * self.sizes.time_scale
+        scale = self.sizes.time_scale
+        times = times * scale
         # Of all tokens: where a frame has one, it is its first one's.
-        latest_of_items = of_tokens.amax(dim=1, keepdim=True)
-        latest, latest_of_sound = latest_of_items, None
-        if latest_times is not None:
-            latest, latest_of_sound = (one * self.sizes.time_scale for one in latest_times)
+        latest_of_items = of_tokens.amax(dim=1, keepdim=True) * scale
+        latest = latest_of_items if latest_times is None else latest_times[0] * scale
         tokens = video.flatten(2).transpose(1, 2)
         shares, tokens = self.shared(tokens if kept is None else tokens[:, kept])
         tokens = model.proj_in(tokens)
         if mark is not None:
             tokens = tokens + shares.own(mark)
-        streams, sound_times = [], None
+        streams, latest_of_sound = [], None
         for sound in _heard(video, sounds, reference):
             of_sound = timesteps if a_timestep is None else a_timestep
             sound_times = of_sound.reshape(len(sound), -1)
@@ -166,16 +165,15 @@ class Forward(ConnectorsForward):
                 sound_times = torch.cat((before, sound_times), dim=1)
             sound_shares, of_sound = self.shared(of_sound)
             of_sound = model.audio_proj_in(of_sound)
-            sound_times = sound_times * self.sizes.time_scale
+            sound_times = sound_times * scale
             sound_pair = rotations[2], rotations[3]
-            latest_of_each = sound_times.amax(dim=1, keepdim=True)
-            if latest_of_sound is None or not sounds:  # there is but a reference, at time 0
-                latest_of_sound = latest_of_each
+            latest_of_sound = latest_of_each = sound_times.amax(dim=1, keepdim=True)
+            if latest_times is not None and sounds:  # not a reference alone, which is at time 0
+                latest_of_sound = latest_times[1] * scale
             of_audio = captions[1], sound_pair, sound_shares, sound_times, latest_of_each, latest
             streams.append(self._stream("audio", of_sound, *of_audio))
-        other = None if sound_times is None else latest_of_sound
         pair = rotations[0], rotations[1]
-        of_video = captions[0], pair, shares, times, latest_of_items, other
+        of_video = captions[0], pair, shares, times, latest_of_items, latest_of_sound
         streams.append(self._stream("video", tokens, *of_video, repeats, guides))
 
         blocks = kept_blocks(model.transformer_blocks, skip)

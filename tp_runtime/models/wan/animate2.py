@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...errors import InputError
-from ..layers import attention, first_norm
+from ..layers import attention, first_norms
 from .family import FAMILY
 from .layers import Pair, as_tokens, before_block, by_block, padded, positions_of, rows_of
 
@@ -78,7 +78,7 @@ def _passed(
         found.append((own[0], own[1]))
         return shares.attention(q, k, v)
 
-    normed = first_norm(tokens, before_block(rows[0]).of_stream(0))
+    normed = first_norms([tokens], before_block(rows[0]))
     for index, block in enumerate(model.blocks):
         following = rows[index + 1] if index + 1 < len(rows) else None
         of_block = block, rows[index], prompts[index], rotation, following

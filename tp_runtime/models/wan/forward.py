@@ -21,7 +21,7 @@ from ..forward import BlockName, Conditioning, ShardedForward, kept_blocks, opti
 from ..layers import (
     HeadsOfRank,
     attention,
-    first_norm,
+    first_norms,
     gelu_mlp,
     normed_over_ranks,
     project,
@@ -251,7 +251,7 @@ class Forward(ShardedForward):
         if vace is not None and -1 in places:
             tokens = with_hints(-1, tokens)
         begin = Rows() if faces and -1 in places else rows[0]
-        normed = first_norm(tokens, before_block(begin).of_stream(0))
+        normed = first_norms([tokens], before_block(begin))
         tokens, normed = look_at_faces(-1, tokens, normed)
         for place, (index, module) in enumerate(kept):
             has_hints = vace is not None and place in places
@@ -268,7 +268,7 @@ class Forward(ShardedForward):
             tokens, normed = look_at_faces(place, tokens, normed)
             if has_hints:
                 tokens = with_hints(place, normed)
-                normed = first_norm(tokens, before_block(rows[place + 1]).of_stream(0))
+                normed = first_norms([tokens], before_block(rows[place + 1]))
         found = shares.whole(model.proj_out(normed))[:, num_before:num_wanted]
         return unpatchified(found, grid)[:, :, : shape[2], : shape[3], : shape[4]]
 
@@ -324,7 +324,7 @@ class Forward(ShardedForward):
                 if block is self.model.vace_blocks[0] and first_is_left_out:
                     # ComfyUI adds the hints to the very tokens that the next video's begin with.
                     stream = sum(hints, start=stream)
-                normed = first_norm(stream, before_block(rows).of_stream(0))
+                normed = first_norms([stream], before_block(rows))
                 of_block = block, rows, [pair], rotation, None, shares.attention
                 _, whole = self.block(stream, normed, *of_block)
                 hints.append(block.proj_out(whole) * strength)
