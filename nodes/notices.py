@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..tp_runtime.client import RemoteModel
@@ -60,9 +60,8 @@ def _gibibytes(size: int) -> str:
 
 def _show_warning(node_id: str | None, text: str) -> None:
     server = comfy_server()
-    if server is not None and None not in (server.client_id, node_id):
-        said = {"node": node_id, "prompt": getattr(server, "last_prompt_id", None), "text": text}
-        server.send_sync(WARNING_EVENT, said, server.client_id)
+    if server is not None:
+        _tell(server, WARNING_EVENT, node_id, {"text": text})
 
 
 def show_on_node(node_id: str | None, text: str) -> None:
@@ -75,10 +74,16 @@ def show_on_node(node_id: str | None, text: str) -> None:
 def show_group_on_node(remote: RemoteModel) -> None:
     """Have the page mark the node that runs now with the group that its model runs on."""
     server = comfy_server()
-    if server is not None and None not in (server.client_id, server.last_node_id):
-        running = {"node": server.last_node_id, "prompt": getattr(server, "last_prompt_id", None)}
-        running |= {"group": remote.group_id, "model": remote.name}
-        server.send_sync(NODE_EVENT, running, server.client_id)
+    if server is not None:
+        running = {"group": remote.group_id, "model": remote.name}
+        _tell(server, NODE_EVENT, server.last_node_id, running)
+
+
+def _tell(server: Any, event: str, node_id: str | None, said: Mapping[str, str]) -> None:
+    """Send an event about a node of the prompt that runs, where a page is connected."""
+    if None not in (server.client_id, node_id):
+        prompt = getattr(server, "last_prompt_id", None)  # there is none before the first
+        server.send_sync(event, {"node": node_id, "prompt": prompt, **said}, server.client_id)
 
 
 def comfy_server() -> Any:
