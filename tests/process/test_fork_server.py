@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -49,8 +50,19 @@ def started() -> Iterator[Groups]:
 
 
 def servers(python: str) -> list[psutil.Process]:
-    """The live fork servers of this process that run that Python (a script's name)."""
-    return [child for child in psutil.Process().children() if is_marked(child, python)]
+    """The live fork servers of this process that run that Python (a script's name).
+
+    One that has just been started has no command line for a moment: the kernel closes what is
+    closed on exec, which `Popen` waits for, before it puts the new command line in place.
+    """
+    children = psutil.Process().children()
+    for child in children:
+        wait_until(partial(_shows_what_it_runs, child))
+    return [child for child in children if is_marked(child, python)]
+
+
+def _shows_what_it_runs(child: psutil.Process) -> bool:
+    return not is_marked(child, "") or bool(child.cmdline())
 
 
 def works(engine: Engine) -> bool:
