@@ -184,6 +184,7 @@ SIZED = [
     *((2, case) for case in NEWER),
     *((size, "2511, batch") for size in (1, 4, 5)),
     *((size, "layers with a reference") for size in (1, 4, 5)),
+    *((size, "references of several frames") for size in (1, 4, 5)),
 ]
 
 
@@ -259,8 +260,7 @@ def test_a_folder_does_not_say_that_references_are_at_time_zero(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"x": torch.zeros(1, 16, 8, 8)}, "16, 1, height, width"),
-        ({"x": torch.zeros(1, 16, 2, 8, 8)}, "16, 1, height, width"),
+        ({"x": torch.zeros(1, 16, 8, 8)}, "16, frames, height, width"),
         ({"context": torch.zeros(1, 20, 65)}, "width 64"),
         ({"context": torch.zeros(2, 20, 64)}, "as many captions"),
         ({"ref_latents": [torch.zeros(1, 16, 8, 8)]}, "Reference latents"),
@@ -268,7 +268,6 @@ def test_a_folder_does_not_say_that_references_are_at_time_zero(tmp_path: Path) 
             {"ref_latents": [torch.zeros(1, 16, 1, 8, 8)], "ref_latents_method": "behind"},
             "'behind'. Supported: index, index_timestep_zero, negative_index, offset, uxo",
         ),
-        ({"ref_latents": [torch.zeros(1, 16, 2, 8, 8)]}, "16, 1, rows, columns"),
         ({"attention_mask": torch.ones(1, 21)}, "the captions have \\(1, 20\\)"),
         ({"control": {"input": [torch.zeros(1, 64, DIM + 1)]}}, "ControlNet"),
         ({"additional_t_cond": torch.zeros(1)}, "additional_t_cond"),

@@ -203,6 +203,18 @@ CASES: dict[str, dict[str, Case]] = {
             _LAYERED,
             {"frames": 2, "height": 8, "width": 6, "references": ((8, 6), (5, 7))} | _AT_ZERO,
         ),
+        "frames, as of pictures that VAEEncode takes for a video": (
+            {},
+            {"frames": 2, "height": 9, "width": 7, "batch": 2},
+        ),
+        "references of several frames": (
+            {},
+            _SMALL_REFERENCES | {"lengths": {"other frames": 2}, "batch": 2},
+        ),
+        "references of several frames before the image": (
+            _LAYERED,
+            _SMALL_REFERENCES | {"frames": 2, "lengths": {"other frames": 3}},
+        ),
         "captions of different lengths": ({}, {"batch": 2, "attention_mask": _MASK}),
     },
     "ltx2": {

@@ -137,15 +137,18 @@ class Geometry:
     def latents(self) -> Input:
         """``x``, as the model is given it."""
         advice = f"Use an empty latent node for {self.channels}-channel latents."
-        return Input("Latents", (*self._first_axes(), "height", "width"), advice)
+        return Input("Latents", (*self._first_axes("frames"), "height", "width"), advice)
 
     def references(self, at_most: int | None = None) -> Input:
         """Latents of pictures that the model looks at, of sizes of their own."""
-        axes = (*self._first_axes(), "rows", "columns")
-        return Input("Reference latents", axes, optional=True, many=True, at_most=at_most)
+        axes = (*self._first_axes("other frames"), "rows", "columns")
+        usual = {"other frames": 1}
+        return Input(
+            "Reference latents", axes, optional=True, many=True, at_most=at_most, usual=usual
+        )
 
-    def _first_axes(self) -> tuple[Axis, ...]:
-        frames: Axis = "frames" if self.num_frames is None else ("frames", self.num_frames)
+    def _first_axes(self, name: str) -> tuple[Axis, ...]:
+        frames: Axis = name if self.num_frames is None else (name, self.num_frames)
         return ("batch", ("channels", self.channels), *((frames,) if self.video else ()))
 
     def image_tokens(self, latent_shape: Shape) -> int:

@@ -84,7 +84,8 @@ def reference_positions(
 ) -> list[torch.Tensor]:
     """Positions of reference latents beside an image of ``size`` (height, width).
 
-    ``method`` is one of: ``"index"`` and ``"negative_index"``, one behind another, ``step``
+    A reference is (B, C, H, W) or (B, C, T, H, W); one of several frames counts these from zero,
+    whatever its place is. ``method`` is one of: ``"index"`` and ``"negative_index"``, one behind another, ``step``
     apart; ``"uxo"``, diagonally below the image; ``"offset"``, side by side on one plane. ``shift``
     is added to every index. ``along(start, length, axis)``: positions along an axis, ``"y"`` or
     ``"x"``, of the patches of so many latent rows.
@@ -108,7 +109,10 @@ def reference_positions(
             along((start + patch // 2) // patch, length, axis)
             for start, length, axis in ((top, rows, "y"), (left, columns, "x"))
         )
-        found.append(grid_positions(index + shift, y, x))
+        frames = reference.shape[2] if reference.ndim == 5 else 1
+        found += [
+            grid_positions(index + shift if frames == 1 else frame, y, x) for frame in range(frames)
+        ]
     return found
 
 

@@ -5,7 +5,7 @@ transformer_qwenimage.py). The file of ComfyUI's class of that name (0.3.75, and
 and Layered; comfy/ldm/qwen_image/model.py) has its names.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
@@ -48,14 +48,12 @@ class QwenImageSizes(Sizes):
 
     @property
     def geometry(self) -> Geometry:
-        frames = None if self.added_time else 1
-        return Geometry(self.in_channels, self.out_channels, video=True, num_frames=frames)
+        return Geometry(self.in_channels, self.out_channels, video=True)
 
     @property
     def inputs(self) -> dict[str, Input]:
-        references = replace(self.geometry, num_frames=1).references()
         mask = Input("Masks of captions", ("batch", "tokens"), optional=True, kind="any")
-        others = {"ref_latents": references, "attention_mask": mask}
+        others = {"ref_latents": self.geometry.references(), "attention_mask": mask}
         return {"context": of.captions(self.context_dim), **others}
 
     @cached_property
