@@ -85,10 +85,10 @@ def reference_positions(
     """Positions of reference latents beside an image of ``size`` (height, width).
 
     A reference is (B, C, H, W) or (B, C, T, H, W); one of several frames counts these from zero,
-    whatever its place is. ``method`` is one of: ``"index"`` and ``"negative_index"``, one behind another, ``step``
-    apart; ``"uxo"``, diagonally below the image; ``"offset"``, side by side on one plane. ``shift``
-    is added to every index. ``along(start, length, axis)``: positions along an axis, ``"y"`` or
-    ``"x"``, of the patches of so many latent rows.
+    whatever its place is. ``method`` is one of: ``"index"`` and ``"negative_index"``, one behind
+    another, ``step`` apart; ``"uxo"``, diagonally below the image; ``"offset"``, side by side on
+    one plane. ``shift`` is added to every index. ``along(start, length, axis)``: positions along an
+    axis, ``"y"`` or ``"x"``, of the patches of so many latent rows.
     """
     (height, width), found = size, []
     down = right = 0
