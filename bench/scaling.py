@@ -24,6 +24,7 @@ from tp_runtime.layouts.cost_model import (
     Prediction,
     coded_sum_s,
     device_of,
+    layouts,
     nccl_s,
     predict,
     predict_blocks,
@@ -236,8 +237,9 @@ def one_host() -> str:
     for model, extent in _models_and_extents():
         times = {size: Case(model, extent, 1, Layout(size)).predict().ms for size in sizes}
         cells = [f"{ms:.1f}" for ms in times.values()]
-        rows.append([_label(model), extent, *cells, f"{times[1] / times[8]:.1f}"])
-    return _table(["model", "size", *sizes, "speed-up on 8"], rows)
+        speed_up = f"{times[1] / times[8]:.1f}"
+        rows.append([_label(model), extent, *cells, speed_up, _fastest(8, model, extent, 1)])
+    return _table(["model", "size", *sizes, "speed-up on 8", "fastest on 8"], rows)
 
 
 def cfg() -> str:
@@ -255,8 +257,8 @@ def cfg() -> str:
         cells = [
             f"**{ms:.1f}**" if at in best.values() else f"{ms:.1f}" for at, ms in found.items()
         ]
-        rows.append([_label(model), extent, *cells])
-    return _table(["model", "size", *shown], rows)
+        rows.append([_label(model), extent, *cells, _fastest(8, model, extent, 2)])
+    return _table(["model", "size", *shown, "fastest on 8"], rows)
 
 
 def limits() -> str:
@@ -292,11 +294,7 @@ def many_gpus() -> str:
     rows = []
     for model, extent in _models_and_extents():
         for num_gpus in (8, 16, 64):
-            cells = []
-            for batch in batches:
-                found = [(case.predict().ms, case) for case in _on(num_gpus, model, extent, batch)]
-                ms, best = min(found, key=lambda each: each[0])
-                cells.append(f"{best.layout}: {ms:.0f}")
+            cells = [_fastest(num_gpus, model, extent, batch) for batch in batches]
             rows.append([_label(model), extent, num_gpus, *cells])
     return _table(["model", "size", "GPUs", *(f"batch {batch}" for batch in batches)], rows)
 
@@ -499,14 +497,30 @@ def page(path: Path) -> str:
     return text
 
 
+def _fastest(num_gpus: int, model: str, extent: Extent, batch: int) -> str:
+    """The fastest way to use up to that many GPUs, and its ms."""
+    found = {case.layout: case.predict().ms for case in _on(num_gpus, model, extent, batch)}
+    best = min(found, key=lambda layout: found[layout])
+    return f"{best}: {found[best]:.0f}"
+
+
 def _on(num_gpus: int, model: str, extent: Extent, batch: int) -> Iterator[Case]:
-    """Every way to use up to that many GPUs; groups that fit a host stay in one."""
-    for size in family_named(model).published.table.plan.valid_tp_sizes(num_gpus):
-        if size <= GPUS_PER_HOST:
+    """Every way to use up to that many GPUs; a batch group that fits a host stays in one.
+
+    Tokens are shared inside a host only.
+    """
+    of_model = family_named(model)
+    for size in range(1, num_gpus + 1):
+        in_host = size <= GPUS_PER_HOST
+        if in_host:
             groups, link = num_gpus // GPUS_PER_HOST * (GPUS_PER_HOST // size), NVLINK
         else:
             groups, link = num_gpus // size, LINKS["network"]
-        yield Case(model, extent, batch, Layout(size, min(groups, batch)), link)
+        shares = in_host and of_model.shares_tokens
+        for layout in layouts(of_model.published, size, shares_tokens=shares):
+            if layout.batch_groups == 1:
+                layout = replace(layout, batch_groups=min(groups, batch))
+                yield Case(model, extent, batch, layout, link)
 
 
 def _models_and_extents() -> Iterator[tuple[str, Extent]]:
