@@ -97,7 +97,7 @@ class TPSampler(io.ComfyNode):
                     default=_FROM_MODEL,
                     tooltip=(
                         "Over how many GPUs the model is split: as its loader says, as many as "
-                        "possible ('auto'), or a number."
+                        "possible if more are not slower ('auto'), or a number."
                     ),
                 ),
             ],

@@ -24,6 +24,7 @@ With ``settings``, the only place where the package reads environment variables 
 ``TP_RUNTIME_LOG_LEVEL``       level of the ranks' logs (default INFO)
 ``TP_RUNTIME_RAY_ADDRESS``     Ray cluster, host:port, for groups that run on one (default:
                                one that is started on this machine for each group)
+``TP_RUNTIME_TEST_FAULTS``     tests only: a file of faults that ranks have (``fault_points``)
 ``TP_RUNTIME_TEST_ONE_GPU``    tests only: so many ranks share the first GPU (NCCL 2.30 or newer;
                                what a step takes means nothing then)
 ``TP_RUNTIME_HOME``            folder for logs and what ranks compile
@@ -461,7 +462,9 @@ class ModelSpec(msgspec.Struct, frozen=True):
         try:
             version = file_version(path)
         except FileNotFoundError as error:
-            raise CheckpointError(f"The model file {path} does not exist.") from error
+            raise CheckpointError(
+                f"The model file {path} does not exist. Choose another file."
+            ) from error
         dtypes = weight_dtype, compute_dtype
         return cls(path, *dtypes, version, optimize, fp8_products, precision)
 

@@ -26,7 +26,7 @@ class CheckpointError(TPRuntimeError, ValueError):
 
 
 class SizeError(TPRuntimeError, ValueError):
-    """The model cannot be split over the number of GPUs that was asked for."""
+    """The model cannot be split over so many GPUs, or the memory of GPUs or host cannot hold it."""
 
 
 class DeviceError(TPRuntimeError, ValueError):

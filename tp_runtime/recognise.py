@@ -134,7 +134,9 @@ class CheckpointInfo:
         try:
             patch = kind.of_tensors(found)
         except KeyError as error:
-            raise InputError(f"The {kind.label} has no tensor {error}.") from error
+            raise InputError(
+                f"The {kind.label} has no tensor {error}. Download its file again, or load another."
+            ) from error
         patch.check_fits(self.label, self.sizes)
         shapes = patch.table.file_tensors
         for name, shape in shapes.items():
@@ -306,7 +308,7 @@ def _names_in_folder(path: str, settings: Settings) -> FileNames:
     if not isinstance(name, str) or name not in known:
         raise CheckpointError(
             f"The folder {path} holds a model of the class {name!r}, which cannot be split yet. "
-            f"Supported: {', '.join(known)}."
+            f"Supported: {', '.join(known)}. Load it with stock nodes."
         )
     family = known[name]
     for setting, variant in family.variants.items():

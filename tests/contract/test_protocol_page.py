@@ -14,7 +14,9 @@ NAMES = re.compile(r"`(\w+)`")
 
 def _rows() -> list[tuple[str, list[str]]]:
     """Of the page's two tables of messages: each message, and its fields."""
-    tables = re.findall(r"^\| (?:engine to every rank|rank to engine) \|.*?^$", PAGE, re.M | re.S)
+    tables = re.findall(
+        r"^\| (?:engine to every rank|rank to engine) \|.*?^$", PAGE, re.MULTILINE | re.DOTALL
+    )
     assert len(tables) == 2
     rows = []
     for table in tables:

@@ -35,7 +35,7 @@ from tp_runtime.client import (
     ahead,
     meanwhile,
 )
-from tp_runtime.client.engine import LOOKS, Engine, room_for
+from tp_runtime.client.engine import LOOKS, Engine, buffers_for
 from tp_runtime.client.evaluated import may_be_ahead
 from tp_runtime.client.evaluation_times import EvaluationTimes
 from tp_runtime.client.held_tensors import HeldTensors
@@ -155,9 +155,9 @@ def test_where_memory_is_short(
 
     def as_full(asked: Any, device: torch.device) -> list[list[torch.Tensor]]:
         assert stream.is_idle(within_s=4)
-        return room_for(asked, device)
+        return buffers_for(asked, device)
 
-    monkeypatch.setattr("tp_runtime.client.engine.room_for", as_full)
+    monkeypatch.setattr("tp_runtime.client.engine.buffers_for", as_full)
     with ahead():
         inputs = [make_inputs(seed=seed) for seed in range(2 * LOOKS)]
         found = [model.evaluate(one, known_as="the same") for one in inputs]
@@ -217,11 +217,9 @@ def test_a_fault_is_raised_at_the_next_evaluation(
 ) -> None:
     with ahead():
         model.evaluate(ordered(**order))
-        sent = model.num_evaluations
         starts = model._group._num_starts
         with pytest.raises(kind, match=text):
             model.evaluate(make_inputs())
-        assert model.num_evaluations == sent + 1
         assert model._group._num_starts == starts, "no group is started only to fail"
 
 

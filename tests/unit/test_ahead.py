@@ -14,7 +14,7 @@ import torch
 
 from tp_runtime.client import ahead, meanwhile
 from tp_runtime.client.engine import _remember_looked_at
-from tp_runtime.client.evaluated import Evaluated, do_meanwhile, is_ahead
+from tp_runtime.client.evaluated import Evaluated, do_meanwhile, note_ahead
 
 
 class Known:
@@ -63,7 +63,7 @@ def test_no_more_streams_than_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     call: Any = SimpleNamespace(finished=threading.Event(), wait=lambda _: None)
     with ahead():
         for _ in range(3):
-            is_ahead(Evaluated([], call, lambda: None, lambda: None))
+            note_ahead(Evaluated([], call, lambda: None, lambda: None))
             meanwhile(lambda: None, *tensors)
             do_meanwhile()
     assert made == devices

@@ -20,7 +20,7 @@ from ..wire.protocol import LoadModelPatch, PatchedWeight, Request, Sleep, encod
 from . import failures
 from .batch_split import tensors_in
 from .call import Call, OnProgress
-from .evaluated import Evaluated, is_ahead, may_be_ahead, remembered, settle_all
+from .evaluated import Evaluated, may_be_ahead, note_ahead, remembered, settle_all
 from .evaluation_times import EvaluationTimes, shapes_of
 from .group_state import State
 from .launch.launcher import Launcher, Rank
@@ -41,7 +41,7 @@ class _LookedAt(NamedTuple):
     times: int
 
 
-def room_for(asked: Sequence[Asked], device: torch.device) -> list[list[torch.Tensor]]:
+def buffers_for(asked: Sequence[Asked], device: torch.device) -> list[list[torch.Tensor]]:
     """Tensors on a device that the results of each evaluation fit."""
     return [
         [
@@ -189,8 +189,8 @@ class Engine:
             else:
                 placed = self._sender.place_evaluations(number, model, asked)
             if device is not None:
-                self._await(number, placed.results, rooms, device)
-                placed = placed._replace(results=rooms)
+                self._await(number, placed.results, buffers, device)
+                placed = placed._replace(results=buffers)
             # With its results, since the group may end between its answer and our reading it.
             made.append(placed)
             return placed.request
@@ -204,7 +204,7 @@ class Engine:
             self._wait_for_calls(poll, but=0 if laid_out is None else 1)
             # Not in ``make``: where memory is short, making room waits for the device's streams,
             # which must not wait for a request that is not sent, or for whoever has the exchange.
-            rooms = [] if device is None else room_for(asked, device)
+            buffers = [] if device is None else buffers_for(asked, device)
             try:
                 call = self._send(make, kind)
             except BaseException:
@@ -223,7 +223,7 @@ class Engine:
                 # A rank that computes nothing of it may still have to read what it is to hold.
                 if not placed.brings or len(asked) == self.config.batch_groups:
                     self._stream = stream_wait.current(device)
-                is_ahead(evaluated)
+                note_ahead(evaluated)
             else:
                 evaluated.settle(poll)
                 evaluated.results = self._copied(asked, placed.results)
@@ -233,15 +233,15 @@ class Engine:
         self,
         number: int,
         places: Sequence[Sequence[torch.Tensor]],
-        rooms: Sequence[Sequence[torch.Tensor]],
+        buffers: Sequence[Sequence[torch.Tensor]],
         device: torch.device,
     ) -> None:
-        """Have the device's current stream bring the results of a request into their rooms."""
+        """Have the device's current stream bring the results of a request into their buffers."""
         exchange = self._sender.exchange
         for batch_group in range(len(places)):
             exchange.await_given(device, batch_group, number)
-        for of_one, room in zip(places, rooms, strict=True):
-            for result, target in zip(of_one, room, strict=True):
+        for results, targets in zip(places, buffers, strict=True):
+            for result, target in zip(results, targets, strict=True):
                 exchange.copy_to(target, result)
 
     def _laid_out(

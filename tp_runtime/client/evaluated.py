@@ -140,7 +140,7 @@ def may_be_ahead() -> bool:
     return _scope.get() is not None
 
 
-def is_ahead(evaluated: Evaluated) -> None:
+def note_ahead(evaluated: Evaluated) -> None:
     """Note an evaluation of this thread as one that ``ahead`` has to settle."""
     scope = _scope.get()
     assert scope is not None, "nobody would settle it"

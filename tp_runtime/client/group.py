@@ -195,17 +195,17 @@ class Group:
             if alive := self._alive():
                 alive.sleep(name, poll)
 
-    def sleep_all(self, poll: Poll | None = None) -> None:
+    def sleep_all(self) -> None:
         """Free the devices of every model."""
         residency = self._residency
         for name in residency.names() if residency else ():
-            self.sleep(name, poll)
+            self.sleep(name)
 
-    def wake(self, poll: Poll | None = None) -> None:
+    def wake(self) -> None:
         """Have the model that was used last on the devices again."""
-        with acquired(self._changing, poll):
+        with self._changing:
             if alive := self._alive():
-                alive.wake_last_used(poll)
+                alive.wake_last_used(None)
 
     def give_way(self, poll: Poll | None = None) -> None:
         """Free the devices of every model, because another group needs the room.

@@ -42,7 +42,6 @@ class RemoteModel:
 
     def __init__(self, spec: ModelSpec, group: Group, records: StepRecords) -> None:
         self.spec = spec
-        self.num_evaluations = 0
         self.info: CheckpointInfo = checkpoint_info(spec.path)
         self.info.check_layout(group.config.layout)
         digest = hashlib.blake2s(msgspec.json.encode(spec), digest_size=6).hexdigest()
@@ -166,7 +165,6 @@ class RemoteModel:
             known if _are_among(inputs, before) else None
             for inputs, before, known in zip(inputs_of_each, given, known_as, strict=True)
         ]
-        self.num_evaluations += len(inputs_of_each)
         batch_groups = self.group_config.batch_groups
         divided = divide_all(inputs_of_each, batch_groups, self.sizes.undivided_inputs)
         asked = [

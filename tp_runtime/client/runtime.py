@@ -49,19 +49,19 @@ class Runtime:
         """
         return [group.report(digests=digests, poll=poll) for group in self._shown()]
 
-    def sleep(self, group_id: str, poll: Poll | None = None) -> None:
+    def sleep(self, group_id: str) -> None:
         """Free the devices of a group, which keeps its models in the host's memory."""
-        self._group(group_id).sleep_all(poll)
+        self._group(group_id).sleep_all()
 
-    def wake(self, group_id: str, poll: Poll | None = None) -> None:
+    def wake(self, group_id: str) -> None:
         """Have the model that a group used last on its devices again."""
-        self._group(group_id).wake(poll)
+        self._group(group_id).wake()
 
-    def restart(self, group_id: str, poll: Poll | None = None) -> None:
+    def restart(self, group_id: str) -> None:
         """End a group and start it anew. Models are loaded when they are used next."""
         group = self._group(group_id)
         group.close()
-        group.start(poll)
+        group.start()
 
     def release(self, group_id: str | None = None) -> int:
         """End a group, or every group, and free what it holds; returns how many there were."""
@@ -87,7 +87,10 @@ class Runtime:
         for group in list(self._groups.values()):
             if group.id == group_id:
                 return group
-        raise InputError(f"There is no group {group_id!r}.")
+        raise InputError(
+            f"There is no group {group_id!r}: it has been released, or has failed. The next prompt "
+            "starts one."
+        )
 
 
 _runtime: Runtime | None = None

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .. import reasons
 from ..errors import CheckpointError
 from .diffusers_folder import DiffusersFolder, NamesAlone, NamesOf
 from .quantised import MARKER
@@ -95,7 +96,9 @@ class CheckpointFile:
                 "again."
             ) from error
         except OSError as error:
-            raise CheckpointError(f"The model file {path} cannot be read: {error}.") from error
+            raise CheckpointError(
+                f"The model file {path} cannot be read: {reasons.of(error)}"
+            ) from error
 
     @property
     def bytes_read(self) -> int:

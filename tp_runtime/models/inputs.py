@@ -81,7 +81,7 @@ def _tensors(
         got = type(strange[0]).__name__ if strange else f"{len(tensors)} of them"
         raise InputError(
             f"{declared.what} of {label} (the model input {name}) must be {what}; got {got}. "
-            f"{declared.advice or 'Remove the node that sets it.'}"
+            f"{_advice(declared)}"
         )
     return list(zip(each, tensors, strict=False))
 
@@ -120,8 +120,8 @@ def _named_axes(
         axes = declared.or_axes
     if len(shape) != len(axes) or not all(map(_axis_fits, axes, shape)):
         raise InputError(
-            f"{declared.what} of {label} have the shape {declared}; got {shape}."
-            f"{' ' * bool(declared.advice)}{declared.advice}"
+            f"{declared.what} of {label} have the shape {declared}; got {shape}. "
+            f"{_advice(declared)}"
         )
     pairs = zip(axes, shape, strict=True)
     named = {axis: length for axis, length in pairs if isinstance(axis, str)}
@@ -130,13 +130,18 @@ def _named_axes(
             continue
         if axis == "batch":
             raise InputError(
-                f"{lengths[axis]} latents need as many {declared.what.lower()}; got {length}."
+                f"{lengths[axis]} latents need as many {declared.what.lower()}; got {length}. "
+                f"{_advice(declared)}"
             )
         raise InputError(
             f"{declared.what} of {label} have the shape {declared}, here with {axis} "
-            f"{lengths[axis]}; got {shape}."
+            f"{lengths[axis]}; got {shape}. {_advice(declared)}"
         )
     return named
+
+
+def _advice(declared: Input) -> str:
+    return declared.advice or "Remove the node that sets them."
 
 
 def _axis_fits(axis: Axis, length: int) -> bool:

@@ -183,7 +183,9 @@ class Wake(_Message, frozen=True):
 
 
 class Report(_Message, frozen=True):
-    """Tell what the rank is and holds; with ``digests``, also a hash of every model's weights."""
+    """Tell what the rank is and holds; with ``digests``, for tests, also a hash of every model's
+    weights.
+    """
 
     call: int
     digests: bool = False

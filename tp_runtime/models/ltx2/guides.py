@@ -85,7 +85,10 @@ def check_plain(sizes: LTX2Sizes, frame_rate: Any, reference: Any, blocks: Any) 
             "it with 'LTXVReferenceAudio'."
         )
     if blocks is not None and not isinstance(blocks, list | tuple):
-        raise InputError(f"Perturbed blocks of {label} must be a list; got {blocks!r:.80}.")
+        raise InputError(
+            f"Perturbed blocks of {label} must be a list; got {blocks!r:.80}. Remove the node that "
+            "sets them."
+        )
 
 
 def varies_in_a_frame(mask: torch.Tensor | None) -> bool:

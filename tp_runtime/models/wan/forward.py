@@ -342,7 +342,10 @@ class Forward(ShardedForward):
 
     def _strengths(self, given: Sequence[float], count: int) -> tuple[float, ...]:
         if len(given) != count:
-            raise InputError(f"{count} control videos of {self.label} need as many strengths.")
+            raise InputError(
+                f"{count} control videos of {self.label} need as many strengths; got {len(given)}. "
+                "Set them with 'WanVaceToVideo', one node for each video."
+            )
         return tuple(given)
 
     def _with_poses(
