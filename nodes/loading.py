@@ -100,11 +100,12 @@ def choices() -> list[io.Input]:
                 default=AUTO,
                 optional=True,
                 tooltip=(
-                    "How the GPUs share the work. 'tp': each holds a part of the model. "
-                    "'2x2' (TP size x batch groups): two groups of two GPUs, each with "
-                    "the whole model, which divide batches (also the two halves of CFG). "
-                    "'1x2x1' (TP size x sequence size x batch groups): two GPUs, each "
-                    "with the whole model, which divide the tokens of every picture. "
+                    "How the GPUs share the work. 'tp' (tensor parallelism): each holds a part "
+                    "of the model. '2x2' (TP size x batch groups): two groups of two GPUs, each "
+                    "with the whole model, which divide batches and the two halves of CFG (data "
+                    "parallelism). '1x2x1' (TP size x sequence size x batch groups): two GPUs, "
+                    "each with the whole model, which divide the tokens of every picture "
+                    "(sequence parallelism, Ulysses). "
                     "'auto' takes what is the fastest, by the steps measured so far "
                     "and by predictions."
                 ),
