@@ -73,21 +73,23 @@ class Case:
         return f"NCCL, {self.link.name}{', 8 bits' * (self.precision == 'fast')}"
 
     def predict(self) -> Prediction:
-        of_model = family_named(self.model)
-        latent = self.extent.latent_shape(of_model)
+        one = 1, *self.workload.latent_shape[1:]
         return predict(
-            of_model.published,
-            (self.batch, *latent),
-            of_model.text_tokens,
-            self.layout.tp_size,
-            self.layout.batch_groups,
+            family_named(self.model).published,
+            self.workload,
+            self.layout,
             self.device,
             self.link,
-            sequence_size=self.layout.sequence_size,
-            references=[(1, *latent)] * self.references,
+            references=[one] * self.references,
             precision=self.precision,
             streamed=self.streamed,
         )
+
+    @property
+    def workload(self) -> Workload:
+        of_model = family_named(self.model)
+        shape = self.batch, *self.extent.latent_shape(of_model)
+        return Workload(shape, of_model.text_tokens)
 
     @property
     def streamed(self) -> int:
@@ -101,10 +103,7 @@ class Case:
     @property
     def bytes_beside(self) -> float:
         """The room that the weights leave."""
-        of_model = family_named(self.model)
-        latent = self.batch, *self.extent.latent_shape(of_model)
-        workload = Workload(latent, of_model.text_tokens)
-        return bytes_beside(of_model.published, workload, self.layout)
+        return bytes_beside(family_named(self.model).published, self.workload, self.layout)
 
     @property
     def label(self) -> str:

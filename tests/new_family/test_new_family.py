@@ -13,7 +13,9 @@ from new_family.plain import Plain
 from support.accuracy import FP32_TOLERANCE, relative_error
 from support.tiny_models import write
 from tp_runtime.client import GroupConfig, InputError, ModelSpec, Runtime, inspect_checkpoint
+from tp_runtime.config import Layout
 from tp_runtime.layouts.cost_model import predict
+from tp_runtime.layouts.step_history import Workload
 
 pytestmark = pytest.mark.process
 
@@ -79,7 +81,7 @@ def test_what_follows_from_the_table(checkpoint: Path) -> None:
     assert info.valid_tp_sizes() == (1, 2, 3)
     shape = (2, *info.sizes.geometry.latent_shape(64, 64, frames=9))
     assert shape == (2, 4, 3, 8, 8)
-    cost = predict(info.sizes, shape, 7, 2)
+    cost = predict(info.sizes, Workload(shape, 7), Layout(2))
     assert 0 < cost.attention < cost.ms
 
 

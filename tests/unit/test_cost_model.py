@@ -29,6 +29,7 @@ from tp_runtime.layouts.cost_model import (
     predict,
     predict_blocks,
 )
+from tp_runtime.layouts.step_history import Workload
 from tp_runtime.models import families, family_named
 from tp_runtime.sharding.block_costs import BlockCosts, count_flops
 
@@ -41,7 +42,8 @@ def predicted(
 ) -> Prediction:
     sizes = family_named(model).published
     shape = batch, *sizes.geometry.latent_shape(side, side)
-    return predict(sizes, shape, 512, tp_size, batch_groups, **more)
+    layout = Layout(tp_size, batch_groups, more.pop("sequence_size", 1))
+    return predict(sizes, Workload(shape, 512), layout, **more)
 
 
 def blocks_of(model: str, image: int = 4096, text: int = 512) -> list[BlockCosts]:

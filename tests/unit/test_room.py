@@ -179,8 +179,8 @@ def test_with_nvlink_a_default_that_streams_is_not_kept_though_slower(
     monkeypatch.setenv("TP_RUNTIME_GPU_MEMORY", "20")
     info, card = published("wan"), DEVICES["H100"]
     workload = native_workload(info)
-    case = info.sizes, workload.latent_shape, workload.text_tokens, 2, 1, DEVICES["H100"]
-    seconds = 1.02 * predict(*case).ms / 1e3 - REQUEST_S
+    ms = predict(info.sizes, workload, TP, card).ms
+    seconds = 1.02 * ms / 1e3 - REQUEST_S
     streamed = streamed_bytes("", info.sizes, 1, info.weight_bytes(2), 20 * GIB)
     link = replace(LINKS["nvlink"], host_rate=streamed / seconds)
     assert choose("wan", 80 * GIB, link, card, layouts=(SHARED, TP)).layout == TP
@@ -203,9 +203,11 @@ def test_no_layout_is_taken_that_streaming_makes_slower(choose: Choose, model: s
         }
         times = {
             one: predict(
-                *(info.sizes, workload.latent_shape, workload.text_tokens, one.tp_size),
-                *(one.batch_groups, DEVICES["RTX 4090"], LINKS[link]),
-                sequence_size=one.sequence_size,
+                info.sizes,
+                workload,
+                one,
+                DEVICES["RTX 4090"],
+                LINKS[link],
                 streamed=room.streamed or 0,
             ).ms
             for one, room in rooms.items()
@@ -228,14 +230,14 @@ def test_bytes_and_times_as_measured() -> None:
         limit = None if held is None else held * GIB
         streamed = streamed_bytes("", info.sizes, 1, info.weight_bytes(2), limit)
         assert streamed / GIB == pytest.approx(read, rel=0.02)
-        found = predict(info.sizes, (1, 16, 128, 128), 512, 1, streamed=streamed)
+        found = predict(info.sizes, Workload((1, 16, 128, 128), 512), ONE, streamed=streamed)
         assert found.ms == pytest.approx(ms, rel=0.15)
         assert (found.streaming > 0) == (read > 0)
 
 
 def test_only_what_is_not_hidden_takes_time() -> None:
     sizes = family_named("flux").published
-    case = sizes, (1, 16, 128, 128), 512, 2
+    case = sizes, Workload((1, 16, 128, 128), 512), TP
 
     def streaming(nbytes: float, link: Link) -> float:
         return predict(*case, link=link, streamed=nbytes).streaming

@@ -5,6 +5,7 @@ By what the model is used for, or made for until it is: steps that were measured
 that reading weights takes where they do not fit (``room``).
 """
 
+import functools
 import itertools
 import os
 import statistics
@@ -22,9 +23,9 @@ from ..config import (
 )
 from ..models.family import Family, Sizes
 from ..recognise import CheckpointInfo
-from .cost_model import Device, Link, predict, usual_link
+from .cost_model import Link, predict, usual_link
 from .gpus import Gpu, are_alike, best_first, devices_of, gpus_of
-from .link_records import LinkRecords
+from .link_records import LinkRecords, Speed
 from .room import Room, live_bytes
 from .step_history import StepRecords, Workload, times_of
 
@@ -93,6 +94,79 @@ class Choice:
     reason: str | None = None
 
 
+@dataclass(frozen=True)
+class _Machine:
+    """The GPUs that may be used, the best first, and what connects them. On the CPU: none."""
+
+    gpus: Sequence[Gpu]
+    speeds: Mapping[str, Speed]
+    link: Link | None
+    precision: Precision
+
+    def taken(self, layout: Layout) -> Sequence[Gpu]:
+        """The GPUs that a layout takes."""
+        return self.gpus[: layout.num_gpus]
+
+    def times_name(self, layout: Layout) -> str:
+        """The name by which its times are kept."""
+        names = device_names(gpu.number for gpu in self.taken(layout))
+        return times_of(names, self.precision)
+
+    def predicted_ms(
+        self, sizes: Sizes, workload: Workload, layout: Layout, streamed: int
+    ) -> float:
+        """What a step takes the slowest of them, which reads so many bytes of its weights."""
+        assert self.link is not None, "nothing is predicted of the CPU"
+        on_each = functools.partial(predict, precision=self.precision, streamed=streamed)
+        return max(
+            on_each(sizes, workload, layout, device, self.link).ms
+            for device in devices_of(self.taken(layout), self.speeds)
+        )
+
+    def choice(self, layout: Layout, *reasons: str) -> Choice:
+        """The layout, with what there is to say."""
+        said = " ".join(filter(None, (*reasons, _of_unlike(self.gpus, layout.num_gpus))))
+        return Choice(layout, tuple(gpu.number for gpu in self.taken(layout)), said or None)
+
+
+@dataclass(frozen=True)
+class _Outlook:
+    """What is known of a model's layouts on a machine.
+
+    ``plain``: the one that needs no reason. ``rooms``: of all layouts, none on the CPU.
+    ``measured``: ms of a step of ``workload``.
+    """
+
+    info: CheckpointInfo
+    machine: _Machine
+    plain: Layout
+    rooms: Mapping[Layout, Room]
+    workload: Workload
+    measured: Mapping[Layout, float]
+
+    def estimates(
+        self, layouts: Iterable[Layout], *, streams: bool = True
+    ) -> dict[Layout, Estimate]:
+        """Of those that could be of use. Without ``streams``: as if all weights fitted."""
+        predicted = functools.partial(self._predicted_ms, self.workload, streams=streams)
+        known = None if self.machine.link is None else predicted
+        return estimate(self._useful(layouts, self.workload), self.measured, known)
+
+    def predicted_to_be_best(self, layouts: Iterable[Layout], workload: Workload) -> Layout | None:
+        """The fastest by predictions alone."""
+        useful = self._useful(layouts, workload)
+        return min(useful, key=lambda one: self._predicted_ms(workload, one), default=None)
+
+    def _useful(self, layouts: Iterable[Layout], workload: Workload) -> list[Layout]:
+        of_use = (one for one in layouts if one == self.plain or one.batch_groups <= workload.batch)
+        return list(of_use)
+
+    def _predicted_ms(self, workload: Workload, layout: Layout, streams: bool = True) -> float:
+        room = self.rooms.get(layout)
+        streamed = room.streamed if streams and room is not None else None
+        return self.machine.predicted_ms(self.info.sizes, workload, layout, streamed or 0)
+
+
 def choose_layout(
     info: CheckpointInfo,
     layouts: Sequence[Layout],
@@ -115,109 +189,101 @@ def choose_layout(
     the largest usual latents needs has no room beside them. But not if it was measured, or if the
     other one fits on slower GPUs only, and is much slower.
     """
-    plain, native = layouts[0], native_workload(info)
-    speeds = links.speeds()
-    ordered = best_first(gpus_of(gpus), speeds)
-
-    def taken(layout: Layout) -> list[Gpu]:
-        return ordered[: layout.num_gpus]
-
-    def times_name(layout: Layout) -> str:
-        return times_of(device_names(gpu.number for gpu in taken(layout)), precision)
-
-    def chosen(layout: Layout, *reasons: str) -> Choice:
-        said = " ".join(filter(None, (*reasons, _of_unlike(ordered, layout.num_gpus))))
-        return Choice(layout, tuple(gpu.number for gpu in taken(layout)), said or None)
-
-    names = dict.fromkeys(map(times_name, layouts))
-    usual = records.usual_workload(info.path, *names)
-    if len(layouts) == 1 or not (usual or gpus):
-        return chosen(plain)
+    first, native, speeds = layouts[0], native_workload(info), links.speeds()
     link = link_between(gpus, links) if gpus else None
+    machine = _Machine(best_first(gpus_of(gpus), speeds), speeds, link, precision)
+    usual = records.usual_workload(info.path, *dict.fromkeys(map(machine.times_name, layouts)))
+    if len(layouts) == 1 or not (usual or gpus):
+        return machine.choice(first)
     workload = usual or native
-    measured = {
-        layout: ms
-        for name in names
-        for layout, ms in records.times(info.path, name, workload).items()
-        if times_name(layout) == name
-    }
-    weight_bytes = held_weight_bytes(info, weight_itemsize)
-    # On GPUs on which nothing else is.
-    rooms = (
-        {one: Room.on(taken(one), info.sizes, weight_bytes, one, native) for one in layouts}
-        if gpus
-        else {}
-    )
-    # On the CPU, where ranks share the cores, nothing is to be had by sharing tokens.
-    possible, tight = (
-        _possible(info, rooms, workload)
-        if gpus
-        else ([one for one in layouts if one == plain or one.sequence_size == 1], [])
-    )
-    possible = possible or [plain]
+    rooms: dict[Layout, Room] = {}
+    if gpus:  # on which nothing else is
+        weight_bytes = held_weight_bytes(info, weight_itemsize)
+        rooms = {
+            one: Room.on(machine.taken(one), info.sizes, weight_bytes, one, native)
+            for one in layouts
+        }
+        possible, tight = _possible(info, rooms, workload)
+    else:  # where ranks share the cores, nothing is to be had by sharing tokens
+        possible, tight = [one for one in layouts if one == first or one.sequence_size == 1], []
+    possible = possible or [first]
+    plain = first
     if plain not in possible:  # its share is too much for a GPU that is smaller than the others
         plain = max(possible, key=lambda one: (-one.batch_groups, -one.sequence_size, one.tp_size))
-
-    def useful(of: Workload, among: Sequence[Layout]) -> list[Layout]:
-        return [one for one in among if one == plain or one.batch_groups <= of.batch]
-
-    kinds = devices_of(ordered, speeds)
-
-    def predictor(of: Workload, *, streams: bool = True) -> Callable[[Layout], float] | None:
-        if link is None:
-            return None
-
-        def on_slowest(layout: Layout) -> float:
-            here = kinds if len(kinds) == 1 else devices_of(taken(layout), speeds)
-            streamed = rooms[layout].streamed if streams and layout in rooms else None
-            return max(
-                _predicted_ms(info, of, kind, link, precision, layout, streamed or 0)
-                for kind in here
-            )
-
-        return on_slowest
-
-    default, fitting = plain, [one for one in possible if one in rooms and rooms[one].fits]
-    if tight:
-        times = estimate(useful(workload, [*fitting, *tight]), measured, predictor(workload))
-        best = min((one for one in fitting if one in times), key=lambda one: times[one].ms)
-
-        def is_worth_it(layout: Layout) -> bool:
-            with_others = taken(best)[layout.num_gpus :]
-            return (
-                bool(with_others)
-                and not are_alike((taken(layout)[-1], with_others[-1]))
-                and MUCH_FASTER * times[layout].ms < times[best].ms
-            )
-
-        known = [one for one in tight if one in times]
-        possible += [one for one in known if times[one].measured or is_worth_it(one)]
+    measured = _measured(records, info, machine, layouts, workload)
+    outlook = _Outlook(info, machine, plain, rooms, workload, measured)
+    fitting = [one for one in possible if one in rooms and rooms[one].fits]
+    possible += _worth_trying(outlook, fitting, tight)
+    layout = plain
     if link is not None and not (link.fused and plain in fitting):
-        first = useful(native, fitting) or useful(native, possible)
-        predicted = estimate(first, {}, predictor(native))
-        default = min(predicted, key=lambda layout: predicted[layout].ms)
-    layout = default
+        best = outlook.predicted_to_be_best
+        layout = best(fitting, native) or best(possible, native) or plain
     for among in (fitting, possible):
-        estimates = estimate(useful(workload, among), measured, predictor(workload))
-        layout = fastest(layout, estimates)
-    unstreamed = estimate(useful(workload, layouts), measured, predictor(workload, streams=False))
-    of_streaming = _of_streaming(layout, rooms, unstreamed)
-    if layout == plain == layouts[0] and not of_streaming:
-        return chosen(plain)
-    of_three = "sequence size x " if layout.sequence_size > 1 else ""
-    why = f" The GPUs' link is {link.name} ({link.source})." if link is not None else ""
-    others = f", and {plain} takes {estimates[plain]}" if layout != plain else ""
+        layout = fastest(layout, outlook.estimates(among))
+    of_streaming = _of_streaming(layout, rooms, outlook.estimates(layouts, streams=False))
+    if layout == first and not of_streaming:
+        return machine.choice(layout)
     if layout in tight:
         of_streaming += (
             " Larger latents may find no room beside them: then set TP_RUNTIME_GPU_MEMORY, or take "
             "more GPUs by gpu_count."
         )
-    return chosen(
-        layout,
-        f"'auto' takes the layout {layout} (TP size x {of_three}batch groups): "
-        f"{estimates[layout]} a step{others}, for latents of "
-        f"{workload.latent_shape} {'as of late' if usual else 'as usual for the model'}.{why}"
-        f"{of_streaming} Set layout or gpu_count to decide yourself.",
+    latents = f"{workload.latent_shape} {'as of late' if usual else 'as usual for the model'}"
+    return machine.choice(layout, _why(layout, outlook, possible, latents) + of_streaming + _ADVICE)
+
+
+_ADVICE = " Set layout or gpu_count to decide yourself."
+
+
+def _measured(
+    records: StepRecords,
+    info: CheckpointInfo,
+    machine: _Machine,
+    layouts: Iterable[Layout],
+    workload: Workload,
+) -> dict[Layout, float]:
+    """The times of each layout on the GPUs that it would take now."""
+    return {
+        layout: ms
+        for name in dict.fromkeys(map(machine.times_name, layouts))
+        for layout, ms in records.times(info.path, name, workload).items()
+        if machine.times_name(layout) == name
+    }
+
+
+def _worth_trying(
+    outlook: _Outlook, fitting: Sequence[Layout], tight: Sequence[Layout]
+) -> list[Layout]:
+    """Of the layouts that may have too little room beside their weights, those to be taken along:
+    what was measured, and what leaves slow GPUs out and is much faster.
+    """
+    if not tight:
+        return []
+    times = outlook.estimates([*fitting, *tight])
+    best = min((one for one in fitting if one in times), key=lambda one: times[one].ms)
+    taken = outlook.machine.taken
+
+    def leaves_out_slow_ones(layout: Layout) -> bool:
+        with_others = taken(best)[layout.num_gpus :]
+        return (
+            bool(with_others)
+            and not are_alike((taken(layout)[-1], with_others[-1]))
+            and MUCH_FASTER * times[layout].ms < times[best].ms
+        )
+
+    known = [one for one in tight if one in times]
+    return [one for one in known if times[one].measured or leaves_out_slow_ones(one)]
+
+
+def _why(layout: Layout, outlook: _Outlook, possible: Iterable[Layout], latents: str) -> str:
+    """Why a layout is taken, for a person."""
+    times, plain, link = outlook.estimates(possible), outlook.plain, outlook.machine.link
+    of_three = "sequence size x " if layout.sequence_size > 1 else ""
+    others = f", and {plain} takes {times[plain]}" if layout != plain else ""
+    why = f" The GPUs' link is {link.name} ({link.source})." if link is not None else ""
+    return (
+        f"'auto' takes the layout {layout} (TP size x {of_three}batch groups): {times[layout]} a "
+        f"step{others}, for latents of {latents}.{why}"
     )
 
 
@@ -308,29 +374,6 @@ def native_workload_of(family: Family, sizes: Sizes) -> Workload:
     """The same of a model without a file."""
     shape = sizes.geometry.latent_shape(*family.extents[0])
     return Workload((1, *shape), family.text_tokens)
-
-
-def _predicted_ms(
-    info: CheckpointInfo,
-    workload: Workload,
-    device: Device,
-    link: Link,
-    precision: Precision,
-    layout: Layout,
-    streamed: int,
-) -> float:
-    return predict(
-        info.sizes,
-        workload.latent_shape,
-        workload.text_tokens,
-        layout.tp_size,
-        layout.batch_groups,
-        device,
-        link,
-        sequence_size=layout.sequence_size,
-        precision=precision,
-        streamed=streamed,
-    ).ms
 
 
 def link_between(gpus: Sequence[int], links: LinkRecords) -> Link:

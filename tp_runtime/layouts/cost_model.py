@@ -1,6 +1,6 @@
 """Predicts how long one evaluation of a model takes, before anything runs. Needs no GPU.
 
-    predict(info.sizes, latent_shape=(2, 16, 128, 128), text_tokens=512, tp_size=2).ms
+    predict(info.sizes, Workload((2, 16, 128, 128), text_tokens=512), Layout(2)).ms
 
 ``docs/scaling.md`` says where the formulae and constants come from, and how far off they are.
 """
@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from ..config import EXCHANGE_TURNS, Layout, Precision, exchange_turns
 from ..models.family import Sizes
 from ..sharding.block_costs import AttentionCosts, BlockCosts
+from .step_history import Workload
 
 BYTES = 2  # of an element: activations and weights in bf16
 CODED = (1 + 2 / 32) / BYTES  # of these, in 8 bits with their scales (``gpu/block_codes``)
@@ -228,34 +229,33 @@ def layouts(sizes: Sizes, num_gpus: int, *, shares_tokens: bool = False) -> list
 
 def predict(
     sizes: Sizes,
-    latent_shape: Sequence[int],
-    text_tokens: int,
-    tp_size: int,
-    batch_groups: int = 1,
+    workload: Workload,
+    layout: Layout,
     device: Device = DEVICES["H200"],
     link: Link = LINKS["nvlink"],
+    *,
     references: Sequence[Sequence[int]] = (),
-    sequence_size: int = 1,
     precision: Precision = "exact",
     streamed: float = 0,
 ) -> Prediction:
-    """One evaluation on ``tp_size`` x ``sequence_size`` x ``batch_groups`` GPUs.
+    """One evaluation of ``workload`` on GPUs that are alike.
 
-    ``sizes``: of a ``CheckpointInfo``. ``latent_shape`` (B, ..., H, W): the forward batch, which is
-    dealt out to the groups; the fullest sets the time. ``references``: shapes of reference latents.
-    ``precision``: what links carry, but NVLink. ``streamed``: bytes of weights that each GPU reads
-    from the host's memory (``room``). Does not check that the model can be split so.
+    ``sizes``: of a ``CheckpointInfo``. The workload's batch is dealt out to the batch groups; the
+    fullest sets the time. ``references``: shapes of reference latents. ``precision``: what links
+    carry, but NVLink. ``streamed``: bytes of weights that each GPU reads from the host's memory
+    (``room``). Does not check that the model can be split so.
     """
-    link = link.among(tp_size * sequence_size * batch_groups)
+    tp_size, sequence_size = layout.tp_size, layout.sequence_size
+    link, text_tokens = link.among(layout.num_gpus), workload.text_tokens
     geometry = sizes.geometry
     image, *others = (
-        geometry.image_tokens(tuple(shape[1:])) for shape in (latent_shape, *references)
+        geometry.image_tokens(tuple(shape[1:])) for shape in (workload.latent_shape, *references)
     )
     if geometry.references_once:
         text_tokens += sum(others)
     else:
         image += sum(others)
-    batch = -(-latent_shape[0] // batch_groups)
+    batch = -(-workload.batch // layout.batch_groups)
     blocks = sizes.table.block_costs(geometry.padded(text_tokens), geometry.padded(image))
     total = Prediction(fixed=1e3 * REQUEST_S)
     for block in blocks:

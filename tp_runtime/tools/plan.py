@@ -22,6 +22,7 @@ from ..layouts.cost_model import (
 from ..layouts.gpus import Gpu, best_first, devices_of, gpus_of
 from ..layouts.link_records import LinkRecords
 from ..layouts.room import bytes_beside, streamed_bytes
+from ..layouts.step_history import Workload
 from ..models import families
 from ..models.family import Family, Sizes
 from ..recognise import CheckpointInfo, inspect_checkpoint
@@ -172,6 +173,7 @@ def _predict(options: argparse.Namespace) -> None:
         links = (usual_link(device, peers=device.nvlink) for device in devices)
         link = min(links, key=lambda one: one.rate)
     shape = options.batch, *sizes.geometry.latent_shape(*extent)
+    workload = Workload(shape, options.text)
     print(
         f"{family.label}, {_said(family, extent)}, batch {options.batch}, {options.text} text "
         f"tokens, bf16. Predicted ms per evaluation on {options.tp} GPUs:"
@@ -195,7 +197,6 @@ def _predict(options: argparse.Namespace) -> None:
         )
     print(" ".join(f"{title:>11}" for title in ("layout", "ms", *parts)))
     for layout, limit in limits.items():
-        gpus, shared = (layout.tp_size, layout.batch_groups), layout.sequence_size
         try:
             streamed = streamed_bytes(family.label, sizes, layout.tp_size, weight_bytes, limit)
         except SizeError as error:
@@ -203,8 +204,11 @@ def _predict(options: argparse.Namespace) -> None:
             continue
         each = [
             predict(
-                *(sizes, shape, options.text, *gpus, device, link),
-                sequence_size=shared,
+                sizes,
+                workload,
+                layout,
+                device,
+                link,
                 precision=options.precision,
                 streamed=streamed,
             )
