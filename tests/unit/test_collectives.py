@@ -63,7 +63,7 @@ def test_where_nccl_may_not_use_peers_nobody_does(links, monkeypatch: pytest.Mon
     [(0, 4, [10, 11]), (1, 4, [10, 11]), (2, 4, [12, 13]), (3, 4, [12, 13]), (1, 2, [10, 11])],
 )
 def test_a_batch_group_asks_for_its_own_gpus(links, gpu: int, visible: int, asked) -> None:
-    """Where the ranks see those of all batch groups, and where (on Ray) only their own."""
+    """Where the ranks see those of all batch groups, and where they see their own only."""
     found = links(2, gpu % 2, gpu, visible)
     assert collectives.nvlink() is True
     assert collectives.peer_access() is True
@@ -106,3 +106,23 @@ def test_what_is_not_connected(links) -> None:
 def test_one_gpu_needs_no_link(links) -> None:
     links(1, 0, 3, 4, nvlink=False, peers=False)
     assert (collectives.nvlink(), collectives.peer_access()) == (True, True)
+
+
+def test_nvlink_is_asked_of_the_gpus_themselves(links, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA counts the fastest GPU first, NVML by the bus: visible GPU 0 is NVML's 1 here."""
+    found, under_way = links(2, 0, 0, 2), []
+    bus = ["GPU-slow", "GPU-fast", "GPU-medium"]
+    fake = SimpleNamespace(
+        NVMLError=collectives.pynvml.NVMLError,
+        nvmlInit=lambda: under_way.append(1),
+        nvmlShutdown=under_way.pop,
+        nvmlDeviceGetHandleByUUID=lambda uuid: ("handle", uuid),
+        nvmlDeviceGetIndex=lambda handle: bus.index(handle[1]),
+    )
+    monkeypatch.setattr(collectives, "pynvml", fake)
+    names = ["fast", "medium"]
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda gpu: SimpleNamespace(uuid=names[gpu])
+    )
+    assert collectives.nvlink() is True
+    assert (found.asked, under_way) == ([1, 2], [])

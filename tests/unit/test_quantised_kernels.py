@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from tp_runtime.gpu import quantised_products
 from tp_runtime.gpu.quantised_products import by_int_mm, first_right
 
 CPU = torch.device("cpu")
@@ -65,3 +66,11 @@ def test_what_is_no_refusal_is_raised() -> None:
 
     with pytest.raises(TypeError):
         first_right((broken,), torch.int8, CPU)
+
+
+def test_no_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a short caption, some of the ranks that share it have none."""
+    monkeypatch.setattr(quantised_products, "_kernel", lambda *_: pytest.fail("it was called"))
+    weight, scale = torch.zeros(48, 32, dtype=torch.int8), torch.ones(48)
+    found = quantised_products.product(torch.empty(1, 0, 32), weight, scale, torch.ones(48))
+    assert found.shape == (1, 0, 48)

@@ -1,8 +1,9 @@
 """Layers that are streamed: which they are, and what they compute with in whatever order."""
 
+import contextlib
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import pytest
@@ -204,6 +205,28 @@ def test_layers_are_read_ahead_once_their_order_is_known(
     events.clear()
     stream.passes(evaluation(layers, [0, 1]))(x=x, kind="another")
     assert events == ["use"] * 2
+
+
+def test_layers_lie_where_any_kernel_can_read_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products in int8 and fp8 want 16 bytes, and a layer may end with four for each row."""
+    layers = [Layer(rows) for rows in (3, 5, 1, 7, 9, 2, 11)]
+    stream, x = stream_of([layer.double() for layer in layers]), torch.randn(3, WIDTH).double()
+    places, place_of = [], _Pass.place_of
+
+    @contextlib.contextmanager
+    def using(self: _Pass, layer: StreamedLayer) -> Iterator[torch.Tensor]:
+        with place_of(self, layer) as place:
+            places.append(place.data_ptr())
+            yield place
+
+    monkeypatch.setattr(_Pass, "place_of", using)
+    evaluate = stream.passes(evaluation(layers, list(range(len(layers)))))
+    for _ in range(2):  # the second time they lie one behind another
+        places.clear()
+        evaluate(x=x)
+        offsets = [place - min(places) for place in places]
+        assert not [offset for offset in offsets if offset % 256]
+    assert len(set(offsets)) > 3
 
 
 def test_parameters_are_the_hosts_meanwhile(layers: list[Layer]) -> None:

@@ -3,20 +3,24 @@
 import contextlib
 import functools
 import hashlib
+import logging
 import math
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from vllm.distributed import parallel_state
 from vllm.platforms import current_platform
+from vllm.third_party import pynvml
 
 from ..config import EXCHANGE_TURNS, exchange_turns, may_access_peers, ranks_on_one_gpu
 from . import host_wire
 from .epilogue import Product
 from .speeds import least_seconds
+
+logger = logging.getLogger("tp_runtime.gpu.collectives")
 
 LINK_SIZES = 2**16, 2**25  # bytes: what takes hardly longer than nothing, and a step's tokens
 LINK_REPEATS, LINK_ROUNDS = 8, 3  # the first round also sets up what they need
@@ -199,8 +203,23 @@ def _nvlink(gpus: range | None) -> bool:
         return False
     if len(gpus) == 1:
         return True
-    physical = [current_platform.device_id_to_physical_device_id(gpu) for gpu in gpus]
-    return _peer_access(gpus) and current_platform.is_fully_connected(physical)
+    return _peer_access(gpus) and current_platform.is_fully_connected(_numbers_of_nvml(gpus))
+
+
+def _numbers_of_nvml(gpus: Iterable[int]) -> list[int]:
+    """How NVML counts GPUs: by their place on the bus. CUDA counts the fastest first, unless it is
+    told otherwise, and vLLM goes by its numbers.
+    """
+    try:
+        pynvml.nvmlInit()
+        try:
+            uuids = [f"GPU-{torch.cuda.get_device_properties(gpu).uuid}" for gpu in gpus]
+            return [pynvml.nvmlDeviceGetIndex(pynvml.nvmlDeviceGetHandleByUUID(u)) for u in uuids]
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError as error:  # a part of a GPU (MIG) has a name of its own
+        logger.info("NVML does not find the GPUs by their UUIDs (%s): by their numbers.", error)
+        return [current_platform.device_id_to_physical_device_id(gpu) for gpu in gpus]
 
 
 def link_times(device: torch.device) -> dict[str, list[float]]:

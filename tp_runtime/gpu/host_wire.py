@@ -10,10 +10,11 @@ That rank's GPU waits for this, copies the chunk, and frees it. Streams do all o
 graph can record it: a replay finds all chunks free, wherever in the rings it begins.
 
 Two ranks never wait for each other for ever, in whichever order a GPU works through what does not
-depend on one another: a rank takes chunk N only after it gave its own chunk N, and to give that, it
-needs no more than that the others took their chunks of before.
+depend on one another: a rank takes chunk N only after it gave its own chunk N, and gives that only
+after it took chunk N - ``RING``. What it waits for then, the others can give or take.
 """
 
+import collections
 import contextlib
 import itertools
 import logging
@@ -57,6 +58,9 @@ class HostWire:
         # Of each pair of ranks, how many chunks the one has given to the other.
         self._num_given = dict.fromkeys(pairs, 0)
         self._giving, self._taking = (torch.cuda.Stream(device) for _ in range(2))
+        # Of the exchanges under way: how many there are, and when the latest chunks were taken.
+        self._num_under_way = 0
+        self._taken: collections.deque[torch.cuda.Event] = collections.deque(maxlen=RING)
 
     def close(self) -> None:
         """Have the system use the memory for something else; when nothing is under way."""
@@ -78,7 +82,10 @@ class HostWire:
         others = [(self._rank + step) % self._size for step in range(1, self._size)]
         given = [_in_chunks(parts[other], len(others)) for other in others]
         taken = [_in_chunks(received[other], len(others)) for other in others]
+        self._num_under_way += 1
         for index in range(max(map(len, (*given, *taken)))):
+            if len(self._taken) == RING:
+                self._giving.wait_event(self._taken[0])
             with torch.cuda.stream(self._giving):
                 for other, chunks in zip(others, given, strict=True):
                     if index < len(chunks):
@@ -88,6 +95,7 @@ class HostWire:
                 for other, chunks in zip(others, taken, strict=True):
                     if index < len(chunks):
                         self._move(chunks[index], other, gives=False)
+            self._taken.append(self._taking.record_event())
         ends = [stream.record_event() for stream in (self._giving, self._taking)]
         received[self._rank].copy_(parts[self._rank])
 
@@ -96,6 +104,9 @@ class HostWire:
                 torch.cuda.current_stream(self._device).wait_event(end)
             for chunks in (given, taken):  # until now other streams use their memory
                 chunks.clear()
+            self._num_under_way -= 1
+            if not self._num_under_way:  # and a recording knows no event from before it
+                self._taken.clear()
 
         return wait
 

@@ -116,6 +116,8 @@ def product(
 
     Only what ``can_multiply``. ``rotation``: the weight's columns are rotated in groups of so many.
     """
+    if not x.numel():  # a rank may have none of a stream's tokens; CUTLASS divides by their number
+        return x.new_empty(*x.shape[:-1], len(weight))
     kernel = _kernel(weight.dtype, x.device)
     assert kernel is not None
     rows, x_scale = quantised_rows(rotated(x.flatten(0, -2), rotation), weight.dtype)

@@ -83,10 +83,12 @@ class HostMemory:
         return self._memory.nbytes
 
     def spanned(self, first: str, last: str) -> torch.Tensor:
-        """The bytes from one tensor's beginning to the end of that one, or of a later one."""
+        """The bytes from one tensor's beginning to where the next after that one, or after a later
+        one, may begin: copies of such pieces, one behind another, are aligned as well.
+        """
         base, end = self._memory.data_ptr(), self.tensors[last]
         start = self.tensors[first].data_ptr() - base
-        return self._memory[start : end.data_ptr() - base + end.nbytes]
+        return self._memory[start : aligned(end.data_ptr() - base + end.nbytes)]
 
     def close(self) -> None:
         """Give the memory back; the tensors must not be used any more."""

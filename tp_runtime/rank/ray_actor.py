@@ -42,7 +42,7 @@ class RankActor:
     def run(self, order: Run, gpus: list[str], num_local_ranks: int, shares_host: bool) -> None:
         """Be a rank until the engine has no more use for it.
 
-        ``gpus``: of its tensor-parallel group, on this host. ``shares_host``: with the engine.
+        ``gpus``: of all ranks on this host, in their order. ``shares_host``: with the engine.
         """
         self._set_environment(order, gpus)
         exchange_fd = _attach(*order.exchange) if shares_host else None

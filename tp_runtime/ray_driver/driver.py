@@ -166,10 +166,8 @@ class Driver:
         on_node = Counter(seat.node for seat in seats)
         running = {}
         for index, (seat, actor) in enumerate(ranks):
-            first = index - index % order.worker.tp_size
-            tp_group = seats[first : first + order.worker.tp_size]
-            # If these are fewer than the ranks of the group, it knows that it spans hosts.
-            gpus = [gpu for other in tp_group if other.node == seat.node for gpu in other.gpus]
+            # Of all ranks of its host, in their order: so it knows with whom it can share memory.
+            gpus = [gpu for other in seats if other.node == seat.node for gpu in other.gpus]
             of_rank = msgspec.structs.replace(
                 order.worker,
                 rank=index,
