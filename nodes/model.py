@@ -1,5 +1,7 @@
 """Makes MODELs that compute on a process group: from a file, or from another such MODEL."""
 
+from collections import OrderedDict
+
 import comfy.model_management
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -10,6 +12,8 @@ from .patcher import TPModelPatcher
 from .placement import Placement
 from .proxy import RemoteDiffusionModel
 from .skeleton import build_skeleton, compute_dtype
+
+KEPT_GROUPS = 2  # of those that samplers have chosen instead of a loader's
 
 # State that a patcher's clones share because they share its model.
 _MODEL_STATE = ("model", "backup", "backup_buffers", "object_patches_backup", "pinned")
@@ -40,7 +44,7 @@ def load_model(
     remote = get_runtime().model(spec, group)
     model.diffusion_model = RemoteDiffusionModel(model.diffusion_model, remote)
     model.tp_placement = placement
-    model.tp_on_other_groups = {}
+    model.tp_on_other_groups = OrderedDict()
     patcher = TPModelPatcher(
         model,
         load_device=comfy.model_management.get_torch_device(),
@@ -59,11 +63,12 @@ def on_group(patcher: TPModelPatcher, group: GroupConfig) -> TPModelPatcher:
     """The same MODEL, patches and options included, to run on another group.
 
     The model that is made for a group lives as long as the one that it is made from, so that a
-    graph which runs again finds its weights loaded.
+    graph which runs again finds its weights loaded. Of several groups, those of the last
+    `KEPT_GROUPS`: a group that no MODEL uses ends before the next one starts.
     """
     if group == patcher.remote.group_config:
         return patcher
-    others: dict[GroupConfig, TPModelPatcher] = patcher.model.tp_on_other_groups
+    others: OrderedDict[GroupConfig, TPModelPatcher] = patcher.model.tp_on_other_groups
     if group not in others:
         spec, model = patcher.remote.spec, patcher.model
         others[group] = load_model(
@@ -75,6 +80,9 @@ def on_group(patcher: TPModelPatcher, group: GroupConfig) -> TPModelPatcher:
             spec.fp8_products,
         )
     root = others[group]
+    others.move_to_end(group)
+    while len(others) > KEPT_GROUPS:
+        others.popitem(last=False)
     clone = patcher.clone()
     for name in _MODEL_STATE:
         if hasattr(root, name):

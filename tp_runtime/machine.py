@@ -92,11 +92,16 @@ def _groups(controller: str) -> Iterator[tuple[Path, int]]:
             folder = folder.parent
 
 
+def _lines(name: str) -> list[str]:
+    """Of a file of this process's; a path may be no UTF-8. Raises OSError."""
+    return (_PROC / name).read_text(errors="surrogateescape").splitlines()
+
+
 def _paths() -> dict[str, str]:
     """Controller → this process's group; "" stands for version 2."""
     found: dict[str, str] = {}
     with contextlib.suppress(OSError):
-        for line in (_PROC / "cgroup").read_text().splitlines():
+        for line in _lines("cgroup"):
             _, controllers, path = line.split(":", 2)
             found |= dict.fromkeys(controllers.split(","), path)
     return found
@@ -105,7 +110,7 @@ def _paths() -> dict[str, str]:
 def _mounts() -> Iterator[tuple[str, Path, str, list[str]]]:
     """Of each mounted tree of control groups: its root, folder, kind and options."""
     try:
-        lines = (_PROC / "mountinfo").read_text().splitlines()
+        lines = _lines("mountinfo")
     except OSError:
         return
     for line in lines:

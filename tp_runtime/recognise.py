@@ -56,6 +56,15 @@ class CheckpointInfo:
     def num_parameters(self) -> int:
         return sum(info.num_elements for info in self.tensors.values())
 
+    def held_itemsize(self, itemsize: int | None = None) -> int:
+        """Bytes of a number as ranks hold the weights that are not quantised, if they are told
+        ``itemsize``; None: if they are not told. Beside quantised ones, none is held in fp8.
+        """
+        if itemsize is None or (self.quantised and itemsize == 1):
+            is_fp8 = any(tensor.dtype.startswith("F8") for tensor in self.tensors.values())
+            return 1 if is_fp8 and not self.quantised else 2
+        return itemsize
+
     def weight_bytes(self, itemsize: int) -> int:
         """Bytes of the weights in a dtype of ``itemsize`` bytes; quantised ones stay so."""
         plain = self.tensors.keys() - self.quantised.keys()

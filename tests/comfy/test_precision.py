@@ -53,6 +53,21 @@ def test_a_sampler_with_a_count_of_its_own_keeps_it(
     assert (other.remote.spec.precision, other.remote.group_config.num_ranks) == ("fast", 2)
 
 
+@pytest.mark.usefixtures("file_of_loader")
+def test_groups_that_a_sampler_has_left_have_no_user(
+    loader: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for the last ones, which a graph with several samplers comes back to."""
+    (model,) = loader.TPLoadDiffusionModel.execute(unet_name="x", gpu_count="1").result
+    with pack_module("nodes.sampler") as sampler:
+        monkeypatch.setattr(sampler.TPSampler, "hidden", SimpleNamespace(unique_id="8"))
+        for count in ("2", "3", "4", "3"):
+            other = sampler.TPSampler._on_group(model, count)
+    kept = [group.num_ranks for group in other.model.tp_on_other_groups]
+    assert kept == []
+    assert [group.num_ranks for group in model.model.tp_on_other_groups] == [4, 3]
+
+
 def test_times_of_both_are_kept_apart(tmp_path: Path) -> None:
     """`auto` goes by those of the precision that is asked for."""
     records, workload = StepRecords(tmp_path / "steps.json"), Workload((1, 16, 16, 16), 5)

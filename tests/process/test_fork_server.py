@@ -227,6 +227,9 @@ def test_a_package_that_needs_what_is_left_out_gets_it(
 
 def test_preparing_leaves_errors_to_the_start() -> None:
     nowhere = "/nowhere/python"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TP_RUNTIME_LOG_LEVEL", "loud")
+        prepare_start(nowhere)
     prepare_start(nowhere)
     with pytest.raises(GroupStartError, match=nowhere):
         Engine(cpu_group(1, python=nowhere)).start()

@@ -64,6 +64,18 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     return found
 
 
+@pytest.fixture
+def anonymous() -> Callable[[int], int]:
+    """Bytes of memory that are a process's own."""
+
+    def of(pid: int) -> int:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        (line,) = [line for line in lines if line.startswith("Anonymous:")]
+        return 1024 * int(line.split()[1])
+
+    return of
+
+
 def the_group(runtime: Runtime) -> GroupReport:
     (report,) = runtime.groups()
     return report
@@ -135,6 +147,26 @@ def test_what_a_page_asks_of_a_group(runtime: Runtime, models: list[RemoteModel]
     assert runtime.groups() == []
     with pytest.raises(InputError, match="no group 'other'"):
         runtime.sleep("other")
+
+
+def test_what_is_unloaded_is_freed(
+    runtime: Runtime, tmp_path: Path, anonymous: Callable[[int], int]
+) -> None:
+    """At once: a rank that has nothing to do collects no garbage."""
+    large = {"num_heads": 16, "ffn_dim": 4096, "num_layers": 6}
+    file = write_tiny("z_image", tmp_path / "large.safetensors", **large)
+    model = runtime.model(ModelSpec.of(str(file), "float32", "float32"), cpu_group(1))
+    model._group.start()
+    (rank,) = runtime.reports()[0].ranks
+    before = anonymous(rank["pid"])
+    model.ensure_loaded()
+    model.evaluate(make_inputs())
+    taken = anonymous(rank["pid"]) - before
+    assert taken > 0.8 * file.stat().st_size
+    engine = model._group.engine
+    assert engine is not None
+    engine.unload(model.name)
+    assert anonymous(rank["pid"]) - before < 0.5 * taken
 
 
 def test_a_model_makes_room_for_another(

@@ -25,7 +25,7 @@ from tp_runtime.layouts.cost_model import (
     nccl_s,
 )
 from tp_runtime.layouts.gpus import Gpu, best_first, by_architecture, devices_of
-from tp_runtime.layouts.link_records import PASSES, LinkRates, LinkRecords, Speed
+from tp_runtime.layouts.link_records import FILE, PASSES, LinkRates, LinkRecords, Speed
 from tp_runtime.sharding.block_costs import AttentionCosts
 from tp_runtime.sharding.plan import Split
 
@@ -298,6 +298,16 @@ def test_what_has_no_link_of_this_machine(path: Path, config: GroupConfig) -> No
     engine = Engine(config)
     measure(engine, LinkRecords(path))
     assert engine.num_calls == 0
+
+
+def test_what_cannot_be_written_is_not_tried_again_either(tmp_path: Path) -> None:
+    nowhere = tmp_path / "file"
+    nowhere.write_bytes(b"")
+    links = LinkRecords(nowhere / FILE)
+    links.begin(iter(GPUS))
+    assert links.is_known(iter(GPUS))
+    links.forget(iter(GPUS))
+    assert not links.is_known(GPUS)
 
 
 def test_what_ended_a_group_is_not_tried_again(path: Path) -> None:

@@ -70,6 +70,15 @@ def test_version_2(tree: Tree) -> None:
     assert machine.cores() == 3
 
 
+def test_a_mount_whose_name_is_no_utf8(tree: Tree) -> None:
+    tree.is_of("cgroup2", "/box")
+    tree.has("box", memory__max=f"{8 * GIB}\n", memory__current=f"{6 * GIB}\n")
+    mounts = tree.proc / "mountinfo"
+    before = mounts.read_bytes()
+    mounts.write_bytes(b"30 1 8:1 / /media/M\xfcll rw - ext4 /dev/sdb1 rw\n" + before)
+    assert machine.memory().total == 8 * GIB
+
+
 def test_version_1(tree: Tree) -> None:
     tree.is_of("cgroup", "/box")
     tree.has("box", memory__limit_in_bytes=f"{8 * GIB}\n", memory__usage_in_bytes=f"{6 * GIB}\n")

@@ -3,6 +3,7 @@
 import re
 import socket
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -50,6 +51,19 @@ def test_it_is_made(tmp_path: Path, own: OwnPython, requirements: Path) -> None:
     assert Path(prefix.strip()) == tmp_path / "home" / "python"
     # ComfyUI's next start finds it.
     assert OwnPython(tmp_path / "home" / "python", [requirements]).progress().state == "ready"
+
+
+def test_it_needs_no_folder_for_temporary_files(
+    tmp_path: Path, requirements: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither does ComfyUI's start, which looks whether there is one."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    requirements.write_text("")
+    own = OwnPython(tmp_path / "home" / "python", [requirements])
+    assert own.progress().state == "absent"
+    own.make()
+    wait_until(lambda: own.progress().line != "" or ended(own), within_s=60)
+    own.cancel()
 
 
 def test_what_pip_says_is_the_error(

@@ -14,6 +14,7 @@ from tp_runtime.layouts.step_history import (
     USUAL_STEPS,
     StepRecords,
     Workload,
+    times_of,
 )
 
 MODEL, GPU = "/models/a.safetensors", "NVIDIA H200"
@@ -48,6 +49,22 @@ def test_models_devices_and_shapes_are_told_apart(path: Path) -> None:
     assert records.times(MODEL, GPU, SINGLE) == {}
     assert records.times(MODEL, "cpu", CFG) == {}
     assert records.usual_workload("/models/b.safetensors", GPU) is None
+
+
+def test_times_of_weights_in_8_bits_and_of_a_limit_are_kept_apart(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert times_of("GPU", "exact") == times_of("GPU", "exact", 4) == "GPU"
+    names = [times_of("GPU", "exact"), times_of("GPU", "exact", 1), times_of("GPU", "fast", 1)]
+    monkeypatch.setenv("TP_RUNTIME_GPU_MEMORY", "7.5")
+    names += [times_of("GPU", "exact"), times_of("GPU", "exact", 1)]
+    assert len({*names}) == 5
+    assert names[-1] == "GPU, weights in 8 bits, 7.5 GiB of them a GPU"
+    records = StepRecords(path)
+    for name in names[:2]:
+        for _ in range(MIN_TIMES):
+            records.add(MODEL, name, CFG, Layout(2), 10.0 * len(name))
+    assert records.times(MODEL, names[1], CFG) == {Layout(2): 10.0 * len(names[1])}
 
 
 def test_a_few_steps_say_nothing(path: Path) -> None:

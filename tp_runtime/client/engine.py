@@ -337,6 +337,10 @@ class Engine:
         patch = functools.partial(self._sender.patch, model=model, weights=weights)
         self.call(patch, poll=poll, on_sent=on_sent)
 
+    def bytes_not_held(self, weights: Mapping[str, PatchedWeight]) -> int:
+        """Bytes of the factors that ``patch`` would send."""
+        return sum(factor.nbytes for part in self._sender.not_held(weights) for factor in part)
+
     def load_patch(
         self,
         model: str,

@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, BinaryIO, Any, Literal
 
 from ..config import PACKAGE, home
 from ..errors import InputError
@@ -91,8 +91,7 @@ class OwnPython:
         self._began = 0.0
         self._free_before = 0
         self._error = ""
-        # For appending, since it is read while it is written to.
-        self._log = tempfile.TemporaryFile("a+b")  # noqa: SIM115  (open as long as this object)
+        self._log: BinaryIO | None = None  # of the last commands
         atexit.register(self.cancel)
 
     @property
@@ -120,7 +119,7 @@ class OwnPython:
             state: State = "making" if making else "failed" if error else "absent"
             if not making and (self._folder / _COMPLETE).exists():
                 state, error = "ready", ""
-            lines = tail_of(self._log).splitlines() if making else []
+            lines = tail_of(self._log).splitlines() if making and self._log else []
             free = _free_bytes(self._folder)
             return Progress(
                 state,
@@ -159,7 +158,8 @@ class OwnPython:
                 )
             self._cancelled, self._error, self._began = False, "", time.monotonic()
             self._free_before = free
-            self._log.truncate(0)
+            # For appending, since it is read while it is written to.
+            self._log = tempfile.TemporaryFile("a+b", dir=self._folder.parent)  # noqa: SIM115
             self._thread = threading.Thread(
                 target=self._run, args=(lock,), name="tp-runtime-own-python", daemon=True
             )
@@ -193,6 +193,7 @@ class OwnPython:
             if self._cancelled:
                 return "It was cancelled."
             try:
+                assert self._log is not None
                 self._log.write(f"$ {shlex.join(command)}\n".encode())
                 self._log.flush()
                 process = self._process = subprocess.Popen(
@@ -215,7 +216,7 @@ class OwnPython:
         if status == 0:
             return ""
         ended = f"`{shlex.join(command)}` {how_ended(status)}."
-        return f"{ended} Its output ends:\n{tail_of(self._log)}"
+        return f"{ended} Its output ends:\n{tail_of(self._log) if self._log else ''}"
 
 
 def _locked_beside(folder: Path) -> IO[bytes]:

@@ -224,9 +224,11 @@ class RemoteModel:
 
     def _record_step(self, workload: Workload, ms: float) -> None:
         config = self.group_config
-        if config.where == "ray":  # what is known is known of this machine
+        # What is known is known of this machine; and "off" is for finding faults, not for work.
+        if config.where == "ray" or self.spec.optimize == "off":
             return
-        times = times_of(device_names(config.devices), self.spec.precision)
+        itemsize = self.info.held_itemsize(dtype_of(self.spec.weight_dtype).itemsize)
+        times = times_of(device_names(config.devices), self.spec.precision, itemsize)
         self._records.add(self.spec.path, times, workload, config.layout, ms)
 
     def _result_shapes(self, inputs: Inputs) -> tuple[tuple[int, ...], ...]:

@@ -63,17 +63,23 @@ class _Resident:
     """A model that the ranks hold.
 
     ``rank_bytes``: of its shards on each rank's device; None while it is being loaded, and if the
-    caller gave up waiting for that. ``streamed_bytes``: those that are with the host. ``version``:
+    caller gave up waiting for that: then ``planned`` are those of each. ``streamed_bytes``: those
+    that are with the host. ``version``:
     of the patches that it has; ``_UNKNOWN`` while it gets others, and if the caller gave up waiting
     for them, or the ranks refused them. ``backed_up``: the weights that patches have changed, which
     the ranks keep as they were before, until there are no patches.
     """
 
+    planned: int
     rank_bytes: list[int] | None = None
     streamed_bytes: list[int] | None = None
     asleep: bool = False
     version: Hashable = None
     backed_up: set[str] = field(default_factory=set)
+
+    def on_device(self, rank: int) -> int:
+        """Bytes of its shard, which take room on the rank's device or with its host."""
+        return self.planned if self.rank_bytes is None else self.rank_bytes[rank]
 
 
 class Residency:
@@ -156,9 +162,10 @@ class Residency:
         resident = models.get(model.name)
         if resident is None or resident.rank_bytes is None:
             self.unload_unused(poll)
-            self._make_room(together, model.planned_bytes(), poll)
-            self._make_room_on_host(model, together, poll)
-            resident = models.setdefault(model.name, _Resident())
+            if resident is None or not self._is_held(model.name, poll):
+                self._make_room(together, model.planned_bytes(), poll)
+                self._make_room_on_host(model, together, poll)
+            resident = models.setdefault(model.name, _Resident(model.planned_bytes()))
             try:
                 held = model.load(self.engine, poll, on_progress)
             except (CheckpointError, SizeError):
@@ -177,8 +184,8 @@ class Residency:
         resident = self._models.get(name)
         if resident is None or resident.asleep:
             return
-        parts = (resident.rank_bytes or [])[: self.engine.config.parts_on_host]
-        if not self._host_has_room(sum(parts), together, poll):
+        needed = sum(map(resident.on_device, range(self.engine.config.parts_on_host)))
+        if not self._host_has_room(needed, together, poll):
             self._unload(name, poll)
             return
 
@@ -198,7 +205,8 @@ class Residency:
         together: Collection[str] = (),
     ) -> None:
         if resident.asleep:
-            self._make_room({name, *together}, max(resident.rank_bytes or [0]), poll)
+            ranks = range(self.engine.config.num_ranks)
+            self._make_room({name, *together}, max(map(resident.on_device, ranks)), poll)
 
             def on_sent() -> None:
                 resident.asleep = False
@@ -220,6 +228,10 @@ class Residency:
             resident.version = version
             if not model.patches:
                 resident.backed_up.clear()
+
+    def _is_held(self, name: str, poll: Poll | None) -> bool:
+        """Whether the ranks have loaded a model whose load the caller gave up waiting for."""
+        return all(name in value["models"] for value in self.engine.call(Report, poll=poll))
 
     def _unload(self, name: str, poll: Poll | None) -> None:
         self.engine.unload(name, poll, on_sent=lambda: self._models.pop(name, None))
@@ -290,24 +302,23 @@ class Residency:
     def _make_room_for_backup(
         self, model: Holdable, resident: _Resident, together: Collection[str], poll: Poll | None
     ) -> None:
-        """Have the host's memory take the weights that patches change, as they are before.
-
-        Not on Ray, where nobody knows the memory of the hosts. Raises SizeError.
+        """Have the host's memory take the weights that patches change, as they are before, and what
+        patches consist of, which each rank has for itself. Raises SizeError.
         """
         config = self.engine.config
-        if config.where == "ray":
-            return
         added = model.bytes_of(model.patches.keys() - resident.backed_up)
-        needed = added * config.parts_on_host // config.tp_size
+        weights = added * config.parts_on_host // config.tp_size
+        needed = weights + self.engine.bytes_not_held(model.patches) * config.num_ranks
         if not needed or self._host_has_room(needed, together, poll):
             return
         memory = machine.memory()
         if memory.available < needed:  # less of it may be left free than models that sleep leave
             raise SizeError(
-                f"The LoRA or other patch of {model.label} changes weights of "
-                f"{needed / _GIB:.2f} GiB. The host's memory keeps them as they were, and has "
-                f"{memory.available / _GIB:.2f} GiB left. Close what takes the memory, use a "
-                "quantised file, or a file into which the LoRA is merged."
+                f"The LoRA or other patch of {model.label} takes {needed / _GIB:.2f} GiB of the "
+                f"host's memory: the weights that it changes, as they were ({weights / _GIB:.2f} "
+                f"GiB), and itself in each of {config.num_ranks} processes. "
+                f"{memory.available / _GIB:.2f} GiB are left. Close what takes the memory, use "
+                "fewer GPUs or a quantised file, or a file into which the LoRA is merged."
             )
 
     def _make_room_on_host(
@@ -334,6 +345,8 @@ class Residency:
         """
         if self._on_cpu:
             return True  # the weights are in the host's memory already
+        if self.engine.config.where == "ray":
+            return True  # nobody knows the memory of the hosts
         reserve = host_reserve() * machine.memory().total
         models = self._models.items()
         for other in [n for n, resident in models if resident.asleep and n not in together]:

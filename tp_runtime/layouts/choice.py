@@ -102,6 +102,7 @@ class _Machine:
     speeds: Mapping[str, Speed]
     link: Link | None
     precision: Precision
+    itemsize: int  # of the weights, as ``CheckpointInfo.held_itemsize``
 
     def taken(self, layout: Layout) -> Sequence[Gpu]:
         """The GPUs that a layout takes."""
@@ -110,7 +111,7 @@ class _Machine:
     def times_name(self, layout: Layout) -> str:
         """The name by which its times are kept."""
         names = device_names(gpu.number for gpu in self.taken(layout))
-        return times_of(names, self.precision)
+        return times_of(names, self.precision, self.itemsize)
 
     def predicted_ms(
         self, sizes: Sizes, workload: Workload, layout: Layout, streamed: int
@@ -182,7 +183,8 @@ def choose_layout(
     CPU, where nothing is predicted. Where they are not connected by NVLink, what is predicted to be
     the fastest for what the model is made for takes the default's place. Of GPUs that are not
     alike, a layout takes the fastest, or the largest of those as fast. ``precision``: what links
-    carry; only times with the same count. ``weight_itemsize``: see ``held_weight_bytes``.
+    carry. ``weight_itemsize``: bytes of a number of the weights; None: as ranks hold the file if
+    they are not told. Only times with the same two count.
 
     A layout that streams weights must be faster by more than ``MIN_GAIN`` than the best that does
     not. Its GPUs are full of weights: where another layout fits, it is left out if what a step on
@@ -191,14 +193,15 @@ def choose_layout(
     """
     first, native, speeds = layouts[0], native_workload(info), links.speeds()
     link = link_between(gpus, links) if gpus else None
-    machine = _Machine(best_first(gpus_of(gpus), speeds), speeds, link, precision)
+    itemsize = info.held_itemsize(weight_itemsize)
+    machine = _Machine(best_first(gpus_of(gpus), speeds), speeds, link, precision, itemsize)
     usual = records.usual_workload(info.path, *dict.fromkeys(map(machine.times_name, layouts)))
     if len(layouts) == 1 or not (usual or gpus):
         return machine.choice(first)
     workload = usual or native
     rooms: dict[Layout, Room] = {}
     if gpus:  # on which nothing else is
-        weight_bytes = held_weight_bytes(info, weight_itemsize)
+        weight_bytes = info.weight_bytes(itemsize)
         rooms = {
             one: Room.on(machine.taken(one), info.sizes, weight_bytes, one, native)
             for one in layouts
@@ -396,14 +399,3 @@ def likely_link(gpus: Sequence[int]) -> Link:
     )
     of_each = [usual_link(gpu.kind, peers=peers) for gpu in gpus_of(gpus)]
     return min(of_each, key=lambda link: link.rate)
-
-
-def held_weight_bytes(info: CheckpointInfo, itemsize: int | None = None) -> int:
-    """Bytes of a file's weights as ranks hold them, those that are not quantised in numbers of
-    ``itemsize`` bytes; None: as they do if they are not told otherwise. What is quantised stays so,
-    and then the rest is not held in fp8.
-    """
-    if itemsize is None or (info.quantised and itemsize == 1):
-        is_fp8 = any(tensor.dtype.startswith("F8") for tensor in info.tensors.values())
-        itemsize = 1 if is_fp8 and not info.quantised else 2
-    return info.weight_bytes(itemsize)

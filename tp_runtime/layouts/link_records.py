@@ -125,6 +125,7 @@ class LinkRecords:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._begun: set[str] = set()  # by this process: also where nothing can be written
 
     @classmethod
     def of_home(cls) -> "LinkRecords":
@@ -136,7 +137,8 @@ class LinkRecords:
 
         That is not tried again: it would end every group of these GPUs.
         """
-        return _key(gpus) in self._read()
+        key = _key(gpus)
+        return key in self._begun or key in self._read()
 
     def between(self, gpus: Iterable[str]) -> LinkRates | None:
         """Of these GPUs, or else of the most of them that were measured together."""
@@ -156,6 +158,8 @@ class LinkRecords:
 
     def begin(self, gpus: Iterable[str]) -> None:
         """These are about to be measured."""
+        gpus = tuple(gpus)
+        self._begun.add(_key(gpus))
         self._write(gpus, None)
 
     def add(self, gpus: Iterable[str], rates: LinkRates, speeds: Sequence[Speed] = ()) -> None:
@@ -169,8 +173,9 @@ class LinkRecords:
 
     def forget(self, gpus: Iterable[str]) -> None:
         """These are to be measured the next time."""
-        book = self._read()
-        book.pop(_key(gpus), None)
+        key, book = _key(gpus), self._read()
+        self._begun.discard(key)
+        book.pop(key, None)
         write_book(self._path, book)
 
     def _write(

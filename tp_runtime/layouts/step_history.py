@@ -11,7 +11,7 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
-from ..config import Layout, Precision
+from ..config import Layout, Precision, gpu_memory
 from .book import read_book, write_book
 
 KEPT_TIMES = 16  # the latest ones, of which the shortest counts: first steps compile and record
@@ -43,9 +43,16 @@ class Workload(msgspec.Struct, frozen=True):
         return self.latent_shape[0]
 
 
-def times_of(device: str, precision: Precision) -> str:
-    """The name by which times of a device are kept: sums in 8 bits have others."""
-    return device if precision == "exact" else f"{device}, {precision}"
+def times_of(device: str, precision: Precision, itemsize: int = 2) -> str:
+    """The name by which times of a device are kept: sums in 8 bits have others, and so have weights
+    of one byte (``itemsize``, of those that are not quantised), or where less of them may lie on a
+    GPU.
+    """
+    held = "weights in 8 bits" if itemsize == 1 else ""
+    limit = gpu_memory()
+    limited = f"{limit / 2**30:g} GiB of them a GPU" if limit else ""
+    name = device if precision == "exact" else f"{device}, {precision}"
+    return ", ".join(filter(None, (name, held, limited)))
 
 
 class _OfModel(msgspec.Struct):

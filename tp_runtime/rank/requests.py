@@ -1,6 +1,7 @@
 """Carries out requests on one rank: loads shards, holds constant tensors, evaluates."""
 
 import ctypes
+import gc
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -178,6 +179,7 @@ class Runner:
         if shard is not None:
             shard.close()
         del shard
+        gc.collect()  # a model holds itself: its forward has what was recorded of it
         self._free_cache()
 
     def _free_cache(self) -> None:

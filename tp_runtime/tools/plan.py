@@ -9,7 +9,7 @@ import torch
 
 from ..config import PRECISIONS, fitting_weights, gpu_memory, quantised_products
 from ..errors import InputError, SizeError
-from ..layouts.choice import held_weight_bytes, link_between, native_workload_of
+from ..layouts.choice import link_between, native_workload_of
 from ..layouts.cost_model import (
     DEVICES,
     LINKS,
@@ -155,7 +155,7 @@ def _predict(options: argparse.Namespace) -> None:
     if options.file is not None:
         info = inspect_checkpoint(options.file)
         family, sizes = info.family, info.sizes
-        weight_bytes = held_weight_bytes(info)
+        weight_bytes = info.weight_bytes(info.held_itemsize())
     else:
         family = families()[options.model]
         sizes = family.published

@@ -23,7 +23,7 @@ from ...config import (
     log_level,
     ranks_on_one_gpu,
 )
-from ...errors import GroupStartError
+from ...errors import GroupStartError, TPRuntimeError
 from ...wire.exchange import Exchange
 from ...wire.transport import Channel, wait
 from .. import failures
@@ -200,7 +200,7 @@ def prepare_start(python: str, *, keep: bool = False) -> None:
     ``keep``: that process stays until this one ends. Returns at once and raises nothing: the start
     of a group says what is wrong.
     """
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, TPRuntimeError):
         fork_server(python, _server_environment(), keep=keep)
 
 
