@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, BinaryIO, Any, Literal
+from typing import IO, Any, BinaryIO, Literal
 
 from ..config import PACKAGE, home
 from ..errors import InputError
