@@ -111,7 +111,7 @@ def cases(
     found = {}
     try:
         remote = runtime.model(
-            ModelSpec.of(str(path), "bfloat16", "bfloat16", "off"), GroupConfig.local(1)
+            ModelSpec.of(str(path), "bfloat16", "bfloat16", "off"), GroupConfig.of_layout(Layout(1))
         )
         remote.ensure_loaded()
         for extent in args.sides or Extent.usual(family_named(model))[:1]:
@@ -134,7 +134,7 @@ def _with_noise(
     runtime = Runtime()
     try:
         exact = runtime.model(
-            ModelSpec.of(str(path), "float32", "float32", "off"), GroupConfig.local(1)
+            ModelSpec.of(str(path), "float32", "float32", "off"), GroupConfig.of_layout(Layout(1))
         )
         exact.ensure_loaded()
         return {

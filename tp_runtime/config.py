@@ -369,13 +369,6 @@ class GroupConfig:
         return Layout(self.tp_size, self.batch_groups, self.sequence_size)
 
     @classmethod
-    def local(
-        cls, tp_size: int, devices: tuple[int, ...] | None = None, batch_groups: int = 1
-    ) -> "GroupConfig":
-        """The same as ``of_layout``, without sharing tokens."""
-        return cls.of_layout(Layout(tp_size, batch_groups), devices)
-
-    @classmethod
     def of_layout(cls, layout: Layout, devices: tuple[int, ...] | None = None) -> "GroupConfig":
         """A group on this machine: on its first GPUs, or on CPU where it has none.
 
@@ -469,6 +462,8 @@ class ModelSpec(msgspec.Struct, frozen=True):
         return cls(path, *dtypes, version, optimize, fp8_products, precision)
 
 
+# Inputs that differ at every evaluation; all others are constant over a generation as a rule.
+PER_EVALUATION_INPUTS = ("x", "timesteps", "a_timestep", "latest_times", "control")
 # The input of an evaluation that lists the model patches called in it, in their order: of each the
 # ``name`` that the ranks hold it by, its ``strength`` and settings, and ``hint``: what its family's
 # forward takes of its picture.

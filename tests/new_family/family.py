@@ -77,4 +77,6 @@ FAMILY = Family(
     diffusers_class="ExampleTransformer3DModel",
     published=SMALL,
     small=SMALL,
+    text_tokens=32,
+    extents=((128, 128, 17),),
 )

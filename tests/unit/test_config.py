@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tp_runtime import config
-from tp_runtime.config import GroupConfig, ModelSpec
+from tp_runtime.config import GroupConfig, Layout, ModelSpec
 from tp_runtime.errors import DeviceError, TPRuntimeError
 
 
@@ -63,7 +63,7 @@ def test_attention(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """No kernel that was chosen by its speed; a kernel that somebody names is no such one."""
     see_gpus(monkeypatch, 0)
-    group = GroupConfig.local(1)
+    group = GroupConfig.of_layout(Layout(1))
     assert group.attention == "auto"
     steady = dataclasses.replace(group, reproducible=True)
     assert steady != group
@@ -91,23 +91,23 @@ def test_the_environment_decides_what_is_reproducible(
 def test_sizes_have_a_range(monkeypatch: pytest.MonkeyPatch, tp_size: int) -> None:
     see_gpus(monkeypatch, 0)
     with pytest.raises(DeviceError, match=f"A TP size of {tp_size}: choose 1 to 8"):
-        GroupConfig.local(tp_size)
+        GroupConfig.of_layout(Layout(tp_size))
 
 
 def test_without_gpus_the_ranks_are_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     see_gpus(monkeypatch, 0)
-    group = GroupConfig.local(3)
+    group = GroupConfig.of_layout(Layout(3))
     assert (group.tp_size, group.device, group.devices) == (3, "cpu", ())
     with pytest.raises(DeviceError, match="no CUDA GPU is visible"):
-        GroupConfig.local(2, (0, 1))
+        GroupConfig.of_layout(Layout(2), (0, 1))
 
 
 def test_a_group_has_its_tp_size_times_its_batch_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     see_gpus(monkeypatch, 4)
-    group = GroupConfig.local(2, batch_groups=2)
+    group = GroupConfig.of_layout(Layout(2, 2))
     assert (group.num_ranks, group.devices) == (4, (0, 1, 2, 3))
     with pytest.raises(DeviceError, match=r"6 GPUs .* were asked for, but this machine shows 4"):
-        GroupConfig.local(2, batch_groups=3)
+        GroupConfig.of_layout(Layout(2, 3))
     with pytest.raises(DeviceError, match="4 ranks need as many different GPUs"):
         GroupConfig(2, "cuda", (0, 1), batch_groups=2)
     with pytest.raises(DeviceError, match="A group of 0 ranks"):
@@ -116,8 +116,8 @@ def test_a_group_has_its_tp_size_times_its_batch_groups(monkeypatch: pytest.Monk
 
 def test_the_first_gpus_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     see_gpus(monkeypatch, 4)
-    assert GroupConfig.local(2).devices == (0, 1)
-    assert GroupConfig.local(2, (3, 1)).devices == (3, 1)
+    assert GroupConfig.of_layout(Layout(2)).devices == (0, 1)
+    assert GroupConfig.of_layout(Layout(2), (3, 1)).devices == (3, 1)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_gpus_that_are_not_there(
 ) -> None:
     see_gpus(monkeypatch, 2)
     with pytest.raises(DeviceError, match=r"shows 2 \(0 to 1\). Choose at most 2, or 'auto'"):
-        GroupConfig.local(tp_size, devices)
+        GroupConfig.of_layout(Layout(tp_size), devices)
 
 
 @pytest.mark.parametrize("devices", [(), (0,), (0, 0), (0, 1, 2), (0, 0, 1)], ids=str)

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import msgspec
 import torch
 
-from ..config import GroupConfig, ModelSpec, device_names
+from ..config import PER_EVALUATION_INPUTS, GroupConfig, ModelSpec, device_names
 from ..layouts.choice import native_workload
 from ..layouts.room import bytes_beside
 from ..layouts.step_history import StepRecords, Workload, times_of
 from ..recognise import CheckpointInfo
 from ..wire.exchange import dtype_of
-from ..wire.protocol import PER_EVALUATION_INPUTS, Load, PatchedWeight
+from ..wire.protocol import Load, PatchedWeight
 from .background import in_background
 from .batch_split import Inputs, Latents, divide_all, tensors_in
 from .call import OnProgress

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import msgspec
 import torch
 
-from ..config import MODEL_PATCHES
+from ..config import MODEL_PATCHES, PER_EVALUATION_INPUTS
 from ..wire.exchange import Exchange, TensorPlaces, dtype_name
 from ..wire.protocol import (
-    PER_EVALUATION_INPUTS,
     Evaluate,
     Evaluation,
     FillModelPatch,

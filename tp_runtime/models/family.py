@@ -411,57 +411,52 @@ def _fields(sizes: type[Sizes]) -> "tuple[Field[Any], ...]":
 
 @dataclass(frozen=True)
 class Family:
-    """A family of models that can be split.
+    """A family of models that can be split."""
 
-    ``name``: in settings and records; ``label``: for people, and ``models`` those that are known to
-    be of it. ``signature``: tensors that together only files of the family have. ``variants``: what
-    only a variant has which cannot be split yet → what the variant is called: a tensor of its file,
-    ``setting=value`` of its metadata, or a setting of its config.json that is true. ``newer``:
-    tensors, or ``setting=value`` of the metadata, that older releases of ComfyUI do not know → the
-    variant that has them, and a release that does. ``used_with``: an input of the model → the
-    attribute that ComfyUI's class has in the releases that use it. ``connects``: the method of
-    ComfyUI's class that makes captions ready (``Sizes.connected``). ``refused_inputs``: what
-    ComfyUI's class takes and the forward here does not, by its name there → what it is.
-    ``left_to_ranks``: methods of ComfyUI's class that prepare an input for its forward, which the
-    forward here does. ``overflows_in_fp16``: ComfyUI's class clips what is too large for fp16 in
-    more places than the forward here, so a file in fp16 is computed with in another dtype, unless a
-    person asks for that one. ``numbers``: keys of transformer_options that are numbers → the
-    attribute of ComfyUI's class that stands for it. ``shares_tokens``: the forward here evaluates a
-    rank's stretch of the tokens (``token_shares``). ``model_patches``: those that the forward here
-    takes (``ModelPatch``). ``widens``: the weight that a LoRA may make wider: ComfyUI's class gives
-    the model as many channels as it then takes. ``style_patches``: ComfyUI's class of what a node
-    puts into a model, to have tokens before the text (``STYLE_TOKENS``) → that of the small model
-    that makes them. ``comfyui_class``: of ComfyUI's supported_models, where ComfyUI finds only the
-    published sizes. ``published`` and ``small``: sizes of the released model, and of one with its
-    structure for tests; ``variant``: of a released one with layers that it has not.
-    ``text_tokens``: of a usual caption, and ``extents``: width, height and frames of what is
-    usually made.
-    """
-
-    name: str
-    label: str
-    models: tuple[str, ...]
+    # --- what it is ---
+    name: str  # in settings and records
+    label: str  # for people
+    models: tuple[str, ...]  # those that are known to be of it
     sizes: type[Sizes]
-    signature: tuple[str, ...]
+    signature: tuple[str, ...]  # tensors that together only files of the family have
     diffusers_class: str
-    published: Sizes
-    small: Sizes
-    variant: Sizes | None = None
+    published: Sizes  # of the released model, and
+    small: Sizes  # of one with its structure, for tests
+    variant: Sizes | None = None  # of a released one with layers that ``published`` has not
+    # --- what is refused by name ---
+    # What only a variant has which cannot be split yet → what the variant is called. A tensor of
+    # its file, ``setting=value`` of its metadata, or a setting of its config.json that is true.
     variants: Mapping[str, str] = field(default_factory=dict)
+    # Tensors, or ``setting=value`` of the metadata, that older releases of ComfyUI do not know →
+    # the variant that has them, and a release that does.
     newer: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    used_with: Mapping[str, str] = field(default_factory=dict)
-    comfyui_class: str | None = None
-    text_tokens: int = 64
-    extents: tuple[tuple[int, int, int], ...] = ((1024, 1024, 1), (2048, 2048, 1))
+    # What ComfyUI's class takes and the forward here does not, by its name there → what it is.
     refused_inputs: Mapping[str, str] = field(default_factory=dict)
-    left_to_ranks: tuple[str, ...] = ()
-    overflows_in_fp16: bool = False
-    numbers: Mapping[str, str] = field(default_factory=dict)
+    # --- ComfyUI's class ---
+    comfyui_class: str | None = None  # in supported_models, where the sizes do not tell ComfyUI
+    # An input of the model → the attribute that the class has in the releases that use it.
+    used_with: Mapping[str, str] = field(default_factory=dict)
+    # Its method that makes captions ready (``Sizes.connected``).
     connects: str | None = None
-    shares_tokens: bool = False
-    model_patches: "tuple[type[ModelPatch], ...]" = ()
+    # Its methods that prepare an input for its forward, which the forward here does.
+    left_to_ranks: tuple[str, ...] = ()
+    # It clips what is too large for fp16 in more places than the forward here. So a file in fp16 is
+    # computed with in another dtype, unless a person asks for that one.
+    overflows_in_fp16: bool = False
+    # Keys of transformer_options that are numbers → the attribute that stands for it.
+    numbers: Mapping[str, str] = field(default_factory=dict)
+    # The weight that a LoRA may make wider: the model then takes as many channels more.
     widens: str | None = None
+    # The class of what a node puts into a model, to have tokens before the text (``STYLE_TOKENS``)
+    # → that of the small model that makes them.
     style_patches: Mapping[str, str] = field(default_factory=dict)
+    # --- what the forward here can ---
+    shares_tokens: bool = False  # it evaluates a rank's stretch of the tokens (``token_shares``)
+    model_patches: "tuple[type[ModelPatch], ...]" = ()
+    # --- what ``auto`` and predictions begin with ---
+    text_tokens: int = 64  # of a usual caption
+    # Width, height and frames of what is usually made; the first is what the model is made for.
+    extents: tuple[tuple[int, int, int], ...] = ((1024, 1024, 1), (2048, 2048, 1))
 
     def model_patch(self, comfyui_model: str) -> "type[ModelPatch]":
         """The model patch whose small model is of that class of ComfyUI. Raises KeyError."""

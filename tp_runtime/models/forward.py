@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..config import MODEL_PATCHES
+from ..config import MODEL_PATCHES, PER_EVALUATION_INPUTS
 from ..errors import InputError
 from ..fault_points import reach
 from ..gpu.epilogue import Epilogue, Product
@@ -20,8 +20,6 @@ from .layers import residual_norm
 from .token_shares import SequenceGroup, TokenShares
 
 MEMO_BYTES = 4 * 2**30
-# What a generation's evaluations differ in, beside the latent.
-_PER_EVALUATION = ("a_timestep", "latest_times", "control")
 
 Conditioning = dict[str, Any]  # tensors, lists of them, and plain data that changes the result
 Prediction = torch.Tensor | list[torch.Tensor]  # as ``x`` is
@@ -283,7 +281,8 @@ class ShardedForward:
         if "timesteps" not in inputs:
             return self.connect(inputs["x"])
         x, timesteps = inputs["x"], inputs.pop("timesteps")
-        per_evaluation = {name: inputs.pop(name) for name in _PER_EVALUATION if name in inputs}
+        others = [name for name in PER_EVALUATION_INPUTS if name != "x" and name in inputs]
+        per_evaluation = {name: inputs.pop(name) for name in others}
         latents = [x] if isinstance(x, torch.Tensor) else x
         key = (key, *((tuple(latent.shape), latent.dtype) for latent in latents))
         conditioning = self.memo.get(key, lambda: self._conditioned(inputs))

@@ -126,7 +126,15 @@ def load_model(
     if file_version(spec.path) != spec.version:
         raise RuntimeError(f"The model file {spec.path} was changed while it was read.")
     weights = PatchedWeights(
-        *(model, stored, parts_of, rank, tp_size, collectives.gather, device, part_memory, in_host)
+        model,
+        stored,
+        parts_of,
+        rank,
+        tp_size,
+        collectives.gather,
+        device,
+        part_memory=part_memory,
+        in_host=in_host,
     )
     reduction = None
     if fast:
@@ -157,8 +165,15 @@ def load_model(
         return Memo(limit_bytes, largest_of_batch_group)
 
     return LoadedModel(
-        *(forward, weights, device, new_run, new_memo),
-        *(bytes_read, streamed, precision, part_memory),
+        forward,
+        weights,
+        device,
+        new_run,
+        new_memo,
+        bytes_read,
+        streamed=streamed,
+        precision=precision,
+        part_memory=part_memory,
     )
 
 

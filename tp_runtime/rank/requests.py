@@ -11,7 +11,7 @@ import msgspec
 import torch
 from torch import nn
 
-from ..config import MODEL_PATCHES, WorkerConfig
+from ..config import MODEL_PATCHES, PER_EVALUATION_INPUTS, WorkerConfig
 from ..errors import InputError
 from ..fault_points import reach
 from ..gpu import collectives
@@ -19,7 +19,6 @@ from ..gpu.speeds import host_times, speed_times
 from ..wire import stream_wait
 from ..wire.exchange import Exchange
 from ..wire.protocol import (
-    PER_EVALUATION_INPUTS,
     Evaluate,
     FillModelPatch,
     Hold,

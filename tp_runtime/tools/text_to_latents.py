@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..client.runtime import Runtime
-from ..config import GroupConfig, ModelSpec
+from ..config import GroupConfig, Layout, ModelSpec
 from ..errors import InputError
 from .cli import check_counts, check_size
 
@@ -60,7 +60,7 @@ def _sample(
     runtime = Runtime()
     try:
         started = time.perf_counter()
-        model = runtime.model(spec, GroupConfig.local(tp_size))
+        model = runtime.model(spec, GroupConfig.of_layout(Layout(tp_size)))
         geometry, (width, height) = model.info.sizes.geometry, options.size
         check_size(width, height, geometry.downscale)
         model.ensure_loaded()

@@ -15,8 +15,6 @@ from ..errors import ProtocolError
 VERSION = 13
 MAX_FRAME_BYTES = 16 * 2**20  # a frame holds no tensor data, only references to it: but a Piece
 PIECE_BYTES = 2**20  # at most, of a Piece
-# Inputs that differ at every evaluation; all others are constant over a generation as a rule.
-PER_EVALUATION_INPUTS = frozenset({"x", "timesteps", "a_timestep", "latest_times", "control"})
 _TENSOR_EXT = 1
 
 
