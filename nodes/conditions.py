@@ -19,6 +19,7 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP, get_all_wrappers
 from ..tp_runtime.client import RemoteModel, Workload, ahead, meanwhile
 from .known_conditions import Conditions, has_code_of_nodes, known_conditions
 from .moved_conditions import moved_conditions
+from .proxy import sampled
 from .together import Meeting
 
 KEY = "tensor_parallel"
@@ -42,12 +43,16 @@ def calc_cond_batch(
     """
     wrappers = get_all_wrappers(WrappersMP.CALC_COND_BATCH, model_options, is_model_options=True)
     remote = remote_of(model)
-    # More wrappers: another node leaves steps out, or keeps account of conditions.
-    if remote is None or len(wrappers) > 1:
+    if remote is None:
         return executor(model, conds, x_in, timestep, model_options)
+    # More wrappers: another node leaves steps out, or keeps account of conditions.
+    if len(wrappers) > 1:
+        with sampled(remote):
+            return executor(model, conds, x_in, timestep, model_options)
     there = moved_conditions(conds, x_in.device)
     workload = functools.partial(_workload, model, conds, x_in)
-    with remote.step(workload), known_conditions(remote, there, model_options):
+    known = known_conditions(remote, there, model_options)
+    with sampled(remote), remote.step(workload), known:
         return _evaluated(remote, executor, model, there, x_in, timestep, model_options)
 
 

@@ -100,7 +100,9 @@ def _on_ray(layout: Layout, on_gpus: bool, warn: Callable[[str], None]) -> Group
 
 
 def refused_counts(path: str | None, placement: Placement) -> dict[str, Any]:
-    """The counts that do not work there, each with why; `path` None: for any model.
+    """The counts that do not work there, each with why, and the reasons, each with its counts.
+
+    `path` None: for any model.
 
     Raises:
         CheckpointError: the file cannot be used, or not by this ComfyUI: what a loader would raise.
@@ -110,18 +112,42 @@ def refused_counts(path: str | None, placement: Placement) -> dict[str, Any]:
     if info is not None and (refusal := _refusal_of_comfyui(info.path, file_version(info.path))):
         raise CheckpointError(refusal)
     gpus, shown_by = _gpus_for(placement)
-    refused = {}
+    refused: dict[str, str] = {}
+    why: dict[str, list[int]] = {}
     for count in range(1, MAX_GPU_COUNT + 1):
-        try:
-            if placement.layout in EXPLICIT:  # it is too large for any count, or for none
-                of_layout = Layout.parse(placement.layout).num_gpus
-                _check_enough(of_layout, gpus, shown_by, placement.layout)
-            if info is not None:
-                possible_layouts(placement.layout, count, info, count)
-            _check_enough(count, gpus, shown_by, AUTO)
-        except (SizeError, DeviceError, ValueError) as error:
-            refused[str(count)] = str(error)
-    return {"num_gpus": len(gpus), "refused": refused}
+        if found := _why_not(count, info, placement.layout, gpus, shown_by):
+            refused[str(count)], of_several = found
+            why.setdefault(of_several, []).append(count)
+    return {
+        "num_gpus": len(gpus),
+        "refused": refused,
+        "why": [{"counts": counts, "reason": reason} for reason, counts in why.items()],
+    }
+
+
+def _why_not(
+    count: int, info: CheckpointInfo | None, layout: str, gpus: tuple[int, ...], shown_by: str
+) -> tuple[str, str] | None:
+    """Why a count does not work: in full, and so that it holds for others, too. None: it does."""
+    of_layout = Layout.parse(layout).num_gpus if layout in EXPLICIT else None
+    try:
+        if of_layout is not None:  # it is too large for any count, or for none
+            _check_enough(of_layout, gpus, shown_by, layout)
+        if info is not None:
+            possible_layouts(layout, count, info, count)
+        _check_enough(count, gpus, shown_by, AUTO)
+    except SizeError as error:
+        assert info is not None
+        of_several = f"{info.label} would need too much padding."
+        return str(error), of_several if of_layout is None else str(error)
+    except DeviceError as error:
+        shown = ", ".join(map(str, gpus))
+        num_gpus = "1 GPU" if len(gpus) == 1 else f"{len(gpus)} GPUs"
+        of_several = f"{shown_by[0].upper()}{shown_by[1:]} {num_gpus} ({shown})."
+        return str(error), of_several if of_layout is None else str(error)
+    except ValueError as error:
+        return str(error), f"The layout {layout} takes {of_layout} GPUs."
+    return None
 
 
 @functools.lru_cache(_KEPT)
@@ -155,9 +181,9 @@ def _gpus_for(placement: Placement, poll: Poll | None = None) -> tuple[tuple[int
 
 def _usable_gpus(devices: str) -> tuple[tuple[int, ...], str]:
     """The GPUs of `devices`, else of the settings, else all; and who says that there are these."""
-    for name, text in (("devices", devices), ("the setting 'GPUs to use'", devices_setting())):
+    for name, text in (("devices", devices), ("The setting 'GPUs to use'", devices_setting())):
         if text.strip():
-            return _listed_gpus(name, text), f"{name} lists"
+            return _listed_gpus(name, text), f"{name[0].lower()}{name[1:]} lists"
     return tuple(range(visible_gpu_count())), "this machine shows"
 
 

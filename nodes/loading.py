@@ -4,6 +4,7 @@ from typing import Any
 
 import comfy.model_management as management
 import torch
+from comfy.cli_args import PerformanceFeature, args
 from comfy_api.latest import io
 
 from ..tp_runtime.client import (
@@ -204,6 +205,7 @@ def load(
             f"as {min(info.extra)}. They are left out."
         )
     dtype, fp8_products = _DTYPES[weight_dtype]
+    fp8_products |= PerformanceFeature.Fp8MatrixMultiplication in args.fast
     group = choose_group(
         placement, info, warnings, management.throw_exception_if_processing_interrupted, dtype
     )

@@ -5,12 +5,13 @@ from collections import OrderedDict
 import comfy.model_management
 import torch
 from comfy.patcher_extension import WrappersMP
+from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
 from ..tp_runtime.client import GroupConfig, ModelSpec, checkpoint_info, get_runtime
 from .conditions import KEY, calc_cond_batch, outer_sample
 from .patcher import TPModelPatcher
 from .placement import Placement
-from .proxy import RemoteDiffusionModel
+from .proxy import RemoteDiffusionModel, is_compiled
 from .skeleton import build_skeleton, compute_dtype
 
 KEPT_GROUPS = 2  # of those that samplers have chosen instead of a loader's
@@ -65,6 +66,9 @@ def on_group(patcher: TPModelPatcher, group: GroupConfig) -> TPModelPatcher:
     The model that is made for a group lives as long as the one that it is made from, so that a
     graph which runs again finds its weights loaded. Of several groups, those of the last
     `KEPT_GROUPS`: a group that no MODEL uses ends before the next one starts.
+
+    Raises:
+        UnsupportedFeatureError: a node has changed the inside of the native model.
     """
     if group == patcher.remote.group_config:
         return patcher
@@ -79,6 +83,7 @@ def on_group(patcher: TPModelPatcher, group: GroupConfig) -> TPModelPatcher:
             spec.optimize,
             spec.fp8_products,
         )
+    patcher.check_code()
     root = others[group]
     others.move_to_end(group)
     while len(others) > KEPT_GROUPS:
@@ -87,6 +92,10 @@ def on_group(patcher: TPModelPatcher, group: GroupConfig) -> TPModelPatcher:
     for name in _MODEL_STATE:
         if hasattr(root, name):
             setattr(clone, name, getattr(root, name))
+    # What these hold is the loader's model; and compiling it changes nothing.
+    clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILE_KEY)
+    for name in [name for name, value in clone.object_patches.items() if is_compiled(value)]:
+        del clone.object_patches[name]
     clone.is_injected = False
     clone.current_hooks = None
     clone.parent = root  # ComfyUI frees through the parent when the clone has gone

@@ -38,7 +38,7 @@ def warn_of_streaming(remote: RemoteModel, warn: Callable[[str], None]) -> None:
         held = remote.planned_bytes()
         warn(
             f"{remote.info.label} does not fit on its GPUs: of each one's part of the weights, "
-            f"{_gibibytes(held + streamed)}, about {_gibibytes(streamed)} stay in the host's "
+            f"{gibibytes(held + streamed)}, about {gibibytes(streamed)} stay in the host's "
             "memory and are read at every step, which is slower. More GPUs or a quantised file "
             "may hold all of it."
         )
@@ -54,7 +54,8 @@ def warn_of_rounding(remote: RemoteModel, warn: Callable[[str], None]) -> None:
         )
 
 
-def _gibibytes(size: int) -> str:
+def gibibytes(size: int) -> str:
+    """Bytes as the page shows them."""
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
 
 

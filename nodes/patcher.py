@@ -179,6 +179,14 @@ class TPModelPatcher(comfy.model_patcher.ModelPatcher):
     def _load_list(self, *_args: Any, **_kwargs: Any) -> list[Any]:
         return []
 
+    def check_code(self) -> None:
+        """Raises UnsupportedFeatureError for code of nodes that `load` would refuse."""
+        self.inject_model()
+        try:
+            self._check_code()
+        finally:
+            self.eject_model()
+
     def _check_code(self) -> None:
         """Raises UnsupportedFeatureError if a node has changed the inside of the native model.
 

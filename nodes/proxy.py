@@ -1,8 +1,10 @@
 """The weightless stand-in for a native diffusion model: its forward runs on the ranks."""
 
+import contextlib
+import contextvars
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import comfy.model_management
@@ -16,13 +18,23 @@ from .model_patches import ModelPatches
 from .native_code import NativeCode
 from .style_tokens import StyleTokens
 from .together import Meeting
-from .unsupported import code_in_model, gradients, other_compute_dtype, refused_input
+from .unsupported import (
+    code_in_model,
+    gradients,
+    model_of_other_group,
+    other_compute_dtype,
+    refused_input,
+)
 from .weights import patched_by_module
 
 # How reference images are placed where a caption does not say it: an attribute of native models (of
 # FLUX's `params`) that nodes may set (FluxKVCache).
 REFERENCE_METHOD = "default_ref_method"
 _OPTIONS = "transformer_options"
+# The model that a sampler's step evaluates.
+_sampled: contextvars.ContextVar[RemoteModel | None] = contextvars.ContextVar(
+    "sampled", default=None
+)
 
 
 class RemoteDiffusionModel(torch.nn.Module):
@@ -111,6 +123,10 @@ class RemoteDiffusionModel(torch.nn.Module):
                 raise code_in_model(name, vars(self)[name])
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        asked = _sampled.get()
+        own = self.remote
+        if asked is not None and asked.spec == own.spec and asked.group_id != own.group_id:
+            raise model_of_other_group(str(asked.group_config.num_ranks))
         self._check_methods()  # some nodes replace them during an evaluation
         bound = self.native_signature.bind(*args, **kwargs)
         holder = _holder_of_options(bound)
@@ -216,6 +232,16 @@ class _AsNative:
 def _unchanged(value: Any, *_args: Any, **_kwargs: Any) -> Any:
     """What the model would make of it here, the ranks make."""
     return value
+
+
+@contextlib.contextmanager
+def sampled(remote: RemoteModel) -> Iterator[None]:
+    """In the body, a step of a sampler evaluates that model."""
+    token = _sampled.set(remote)
+    try:
+        yield
+    finally:
+        _sampled.reset(token)
 
 
 def is_compiled(value: Any) -> bool:

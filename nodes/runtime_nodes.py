@@ -7,7 +7,7 @@ import comfy.model_management
 from comfy_api.latest import io, ui
 
 from ..tp_runtime.client import GroupReport, get_runtime
-from .notices import show_on_node
+from .notices import gibibytes, show_on_node
 from .schema import tp_schema
 
 _ANYTHING_TOOLTIP = (
@@ -37,7 +37,7 @@ class TPRuntimeInfo(io.ComfyNode):
                 "Reports the running process groups: the tensor-parallel size as every rank sees "
                 "it, devices, memory, the models held and the time of the last step."
             ),
-            search_aliases=["multi gpu", "gpu memory", "status"],
+            search_aliases=["tensor parallel", "multi gpu", "gpu memory", "status"],
             inputs=[io.AnyType.Input("anything", optional=True, tooltip=_ANYTHING_TOOLTIP)],
             outputs=[
                 io.AnyType.Output("passed", display_name="passed", tooltip="The input."),
@@ -73,7 +73,7 @@ class TPReleaseRuntime(io.ComfyNode):
                 "Ends the process groups and frees their GPU memory. The next sampler starts "
                 "them again."
             ),
-            search_aliases=["multi gpu", "free memory", "unload", "vram"],
+            search_aliases=["tensor parallel", "multi gpu", "free memory", "unload", "vram"],
             inputs=[io.AnyType.Input("anything", optional=True, tooltip=_ANYTHING_TOOLTIP)],
             outputs=[io.AnyType.Output("passed", display_name="passed", tooltip="The input.")],
             is_output_node=True,
@@ -102,9 +102,9 @@ def _summary(report: GroupReport) -> str:
     groups = f" in {report.batch_groups} batch groups" if report.batch_groups > 1 else ""
     lines = [f"{num_ranks} {kind}{plural}{groups}: {report.error or report.state}"]
     for name, model in report.models.items():
-        size = f"{max(model['bytes'] or [0]) / 2**30:.2f} GiB each"
+        size = f"{gibibytes(max(model['bytes'] or [0]))} each"
         streamed = max(model["streamed"] or [0])
-        more = f" + {streamed / 2**30:.2f} GiB in the host's memory" if streamed else ""
+        more = f" + {gibibytes(streamed)} in the host's memory" if streamed else ""
         asleep = ", asleep" if model["asleep"] else ""
         rounds = any(
             rank["models"].get(name, {}).get("precision") == "fast" for rank in report.ranks

@@ -6,9 +6,7 @@ weights. The model is the standard BaseModel of the running ComfyUI, so samplers
 LoRA key maps are its own; who computes with its weights gets an error (`absent.py`).
 """
 
-import contextlib
-import importlib.util
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 import comfy.model_detection
@@ -42,9 +40,9 @@ def build_skeleton(info: CheckpointInfo, dtype: torch.dtype | None) -> Any:
     state_dict = _state_dict(info)
     config = _model_config(info, state_dict)
     _set_dtypes(config, info, state_dict, dtype)
-    with _layers_with_weights():
-        model = config.get_model(state_dict, "", device="meta")
-        _assign_tensors(info, model, state_dict)
+    model = config.get_model(state_dict, "", device="meta")
+    _give_weights(model.diffusion_model)
+    _assign_tensors(info, model, state_dict)
     model.tp_outer_weights = OuterWeights(info)
     model.diffusion_model.references_move = moves_references(model.diffusion_model)
     make_absent(model.diffusion_model, model.tp_outer_weights)
@@ -53,24 +51,27 @@ def build_skeleton(info: CheckpointInfo, dtype: torch.dtype | None) -> Any:
     return model.eval()
 
 
-@contextlib.contextmanager
-def _layers_with_weights() -> Iterator[None]:
-    """In the body, ComfyUI's layers have weights from the start, if only on the meta device.
+def _give_weights(model: torch.nn.Module) -> None:
+    """Give layers that have none weights on the meta device, of their sizes.
 
     Since 0.33, with a GPU ("dynamic VRAM"), linear layers and embeddings have none until a file is
-    loaded into them (`disable_weight_init.Linear` in comfy/ops.py), and no shapes to compare.
+    loaded into them (`disable_weight_init` in comfy/ops.py), and no shapes to compare.
     """
-    if importlib.util.find_spec("comfy.memory_management") is None:
-        yield
-        return
-    import comfy.memory_management
+    for layer in model.modules():
+        if not isinstance(layer, torch.nn.Linear | torch.nn.Embedding) or layer.weight is not None:
+            continue
+        sizes = {"weight": _weight_shape(layer)}
+        if getattr(layer, "comfy_need_lazy_init_bias", False):
+            sizes["bias"] = sizes["weight"][:1]
+        for name, shape in sizes.items():
+            empty = torch.empty(shape, dtype=layer.weight_comfy_model_dtype, device="meta")
+            setattr(layer, name, torch.nn.Parameter(empty, requires_grad=False))
 
-    enabled = comfy.memory_management.aimdo_enabled
-    comfy.memory_management.aimdo_enabled = False
-    try:
-        yield
-    finally:
-        comfy.memory_management.aimdo_enabled = enabled
+
+def _weight_shape(layer: torch.nn.Linear | torch.nn.Embedding) -> tuple[int, int]:
+    if isinstance(layer, torch.nn.Linear):
+        return layer.out_features, layer.in_features
+    return layer.num_embeddings, layer.embedding_dim
 
 
 def compute_dtype(model: Any) -> torch.dtype:

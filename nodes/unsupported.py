@@ -48,6 +48,15 @@ def code_in_model(where: str, code: object) -> UnsupportedFeatureError:
     )
 
 
+def model_of_other_group(gpu_count: str) -> UnsupportedFeatureError:
+    """For code of a node that evaluates the loader's model where TP Sampler has chosen a group."""
+    return UnsupportedFeatureError(
+        f"TP Sampler has gpu_count {gpu_count}, but a node before it has put code around the model "
+        "that calls the one of the loader, on the loader's GPUs. Set TP Sampler's gpu_count to "
+        "'from model', and that number on the loader."
+    )
+
+
 def data_in_model(where: str, value: object) -> UnsupportedFeatureError:
     """For a number, a text or a tensor that a node has put at `where` in the native model."""
     shown = f"a {type(value).__name__}" if hasattr(value, "shape") else repr(value)

@@ -142,8 +142,8 @@ def note(text: str) -> Node:
 
 NOTE = """**{title}**
 
-*gpu_count* `auto` takes as many GPUs of this machine as the model can be split over. Choose a \
-number on the loader for all samplers, or on TP Sampler for one.
+*gpu_count* `auto` takes as many GPUs of this machine as the model can be split over, if more are \
+not slower. Choose another number on the loader{of_sampler}.
 
 Any stock sampler works with this model, too. The **Tensor Parallel** tab at the side shows the \
 GPUs' processes, their memory and the time of a step."""
@@ -402,7 +402,10 @@ _BUILD = """({nodes, gap}) => {
 
 def build(page: ComfyPage, title: str) -> dict[str, Any]:
     """The workflow in the page's format; it is open in the page afterwards."""
-    nodes = TEMPLATES[title]() | {"note": note(NOTE.format(title=title))}
+    nodes = TEMPLATES[title]()
+    has_ours = any(one.type == "TPSampler" for one in nodes.values())
+    of_sampler = ", or on TP Sampler for that one" if has_ours else ""
+    nodes["note"] = note(NOTE.format(title=title, of_sampler=of_sampler))
     specs = {key: {**vars(node), "x": COLUMNS[node.column]} for key, node in nodes.items()}
     page.page.evaluate(_BUILD, {"nodes": specs, "gap": GAP})
     page.page.wait_for_timeout(300)  # what the nodes ask the server for

@@ -75,9 +75,11 @@ async function offerCounts(place, isFirst) {
     answers.delete(query);
     answer = { refused: {}, error: error.message };
   }
-  if (asked[where] !== query || !node.graph) return; // a later question was answered sooner
+  // A later question was answered sooner, or is to be asked, as another layout was put in its place.
+  if (asked[where] !== query || !node.graph || (loader && questionOf(loader) !== query)) return;
   const { refused } = answer;
   const values = own.allCounts.filter((count) => !(count in refused));
+  if (loader && !answer.error && values.every((count) => !Number(count)) && leaveLayout(loader, refused)) return;
   if (isFirst) {
     offer(own, values, answer);
     showReasons(node, answer, values);
@@ -89,6 +91,18 @@ async function offerCounts(place, isFirst) {
   shown.value = nearest(values, before);
   toast("warn", text("countChanged", { node: node.title, before, after: shown.value }), refused[before]);
   app.canvas.setDirty(true, true);
+}
+
+/** Where no count works because of a loader's layout, set that to "auto"; whether it was. */
+function leaveLayout(loader, refused) {
+  const layout = decidingWidget(loader, "layout");
+  if (!layout || !/^\d/.test(layout.value)) return false;
+  const before = layout.value;
+  layout.value = "auto";
+  toast("warn", text("layoutChanged", { node: loader.node.title, before }), Object.values(refused)[0]);
+  app.canvas.setDirty(true, true);
+  later();
+  return true;
 }
 
 /** What to ask the server about a loader; null: nothing, since another node gives one of its inputs. */

@@ -124,6 +124,8 @@ app.registerExtension({
   nodeCreated(node) {
     followModel(node);
     prepareBadge(node);
+    // On the canvas a node is as wide as its inputs, and this one's report is not.
+    if (node.comfyClass === "TPRuntimeInfo") node.setSize([Math.max(node.size[0], 320), Math.max(node.size[1], 160)]);
   },
   refreshComboInNodes: forgetAnswers,
 });

@@ -23,14 +23,17 @@ export function addNote(node) {
 }
 
 /** Say which of the counts work, and why others do not. `answer` is the route's. */
-export function showReasons(node, { num_gpus, refused, error }, offered) {
+export function showReasons(node, { num_gpus, why = [], error }, offered) {
   const note = notes.get(node);
   if (!note) return;
   const numbers = offered.map(Number).filter(Number.isInteger);
-  if (error) note.reasons = [error];
-  else note.reasons = numbers.length ? [text("countsWork", { counts: ranges(numbers) })] : [];
-  for (const [counts, reason] of grouped(refused)) note.reasons.push(`${ranges(counts)}: ${reason}`);
-  if (num_gpus === 0) note.reasons.push(text("noGpu"));
+  const reasons = why.map(({ counts, reason }) => (numbers.length ? `${ranges(counts)}: ${reason}` : reason));
+  if (error) reasons.unshift(error);
+  else if (numbers.length) reasons.unshift(text("countsWork", { counts: ranges(numbers) }));
+  if (num_gpus === 0) reasons.push(text("noGpu"));
+  // What the last run failed with was another choice's, or is said of this one anyway.
+  if (String(reasons) !== String(note.reasons)) note.error = "";
+  note.reasons = reasons;
   show(note);
 }
 
@@ -61,24 +64,13 @@ export function showWarnings() {
 }
 
 function show({ element, reasons, warning, error }) {
-  const found = [error && `✖ ${error}`, warning && `⚠ ${warning}`].filter(Boolean);
+  const found = [error && !reasons.includes(error) && `✖ ${error}`, warning && `⚠ ${warning}`].filter(Boolean);
   const lines = [...found, ...reasons];
   element.replaceChildren(
     ...lines.map((line) => Object.assign(document.createElement("p"), { textContent: line })),
   );
   element.classList.toggle("tp-warning", found.length > 0);
   element.title = lines.join("\n");
-}
-
-/** Counts whose reasons differ in the number only, with the first one's reason. */
-function grouped(refused) {
-  const groups = new Map();
-  for (const [count, reason] of Object.entries(refused)) {
-    const kind = reason.replace(new RegExp(`\\b${count}\\b`, "g"), "#");
-    if (!groups.has(kind)) groups.set(kind, [[], reason]);
-    groups.get(kind)[0].push(Number(count));
-  }
-  return groups.values();
 }
 
 /** "1–3, 5". */

@@ -4,6 +4,7 @@ import { app } from "../../scripts/app.js";
 import { element } from "./elements.js";
 import { changeGroup, refreshGroups, request, showGroups, watchGroups } from "./groups.js";
 import { ownPython } from "./own_python.js";
+import { swapAll } from "./swap.js";
 import { gibibytes, layoutOf, milliseconds, ranksOf, sizeOf, text } from "./texts.js";
 import { showError } from "./toast.js";
 
@@ -17,8 +18,10 @@ export function openPanel(container) {
     ownPython(),
     groups,
     empty,
+    workflow(),
     doctor(),
   ]);
+  container.style.height = "100%"; // newer frontends give it none, and the panel would end before the page
   container.replaceChildren(panel);
   const cards = new Map();
   close = watchGroups((found) => {
@@ -88,7 +91,10 @@ function groupCard(id) {
     error.textContent = group.error ?? "";
     logTail.textContent = group.log_tail;
     log.hidden = !group.log_tail;
-    enable(buttons.sleep, Object.values(held).some(({ asleep }) => !asleep));
+    // A step of the prompt under way would wake them again.
+    const works = group.state === "busy";
+    enable(buttons.sleep, !works && Object.values(held).some(({ asleep }) => !asleep));
+    buttons.sleep.title = text(works ? "sleep.busy" : "sleep.tooltip");
     enable(buttons.wake, Object.values(held).some(({ asleep }) => asleep));
   }
 
@@ -117,7 +123,7 @@ function startProgress() {
     [ready, count] = [group.ready_ranks, numRanks];
     started.show(ready ? ready / count : undefined); // nobody knows how far the imports are
     if (before && !made.hidden) {
-      since = Date.now();
+      since = Date.now() - 1000 * group.starting_s;
       timer = setTimeout(show);
     }
   }
@@ -197,6 +203,20 @@ function emptyState() {
     element("p", { textContent: text("empty") }),
     element("p", { textContent: text("empty.what") }),
     templates,
+  ]);
+}
+
+/** For all of its loaders at once: commands are in no menu, and not every frontend lists them. */
+function workflow() {
+  const use = element("button", { textContent: text("swap") });
+  use.addEventListener("click", () => swapAll());
+  const leave = element("button", { textContent: text("swapBack.all") });
+  leave.addEventListener("click", () => swapAll(true));
+  return element("div", { className: "tp-workflow" }, [
+    element("h3", { textContent: text("workflow.title") }),
+    element("p", { textContent: text("workflow.what") }),
+    use,
+    leave,
   ]);
 }
 

@@ -191,7 +191,7 @@ def test_the_gpus_of_the_settings(
     refused = gpu_count.refused_counts(str(tiny_z_image), gpu_count.Placement())["refused"]
     assert refused.keys() == {"3", "4", "5", "6", "7", "8"}
     monkeypatch.setattr(gpu_count, "devices_setting", lambda: "all")
-    with pytest.raises(DeviceError, match=r"the setting 'GPUs to use' is 'all'"):
+    with pytest.raises(DeviceError, match=r"The setting 'GPUs to use' is 'all'"):
         on_machine(4, "auto")
 
 
@@ -605,7 +605,7 @@ def test_an_explicit_layout(
 
 
 def test_a_layout_that_does_not_fit(
-    gpu_count: ModuleType, choose: tuple[Choose, list[str]]
+    gpu_count: ModuleType, choose: tuple[Choose, list[str]], tiny_z_image: Path
 ) -> None:
     on_machine, _ = choose
     with pytest.raises(ValueError, match=r"layout=2x2 takes 4 GPUs .*, but gpu_count is 2"):
@@ -620,9 +620,21 @@ def test_a_layout_that_does_not_fit(
     assert len(refused) == gpu_count.MAX_GPU_COUNT
     assert len(set(refused.values())) == 1
     assert "Set layout to 'auto'" in refused["2"]
+    refused_of_layout = refused["2"]
     refused = gpu_count.refused_counts(None, gpu_count.Placement(layout="2x1"))["refused"]
     assert refused.keys() == {"3", "4", "5", "6", "7", "8"}
     assert refused["3"].startswith("3 GPUs were asked for, but this machine shows 2")
+    # On the node each reason stands once, and names no count that nobody has chosen.
+    for layout, why in (
+        ("2x2", [([*range(1, 9)], refused_of_layout)]),
+        ("auto", [([*range(3, 9)], "This machine shows 2 GPUs (0, 1).")]),
+    ):
+        answer = gpu_count.refused_counts(None, gpu_count.Placement(layout=layout))
+        assert [(one["counts"], one["reason"]) for one in answer["why"]] == why
+    answer = gpu_count.refused_counts(str(tiny_z_image), gpu_count.Placement(layout="2x1"))
+    assert answer["why"] == [
+        {"counts": [1, *range(3, 9)], "reason": "The layout 2x1 takes 2 GPUs."}
+    ]
     with pytest.raises(SizeError):
         on_machine(8, "auto", layout="7x1")
     with pytest.raises(ValueError, match="layout='3x3' is not in list"):

@@ -44,6 +44,14 @@ def of_bypass(*_: Any, **__: Any) -> None:
 of_bypass.__module__ = "comfy.weight_adapter.bypass"
 
 
+def sample(patcher: Any, noise: torch.Tensor, caption: Any) -> torch.Tensor:
+    import comfy.sample
+
+    how = (1, 1.0, "euler", "simple", caption, caption, torch.zeros_like(noise))
+    found: torch.Tensor = comfy.sample.sample(patcher, noise, *how, seed=7)
+    return found
+
+
 def by_object_patch(patcher: Any) -> None:
     patcher.add_object_patch("diffusion_model.layers.0.attention.forward", inside)
 
@@ -132,6 +140,50 @@ def test_forward_may_be_replaced(patcher: Any) -> None:
     patcher.partially_load(CPU, 1e32)
     patcher.pre_run()
     assert patcher.model.diffusion_model(torch.ones(1)) == 2
+
+
+# --- another group, as TP Sampler chooses it -----------------------------------------------------
+
+
+def test_what_was_put_into_the_loaders_model_is_refused_on_another_group(
+    patcher: Any, models: ModuleType
+) -> None:
+    """The other group's model does not have it: a LoRA would be left out without a word."""
+    changed = patcher.clone()
+    by_injection(changed)
+    with pytest.raises(ValueError, match="Load the LoRA without bypass"):
+        models.on_group(changed, GroupConfig(1, "cpu"))
+    assert not changed.is_injected
+    assert models.on_group(patcher, GroupConfig(1, "cpu")).remote.group_config.num_ranks == 1
+
+
+def test_what_compiles_the_loaders_model_does_not_bring_it_to_another_group(
+    patcher: Any, models: ModuleType
+) -> None:
+    from comfy.patcher_extension import WrappersMP
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    changed = patcher.clone()
+    set_torch_compile_wrapper(changed, backend="eager")
+    model = changed.get_model_object("diffusion_model")
+    changed.add_object_patch("diffusion_model", torch.compile(model, backend="eager"))
+    assert changed.get_all_wrappers(WrappersMP.APPLY_MODEL)
+    other = models.on_group(changed, GroupConfig(1, "cpu"))
+    assert not other.get_all_wrappers(WrappersMP.APPLY_MODEL)
+    assert other.get_model_object("diffusion_model") is other.model.diffusion_model
+    assert "diffusion_model" in changed.object_patches
+
+
+def test_code_that_calls_the_loaders_model_is_refused_on_another_group(
+    patcher: Any, models: ModuleType
+) -> None:
+    own = patcher.get_model_object("diffusion_model.forward")
+    patcher.add_object_patch("diffusion_model.forward", lambda *args, **more: own(*args, **more))
+    other = models.on_group(patcher, GroupConfig(1, "cpu"))
+    other.partially_load(CPU, 1e32)
+    noise, caption = torch.zeros(1, 16, 8, 8), [[torch.zeros(1, 4, 64), {}]]
+    with pytest.raises(ValueError, match="TP Sampler has gpu_count 1, but a node before it"):
+        sample(other, noise, caption)
 
 
 # --- cancelling ----------------------------------------------------------------------------------

@@ -97,6 +97,24 @@ def skeleton(request: pytest.FixtureRequest, path: Path) -> Iterator[torch.nn.Mo
         yield built
 
 
+class _Sealed(ModuleType):
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AssertionError(f"{name} is set")
+
+
+def test_comfyuis_own_settings_are_left_alone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages ask from threads of their own, and what is set meanwhile would be another's."""
+    memory = pytest.importorskip("comfy.memory_management", reason="not in this ComfyUI")
+    monkeypatch.setattr(memory, "aimdo_enabled", True)
+    memory.__class__ = _Sealed
+    try:
+        with pack_module("nodes.skeleton") as module:
+            built = module.build_skeleton(checkpoint_info(str(path)), torch.float32).diffusion_model
+    finally:
+        object.__setattr__(memory, "__class__", ModuleType)
+    assert all(weight.shape for _, weight in weights(built) if weight.ndim > 1)
+
+
 def weights(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [*module.named_parameters(), *module.named_buffers()]
 

@@ -20,7 +20,7 @@ MODEL = "tiny_z_image.safetensors"
 START_MS = 240_000  # of a group, on a machine that is busy
 
 
-def picture_prompt(gpu_count: int = 2, steps: int = 4, layout: str = "auto") -> Prompt:
+def picture_prompt(gpu_count: int | str = 2, steps: int = 4, layout: str = "auto") -> Prompt:
     sampling = Sampling(seed=time.monotonic_ns() % 2**32, steps=steps, width=256, height=256)
     prompt = text_to_latent(tp_loader(MODEL, gpu_count), "TPSampler", sampling)
     del prompt["save"]
@@ -285,26 +285,46 @@ def test_a_count_that_the_model_cannot_have_is_changed(web: ComfyPage) -> None:
     assert len(notes) == 2
     for note in notes:
         assert "gpu_count can be 1–6, 8." in note
-        assert "7: Z-Image cannot be split over 7 GPUs" in note
+        assert "7: Z-Image would need too much padding." in note
 
 
 def test_a_workflow_of_four_gpus_on_a_machine_with_two(web: ComfyPage) -> None:
     def two_gpus(route: Any) -> None:
         reason = "{} GPUs were asked for, but this machine shows 2 (0, 1)."
         refused = {str(count): reason.format(count) for count in range(3, 9)}
-        route.fulfill(body=json.dumps({"num_gpus": 2, "refused": refused}))
+        why = [{"counts": [*range(3, 9)], "reason": "This machine shows 2 GPUs (0, 1)."}]
+        if "layout=2x2" in route.request.url:
+            reason = "layout is '2x2', which takes 4 GPUs, but this machine shows 2 (0, 1)."
+            refused = {str(count): reason for count in range(1, 9)}
+            why = [{"counts": [*range(1, 9)], "reason": reason}]
+        route.fulfill(body=json.dumps({"num_gpus": 2, "refused": refused, "why": why}))
 
     web.page.route("**/tensor_parallel/gpu_counts**", two_gpus)
     web.open()
     try:
-        web.load_prompt(picture_prompt(gpu_count=4))
+        web.load_prompt(picture_prompt(gpu_count=4, layout="2x2"))
+        web.page.get_by_text("layout 2x2 → auto").last.wait_for()
         web.page.get_by_text("gpu_count 4 → 2").last.wait_for()
         offered = web.widget("TPLoadDiffusionModel", "gpu_count", "options.values")
         assert offered == ["auto", "1", "2"]
-        assert web.prompt()["model"]["inputs"]["gpu_count"] == "2"
+        inputs = web.prompt()["model"]["inputs"]
+        assert (inputs["gpu_count"], inputs["layout"]) == ("2", "auto")
+        for note in web.page.locator(".tp-note").all_inner_texts():
+            assert note.split("\n")[:2] == [
+                "gpu_count can be 1–2.",
+                "3–8: This machine shows 2 GPUs (0, 1).",
+            ]
         web.page.screenshot(path=PICTURES / "fewer_gpus.png")
     finally:
         web.page.unroute("**/tensor_parallel/gpu_counts**")
+
+
+@every_page
+def test_a_layout_says_once_what_it_takes(web: ComfyPage) -> None:
+    web.load_prompt(picture_prompt(gpu_count="auto", layout="2x2"))
+    note = web.page.locator(".tp-note").first
+    expect(note).to_contain_text("1–3, 5–8: The layout 2x2 takes 4 GPUs.")
+    expect(note.locator("p")).to_have_count(3)
 
 
 @pytest.mark.usefixtures("alone")

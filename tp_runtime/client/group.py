@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -46,6 +47,7 @@ class Group:
         self._links = links
         self.id = hashlib.blake2s(repr(config).encode(), digest_size=4).hexdigest()
         self.step_ms: float | None = None
+        self._began = 0.0  # to start
         self._neighbours = neighbours
         self._num_starts = 0
         self._residency: Residency | None = None  # of the present engine
@@ -98,6 +100,7 @@ class Group:
             )
             self._replace_by(residency)
             self._num_starts += 1
+            self._began = time.monotonic()
             residency.engine.start(poll)
             if not measure_link(residency.engine, self._links, poll):
                 return self._started(poll)  # a new one, which does not try it again
@@ -256,6 +259,7 @@ class Group:
         engine = residency.engine if residency else None
         ranks: list[dict[str, Any]] = []
         error = str(engine.error) if engine and engine.error else None
+        is_starting = engine is not None and engine.state is State.STARTING
         if ask_ranks and engine is not None and engine.is_up():
             try:
                 ranks = rank_reports(engine, digests, poll)
@@ -275,6 +279,7 @@ class Group:
             step_ms=self.step_ms,
             log_tail=engine.processes.log_tail() if engine else "",
             ready_ranks=engine.processes.num_ready if engine else 0,
+            starting_s=round(time.monotonic() - self._began, 1) if is_starting else 0.0,
             ranks=ranks,
         )
 

@@ -16,7 +16,8 @@ class GroupReport:
     ``models``: name → ``bytes`` on each rank's device and ``streamed`` ones with its host (None
     while it loads), and ``asleep``. ``step_ms``: how long the last evaluation took, from the
     request to the last rank's answer. ``log_tail``: the end of the log of the rank that failed.
-    ``ready_ranks``: how many ranks have started. A rank's mapping:
+    ``ready_ranks``: how many ranks have started, and ``starting_s``: since when that goes on. A
+    rank's mapping:
     ``rank``, ``tp_world_size`` (as vLLM reports it there), ``device``, ``pid``, ``place`` (its
     process and host, in words), ``mirrored`` (its tensors go by TCP), ``versions``,
     ``memory`` (bytes), ``models`` (bytes resident and read, ...), ``evaluations`` (how many it has
@@ -36,6 +37,7 @@ class GroupReport:
     step_ms: float | None = None
     log_tail: str = ""
     ready_ranks: int = 0
+    starting_s: float = 0.0
     ranks: list[dict[str, Any]] = field(default_factory=list)
 
     @property

@@ -28,6 +28,7 @@ from .rank_events import RankEvents
 logger = logging.getLogger("tp_runtime")
 
 CLOSE_TIMEOUT_S = 5.0
+_CLOSED = "Release or Restart ended the processes while this ran. Run it again."
 WATCH_S = 1.0  # the owner looks at least this often
 FROZEN_S = 2.0  # if the owner looks later than planned by more, the machine stood still
 
@@ -251,4 +252,4 @@ class RankProcesses:
             self._launcher.clean_up(keep_logs=error is not None)
         finally:
             for call in to_finish:
-                call.finish(error or GroupClosedError("The process group was closed meanwhile."))
+                call.finish(error or GroupClosedError(_CLOSED))
