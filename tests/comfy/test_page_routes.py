@@ -45,7 +45,10 @@ def counts(server: ComfyServer, query: str) -> tuple[int, Any]:
 
 def test_counts_of_a_model(comfy_server: ComfyServer) -> None:
     """Where the GPUs may share tokens, any."""
-    assert counts(comfy_server, f"unet_name={MODEL}") == (200, {"num_gpus": 0, "refused": {}})
+    assert counts(comfy_server, f"unet_name={MODEL}") == (
+        200,
+        {"num_gpus": 0, "refused": {}, "why": []},
+    )
 
 
 @pytest.mark.parametrize(
@@ -67,7 +70,7 @@ def test_counts_of_a_layout(
 
 
 def test_counts_of_any_model(comfy_server: ComfyServer) -> None:
-    assert counts(comfy_server, "") == (200, {"num_gpus": 0, "refused": {}})
+    assert counts(comfy_server, "") == (200, {"num_gpus": 0, "refused": {}, "why": []})
 
 
 @pytest.mark.parametrize(

@@ -69,11 +69,20 @@ _GROUP = {
     "step_ms": 55,
     "log_tail": "",
     "ready_ranks": 0,
+    "starting_s": 0.0,
     "ranks": _RANKS,
 }
 # A group in each state, as the server tells the page of them.
 GROUPS: tuple[dict[str, Any], ...] = (
-    {**_GROUP, "id": "1", "state": "starting", "ranks": [], "models": {}, "ready_ranks": 1},
+    {
+        **_GROUP,
+        "id": "1",
+        "state": "starting",
+        "ranks": [],
+        "models": {},
+        "ready_ranks": 1,
+        "starting_s": 70.0,
+    },
     {**_GROUP, "id": "2", "state": "ready"},
     {**_GROUP, "id": "3", "state": "busy"},
     {

@@ -113,7 +113,7 @@ def test_nodes_drawn_in_html(web: ComfyPage) -> None:
         ".widgets.find((widget) => widget.name === 'gpu_count').tooltip?.includes('7: ')"
     )
     for drawn in (loader, sampler):
-        drawn.locator(".tp-note").get_by_text("7: Z-Image cannot be split").wait_for()
+        drawn.locator(".tp-note").get_by_text("7: Z-Image would need too much padding.").wait_for()
     offered = web.choices("TPLoadDiffusionModel", "gpu_count").all_inner_texts()
     assert "6" in offered
     assert "7" not in offered
@@ -310,7 +310,7 @@ def test_a_workflow_of_four_gpus_on_a_machine_with_two(web: ComfyPage) -> None:
         inputs = web.prompt()["model"]["inputs"]
         assert (inputs["gpu_count"], inputs["layout"]) == ("2", "auto")
         for note in web.page.locator(".tp-note").all_inner_texts():
-            assert note.split("\n")[:2] == [
+            assert [line for line in note.split("\n") if line] == [
                 "gpu_count can be 1–2.",
                 "3–8: This machine shows 2 GPUs (0, 1).",
             ]
@@ -444,7 +444,7 @@ def test_buttons_stand_in_whole_rows(web: ComfyPage) -> None:
 def test_a_start_shows_how_far_it_is(web: ComfyPage) -> None:
     web.open_tab()
     web.show_groups(*GROUPS)
-    card = web.page.locator(".tp-card", has_text=re.compile(r"1 of 2 processes started, \d+ s"))
+    card = web.page.locator(".tp-card", has_text=re.compile(r"1 of 2 processes started, [7-9]\d s"))
     card.locator("[role=progressbar][aria-valuenow='50']").wait_for()
 
 
