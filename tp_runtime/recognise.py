@@ -192,7 +192,7 @@ def inspect_checkpoint(path: str) -> CheckpointInfo:
     with open_checkpoint(path) as file:
         stored, prefix = file.tensors(), file.prefix
         quantised, companions = find_quantised(
-            path, stored, file.metadata, lambda name: file.read(name, None, None)
+            path, stored, file.metadata, lambda name: file.read(name, None, None), prefix
         )
         metadata = {key: text for key, text in file.metadata.items() if key != QUANTIZATION}
     tensors = {name: info for name, info in stored.items() if name not in companions}
@@ -202,7 +202,7 @@ def inspect_checkpoint(path: str) -> CheckpointInfo:
     family = _recognised(path, tensors)
     sizes = _sizes_of_file(path, family, tensors, metadata)
     try:
-        sizes.check_settings(_told(metadata))
+        sizes.check_settings(_told(family, metadata))
     except ValueError as error:
         raise CheckpointError(
             f"The {family.label} file {path} cannot be split yet: {error}. Load it with the stock "
@@ -267,7 +267,7 @@ def _sizes_of_file(
             raise CheckpointError(_refused(variant, f"it has the tensor {name}"))
     try:
         shapes = {name: info.shape for name, info in tensors.items()}
-        told = _told(metadata or {})
+        told = _told(family, metadata or {})
         sizes = family.sizes.of_file(shapes, told)
         _ = sizes.table.file_tensors  # fails here if a size is none
     except KeyError as error:
@@ -301,8 +301,13 @@ def _refused(label: str, why: str) -> str:
     )
 
 
-def _told(metadata: Mapping[str, str]) -> Settings:
-    """What a file's metadata say of its transformer. Raises ValueError for what is no JSON."""
+def _told(family: Family, metadata: Mapping[str, str]) -> Settings:
+    """What a file's metadata say of its transformer, where ComfyUI looks at that.
+
+    Raises ValueError for what is no JSON: another program's files may have anything there.
+    """
+    if not family.reads_settings:
+        return {}
     config = json.loads(metadata.get("config", "{}"))
     found = config.get("transformer", {}) if isinstance(config, dict) else config
     if not isinstance(found, dict):

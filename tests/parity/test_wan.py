@@ -8,6 +8,7 @@ import pytest
 import torch
 from parity.conftest import FP32_TOLERANCE, Remote, relative_error
 from parity.suite import Cases, Fp32Tests, ParityTests, assert_equal_to_native, native
+from safetensors.torch import load_file, save_file
 from torch.utils import _pytree as pytree
 
 from support.inputs import make_inputs
@@ -45,6 +46,16 @@ class TestTextToVideo(ParityTests):
         elsewhere=("odd sizes", "timesteps of frames"),
         other_sizes=(1, PADDED, 4),
     )
+
+    def test_fp16_is_as_close_as_comfyui(self, checkpoint: Path, remote: Remote) -> None:
+        """In which ComfyUI computes Wan on GPUs."""
+        inputs = self.cases.inputs("odd sizes", torch.float16)
+        comfy = native(checkpoint, inputs, torch.float16)
+        exact = native(checkpoint, pytree.tree_map_only(torch.Tensor, torch.Tensor.float, inputs))
+        for tp_size in (2, PADDED):
+            found = remote(checkpoint, tp_size, torch.float16).evaluate(inputs)
+            assert found.dtype == torch.float16
+            assert relative_error(found, comfy) <= 1.5 * relative_error(comfy, exact)
 
 
 class TestImageToVideo(ParityTests):
@@ -186,6 +197,32 @@ class TestAnimate(Fp32Tests):
         exact = native(checkpoint, pytree.tree_map_only(torch.Tensor, torch.Tensor.float, inputs))
         found = remote(checkpoint, 2, torch.bfloat16).evaluate(inputs)
         assert relative_error(found, comfy) <= relative_error(comfy, exact)
+
+
+@pytest.mark.parametrize("where", ["", "blocks", "vace_blocks"])
+def test_vace_on_a_model_of_pictures(tmp_path: Path, remote: Remote, where: str) -> None:
+    """ComfyUI's class for VACE looks at no pictures; what the file has for them is left out."""
+    sizes = {"num_blocks": 4, "vace_blocks": 2, "vace_channels": 96}
+    plain = write_tiny("wan", tmp_path / "plain.safetensors", **sizes)
+    others = load_file(
+        write_tiny("wan", tmp_path / "i2v.safetensors", num_blocks=4, image_dim=1280)
+    )
+    own = load_file(plain)
+    more = {name: tensor for name, tensor in others.items() if name not in own}
+    of_blocks = {name: tensor for name, tensor in more.items() if name.startswith("blocks.")}
+    more = {name: tensor for name, tensor in more.items() if name.startswith("img_emb.")}
+    assert of_blocks
+    assert more
+    if where:
+        more |= {
+            f"{where}{name[6:]}": tensor for name, tensor in of_blocks.items() if name[7] in "01"
+        }
+    path = tmp_path / "both.safetensors"
+    save_file(own | more, path)
+    found = inspect_checkpoint(str(path))
+    assert found.extra.keys() == more.keys()
+    inputs = make_inputs(tiny("wan", **sizes), **VIDEO, **CONTROLS, vace_strength=[1.0, 0.5])
+    assert torch.equal(remote(path, 2).evaluate(inputs), remote(plain, 2).evaluate(inputs))
 
 
 NEWER = OF_NEWER["wan"]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from support.quantised_files import FORMATS, ROTATION, write_quantised
 from support.sparse_files import one_block, write_sparse
@@ -263,3 +263,57 @@ def test_plan_shows_formats(
     assert " plain " in lines["img_in"]
     assert "each rank:" in shown
     assert "1 layer is held dequantised" in shown
+
+
+@pytest.mark.parametrize("prefix", ["net.", "model.model.", "model.diffusion_model.", ""])
+def test_metadata_may_name_layers_with_the_prefix(whole: Path, tmp_path: Path, prefix: str) -> None:
+    path = write_quantised(
+        whole, tmp_path / "q.safetensors", "fp8", saying="metadata", keep=others()
+    )
+    with safe_open(path, framework="pt") as file:
+        described = json.loads(file.metadata()["_quantization_metadata"])
+    described["layers"] = {f"{prefix}{name}": what for name, what in described["layers"].items()}
+    tensors = {f"{prefix}{name}": tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"_quantization_metadata": json.dumps(described)})
+    assert list(inspect_checkpoint(str(path)).quantised) == [f"{LAYER}.weight"]
+
+
+def test_what_only_linears_have_beside_another_weight_is_left_out(tmp_path: Path) -> None:
+    """As by a converter that writes a scale for everything."""
+    whole = write_tiny("wan", tmp_path / "whole.safetensors", num_blocks=1)
+    path = write_quantised(
+        whole, tmp_path / "q.safetensors", "fp8", saying="comfy_quant", keep={"head.head"}
+    )
+    tensors = load_file(path)
+    said = next(tensor for name, tensor in tensors.items() if name.endswith(".comfy_quant"))
+    beside = {
+        "patch_embedding.comfy_quant": said.clone(),
+        "patch_embedding.weight_scale": torch.ones(1),
+    }
+    before = inspect_checkpoint(str(path))
+    save_file(tensors | beside, path)
+    found = inspect_checkpoint(str(path))
+    assert "patch_embedding.weight" not in found.quantised
+    assert found.quantised.keys() == before.quantised.keys()
+    # Of a linear that is not stored so, a scale says that something is wrong.
+    name = "head.head.weight"
+    wrong = {"head.head.comfy_quant": said.clone(), "head.head.weight_scale": torch.ones(1)}
+    assert name not in found.quantised
+    save_file(tensors | wrong, path)
+    with pytest.raises(CheckpointError, match=r"head\.head.*Choose another file, or load it"):
+        inspect_checkpoint(str(path))
+
+
+@pytest.mark.parametrize("config", ["a: yaml", "[1, 2]", '"text"'])
+def test_what_another_program_keeps_in_the_metadata(
+    whole: Path, tmp_path: Path, config: str
+) -> None:
+    """ComfyUI looks at it for a few models only."""
+    path = tmp_path / "trained.safetensors"
+    save_file(load_file(whole), path, metadata={"config": config})
+    assert inspect_checkpoint(str(path)).sizes == inspect_checkpoint(str(whole)).sizes
+    told = tmp_path / "wan.safetensors"
+    tensors = load_file(write_tiny("wan", told, num_blocks=1))
+    save_file(tensors, told, metadata={"config": config})
+    with pytest.raises(CheckpointError, match="metadata that do not fit"):
+        inspect_checkpoint(str(told))

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from tp_runtime.gpu import quantised_products
-from tp_runtime.gpu.quantised_products import by_int_mm, first_right
+from tp_runtime.gpu.quantised_products import (
+    by_cutlass,
+    by_int_mm,
+    by_scaled_mm,
+    first_right,
+    kernels_for,
+)
 
 CPU = torch.device("cpu")
 
@@ -53,6 +59,22 @@ def test_the_first_that_works(caplog: pytest.LogCaptureFixture) -> None:
     assert first_right(kernels, torch.int8, CPU) is by_int_mm
     assert "missing in torch.int8 on cpu: Int8 not supported on SM120." in caplog.text
     assert "wrong in torch.int8 on cpu: wrong results" in caplog.text
+
+
+def test_results_in_fp16_have_a_kernel_of_their_own() -> None:
+    """Wan's: torch multiplies fp8 with scales of rows to bf16 only."""
+
+    def of_bf16(*given: Any) -> torch.Tensor:
+        if given[-1] != torch.bfloat16:
+            raise RuntimeError("bf16 only")
+        return by_int_mm(*given)
+
+    kernels = of_bf16, by_int_mm
+    assert first_right(kernels, torch.int8, CPU) is of_bf16
+    assert first_right(kernels, torch.int8, CPU, torch.float16) is by_int_mm
+    fp8 = torch.float8_e4m3fn
+    assert by_scaled_mm in kernels_for(fp8, torch.bfloat16)
+    assert kernels_for(fp8, torch.float16) == (by_cutlass,)
 
 
 def test_none_works(caplog: pytest.LogCaptureFixture) -> None:

@@ -50,15 +50,18 @@ def find_quantised(
     tensors: Mapping[str, TensorInfo],
     metadata: Mapping[str, str],
     read: Callable[[str], torch.Tensor],
+    prefix: str = "",
 ) -> tuple[dict[str, QuantisedWeight], set[str]]:
     """The quantised weights by name; and the names of all tensors that serve for them.
 
-    ``tensors`` and ``metadata`` are the whole header's; ``read`` reads a tensor.
+    ``tensors`` and ``metadata`` are the whole header's; ``read`` reads a tensor. ``prefix``: what
+    the file's names, and so perhaps its metadata's, have before those of ``tensors``. What only
+    linears can have is left out where it stands beside another weight, as ComfyUI does.
 
     Raises:
         CheckpointError: a format that is not known, or a tensor that is missing or misshaped.
     """
-    described = _descriptions(path, tensors, metadata, read)
+    described = _descriptions(path, tensors, metadata, read, prefix)
     unknown = {layer: str(d["format"]) for layer, d in described.items()}
     unknown = {layer: name for layer, name in unknown.items() if name not in STORAGE}
     if unknown:
@@ -72,7 +75,8 @@ def find_quantised(
     extra = {MARKER}
     for layer, description in described.items():
         layer_format, names = _format_of(path, layer, description, tensors)
-        found[f"{layer}.weight"] = _checked(path, layer, layer_format, names, tensors)
+        if not _is_of_another_kind(layer, tensors):
+            found[f"{layer}.weight"] = _checked(path, layer, layer_format, names, tensors)
         extra |= {*names.values(), f"{layer}.comfy_quant"}
         extra |= {f"{layer}.{name}" for name in UNUSED_COMPANIONS}
     if MARKER in tensors and METADATA not in metadata:
@@ -88,6 +92,8 @@ def _scaled(
     exact = tensors[MARKER].num_elements == 2
     found = {}
     for layer in layers:
+        if _is_of_another_kind(layer, tensors):
+            continue
         stored = tensors.get(f"{layer}.weight")
         name = E5M2 if stored is not None and stored.dtype == "F8_E5M2" else E4M3
         names = {"weight_scale": f"{layer}.scale_weight"}
@@ -99,11 +105,18 @@ def _scaled(
     return found, extra
 
 
+def _is_of_another_kind(layer: str, tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether a layer is no linear: a convolution, or a norm."""
+    weight = tensors.get(f"{layer}.weight")
+    return weight is not None and len(weight.shape) != 2
+
+
 def _descriptions(
     path: str,
     tensors: Mapping[str, TensorInfo],
     metadata: Mapping[str, str],
     read: Callable[[str], torch.Tensor],
+    prefix: str,
 ) -> dict[str, dict[str, Any]]:
     """Layer → what the file says of it, of the layers that the diffusion model has."""
     described: dict[str, Any] = {}
@@ -116,7 +129,7 @@ def _descriptions(
                     raise ValueError(f"{name} has {tensor.num_elements} {tensor.dtype}")
                 text = read(name).numpy().tobytes()
                 described[name.removesuffix(".comfy_quant")] = json.loads(text)
-        named = {_without_prefix(layer): dict(what) for layer, what in described.items()}
+        named = {_without_prefix(layer, prefix): dict(what) for layer, what in described.items()}
         # A full checkpoint's metadata also describes its text encoders.
         here = {layer: what for layer, what in named.items() if f"{layer}.weight" in tensors}
         for layer, what in here.items():
@@ -179,10 +192,10 @@ def _checked(
     """Raises CheckpointError unless the weight and its companions are there and fit together."""
     storage, weight = layer_format.storage, f"{layer}.weight"
 
-    def refused(problem: str) -> CheckpointError:
+    def refused(problem: str, what_to_do: str = "Download it again.") -> CheckpointError:
         return CheckpointError(
             f"The model file {path} does not hold {layer} as {layer_format.name} weights are "
-            f"stored: {problem}. Download it again."
+            f"stored: {problem}. {what_to_do}"
         )
 
     for here, name in {"weight": weight, **names}.items():
@@ -191,7 +204,8 @@ def _checked(
             raise refused(f"the file lacks {what}")
     stored = tensors[weight]
     if not _is(stored, storage.dtype) or len(stored.shape) != 2:
-        raise refused(f"{weight} is {stored.dtype} {list(stored.shape)}")
+        other = "Choose another file, or load it with the stock 'Load Diffusion Model' node."
+        raise refused(f"{weight} is {stored.dtype} {list(stored.shape)}", other)
     rows, columns = stored.shape[0], stored.shape[1] * storage.packed
     for what, group in {
         "ConvRot's group": layer_format.rotation,
@@ -276,7 +290,8 @@ def _is(info: TensorInfo, dtype: torch.dtype) -> bool:
     )
 
 
-def _without_prefix(name: str) -> str:
+def _without_prefix(name: str, prefix: str) -> str:
+    name = name.removeprefix(prefix)
     return name.removeprefix("model.").removeprefix("diffusion_model.")
 
 

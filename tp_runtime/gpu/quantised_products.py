@@ -8,7 +8,7 @@ and a kernel that did all, with the rotation twice, 0.17.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -95,13 +95,11 @@ def _power_of_2(number: int) -> int:
 
 def can_multiply(dtype: torch.dtype, x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether ``x`` can be multiplied in ``dtype``, int8 or fp8, with a weight (rows, columns)."""
-    # By rows, torch multiplies fp8 to bf16 only; vLLM int8 to fp16, too.
-    results = (torch.bfloat16, torch.float16) if dtype == torch.int8 else (torch.bfloat16,)
     return (
         x.is_cuda
-        and x.dtype in results
+        and x.dtype in (torch.bfloat16, torch.float16)
         and all(size % _ALIGNED == 0 for size in weight.shape)
-        and _kernel(dtype, x.device) is not None
+        and _kernel(dtype, x.dtype, x.device) is not None
     )
 
 
@@ -118,7 +116,7 @@ def product(
     """
     if not x.numel():  # a rank may have none of a stream's tokens; CUTLASS divides by their number
         return x.new_empty(*x.shape[:-1], len(weight))
-    kernel = _kernel(weight.dtype, x.device)
+    kernel = _kernel(weight.dtype, x.dtype, x.device)
     assert kernel is not None
     rows, x_scale = quantised_rows(rotated(x.flatten(0, -2), rotation), weight.dtype)
     found = kernel(rows, weight, x_scale, scale.view(1, -1), bias, x.dtype)
@@ -186,15 +184,16 @@ def _scaled(
     return (found if bias is None else found + bias.float()).to(dtype)
 
 
-# The fastest first.
-KERNELS: Mapping[torch.dtype, tuple[Kernel, ...]] = {
-    torch.int8: (by_cutlass, by_int_mm),
-    torch.float8_e4m3fn: (by_scaled_mm, by_cutlass),
-}
+def kernels_for(dtype: torch.dtype, results: torch.dtype) -> tuple[Kernel, ...]:
+    """Those that multiply in ``dtype``, to bf16 or fp16; the fastest first."""
+    if dtype == torch.int8:
+        return by_cutlass, by_int_mm
+    # With scales of rows, torch multiplies fp8 to bf16 only.
+    return (by_scaled_mm, by_cutlass) if results == torch.bfloat16 else (by_cutlass,)
 
 
 @cache
-def _kernel(dtype: torch.dtype, device: torch.device) -> Kernel | None:
+def _kernel(dtype: torch.dtype, results: torch.dtype, device: torch.device) -> Kernel | None:
     """The first that works on the GPU; None: its tensor cores do not multiply in that dtype.
 
     Asked for in the evaluation before the one that is recorded.
@@ -202,11 +201,14 @@ def _kernel(dtype: torch.dtype, device: torch.device) -> Kernel | None:
     since = INT8_SINCE if dtype == torch.int8 else FP8_SINCE
     if torch.cuda.get_device_capability(device) < since:
         return None
-    return first_right(KERNELS[dtype], dtype, device)
+    return first_right(kernels_for(dtype, results), dtype, device, results)
 
 
 def first_right(
-    kernels: Sequence[Kernel], dtype: torch.dtype, device: torch.device
+    kernels: Sequence[Kernel],
+    dtype: torch.dtype,
+    device: torch.device,
+    results: torch.dtype = torch.bfloat16,
 ) -> Kernel | None:
     """The first of the kernels that computes a small product right on that device.
 
@@ -222,7 +224,7 @@ def first_right(
     expected = (codes.float() * x_scale) @ (weight.float() * scale.t()).t()
     for kernel in kernels:
         try:
-            found = kernel(codes, weight, x_scale, scale, None, torch.bfloat16).float()
+            found = kernel(codes, weight, x_scale, scale, None, results).float()
         except RuntimeError as error:
             logger.info("%s in %s on %s: %s", kernel.__name__, dtype, device, error)
             continue

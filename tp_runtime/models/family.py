@@ -203,9 +203,12 @@ def length(tensor: str, axis: int = 0, per: int = 1) -> Reader:
     return lambda shapes: _shape(shapes, tensor)[axis] // per
 
 
-def length_if_present(tensor: str, axis: int = 0, per: int = 1) -> Reader:
-    """The same; None in files without the tensor."""
-    return lambda shapes: length(tensor, axis, per)(shapes) if tensor in shapes else None
+def length_if_present(
+    tensor: str, axis: int = 0, per: int = 1, unless: str | None = None
+) -> Reader:
+    """The same; None in files without the tensor, or with the one ``unless``."""
+    read = length(tensor, axis, per)
+    return lambda shapes: read(shapes) if tensor in shapes and unless not in shapes else None
 
 
 def blocks(stack: str) -> Callable[[Iterable[str]], int]:
@@ -457,6 +460,13 @@ class Family:
     text_tokens: int = 64  # of a usual caption
     # Width, height and frames of what is usually made; the first is what the model is made for.
     extents: tuple[tuple[int, int, int], ...] = ((1024, 1024, 1), (2048, 2048, 1))
+
+    @property
+    def reads_settings(self) -> bool:
+        """Whether anything of the model is told by its file's metadata alone."""
+        own_check = self.sizes.check_settings is not Sizes.check_settings
+        told = any(isinstance(one.metadata["file"], Told) for one in _fields(self.sizes))
+        return own_check or told or any("=" in name for name in (*self.variants, *self.newer))
 
     def model_patch(self, comfyui_model: str) -> "type[ModelPatch]":
         """The model patch whose small model is of that class of ComfyUI. Raises KeyError."""

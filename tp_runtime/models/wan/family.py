@@ -6,7 +6,7 @@ File: ComfyUI's ``WanModel`` (0.3.75, and 0.33 for SCAIL; comfy/ldm/wan/model.py
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 from ...errors import InputError
@@ -35,6 +35,10 @@ def _head_dim(shapes: Shapes) -> int:
     return 16 if shapes[_WIDTH][2] % 128 else 128
 
 
+# ComfyUI's class for VACE looks at no pictures: what such a file has for them is left out.
+_of_clip = partial(of.length_if_present, axis=1, unless=f"{_VACE}.weight")
+
+
 @dataclass(frozen=True)
 class WanSizes(Sizes):
     """``image_dim``: of the CLIP features that a model looks at. ``image_positions``: how many of
@@ -57,11 +61,9 @@ class WanSizes(Sizes):
     in_channels: int = size(of.length("patch_embedding.weight", 1), "in_channels")
     out_channels: int = size(of.length("head.head.weight", per=4), "out_channels")
     context_dim: int = size(of.length("text_embedding.0.weight", 1), "text_dim")
-    image_dim: int | None = size(
-        of.length_if_present("img_emb.proj.1.weight", 1), lambda s: s.get("image_dim")
-    )
+    image_dim: int | None = size(_of_clip("img_emb.proj.1.weight"), lambda s: s.get("image_dim"))
     image_positions: int | None = size(
-        of.length_if_present("img_emb.emb_pos", 1), lambda s: s.get("pos_embed_seq_len")
+        _of_clip("img_emb.emb_pos"), lambda s: s.get("pos_embed_seq_len")
     )
     reference_channels: int | None = size(
         of.length_if_present("ref_conv.weight", 1), lambda _: None
