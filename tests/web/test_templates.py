@@ -9,12 +9,13 @@ import pytest
 
 from support.comfy_page import ComfyPage
 from support.comfy_server import PACK_FOLDER
-from support.paths import REPOSITORY
+from support.paths import REPOSITORY, TOY_PACK
 from support.workflows import Prompt
 
 pytestmark = pytest.mark.web
 
 TEMPLATES = sorted((REPOSITORY / "example_workflows").glob("*.json"))
+OF_THE_TOY = TOY_PACK / "example_workflows" / "shapes.json"
 
 
 def small(prompt: Prompt) -> Prompt:
@@ -59,7 +60,7 @@ def test_the_browser_of_templates_lists_them(web: ComfyPage) -> None:
     web.page.wait_for_function("app.graph.nodes.some((node) => node.comfyClass === 'TPSampler')")
 
 
-@pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("template", [*TEMPLATES, OF_THE_TOY], ids=lambda path: path.stem)
 def test_no_node_lies_on_another(template: Path) -> None:
     """With the heights that the loader and TP Sampler have on the page."""
     nodes = json.loads(template.read_text())["nodes"]
