@@ -1,8 +1,8 @@
 """Measures products with quantised weights on one GPU: ms, and how far each is from fp32's.
 
-    python -m bench.quantised_products
+    python -m bench.quantised_products [--results float16]
 
-For each size, in bf16: torch's product; with fp8 and int8 weights what the ranks compute
+For each size, in bf16, or in fp16 as ComfyUI computes Wan: torch's product; with fp8 and int8 weights what the ranks compute
 (`gpu/quantised_products.py`), the tokens' quantisation alone, and every kernel that may multiply
 them, each on a line; and in plain torch (`rank/quantised_arithmetic.py`), which the errors of the
 others are measured beside.
@@ -91,17 +91,19 @@ FORMS = (
 )
 
 
-def compare(tokens: int, inputs: int, outputs: int, count: int) -> bool:
+def compare(tokens: int, inputs: int, outputs: int, count: int, results: torch.dtype) -> bool:
     """Print the rows of one size; whether all products are right."""
-    x = torch.randn(1, tokens, inputs, device="cuda").bfloat16()
-    weight = (torch.randn(outputs, inputs, device="cuda") / inputs**0.5).bfloat16()
-    bias = torch.randn(outputs, device="cuda").bfloat16()
+    x = torch.randn(1, tokens, inputs, device="cuda").to(results)
+    weight = (torch.randn(outputs, inputs, device="cuda") / inputs**0.5).to(results)
+    bias = torch.randn(outputs, device="cuda").to(results)
     exact = F.linear(x.float(), weight.float(), bias.float())
     work = 2 * tokens * inputs * outputs / 1e9  # GFLOP: over ms, TFLOP/s
     size = f"{tokens} x {inputs} x {outputs}"
     ms = milliseconds(partial(F.linear, x, weight, bias), count)
     found = error(F.linear(x, weight, bias), exact)
-    print(f"{size:>20} {'bf16':24} {ms:7.3f} {'':7} {work / ms:8.0f} {found:9.2e}")
+    print(
+        f"{size:>20} {str(results).removeprefix('torch.'):24} {ms:7.3f} {'':7} {work / ms:8.0f} {found:9.2e}"
+    )
     right = True
     for name, form, dtype in FORMS:
         rotation = form.rotation
@@ -112,7 +114,10 @@ def compare(tokens: int, inputs: int, outputs: int, count: int) -> bool:
         only_rows = partial(rotated_rows, x[0], dtype, rotation)
         row_codes, row_scale = rows
         given = row_codes, codes, row_scale, scale.view(1, -1), bias, x.dtype
-        each = {kernel.__name__: partial(kernel, *given) for kernel in products.KERNELS[dtype]}
+        each = {
+            kernel.__name__: partial(kernel, *given)
+            for kernel in products.kernels_for(dtype, x.dtype)
+        }
         times = [milliseconds(run, count) for run in (whole, only_rows)]
         tensors = {"weight": codes, "weight_scale": scale}
         plain = error(product(form, tensors, x, bias, [outputs], of_integers=True), exact)
@@ -138,14 +143,17 @@ def main() -> int:
     """Print a table; 1 if a product is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--count", type=int, default=50, help="calls to time (default 50)")
-    count = parser.parse_args().count
+    parser.add_argument(
+        "--results", choices=("bfloat16", "float16"), default="bfloat16", help="(default bfloat16)"
+    )
+    args = parser.parse_args()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     print(
         f"{'tokens x in x out':>20} {'form':24} {'ms':>7} {'rows':>7} "
         f"{'TFLOP/s':>8} {'error':>9} {'torch':>9} {'codes':>8}"
     )
     torch.manual_seed(0)
-    right = [compare(*size, count) for size in SIZES]
+    right = [compare(*size, args.count, getattr(torch, args.results)) for size in SIZES]
     return int(not all(right))
 
 
