@@ -2,9 +2,9 @@
 
     python -m bench.quantised_products [--results float16]
 
-For each size, in bf16, or in fp16 as ComfyUI computes Wan: torch's product; with fp8 and int8 weights what the ranks compute
-(`gpu/quantised_products.py`), the tokens' quantisation alone, and every kernel that may multiply
-them, each on a line; and in plain torch (`rank/quantised_arithmetic.py`), which the errors of the
+For each size, in bf16, or in fp16 as ComfyUI computes Wan: torch's product; with fp8 and int8
+weights what the ranks compute (`gpu/quantised_products.py`), the tokens' quantisation alone, and
+every kernel that may multiply them, each on a line; and in plain torch (`rank/quantised_arithmetic.py`), which the errors of the
 others are measured beside.
 `codes`: the share of the input's codes that differ from plain torch's, by one in int8, which
 rounding a rotated value before or after the last bit does. A row whose error is above plain torch's
@@ -101,9 +101,8 @@ def compare(tokens: int, inputs: int, outputs: int, count: int, results: torch.d
     size = f"{tokens} x {inputs} x {outputs}"
     ms = milliseconds(partial(F.linear, x, weight, bias), count)
     found = error(F.linear(x, weight, bias), exact)
-    print(
-        f"{size:>20} {str(results).removeprefix('torch.'):24} {ms:7.3f} {'':7} {work / ms:8.0f} {found:9.2e}"
-    )
+    name = str(results).removeprefix("torch.")
+    print(f"{size:>20} {name:24} {ms:7.3f} {'':7} {work / ms:8.0f} {found:9.2e}")
     right = True
     for name, form, dtype in FORMS:
         rotation = form.rotation
@@ -114,10 +113,8 @@ def compare(tokens: int, inputs: int, outputs: int, count: int, results: torch.d
         only_rows = partial(rotated_rows, x[0], dtype, rotation)
         row_codes, row_scale = rows
         given = row_codes, codes, row_scale, scale.view(1, -1), bias, x.dtype
-        each = {
-            kernel.__name__: partial(kernel, *given)
-            for kernel in products.kernels_for(dtype, x.dtype)
-        }
+        kernels = products.kernels_for(dtype, results)
+        each = {kernel.__name__: partial(kernel, *given) for kernel in kernels}
         times = [milliseconds(run, count) for run in (whole, only_rows)]
         tensors = {"weight": codes, "weight_scale": scale}
         plain = error(product(form, tensors, x, bias, [outputs], of_integers=True), exact)
