@@ -4,8 +4,8 @@
 
 For each size, in bf16, or in fp16 as ComfyUI computes Wan: torch's product; with fp8 and int8
 weights what the ranks compute (`gpu/quantised_products.py`), the tokens' quantisation alone, and
-every kernel that may multiply them, each on a line; and in plain torch (`rank/quantised_arithmetic.py`), which the errors of the
-others are measured beside.
+every kernel that may multiply them, each on a line; and in plain torch
+(`rank/quantised_arithmetic.py`), which the errors of the others are measured beside.
 `codes`: the share of the input's codes that differ from plain torch's, by one in int8, which
 rounding a rotated value before or after the last bit does. A row whose error is above plain torch's
 by a fifth is marked WRONG, and the exit status is 1.
