@@ -6,7 +6,6 @@ Shapes: B batch, C channels, T H W frames and size of the latent, L tokens, D mo
 on this rank, K head width.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -15,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...errors import InputError
 from ...gpu.epilogue import Epilogue, Product
 from ..forward import BlockName, Conditioning, ShardedForward, kept_blocks, option
 from ..layers import (
@@ -27,8 +25,8 @@ from ..layers import (
     project,
     rope_rotation,
 )
-from ..token_shares import TokenShares
-from . import animate, animate2
+from . import animate, animate2, scail
+from . import vace as vace_videos
 from .family import FAMILY, WanSizes
 from .layers import (
     EPS,
@@ -42,7 +40,6 @@ from .layers import (
     frames_of,
     padded,
     positions_of,
-    positions_with_poses,
     rows_of,
     sinusoids,
     unpatchified,
@@ -118,7 +115,7 @@ class Forward(ShardedForward):
         if context_latents:
             latents = [padded(latent) for latent in context_latents]
             embedding = self.model.patch_embedding
-            embedded = [self._of_patches(embedding, latent, x) for latent in latents]
+            embedded = [self.of_patches(embedding, latent, x) for latent in latents]
             found["others"] = torch.cat(embedded, dim=1)
             rotations = [found["rotation"]]
             for number, latent in enumerate(latents, start=1):
@@ -129,7 +126,7 @@ class Forward(ShardedForward):
             pictures = reference_latent, ref_mask_latents
             poses = pose_latents, sam_latents
             size = frames, *x.shape[3:]
-            found |= self._with_poses(x, size, pictures, poses, ref_mask_flag, rope_options)
+            found |= scail.of_poses(self, x, size, pictures, poses, ref_mask_flag, rope_options)
         if self.sizes.poses_pass:
             found["reference_strength"] = reference_strength
         if self.sizes.poses_pass and pose_latents is not None:
@@ -151,15 +148,7 @@ class Forward(ShardedForward):
             found["added"] = as_tokens(self.model.control_adapter(camera_conditions))
             check_length("Camera paths", camera_conditions, found["added"], positions)
         if vace_context is not None and self.sizes.vace_channels:
-            videos = vace_context.transpose(0, 1)
-            embedded = self.model.vace_patch_embedding(videos.flatten(0, 1).float())
-            tokens = as_tokens(embedded.to(x.dtype))
-            check_length("Control videos", vace_context, tokens, positions)
-            found["vace"] = tokens.unflatten(0, videos.shape[:2])
-            found["vace_strength"] = self._strengths(vace_strength, len(videos))
-            of_text = [(block.attn2.norm_k, block.attn2.to_kv) for block in self.model.vace_blocks]
-            pair = self._keys_and_values(self._embedded(context), of_text)
-            found["vace_keys"], found["vace_values"] = pair
+            found |= vace_videos.of_videos(self, x, vace_context, vace_strength, context, positions)
         return found
 
     def evaluate(
@@ -213,14 +202,17 @@ class Forward(ShardedForward):
         places = [sum(i <= layer for i, _ in kept) - 1 for layer in self._layers_with_more]
         hints: Iterator[list[torch.Tensor]] = iter(())
         if vace is not None and vace_keys is not None and vace_values is not None:
-            of_text = list(zip(vace_keys, vace_values, strict=True))
-            embed = model.vace_blocks[0].proj_in
-            streams = [embed(shares.own(video)) + tokens for video in vace]
-            of_blocks = [
-                rows_of(block.scale_shift_table, modulation, frames) for block in model.vace_blocks
-            ]
-            of_hints = streams, vace_strength, rotation, of_blocks, of_text, shares
-            hints = self._hints(*of_hints, first_is_left_out=-1 in places)
+            hints = vace_videos.hints(
+                self,
+                tokens,
+                vace,
+                vace_strength,
+                list(zip(vace_keys, vace_values, strict=True)),
+                rotation,
+                [rows_of(one.scale_shift_table, modulation, frames) for one in model.vace_blocks],
+                shares,
+                first_is_left_out=-1 in places,
+            )
 
         def with_hints(place: int, tokens: torch.Tensor) -> torch.Tensor:
             """A copy of the tokens, since the sums of the hints' blocks overwrite the last sum."""
@@ -302,35 +294,6 @@ class Forward(ShardedForward):
             after = before_block(following, mlp_gate)
         return self.join([gelu_mlp(block.ffn, normed)], tokens, after)
 
-    def _hints(
-        self,
-        streams: list[torch.Tensor],
-        strengths: Sequence[float],
-        rotation: torch.Tensor,
-        of_blocks: Sequence[Rows],
-        of_text: Prompt,
-        shares: TokenShares,
-        *,
-        first_is_left_out: bool,
-    ) -> Iterator[list[torch.Tensor]]:
-        """For each VACE block what it adds to the tokens (B, L, D), of each control video.
-
-        ``streams``: the tokens of each, as the first block takes them. ``first_is_left_out``: of
-        the model's blocks.
-        """
-        for block, rows, pair in zip(self.model.vace_blocks, of_blocks, of_text, strict=True):
-            hints: list[torch.Tensor] = []
-            for index, (stream, strength) in enumerate(zip(streams, strengths, strict=True)):
-                if block is self.model.vace_blocks[0] and first_is_left_out:
-                    # ComfyUI adds the hints to the very tokens that the next video's begin with.
-                    stream = sum(hints, start=stream)
-                normed = first_norms([stream], before_block(rows))
-                of_block = block, rows, [pair], rotation, None, shares.attention
-                _, whole = self.block(stream, normed, *of_block)
-                hints.append(block.proj_out(whole) * strength)
-                streams[index] = whole.clone()  # the next sum overwrites it
-            yield hints
-
     @property
     def _layers_with_more(self) -> Sequence[int]:
         """The block that each VACE block adds to, or after which the model looks at faces."""
@@ -340,58 +303,7 @@ class Forward(ShardedForward):
             return ()
         return range(0, self.sizes.num_blocks, self.sizes.num_blocks // self.sizes.vace_blocks)
 
-    def _strengths(self, given: Sequence[float], count: int) -> tuple[float, ...]:
-        if len(given) != count:
-            raise InputError(
-                f"{count} control videos of {self.label} need as many strengths; got {len(given)}. "
-                "Set them with 'WanVaceToVideo', one node for each video."
-            )
-        return tuple(given)
-
-    def _with_poses(
-        self,
-        x: torch.Tensor,
-        size: tuple[int, int, int],
-        pictures: tuple[torch.Tensor | None, torch.Tensor | None],
-        poses: tuple[torch.Tensor | None, torch.Tensor | None],
-        before: bool | None,
-        rope_options: Mapping[str, float],
-    ) -> Conditioning:
-        """SCAIL's: ``rotation``, and if there are ``pictures`` of people, or ``poses``, each with
-        masks, ``reference``, ``others`` and ``added``. ``before``: see ``positions_with_poses``.
-        """
-        model, found, count = self.model, Conditioning(), 0
-        picture, masks = pictures
-        per_frame = math.prod(-(-side // 2) for side in size[1:])
-        of_masks = None if masks is None else self._of_patches(model.patch_embedding_mask, masks, x)
-        if picture is not None:
-            count = picture.shape[2]
-            found["reference"] = self._of_patches(model.patch_embedding, picture, x)
-        if of_masks is not None and masks is not None:
-            if masks.shape[2] != count + size[0]:
-                raise InputError(
-                    f"Masks of references of {self.label} have a frame for each of {count} "
-                    f"pictures and {size[0]} of the video; got {masks.shape[2]}. Set them with "
-                    "'WanSCAILToVideo'."
-                )
-            if picture is not None:
-                found["reference"] = found["reference"] + of_masks[:, : count * per_frame]
-            found["added"] = of_masks[:, count * per_frame :]
-        video, of_poses = poses
-        shape = None
-        if video is not None:
-            shape = padded(video).shape[2:]
-            found["others"] = self._of_patches(model.patch_embedding_pose, video, x)
-            if of_poses is not None:
-                embedded = self._of_patches(model.patch_embedding_mask, of_poses, x)
-                check_length("Masks of poses", of_poses, embedded, found["others"][0])
-                found["others"] = found["others"] + embedded
-        replaces = before is not None and not before
-        positions = positions_with_poses(size, count, shape, replaces, rope_options, x)
-        found["rotation"] = torch.cat([self.rotation_of(one) for one in positions], dim=1)
-        return found
-
-    def _of_patches(self, embedding: Any, latents: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def of_patches(self, embedding: Any, latents: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Latents (B, C, T, H, W) as tokens (B, L, D), embedded in fp32, in the dtype of ``x``."""
         return as_tokens(embedding(padded(latents).float()).to(x.dtype))
 
@@ -410,24 +322,24 @@ class Forward(ShardedForward):
 
         Where models look at a picture, ``picture_keys`` and ``picture_values``, too.
         """
-        text, blocks = self._embedded(context), self.model.blocks
+        text, blocks = self.embedded_text(context), self.model.blocks
         found = Conditioning()
         of_text = [(block.attn2.norm_k, block.attn2.to_kv) for block in blocks]
-        found["keys"], found["values"] = self._keys_and_values(text, of_text)
+        found["keys"], found["values"] = self.keys_and_values(text, of_text)
         if self.sizes.image_dim:
             # Without features ComfyUI gives these layers the caption, too.
             embedder = self.model.condition_embedder.image_embedder
             picture = text if clip_fea is None else embedded_picture(embedder, clip_fea)
             of_picture = [(block.attn2.norm_added_k, block.attn2.to_added_kv) for block in blocks]
-            pair = self._keys_and_values(picture, of_picture)
+            pair = self.keys_and_values(picture, of_picture)
             found["picture_keys"], found["picture_values"] = pair
         return found
 
-    def _embedded(self, context: torch.Tensor) -> torch.Tensor:
+    def embedded_text(self, context: torch.Tensor) -> torch.Tensor:
         embedder = self.model.condition_embedder.text_embedder
         return embedder.linear_2(project(embedder.linear_1, context, gelu=True))
 
-    def _keys_and_values(
+    def keys_and_values(
         self, tokens: torch.Tensor, layers: Sequence[tuple[Any, Any]]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, L, D) → keys and values of every block (blocks, B, L, N, K)."""
