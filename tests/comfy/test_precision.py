@@ -86,6 +86,6 @@ def test_the_info_node_shows_what_the_ranks_do() -> None:
     with pack_module("nodes.runtime_nodes") as nodes:
         assert nodes._summary(report).splitlines() == [
             "2 GPUs: ready",
-            "flux.safetensors: 8.00 GiB each",
-            "flux.safetensors: 8.00 GiB each, 8 bits between the GPUs",
+            "flux.safetensors: 8.0 GiB each",
+            "flux.safetensors: 8.0 GiB each, 8 bits between the GPUs",
         ]

@@ -47,6 +47,6 @@ def test_the_info_node_shows_it() -> None:
     with pack_module("nodes.runtime_nodes") as nodes:
         assert nodes._summary(report).splitlines() == [
             "2 GPUs: ready",
-            "flux.safetensors: 8.00 GiB each + 3.00 GiB in the host's memory",
-            "wan.safetensors: 8.00 GiB each",
+            "flux.safetensors: 8.0 GiB each + 3.0 GiB in the host's memory",
+            "wan.safetensors: 8.0 GiB each",
         ]

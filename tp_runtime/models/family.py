@@ -148,7 +148,7 @@ class Geometry:
         )
 
     def _first_axes(self, name: str) -> tuple[Axis, ...]:
-        frames: Axis = name if self.num_frames is None else (name, self.num_frames)
+        frames: Axis = name if self.num_frames is None else ("frames", self.num_frames)
         return ("batch", ("channels", self.channels), *((frames,) if self.video else ()))
 
     def image_tokens(self, latent_shape: Shape) -> int:
