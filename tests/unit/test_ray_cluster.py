@@ -15,6 +15,7 @@ from tp_runtime.client.launch.ray_driver_client import Driver, cluster_gpu_count
 from tp_runtime.config import GroupConfig
 from tp_runtime.errors import GroupStartError
 from tp_runtime.wire.own_log import MAX_LOG_BYTES
+from tp_runtime.wire.ray_messages import Seat
 
 
 def test_a_python_that_does_not_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,3 +137,11 @@ def test_of_a_long_log_the_end_is_kept(driver_that: Callable[[str], str], tmp_pa
         driver.kill(patience_s=0)
     assert log.read_text().startswith("(what came before was too long)")
     assert "the end" in log.read_text()
+
+
+def test_a_rank_is_shown_the_gpus_of_all_ranks_on_its_host() -> None:
+    """Also of those that are in other tensor-parallel groups, with which it may share tokens."""
+    nodes = ["a", "a", "a", "b"]
+    seats = [Seat(node, node, 1, [str(number)]) for number, node in enumerate(nodes)]
+    assert [seat.gpus_of_host(seats) for seat in seats] == [*3 * [["0", "1", "2"]], ["3"]]
+    assert Seat("a", "a", 1, []).gpus_of_host([]) == []

@@ -166,8 +166,7 @@ class Driver:
         on_node = Counter(seat.node for seat in seats)
         running = {}
         for index, (seat, actor) in enumerate(ranks):
-            # Of all ranks of its host, in their order: so it knows with whom it can share memory.
-            gpus = [gpu for other in seats if other.node == seat.node for gpu in other.gpus]
+            gpus = seat.gpus_of_host(seats)
             of_rank = msgspec.structs.replace(
                 order.worker,
                 rank=index,

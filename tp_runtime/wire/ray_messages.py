@@ -88,3 +88,10 @@ class Seat(msgspec.Struct, frozen=True):
     host: str
     port: int
     gpus: list[str]
+
+    def gpus_of_host(self, seats: Iterable["Seat"]) -> list[str]:
+        """Those of all ranks on the same host, in the order of the ``seats``.
+
+        A rank is shown them, so that it knows with whom it can share memory.
+        """
+        return [gpu for other in seats if other.node == self.node for gpu in other.gpus]
