@@ -15,7 +15,7 @@ The launcher is ``client/launch/ray.py``, the driver ``ray_driver/driver.py`` an
 ``rank/ray_actor.py``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import msgspec
 
