@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from process.conftest import cpu_group, make_inputs
+from process.conftest import assert_ended, cpu_group, make_inputs
 
 from support.native import native_model
 from support.tiny_models import write_tiny
@@ -240,6 +240,23 @@ def test_two_groups_at_once(
         assert_right(other, other_native, make_inputs(seed=seed))
     other._group.close()
     assert_right(model, native, make_inputs(seed=73))
+
+
+def test_a_group_that_no_model_uses_ends_with_the_next_load_of_another(
+    runtime: Runtime, model: RemoteModel, tmp_path: Path
+) -> None:
+    """Also of a group that is up already, and so starts nothing."""
+    path = write_tiny("z_image", tmp_path / "other.safetensors", **OTHER_SIZE)
+    other = runtime.model(ModelSpec.of(str(path), "float32", "float32"), cpu_group(1))
+    other.ensure_loaded()
+    model.ensure_loaded()
+    pids = {group.tp_size: [rank["pid"] for rank in group.ranks] for group in runtime.reports()}
+    assert pids.keys() == {1, 2}
+    del other
+    model.ensure_loaded()
+    assert [group.tp_size for group in runtime.reports()] == [2]
+    assert_ended(pids[1], within_s=5)
+    assert [rank["pid"] for rank in runtime.reports()[0].ranks] == pids[2]
 
 
 def test_release_leaves_nothing(runtime: Runtime, model: RemoteModel, home: Path) -> None:

@@ -89,12 +89,15 @@ class Group:
         return residency if residency and residency.engine.is_up() else None
 
     def _started(self, poll: Poll | None) -> Residency:
-        """What a running engine holds, which is started if there is none."""
+        """What a running engine holds, which is started if there is none.
+
+        Groups on the same devices that no model uses any more end: nobody would end them later.
+        """
+        for other in self._neighbours(self.config):
+            if not other.is_used():
+                other.close()
         residency = self._alive()
         if residency is None:
-            for other in self._neighbours(self.config):
-                if not other.is_used():
-                    other.close()
             residency = Residency(
                 Engine(self.config), self._users.names, lambda: self._neighbours(self.config)
             )
