@@ -172,4 +172,4 @@ def test_a_fault(
     del error  # its frames hold views of the shared memory
     assert open_files() < held
     bench.works()
-    assert open_files() == held
+    assert open_files() <= held  # a group of before may have been closing still
