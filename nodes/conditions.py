@@ -45,15 +45,14 @@ def calc_cond_batch(
     remote = remote_of(model)
     if remote is None:
         return executor(model, conds, x_in, timestep, model_options)
-    # More wrappers: another node leaves steps out, or keeps account of conditions.
-    if len(wrappers) > 1:
-        with sampled(remote):
+    with sampled(remote):
+        # More wrappers: another node leaves steps out, or keeps account of conditions.
+        if len(wrappers) > 1:
             return executor(model, conds, x_in, timestep, model_options)
-    there = moved_conditions(conds, x_in.device)
-    workload = functools.partial(_workload, model, conds, x_in)
-    known = known_conditions(remote, there, model_options)
-    with sampled(remote), remote.step(workload), known:
-        return _evaluated(remote, executor, model, there, x_in, timestep, model_options)
+        there = moved_conditions(conds, x_in.device)
+        workload = functools.partial(_workload, model, conds, x_in)
+        with remote.step(workload), known_conditions(remote, there, model_options):
+            return _evaluated(remote, executor, model, there, x_in, timestep, model_options)
 
 
 def _evaluated(

@@ -65,7 +65,7 @@ def on_group(patcher: TPModelPatcher, group: GroupConfig) -> TPModelPatcher:
 
     The model that is made for a group lives as long as the one that it is made from, so that a
     graph which runs again finds its weights loaded. Of several groups, those of the last
-    `KEPT_GROUPS`: a group that no MODEL uses ends before the next one starts.
+    `KEPT_GROUPS`: a group that no MODEL uses ends when another is used next.
 
     Raises:
         UnsupportedFeatureError: a node has changed the inside of the native model.

@@ -30,6 +30,7 @@ from .room import Room, live_bytes
 from .step_history import StepRecords, Workload, times_of
 
 MIN_GAIN = 0.03  # a layout other than the default must be so much faster
+_ADVICE = "Set layout or gpu_count to decide yourself."
 MUCH_FASTER = 1.3  # alone, the better GPUs need no room for the largest usual latents
 _GIB = 2**30
 
@@ -159,8 +160,8 @@ class _Outlook:
         return min(useful, key=lambda one: self._predicted_ms(workload, one), default=None)
 
     def _useful(self, layouts: Iterable[Layout], workload: Workload) -> list[Layout]:
-        of_use = (one for one in layouts if one == self.plain or one.batch_groups <= workload.batch)
-        return list(of_use)
+        most = workload.batch
+        return [one for one in layouts if one == self.plain or one.batch_groups <= most]
 
     def _predicted_ms(self, workload: Workload, layout: Layout, streams: bool = True) -> float:
         room = self.rooms.get(layout)
@@ -222,7 +223,8 @@ def choose_layout(
         best = outlook.predicted_to_be_best
         layout = best(fitting, native) or best(possible, native) or plain
     for among in (fitting, possible):
-        layout = fastest(layout, outlook.estimates(among))
+        times = outlook.estimates(among)
+        layout = fastest(layout, times)
     of_streaming = _of_streaming(layout, rooms, outlook.estimates(layouts, streams=False))
     if layout == first and not of_streaming:
         return machine.choice(layout)
@@ -232,10 +234,7 @@ def choose_layout(
             "more GPUs by gpu_count."
         )
     latents = f"{workload.latent_shape} {'as of late' if usual else 'as usual for the model'}"
-    return machine.choice(layout, _why(layout, outlook, possible, latents) + of_streaming + _ADVICE)
-
-
-_ADVICE = " Set layout or gpu_count to decide yourself."
+    return machine.choice(layout, _why(layout, outlook, times, latents) + of_streaming, _ADVICE)
 
 
 def _measured(
@@ -278,9 +277,9 @@ def _worth_trying(
     return [one for one in known if times[one].measured or leaves_out_slow_ones(one)]
 
 
-def _why(layout: Layout, outlook: _Outlook, possible: Iterable[Layout], latents: str) -> str:
-    """Why a layout is taken, for a person."""
-    times, plain, link = outlook.estimates(possible), outlook.plain, outlook.machine.link
+def _why(layout: Layout, outlook: _Outlook, times: Mapping[Layout, Estimate], latents: str) -> str:
+    """Why a layout is taken, for a person; ``times``: of those that were possible."""
+    plain, link = outlook.plain, outlook.machine.link
     of_three = "sequence size x " if layout.sequence_size > 1 else ""
     others = f", and {plain} takes {times[plain]}" if layout != plain else ""
     why = f" The GPUs' link is {link.name} ({link.source})." if link is not None else ""
