@@ -20,7 +20,7 @@ _DEVICES = "TensorParallel.Runtime.Devices"
 _PREPARE = "TensorParallel.Runtime.Prepare"
 _REPRODUCIBLE = "TensorParallel.Runtime.Reproducible"
 PREPARE = ("auto", "always", "when used")
-_TRIES, _WRITING_S = 3, 0.05
+_WRITING_S, _AGAIN_S = 2.0, 0.05  # ComfyUI writes the file in place, on a disk that may be busy
 _PYTHON_NAME = re.compile(r"python(\d+(\.\d+)*)?t?")
 
 
@@ -94,13 +94,14 @@ def _stored() -> dict[str, Any]:
     file = Path(folder_paths.get_user_directory()) / "default" / "comfy.settings.json"
     if args.multi_user or not file.is_file():
         return {}
-    problem = ""
-    for _ in range(_TRIES):
+    problem = None
+    deadline = time.monotonic() + _WRITING_S
+    while problem is None or time.monotonic() < deadline:
         try:
             settings = json.loads(file.read_bytes())
         except (ValueError, OSError, RecursionError) as error:
             problem = str(error)
-            time.sleep(_WRITING_S)  # ComfyUI may be writing it, in place
+            time.sleep(_AGAIN_S)
             continue
         if isinstance(settings, dict):
             return settings

@@ -10,7 +10,7 @@ export const DEFAULT_COUNT = "TensorParallel.Nodes.GpuCount";
 
 const DECIDE = ["unet_name", "ckpt_name", "devices", "where", "layout"]; // the loader's inputs that counts depend on
 const answers = new Map(); // query → promise of the route's answer
-const questions = new WeakMap(); // node → { the place's hosts: the query that was asked last }
+const questions = new WeakMap(); // node → { the place's hosts: what was asked last }
 const followed = new WeakSet(); // widgets whose changes are heard of
 
 /** Follow the model of a node that has just been made. */
@@ -67,16 +67,15 @@ async function offerCounts(place, isFirst) {
   const asked = questions.get(node) ?? {};
   const where = hosts.map(({ id }) => id).join(":");
   questions.set(node, asked);
-  asked[where] = query;
+  const question = (asked[where] = { query });
   let answer;
   try {
     answer = await countsFor(query);
   } catch (error) {
-    answers.delete(query);
     answer = { refused: {}, error: error.message };
   }
-  // A later question was answered sooner, or is to be asked, as another layout was put in its place.
-  if (asked[where] !== query || !node.graph || (loader && questionOf(loader) !== query)) return;
+  // It was asked again since, as settings changed, or is to be, as another layout was put in its place.
+  if (asked[where] !== question || !node.graph || (loader && questionOf(loader) !== query)) return;
   const { refused } = answer;
   const values = own.allCounts.filter((count) => !(count in refused));
   if (loader && !answer.error && values.every((count) => !Number(count)) && leaveLayout(loader, refused)) return;
@@ -140,7 +139,11 @@ function hasSetter(object, name) {
 
 function countsFor(query) {
   if (query === null) return { refused: {} };
-  if (!answers.has(query)) answers.set(query, request(`/gpu_counts?${query}`, "POST"));
+  if (!answers.has(query)) {
+    const answer = request(`/gpu_counts?${query}`, "POST");
+    answers.set(query, answer);
+    answer.catch(() => answers.get(query) === answer && answers.delete(query)); // it may work next time
+  }
   return answers.get(query);
 }
 
@@ -150,7 +153,6 @@ export async function whyNot(input, file) {
   try {
     await countsFor(query);
   } catch (error) {
-    answers.delete(query);
     if (error.status === 400) return error.message;
     if (error.status !== 404) throw error;
   }

@@ -4,6 +4,7 @@ The pack's code and ComfyUI's are real, in this process; no server, no ranks.
 """
 
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -53,6 +54,19 @@ def test_a_file_that_is_no_settings(settings: ModuleType, file: Path, content: b
     for read in (settings.python_setting, settings.devices_setting):
         with pytest.raises(GroupStartError, match=r"comfy\.settings\.json cannot be read \(.+\)"):
             read()
+
+
+@pytest.mark.parametrize("half", [b"", b'{"TensorParallel.Runtime.Devices": '])
+def test_a_file_that_is_being_written(
+    settings: ModuleType, file: Path, monkeypatch: pytest.MonkeyPatch, half: bytes
+) -> None:
+    """ComfyUI empties the file first, and a busy disk takes its time."""
+    monkeypatch.setattr(settings, "_WRITING_S", 60.0)
+    file.write_bytes(half)
+    written = threading.Timer(0.5, file.write_text, [json.dumps({DEVICES: "0,1"})])
+    written.start()
+    assert settings.devices_setting() == "0,1"
+    written.join()
 
 
 anything = st.recursive(

@@ -3,11 +3,12 @@
 import json
 import re
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import Route, expect
 
 from support.comfy_page import GROUPS, PICTURES, ComfyPage
 from support.tiny_vae import VAE_NAME
@@ -460,23 +461,53 @@ def test_in_chinese(web: ComfyPage) -> None:
         web.server.post("/settings", {"Comfy.Locale": "en", "Comfy.ColorPalette": "dark"})
 
 
-def test_the_devices_of_the_settings_are_heeded_at_once(web: ComfyPage) -> None:
+DEVICES = "TensorParallel.Runtime.Devices"
+# Of the first loader's count; it has none before the counts are known.
+TOOLTIP = (
+    "(app.graph.nodes.find(({ comfyClass }) => comfyClass === 'TPLoadDiffusionModel')"
+    ".widgets.find(({ name }) => name === 'gpu_count').tooltip ?? '')"
+)
+
+
+@pytest.fixture
+def set_devices(web: ComfyPage) -> Iterator[Callable[[str], None]]:
+    """Set the GPUs to use, as the settings dialog does."""
+
+    def set_to(devices: str) -> None:
+        web.page.evaluate(f"app.extensionManager.setting.set('{DEVICES}', '{devices}')")
+
+    yield set_to
+    web.server.post("/settings", {DEVICES: ""})
+
+
+def test_the_devices_of_the_settings_are_heeded_at_once(
+    web: ComfyPage, set_devices: Callable[[str], None]
+) -> None:
     """What the counts are asked for after a change is what was changed to, not what was before."""
-    name = "TensorParallel.Runtime.Devices"
-    tooltip = (
-        "app.graph.nodes.find(({ comfyClass }) => comfyClass === 'TPLoadDiffusionModel')"
-        ".widgets.find(({ name }) => name === 'gpu_count').tooltip"
-    )
-    tooltip = f"({tooltip} ?? '')"  # it has none before the counts are known
     web.load_prompt({"model": tp_loader(MODEL)})
-    try:
-        for devices in ("7", "5"):
-            web.page.evaluate(f"app.extensionManager.setting.set('{name}', '{devices}')")
-            web.page.wait_for_function(f"{tooltip}.includes(\"is '{devices}'\")")
-        web.page.evaluate(f"app.extensionManager.setting.set('{name}', '')")
-        web.page.wait_for_function(f'!{tooltip}.includes("is \'")')
-    finally:
-        web.server.post("/settings", {name: ""})
+    for devices in ("7", "5"):
+        set_devices(devices)
+        web.page.wait_for_function(f"{TOOLTIP}.includes(\"is '{devices}'\")")
+    set_devices("")
+    web.page.wait_for_function(f'!{TOOLTIP}.includes("is \'")')
+
+
+def test_an_answer_of_before_a_change_comes_late(
+    web: ComfyPage, set_devices: Callable[[str], None]
+) -> None:
+    """It is not shown: the same question was asked again since."""
+    questions = "**/tensor_parallel/gpu_counts**"
+    early: list[Route] = []
+    web.page.route(questions, lambda route: early.append(route), times=1)
+    with web.page.expect_request(questions):
+        web.load_prompt({"model": tp_loader(MODEL)})
+    set_devices("7")
+    web.page.wait_for_function(f"{TOOLTIP}.includes(\"is '7'\")")
+    (first,) = early
+    with web.page.expect_response(questions):
+        first.fulfill(json={"num_gpus": 2, "refused": {}, "why": []})
+    web.page.evaluate("new Promise((done) => setTimeout(done, 100))")  # the page has it
+    assert "is '7'" in web.page.evaluate(TOOLTIP)
 
 
 def test_another_server_is_asked_which_counts_it_has(web: ComfyPage) -> None:
