@@ -9,6 +9,10 @@ UV := uv==0.13.9
 MODEL ?= z_image
 WHERE ?= this machine
 export COMFYUI_PATH ?= $(CURDIR)/.comfyui
+# A package index may be slow, and another program install with apt.
+export UV_HTTP_TIMEOUT ?= 300
+export UV_HTTP_RETRIES ?= 10
+APT := apt-get -qq -o DPkg::Lock::Timeout=300 -o Acquire::Retries=5
 # A worker for each core, tests/support/groups.py says which tests share one. Whoever has Python
 # write no bytecode (containers do) would have every ComfyUI and every rank compile its modules.
 TEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup
@@ -79,7 +83,7 @@ venv: $(INSTALLED)
 
 $(INSTALLED): requirements-dev.txt
 	scripts/make_venv.sh "$(PYTHON)" "$(VENV)"
-	$(BIN)/python -m pip install --disable-pip-version-check $(UV)
+	$(BIN)/python -m pip install --disable-pip-version-check --retries 10 $(UV)
 	$(BIN)/uv pip install --python $(BIN)/python -r requirements-dev.txt
 	touch $@
 
@@ -93,8 +97,8 @@ comfyui: venv
 browser:
 	@if command -v chromium >/dev/null; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-		apt-get update -qq && \
-		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; \
+		$(APT) update && \
+		DEBIAN_FRONTEND=noninteractive $(APT) install -y --no-install-recommends chromium; \
 	else \
 		echo "No chromium here: the tests marked 'web' are left out (install it to run them)."; \
 	fi
@@ -102,8 +106,8 @@ browser:
 hosts:
 	@if command -v ip >/dev/null; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-		apt-get update -qq && \
-		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends iproute2; \
+		$(APT) update && \
+		DEBIAN_FRONTEND=noninteractive $(APT) install -y --no-install-recommends iproute2; \
 	else \
 		echo "No 'ip' here: the tests marked 'hosts' are left out (install iproute2 to run them)."; \
 	fi

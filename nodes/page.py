@@ -70,7 +70,8 @@ def serve_page(server: Any) -> None:
 
     async def python(_request: web.Request) -> Any:
         refusal = _refusal() or own.refusal
-        return {**own.progress().as_dict(), "missing": lacks_runtime(), "refusal": refusal}
+        missing = await _in_thread(lacks_runtime)
+        return {**own.progress().as_dict(), "missing": missing, "refusal": refusal}
 
     async def change_python(request: web.Request) -> Any:
         if refusal := _refusal(request.remote):
@@ -125,8 +126,11 @@ async def _send_events(server: Any, status: _Status) -> None:
         try:
             now = get_runtime().groups()
             if now != shown:
-                server.send_sync(GROUPS_EVENT, await _in_thread(status.read))
-                shown = now
+                answer = await _in_thread(status.read)
+                server.send_sync(GROUPS_EVENT, answer)
+                # Another state by then, if only since somebody asked the ranks: said again.
+                states = [(group["id"], group["state"]) for group in answer["groups"]]
+                shown = now if states == [(group.id, group.state) for group in now] else None
         except Exception as error:  # of whatever type: logged, and the events go on
             if repr(error) != failed:
                 logger.exception("The page could not be told what runs; it is tried again.")

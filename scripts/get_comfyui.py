@@ -19,6 +19,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MARKER = ".unpacked-from"
+ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,11 @@ class Wheel:
         """Download the wheel into `folder` with pip and verify its digest."""
         command = [sys.executable, "-m", "pip", "download", "--quiet"]
         command += ["--disable-pip-version-check", "--no-deps", "--only-binary", ":all:"]
-        subprocess.run([*command, "--dest", str(folder), self.requirement], check=True)
+        command += ["--dest", str(folder), self.requirement]
+        for attempt in range(1, ATTEMPTS + 1):  # pip does not try again what breaks off
+            done = subprocess.run(command, check=attempt == ATTEMPTS)
+            if done.returncode == 0:
+                break
         (wheel,) = folder.glob("*.whl")
         digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
         if digest != self.sha256:

@@ -108,8 +108,15 @@ def tiny_z_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def comfy_server(tiny_z_image: Path) -> Iterator[ComfyServer]:
+def servers_leave_nothing() -> Iterator[None]:
+    """Of the ComfyUIs that are there for a whole run; it is checked when all of them have ended."""
+    with nothing_left_over():
+        yield
+
+
+@pytest.fixture(scope="session")
+def comfy_server(servers_leave_nothing: None, tiny_z_image: Path) -> Iterator[ComfyServer]:
     """One ComfyUI for the whole run, with `tiny_z_image.safetensors` among its models."""
-    with nothing_left_over(), ComfyServer(env=NO_GPU) as server:
+    with ComfyServer(env=NO_GPU) as server:
         (server.models / "diffusion_models" / tiny_z_image.name).symlink_to(tiny_z_image)
         yield server

@@ -2,7 +2,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { watchGroups } from "./groups.js";
-import { findPlace, loaderOf } from "./graph.js";
+import { findPlace, isThere, loaderOf } from "./graph.js";
 import { isOfShown } from "./prompts.js";
 import { layoutOf, milliseconds, ranksOf, sizeOf, text } from "./texts.js";
 
@@ -58,7 +58,7 @@ function addBadge(node) {
 }
 
 function show(node, mark) {
-  if (!node.graph) {
+  if (!isThere(node)) {
     marks.delete(node);
     texts.delete(mark.key);
     return;

@@ -1,7 +1,7 @@
 // `gpu_count` offers what works here for the node's model, and the node says why the rest does not.
 import { app } from "../../scripts/app.js";
 import { request } from "./groups.js";
-import { LOADERS, SAMPLER, decidingWidget, isValue, loaderOf, placesOf, widgetOf } from "./graph.js";
+import { LOADERS, SAMPLER, decidingWidget, isThere, isValue, loaderOf, placesOf, widgetOf } from "./graph.js";
 import { addNote, showReasons } from "./note.js";
 import { text } from "./texts.js";
 import { toast } from "./toast.js";
@@ -75,7 +75,7 @@ async function offerCounts(place, isFirst) {
     answer = { refused: {}, error: error.message };
   }
   // It was asked again since, as settings changed, or is to be, as another layout was put in its place.
-  if (asked[where] !== question || !node.graph || (loader && questionOf(loader) !== query)) return;
+  if (asked[where] !== question || !isThere(node) || (loader && questionOf(loader) !== query)) return;
   const { refused } = answer;
   const values = own.allCounts.filter((count) => !(count in refused));
   if (loader && !answer.error && values.every((count) => !Number(count)) && leaveLayout(loader, refused)) return;

@@ -36,6 +36,11 @@ function byId(graph, id) {
   return graph?.nodes.find((node) => String(node.id) === id);
 }
 
+/** Whether a node is where it was: a workflow that is closed leaves its nodes a graph (frontend 1.32). */
+export function isThere(node) {
+  return Boolean(node.graph?.nodes.includes(node));
+}
+
 /** Where a node is; of a subgraph that is used several times, the first use. */
 export function placeOf(node) {
   return placesOf((other) => other === node)[0];

@@ -3,8 +3,12 @@ import { api } from "../../scripts/api.js";
 
 const watchers = new Set();
 let groups = [];
+let numEvents = 0;
 
-api.addEventListener("tensor_parallel.groups", ({ detail }) => showGroups(detail));
+api.addEventListener("tensor_parallel.groups", ({ detail }) => {
+  numEvents += 1;
+  showGroups(detail);
+});
 
 /** Call `watcher(groups)` now and after every change. Returns what ends that. */
 export function watchGroups(watcher) {
@@ -14,12 +18,19 @@ export function watchGroups(watcher) {
 }
 
 export async function refreshGroups() {
-  showGroups(await request("/groups"));
+  showGroups(await newest(request("/groups")));
 }
 
 /** Do something with a group: sleep, wake, restart or release. Returns what runs then. */
 export function changeGroup(id, action) {
-  return request(`/groups/${id}/${action}`, "POST");
+  return newest(request(`/groups/${id}/${action}`, "POST"));
+}
+
+/** An answer, or what an event has said since it was asked for: the server asks ranks one by one. */
+async function newest(asked) {
+  const before = numEvents;
+  const answer = await asked;
+  return numEvents === before ? answer : { groups };
 }
 
 export async function releaseAll() {

@@ -18,11 +18,14 @@ export function ownPython() {
 
 /** Another Python may be set now. What is being made is looked at anyway, and what was made stays said. */
 export function lookAgain() {
-  if (offered && !["making", "made"].includes(offered.dataset.shown)) show(offered).catch(showError);
+  if (offered) show(offered).catch(showError);
 }
 
 async function show(part) {
-  await follow(part, await request("/python"));
+  const isMade = () => ["making", "made"].includes(part.dataset.shown);
+  if (isMade()) return;
+  const found = await request("/python");
+  if (!isMade()) await follow(part, found); // nobody has said meanwhile that it is to be made
 }
 
 async function follow(part, found) {

@@ -5,7 +5,7 @@
 import { app } from "../../scripts/app.js";
 import { refreshBadges } from "./badge.js";
 import { DEFAULT_COUNT, whyNot } from "./gpu_counts.js";
-import { SAMPLER, decidingWidget, loaderOf, placeOf, placesOf } from "./graph.js";
+import { SAMPLER, decidingWidget, isThere, loaderOf, placeOf, placesOf } from "./graph.js";
 import { text } from "./texts.js";
 import { showError, toast } from "./toast.js";
 
@@ -39,7 +39,8 @@ export async function swapAll(back = false) {
     const target = back ? toStock : toOurs;
     const places = placesOf(target);
     const reasons = back ? new Map() : await leftOut(places);
-    const nodes = [...new Set(places.map(({ node }) => node))].filter((node) => !reasons.has(node));
+    // Another workflow may be open by now.
+    const nodes = [...new Set(places.map(({ node }) => node))].filter((node) => !reasons.has(node) && isThere(node));
     const left = [...new Set(reasons.values())].join("\n");
     if (nodes.length) {
       await swap(nodes, target);

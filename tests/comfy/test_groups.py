@@ -142,5 +142,5 @@ def test_released_groups_are_gone_and_come_back(comfy_server: ComfyServer, works
     assert groups(history) == []
     assert comfy_server.latent(history).shape == (1, 16, 16, 16)
     assert history.text("release").startswith("Ended ")
-    assert not [pid for pid in pids if psutil.pid_exists(pid)]
+    wait_until(lambda: not any(map(psutil.pid_exists, pids)))
     assert not set(works()) & set(pids)

@@ -64,4 +64,4 @@ def test_nothing_grows(server: ComfyServer, everything: bool) -> None:
         least = min(usage.rss[pid] for usage in before)
         assert min(usage.rss[pid] for usage in after) <= least * (1 + MAX_GROWTH), pid
         fewest = min(usage.files[pid] for usage in before)
-        assert min(usage.files[pid] for usage in after) == fewest, pid
+        assert min(usage.files[pid] for usage in after) <= fewest, pid

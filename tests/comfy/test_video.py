@@ -1,7 +1,5 @@
 """Videos over HTTP: stock nodes around our MODELs give what they give around the stock ones."""
 
-import os
-import signal
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -384,7 +382,7 @@ def test_a_rank_that_is_killed_in_mid_video(
     comfy_server.events.wait_for(
         "progress", lambda event: event.data["max"] == 500 and event.data["node"] == "sampler"
     )
-    os.kill(pids[1], signal.SIGKILL)
+    comfy_server.kill_in_mid_evaluation(pids[1])
     with pytest.raises(PromptError) as error:
         comfy_server.wait(prompt_id, timeout_s=60)
     assert error.value.node_id == "sampler"

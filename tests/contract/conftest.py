@@ -16,7 +16,7 @@ def dump() -> dict[str, Any]:
     """What dump_node_schemas.py prints."""
     program = Path(__file__).with_name("dump_node_schemas.py")
     command = [sys.executable, program, comfyui_path()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found

@@ -205,7 +205,7 @@ def test_using_the_client_loads_nothing_of_the_ranks(tiny_z_image: Path) -> None
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
         check=False,
     )
     assert done.returncode == 0, done.stderr

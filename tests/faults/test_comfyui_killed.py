@@ -22,6 +22,7 @@ from support.comfy_server import NO_GPU, ComfyServer
 from support.leaks import Footprint, assert_nothing_added
 from support.rotation import NO_COMMIT, chosen
 from support.waiting import wait_until
+from support.workers import stalled_s
 from support.workflows import Sampling, tp_text_to_latent
 from tp_runtime.client.launch.group_folder import KEPT_FOLDERS
 
@@ -86,7 +87,7 @@ class Life:
         assert children
         began = time.monotonic()
         self.server.kill()
-        _, left = psutil.wait_procs(children, timeout=ROW.bound_s)
+        _, left = psutil.wait_procs(children, timeout=stalled_s(ROW.bound_s))
         assert not left
         return time.monotonic() - began
 
@@ -120,7 +121,7 @@ def test_at_any_moment(
             phase = PHASES[(first + number) % len(PHASES)]
             life.reach(phase, random)
             seconds[phase].append(life.kill())
-            assert_nothing_added(before, within_s=ROW.bound_s)
+            assert_nothing_added(before, within_s=stalled_s(ROW.bound_s))
             print(f"{phase}: {seconds[phase][-1]:.2f} s", flush=True)
     for phase, found in seconds.items():
         if found:

@@ -19,6 +19,7 @@ from faults.conftest import Observe
 from process.conftest import TESTS, PythonWith, assert_ended, assert_nothing_left, ranks_of
 
 from support.paths import REPOSITORY
+from support.workers import stalled_s
 
 pytestmark = [pytest.mark.process, pytest.mark.rotates(3, "random moments")]
 
@@ -91,8 +92,8 @@ def test_at_any_moment(
             caught += len(ranks)
             began = time.monotonic()
             os.kill(pid, SIGKILL)
-            assert_ended(ranks, within_s=ROW.bound_s)
-            assert_nothing_left(home, within_s=ROW.bound_s)
+            assert_ended(ranks, within_s=stalled_s(ROW.bound_s))
+            assert_nothing_left(home, within_s=stalled_s(ROW.bound_s))
             slowest_s = max(slowest_s, time.monotonic() - began)
         engines.stdin.close()
     print(f"{caught} ranks were alive when the process was killed; a start took {start_s:.1f} s")

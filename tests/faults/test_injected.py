@@ -15,7 +15,7 @@ import msgspec
 import pytest
 import torch
 from faults.cases import CALL_TIMEOUT_S, DELAY_S, INJECTED, START_TIMEOUT_S, Case
-from faults.conftest import Observe, put
+from faults.conftest import Observe, prepare, put
 from process.conftest import (
     PythonWith,
     assert_ended,
@@ -60,6 +60,7 @@ class Bench:
         self.model = model
         self._faults = faults
         self._numbers = itertools.count(1)
+        self.idle_s = 0.0  # within which an idle group notices that a rank has ended
 
     @property
     def engine(self) -> Engine:
@@ -97,7 +98,7 @@ class Bench:
     def idle(self) -> None:
         engine = self.engine
         wait_until(lambda: not self._faults.exists())
-        noticed_by = time.monotonic() + 0.6
+        noticed_by = time.monotonic() + self.idle_s
         while engine.error is None and time.monotonic() < noticed_by:
             time.sleep(0.01)
         if engine.error is not None:
@@ -112,6 +113,7 @@ def bench(faults: Path, python_with: PythonWith, tiny_z_image: Path) -> Iterator
     config = cpu_group(
         2, python=python_with(), start_timeout_s=START_TIMEOUT_S, call_timeout_s=CALL_TIMEOUT_S
     )
+    prepare(config)
     yield Bench(runtime.model(spec, config), faults)
     runtime.release()
 
@@ -147,7 +149,9 @@ def test_a_fault(
     bench.works()
     before = bench.engine
     held = open_files()
-    put(faults, rank=1, point=case.phase, action=ACTIONS[case.fault], delay_s=DELAY_S)
+    action = ACTIONS[case.fault]
+    bench.idle_s = 0.6 if action in ("stop", "delay") else bound_s(0.6)
+    put(faults, rank=1, point=case.phase, action=action, delay_s=DELAY_S)
     error: TPRuntimeError | None = None
     try:
         getattr(bench, case.phase)()

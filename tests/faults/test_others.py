@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from faults.cases import CALL_TIMEOUT_S, FILE_S, Case, case
+from faults.cases import FILE_S, Case, case
 from faults.conftest import Observe, put
 from process.conftest import TESTS, PythonWith, assert_ended, cpu_group, make_inputs
 
@@ -163,7 +163,7 @@ def test_a_rank_logs_without_end(model: RemoteModel, observe: Observe) -> None:
         for part in range(0, len(text), 4 * 2**20):
             model.evaluate(ordered(rank=0, print=text[part : part + 4 * 2**20]))
         model.evaluate(ordered(rank=0, print="the end"))
-        wait_until(lambda: log.stat().st_size < MAX_LOG_BYTES // 2, within_s=5)
+        wait_until(lambda: log.stat().st_size < MAX_LOG_BYTES // 2, within_s=bound_s(5))
     assert log.read_text().startswith("(what came before was too long)")
     assert "the end" in engine_of(model).ranks[0].log_tail()
 
@@ -398,7 +398,7 @@ def on_two(
     path = write_tiny("z_image", tmp_path_factory.mktemp("file") / "model.safetensors")
     tp_size, sizes = request.param
     limit = int(0.6 * path.stat().st_size / tp_size)
-    config = cpu_group(tp_size, **sizes, gpu_memory=limit, call_timeout_s=CALL_TIMEOUT_S)
+    config = cpu_group(tp_size, **sizes, gpu_memory=limit)
     runtime = Runtime()
     model = runtime.model(ModelSpec.of(str(path), "float32", "float32"), config)
     model._group.start()

@@ -15,6 +15,7 @@ import torch
 from process.conftest import PythonWith, cpu_group, make_inputs
 
 from support.waiting import wait_until
+from support.workers import bound_s
 from tp_runtime.client import ModelSpec, RankError, RemoteModel, Runtime
 from tp_runtime.client.group_state import State
 from tp_runtime.config import log_level
@@ -176,7 +177,7 @@ def test_no_port_is_left(model: RemoteModel) -> None:
     assert addresses
     ranks_of(model)[0].kill()
     wait_until(lambda: model._group.engine.state is State.FAILED)
-    wait_until(lambda: not any(map(answers, addresses)), within_s=1)
+    wait_until(lambda: not any(map(answers, addresses)), within_s=bound_s(1))
 
 
 def answers(address: tuple[str, int]) -> bool:

@@ -1,6 +1,7 @@
 """What the system refuses: the person learns what, and what to do; and no rank lives on."""
 
 import errno
+import gc
 import os
 import resource
 import subprocess
@@ -13,16 +14,16 @@ from pathlib import Path
 
 import pytest
 from faults.cases import case
-from faults.conftest import Observe
+from faults.conftest import Observe, prepare
 from process.conftest import TESTS, PythonWith, assert_ended, cpu_group, ranks_of
 
 from support.paths import REPOSITORY
 from support.sandbox import PIDFD_OPEN, PIDFD_SEND_SIGNAL
+from support.workers import bound_s
 from tp_runtime import reasons
 from tp_runtime.client import GroupStartError, TPRuntimeError, examine
 from tp_runtime.client.engine import Engine
 from tp_runtime.client.launch import fork_client, launcher, local
-from tp_runtime.client.launch.local import LocalLauncher
 
 pytestmark = pytest.mark.process
 
@@ -54,9 +55,7 @@ def message_of(observe: Observe) -> MessageOf:
 def with_fork_server(python: str) -> Engine:
     """A group of one rank, to be started from a fork server that is up."""
     config = cpu_group(1, python=python)
-    prepared = LocalLauncher()
-    prepared.prepare(config, lambda: None)
-    prepared.clean_up(keep_logs=False)
+    prepare(config)
     return Engine(config)
 
 
@@ -159,6 +158,7 @@ def test_few_files_may_be_open(python: str, observe: Observe) -> None:
     engine = Engine(cpu_group(2, python=python))
     engine.start()  # so that the fork server is up
     engine.close()
+    gc.collect()  # what groups of other tests held
     before, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     in_use = open_files()
     unused = [fd for fd in range(2000) if fd not in in_use]
@@ -177,8 +177,9 @@ def test_few_files_may_be_open(python: str, observe: Observe) -> None:
             observe(case("start", "few files may be open"), time.monotonic() - began)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (before, hard))
-        assert_ended([rank.pid for rank in engine.ranks], within_s=5)
-    assert open_files() == in_use, "what does not start leaves no file open"
+        assert_ended([rank.pid for rank in engine.ranks], within_s=bound_s(5))
+    # Fork servers of other tests may have ended meanwhile.
+    assert open_files() <= in_use, "what does not start leaves no file open"
     assert len(outcomes) > 5
     assert [text for text in outcomes if text != "works" and "ulimit -n" not in text] == []
 

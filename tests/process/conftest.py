@@ -1,5 +1,6 @@
 """Groups of real rank processes, and a Python for them that a test can put a fault into."""
 
+import contextlib
 import os
 import select
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from support.leaks import Footprint, fork_servers, is_marked, worker_processes
+from support.workers import bound_s
 from tp_runtime.config import GroupConfig
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -93,15 +95,16 @@ def python_with(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PythonWith
     yield make
     for child in psutil.Process().children():
         if any(is_marked(child, script) for script in scripts):
-            child.kill()  # a fork server that waits for the next group
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()  # a fork server that waits for the next group
 
 
 def ranks_of(home: Path) -> set[int]:
     """The live ranks of groups below `home`; other tests may run on the machine."""
-    return {process.pid for process in worker_processes() if str(home) in str(process.cmdline())}
+    return {process.pid for process in worker_processes() if is_marked(process, str(home))}
 
 
-def assert_nothing_left(home: Path, within_s: float = 5.0) -> None:
+def assert_nothing_left(home: Path, within_s: float = bound_s(5)) -> None:
     """Soon there is no rank of a group below `home`, and nothing of ours with a name.
 
     Nor is there a fork server whose engine has ended; the others wait for the next group.

@@ -3,8 +3,8 @@
 It starts in a third of the time, and does what `transformer_options` tells it to, so that a test
 can put a fault at a known place: `{"rank": 1, "sleep_s": 5}`, `{"rank": 0, "raise": "text"}`,
 `{"rank": 0, "exit": 3}`, `{"rank": 0, "refuse": "text"}`, `{"rank": 0, "allocate": True}`,
-`{"rank": 0, "send": b"frame"}` or `{"rank": 0, "print": "text"}`. Without `rank`, every rank
-does it. What is false (`""`, 0) is not done.
+`{"rank": 0, "send": b"frame"}` or `{"rank": 0, "print": "text"}`. `{"while": path}` waits
+while that file is there. Without `rank`, every rank does it. What is false (`""`, 0) is not done.
 
 Where a GPU's stream would wait for a number in memory, this rank itself does.
 """
@@ -60,6 +60,8 @@ def _load(
         order = inputs.get("transformer_options") or {}
         if order.get("rank") in (None, rank):
             time.sleep(order.get("sleep_s", 0))
+            while os.path.exists(order.get("while", "")):  # noqa: PTH110
+                time.sleep(0.001)
             if order.get("exit"):
                 os._exit(order["exit"])
             if order.get("send"):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from process.conftest import TESTS, make_inputs
 
+from support.leaks import is_marked
 from support.native import native_model
 from support.paths import LIGHT_SITE, REPOSITORY
 from support.ray_leaks import DRIVER_MARK, MARKS, no_ray_left_over
@@ -34,7 +35,7 @@ BOUND_S = 30.0
 
 def on_ray(tp_size: int = 2, **settings: str) -> GroupConfig:
     return GroupConfig(
-        tp_size, "cpu", start_timeout_s=120.0, call_timeout_s=60.0, where="ray", **settings
+        tp_size, "cpu", start_timeout_s=300.0, call_timeout_s=60.0, where="ray", **settings
     )
 
 
@@ -43,7 +44,7 @@ def ray_processes() -> list[psutil.Process]:
     return [
         process
         for process in psutil.Process().children(recursive=True)
-        if any(mark in " ".join(process.cmdline()) for mark in (*MARKS, DRIVER_MARK))
+        if any(is_marked(process, mark) for mark in (*MARKS, DRIVER_MARK))
     ]
 
 
@@ -124,7 +125,7 @@ def test_the_driver_is_killed(tiny_z_image: Path) -> None:
         spec = ModelSpec.of(str(tiny_z_image), "float32", "float32")
         model = runtime.model(spec, on_ray(1))
         model.ensure_loaded()
-        (driver,) = [one for one in ray_processes() if DRIVER_MARK in " ".join(one.cmdline())]
+        (driver,) = [one for one in ray_processes() if is_marked(one, DRIVER_MARK)]
         driver.kill()
         engine = model._group.engine
         assert engine is not None

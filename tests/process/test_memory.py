@@ -16,6 +16,7 @@ from process.conftest import assert_ended, cpu_group, make_inputs
 
 from support.tiny_models import write_tiny
 from support.waiting import wait_until
+from support.workers import bound_s
 from tp_runtime.client import GroupReport, InputError, ModelSpec, RemoteModel, Runtime, residency
 from tp_runtime.client.engine import Engine
 from tp_runtime.client.group_state import State
@@ -139,7 +140,7 @@ def test_what_a_page_asks_of_a_group(runtime: Runtime, models: list[RemoteModel]
     assert not the_group(runtime).models[second.name]["asleep"], "used last"
     pids = [rank["pid"] for rank in runtime.reports()[0].ranks]
     runtime.restart(group.id)
-    assert_ended(pids, within_s=5)
+    assert_ended(pids, within_s=bound_s(5))
     assert the_group(runtime).models == {}
     first.ensure_loaded()
     first.evaluate(make_inputs())

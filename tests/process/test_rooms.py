@@ -7,7 +7,7 @@ import pytest
 import torch
 from process.conftest import PythonWith
 
-from tp_runtime.client import GroupConfig, ModelSpec, Runtime
+from tp_runtime.client import GroupConfig, ModelSpec, Runtime, rank_processes
 
 pytestmark = pytest.mark.process
 
@@ -19,8 +19,12 @@ atexit.register(lambda: path.write_text(json.dumps(sorted(sys.modules))))
 
 
 def test_a_rank_imports_nothing_that_only_others_need(
-    tiny_z_image: Path, tmp_path: Path, python_with: PythonWith
+    tiny_z_image: Path,
+    tmp_path: Path,
+    python_with: PythonWith,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(rank_processes, "CLOSE_TIMEOUT_S", 60.0)  # a machine may be busy
     python = python_with(WRITE_MODULES.format(folder=str(tmp_path)), light=False)
     runtime = Runtime()
     try:

@@ -13,12 +13,15 @@ from typing import ClassVar
 import pytest
 from process.conftest import PythonWith, assert_ended, cpu_group
 
+from support.workers import bound_s
 from tp_runtime.client import GroupClosedError, GroupLostError, GroupStartError, ModelSpec
 from tp_runtime.client.engine import Engine
 from tp_runtime.client.group_state import State
 from tp_runtime.client.launch import ray as ray_launcher
 from tp_runtime.client.launch.local import LocalLauncher
+from tp_runtime.client.poll import Poll
 from tp_runtime.client.runtime import Runtime
+from tp_runtime.config import GroupConfig
 from tp_runtime.wire.protocol import Report
 from tp_runtime.wire.ray_messages import Placed
 
@@ -69,7 +72,7 @@ def failure_of(engine: Engine, within_s: float) -> str:
     began = time.monotonic()
     with pytest.raises(GroupStartError) as caught:
         engine.start()
-    assert time.monotonic() - began < within_s
+    assert time.monotonic() - began < bound_s(within_s)
     assert engine.state is State.FAILED
     assert_ended([rank.pid for rank in engine.ranks], within_s=0)
     with pytest.raises(GroupLostError, match="has failed before"):
@@ -109,8 +112,8 @@ def test_a_rank_that_is_killed_is_named(python_with: PythonWith) -> None:
 def test_a_silent_rank_is_given_up(sleeper: str) -> None:
     config = cpu_group(2, python=sleeper)
     LocalLauncher().prepare(config, poll=lambda: None)
-    message = failure_of(Engine(replace(config, start_timeout_s=1.0)), within_s=4)
-    assert "Ranks [0, 1] gave no sign of life for 1 s during 'start'" in message
+    message = failure_of(Engine(replace(config, start_timeout_s=5.0)), within_s=8)
+    assert "Ranks [0, 1] gave no sign of life for 5 s during 'start'" in message
 
 
 def test_an_import_that_never_ends_is_given_up(python_with: PythonWith) -> None:
@@ -230,7 +233,7 @@ def assert_cancelled_in_time(engine: Engine) -> None:
 
     with pytest.raises(Interrupted):
         engine.start(poll)
-    assert time.monotonic() < ends + 1
+    assert time.monotonic() < ends + bound_s(1)
     assert engine.state is State.CLOSED
 
 
@@ -279,15 +282,20 @@ def test_close_from_another_thread_ends_a_start(sleeper: str, when: str) -> None
 def test_who_starts_a_group_cleans_up_after_it(python_with: PythonWith, home: Path) -> None:
     """Whoever closes it meanwhile only waits: two would close the same file descriptor."""
     cleaners: list[threading.Thread] = []
+    preparing = threading.Event()
 
     class Watched(LocalLauncher):
+        def prepare(self, config: GroupConfig, poll: Poll) -> None:
+            preparing.set()
+            super().prepare(config, poll)
+
         def clean_up(self, keep_logs: bool) -> None:
             cleaners.append(threading.current_thread())
             super().clean_up(keep_logs)
 
     before = set((home / "groups").glob("*"))
     engine = Engine(cpu_group(2, python=python_with(while_importing=ASLEEP)), Watched())
-    closer = in_thread(lambda: (time.sleep(0.3), engine.close()))
+    closer = in_thread(lambda: (preparing.wait(), engine.close()))
     with pytest.raises(GroupClosedError):
         engine.start()
     closer.join()

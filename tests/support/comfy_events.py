@@ -44,7 +44,9 @@ class EventListener:
         self._arrived = threading.Condition()
         self._connection = ExitStack()
         self._socket = self._connection.enter_context(
-            connect(f"{url}?clientId={self.client_id}", max_size=None, proxy=None)
+            connect(
+                f"{url}?clientId={self.client_id}", max_size=None, proxy=None, ping_interval=None
+            )
         )
         self._thread = threading.Thread(target=self._receive, name="comfy-events", daemon=True)
         self._thread.start()

@@ -41,6 +41,18 @@ console.warn = (...words) => {
     warn(...words);
 };"""
 
+# `showGroups(detail)` is then the only event about groups.
+WITHOUT_THE_SERVERS_GROUPS = """() => {
+    if (window.showGroups) return;
+    const { api } = window.comfyAPI.api;
+    const dispatch = api.dispatchCustomEvent;
+    const kind = "tensor_parallel.groups";
+    api.dispatchCustomEvent = function (type, ...rest) {
+        return type === kind || dispatch.call(this, type, ...rest);
+    };
+    window.showGroups = (detail) => dispatch.call(api, kind, detail);
+}"""
+
 # What is wider than its box in an element, unless it ends in an ellipsis and has it all as a title.
 CUT_OFF = """(root) => [root, ...root.querySelectorAll('*')]
     .filter((one) => one.offsetParent && one.clientWidth && one.scrollWidth > one.clientWidth + 1)
@@ -116,7 +128,8 @@ class ComfyPage:
         self.errors: list[str] = []
         page.add_init_script("localStorage.setItem('vueNodesBannerDismissed', 'true')")
         page.add_init_script(DEPRECATED.replace("PACK", PACK_FOLDER))
-        page.set_default_timeout(30_000)
+        page.set_default_timeout(60_000)  # on a machine that is busy
+        page.set_default_navigation_timeout(120_000)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
 
     def open(self, settings: Mapping[str, Any] | None = None) -> None:
@@ -127,9 +140,12 @@ class ComfyPage:
         self.page.wait_for_function(
             "window.app?.extensionManager?.getSidebarTabs?.()"
             ".some((tab) => tab.id === 'tensor-parallel')",
-            timeout=60_000,
+            timeout=120_000,
         )
         self.page.wait_for_function("window.app.graph && !document.querySelector('#splash-loader')")
+        self.page.wait_for_function(
+            "[...document.styleSheets].some((sheet) => sheet.href?.endsWith('/panel.css'))"
+        )
 
     def load(self, workflow: Mapping[str, Any]) -> None:
         """Open a workflow in the page's format."""
@@ -165,8 +181,9 @@ class ComfyPage:
         )
 
     def show_groups(self, *groups: Mapping[str, Any]) -> None:
-        """Have the page show these groups."""
-        self.tell("groups", {"groups": groups})
+        """Have the page show these groups, and no others until it is loaded again."""
+        self.page.evaluate(WITHOUT_THE_SERVERS_GROUPS)
+        self.page.evaluate("(groups) => window.showGroups({ groups })", groups)
 
     def set_palette(self, name: str) -> None:
         """Choose ComfyUI's colours; they are there when this returns."""
@@ -184,7 +201,9 @@ class ComfyPage:
         if self.html:
             row = self.node(node_type).locator(".lg-node-widget").filter(has_text=name)
             row.get_by_role("combobox").click()
-            return self.page.get_by_role("option")
+            options = self.page.get_by_role("option")
+            options.first.wait_for()
+            return options
         entries = self.page.locator(".litecontextmenu .litemenu-entry")
         for _ in range(5):  # a busy machine may not have laid the node out yet
             x, y = self.page.evaluate(
@@ -205,16 +224,23 @@ class ComfyPage:
 
     def fit_view(self) -> None:
         """Show all nodes; returns when the view has come to rest, which a busy machine delays."""
+        self.await_drawing()  # which measures the nodes
         self.run_command("Comfy.Canvas.FitView")
         self.page.wait_for_timeout(500)
-        self.page.wait_for_function(
+        self.page.evaluate("window.viewBefore = undefined")
+        self.page.wait_for_function(  # looked at where it moves: between two pictures
             """() => {
                 const { scale, offset } = app.canvas.ds;
                 const [before, now] = [window.viewBefore, [scale, ...offset].join()];
-                window.viewBefore = now;
-                return now === before;
+                if (now !== before?.view) window.viewBefore = { view: now, frames: 0 };
+                return ++window.viewBefore.frames > 20;
             }""",
-            polling=300,
+        )
+
+    def await_drawing(self) -> None:
+        """The page has drawn what there is now."""
+        self.page.evaluate(
+            "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
         )
 
     def node(self, node_type: str) -> Locator:

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -31,6 +32,7 @@ from support.comfy_events import EventListener
 from support.comfy_history import History, finished, validation_error
 from support.leaks import WORKER_MARK, is_marked
 from support.paths import REPOSITORY, TEST_PACK, comfyui_path
+from support.workers import bound_s
 from support.workflows import Prompt
 
 PACK_FOLDER = "tensor-parallel"
@@ -123,7 +125,7 @@ class ComfyServer:
             self._check_alive()
             try:
                 self.get("/system_stats")
-            except urllib.error.URLError as error:
+            except OSError as error:  # who has its port for now may take it and say nothing, too
                 if time.monotonic() > deadline:
                     raise TimeoutError(
                         f"no answer from ComfyUI in {timeout_s} s; its log:\n{self.log_tail()}"
@@ -146,6 +148,15 @@ class ComfyServer:
     def ranks(self) -> list[psutil.Process]:
         """The live ranks of the server's groups."""
         return [child for child in self.children() if is_marked(child, WORKER_MARK)]
+
+    def kill_in_mid_evaluation(self, pid: int) -> None:
+        """SIGKILL a rank while a prompt's sampler waits for it; of others, nobody would hear."""
+        os.kill(pid, signal.SIGSTOP)
+        seen = -1
+        while seen != (now := len(self.events.all("progress"))):
+            seen = now
+            time.sleep(1)
+        os.kill(pid, signal.SIGKILL)
 
     def kill(self) -> None:
         """SIGKILL ComfyUI alone, as a crash would: its children are left to themselves.
@@ -170,7 +181,7 @@ class ComfyServer:
         if self._listener is not None:
             self._listener.close()
         stopped = self._interrupt_process(timeout_s=20)
-        _, survivors = psutil.wait_procs(children, timeout=5)
+        _, survivors = psutil.wait_procs(children, timeout=bound_s(5))
         for survivor in survivors:
             survivor.kill()
         log_tail = self.log_tail()
@@ -324,6 +335,10 @@ class ComfyServer:
 
 
 def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """One that the system gives to nobody who asks for any: ComfyUI takes it seconds later."""
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.SystemRandom().randrange(2 * first // 3, first)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import psutil
 
+from support.workers import bound_s
+
 WORKER_MARK = "tp_runtime.rank.worker"
 SERVER_MARK = "tp_runtime.rank.fork_server"
 SHARED_MEMORY = Path("/dev/shm")
@@ -173,15 +175,19 @@ def own_temporary_folder() -> Iterator[None]:
                 os.environ["TMPDIR"] = before
 
 
-def assert_nothing_added(before: Footprint, within_s: float = 5.0) -> None:
+def assert_nothing_added(before: Footprint, within_s: float = bound_s(5)) -> None:
     """Wait up to `within_s` for everything that came after `before` to go away.
 
     Raises:
         AssertionError: something is left; it names the processes and the entries.
     """
     deadline = time.monotonic() + within_s
-    while not (added := Footprint.now().added_since(before)).is_empty():
-        if time.monotonic() > deadline:
+    while True:
+        is_late = time.monotonic() > deadline  # before the look, which may take its time
+        added = Footprint.now().added_since(before)
+        if added.is_empty():
+            return
+        if is_late:
             raise AssertionError(
                 f"left over after {within_s} s: processes {sorted(added.worker_pids)}, "
                 f"/dev/shm entries {sorted(added.shared_memory)}, "
@@ -191,7 +197,7 @@ def assert_nothing_added(before: Footprint, within_s: float = 5.0) -> None:
 
 
 @contextmanager
-def nothing_left_over(within_s: float = 5.0) -> Iterator[None]:
+def nothing_left_over(within_s: float = bound_s(5)) -> Iterator[None]:
     """Whatever the body starts is gone `within_s` after it (also when the body raises)."""
     before = Footprint.now()
     try:

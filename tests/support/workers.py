@@ -2,6 +2,8 @@
 
 import os
 
+# A process of one of them may keep another waiting for so long.
+_STALL_S = 10.0
 BESIDE_OTHERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1
 
 
@@ -12,3 +14,8 @@ def bound_s(alone_s: float) -> float:
     would end if nobody noticed what the test is about.
     """
     return 10 * alone_s if BESIDE_OTHERS else alone_s
+
+
+def stalled_s(alone_s: float) -> float:
+    """The same where `alone_s` has a timeout in it: ten times that would say nothing."""
+    return alone_s + _STALL_S if BESIDE_OTHERS else alone_s

@@ -22,11 +22,11 @@ background.in_background(free, [torch.zeros(1) for _ in range(100_000)])
 """
 
 
-@pytest.mark.parametrize(("seconds", "limit", "printed"), [(0.5, 60, "freed\n"), (60, 0.1, "")])
+@pytest.mark.parametrize(("seconds", "limit", "printed"), [(0.5, 60, "freed\n"), (600, 0.1, "")])
 def test_python_waits_for_it_for_a_while(seconds: float, limit: float, printed: str) -> None:
     script = SCRIPT.format(seconds=seconds, limit=limit)
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=50
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=400
     )
     assert (done.returncode, done.stdout) == (0, printed), done.stderr
 

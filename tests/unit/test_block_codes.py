@@ -156,7 +156,7 @@ def test_the_kernels_give_the_same_bits() -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
         check=False,
     )
     assert result.stdout == "equal\n", result.stderr

@@ -212,7 +212,7 @@ def test_equal_plain_torch(comparison: str) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
         check=False,
     )
     assert result.stdout == "equal\n", result.stderr

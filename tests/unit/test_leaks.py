@@ -20,10 +20,12 @@ from support.leaks import (
     WORKER_MARK,
     Footprint,
     assert_nothing_added,
+    is_marked,
     nothing_left_over,
     of_another_run,
     without_those_of_others,
 )
+from support.waiting import wait_until
 
 READ = "import sys; sys.stdin.read()"
 # A process that leaves another one behind, which is adopted by none of ours.
@@ -46,13 +48,20 @@ def orphaned_server(code: str = READ, **environment: str) -> Iterator[str]:
         assert parent.stdout is not None
         pid = parent.stdout.readline().strip()
         parent.wait()
+        wait_until(lambda: lives(pid, SERVER_MARK))
         yield pid
+
+
+def lives(pid: int | str, mark: str) -> bool:
+    """Whether it does, with the command line that it was started for: it has that a bit later."""
+    return any(str(one.pid) == str(pid) and is_marked(one, mark) for one in psutil.process_iter())
 
 
 def test_a_rank_that_lives_on_is_reported() -> None:
     before = Footprint.now()
     command = [sys.executable, "-c", READ, WORKER_MARK]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        wait_until(lambda: lives(process.pid, WORKER_MARK))
         with pytest.raises(AssertionError, match=str(process.pid)):
             assert_nothing_added(before, within_s=0.2)
     assert_nothing_added(before)
@@ -76,6 +85,7 @@ def test_what_another_worker_leaves_for_a_moment_is_its_own(tmp_path: Path) -> N
                 time.sleep(0.01)
             assert_nothing_added(before, within_s=0.2)
             assert psutil.pid_exists(int(pid))
+        wait_until(lambda: not lives(pid, SERVER_MARK))
         with pytest.raises(AssertionError, match=entry.name):
             assert_nothing_added(before, within_s=0.2)
     finally:
@@ -93,6 +103,7 @@ def test_a_process_that_ends_while_it_is_looked_at_is_no_leak(
     """Whose it was cannot be seen any more."""
     command = [sys.executable, "-c", READ, WORKER_MARK]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        wait_until(lambda: lives(process.pid, WORKER_MARK))
 
         def ends(looked_at: psutil.Process, ancestors: set[int]) -> bool:
             if looked_at.pid == process.pid:

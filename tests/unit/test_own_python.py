@@ -31,6 +31,7 @@ def own(tmp_path: Path, requirements: Path) -> Iterator[OwnPython]:
 def index_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.getsockname()[1]}/simple")
+        monkeypatch.setenv("PIP_DEFAULT_TIMEOUT", "5")  # it says that it tries again
         yield
 
 

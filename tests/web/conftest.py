@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from playwright.sync_api import Browser
+from playwright.sync_api import Browser, expect
 
 from support.comfy_page import NEWER_PAGE, PICTURES, ComfyPage, chromium, chromium_path, comfy_page
 from support.comfy_server import NO_GPU, ComfyServer
@@ -19,6 +19,8 @@ from support.paths import NEWER_FRONTEND
 from support.rotation import chosen
 from support.template_models import write_template_models
 from support.workflows import node
+
+expect.set_options(timeout=60_000)  # on a machine that is busy
 
 
 class Kind(NamedTuple):
@@ -78,7 +80,9 @@ def own_page(browser: Browser, comfy_server: ComfyServer) -> Iterator[ComfyPage]
 
 
 @pytest.fixture(scope="session")
-def newer_page(browser: Browser, tiny_z_image: Path) -> Iterator[ComfyPage]:
+def newer_page(
+    browser: Browser, servers_leave_nothing: None, tiny_z_image: Path
+) -> Iterator[ComfyPage]:
     """The newest frontend, with a ComfyUI of its own."""
     if not NEWER_FRONTEND.is_dir():
         pytest.skip("there is no newer frontend: `make comfyui` fetches it")

@@ -72,7 +72,7 @@ def wait_for_counts(web: ComfyPage, counts: list[str] | None) -> None:
     """Until the loader offers these, and the sampler the same."""
     for node_type, first in ((LOADER, []), (SAMPLER, ["from model"])):
         expected = counts and [*first, *counts]
-        web.page.wait_for_function(OFFERS, arg=[node_type, expected], timeout=10_000)
+        web.page.wait_for_function(OFFERS, arg=[node_type, expected])
 
 
 @pytest.mark.parametrize(

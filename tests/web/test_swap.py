@@ -60,6 +60,7 @@ def stock_prompt() -> Prompt:
 
 def right_click(web: ComfyPage, node_type: str) -> None:
     """Open the menu of a node, drawn on the canvas or in HTML."""
+    web.await_drawing()
     x, y = web.page.evaluate(
         """(type) => {
             const { pos, size } = app.graph.nodes.find(({ comfyClass }) => comfyClass === type);

@@ -51,7 +51,7 @@ def test_the_browser_of_templates_lists_them(web: ComfyPage) -> None:
     assert sorted(listed) == [path.stem for path in TEMPLATES]
     for name in listed:
         url = f"{web.server.url}/api/workflow_templates/{PACK_FOLDER}/{quote(name)}.jpg"
-        with urllib.request.urlopen(url, timeout=10) as reply:
+        with urllib.request.urlopen(url, timeout=60) as reply:
             assert reply.headers["Content-Type"] == "image/jpeg"
     web.run_command("Comfy.BrowseTemplates")
     dialog = web.page.get_by_role("dialog")

@@ -54,7 +54,7 @@ class ForkServer:
 
         ``keep``: it does not end when it has had no rank for long.
         """
-        self.is_up = False
+        self.started = time.monotonic()
         self._is_gone = False
         self._environment = environment
         self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -109,7 +109,6 @@ class ForkServer:
                     raise ForkServerError(f"was not ready after {timeout_s:g} s")
             if not answers.recv(MAX_ANSWER_BYTES):
                 raise self._gone()
-        self.is_up = True
 
     def fork(
         self, worker: WorkerConfig, environment: Mapping[str, str], fds: Sequence[int]

@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import socket
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,8 @@ from .fork_client import MAX_ANSWER_BYTES, ForkServer, ForkServerError, fork_ser
 from .group_folder import GroupFolder
 from .launcher import Rank, check_system_calls, end_ranks, tail_of_file
 
-STATUS_TIMEOUT_S = 1.0  # a rank's exit status comes a moment after its end
+END_TIMEOUT_S = 1.0  # a rank's stream ends a moment before the process does
+STATUS_TIMEOUT_S = 5.0  # and its exit status comes a moment after that
 
 _ENVIRONMENT = {
     # The group never leaves this machine: its sockets bind to the loopback device only.
@@ -68,10 +70,11 @@ class LocalRank:
         return bool(wait([self.death_fd], timeout_s))
 
     def describe_exit(self) -> str:
-        if not self.ended(STATUS_TIMEOUT_S):  # its stream ends a moment before the process does
+        if not self.ended(END_TIMEOUT_S):
             return "closed its connection"
-        told = wait([self.status], STATUS_TIMEOUT_S)
-        if told and (packet := self.status.recv(MAX_ANSWER_BYTES, socket.MSG_PEEK)):
+        if not wait([self.status], STATUS_TIMEOUT_S):
+            return "ended"  # the fork server has not got around to it, and has other groups' ranks
+        if packet := self.status.recv(MAX_ANSWER_BYTES, socket.MSG_PEEK):
             exitcode = msgspec.json.decode(packet, type=int | None)
             return "ended" if exitcode is None else reasons.how_ended(exitcode)
         server = f"its fork server (process {self.server.pid})"
@@ -206,18 +209,18 @@ def prepare_start(python: str, *, keep: bool = False) -> None:
 
 def _running_server(config: GroupConfig, poll: Poll) -> ForkServer:
     """A fork server that is up: that of an earlier group, or a new one. Raises GroupStartError."""
+    began = time.monotonic()
     while True:
         try:
             server = fork_server(config.python, _server_environment())
-            is_new = not server.is_up
             server.wait_until_up(poll, config.start_timeout_s)
             return server
         except OSError as error:
             raise failures.no_python(config, error) from error
         except ForkServerError as error:
-            if is_new:
+            if server.started >= began:
                 raise failures.no_fork_server(config, error, server.log_tail()) from error
-            # It has ended since the last group: it had no rank for long, or was killed.
+            # One that was there has ended since: it had no rank for long, or was killed.
 
 
 def _environment() -> dict[str, str]:

@@ -5,7 +5,6 @@ until every rank has connected and shown that it knows the group's token, and th
 """
 
 import logging
-import math
 import os
 import time
 from collections.abc import Sequence
@@ -109,7 +108,7 @@ class RayLauncher:
 def _placed(config: GroupConfig, driver: Driver, poll: Poll) -> Placed:
     """Where the ranks are, once Ray has room for all of them."""
     unit = "GPUs" if config.device == "cuda" else "CPU cores"
-    began = time.monotonic()
+    began = lacks_since = time.monotonic()
     found: Waiting | None = None
     while True:
         poll()
@@ -117,14 +116,18 @@ def _placed(config: GroupConfig, driver: Driver, poll: Poll) -> Placed:
             if isinstance(message, Placed):
                 return message
             if isinstance(message, Waiting):
+                if found is None or found.total >= config.num_ranks:
+                    lacks_since = time.monotonic()
                 found = message
                 logger.info(
                     "waiting for %d %s; the cluster has %d, %d of them free",
                     *(config.num_ranks, unit, found.total, found.free),
                 )
         lacking = found is not None and found.total < config.num_ranks
-        timeout_s = min(JOIN_TIMEOUT_S if lacking else math.inf, config.start_timeout_s)
-        if time.monotonic() - began < timeout_s:
+        waited_s, timeout_s = time.monotonic() - began, config.start_timeout_s
+        if lacking and timeout_s > JOIN_TIMEOUT_S:
+            waited_s, timeout_s = time.monotonic() - lacks_since, JOIN_TIMEOUT_S
+        if waited_s < timeout_s:
             continue
         cluster = f"cluster at {config.ray_address}" if config.ray_address else "of this machine"
         if found is None:
