@@ -12,6 +12,7 @@ from process.conftest import assert_ended, make_inputs
 
 from support.ray_hosts import Cluster
 from support.waiting import wait_until
+from support.workers import bound_s
 from tp_runtime.client import GroupDiedError, GroupStartError, RemoteModel
 from tp_runtime.wire.transport import SILENCE_S
 
@@ -67,7 +68,7 @@ def lose(
     raised_after_s = time.monotonic() - failed_s[0]
     print(f"noticed after {noticed_after_s:.2f} s, raised {raised_after_s:.2f} s later: {message}")
     print(Path(message.rpartition("Log: ")[2]).read_text()[-2000:])
-    assert raised_after_s <= RAISED_BOUND_S
+    assert raised_after_s <= bound_s(RAISED_BOUND_S)
     return message, noticed_after_s
 
 
@@ -86,7 +87,7 @@ def test_killed(faults: Path, whole: Cluster, model_on: ModelOn) -> None:
     far = whole.hosts[1]
     message, seconds = lose(far.kill, model_on(2), faults)
     assert re.search(rf"Rank 1 \(process \d+ on {far.address}\) .+ during 'Evaluate'", message)
-    assert seconds <= KILLED_BOUND_S
+    assert seconds <= bound_s(KILLED_BOUND_S)
     assert_works_on_what_is_left(whole, model_on)
 
 
@@ -102,8 +103,8 @@ def test_cut_off(faults: Path, whole: Cluster, model_on: ModelOn, step_s: float)
         "down, or cut off from the network during 'Evaluate'",
         message,
     )
-    assert seconds <= CUT_OFF_BOUND_S
-    assert_ended([rank.pid], within_s=CUT_OFF_BOUND_S)  # by itself: nobody can reach it
+    assert seconds <= bound_s(CUT_OFF_BOUND_S)
+    assert_ended([rank.pid], within_s=bound_s(CUT_OFF_BOUND_S))  # by itself: nobody can reach it
     assert_works_on_what_is_left(whole, model_on)
 
 

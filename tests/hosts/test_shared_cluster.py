@@ -105,9 +105,9 @@ def test_two_servers_and_no_room_for_a_third(
     with pytest.raises(
         GroupStartError,
         match=r"2 CPU cores were asked for, but the Ray cluster at 10\.77\.0\.1:6379 has 4, "
-        r"0 of them free, and had no more for 15 s",
+        r"0 of them free, and had no more for 30 s",
     ):
-        model_of(third, cluster, tiny_z_image, start_timeout_s=15.0).ensure_loaded()
+        model_of(third, cluster, tiny_z_image, start_timeout_s=30.0).ensure_loaded()
     assert "waiting for 2 CPU cores; the cluster has 4, 0 of them free" in caplog.text
 
     waiting = model_of(third, cluster, tiny_z_image)

@@ -37,7 +37,7 @@ ENVIRONMENT = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "1000",
-    "RAY_health_check_failure_threshold": "8",  # a machine may be busy
+    "RAY_health_check_failure_threshold": "5",  # a machine may be busy
 }
 
 COUNT_NODES = """

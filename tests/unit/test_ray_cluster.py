@@ -6,18 +6,20 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from support.paths import REPOSITORY
 from support.waiting import wait_until
+from tp_runtime.client.launch import ray as ray_launcher
 from tp_runtime.client.launch import ray_driver_client
 from tp_runtime.client.launch.ray_driver_client import Driver, cluster_gpu_count
 from tp_runtime.config import GroupConfig
 from tp_runtime.errors import GroupStartError
 from tp_runtime.wire.own_log import MAX_LOG_BYTES
-from tp_runtime.wire.ray_messages import Seat
+from tp_runtime.wire.ray_messages import Placed, Seat, Waiting
 
 
 def test_a_python_that_does_not_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,3 +163,41 @@ def test_a_rank_is_shown_the_gpus_of_all_ranks_on_its_host() -> None:
     seats = [Seat(node, node, 1, [str(number)]) for number, node in enumerate(nodes)]
     assert [seat.gpus_of_host(seats) for seat in seats] == [*3 * [["0", "1", "2"]], ["3"]]
     assert Seat("a", "a", 1, []).gpus_of_host([]) == []
+
+
+class _SlowCluster:
+    """Stands in for a driver process: Ray takes two minutes to say that it has one GPU of two.
+
+    It is the clock, too: each look at it takes ten seconds.
+    """
+
+    log_path = Path("driver.log")
+
+    def __init__(self, joins_after_s: float) -> None:
+        self._joins_after_s = joins_after_s
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def receive(self, _: float) -> list[Waiting | Placed]:
+        self.now += 10
+        since_s = self.now - 1120
+        if since_s >= self._joins_after_s:
+            return [Placed("127.0.0.1", ["127.0.0.1"] * 2)]
+        return [Waiting(1, 1)] if since_s >= 0 else []
+
+
+def test_hosts_may_join_for_a_while_however_long_ray_takes_to_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = GroupConfig(2, "cuda", where="ray", ray_address="10.0.0.1:6379", start_timeout_s=600)
+    for joins_after_s in (20, 40):
+        cluster: Any = _SlowCluster(joins_after_s)
+        monkeypatch.setattr(ray_launcher, "time", cluster)
+        if joins_after_s < ray_launcher.JOIN_TIMEOUT_S:
+            assert isinstance(ray_launcher._placed(config, cluster, lambda: None), Placed)
+            continue
+        with pytest.raises(GroupStartError, match=r"has 1, 1 of them free, and had no more for 30"):
+            ray_launcher._placed(config, cluster, lambda: None)
+        assert cluster.now == 1120 + ray_launcher.JOIN_TIMEOUT_S
