@@ -17,20 +17,16 @@ export function watchGroups(watcher) {
   return () => watchers.delete(watcher);
 }
 
+/** Ask what runs: the server asks rank after rank for it, so what events say meanwhile is newer. */
 export async function refreshGroups() {
-  showGroups(await newest(request("/groups")));
+  const before = numEvents;
+  const answer = await request("/groups");
+  if (numEvents === before) showGroups(answer);
 }
 
 /** Do something with a group: sleep, wake, restart or release. Returns what runs then. */
 export function changeGroup(id, action) {
-  return newest(request(`/groups/${id}/${action}`, "POST"));
-}
-
-/** An answer, or what an event has said since it was asked for: the server asks ranks one by one. */
-async function newest(asked) {
-  const before = numEvents;
-  const answer = await asked;
-  return numEvents === before ? answer : { groups };
+  return request(`/groups/${id}/${action}`, "POST");
 }
 
 export async function releaseAll() {
