@@ -12,7 +12,8 @@ export COMFYUI_PATH ?= $(CURDIR)/.comfyui
 # A package index may be slow, and another program install with apt.
 export UV_HTTP_TIMEOUT ?= 300
 export UV_HTTP_RETRIES ?= 10
-APT := apt-get -qq -o DPkg::Lock::Timeout=300 -o Acquire::Retries=5
+APT := DEBIAN_FRONTEND=noninteractive apt-get -qq -o DPkg::Lock::Timeout=300 -o Acquire::Retries=5
+APT_INSTALL := $(APT) update && $(APT) install -y --no-install-recommends
 # A worker for each core, tests/support/groups.py says which tests share one. Whoever has Python
 # write no bytecode (containers do) would have every ComfyUI and every rank compile its modules.
 TEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup
@@ -97,8 +98,7 @@ comfyui: venv
 browser:
 	@if command -v chromium >/dev/null; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-		$(APT) update && \
-		DEBIAN_FRONTEND=noninteractive $(APT) install -y --no-install-recommends chromium; \
+		$(APT_INSTALL) chromium; \
 	else \
 		echo "No chromium here: the tests marked 'web' are left out (install it to run them)."; \
 	fi
@@ -106,8 +106,7 @@ browser:
 hosts:
 	@if command -v ip >/dev/null; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-		$(APT) update && \
-		DEBIAN_FRONTEND=noninteractive $(APT) install -y --no-install-recommends iproute2; \
+		$(APT_INSTALL) iproute2; \
 	else \
 		echo "No 'ip' here: the tests marked 'hosts' are left out (install iproute2 to run them)."; \
 	fi

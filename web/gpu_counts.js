@@ -67,7 +67,7 @@ async function offerCounts(place, isFirst) {
   const asked = questions.get(node) ?? {};
   const where = hosts.map(({ id }) => id).join(":");
   questions.set(node, asked);
-  const question = (asked[where] = { query });
+  const question = (asked[where] = Symbol(query));
   let answer;
   try {
     answer = await countsFor(query);

@@ -14,8 +14,6 @@ from faults.cases import CASES, Case, write_table
 from process.conftest import home, python_with
 
 from support.workers import stalled_s
-from tp_runtime.client.launch.local import LocalLauncher
-from tp_runtime.config import GroupConfig
 from tp_runtime.fault_points import Fault
 
 __all__ = ["home", "python_with"]
@@ -56,13 +54,6 @@ def faults(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TP_RUNTIME_TEST_FAULTS", str(file))
         yield file
-
-
-def prepare(config: GroupConfig) -> None:
-    """Have what the ranks of such groups are forked from up: it imports for a while."""
-    launcher = LocalLauncher()
-    launcher.prepare(config, lambda: None)
-    launcher.clean_up(keep_logs=False)
 
 
 def put(faults: Path, **fault: Any) -> None:

@@ -15,13 +15,14 @@ import msgspec
 import pytest
 import torch
 from faults.cases import CALL_TIMEOUT_S, DELAY_S, INJECTED, START_TIMEOUT_S, Case
-from faults.conftest import Observe, prepare, put
+from faults.conftest import Observe, put
 from process.conftest import (
     PythonWith,
     assert_ended,
     assert_nothing_left,
     cpu_group,
     make_inputs,
+    prepare,
 )
 
 from support.waiting import wait_until

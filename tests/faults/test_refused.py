@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 from faults.cases import case
-from faults.conftest import Observe, prepare
-from process.conftest import TESTS, PythonWith, assert_ended, cpu_group, ranks_of
+from faults.conftest import Observe
+from process.conftest import TESTS, PythonWith, assert_ended, cpu_group, prepare, ranks_of
 
 from support.paths import REPOSITORY
 from support.sandbox import PIDFD_OPEN, PIDFD_SEND_SIGNAL

@@ -16,6 +16,8 @@ import torch
 
 from support.leaks import Footprint, fork_servers, is_marked, worker_processes
 from support.workers import bound_s
+from tp_runtime.client.evaluation_times import EvaluationTimes
+from tp_runtime.client.launch.local import LocalLauncher
 from tp_runtime.config import GroupConfig
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -97,6 +99,21 @@ def python_with(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PythonWith
         if any(is_marked(child, script) for script in scripts):
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()  # a fork server that waits for the next group
+
+
+def prepare(config: GroupConfig) -> None:
+    """Have what the ranks of such groups are forked from up: it imports for a while."""
+    launcher = LocalLauncher()
+    launcher.prepare(config, lambda: None)
+    launcher.clean_up(keep_logs=False)
+
+
+@contextlib.contextmanager
+def evaluations_may_take(timeout_s: float) -> Iterator[None]:
+    """So long, if they are asked for meanwhile; loads may take what the group lets them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EvaluationTimes, "timeout_s", lambda *_: timeout_s)
+        yield
 
 
 def ranks_of(home: Path) -> set[int]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from process.conftest import PythonWith, cpu_group, make_inputs
+from process.conftest import PythonWith, cpu_group, evaluations_may_take, make_inputs
 
 from support.ltx2_inputs import make_ltx2_inputs
 from support.tiny_models import write_tiny
@@ -48,7 +48,7 @@ from tp_runtime.wire.protocol import TensorRef
 pytestmark = pytest.mark.process
 
 CPU = torch.device("cpu")
-ENDS_S = 60.0  # on a machine that is busy; less than a call may take
+ENDS_S, CALL_TIMEOUT_S = 60.0, 180.0  # on a machine that is busy
 
 
 class Stream:
@@ -121,7 +121,7 @@ def light(
     path = write_tiny("z_image", tmp_path_factory.mktemp("model") / "tiny.safetensors")
     runtime = Runtime()
     spec = ModelSpec.of(str(path), "float32", "float32")
-    model = runtime.model(spec, cpu_group(2, python=python_with(), call_timeout_s=180.0))
+    model = runtime.model(spec, cpu_group(2, python=python_with(), call_timeout_s=CALL_TIMEOUT_S))
     yield model
     runtime.release()
 
@@ -237,12 +237,7 @@ FAULTS = [
 
 @pytest.mark.parametrize(("order", "kind", "text"), FAULTS, ids=lambda value: str(value)[:24])
 def test_a_fault_is_raised_when_sampling_ends(
-    model: RemoteModel,
-    stream: Stream,
-    monkeypatch: pytest.MonkeyPatch,
-    order: dict[str, Any],
-    kind: type[Exception],
-    text: str,
+    model: RemoteModel, stream: Stream, order: dict[str, Any], kind: type[Exception], text: str
 ) -> None:
     def sample() -> None:
         with ahead():
@@ -251,9 +246,8 @@ def test_a_fault_is_raised_when_sampling_ends(
                 "or a thread that reads the result never returns"
             )
 
-    if kind is CallTimeoutError:
-        monkeypatch.setattr(EvaluationTimes, "timeout_s", lambda *_: 5.0)
-    with pytest.raises(kind, match=text):
+    timeout_s = 5.0 if kind is CallTimeoutError else CALL_TIMEOUT_S
+    with evaluations_may_take(timeout_s), pytest.raises(kind, match=text):
         sample()
     assert not may_be_ahead()
 
@@ -411,11 +405,8 @@ def test_an_error_that_comes_of_a_fault_is_that_fault(
     assert isinstance(caught.value.__context__, ZeroDivisionError)
 
 
-def test_a_rank_is_stopped(
-    model: RemoteModel, stream: Stream, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rank_is_stopped(model: RemoteModel, stream: Stream) -> None:
     (pid, _) = ranks_of(model)
-    monkeypatch.setattr(EvaluationTimes, "timeout_s", lambda *_: 5.0)
 
     def sample() -> None:
         with ahead():
@@ -424,7 +415,8 @@ def test_a_rank_is_stopped(
             model.evaluate(make_inputs(seed=1))
             assert stream.is_idle(within_s=ENDS_S)
 
-    with pytest.raises(CallTimeoutError, match=r"Ranks \[0\] gave no sign of life"):
+    message = r"Ranks \[0\] gave no sign of life"
+    with evaluations_may_take(5.0), pytest.raises(CallTimeoutError, match=message):
         sample()
 
 
@@ -572,12 +564,9 @@ def test_a_request_is_sent_before_its_latent_is_there(
     assert torch.equal(sampling.result(), sampling.expected(LOOKS + 4))
 
 
-def test_every_request_has_its_own_time(
-    sampling: Sampling, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_request_has_its_own_time(sampling: Sampling) -> None:
     """It counts from when the ranks begin it: each takes more than half of what one may take."""
-    with sampling.begun():
-        monkeypatch.setattr(EvaluationTimes, "timeout_s", lambda *_: 11.8)
+    with sampling.begun(), evaluations_may_take(11.8):
         for _ in range(2):
             sampling.step(sleep_s=6.0)
     assert torch.equal(sampling.result(), sampling.expected(LOOKS + 2))
@@ -605,24 +594,24 @@ def test_a_fault_between_requests(
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_rank_ends_or_stops_between_requests(
-    sampling: Sampling, gate: Callable[[], Gate], monkeypatch: pytest.MonkeyPatch, number: int
+    sampling: Sampling, gate: Callable[[], Gate], number: int
 ) -> None:
-    kind = GroupDiedError if number == signal.SIGKILL else CallTimeoutError
-    closed = gate()
+    is_killed, closed = number == signal.SIGKILL, gate()
+    kind = GroupDiedError if is_killed else CallTimeoutError
+    timeout_s = CALL_TIMEOUT_S if is_killed else 5.0
 
     def sample() -> None:
         with sampling.begun():
-            if number == signal.SIGSTOP:
-                monkeypatch.setattr(EvaluationTimes, "timeout_s", lambda *_: 5.0)
             sampling.step()
             sampling.step(**closed.order)
             os.kill(ranks_of(sampling.model)[0], number)
-            if number == signal.SIGSTOP:
+            if not is_killed:
                 closed.open()  # for the other rank
             sampling.step()
             assert sampling.stream.is_idle(within_s=ENDS_S)
 
-    with pytest.raises(kind, match=r"Rank 0 |Ranks \[0\]"):
+    message = r"Rank 0 |Ranks \[0\]"
+    with evaluations_may_take(timeout_s), pytest.raises(kind, match=message):
         sample()
 
 
@@ -754,7 +743,7 @@ def test_latents_of_several_tensors(
     """A video's and its sound's, and timesteps that are one tensor for both."""
     path = write_tiny("ltx2", tmp_path / "tiny.safetensors")
     runtime = Runtime()
-    group = cpu_group(2, python=python_with(), call_timeout_s=180.0)
+    group = cpu_group(2, python=python_with(), call_timeout_s=CALL_TIMEOUT_S)
     model = runtime.model(ModelSpec.of(str(path), "float32", "float32"), group)
     model.ensure_loaded()
     inputs = make_ltx2_inputs(model.sizes)
@@ -790,7 +779,7 @@ def divided(python_with: PythonWith, tmp_path: Path) -> Iterator[RemoteModel]:
     """A model on two batch groups."""
     path = write_tiny("z_image", tmp_path / "tiny.safetensors")
     runtime = Runtime()
-    group = cpu_group(1, batch_groups=2, python=python_with(), call_timeout_s=180.0)
+    group = cpu_group(1, batch_groups=2, python=python_with(), call_timeout_s=CALL_TIMEOUT_S)
     model = runtime.model(ModelSpec.of(str(path), "float32", "float32"), group)
     model.ensure_loaded()
     yield model

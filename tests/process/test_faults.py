@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from process.conftest import PythonWith, assert_ended, cpu_group, make_inputs
+from process.conftest import PythonWith, assert_ended, cpu_group, evaluations_may_take, make_inputs
 
 from support.native import native_model
 from support.waiting import wait_until
@@ -35,7 +35,6 @@ from tp_runtime.client import (
 )
 from tp_runtime.client import engine as engine_module
 from tp_runtime.client.engine import Engine
-from tp_runtime.client.evaluation_times import EvaluationTimes
 from tp_runtime.client.group_state import State
 from tp_runtime.wire.protocol import Load, Report, Unload
 
@@ -149,29 +148,21 @@ def test_a_rank_is_killed_while_idle(light_model: LightModel, rank: int) -> None
     assert_works(model)
 
 
-def test_a_stopped_rank_is_given_up(
-    light_model: LightModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_rank_is_given_up(light_model: LightModel) -> None:
     model = light_model()
     os.kill(engine_of(model).ranks[1].pid, signal.SIGSTOP)
-    monkeypatch.setattr(EvaluationTimes, "timeout_s", lambda *_: 2.0)
-    with ends_the_group(model, within_s=3):
+    with evaluations_may_take(2.0), ends_the_group(model, within_s=3):
         with pytest.raises(CallTimeoutError, match=r"Ranks \[1\] gave no sign of life for 2 s"):
             model.evaluate(make_inputs())
-    monkeypatch.undo()
     assert_works(model)
 
 
-def test_a_stopped_rank_cannot_block_a_long_message(
-    light_model: LightModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_rank_cannot_block_a_long_message(light_model: LightModel) -> None:
     model = light_model()
     os.kill(engine_of(model).ranks[0].pid, signal.SIGSTOP)
-    monkeypatch.setattr(EvaluationTimes, "timeout_s", lambda *_: 2.0)
-    with ends_the_group(model, within_s=3):
+    with evaluations_may_take(2.0), ends_the_group(model, within_s=3):
         with pytest.raises(CallTimeoutError):
             model.evaluate(ordered(text="x" * 4 * 2**20))
-    monkeypatch.undo()
     assert_works(model)
 
 

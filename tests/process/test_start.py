@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from process.conftest import PythonWith, assert_ended, cpu_group
+from process.conftest import PythonWith, assert_ended, cpu_group, prepare
 
 from support.workers import bound_s
 from tp_runtime.client import GroupClosedError, GroupLostError, GroupStartError, ModelSpec
@@ -111,7 +111,7 @@ def test_a_rank_that_is_killed_is_named(python_with: PythonWith) -> None:
 
 def test_a_silent_rank_is_given_up(sleeper: str) -> None:
     config = cpu_group(2, python=sleeper)
-    LocalLauncher().prepare(config, poll=lambda: None)
+    prepare(config)
     message = failure_of(Engine(replace(config, start_timeout_s=5.0)), within_s=8)
     assert "Ranks [0, 1] gave no sign of life for 5 s during 'start'" in message
 

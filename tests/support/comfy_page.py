@@ -41,16 +41,14 @@ console.warn = (...words) => {
     warn(...words);
 };"""
 
-# `showGroups(detail)` is then the only event about groups.
-WITHOUT_THE_SERVERS_GROUPS = """() => {
-    if (window.showGroups) return;
+# The page then hears of no events of that kind but those of `tell`.
+LEAVE_OUT = """(kind) => {
     const { api } = window.comfyAPI.api;
     const dispatch = api.dispatchCustomEvent;
-    const kind = "tensor_parallel.groups";
+    window.dispatchAny ??= dispatch;
     api.dispatchCustomEvent = function (type, ...rest) {
-        return type === kind || dispatch.call(this, type, ...rest);
+        return type.startsWith(kind) || dispatch.call(this, type, ...rest);
     };
-    window.showGroups = (detail) => dispatch.call(api, kind, detail);
 }"""
 
 # What is wider than its box in an element, unless it ends in an ellipsis and has it all as a title.
@@ -176,14 +174,21 @@ class ComfyPage:
     def tell(self, event: str, detail: Any) -> None:
         """An event of the pack, as if the server had sent it."""
         self.page.evaluate(
-            "([name, detail]) => window.comfyAPI.api.api.dispatchCustomEvent(name, detail)",
+            """([name, detail]) => {
+                const { api } = window.comfyAPI.api;
+                (window.dispatchAny ?? api.dispatchCustomEvent).call(api, name, detail);
+            }""",
             [f"tensor_parallel.{event}", detail],
         )
 
     def show_groups(self, *groups: Mapping[str, Any]) -> None:
         """Have the page show these groups, and no others until it is loaded again."""
-        self.page.evaluate(WITHOUT_THE_SERVERS_GROUPS)
-        self.page.evaluate("(groups) => window.showGroups({ groups })", groups)
+        self.leave_out("tensor_parallel.groups")
+        self.tell("groups", {"groups": groups})
+
+    def leave_out(self, kind: str) -> None:
+        """Have the page miss the server's events whose names begin so, until it is loaded again."""
+        self.page.evaluate(LEAVE_OUT, kind)
 
     def set_palette(self, name: str) -> None:
         """Choose ComfyUI's colours; they are there when this returns."""

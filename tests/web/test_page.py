@@ -138,20 +138,11 @@ def test_nodes_drawn_in_html(web: ComfyPage) -> None:
 
 
 # Until the page is opened again.
-WITHOUT_PREVIEWS = """() => {
-    const { api } = window.comfyAPI.api;
-    const dispatch = api.dispatchCustomEvent;
-    api.dispatchCustomEvent = function (type, ...rest) {
-        return type.startsWith("b_preview") || dispatch.call(this, type, ...rest);
-    };
-}"""
-
-
 @every_page
 @pytest.mark.usefixtures("alone")  # or the loader, which warns, is not run: its result is known
 def test_what_a_run_warns_of_is_on_the_node_and_nothing_grows(web: ComfyPage) -> None:
     web.load_prompt(picture_prompt(gpu_count=3, steps=1))
-    web.page.evaluate(WITHOUT_PREVIEWS)  # the sampler would grow by one
+    web.leave_out("b_preview")  # the sampler would grow by one
     sizes = "app.graph.nodes.map(({ size }) => [...size])"
     before = web.page.evaluate(sizes)
     web.press_run()
@@ -464,6 +455,20 @@ def test_in_chinese(web: ComfyPage) -> None:
         web.server.post("/settings", {"Comfy.Locale": "en", "Comfy.ColorPalette": "dark"})
 
 
+def hold_first(web: ComfyPage, question: str) -> Callable[[Any], None]:
+    """Keep the next such request of the page waiting; what is returned answers it."""
+    held: list[Route] = []
+    web.page.route(question, lambda route: held.append(route), times=1)
+
+    def answer(document: Any) -> None:
+        (request,) = held
+        with web.page.expect_response(question):
+            request.fulfill(json=document)
+        web.page.wait_for_timeout(100)  # the page has it
+
+    return answer
+
+
 DEVICES = "TensorParallel.Runtime.Devices"
 # Of the first loader's count; it has none before the counts are known.
 TOOLTIP = (
@@ -500,16 +505,12 @@ def test_an_answer_of_before_a_change_comes_late(
 ) -> None:
     """It is not shown: the same question was asked again since."""
     questions = "**/tensor_parallel/gpu_counts**"
-    early: list[Route] = []
-    web.page.route(questions, lambda route: early.append(route), times=1)
+    answer = hold_first(web, questions)
     with web.page.expect_request(questions):
         web.load_prompt({"model": tp_loader(MODEL)})
     set_devices("7")
     web.page.wait_for_function(f"{TOOLTIP}.includes(\"is '7'\")")
-    (first,) = early
-    with web.page.expect_response(questions):
-        first.fulfill(json={"num_gpus": 2, "refused": {}, "why": []})
-    web.page.evaluate("new Promise((done) => setTimeout(done, 100))")  # the page has it
+    answer({"num_gpus": 2, "refused": {}, "why": []})
     assert "is '7'" in web.page.evaluate(TOOLTIP)
 
 
@@ -526,17 +527,13 @@ def test_an_event_is_newer_than_an_answer_that_was_under_way(web: ComfyPage) -> 
     """The server asks the ranks of one group after the other for it."""
     web.open_tab()
     question = "**/tensor_parallel/groups"
-    early: list[Route] = []
-    web.page.route(question, lambda route: early.append(route), times=1)
+    answer = hold_first(web, question)
     with web.page.expect_request(question):
         web.page.evaluate("window.comfyAPI.api.api.dispatchCustomEvent('reconnected')")
     web.show_groups(GROUPS[1])
     card = web.page.locator(".tp-card")
     card.wait_for()
-    (first,) = early
-    with web.page.expect_response(question):
-        first.fulfill(json={"groups": []})
-    web.page.wait_for_timeout(100)  # the page has it
+    answer({"groups": []})
     assert card.count() == 1
 
 

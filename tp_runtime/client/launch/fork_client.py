@@ -54,7 +54,7 @@ class ForkServer:
 
         ``keep``: it does not end when it has had no rank for long.
         """
-        self.started = time.monotonic()
+        self.started_at = time.monotonic()
         self._is_gone = False
         self._environment = environment
         self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

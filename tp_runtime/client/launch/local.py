@@ -218,7 +218,7 @@ def _running_server(config: GroupConfig, poll: Poll) -> ForkServer:
         except OSError as error:
             raise failures.no_python(config, error) from error
         except ForkServerError as error:
-            if server.started >= began:
+            if server.started_at >= began:
                 raise failures.no_fork_server(config, error, server.log_tail()) from error
             # One that was there has ended since: it had no rank for long, or was killed.
 

@@ -108,27 +108,27 @@ class RayLauncher:
 def _placed(config: GroupConfig, driver: Driver, poll: Poll) -> Placed:
     """Where the ranks are, once Ray has room for all of them."""
     unit = "GPUs" if config.device == "cuda" else "CPU cores"
-    began = lacks_since = time.monotonic()
+    began = time.monotonic()
     found: Waiting | None = None
+    lacks_since: float | None = None
     while True:
         poll()
         for message in driver.receive(POLL_S):
             if isinstance(message, Placed):
                 return message
             if isinstance(message, Waiting):
-                if found is None or found.total >= config.num_ranks:
-                    lacks_since = time.monotonic()
                 found = message
+                lacks = found.total < config.num_ranks
+                lacks_since = (lacks_since or time.monotonic()) if lacks else None
                 logger.info(
                     "waiting for %d %s; the cluster has %d, %d of them free",
                     *(config.num_ranks, unit, found.total, found.free),
                 )
-        lacking = found is not None and found.total < config.num_ranks
-        waited_s, timeout_s = time.monotonic() - began, config.start_timeout_s
-        if lacking and timeout_s > JOIN_TIMEOUT_S:
-            waited_s, timeout_s = time.monotonic() - lacks_since, JOIN_TIMEOUT_S
-        if waited_s < timeout_s:
-            continue
+        now, timeout_s = time.monotonic(), config.start_timeout_s
+        if now - began < timeout_s:
+            if lacks_since is None or now - lacks_since < JOIN_TIMEOUT_S:
+                continue
+            timeout_s = JOIN_TIMEOUT_S
         cluster = f"cluster at {config.ray_address}" if config.ray_address else "of this machine"
         if found is None:
             raise GroupStartError(
