@@ -158,11 +158,13 @@ def test_undone_and_done_again_in_one_step(web: ComfyPage) -> None:
     wait_for(web, OURS)
     assert web.page.evaluate("app.extensionManager.workflow.activeWorkflow.isModified")
     after = web.prompt()
+    web.await_drawing()
     web.page.wait_for_timeout(1000)
     web.page.mouse.click(900, 700)  # the page looks for changes then
     web.page.keyboard.press("Control+z")
     wait_for(web, STOCK)
     assert web.prompt() == before
+    web.await_drawing()
     web.page.wait_for_timeout(1000)  # what is not drawn yet has other sizes: a change of its own
     web.page.keyboard.press("Control+y")
     wait_for(web, OURS)
