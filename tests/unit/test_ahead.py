@@ -49,15 +49,15 @@ def test_no_more_streams_than_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         def __init__(self, device: torch.device) -> None:
             made.append(device)
 
-        def wait_event(self, _: Any) -> None:
-            used.append(self)
+    def entered(stream: Stream) -> contextlib.nullcontext[None]:
+        used.append(stream)
+        return contextlib.nullcontext()
 
-        def record_event(self) -> None:
-            pass
-
+    event = SimpleNamespace(record=lambda _: None, synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", lambda blocking: event)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: object.__new__(Stream))
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "stream", entered)
     devices = [torch.device("cuda", index) for index in (6, 7)]
     tensors: Any = [SimpleNamespace(device=one, record_stream=lambda _: None) for one in devices]
     call: Any = SimpleNamespace(finished=threading.Event(), wait=lambda _: None)

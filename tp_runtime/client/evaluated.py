@@ -164,20 +164,27 @@ def meanwhile(function: Callable[[], object], *tensors: torch.Tensor) -> None:
     """Call it while the ranks compute the next evaluation; at once, if they are not computing one.
 
     A function that reads tensors of the evaluation under way would wait for it, and its thread
-    could not ask for the next. ``tensors``: those of a GPU that it reads. It is called with another
-    stream, in which they are what they are now.
+    could not ask for the next. ``tensors``: those of a GPU that it reads. It is called once they
+    are computed, with another stream, in which they are what they are now.
+
+    The host waits for them, not that stream: while two streams of this process wait on a GPU that
+    it shares with a rank, of which one has work behind its wait, the GPU takes turns between the
+    processes, and the rank computes in a part of the time (`bench/RESULTS.md`: FLUX.1 with previews
+    173 ms a step instead of 125).
     """
     scope = _scope.get()
     if scope is None or not scope.under_way:
         function()
         return
-    computed = {t.device: torch.cuda.current_stream(t.device).record_event() for t in tensors}
+    computed = {t.device: torch.cuda.Event(blocking=True) for t in tensors}
+    for device, event in computed.items():
+        event.record(torch.cuda.current_stream(device))
 
     def call() -> None:
         with contextlib.ExitStack() as streams:
             for device, event in computed.items():
+                event.synchronize()
                 stream = _other_stream(device)
-                stream.wait_event(event)
                 streams.enter_context(torch.cuda.stream(stream))
                 for tensor in tensors:
                     if tensor.device == device:  # its memory is not used again before
