@@ -54,7 +54,7 @@ def test_no_more_streams_than_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         return contextlib.nullcontext()
 
     event = SimpleNamespace(record=lambda _: None, synchronize=lambda: None)
-    monkeypatch.setattr(torch.cuda, "Event", lambda blocking: event)
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: event)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
     monkeypatch.setattr(torch.cuda, "stream", entered)

@@ -167,10 +167,9 @@ def meanwhile(function: Callable[[], object], *tensors: torch.Tensor) -> None:
     could not ask for the next. ``tensors``: those of a GPU that it reads. It is called once they
     are computed, with another stream, in which they are what they are now.
 
-    The host waits for them, not that stream: while two streams of this process wait on a GPU that
-    it shares with a rank, of which one has work behind its wait, the GPU takes turns between the
-    processes, and the rank computes in a part of the time (`bench/RESULTS.md`: FLUX.1 with previews
-    173 ms a step instead of 125).
+    The host waits for them, not that stream: while a second stream of this process waits, with
+    work behind its wait, on a GPU that a rank shares, the rank's evaluation takes 1.4 times as long
+    (FLUX.1, one H200: 173 ms instead of 125; `bench/RESULTS.md`, 2026-12-01).
     """
     scope = _scope.get()
     if scope is None or not scope.under_way:
