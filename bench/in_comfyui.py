@@ -185,12 +185,15 @@ class Server:
             listener.bind(("127.0.0.1", 0))
             port = listener.getsockname()[1]
         self.base, self.url = base, f"http://127.0.0.1:{port}"
-        no_gpu = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if args.cpu else {}
+        # With bytecode, as where ComfyUI has run before: imports take a third of the time.
+        variables = {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": ""}
+        if args.cpu:
+            variables |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         with (base / "log").open("wb") as log:
             self.process = subprocess.Popen(
                 [*command, "--port", str(port)],
                 cwd=args.comfyui,
-                env=os.environ | {"PYTHONUNBUFFERED": "1"} | no_gpu,
+                env=os.environ | variables,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
