@@ -53,7 +53,8 @@ def test_no_more_streams_than_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         used.append(stream)
         return contextlib.nullcontext()
 
-    event = SimpleNamespace(record=lambda _: None, synchronize=lambda: None)
+    waited: list[int] = []
+    event = SimpleNamespace(record=lambda _: None, synchronize=lambda: waited.append(len(used)))
     monkeypatch.setattr(torch.cuda, "Event", lambda **_: event)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
@@ -69,3 +70,4 @@ def test_no_more_streams_than_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert made == devices
     assert len(used) == 6
     assert len({*used}) == 2
+    assert waited == [*range(6)], "the host waits for each before its stream is used"
