@@ -54,10 +54,11 @@ def test_no_more_streams_than_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         return contextlib.nullcontext()
 
     waited: list[int] = []
-    event = SimpleNamespace(record=lambda _: None, synchronize=lambda: waited.append(len(used)))
+    event = SimpleNamespace(synchronize=lambda: waited.append(len(used)))
+    current = SimpleNamespace(record_event=lambda recorded: recorded)
     monkeypatch.setattr(torch.cuda, "Event", lambda **_: event)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: current)
     monkeypatch.setattr(torch.cuda, "stream", entered)
     devices = [torch.device("cuda", index) for index in (6, 7)]
     tensors: Any = [SimpleNamespace(device=one, record_stream=lambda _: None) for one in devices]

@@ -137,7 +137,6 @@ def test_nodes_drawn_in_html(web: ComfyPage) -> None:
         web.node(kind).get_by_text("ms/step").wait_for(timeout=START_MS)
 
 
-# Until the page is opened again.
 @every_page
 @pytest.mark.usefixtures("alone")  # or the loader, which warns, is not run: its result is known
 def test_what_a_run_warns_of_is_on_the_node_and_nothing_grows(web: ComfyPage) -> None:

@@ -175,9 +175,10 @@ def meanwhile(function: Callable[[], object], *tensors: torch.Tensor) -> None:
     if scope is None or not scope.under_way:
         function()
         return
-    computed = {t.device: torch.cuda.Event(blocking=True) for t in tensors}
-    for device, event in computed.items():
-        event.record(torch.cuda.current_stream(device))
+    computed = {
+        t.device: torch.cuda.current_stream(t.device).record_event(torch.cuda.Event(blocking=True))
+        for t in tensors
+    }
 
     def call() -> None:
         with contextlib.ExitStack() as streams:
